@@ -1,0 +1,1 @@
+"""Clients of the cluster: asynchronous and synchronous."""

@@ -1,0 +1,163 @@
+"""The errors of kvtcp, split by what the caller does next, and their codes on the wire.
+
+Pure. Every error a server answers has a code (`Code`), a sentence and a map of details; the client raises the class
+that `CLASS_OF` names for the code. Codes are assigned once here and never used again for something else.
+
+| class            | the caller                                                        |
+|------------------|-------------------------------------------------------------------|
+| RequestError     | fixes the request; nothing was changed                            |
+| ConditionFailed  | decides; the condition was false and nothing was changed          |
+| Unavailable      | may repeat: the request was *not executed*                        |
+| OutcomeUnknown   | must look before repeating: the write may or may not have happened |
+| DataError        | has a damaged or foreign file; nothing was changed                |
+| ProtocolError    | has a bug, or a wrong port: the bytes are not this protocol       |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+Details = dict[str, Any]
+
+
+class Code(IntEnum):
+    """Second field of every reply."""
+
+    OK = 0
+    PROGRESS = 1  # not an error: the request goes on, the third field says how far it is
+
+    BAD_REQUEST = 10
+    TOO_LARGE = 11
+    NOT_A_NUMBER = 12
+    RANGE = 13
+    UNKNOWN_OP = 14
+    VERSION = 15
+
+    EXISTS = 20
+    MISMATCH = 21
+
+    OVERLOADED = 30
+    NOT_ENOUGH_REPLICAS = 31
+    NO_SPACE = 32
+    RECOVERING = 33
+    SHARD_DOWN = 34
+    RESTORING = 35
+
+    UNKNOWN = 40
+
+    BAD_DATA = 50
+
+
+class KvtcpError(Exception):
+    """Base of all errors of kvtcp. `code` is the wire code, `details` what the sentence was built from."""
+
+    def __init__(self, message: str, code: Code = Code.BAD_REQUEST, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.details: Details = dict(details or {})
+
+
+class RequestError(KvtcpError):
+    """The request is wrong as it stands. Nothing was changed; fix the request."""
+
+
+class ConditionFailed(KvtcpError):
+    """The condition of an `add`, `cas` or `delete` was false. Nothing was changed."""
+
+
+class KeyExists(ConditionFailed):
+    """`add` of a key that is there. `details`: `key`, `rev`."""
+
+
+class Mismatch(ConditionFailed):
+    """`cas` whose condition is false. `details`: `key`, `rev` (the current revision, 0 when the key is absent)."""
+
+    @property
+    def rev(self) -> int:
+        """Current revision of the key, 0 when it is absent."""
+        return int(self.details.get("rev", 0))
+
+
+class Unavailable(KvtcpError):
+    """Not executed: the cluster could not take the request now. It is safe to repeat it."""
+
+
+class OutcomeUnknown(KvtcpError):
+    """The write was sent, and whether it happened is not known. Look before repeating."""
+
+    def __init__(
+        self, message: str, code: Code = Code.UNKNOWN, details: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, code, details)
+
+
+class DataError(KvtcpError):
+    """A file is damaged, incomplete or of another format. The sentence names file and line; nothing was changed."""
+
+    def __init__(
+        self, message: str, code: Code = Code.BAD_DATA, details: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, code, details)
+
+
+class ProtocolError(KvtcpError):
+    """Bytes that are not this protocol. The connection they came on is closed."""
+
+
+class BatchError(KvtcpError):
+    """Some keys of an m-operation failed. `results` holds, in the order of the keys, a result or a KvtcpError."""
+
+    def __init__(self, message: str, results: Sequence[Any]) -> None:
+        first = next((r for r in results if isinstance(r, KvtcpError)), None)
+        super().__init__(message, first.code if first is not None else Code.BAD_REQUEST)
+        self.results = list(results)
+
+
+CLASS_OF: dict[Code, type[KvtcpError]] = {
+    Code.BAD_REQUEST: RequestError,
+    Code.TOO_LARGE: RequestError,
+    Code.NOT_A_NUMBER: RequestError,
+    Code.RANGE: RequestError,
+    Code.UNKNOWN_OP: RequestError,
+    Code.VERSION: RequestError,
+    Code.EXISTS: KeyExists,
+    Code.MISMATCH: Mismatch,
+    Code.OVERLOADED: Unavailable,
+    Code.NOT_ENOUGH_REPLICAS: Unavailable,
+    Code.NO_SPACE: Unavailable,
+    Code.RECOVERING: Unavailable,
+    Code.SHARD_DOWN: Unavailable,
+    Code.RESTORING: Unavailable,
+    Code.UNKNOWN: OutcomeUnknown,
+    Code.BAD_DATA: DataError,
+}
+assert set(CLASS_OF) == set(Code) - {Code.OK, Code.PROGRESS}, "every error code has a class"
+
+
+def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
+    """The exception for an error reply. Unknown codes (of a newer server) become the base class, never a wrong promise."""
+    text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
+    fields: Details = {}
+    if isinstance(details, dict):
+        fields = {k.decode("utf-8", "replace") if isinstance(k, bytes) else str(k): v for k, v in details.items()}
+    try:
+        known = Code(code)
+    except ValueError:
+        return OutcomeUnknown(f"the server answered code {code}, which this client does not know: {text}", details=fields)
+    return CLASS_OF[known](text, known, fields)
+
+
+def show_bytes(data: bytes, bytes_max: int = 40) -> str:
+    """A key for a sentence: text where it is text, c-style escapes where not, shortened to `bytes_max` bytes."""
+    head = data[:bytes_max]
+    text = "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in head)
+    try:
+        decoded = head.decode("utf-8")
+        if decoded.isprintable():
+            text = decoded
+    except UnicodeDecodeError:
+        pass
+    return f'"{text}"' + (f"... ({len(data)} bytes)" if len(data) > bytes_max else "")

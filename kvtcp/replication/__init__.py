@@ -1,0 +1,1 @@
+"""The pure cores of replication: placement, windows, sequencing, replicas."""

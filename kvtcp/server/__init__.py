@@ -1,0 +1,1 @@
+"""The I/O shells: transports, node, coordinator, supervisor."""

@@ -1,0 +1,1 @@
+"""The shell: command table, parser, output, interactive front."""

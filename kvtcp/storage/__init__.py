@@ -1,0 +1,1 @@
+"""What a node keeps: the ordered index, the table of one shard, backups."""
