@@ -16,6 +16,9 @@ FRAME_BYTES_MAX: Final = 16 * MIB
 KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
+MAP_ITEMS_MAX: Final = 65_536
+# what one read of a socket may bring; larger reads are fed to the decoder in pieces
+READ_CHUNK_BYTES_MAX: Final = 1 * MIB
 MULTI_KEYS_MAX: Final = 10_000
 MULTI_BYTES_MAX: Final = 16 * MIB
 PAGE_ITEMS_MAX: Final = 1_000

@@ -1,0 +1,368 @@
+"""The message table: every request a client may send, checked and normalized before anything acts on it.
+
+Pure. A request is `[id, op, ...args]`; `REQUESTS[op](message)` returns its arguments as one tuple, in the order and
+with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the limit. `id` is
+checked by `request_id`: without it there is nobody to answer, so its error closes the connection.
+
+Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the last), `[id, code, message, details]`.
+`docs/protocol.md` shows the whole table with results and errors for people who write a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from kvtcp.constants import (
+    INTEGER_MAX,
+    INTEGER_MIN,
+    KEY_BYTES_MAX,
+    MULTI_BYTES_MAX,
+    MULTI_KEYS_MAX,
+    NAME_BYTES_MAX,
+    PAGE_ITEMS_MAX,
+    PROTOCOL_VERSION,
+    REQUEST_ID_MAX,
+    TTL_MS_MAX,
+    VALUE_BYTES_MAX,
+)
+from kvtcp.errors import Code, ProtocolError, RequestError, show_bytes
+
+Message = list[Any]
+Checker = Callable[[Message], tuple[Any, ...]]
+
+BACKUP_MODES: Final = ("merge", "replace")
+
+
+def request_id(message: object) -> int:
+    """The id of a request. Raises ProtocolError if there is none: such a peer cannot be answered."""
+    if type(message) is not list or len(message) < 2:
+        raise ProtocolError("a request is an array [id, op, ...args]")
+    if type(message[0]) is not int or not 0 <= message[0] <= REQUEST_ID_MAX:
+        raise ProtocolError(f"the id of a request is an integer from 0 to {REQUEST_ID_MAX}")
+    return message[0]
+
+
+def prefix_bounds(prefix: bytes) -> tuple[bytes, bytes | None]:
+    """Lower (inclusive) and upper (exclusive, None = no bound) bounds of the keys that start with `prefix`."""
+    stripped = prefix.rstrip(b"\xff")
+    return prefix, stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
+
+
+# --- single arguments -------------------------------------------------------------------------------
+
+
+def _refuse(text: str, **details: Any) -> RequestError:
+    return RequestError(text, Code.BAD_REQUEST, details)
+
+
+def check_key(key: object) -> bytes:
+    """A key: 1..KEY_BYTES_MAX bytes."""
+    if type(key) is not bytes:
+        raise _refuse(f"a key must be bytes or text, not {type(key).__name__}")
+    if 1 <= len(key) <= KEY_BYTES_MAX:
+        return key
+    if not key:
+        raise _refuse("a key must not be empty", key_bytes=0, key_bytes_min=1)
+    raise RequestError(
+        f"the key {show_bytes(key)} is over the limit of {KEY_BYTES_MAX} bytes",
+        Code.TOO_LARGE,
+        {"key_bytes": len(key), "key_bytes_max": KEY_BYTES_MAX},
+    )
+
+
+def check_value(value: object, key: bytes) -> bytes:
+    """A value: 0..VALUE_BYTES_MAX bytes."""
+    if type(value) is not bytes:
+        raise _refuse(f"the value of {show_bytes(key)} must be bytes or text, not {type(value).__name__}")
+    if len(value) > VALUE_BYTES_MAX:
+        raise RequestError(
+            f"the value of {show_bytes(key)} has {len(value)} bytes, the limit is {VALUE_BYTES_MAX}",
+            Code.TOO_LARGE,
+            {"value_bytes": len(value), "value_bytes_max": VALUE_BYTES_MAX},
+        )
+    return value
+
+
+def _arity(message: Message, low: int, high: int, usage: str) -> None:
+    if not low <= len(message) - 2 <= high:
+        raise _refuse(f"wrong number of arguments: {len(message) - 2}; it is {usage}")
+
+
+def _options(message: Message, index: int, names: frozenset[bytes]) -> Mapping[bytes, Any]:
+    if len(message) <= index:
+        return {}
+    options = message[index]
+    if type(options) is not dict:
+        raise _refuse(f"the options must be a map, not {type(options).__name__}")
+    for name in options:
+        if name not in names:
+            known = ", ".join(sorted(n.decode() for n in names))
+            raise _refuse(f"unknown option {show_bytes(name)}; known are {known}")
+    return options
+
+
+def _integer(number: object, name: str, low: int, high: int) -> int:
+    if type(number) is not int:
+        raise _refuse(f"{name} must be an integer, not {type(number).__name__}")
+    if not low <= number <= high:
+        raise _refuse(f"{name} must be from {low} to {high}, not {number}", **{name: number})
+    return number
+
+
+def _boolean(options: Mapping[bytes, Any], name: bytes) -> bool:
+    value = options.get(name, False)
+    if type(value) is not bool:
+        raise _refuse(f"{name.decode()} must be true or false")
+    return value
+
+
+def _ttl_ms(options: Mapping[bytes, Any]) -> int | None:
+    ttl_ms = options.get(b"ttl_ms")
+    return None if ttl_ms is None else _integer(ttl_ms, "ttl_ms", 1, TTL_MS_MAX)
+
+
+def _bound(bound: object, name: str) -> bytes | None:
+    if bound is None:
+        return None
+    if type(bound) is not bytes:
+        raise _refuse(f"{name} must be bytes, text or nil, not {type(bound).__name__}")
+    if len(bound) > KEY_BYTES_MAX + 1:  # one more: the smallest key above a longest key
+        raise RequestError(f"{name} is over the limit of {KEY_BYTES_MAX + 1} bytes", Code.TOO_LARGE)
+    return bound
+
+
+def _condition(options: Mapping[bytes, Any], key: bytes) -> tuple[bytes | None, int | None]:
+    value, rev = options.get(b"value"), options.get(b"rev")
+    if value is not None and rev is not None:
+        raise _refuse("give one condition, value or rev, not both")
+    if value is not None:
+        check_value(value, key)
+    if rev is not None:
+        _integer(rev, "rev", 0, INTEGER_MAX)
+    return value, rev
+
+
+def _name(name: object, what: str) -> str:
+    if type(name) is not bytes or not 1 <= len(name) <= NAME_BYTES_MAX:
+        raise _refuse(f"{what} must be a text of 1 to {NAME_BYTES_MAX} bytes")
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _refuse(f"{what} must be UTF-8 text") from None
+
+
+# --- requests ---------------------------------------------------------------------------------------
+
+
+def _hello(m: Message) -> tuple[int, str]:  # version, client name
+    _arity(m, 2, 2, "hello version name")
+    version = _integer(m[2], "version", 1, 2**31)
+    if version != PROTOCOL_VERSION:
+        raise RequestError(
+            f"protocol version {version} is not supported, this server speaks {PROTOCOL_VERSION}",
+            Code.VERSION,
+            {"version": PROTOCOL_VERSION},
+        )
+    return version, _name(m[3], "the client's name")
+
+
+def _key_only(usage: str) -> Checker:
+    def check(m: Message) -> tuple[bytes]:  # key
+        _arity(m, 1, 1, usage)
+        return (check_key(m[2]),)
+
+    return check
+
+
+_PUT_OPTIONS = frozenset({b"ttl_ms", b"keep_ttl"})
+_TTL_OPTIONS = frozenset({b"ttl_ms"})
+_CONDITIONS = frozenset({b"value", b"rev"})
+
+
+def _put(m: Message) -> tuple[bytes, bytes, int | None, bool]:  # key, value, ttl_ms, keep_ttl
+    _arity(m, 2, 3, "put key value {ttl_ms, keep_ttl}")
+    key = check_key(m[2])
+    value = check_value(m[3], key)
+    if len(m) == 4:
+        return key, value, None, False
+    options = _options(m, 4, _PUT_OPTIONS)
+    ttl_ms, keep_ttl = _ttl_ms(options), _boolean(options, b"keep_ttl")
+    if keep_ttl and ttl_ms is not None:
+        raise _refuse("give ttl_ms or keep_ttl, not both")
+    return key, value, ttl_ms, keep_ttl
+
+
+def _add(m: Message) -> tuple[bytes, bytes, int | None]:  # key, value, ttl_ms
+    _arity(m, 2, 3, "add key value {ttl_ms}")
+    key = check_key(m[2])
+    return key, check_value(m[3], key), _ttl_ms(_options(m, 4, _TTL_OPTIONS))
+
+
+def _delete(m: Message) -> tuple[bytes, bytes | None, int | None]:  # key, if_value, if_rev
+    _arity(m, 1, 2, "delete key {value or rev}")
+    key = check_key(m[2])
+    return key, *_condition(_options(m, 3, _CONDITIONS), key)
+
+
+def _cas(m: Message) -> tuple[bytes, bytes, bytes | None, int | None]:  # key, value, if_value, if_rev
+    _arity(m, 3, 3, "cas key value {value or rev}")
+    key = check_key(m[2])
+    value = check_value(m[3], key)
+    if_value, if_rev = _condition(_options(m, 4, _CONDITIONS), key)
+    if if_value is None and if_rev is None:
+        raise _refuse("cas needs exactly one condition, value or rev")
+    return key, value, if_value, if_rev
+
+
+def _incr(m: Message) -> tuple[bytes, int]:  # key, by
+    _arity(m, 2, 2, "incr key by")
+    key = check_key(m[2])
+    if type(m[3]) is int and not INTEGER_MIN <= m[3] <= INTEGER_MAX:
+        raise RequestError(f"by must be a signed 64-bit integer, not {m[3]}", Code.RANGE)
+    return key, _integer(m[3], "by", INTEGER_MIN, INTEGER_MAX)
+
+
+def _expire(m: Message) -> tuple[bytes, int]:  # key, ttl_ms
+    _arity(m, 2, 2, "expire key ttl_ms")
+    return check_key(m[2]), _integer(m[3], "ttl_ms", -TTL_MS_MAX, TTL_MS_MAX)
+
+
+def _multi_list(m: Message, usage: str) -> list[Any]:
+    _arity(m, 1, 1, usage)
+    items = m[2]
+    if type(items) is not list:
+        raise _refuse(f"the first argument must be an array; it is {usage}")
+    if len(items) > MULTI_KEYS_MAX:
+        raise RequestError(
+            f"{len(items)} keys in one request are over the limit of {MULTI_KEYS_MAX}",
+            Code.TOO_LARGE,
+            {"keys": len(items), "keys_max": MULTI_KEYS_MAX},
+        )
+    return items
+
+
+def _multi_keys(usage: str) -> Checker:
+    def check(m: Message) -> tuple[list[bytes]]:  # keys
+        return ([check_key(key) for key in _multi_list(m, usage)],)
+
+    return check
+
+
+def _mput(m: Message) -> tuple[list[list[Any]]]:  # [[key, value] or [key, value, ttl_ms], ...]
+    items = _multi_list(m, "mput [[key, value, ttl_ms or nil], ...]")
+    total_bytes = 0
+    for item in items:
+        if type(item) is not list or not 2 <= len(item) <= 3:
+            raise _refuse("an item of mput is an array [key, value] or [key, value, ttl_ms]")
+        key = check_key(item[0])
+        total_bytes += len(key) + len(check_value(item[1], key))
+        if len(item) == 3 and item[2] is not None:
+            _integer(item[2], "ttl_ms", 1, TTL_MS_MAX)
+    if total_bytes > MULTI_BYTES_MAX:
+        raise RequestError(f"{total_bytes} bytes in one mput are over the limit of {MULTI_BYTES_MAX}", Code.TOO_LARGE)
+    return (items,)
+
+
+_SCAN_OPTIONS = frozenset({b"reverse", b"keys_only", b"prefix", b"cursor"})
+_COUNT_OPTIONS = frozenset({b"prefix"})
+CURSOR_FORWARD: Final = 0x3E  # ">": the rest are keys at or above the one in the cursor
+CURSOR_REVERSE: Final = 0x3C  # "<": the rest are keys below it
+
+
+def make_cursor(last_key: bytes, reverse: bool) -> bytes:
+    """The cursor after a page that ended with `last_key`. Opaque to clients: direction byte and bound."""
+    return b"<" + last_key if reverse else b">" + last_key + b"\0"
+
+
+def _narrow(lower: bytes, upper: bytes | None, low: bytes, high: bytes | None) -> tuple[bytes, bytes | None]:
+    if high is not None and (upper is None or high < upper):
+        upper = high
+    return max(lower, low), upper
+
+
+# lower, upper (None = none), limit, reverse, keys_only; prefix and cursor have become bounds
+def _scan(m: Message) -> tuple[bytes, bytes | None, int, bool, bool]:
+    _arity(m, 3, 4, "scan lower upper limit {reverse, keys_only, prefix, cursor}")
+    lower, upper = _bound(m[2], "lower") or b"", _bound(m[3], "upper")
+    limit = _integer(m[4], "limit", 1, PAGE_ITEMS_MAX)
+    options = _options(m, 5, _SCAN_OPTIONS)
+    reverse, keys_only = _boolean(options, b"reverse"), _boolean(options, b"keys_only")
+    prefix = _bound(options.get(b"prefix"), "prefix")
+    if prefix:
+        lower, upper = _narrow(lower, upper, *prefix_bounds(prefix))
+    cursor = options.get(b"cursor")
+    if cursor is not None:
+        if type(cursor) is not bytes or not 1 < len(cursor) <= KEY_BYTES_MAX + 2:
+            raise _refuse("the cursor is not one that a scan returned")
+        if cursor[0] != (CURSOR_REVERSE if reverse else CURSOR_FORWARD):
+            raise _refuse("the cursor belongs to a scan in the other direction")
+        low, high = (b"", cursor[1:]) if reverse else (cursor[1:], None)
+        lower, upper = _narrow(lower, upper, low, high)
+    return lower, upper, limit, reverse, keys_only
+
+
+def _count(m: Message) -> tuple[bytes, bytes | None]:  # lower, upper
+    _arity(m, 2, 3, "count lower upper {prefix}")
+    lower, upper = _bound(m[2], "lower") or b"", _bound(m[3], "upper")
+    prefix = _bound(_options(m, 4, _COUNT_OPTIONS).get(b"prefix"), "prefix")
+    return _narrow(lower, upper, *prefix_bounds(prefix)) if prefix else (lower, upper)
+
+
+def _nothing(usage: str) -> Checker:
+    def check(m: Message) -> tuple[()]:
+        _arity(m, 0, 0, usage)
+        return ()
+
+    return check
+
+
+def check_backup_name(name: str) -> str:
+    """A backup's name is one directory name. Raises RequestError."""
+    if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise _refuse(f"{name!r} is not a name for a backup: one directory name, not starting with a dot")
+    return name
+
+
+def _backup(m: Message) -> tuple[str | None]:  # name, None = made from the time
+    _arity(m, 0, 1, "backup {name}")
+    return (check_backup_name(_name(m[2], "the backup's name")) if len(m) == 3 and m[2] is not None else None,)
+
+
+_RESTORE_OPTIONS = frozenset({b"mode", b"prefix", b"dry_run"})
+
+
+def _restore(m: Message) -> tuple[str, str, bytes, bool]:  # name, mode, prefix (b"" = all), dry_run
+    _arity(m, 1, 2, "restore name {mode, prefix, dry_run}")
+    options = _options(m, 3, _RESTORE_OPTIONS)
+    mode = _name(options.get(b"mode", b"merge"), "mode")
+    if mode not in BACKUP_MODES:
+        raise _refuse(f"mode must be merge or replace, not {mode!r}")
+    name = check_backup_name(_name(m[2], "the backup's name"))
+    return name, mode, _bound(options.get(b"prefix"), "prefix") or b"", _boolean(options, b"dry_run")
+
+
+REQUESTS: Final[dict[bytes, Checker]] = {
+    b"hello": _hello,
+    b"get": _key_only("get key"),
+    b"put": _put,
+    b"add": _add,
+    b"delete": _delete,
+    b"cas": _cas,
+    b"incr": _incr,
+    b"exists": _key_only("exists key"),
+    b"mget": _multi_keys("mget [key, ...]"),
+    b"mput": _mput,
+    b"mdelete": _multi_keys("mdelete [key, ...]"),
+    b"expire": _expire,
+    b"persist": _key_only("persist key"),
+    b"ttl": _key_only("ttl key"),
+    b"scan": _scan,
+    b"count": _count,
+    b"status": _nothing("status"),
+    b"nodes": _nothing("nodes"),
+    b"shards": _nothing("shards"),
+    b"backup": _backup,
+    b"restore": _restore,
+}
+WRITES: Final = frozenset({b"put", b"add", b"delete", b"cas", b"incr", b"mput", b"mdelete", b"expire", b"persist"})
