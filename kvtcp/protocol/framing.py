@@ -127,7 +127,8 @@ class FrameDecoder:
         except Exception as error:
             # The decoder raises ValueError, its own FormatError, StackError, BufferFull, TypeError and others
             # for malformed input: all of them mean the same to the peer.
-            self._fail(f"malformed msgpack at byte {self._start} or after: {error or type(error).__name__}", cause=error)
+            text = str(error) or type(error).__name__
+            self._fail(f"malformed msgpack at byte {self._start} or after: {text}", cause=error)
         return messages
 
     def _feed_in_chunks(self, data: bytes) -> list[Any]:
