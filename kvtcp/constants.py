@@ -61,6 +61,10 @@ CLIENT_INPUT_BYTES_MAX: Final = 16 * MIB
 BUFFERED_BYTES_MAX: Final = 256 * MIB
 LINK_WRITE_BUFFER_BYTES: Final = 8 * MIB
 CLIENT_CONNECTIONS_MAX: Final = 10_000
+# requests of one client that may be unanswered before its socket is not read any more
+CLIENT_OUTSTANDING_MAX: Final = 16_384
+# a frame that a client began must be complete after this time
+FRAME_WAIT_MS: Final = 30_000
 
 # --- client and supervision ------------------------------------------------------------------------
 CLIENT_TIMEOUT_MS: Final = 2_000
