@@ -372,8 +372,9 @@ class Table:
         """A scan of the state as it is now, whatever is applied while it is read. Several may be open."""
         epoch, seq, chain = self.position
         frozen = Frozen(self._index, self.shard, epoch, seq, chain, self._thaw)
-        self._frozen.append(frozen)
-        self._watched = True
+        if frozen.rows_left:  # a scan without rows has nothing to hear of
+            self._frozen.append(frozen)
+            self._watched = True
         return frozen
 
     def _thaw(self, frozen: Frozen) -> None:
