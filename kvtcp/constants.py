@@ -76,7 +76,14 @@ STOP_MS: Final = 10_000
 
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
+INNER_CHILDREN_MAX: Final = 64
+# new keys of a shard that wait, unsorted, for their merge into the tree
+FRESH_KEYS_MAX: Final = 1_024
+# dictionaries that share the cells of a shard, so that none grows by more than a few ms at once; prime
+HASH_PARTS: Final = 31
 FREEZE_ROWS: Final = 256
+# rows that a merge of frozen shards takes from one of them at a time: all of them at once stay below a slice
+MERGE_ROWS: Final = 32
 BACKUP_SLICE_MS: Final = 2
 
 # Relations. They are checked at import, so that a changed number cannot break a promise in silence.
