@@ -2,7 +2,8 @@
 
 Pure. A request is `[id, op, ...args]`; `REQUESTS[op](message)` returns its arguments as one tuple, in the order and
 with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the
-limit. `parse_request(message)` does the same for an operation that may be unknown. `id` is checked by `request_id`: without it there is nobody to answer, so its error closes the connection.
+limit. `parse_request(message)` does the same for an operation that may be unknown. `id` is checked by `request_id`:
+without it there is nobody to answer, so its error closes the connection.
 
 Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the last), `[id, code, message, details]`.
 `docs/protocol.md` shows the whole table with results and errors for people who write a client.
