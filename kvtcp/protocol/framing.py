@@ -257,4 +257,4 @@ class FrameEncoder:
                 Code.TOO_LARGE,
                 {"bytes": n, "bytes_max": self._frame_bytes_max},
             )
-        return frame_prefix(n) + body
+        return frame_prefix(n)
