@@ -9,7 +9,16 @@ import pytest
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import (
-    ADD, CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, PUT, TTL,
+    ADD,
+    CHAIN_AT,
+    COUNT,
+    EXISTS,
+    FREEZE,
+    GET,
+    MGET,
+    PAGE,
+    PUT,
+    TTL,
 )  # fmt: skip
 from kvtcp.replication import replica as replica_module
 from kvtcp.replication.replica import FLAG_INTERVAL_MS, Refused, Replica
@@ -116,7 +125,8 @@ def test_results_in_pieces(replica: Replica) -> None:
     batch(replica, 101, (PUT, 0, 2, 0, b"a", b"x" * 100))
     items = [
         (GET, 0, b"a"), (GET, 0, b"none"), (MGET, [[0, b"a"], [0, b"none"]]),
-        (PAGE, [0], b"", None, 1, False, False), (PAGE, [0], b"", None, 1, False, True), (EXISTS, 0, b"a"), (GET, 0, b"a"),
+        (PAGE, [0], b"", None, 1, False, False), (PAGE, [0], b"", None, 1, False, True), (EXISTS, 0, b"a"),
+        (GET, 0, b"a"),
     ]  # fmt: skip
     replica.begin(102, items)
     pieces = []
@@ -167,11 +177,9 @@ def test_stamps_are_remembered(replica: Replica) -> None:
 
 def test_freeze(replica: Replica) -> None:
     """A freeze is exact at its place in the batch, and left for the server."""
-    (frozen,) = batch(
-        replica, 120, (FREEZE, [0, 1], b"name", b"/dir"), (PUT, 0, 2, 0, b"later", b"v")
-    )
-    assert frozen == [[0, 1, 1, replica.tables[0].chain if replica.tables[0].seq == 1 else frozen[0][3]],
-                      [1, 1, 1, replica.tables[1].chain]]  # fmt: skip
+    chains = [replica.tables[number].chain for number in (0, 1)]
+    (frozen,) = batch(replica, 120, (FREEZE, [0, 1], b"name", b"/dir"), (PUT, 0, 2, 0, b"later", b"v"))
+    assert frozen == [[0, 1, 1, chains[0]], [1, 1, 1, chains[1]]]
     request = replica.freezes.popleft()
     assert (request.name, request.directory, request.stamp_ms) == ("name", "/dir", 120)
     assert [row[0] for row in request.frozen[0].next_rows(10)] == [b"a"]
