@@ -45,7 +45,7 @@ class Cluster:
         self.map = make_map(nodes, factor, shards)
         self.sequencer = Sequencer(self.map)
         self.replicas: dict[str, Replica] = {}
-        self.applied: dict[str, tuple[int, list[Any]]] = {}  # per node: last applied ordinal, results not yet handed over
+        self.applied: dict[str, tuple[int, list[Any]]] = {}  # last applied ordinal, results not yet handed over
         self.answers = Answers()
         self.now_ms = 1_000
         self.begin(0)

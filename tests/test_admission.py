@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from replication_fakes import Cluster
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import ADD, DELETE, GET, MGET, PAGE, PUT, WRITE_OP_END
 from kvtcp.replication import admission, progress
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
-from tests.replication_fakes import Cluster
 
 
 @pytest.fixture

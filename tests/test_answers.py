@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from replication_fakes import Cluster
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, GET, INCR, TTL
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
-from tests.replication_fakes import Cluster
 
 
 def withheld() -> Cluster:

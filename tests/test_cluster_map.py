@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from replication_fakes import make_map
 
 from kvtcp.replication.cluster_map import ClusterMap
-from tests.replication_fakes import make_map
 
 
 def test_create() -> None:

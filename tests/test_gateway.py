@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from replication_fakes import Answers, Cluster
 
 from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS
 from kvtcp.replication.gateway import LIMITS, Gateway, Gather
-from tests.replication_fakes import Answers, Cluster
 
 
 class Session(Answers):
@@ -182,13 +182,16 @@ def test_guard_of_a_restore(served: Served) -> None:
     """What touches the prefix is refused, not executed; everything else goes on."""
     served.gateway.restoring = b"p"
     for request in (
-        (b"get", b"p1"), (b"put", b"p", b"v"), (b"mget", [b"a", b"pp"]), (b"mdelete", [b"p1"]), (b"mput", [[b"p1", b"v"]]),
-        (b"scan", None, None, 5), (b"scan", b"p", None, 5), (b"count", b"o", b"pa"), (b"count", None, None, {b"prefix": b"p1"}),
+        (b"get", b"p1"), (b"put", b"p", b"v"), (b"mget", [b"a", b"pp"]), (b"mdelete", [b"p1"]),
+        (b"mput", [[b"p1", b"v"]]),
+        (b"scan", None, None, 5), (b"scan", b"p", None, 5), (b"count", b"o", b"pa"),
+        (b"count", None, None, {b"prefix": b"p1"}),
     ):  # fmt: skip
         code, text, _ = served.ask(*request)
         assert code == Code.RESTORING and "with the prefix" in text
     for request in (
-        (b"put", b"a", b"v"), (b"mget", [b"a", b"o"]), (b"mput", [[b"q", b"v"]]), (b"scan", b"q", None, 5), (b"status",),
+        (b"put", b"a", b"v"), (b"mget", [b"a", b"o"]), (b"mput", [[b"q", b"v"]]), (b"scan", b"q", None, 5),
+        (b"status",),
         (b"count", None, b"p"), (b"mdelete", [b"q"]),
     ):  # fmt: skip
         assert type(served.ask(*request)) is not tuple

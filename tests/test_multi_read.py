@@ -6,12 +6,12 @@ import random
 from typing import Any
 
 import pytest
+from replication_fakes import Answers
 
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import COUNT, MGET, PAGE
 from kvtcp.replication import multi_read
 from kvtcp.replication.multi_read import MultiRead, count_read, merge_runs, mget_read, page_read
-from tests.replication_fakes import Answers
 
 
 def rows(*keys: str) -> list[list[Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cluster_simulation import Simulation
+from replication_fakes import Cluster
 
 from kvtcp.constants import PURGE_INTERVAL_MS, READ_RETRY_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
@@ -13,8 +15,6 @@ from kvtcp.replication import progress
 from kvtcp.replication.multi_read import MultiRead, count_read, mget_read
 from kvtcp.replication.progress import Batch, LinkError, Op, Progress
 from kvtcp.replication.sequencer import Sequencer, ShardState
-from tests.cluster_simulation import Simulation
-from tests.replication_fakes import Cluster
 
 SEEDS = range(200)
 
