@@ -10,9 +10,9 @@ Order. The requests of one shard keep their order while all its members are conn
 waited go before new ones. If a member is missing, writes cannot go on and reads go past them to another member. Several
 shards that wait for one window take turns of DRAIN_SLICE requests, and the next time begins with the one that was next.
 
-`write` and `read` are on the path of every operation and call nothing in the usual case. With all that follows until the
-answer a read takes 0.5 us, a write 0.5 us with one copy and 0.8 us (large batches) to 1.4 us (one write of a shard per
-batch) with three: `python -m bench.sequencer_micro`. Written out like this a read is 15 to 25 % cheaper.
+`write` and `read` are on the path of every operation and call nothing in the usual case. With all that follows until
+the answer a read takes 0.5 us, a write 0.5 us with one copy and 0.8 us (large batches) to 1.4 us (one write of a shard
+per batch) with three: `python -m bench.sequencer_micro`. Written out like this a read is 15 to 25 % cheaper.
 """
 
 from __future__ import annotations
