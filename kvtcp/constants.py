@@ -17,8 +17,9 @@ KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
 MAP_ITEMS_MAX: Final = 65_536
-# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory
-MESSAGE_CONTAINERS_MAX: Final = 65_536
+# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory; the most that is
+# sent are the cells of several full m-reads in one frame of a node's results
+MESSAGE_CONTAINERS_MAX: Final = 262_144
 # larger reads of a socket are fed to the decoder in pieces: it bounds the buffer that a connection keeps
 READ_CHUNK_BYTES_MAX: Final = 64 * KIB
 # bodies up to this size are decoded straight from the stream, larger ones are first checked for completeness
@@ -65,6 +66,10 @@ CLIENT_INPUT_BYTES_MAX: Final = 16 * MIB
 BUFFERED_BYTES_MAX: Final = 256 * MIB
 LINK_WRITE_BUFFER_BYTES: Final = 8 * MIB
 CLIENT_CONNECTIONS_MAX: Final = 10_000
+# requests of one client that may be unanswered before its socket is not read any more
+CLIENT_OUTSTANDING_MAX: Final = 16_384
+# a frame that a client began must be complete after this time
+FRAME_WAIT_MS: Final = 30_000
 
 # --- client and supervision ------------------------------------------------------------------------
 CLIENT_TIMEOUT_MS: Final = 2_000
@@ -76,14 +81,30 @@ STOP_MS: Final = 10_000
 
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
+INNER_CHILDREN_MAX: Final = 64
+# new keys of a shard that wait, unsorted, for their merge into the tree
+FRESH_KEYS_MAX: Final = 1_024
+# dictionaries that share the cells of a shard, so that none grows by more than a few ms at once; prime
+HASH_PARTS: Final = 31
 FREEZE_ROWS: Final = 256
+# rows that a merge of frozen shards takes from one of them at a time: all of them at once stay below a slice
+MERGE_ROWS: Final = 32
 BACKUP_SLICE_MS: Final = 2
+
+# --- files ---------------------------------------------------------------------------------------
+# longest JSON line of one pair: every byte of key and value escaped as \u00xx, and the rest of the object
+JSON_LINE_BYTES_MAX: Final = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB
+BACKUP_FORMAT_VERSION: Final = 1
+# lines of a backup file that share one crc32 in the manifest, so that damage can be placed
+BACKUP_BLOCK_LINES: Final = 100
+BACKUP_WRITE_BYTES: Final = 64 * KIB
+BACKUP_NAME_CHARS_MAX: Final = 100
 
 # Relations. They are checked at import, so that a changed number cannot break a promise in silence.
 assert KEY_BYTES_MAX + VALUE_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "the largest put fits in one frame"
 assert MULTI_BYTES_MAX <= FRAME_BYTES_MAX, "an m-request arrives in one frame"
 assert MULTI_KEYS_MAX * 2 < ARRAY_ITEMS_MAX, "keys and values of one m-request fit the decoder's array limit"
-assert MULTI_KEYS_MAX + 16 < MESSAGE_CONTAINERS_MAX, "an mput has one array for every key"
+assert MULTI_KEYS_MAX * 10 < MESSAGE_CONTAINERS_MAX, "an m-request has one array for every key"
 assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < READ_CHUNK_BYTES_MAX < FRAME_BYTES_MAX, (
     "a body decoded from the stream is small in every respect"
 )
@@ -97,3 +118,4 @@ assert CLIENT_OUTPUT_BYTES_MAX < CLIENT_INPUT_BYTES_MAX < BUFFERED_BYTES_MAX, "o
 assert FRAME_BYTES_MAX <= CLIENT_INPUT_BYTES_MAX, "one whole frame may be buffered for a client"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
+assert BACKUP_NAME_CHARS_MAX + 20 < NAME_BYTES_MAX, "the temporary directory of a backup has a legal name too"

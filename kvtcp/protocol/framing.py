@@ -22,7 +22,7 @@ may be nested. Hence two ways. Bodies up to STREAMED_BODY_BYTES_MAX come from th
 same number: at most 11 MB for a moment. Larger ones are gathered here, walked once without building anything (`skip`,
 0.04 us an item: it proves that every header is followed by its items), then decoded. What is left is the ratio of
 objects to bytes: containers are counted in bodies over READ_CHUNK_BYTES_MAX, and the worst of the rest, strings of two
-bytes, takes 20 bytes for one. So decoding N bytes needs at most 20 N + 32 MiB, until the message is dropped, and an
+bytes, takes 20 bytes for one. So decoding N bytes needs at most 20 N + 64 MiB, until the message is dropped, and an
 idle connection keeps about READ_CHUNK_BYTES_MAX.
 
 Simplifications: 0xD2 (int32) with a positive length is read as a prefix too, since the decoder does not show which
@@ -133,8 +133,9 @@ class FrameDecoder:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes fed that have not become a message yet, without the prefix of the frame now arriving."""
-        return self._fed_bytes - self._start + (len(self._gathered) if self._gathered is not None else 0)
+        """Bytes fed that have not become a message yet, the prefix of the frame now arriving among them."""
+        bytes_ = self._fed_bytes - self._start + (FRAME_PREFIX_BYTES if self._body_bytes >= 0 else 0)
+        return bytes_ + len(self._gathered) if self._gathered is not None else bytes_
 
     def feed(self, data: bytes | memoryview) -> list[Any]:
         """The messages that `data` completes. Raises ProtocolError with the reason; the connection must be closed."""
@@ -240,18 +241,21 @@ class FrameEncoder:
     def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
         self._frame_bytes_max = frame_bytes_max
         self._cached_end = min(PREFIX_CACHE_LENGTHS, frame_bytes_max + 1)  # bodies below it are allowed and cached
-        self._pack: Callable[[Any], bytes] = msgpack.Packer(autoreset=True).pack
+        self.pack: Callable[[Any], bytes] = msgpack.Packer(autoreset=True).pack  # a body
 
     def encode(self, message: Any) -> bytes:
         """One frame. Raises RequestError (TOO_LARGE) for a message whose body is over the limit."""
-        body = self._pack(message)
+        body = self.pack(message)
         n = len(body)
-        if n < self._cached_end:
-            return PREFIXES[n] + body
+        return PREFIXES[n] + body if n < self._cached_end else self.prefix(body) + body
+
+    def prefix(self, body: bytes) -> bytes:
+        """The prefix of a body that `pack` made. Raises RequestError (TOO_LARGE) if it is over the limit."""
+        n = len(body)
         if n > self._frame_bytes_max:
             raise RequestError(
                 f"the message has {n} bytes, the limit of a frame is {self._frame_bytes_max}",
                 Code.TOO_LARGE,
                 {"bytes": n, "bytes_max": self._frame_bytes_max},
             )
-        return frame_prefix(n) + body
+        return frame_prefix(n)

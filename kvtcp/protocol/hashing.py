@@ -1,0 +1,21 @@
+"""Which shard a key belongs to.
+
+Pure. CRC-16/XMODEM of the key modulo the number of shards, the CRC of Redis Cluster's slots (`binascii.crc_hqx` is
+that CRC in C). If the key contains a `{` followed later by a `}` with at least one byte between, only the bytes between
+the first such `{` and the next `}` are hashed, so that keys with the same tag stay together in one shard. Client,
+shell, coordinator and backup files all use this one function: it can never change for an existing cluster.
+"""
+
+from __future__ import annotations
+
+from binascii import crc_hqx
+
+
+def shard_of(key: bytes, shards: int) -> int:
+    """The shard of `key`, 0 <= shard < `shards`."""
+    if b"{" in key:
+        start = key.find(b"{") + 1
+        end = key.find(b"}", start)
+        if end > start:
+            key = key[start:end]
+    return crc_hqx(key, 0) % shards
