@@ -70,6 +70,16 @@ BACKOFF_RESET_MS: Final = 10_000
 ORPHAN_MS: Final = 60_000
 STOP_MS: Final = 10_000
 
+# --- import ---------------------------------------------------------------------------------------
+# one read of a file, and what a decompressor may return at once
+IMPORT_BLOCK_BYTES: Final = 256 * KIB
+# one put_many of an import ends at whichever comes first; so many may be on their way
+IMPORT_CHUNK_RECORDS: Final = 500
+IMPORT_CHUNK_BYTES: Final = 256 * KIB
+IMPORT_CHUNKS_MAX: Final = 8
+# the longest line that can be a pair: JSON writes a control byte as six characters
+JSON_LINE_BYTES_MAX: Final = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB
+
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
 FREEZE_ROWS: Final = 256
@@ -89,3 +99,5 @@ assert CLIENT_OUTPUT_BYTES_MAX < CLIENT_INPUT_BYTES_MAX < BUFFERED_BYTES_MAX, "o
 assert FRAME_BYTES_MAX <= CLIENT_INPUT_BYTES_MAX, "one whole frame may be buffered for a client"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
+assert IMPORT_CHUNK_RECORDS <= MULTI_KEYS_MAX, "a chunk of an import is one request"
+assert IMPORT_CHUNK_BYTES + JSON_LINE_BYTES_MAX // 6 < MULTI_BYTES_MAX, "a full chunk takes one more large pair"
