@@ -61,6 +61,10 @@ CLIENT_INPUT_BYTES_MAX: Final = 16 * MIB
 BUFFERED_BYTES_MAX: Final = 256 * MIB
 LINK_WRITE_BUFFER_BYTES: Final = 8 * MIB
 CLIENT_CONNECTIONS_MAX: Final = 10_000
+# requests of one client that may be unanswered before its socket is not read any more
+CLIENT_OUTSTANDING_MAX: Final = 16_384
+# a frame that a client began must be complete after this time
+FRAME_WAIT_MS: Final = 30_000
 
 # --- client and supervision ------------------------------------------------------------------------
 CLIENT_TIMEOUT_MS: Final = 2_000
@@ -82,7 +86,14 @@ JSON_LINE_BYTES_MAX: Final = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB
 
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
+INNER_CHILDREN_MAX: Final = 64
+# new keys of a shard that wait, unsorted, for their merge into the tree
+FRESH_KEYS_MAX: Final = 1_024
+# dictionaries that share the cells of a shard, so that none grows by more than a few ms at once; prime
+HASH_PARTS: Final = 31
 FREEZE_ROWS: Final = 256
+# rows that a merge of frozen shards takes from one of them at a time: all of them at once stay below a slice
+MERGE_ROWS: Final = 32
 BACKUP_SLICE_MS: Final = 2
 
 # Relations. They are checked at import, so that a changed number cannot break a promise in silence.

@@ -138,7 +138,7 @@ assert set(CLASS_OF) == set(Code) - {Code.OK, Code.PROGRESS}, "every error code 
 
 
 def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
-    """The exception for an error reply. Unknown codes (of a newer server) become the base class, never a wrong promise."""
+    """The exception for an error reply. A code of a newer server becomes OutcomeUnknown: never a wrong promise."""
     text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
     fields: Details = {}
     if isinstance(details, dict):
@@ -146,7 +146,7 @@ def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
     try:
         known = Code(code)
     except ValueError:
-        return OutcomeUnknown(f"the server answered code {code}, which this client does not know: {text}", details=fields)
+        return OutcomeUnknown(f"the server answered code {code}, unknown to this client: {text}", details=fields)
     return CLASS_OF[known](text, known, fields)
 
 

@@ -34,7 +34,12 @@ def test_unknown_code_promises_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("data", "text"),
-    [(b"user:1", '"user:1"'), (b"\x00a", '"\\x00a"'), ("Zoë".encode(), '"Zoë"'), (b"x" * 50, '"' + "x" * 40 + '"... (50 bytes)')],
+    [
+        (b"user:1", '"user:1"'),
+        (b"\x00a", '"\\x00a"'),
+        ("Zoë".encode(), '"Zoë"'),
+        (b"x" * 50, '"' + "x" * 40 + '"... (50 bytes)'),
+    ],
 )
 def test_show_bytes(data: bytes, text: str) -> None:
     """Keys in sentences are readable, escaped and short."""

@@ -127,7 +127,8 @@ class FrameDecoder:
         except Exception as error:
             # The decoder raises ValueError, its own FormatError, StackError, BufferFull, TypeError and others
             # for malformed input: all of them mean the same to the peer.
-            self._fail(f"malformed msgpack at byte {self._start} or after: {error or type(error).__name__}", cause=error)
+            text = str(error) or type(error).__name__
+            self._fail(f"malformed msgpack at byte {self._start} or after: {text}", cause=error)
         return messages
 
     def _feed_in_chunks(self, data: bytes) -> list[Any]:
@@ -147,14 +148,17 @@ class FrameEncoder:
 
     def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
         self._frame_bytes_max = frame_bytes_max
-        self._pack: Callable[[Any], bytes] = msgpack.Packer(autoreset=True).pack
+        self.pack: Callable[[Any], bytes] = msgpack.Packer(autoreset=True).pack  # a body
 
     def encode(self, message: Any) -> bytes:
         """One frame. Raises RequestError (TOO_LARGE) for a message whose body is over the limit."""
-        body = self._pack(message)
+        body = self.pack(message)
         n = len(body)
-        if n < PREFIX_CACHE_LENGTHS:
-            return PREFIXES[n] + body
+        return PREFIXES[n] + body if n < PREFIX_CACHE_LENGTHS else self.prefix(body) + body
+
+    def prefix(self, body: bytes) -> bytes:
+        """The prefix of a body that `pack` made. Raises RequestError (TOO_LARGE) if it is over the limit."""
+        n = len(body)
         if n > self._frame_bytes_max:
             raise RequestError(
                 f"the message has {n} bytes, the limit of a frame is {self._frame_bytes_max}",

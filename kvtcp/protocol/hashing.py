@@ -1,12 +1,9 @@
 """Which shard a key belongs to.
 
-Pure. The shard of a key is `crc16(key) mod shards`, with CRC-16/XMODEM (polynomial 0x1021, start value 0), the hash of
-Redis Cluster, so related keys are kept together in the same way: if the key contains a `{` and somewhere after it a
-`}`, with at least one byte between, only the bytes between the first `{` and the first `}` after it are hashed.
-`{user:1}:name` and `{user:1}:mail` are in one shard. An empty tag `{}` counts as no tag.
-
-The rule is part of the format of a cluster: the number of shards is fixed when it is created, and neither may change
-afterwards. `binascii.crc_hqx(data, 0)` is that CRC, in C. Most keys have no tag and cost one `in` test besides.
+Pure. CRC-16/XMODEM of the key modulo the number of shards, the CRC of Redis Cluster's slots (`binascii.crc_hqx` is
+that CRC in C). If the key contains a `{` followed later by a `}` with at least one byte between, only the bytes between
+the first such `{` and the next `}` are hashed, so that keys with the same tag stay together in one shard. Client,
+shell, coordinator and backup files all use this one function: it can never change for an existing cluster.
 """
 
 from __future__ import annotations
@@ -15,9 +12,9 @@ from binascii import crc_hqx
 
 
 def shard_of(key: bytes, shards: int) -> int:
-    """The shard of `key`, 0 to `shards` - 1."""
+    """The shard of `key`, 0 <= shard < `shards`."""
     if b"{" in key:
-        start = key.index(b"{") + 1
+        start = key.find(b"{") + 1
         end = key.find(b"}", start)
         if end > start:
             key = key[start:end]

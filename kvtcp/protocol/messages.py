@@ -1,8 +1,8 @@
 """The message table: every request a client may send, checked and normalized before anything acts on it.
 
 Pure. A request is `[id, op, ...args]`; `REQUESTS[op](message)` returns its arguments as one tuple, in the order and
-with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the limit. `id` is
-checked by `request_id`: without it there is nobody to answer, so its error closes the connection.
+with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the
+limit. `id` is checked by `request_id`: without it there is nobody to answer, so its error closes the connection.
 
 Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the last), `[id, code, message, details]`.
 `docs/protocol.md` shows the whole table with results and errors for people who write a client.
