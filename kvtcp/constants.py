@@ -96,9 +96,20 @@ FREEZE_ROWS: Final = 256
 MERGE_ROWS: Final = 32
 BACKUP_SLICE_MS: Final = 2
 
+# --- files ---------------------------------------------------------------------------------------
+# longest JSON line of one pair: every byte of key and value escaped as \u00xx, and the rest of the object
+JSON_LINE_BYTES_MAX: Final = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB
+BACKUP_FORMAT_VERSION: Final = 1
+# lines of a backup file that share one crc32 in the manifest, so that damage can be placed
+BACKUP_BLOCK_LINES: Final = 100
+BACKUP_WRITE_BYTES: Final = 64 * KIB
+BACKUP_NAME_CHARS_MAX: Final = 100
+
 # Relations. They are checked at import, so that a changed number cannot break a promise in silence.
 assert KEY_BYTES_MAX + VALUE_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "the largest put fits in one frame"
 assert MULTI_BYTES_MAX <= FRAME_BYTES_MAX, "an m-request arrives in one frame"
+assert IMPORT_CHUNK_RECORDS <= MULTI_KEYS_MAX, "a chunk of an import is one request"
+assert IMPORT_CHUNK_BYTES + JSON_LINE_BYTES_MAX // 6 < MULTI_BYTES_MAX, "a full chunk takes one more large pair"
 assert MULTI_KEYS_MAX * 2 < ARRAY_ITEMS_MAX, "keys and values of one m-request fit the decoder's array limit"
 assert PAGE_ITEMS_MAX < ARRAY_ITEMS_MAX and WINDOW_ITEMS_MAX < ARRAY_ITEMS_MAX, "pages and batches fit the decoder"
 assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "one large item fits a batch"
@@ -110,5 +121,4 @@ assert CLIENT_OUTPUT_BYTES_MAX < CLIENT_INPUT_BYTES_MAX < BUFFERED_BYTES_MAX, "o
 assert FRAME_BYTES_MAX <= CLIENT_INPUT_BYTES_MAX, "one whole frame may be buffered for a client"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
-assert IMPORT_CHUNK_RECORDS <= MULTI_KEYS_MAX, "a chunk of an import is one request"
-assert IMPORT_CHUNK_BYTES + JSON_LINE_BYTES_MAX // 6 < MULTI_BYTES_MAX, "a full chunk takes one more large pair"
+assert BACKUP_NAME_CHARS_MAX + 20 < NAME_BYTES_MAX, "the temporary directory of a backup has a legal name too"

@@ -5,8 +5,12 @@ Pure. A line is one JSON object:
     {"key": "user:1", "value": "Ada", "rev": 7, "ttl_ms": 60000}
 
 `key_b64` / `value_b64` (standard base64) stand instead of `key` / `value` only when the bytes are not UTF-8. `rev` and
-`ttl_ms` are left out or null where there is none; other fields are refused, so that a misspelt one is not lost in
-silence. `decode_pair` is the only reader: whoever reads such a line gets the same checks and the same sentences.
+`ttl_ms` are left out or null where there is none. Other fields are refused, and so is a field given twice, so that
+nothing is lost in silence. `decode_pair` is the only reader: whoever reads such a line gets the same checks and the
+same sentences.
+
+The reader is the import path: a line goes through one check of the common form (key and value are strings, lengths in
+range); only what falls out of it is looked at field by field, to be accepted in its rarer form or refused by name.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ import binascii
 import json
 from typing import Any, NamedTuple
 
-from kvtcp.constants import KEY_BYTES_MAX, TTL_MS_MAX, VALUE_BYTES_MAX
+from kvtcp.constants import INTEGER_MAX, KEY_BYTES_MAX, TTL_MS_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import DataError
 
-_FIELDS = {"key", "value", "key_b64", "value_b64", "rev", "ttl_ms"}
+_FIELDS = frozenset({"key", "value", "key_b64", "value_b64", "rev", "ttl_ms"})
+_REV_MAX = INTEGER_MAX
 _encode_string = json.encoder.encode_basestring  # the C encoder, non-ASCII left as it is
 
 
@@ -47,6 +52,21 @@ def encode_pair(key: bytes, value: bytes, rev: int | None = None, ttl_ms: int | 
     if ttl_ms is not None:
         line += f', "ttl_ms": {ttl_ms}'
     return line + "}"
+
+
+class _Twice(ValueError):
+    """A field stands twice in one object; the sentence is complete."""
+
+
+def _members(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(members)
+    if len(fields) != len(members):
+        names = [name for name, _ in members]
+        raise _Twice(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return fields
+
+
+_parse = json.JSONDecoder(object_pairs_hook=_members).decode
 
 
 def _bytes_of(fields: dict[str, Any], name: str, where: str) -> bytes:
@@ -77,22 +97,52 @@ def _integer(fields: dict[str, Any], name: str, low: int, high: int, where: str)
     return number
 
 
-def decode_pair(line: str | bytes, source: str, line_number: int) -> Pair:
-    """The pair of one line. Raises DataError that names `source`, the line and the field."""
-    where = f"{source}, line {line_number}"
+def _object_of(line: str | bytes, where: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
+        fields = _parse(line if isinstance(line, str) else line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"{where}: not UTF-8: byte 0x{byte:02x} at column {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except _Twice as error:
+        raise DataError(f"{where}: {error}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
+        raise DataError(f"{where}: not JSON that can be read: {error}") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: not a JSON object")
-    if not fields.keys() <= _FIELDS:
-        raise DataError(f"{where}: unknown field {sorted(fields.keys() - _FIELDS)[0]!r}")
+    return fields
+
+
+def _decode_carefully(fields: dict[str, Any], where: str) -> Pair:
+    """Any form of a line, with the sentence for what is wrong with it."""
+    unknown = fields.keys() - _FIELDS
+    if unknown:
+        raise DataError(f"{where}: unknown field {min(unknown)!r}")
     key = _bytes_of(fields, "key", where)
     value = _bytes_of(fields, "value", where)
     if not 1 <= len(key) <= KEY_BYTES_MAX:
-        raise DataError(f"{where}: the key has {len(key)} bytes, allowed are 1 to {KEY_BYTES_MAX}")
+        raise DataError(f'{where}: "key" has {len(key)} bytes, allowed are 1 to {KEY_BYTES_MAX}')
     if len(value) > VALUE_BYTES_MAX:
-        raise DataError(f"{where}: the value has {len(value)} bytes, the limit is {VALUE_BYTES_MAX}")
-    rev = _integer(fields, "rev", 0, 2**63 - 1, where)
+        raise DataError(f'{where}: "value" has {len(value)} bytes, the limit is {VALUE_BYTES_MAX}')
+    rev = _integer(fields, "rev", 0, _REV_MAX, where)
     return Pair(key, value, rev, _integer(fields, "ttl_ms", 1, TTL_MS_MAX, where))
+
+
+def decode_pair(line: str | bytes, source: str, line_number: int) -> Pair:
+    """The pair of one line (a newline at its end is allowed). Raises DataError that names `source`, line and field."""
+    # The common form first, without building sentences nobody reads: 0.7 us beyond json.loads for a line of 370 bytes.
+    try:
+        fields = _parse(line if isinstance(line, str) else line.decode("utf-8"))
+        key, value = fields["key"].encode("utf-8"), fields["value"].encode("utf-8")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        where = f"{source}, line {line_number}"
+        return _decode_carefully(_object_of(line, where), where)
+    members = len(fields)
+    if 0 < len(key) <= KEY_BYTES_MAX and len(value) <= VALUE_BYTES_MAX:
+        if members == 2:
+            return Pair(key, value, None, None)
+        rev = fields.get("rev")
+        if members == 3 and type(rev) is int and 0 <= rev <= _REV_MAX:
+            return Pair(key, value, rev, None)
+    return _decode_carefully(fields, f"{source}, line {line_number}")

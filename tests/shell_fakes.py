@@ -206,7 +206,13 @@ class FakeClient:
         return {"name": name or "2026-01-01T00-00-00", "keys": len(self.cells)}
 
     async def restore(
-        self, name: str, *, mode: str = "merge", prefix: bytes | None = None, dry_run: bool = False, progress: Any = None
+        self,
+        name: str,
+        *,
+        mode: str = "merge",
+        prefix: bytes | None = None,
+        dry_run: bool = False,
+        progress: Any = None,
     ) -> dict[str, Any]:
         await self._enter()
         return {"name": name, "mode": mode, "prefix": prefix or b"", "dry_run": dry_run}

@@ -317,16 +317,9 @@ def _nothing(usage: str) -> Checker:
     return check
 
 
-def check_backup_name(name: str) -> str:
-    """A backup's name is one directory name. Raises RequestError."""
-    if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
-        raise _refuse(f"{name!r} is not a name for a backup: one directory name, not starting with a dot")
-    return name
-
-
 def _backup(m: Message) -> tuple[str | None]:  # name, None = made from the time
     _arity(m, 0, 1, "backup {name}")
-    return (check_backup_name(_name(m[2], "the backup's name")) if len(m) == 3 and m[2] is not None else None,)
+    return (_name(m[2], "the backup's name") if len(m) == 3 and m[2] is not None else None,)
 
 
 _RESTORE_OPTIONS = frozenset({b"mode", b"prefix", b"dry_run"})
@@ -338,7 +331,7 @@ def _restore(m: Message) -> tuple[str, str, bytes, bool]:  # name, mode, prefix 
     mode = _name(options.get(b"mode", b"merge"), "mode")
     if mode not in BACKUP_MODES:
         raise _refuse(f"mode must be merge or replace, not {mode!r}")
-    name = check_backup_name(_name(m[2], "the backup's name"))
+    name = _name(m[2], "the backup's name")
     return name, mode, _bound(options.get(b"prefix"), "prefix") or b"", _boolean(options, b"dry_run")
 
 

@@ -48,6 +48,9 @@ class Session(Sink, Protocol):
     greeted: bool
     name: str
 
+    def progress(self, token: int, progress: dict[str, Any]) -> None:
+        """The request goes on; this is how far it is."""
+
 
 class Administration(Protocol):
     """What the server does for administrative requests; each answers `session` itself."""

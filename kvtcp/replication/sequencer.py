@@ -345,13 +345,16 @@ class Sequencer:
             left = [number for number in left if number not in taken]
         return cover
 
-    def control(self, node: str, item: tuple[Any, ...], sink: Sink, token: Any) -> bool:
-        """Queue a control item (freeze, chain_at) to one node. False if its link is down."""
+    def control(self, node: str, item: tuple[Any, ...], shards: Sequence[int], sink: Sink, token: Any) -> bool:
+        """Queue a control item (freeze, chain_at) to one node. False if its link is down.
+
+        It is answered when everything queued for `shards` before it is committed.
+        """
         link = self.links[node]
         if not link.connected:
             return False
-        multi = MultiRead((), sink, token, lambda numbers: (item, 0), lambda results: results[0])
-        multi.start(1, {})
+        multi = MultiRead(shards, sink, token, lambda numbers: (item, 0), lambda results: results[0])
+        multi.start(1, {number: self.shards[number].last_seq for number in shards})
         multi.movable = False
         self._enqueue(link, item, [PART, multi, multi.attempt, 0], ITEM_OVERHEAD_BYTES)
         return True

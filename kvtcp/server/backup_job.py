@@ -57,7 +57,8 @@ class BackupJob:
             return
         try:
             if self._writer is None:
-                self._writer = NodeFileWriter(OsDisk(), Path(self._request.directory), self._node)
+                shards = [frozen.shard for frozen in self._request.frozen]
+                self._writer = NodeFileWriter(OsDisk(), Path(self._request.directory), self._node, shards)
             end = time.monotonic() + BACKUP_SLICE_MS / 1000
             while time.monotonic() < end:
                 rows = list(islice(self._rows, FREEZE_ROWS // 4))

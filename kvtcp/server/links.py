@@ -1,8 +1,8 @@
 """Links: the coordinator's end of the FIFO connections to the nodes.
 
 I/O shell around Progress. One NodeLink per node keeps one connection: it dials with back-off, says HELLO, hands the
-report to the server, then writes batches and passes results on. The dialling is a task (it is a control path); batches and
-results are moved by callbacks alone.
+report to the server, then writes batches and passes results on. The dialling is a task (it is a control path); batches
+and results are moved by callbacks alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import random
 from typing import TYPE_CHECKING, Any
 
-from kvtcp.constants import BACKOFF_MAX_MS, BACKOFF_MIN_MS, LINK_WRITE_BUFFER_BYTES, RECOVER_WAIT_MS, TICK_MS
+from kvtcp.constants import BACKOFF_MAX_MS, BACKOFF_MIN_MS, LINK_WRITE_BUFFER_BYTES, RECOVER_WAIT_MS
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import BACKUP, BATCH, HELLO, LINK_VERSION, REFUSED, REPORT, RESULTS, STOP
 from kvtcp.replication.progress import LinkError, Progress
@@ -147,13 +147,9 @@ class NodeLink:
         server = self.server
         if progress.outgoing and not connection.write_paused:
             committed = server.sequencer.committed_ordinal(progress)
-            while not connection.write_paused:
-                batch = progress.next_outgoing(server.sequencer.now_ms)
-                if batch is None:
-                    break
+            while (batch := progress.next_outgoing(server.sequencer.now_ms)) is not None:
                 connection.send((BATCH, batch.stamp_ms, committed, batch.items))
-                if batch.bytes > TICK_MS * 1024 or not progress.outgoing:
-                    connection.flush()
+            connection.flush()
 
     def heartbeat(self) -> None:
         """An empty batch on an idle link: the node looks for expired keys, and a dead link is noticed."""

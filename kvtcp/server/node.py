@@ -1,8 +1,8 @@
 """The node's server: an I/O shell around the Replica.
 
-It listens on one port for the coordinator's link. The first frame must be a HELLO with this cluster's secret; after it the
-newest link is the only one, older ones are closed with their unread input. Everything a read of the socket brings is
-applied in one step and answered with one write. While the coordinator does not read, nothing more is applied (the
+It listens on one port for the coordinator's link. The first frame must be a HELLO with this cluster's secret; after it
+the newest link is the only one, older ones are closed with their unread input. Everything a read of the socket brings
+is applied in one step and answered with one write. While the coordinator does not read, nothing more is applied (the
 transport's high-water mark), so memory stays bounded in both directions.
 
 An exception while applying ends the process: a replica that went on after it might differ from the others.

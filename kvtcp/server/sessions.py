@@ -7,8 +7,8 @@ BUFFERED_BYTES_MAX for all clients together; others do not notice. If the total 
 holds most is closed, with the reason in the log.
 
 Simplification: `input_bytes` counts bytes since the last moment at which nothing was outstanding, not per request. A
-client that pipelines without ever letting up is paused once per cap for one round trip, which costs nothing measurable and saves
-bookkeeping on every request.
+client that pipelines without ever letting up is paused once per cap for one round trip, which costs nothing measurable
+and saves bookkeeping on every request.
 """
 
 from __future__ import annotations
