@@ -79,8 +79,9 @@ class LineReader:
         """The last line, if the file does not end with a newline. Raises DataError for gzip data that ends early."""
         if self._inflater is not None and not self._inflater.eof:
             raise DataError(f"{self._source}: the gzip data ends early, after {self._lines} lines")
-        last = self._head + b"".join(self._partial)
-        return [last] if last else []
+        lines = self._split(self._head)  # a file of a single byte
+        last = b"".join(self._partial)
+        return [*lines, last] if last else lines
 
     def _inflate(self, block: bytes) -> Iterator[bytes]:
         while block:
@@ -120,31 +121,30 @@ class ChunkBuilder:
         self._source = source
         self._items: dict[bytes, Item] = {}  # the chunk that is being filled
         self._bytes = 0  # length of its lines
-        self._lines = 0  # its lines
+        self._first = 0  # lines before its first one
         self.lines = 0  # lines decoded so far, over all chunks
 
     def add(self, lines: Sequence[bytes]) -> Iterator[Chunk]:
         """The chunks that `lines` complete. Raises DataError that names the line; `rest` then has what came before."""
         source, items, number, size = self._source, self._items, self.lines, self._bytes
         try:
-            # One iteration is one record: names are local and nothing is called but the decoder.
+            # One iteration is one record: names are local, and besides the decoder nothing is called.
             for line in lines:
                 key, value, _, ttl_ms = decode_pair(line, source, number + 1)
                 items[key] = (key, value, None if ttl_ms is None else ttl_ms / 1000)
                 number += 1
                 size += len(line)
                 if len(items) >= IMPORT_CHUNK_RECORDS or size >= IMPORT_CHUNK_BYTES:
-                    self.lines, self._bytes = number, size
+                    self.lines = number
                     yield self.rest()
                     items, size = self._items, 0
         finally:
-            self._lines += number - self.lines
             self.lines, self._bytes = number, size
 
     def rest(self) -> Chunk:
         """The chunk as far as it is filled; the next one is begun."""
-        chunk = Chunk(self._items, self._lines)
-        self._items, self._bytes, self._lines = {}, 0, 0
+        chunk = Chunk(self._items, self.lines - self._first)
+        self._items, self._bytes, self._first = {}, 0, self.lines
         return chunk
 
 
@@ -326,13 +326,19 @@ async def _send_all(source: _Source, sender: Sender, bar: ProgressBar) -> int:
             source.show(bar, sender.written)
         for chunk in builder.add(reader.finish()):
             await sender.send(chunk)
-    finally:
-        # also when a line is bad: what came before it is written, so that the line tells where to go on
-        last = builder.rest()
-        if last.items:
-            await sender.send(last)
-        await sender.drain()
+    except DataError:
+        # what came before the bad line is written, so that the line tells where to go on
+        await _send_last(builder, sender)
+        raise
+    await _send_last(builder, sender)
     return builder.lines
+
+
+async def _send_last(builder: ChunkBuilder, sender: Sender) -> None:
+    chunk = builder.rest()
+    if chunk.items:
+        await sender.send(chunk)
+    await sender.drain()
 
 
 async def export_file(context: Context, path: str) -> int:
