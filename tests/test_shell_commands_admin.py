@@ -29,7 +29,8 @@ GOLDEN: list[tuple[list[str], str]] = [
     ),
     (
         ["status", "-o", "table"],
-        "version           0.1.0\nkeys              0\nready             yes\nmemory.rss_bytes  7\nmemory.peak       -\n",
+        "version           0.1.0\nkeys              0\nready             yes\n"
+        "memory.rss_bytes  7\nmemory.peak       -\n",
     ),
     (["nodes"], "node\taddress\tup\tlag_ms\nn1\t127.0.0.1:5000\tyes\t0.5\nn2\t127.0.0.1:5001\tno\t-\n"),
     (

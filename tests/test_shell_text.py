@@ -54,7 +54,14 @@ def test_for_people_keeps_lines() -> None:
 
 @pytest.mark.parametrize(
     ("text", "columns", "shown"),
-    [("abc", 3, "abc"), ("abcd", 3, "ab…"), ("字字字", 6, "字字字"), ("字字字", 5, "字字…"), ("字字字", 4, "字…"), ("", 3, "")],
+    [
+        ("abc", 3, "abc"),
+        ("abcd", 3, "ab…"),
+        ("字字字", 6, "字字字"),
+        ("字字字", 5, "字字…"),
+        ("字字字", 4, "字…"),
+        ("", 3, ""),
+    ],
 )
 def test_cut(text: str, columns: int, shown: str) -> None:
     """A text is cut to the columns that it takes, wide characters counted twice."""
