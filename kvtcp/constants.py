@@ -102,8 +102,6 @@ IMPORT_BLOCK_BYTES: Final = 256 * KIB
 IMPORT_CHUNK_RECORDS: Final = 500
 IMPORT_CHUNK_BYTES: Final = 256 * KIB
 IMPORT_CHUNKS_MAX: Final = 8
-# the longest line that can be a pair: JSON writes a control byte as six characters
-JSON_LINE_BYTES_MAX: Final = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB
 
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512

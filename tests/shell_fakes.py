@@ -203,14 +203,14 @@ class FakeClient:
     async def backup(self, name: str | None = None, *, progress: Any = None) -> dict[str, Any]:
         await self._enter()
         if progress is not None:
-            progress({"done": 1, "total": 2})
+            progress({"files_done": 1, "files": 2})
         return {"name": name or "2026-01-01T00-00-00", "keys": len(self.cells)}
 
     async def restore(
         self,
         name: str,
-        *,
         mode: str = "merge",
+        *,
         prefix: bytes | None = None,
         dry_run: bool = False,
         progress: Any = None,

@@ -7,11 +7,12 @@ makes lists of a stream, so that output and requests are written for hundreds of
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 PAGE_ITEMS: Final = 500  # items handled at once: enough to pay for a system call, little enough to be smooth
-Progress = Callable[..., Any]
+Progress = Callable[[dict[str, Any]], None]
+Mode = Literal["merge", "replace"]
 Item = tuple[bytes, bytes, float | None]
 
 
@@ -78,8 +79,8 @@ class Client(Protocol):
     async def restore(
         self,
         name: str,
+        mode: Mode = "merge",
         *,
-        mode: str = "merge",
         prefix: bytes | None = None,
         dry_run: bool = False,
         progress: Progress | None = None,

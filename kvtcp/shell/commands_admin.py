@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from kvtcp.errors import DataError
 from kvtcp.protocol.hashing import shard_of
+from kvtcp.shell.client_api import Mode
 from kvtcp.shell.commands import Arguments, Command
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, UsageError
@@ -85,11 +86,11 @@ async def _restore(context: Context, arguments: Arguments, output: Output) -> Ex
     if not name:
         raise UsageError(f"{arguments.words['DIR'].text()!r} does not name a backup")
     prefix = context.content(arguments.options["prefix"]) if "prefix" in arguments.options else None
-    mode = "replace" if "replace" in arguments.flags else "merge"
+    mode: Mode = "replace" if "replace" in arguments.flags else "merge"
     dry_run = "dry-run" in arguments.flags
     client = await (context.client() if dry_run else context.writer())
     with context.progress_bar("restore") as bar:
-        answer = await client.restore(name, mode=mode, prefix=prefix, dry_run=dry_run, progress=bar.report)
+        answer = await client.restore(name, mode, prefix=prefix, dry_run=dry_run, progress=bar.report)
     output.record(_record_of(answer))
     return Exit.OK
 
