@@ -96,6 +96,14 @@ BACKOFF_RESET_MS: Final = 10_000
 ORPHAN_MS: Final = 60_000
 STOP_MS: Final = 10_000
 
+# --- import ---------------------------------------------------------------------------------------
+# one read of a file, and what a decompressor may return at once
+IMPORT_BLOCK_BYTES: Final = 256 * KIB
+# one put_many of an import ends at whichever comes first; so many may be on their way
+IMPORT_CHUNK_RECORDS: Final = 500
+IMPORT_CHUNK_BYTES: Final = 256 * KIB
+IMPORT_CHUNKS_MAX: Final = 8
+
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
 INNER_CHILDREN_MAX: Final = 64
@@ -120,6 +128,8 @@ BACKUP_NAME_CHARS_MAX: Final = 100
 # Relations. They are checked at import, so that a changed number cannot break a promise in silence.
 assert KEY_BYTES_MAX + VALUE_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "the largest put fits in one frame"
 assert MULTI_BYTES_MAX <= FRAME_BYTES_MAX, "an m-request arrives in one frame"
+assert IMPORT_CHUNK_RECORDS <= MULTI_KEYS_MAX, "a chunk of an import is one request"
+assert IMPORT_CHUNK_BYTES + JSON_LINE_BYTES_MAX // 6 < MULTI_BYTES_MAX, "a full chunk takes one more large pair"
 assert MULTI_KEYS_MAX * 2 < ARRAY_ITEMS_MAX, "keys and values of one m-request fit the decoder's array limit"
 assert MULTI_KEYS_MAX * 10 < MESSAGE_CONTAINERS_MAX, "an m-request has one array for every key"
 assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < READ_CHUNK_BYTES_MAX < FRAME_BYTES_MAX, (
