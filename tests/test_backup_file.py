@@ -72,6 +72,11 @@ def test_large_values_are_written_in_pieces(tmp_path: Path) -> None:
     writer.finish()
     writes = [call for call in disk.calls if call[0] == "write"]
     assert 2 < len(writes) <= writer.path.stat().st_size // BACKUP_WRITE_BYTES + 1
+    disk = FaultyDisk()
+    writer = NodeFileWriter(disk, tmp_path, "n1", range(SHARDS))
+    writer.write_rows(rows_of(20, value_bytes=BACKUP_WRITE_BYTES))
+    writer.finish()
+    assert len([call for call in disk.calls if call[0] == "write"]) == 20
 
 
 def test_shards_without_pairs_are_reported(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_directories(tmp_path: Path) -> None:
     assert OS_DISK.list(tmp_path) == ["a"]
 
 
+def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory above each new directory is synced, and nothing when there is nothing new."""
+    synced: list[str] = []
+    monkeypatch.setattr("kvtcp.storage.files.os.fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    OS_DISK.make_directory(tmp_path / "a" / "b")
+    assert synced == [str(tmp_path), str(tmp_path / "a")]
+    OS_DISK.make_directory(tmp_path / "a" / "b")
+    assert len(synced) == 2
+
+
 def test_a_file_in_the_place_of_a_directory_is_an_error(tmp_path: Path) -> None:
     """make_directory does not take a file for a directory."""
     (tmp_path / "f").write_bytes(b"")

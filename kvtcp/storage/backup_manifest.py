@@ -199,8 +199,7 @@ def _lines_of(rows: Sequence[object], indent: str) -> str:
 
 
 def _check_seal(text: str, seal: str, source: str) -> None:
-    unsealed = text.replace(seal, _NO_SEAL, 1) if text.count(seal) == 1 else ""
-    found = hashlib.sha256(unsealed.encode("utf-8", "surrogatepass")).hexdigest()
+    found = hashlib.sha256(text.replace(seal, _NO_SEAL).encode("utf-8", "surrogatepass")).hexdigest()
     if found != seal:
         raise DataError(f'{source}: the manifest was changed: its sha256 is {found}, "manifest_sha256" is {seal}')
 
