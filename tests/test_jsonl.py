@@ -82,7 +82,7 @@ BAD_LINES = [
     ("\n", "not JSON: Expecting value"),
     ('{"key": "a", "value": "b"', "not JSON: Expecting ',' delimiter at column 26"),
     ('{"key": "a", "value": "b"} x', "not JSON: Extra data at column 28"),
-    ('{"key": "a", "value": "b\tc"}', "not JSON: Invalid control character at"),
+    ('{"key": "a", "value": "b\tc"}', "not JSON: Invalid control character at column 25"),
     ('["key", "value"]', "not a JSON object"),
     ('"key"', "not a JSON object"),
     ("7", "not a JSON object"),

@@ -134,7 +134,8 @@ class Manifest:
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            raise DataError(f"{source}, line {error.lineno}: not JSON: {what}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{source}: not JSON that can be read: {error}") from error
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
