@@ -17,8 +17,9 @@ KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
 MAP_ITEMS_MAX: Final = 65_536
-# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory
-MESSAGE_CONTAINERS_MAX: Final = 65_536
+# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory; the most that
+# is sent are the cells of several full m-reads in one frame of a node's results
+MESSAGE_CONTAINERS_MAX: Final = 262_144
 # larger reads of a socket are fed to the decoder in pieces: it bounds the buffer that a connection keeps
 READ_CHUNK_BYTES_MAX: Final = 64 * KIB
 # bodies up to this size are decoded straight from the stream, larger ones are first checked for completeness
@@ -95,6 +96,14 @@ BACKOFF_RESET_MS: Final = 10_000
 ORPHAN_MS: Final = 60_000
 STOP_MS: Final = 10_000
 
+# --- import ---------------------------------------------------------------------------------------
+# one read of a file, and what a decompressor may return at once
+IMPORT_BLOCK_BYTES: Final = 256 * KIB
+# one put_many of an import ends at whichever comes first; so many may be on their way
+IMPORT_CHUNK_RECORDS: Final = 500
+IMPORT_CHUNK_BYTES: Final = 256 * KIB
+IMPORT_CHUNKS_MAX: Final = 8
+
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
 INNER_CHILDREN_MAX: Final = 64
@@ -119,8 +128,10 @@ BACKUP_NAME_CHARS_MAX: Final = 100
 # Relations. They are checked at import, so that a changed number cannot break a promise in silence.
 assert KEY_BYTES_MAX + VALUE_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "the largest put fits in one frame"
 assert MULTI_BYTES_MAX <= FRAME_BYTES_MAX, "an m-request arrives in one frame"
+assert IMPORT_CHUNK_RECORDS <= MULTI_KEYS_MAX, "a chunk of an import is one request"
+assert IMPORT_CHUNK_BYTES + JSON_LINE_BYTES_MAX // 6 < MULTI_BYTES_MAX, "a full chunk takes one more large pair"
 assert MULTI_KEYS_MAX * 2 < ARRAY_ITEMS_MAX, "keys and values of one m-request fit the decoder's array limit"
-assert MULTI_KEYS_MAX + 16 < MESSAGE_CONTAINERS_MAX, "an mput has one array for every key"
+assert MULTI_KEYS_MAX * 10 < MESSAGE_CONTAINERS_MAX, "an m-request has one array for every key"
 assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < READ_CHUNK_BYTES_MAX < FRAME_BYTES_MAX, (
     "a body decoded from the stream is small in every respect"
 )
