@@ -17,8 +17,8 @@ KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
 MAP_ITEMS_MAX: Final = 65_536
-# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory; the most that is
-# sent are the cells of several full m-reads in one frame of a node's results
+# containers (arrays and maps) of one message; an empty one is a byte on the wire and 80 bytes of memory. The most that
+# are sent are the cells of several full m-reads in one frame of a node's results
 MESSAGE_CONTAINERS_MAX: Final = 262_144
 # larger reads of a socket are fed to the decoder in pieces: it bounds the buffer that a connection keeps
 READ_CHUNK_BYTES_MAX: Final = 64 * KIB
