@@ -44,6 +44,7 @@ class Code(IntEnum):
     RECOVERING = 33
     SHARD_DOWN = 34
     RESTORING = 35
+    UNREACHABLE = 36  # made by clients, never sent: no connection, or no answer to a read, within the timeout
 
     UNKNOWN = 40
 
@@ -131,6 +132,7 @@ CLASS_OF: dict[Code, type[KvtcpError]] = {
     Code.RECOVERING: Unavailable,
     Code.SHARD_DOWN: Unavailable,
     Code.RESTORING: Unavailable,
+    Code.UNREACHABLE: Unavailable,
     Code.UNKNOWN: OutcomeUnknown,
     Code.BAD_DATA: DataError,
 }

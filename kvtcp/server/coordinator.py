@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -97,9 +98,9 @@ class CoordinatorServer:
         if not task.cancelled() and task.exception() is not None and not self.failed.done():
             self.failed.set_exception(task.exception() or RuntimeError("a core task ended"))
 
-    async def listen(self, host: str, port: int) -> None:
-        """Accept clients. Raises OSError if the port is taken."""
-        self._server = await self.loop.create_server(lambda: ClientSession(self), host, port, backlog=1024)
+    async def listen(self, bound: socket.socket) -> None:
+        """Accept clients on this bound socket."""
+        self._server = await self.loop.create_server(lambda: ClientSession(self), sock=bound, backlog=1024)
         self.address = self._server.sockets[0].getsockname()[:2]
 
     async def close(self) -> None:

@@ -93,6 +93,7 @@ class NodeLink:
         self.number = 0  # of the last HELLO; only grows
         self.refused_at = 0  # epoch that a node which refused has promised
         self.report: dict[bytes, Any] = {}  # the last one
+        self.closing = False  # the server stops: a lost connection is no event
         self.bad = ""  # why the node may not serve though it answers, for people
 
     async def run(self) -> None:
@@ -111,6 +112,7 @@ class NodeLink:
                 await asyncio.sleep(backoff_ms / 1000 * random.uniform(0.5, 1.0))
                 backoff_ms = min(backoff_ms * 2, BACKOFF_MAX_MS // 10)
             except asyncio.CancelledError:
+                self.close()
                 connection.close()
                 raise
 
@@ -161,7 +163,10 @@ class NodeLink:
     def connection_lost(self, reason: str) -> None:
         """The live connection is gone."""
         self.connection = None
+        if self.closing:
+            return
         log.warning("event=link-down node=%s reason=%s", self.node, reason)
+        self.server.backups.node_lost(self.node)
         self.server.begin()
         self.server.sequencer.link_down(self.node, f"connection lost: {reason}")
 
@@ -172,6 +177,7 @@ class NodeLink:
             self.connection.flush()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection for good."""
+        self.closing = True
         if self.connection is not None:
             self.connection.close()

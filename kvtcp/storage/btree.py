@@ -145,6 +145,13 @@ class BTree:
         if path and len(keys) < self._leaf_keys_max // 4:
             self._rebalance(path)
 
+    def settle(self) -> None:
+        """Sort the tails of all leaves in, as reading all of them would."""
+        leaf: Leaf | None = self._head
+        while leaf is not None:
+            leaf.settle()
+            leaf = leaf.following
+
     def _insert_below(self, node: Inner, batch: list[bytes]) -> Siblings:
         """Spread an ascending batch over the children of `node`; returns the right neighbours it was split into.
 

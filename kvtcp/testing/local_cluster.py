@@ -11,6 +11,7 @@ memory; only the process boundary is missing. Everything is ready when `start` r
 from __future__ import annotations
 
 import secrets
+import socket
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +79,9 @@ class LocalCluster:
         )
         self._coordinator.start_links()
         await self._coordinator.ready.wait()
-        await self._coordinator.listen(HOST_DEFAULT, 0)
+        bound = socket.socket()
+        bound.bind((HOST_DEFAULT, 0))
+        await self._coordinator.listen(bound)
         return self
 
     async def close(self) -> None:
