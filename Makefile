@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint types unit bench clean
+.PHONY: run test lint types unit fuzz bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -25,6 +25,10 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest -q
+
+# FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
 
 bench: $(READY)
 	$(BIN)/python bench/run_bench.py

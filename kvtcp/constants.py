@@ -17,8 +17,12 @@ KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
 MAP_ITEMS_MAX: Final = 65_536
-# what one read of a socket may bring; larger reads are fed to the decoder in pieces
-READ_CHUNK_BYTES_MAX: Final = 1 * MIB
+# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory
+MESSAGE_CONTAINERS_MAX: Final = 65_536
+# larger reads of a socket are fed to the decoder in pieces: it bounds the buffer that a connection keeps
+READ_CHUNK_BYTES_MAX: Final = 64 * KIB
+# bodies up to this size are decoded straight from the stream, larger ones are first checked for completeness
+STREAMED_BODY_BYTES_MAX: Final = 2 * KIB
 MULTI_KEYS_MAX: Final = 10_000
 MULTI_BYTES_MAX: Final = 16 * MIB
 PAGE_ITEMS_MAX: Final = 1_000
@@ -61,9 +65,30 @@ CLIENT_INPUT_BYTES_MAX: Final = 16 * MIB
 BUFFERED_BYTES_MAX: Final = 256 * MIB
 LINK_WRITE_BUFFER_BYTES: Final = 8 * MIB
 CLIENT_CONNECTIONS_MAX: Final = 10_000
+# requests of one client that may be unanswered before its socket is not read any more
+CLIENT_OUTSTANDING_MAX: Final = 16_384
+# a frame that a client began must be complete after this time
+FRAME_WAIT_MS: Final = 30_000
 
 # --- client and supervision ------------------------------------------------------------------------
 CLIENT_TIMEOUT_MS: Final = 2_000
+# how long a backup or a restore may show no progress before its caller gives up
+CLIENT_ADMIN_IDLE_MS: Final = 60_000
+# deadlines of calls are kept in ticks of this length, so a timeout is late by at most one
+CLIENT_TICK_MS: Final = 20
+# nothing heard for so long while a call ran out of time: the connection is given up
+CLIENT_SILENCE_MS: Final = 5_000
+# pauses before a call is repeated and before a connection is tried again; each is drawn from 0 to the bound
+CLIENT_BACKOFF_MIN_MS: Final = 10
+CLIENT_BACKOFF_MAX_MS: Final = 500
+CLIENT_CLOSE_MS: Final = 1_000
+# bytes of requests of one client without an answer; one more request than fits is let through
+CLIENT_OUTSTANDING_BYTES_MAX: Final = 8 * MIB
+CLIENT_WRITE_BUFFER_BYTES: Final = 1 * MIB
+# one request of put_many, get_many and delete_many, and how many of them are under way at once
+CLIENT_CHUNK_BYTES: Final = 1 * MIB
+CLIENT_CHUNK_KEYS_MAX: Final = 1_000
+CLIENT_CHUNKS_MAX: Final = 8
 BACKOFF_MIN_MS: Final = 100
 BACKOFF_MAX_MS: Final = 5_000
 BACKOFF_RESET_MS: Final = 10_000
@@ -72,7 +97,14 @@ STOP_MS: Final = 10_000
 
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
+INNER_CHILDREN_MAX: Final = 64
+# new keys of a shard that wait, unsorted, for their merge into the tree
+FRESH_KEYS_MAX: Final = 1_024
+# dictionaries that share the cells of a shard, so that none grows by more than a few ms at once; prime
+HASH_PARTS: Final = 31
 FREEZE_ROWS: Final = 256
+# rows that a merge of frozen shards takes from one of them at a time: all of them at once stay below a slice
+MERGE_ROWS: Final = 32
 BACKUP_SLICE_MS: Final = 2
 
 # --- files ---------------------------------------------------------------------------------------
@@ -88,6 +120,10 @@ BACKUP_NAME_CHARS_MAX: Final = 100
 assert KEY_BYTES_MAX + VALUE_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "the largest put fits in one frame"
 assert MULTI_BYTES_MAX <= FRAME_BYTES_MAX, "an m-request arrives in one frame"
 assert MULTI_KEYS_MAX * 2 < ARRAY_ITEMS_MAX, "keys and values of one m-request fit the decoder's array limit"
+assert MULTI_KEYS_MAX + 16 < MESSAGE_CONTAINERS_MAX, "an mput has one array for every key"
+assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < READ_CHUNK_BYTES_MAX < FRAME_BYTES_MAX, (
+    "a body decoded from the stream is small in every respect"
+)
 assert PAGE_ITEMS_MAX < ARRAY_ITEMS_MAX and WINDOW_ITEMS_MAX < ARRAY_ITEMS_MAX, "pages and batches fit the decoder"
 assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "one large item fits a batch"
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
@@ -96,6 +132,11 @@ assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noti
 assert READ_RETRY_MS < WRITE_WAIT_MS < CLIENT_TIMEOUT_MS, "a client learns the cluster's answer before it gives up"
 assert CLIENT_OUTPUT_BYTES_MAX < CLIENT_INPUT_BYTES_MAX < BUFFERED_BYTES_MAX, "one client cannot use up the total"
 assert FRAME_BYTES_MAX <= CLIENT_INPUT_BYTES_MAX, "one whole frame may be buffered for a client"
+assert CLIENT_TICK_MS < CLIENT_TIMEOUT_MS < CLIENT_SILENCE_MS < CLIENT_ADMIN_IDLE_MS, "silence outlasts a slow call"
+assert CLIENT_BACKOFF_MIN_MS < CLIENT_BACKOFF_MAX_MS < CLIENT_TIMEOUT_MS, "a call is tried several times"
+assert CLIENT_CHUNK_KEYS_MAX <= MULTI_KEYS_MAX, "a chunk is one m-request"
+assert CLIENT_CHUNK_BYTES + VALUE_BYTES_MAX + KEY_BYTES_MAX < MULTI_BYTES_MAX, "a chunk with one large value fits"
+assert CLIENT_CHUNKS_MAX * CLIENT_CHUNK_BYTES <= CLIENT_OUTSTANDING_BYTES_MAX, "the chunks under way fit the bound"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
 assert BACKUP_NAME_CHARS_MAX + 20 < NAME_BYTES_MAX, "the temporary directory of a backup has a legal name too"

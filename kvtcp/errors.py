@@ -44,6 +44,7 @@ class Code(IntEnum):
     RECOVERING = 33
     SHARD_DOWN = 34
     RESTORING = 35
+    UNREACHABLE = 36  # made by clients, never sent: no connection, or no answer to a read, within the timeout
 
     UNKNOWN = 40
 
@@ -131,6 +132,7 @@ CLASS_OF: dict[Code, type[KvtcpError]] = {
     Code.RECOVERING: Unavailable,
     Code.SHARD_DOWN: Unavailable,
     Code.RESTORING: Unavailable,
+    Code.UNREACHABLE: Unavailable,
     Code.UNKNOWN: OutcomeUnknown,
     Code.BAD_DATA: DataError,
 }
@@ -138,7 +140,7 @@ assert set(CLASS_OF) == set(Code) - {Code.OK, Code.PROGRESS}, "every error code 
 
 
 def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
-    """The exception for an error reply. Unknown codes (of a newer server) become the base class, never a wrong promise."""
+    """The exception for an error reply. A code of a newer server becomes OutcomeUnknown: never a wrong promise."""
     text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
     fields: Details = {}
     if isinstance(details, dict):
@@ -146,7 +148,7 @@ def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
     try:
         known = Code(code)
     except ValueError:
-        return OutcomeUnknown(f"the server answered code {code}, which this client does not know: {text}", details=fields)
+        return OutcomeUnknown(f"the server answered code {code}, unknown to this client: {text}", details=fields)
     return CLASS_OF[known](text, known, fields)
 
 

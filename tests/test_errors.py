@@ -12,7 +12,7 @@ def test_every_code_keeps_its_number() -> None:
         "BAD_REQUEST": 10, "TOO_LARGE": 11, "NOT_A_NUMBER": 12, "RANGE": 13, "UNKNOWN_OP": 14, "VERSION": 15,
         "EXISTS": 20, "MISMATCH": 21,
         "OVERLOADED": 30, "NOT_ENOUGH_REPLICAS": 31, "NO_SPACE": 32, "RECOVERING": 33, "SHARD_DOWN": 34,
-        "RESTORING": 35, "UNKNOWN": 40, "BAD_DATA": 50,
+        "RESTORING": 35, "UNREACHABLE": 36, "UNKNOWN": 40, "BAD_DATA": 50,
     }  # fmt: skip
 
 
@@ -34,7 +34,12 @@ def test_unknown_code_promises_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("data", "text"),
-    [(b"user:1", '"user:1"'), (b"\x00a", '"\\x00a"'), ("Zoë".encode(), '"Zoë"'), (b"x" * 50, '"' + "x" * 40 + '"... (50 bytes)')],
+    [
+        (b"user:1", '"user:1"'),
+        (b"\x00a", '"\\x00a"'),
+        ("Zoë".encode(), '"Zoë"'),
+        (b"x" * 50, '"' + "x" * 40 + '"... (50 bytes)'),
+    ],
 )
 def test_show_bytes(data: bytes, text: str) -> None:
     """Keys in sentences are readable, escaped and short."""

@@ -1,10 +1,9 @@
 """Which shard a key belongs to.
 
-Pure. `shard = CRC-16/XMODEM(key) mod shards`. If the key contains `{` and later `}` with at least one byte between
-them, only the bytes between the first `{` and the next `}` after it are hashed, so related keys can be kept together:
-`{user:1}:name` and `{user:1}:mail` are in one shard. `binascii.crc_hqx(data, 0)` is that CRC, in C.
-
-The function is part of the formats: backups are checked with it and clients may compute it. It never changes.
+Pure. CRC-16/XMODEM of the key modulo the number of shards, the CRC of Redis Cluster's slots (`binascii.crc_hqx` is
+that CRC in C). If the key contains a `{` followed later by a `}` with at least one byte between, only the bytes between
+the first such `{` and the next `}` are hashed, so that keys with the same tag stay together in one shard. Client,
+shell, coordinator and backup files all use this one function: it can never change for an existing cluster.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from binascii import crc_hqx
 
 
 def shard_of(key: bytes, shards: int) -> int:
-    """The shard of `key` in a cluster of `shards` shards: 0 to `shards` - 1."""
-    start = key.find(b"{")
-    if start >= 0:
-        end = key.find(b"}", start + 1)
-        if end > start + 1:
-            return crc_hqx(key[start + 1 : end], 0) % shards
+    """The shard of `key`, 0 <= shard < `shards`."""
+    if b"{" in key:
+        start = key.find(b"{") + 1
+        end = key.find(b"}", start)
+        if end > start:
+            key = key[start:end]
     return crc_hqx(key, 0) % shards

@@ -1,8 +1,9 @@
 """The message table: every request a client may send, checked and normalized before anything acts on it.
 
 Pure. A request is `[id, op, ...args]`; `REQUESTS[op](message)` returns its arguments as one tuple, in the order and
-with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the limit. `id` is
-checked by `request_id`: without it there is nobody to answer, so its error closes the connection.
+with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the
+limit. `parse_request(message)` does the same for an operation that may be unknown. `id` is checked by `request_id`:
+without it there is nobody to answer, so its error closes the connection.
 
 Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the last), `[id, code, message, details]`.
 `docs/protocol.md` shows the whole table with results and errors for people who write a client.
@@ -52,6 +53,22 @@ def prefix_bounds(prefix: bytes) -> tuple[bytes, bytes | None]:
 # --- single arguments -------------------------------------------------------------------------------
 
 
+_KINDS: Final[dict[type, str]] = {
+    type(None): "nil",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a float",
+    bytes: "bytes",
+    list: "an array",
+    dict: "a map",
+}
+
+
+def _kind(value: object) -> str:
+    """The type of a decoded value in the words of the wire, for people who write clients in other languages."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
 def _refuse(text: str, **details: Any) -> RequestError:
     return RequestError(text, Code.BAD_REQUEST, details)
 
@@ -59,7 +76,7 @@ def _refuse(text: str, **details: Any) -> RequestError:
 def check_key(key: object) -> bytes:
     """A key: 1..KEY_BYTES_MAX bytes."""
     if type(key) is not bytes:
-        raise _refuse(f"a key must be bytes or text, not {type(key).__name__}")
+        raise _refuse(f"a key must be bytes or text, not {_kind(key)}")
     if 1 <= len(key) <= KEY_BYTES_MAX:
         return key
     if not key:
@@ -74,7 +91,7 @@ def check_key(key: object) -> bytes:
 def check_value(value: object, key: bytes) -> bytes:
     """A value: 0..VALUE_BYTES_MAX bytes."""
     if type(value) is not bytes:
-        raise _refuse(f"the value of {show_bytes(key)} must be bytes or text, not {type(value).__name__}")
+        raise _refuse(f"the value of {show_bytes(key)} must be bytes or text, not {_kind(value)}")
     if len(value) > VALUE_BYTES_MAX:
         raise RequestError(
             f"the value of {show_bytes(key)} has {len(value)} bytes, the limit is {VALUE_BYTES_MAX}",
@@ -94,7 +111,7 @@ def _options(message: Message, index: int, names: frozenset[bytes]) -> Mapping[b
         return {}
     options = message[index]
     if type(options) is not dict:
-        raise _refuse(f"the options must be a map, not {type(options).__name__}")
+        raise _refuse(f"the options must be a map, not {_kind(options)}")
     for name in options:
         if name not in names:
             known = ", ".join(sorted(n.decode() for n in names))
@@ -104,7 +121,7 @@ def _options(message: Message, index: int, names: frozenset[bytes]) -> Mapping[b
 
 def _integer(number: object, name: str, low: int, high: int) -> int:
     if type(number) is not int:
-        raise _refuse(f"{name} must be an integer, not {type(number).__name__}")
+        raise _refuse(f"{name} must be an integer, not {_kind(number)}")
     if not low <= number <= high:
         raise _refuse(f"{name} must be from {low} to {high}, not {number}", **{name: number})
     return number
@@ -126,7 +143,7 @@ def _bound(bound: object, name: str) -> bytes | None:
     if bound is None:
         return None
     if type(bound) is not bytes:
-        raise _refuse(f"{name} must be bytes, text or nil, not {type(bound).__name__}")
+        raise _refuse(f"{name} must be bytes, text or nil, not {_kind(bound)}")
     if len(bound) > KEY_BYTES_MAX + 1:  # one more: the smallest key above a longest key
         raise RequestError(f"{name} is over the limit of {KEY_BYTES_MAX + 1} bytes", Code.TOO_LARGE)
     return bound
@@ -317,16 +334,9 @@ def _nothing(usage: str) -> Checker:
     return check
 
 
-def check_backup_name(name: str) -> str:
-    """A backup's name is one directory name. Raises RequestError."""
-    if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
-        raise _refuse(f"{name!r} is not a name for a backup: one directory name, not starting with a dot")
-    return name
-
-
 def _backup(m: Message) -> tuple[str | None]:  # name, None = made from the time
     _arity(m, 0, 1, "backup {name}")
-    return (check_backup_name(_name(m[2], "the backup's name")) if len(m) == 3 and m[2] is not None else None,)
+    return (_name(m[2], "the backup's name") if len(m) == 3 and m[2] is not None else None,)
 
 
 _RESTORE_OPTIONS = frozenset({b"mode", b"prefix", b"dry_run"})
@@ -338,7 +348,7 @@ def _restore(m: Message) -> tuple[str, str, bytes, bool]:  # name, mode, prefix 
     mode = _name(options.get(b"mode", b"merge"), "mode")
     if mode not in BACKUP_MODES:
         raise _refuse(f"mode must be merge or replace, not {mode!r}")
-    name = check_backup_name(_name(m[2], "the backup's name"))
+    name = _name(m[2], "the backup's name")
     return name, mode, _bound(options.get(b"prefix"), "prefix") or b"", _boolean(options, b"dry_run")
 
 
@@ -366,3 +376,13 @@ REQUESTS: Final[dict[bytes, Checker]] = {
     b"restore": _restore,
 }
 WRITES: Final = frozenset({b"put", b"add", b"delete", b"cas", b"incr", b"mput", b"mdelete", b"expire", b"persist"})
+
+
+def parse_request(message: Message) -> tuple[bytes, tuple[Any, ...]]:
+    """Operation and checked arguments of a message that has an id. Raises RequestError, UNKNOWN_OP among them."""
+    op = message[1]
+    checker = REQUESTS.get(op) if type(op) is bytes else None
+    if checker is None:
+        shown = show_bytes(op) if type(op) is bytes else _kind(op)
+        raise RequestError(f"unknown operation {shown}", Code.UNKNOWN_OP)
+    return op, checker(message)

@@ -42,7 +42,8 @@ EXISTS: Final = 65  # [rev] or nil
 TTL: Final = 66  # [rev, ttl_ms or nil] or nil
 # reads over shards of one node
 COUNT: Final = 67  # [op, shards, lower, upper] -> integer
-PAGE: Final = 68  # [op, shards, lower, upper, limit, reverse, keys_only] -> [rows, more]; row = [key, value, rev, ttl_ms]
+# [op, shards, lower, upper, limit, reverse, keys_only] -> [rows, more]; row = [key, value or nil, rev, ttl_ms or nil]
+PAGE: Final = 68
 MGET: Final = 69  # [op, [[shard, key], ...]] -> [cell or nil, ...] as GET
 # control items, also in the link's order
 FREEZE: Final = 80  # [op, shards, backup name, directory] -> nil; the file is reported by a BACKUP frame later

@@ -1,0 +1,370 @@
+"""The `btree` suite: the ordered index of a shard against a plain dict and two libraries of ordered maps.
+
+`run` returns a list of results and prints nothing; a result is a dict:
+
+    structure   "kvtcp index" | "kvtcp table" | "BTrees.OOBTree" | "SortedDict" | "dict"
+    workload    "insert" | "get" | "overwrite" | "scan" | "mixed" | "delete" | "longest insert" | "memory"
+    unit        "k/s" (higher is better) | "ms" | "bytes/key" (lower is better)
+    median, min, max, runs      over the runs, in that unit; `runs` is the list of all of them
+
+What is compared. "kvtcp index" is what a table uses: hash index, waiting keys and B+tree together, storing the cell
+(value, revision, deadline) that it builds for every write. "kvtcp table" is the whole state machine: `Table.apply` of a
+put or delete with its packed log entry and chain, `Table.get`, `Table.rows`. The peers store the value alone, each by
+its fastest idiom. dict has no order: it is the floor for single keys, without scan.
+
+    insert      N random 17-byte keys into an empty structure, one call each; every merge and every sort that is left
+                for later is done before the clock stops
+    get, overwrite      the keys in another order, as new objects (as they come from the network: no cached hash)
+    scan        rows (key and value) read by scans of 1,000 from random keys
+    mixed       inserts: 1,000 new keys, then a scan of 100 from a random key, and again
+    delete      a fifth of the keys in random order
+    longest insert      the longest of the N calls of an insert; CPU time of the thread, so that being scheduled away
+                        on a shared machine does not count
+    memory      growth of resident memory per key, without key and value themselves, in a process of its own
+
+Structures take turns in a random order in every run. The cyclic collector runs for all with the thresholds of a node
+(`GC_THRESHOLDS`) after a collect and a freeze, so that containers that live long have their price.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import statistics
+import struct
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from BTrees.OOBTree import OOBTree
+from sortedcontainers import SortedDict
+
+from kvtcp.protocol import operations as op
+from kvtcp.storage.index import Index
+from kvtcp.storage.table import Table
+
+GC_THRESHOLDS = (10_000, 50, 1_000)
+SCAN_ROWS = 1_000
+MIXED_INSERTS = 1_000
+MIXED_SCAN_ROWS = 100
+STAMP_MS = 1_700_000_000_000
+VALUE = b"v" * 16
+
+Result = dict[str, Any]
+
+
+class DictAdapter:
+    """dict, and by inheritance the mappings with the same calls."""
+
+    name = "dict"
+    ordered = False
+
+    def __init__(self) -> None:
+        self.map: Any = {}
+
+    def prepare(self, kind: int, keys: Sequence[bytes]) -> Sequence[Any]:
+        """What `write` and `delete` take: made before the clock starts."""
+        return keys
+
+    def write(self, keys: Iterable[Any]) -> None:
+        target = self.map
+        value = VALUE
+        for key in keys:
+            target[key] = value
+
+    def write_one(self) -> Callable[[Any], None]:
+        target = self.map
+
+        def write(key: bytes) -> None:
+            target[key] = VALUE
+
+        return write
+
+    def finish(self) -> None:
+        """Do what was left for later."""
+
+    def get(self, keys: Iterable[bytes]) -> None:
+        get = self.map.get
+        for key in keys:
+            get(key)
+
+    def delete(self, keys: Iterable[Any]) -> None:
+        target = self.map
+        for key in keys:
+            del target[key]
+
+    def scan(self, lower: bytes, limit: int) -> Sequence[Any]:
+        raise NotImplementedError("a dict has no order")
+
+
+class OOBTreeAdapter(DictAdapter):
+    name = "BTrees.OOBTree"
+    ordered = True
+
+    def __init__(self) -> None:
+        self.map = OOBTree()
+
+    def scan(self, lower: bytes, limit: int) -> Sequence[Any]:
+        return list(islice(self.map.items(lower), limit))
+
+
+class SortedDictAdapter(DictAdapter):
+    name = "SortedDict"
+    ordered = True
+
+    def __init__(self) -> None:
+        self.map = SortedDict()
+
+    def scan(self, lower: bytes, limit: int) -> Sequence[Any]:
+        target = self.map
+        return [(key, target[key]) for key in islice(target.irange(lower), limit)]
+
+
+class IndexAdapter(DictAdapter):
+    name = "kvtcp index"
+    ordered = True
+
+    def __init__(self) -> None:
+        self.index = Index()
+        self.rev = 0
+
+    def write(self, keys: Iterable[Any]) -> None:
+        set_ = self.index.set
+        value = VALUE
+        rev = self.rev
+        for key in keys:
+            rev += 1
+            set_(key, (value, rev, None))
+        self.rev = rev
+
+    def write_one(self) -> Callable[[Any], None]:
+        index = self.index
+
+        def write(key: bytes) -> None:
+            index.set(key, (VALUE, self.rev, None))
+
+        return write
+
+    def finish(self) -> None:
+        self.index.merge()
+        self.index.tree.settle()
+
+    def get(self, keys: Iterable[bytes]) -> None:
+        get = self.index.get
+        for key in keys:
+            get(key)
+
+    def delete(self, keys: Iterable[Any]) -> None:
+        delete = self.index.delete
+        for key in keys:
+            delete(key)
+
+    def scan(self, lower: bytes, limit: int) -> Sequence[Any]:
+        keys = self.index.slice(lower, None, limit)
+        return [(key, cell) for key, cell in zip(keys, self.index.cells_of(keys), strict=True)]
+
+
+class TableAdapter(DictAdapter):
+    name = "kvtcp table"
+    ordered = True
+
+    def __init__(self) -> None:
+        self.table = Table()
+        self.prepared = 0  # number of the last item that was prepared
+
+    def prepare(self, kind: int, keys: Sequence[bytes]) -> Sequence[Any]:
+        value = [VALUE] if kind == op.PUT else []
+        start = self.prepared + 1
+        self.prepared += len(keys)
+        return [[kind, 0, seq, 0, key, *value] for seq, key in enumerate(keys, start)]
+
+    def write(self, keys: Iterable[Any]) -> None:
+        apply = self.table.apply
+        stamp_ms = STAMP_MS
+        for item in keys:
+            apply(item, stamp_ms)
+
+    def write_one(self) -> Callable[[Any], None]:
+        apply = self.table.apply
+
+        def write(item: Any) -> None:
+            apply(item, STAMP_MS)
+
+        return write
+
+    def finish(self) -> None:
+        self.table._index.merge()
+        self.table._index.tree.settle()
+
+    def get(self, keys: Iterable[bytes]) -> None:
+        get = self.table.get
+        stamp_ms = STAMP_MS
+        for key in keys:
+            get(key, stamp_ms)
+
+    def delete(self, keys: Iterable[Any]) -> None:
+        self.write(keys)
+
+    def scan(self, lower: bytes, limit: int) -> Sequence[Any]:
+        return self.table.rows(lower, None, limit, False, STAMP_MS)
+
+
+ADAPTERS: list[type[DictAdapter]] = [DictAdapter, SortedDictAdapter, OOBTreeAdapter, IndexAdapter, TableAdapter]
+
+
+def random_keys(count: int, rng: random.Random) -> list[bytes]:
+    """Distinct keys of 17 bytes in random order."""
+    keys: dict[bytes, None] = {}
+    while len(keys) < count:
+        keys[b"user:%012x" % rng.getrandbits(48)] = None
+    return list(keys)
+
+
+def run(keys: int = 1_000_000, seed: int = 1, runs: int = 3) -> list[Result]:
+    """Run the suite with `keys` keys; see the module's text for the results."""
+    rng = random.Random(seed)
+    figures: dict[tuple[str, str, str], list[float]] = {}
+    thresholds = gc.get_threshold()
+    for _ in range(runs):
+        for adapter in rng.sample(ADAPTERS, len(ADAPTERS)):
+            data = random_keys(keys + max(keys // 5, MIXED_INSERTS), random.Random(rng.random()))
+            gc.set_threshold(*GC_THRESHOLDS)
+            try:
+                for workload, unit, figure in _one_run(adapter, data[:keys], data[keys:], rng):
+                    figures.setdefault((adapter.name, workload, unit), []).append(figure)
+            finally:
+                gc.set_threshold(*thresholds)
+                gc.unfreeze()
+    return [
+        {
+            "structure": structure,
+            "workload": workload,
+            "unit": unit,
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "runs": values,
+        }
+        for (structure, workload, unit), values in figures.items()
+    ]
+
+
+def _one_run(
+    make: type[DictAdapter], keys: list[bytes], new_keys: list[bytes], rng: random.Random
+) -> list[tuple[str, str, float]]:
+    """All workloads on one structure: (workload, unit, figure)."""
+    results: list[tuple[str, str, float]] = [
+        ("memory", "bytes/key", _bytes_per_key(make, keys)),
+        ("longest insert", "ms", _longest_insert_ms(make, keys)),
+    ]
+    target = make()
+
+    def timed(workload: str, count: int, step: Callable[[], None]) -> None:
+        gc.collect()
+        gc.freeze()
+        start = time.perf_counter()
+        step()
+        results.append((workload, "k/s", count / (time.perf_counter() - start) / 1000))
+
+    def copies(count: int) -> list[bytes]:
+        return [bytes(bytearray(key)) for key in rng.sample(keys, count)]
+
+    def insert(items: Sequence[Any]) -> None:
+        target.write(items)
+        target.finish()
+
+    def scan(lowers: Sequence[bytes]) -> None:
+        for lower in lowers:
+            target.scan(lower, SCAN_ROWS)
+
+    def mixed(rounds: Sequence[tuple[Sequence[Any], bytes]]) -> None:
+        for items, lower in rounds:
+            target.write(items)
+            target.scan(lower, MIXED_SCAN_ROWS)
+
+    items = target.prepare(op.PUT, keys)
+    timed("insert", len(keys), lambda: insert(items))
+    sample = copies(len(keys) // 2)
+    timed("get", len(sample), lambda: target.get(sample))
+    items = target.prepare(op.PUT, copies(len(keys) // 2))
+    timed("overwrite", len(items), lambda: target.write(items))
+    if target.ordered:
+        lowers = sorted(keys)[: -SCAN_ROWS or None]
+        lowers = rng.sample(lowers, min(300, len(lowers)))
+        timed("scan", len(lowers) * SCAN_ROWS, lambda: scan(lowers))
+        rounds = [
+            (target.prepare(op.PUT, new_keys[start : start + MIXED_INSERTS]), rng.choice(keys))
+            for start in range(0, len(new_keys), MIXED_INSERTS)
+        ]
+        timed("mixed", len(new_keys), lambda: mixed(rounds))
+    items = target.prepare(op.DELETE, copies(len(keys) // 5))
+    timed("delete", len(items), lambda: target.delete(items))
+    return results
+
+
+def _longest_insert_ms(make: type[DictAdapter], keys: list[bytes]) -> float:
+    target = make()
+    write = target.write_one()
+    items = target.prepare(op.PUT, keys)
+    gc.collect()
+    gc.freeze()
+    clock = time.thread_time
+    longest = 0.0
+    for item in items:
+        start = clock()
+        write(item)
+        spent = clock() - start
+        if spent > longest:
+            longest = spent
+    return longest * 1000
+
+
+def _bytes_per_key(make: type[DictAdapter], keys: list[bytes]) -> float:
+    """Measured in a forked process, so that nothing freed earlier is used again unseen."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        target = make()
+        step = 10_000
+        before = _resident_bytes()
+        for start in range(0, len(keys), step):
+            target.write(target.prepare(op.PUT, keys[start : start + step]))
+        target.finish()
+        os.write(write_end, struct.pack("d", (_resident_bytes() - before) / len(keys)))
+        os._exit(0)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        figure: float = struct.unpack("d", pipe.read())[0]
+    os.waitpid(pid, 0)
+    return figure
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Print the results as a table, one line per workload, one column per structure."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--keys", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    results = run(options.keys, options.seed, options.runs)
+    names = [adapter.name for adapter in ADAPTERS]
+    print(f"{'':26}" + "".join(f"{name:>24}" for name in names))
+    for workload, unit in dict.fromkeys((r["workload"], r["unit"]) for r in results):
+        cells = []
+        for name in names:
+            found = [r for r in results if r["workload"] == workload and r["structure"] == name]
+            text = f"{found[0]['median']:.1f} ({found[0]['min']:.1f}-{found[0]['max']:.1f})" if found else "-"
+            cells.append(f"{text:>24}")
+        print(f"{workload + ', ' + unit:26}" + "".join(cells))
+
+
+if __name__ == "__main__":
+    main()

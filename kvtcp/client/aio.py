@@ -1,0 +1,541 @@
+"""The asynchronous client: `async with kvtcp.connect("kvtcp://127.0.0.1:8000") as kv`.
+
+One object, one connection, any number of concurrent calls: they are pipelined, and those of one tick of the loop
+leave in one write. A client belongs to the loop it was made in. Keys are bytes or text (UTF-8) and always come back as
+bytes; values go through the client's codec (`kvtcp.client.codecs`). Durations are seconds.
+
+Every method that talks to the cluster takes `timeout`, in seconds; None is the client's own. It raises, besides what
+its docstring names:
+
+    RequestError     the request is wrong or over a limit; most are found before anything is sent
+    Unavailable      not executed: refused for a passing reason, or unreachable, until the timeout
+    OutcomeUnknown   a write was sent and its answer did not come; it is never repeated by the client
+    ProtocolError    the other side does not speak this protocol
+    DataError        a stored value is not of the codec's form
+
+Cancelling a call is safe for all others. A cancelled write may or may not have happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from time import monotonic
+from types import TracebackType
+from typing import Any, Final, Generic, Literal, TypeVar, overload
+
+from kvtcp.client import codecs
+from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, backoff_s, decode_tree
+from kvtcp.client.codecs import Codec
+from kvtcp.client.core import READ, WRITE, Kind
+from kvtcp.client.requests import (
+    NEVER,
+    Batch,
+    Entry,
+    Key,
+    PageRequest,
+    conditions,
+    count_request,
+    duration_ms,
+    key_bytes,
+    put_items,
+    request,
+    seconds,
+    ttl_options,
+)
+from kvtcp.client.url import URL_DEFAULT, parse_url
+from kvtcp.constants import CLIENT_ADMIN_IDLE_MS, CLIENT_CHUNKS_MAX, PAGE_ITEMS_MAX
+from kvtcp.errors import DataError, KvtcpError, RequestError, show_bytes
+from kvtcp.protocol.messages import check_value
+
+V = TypeVar("V")
+D = TypeVar("D")
+ADMIN_IDLE_S: Final = CLIENT_ADMIN_IDLE_MS / 1000
+ProgressCallback = Callable[[dict[str, Any]], None]
+Items = Mapping[bytes, V] | Mapping[str, V] | Mapping[Key, V] | Iterable[Sequence[Any]]
+
+
+class AsyncClient(Generic[V]):
+    """A connection to a cluster. Made by `connect`; V is the type of values its codec gives."""
+
+    def __init__(self, channel: Channel, codec: Codec[V]) -> None:
+        self._channel = channel
+        self._codec = codec
+        self._call = channel.call
+
+    async def __aenter__(self) -> AsyncClient[V]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. Calls that still wait end with an error, later ones raise RuntimeError."""
+        await self._channel.close()
+
+    @property
+    def info(self) -> ServerInfo:
+        """What the server said about itself when the connection was made: version, cluster id, shards, limits."""
+        info = self._channel.info
+        assert info is not None, "a client exists only after its first hello"
+        return info
+
+    @property
+    def url(self) -> str:
+        """The address in full."""
+        return self._channel.address.url
+
+    # --- one key --------------------------------------------------------------------------------
+
+    @overload
+    async def get(self, key: Key, default: None = None, *, timeout: float | None = None) -> V | None: ...
+    @overload
+    async def get(self, key: Key, default: D, *, timeout: float | None = None) -> V | D: ...
+    async def get(self, key: Key, default: Any = None, *, timeout: float | None = None) -> Any:
+        """The value of a key, or `default` when there is none."""
+        name = key_bytes(key)
+        cell = await self._call([0, b"get", name], READ, timeout)
+        return default if cell is None else self._decode(name, cell[0])
+
+    async def get_entry(self, key: Key, *, timeout: float | None = None) -> Entry[V] | None:
+        """Value, revision and remaining life of a key, or None."""
+        name = key_bytes(key)
+        cell = await self._call([0, b"get", name], READ, timeout)
+        return None if cell is None else Entry(name, self._decode(name, cell[0]), cell[1], seconds(cell[2]))
+
+    async def put(
+        self,
+        key: Key,
+        value: V | str,
+        *,
+        ttl: float | None = None,
+        keep_ttl: bool = False,
+        timeout: float | None = None,
+    ) -> int:
+        """Store a value, new or in place of another; returns the revision.
+
+        The key lives for `ttl` seconds, without one for ever; `keep_ttl` leaves the deadline it has.
+        """
+        name = key_bytes(key)
+        data = self._encode(name, value)
+        message = [0, b"put", name, data]
+        if ttl is not None or keep_ttl:
+            message = request(b"put", name, data, *ttl_options(ttl, keep_ttl))
+        rev: int = await self._call(message, WRITE, timeout)
+        return rev
+
+    async def add(self, key: Key, value: V | str, *, ttl: float | None = None, timeout: float | None = None) -> int:
+        """Store a value under a key that is not there yet; returns the revision. Raises KeyExists."""
+        name = key_bytes(key)
+        rev: int = await self._call(
+            request(b"add", name, self._encode(name, value), *ttl_options(ttl)), WRITE, timeout
+        )
+        return rev
+
+    async def delete(
+        self, key: Key, *, if_value: V | str | None = None, if_rev: int | None = None, timeout: float | None = None
+    ) -> bool:
+        """Delete a key, with a condition only if its value or revision is this; returns whether it was deleted."""
+        name = key_bytes(key)
+        options = self._condition(name, if_value, if_rev)
+        deleted: bool = await self._call(
+            request(b"delete", name, *([options] if options else [])), WRITE, timeout
+        )
+        return deleted
+
+    async def cas(
+        self,
+        key: Key,
+        value: V | str,
+        *,
+        if_value: V | str | None = None,
+        if_rev: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Replace a value only if the present one, or its revision, is this; returns the new revision.
+
+        Exactly one condition is needed; `if_rev=0` means that the key must be absent. Keeps the deadline. Raises
+        Mismatch, whose `rev` is the present revision.
+        """
+        name = key_bytes(key)
+        message = request(b"cas", name, self._encode(name, value), self._condition(name, if_value, if_rev))
+        rev: int = await self._call(message, WRITE, timeout)
+        return rev
+
+    async def incr(self, key: Key, by: int = 1, *, timeout: float | None = None) -> int:
+        """Add to a counter and return its new value; a missing key counts as 0.
+
+        The value is a signed 64-bit integer in decimal text; RequestError (NOT_A_NUMBER, RANGE) changes nothing.
+        """
+        total: int = await self._call(request(b"incr", key_bytes(key), by), WRITE, timeout)
+        return total
+
+    async def exists(self, key: Key, *, timeout: float | None = None) -> bool:
+        """Whether a key is there."""
+        there: bool = await self._call([0, b"exists", key_bytes(key)], READ, timeout)
+        return there
+
+    async def expire(self, key: Key, ttl: float, *, timeout: float | None = None) -> bool:
+        """Give a key `ttl` more seconds to live; returns whether it is there."""
+        there: bool = await self._call([0, b"expire", key_bytes(key), duration_ms(ttl)], WRITE, timeout)
+        return there
+
+    async def persist(self, key: Key, *, timeout: float | None = None) -> bool:
+        """Take a key's deadline away; returns whether it had one."""
+        had_one: bool = await self._call([0, b"persist", key_bytes(key)], WRITE, timeout)
+        return had_one
+
+    async def ttl(self, key: Key, *, timeout: float | None = None) -> float | None:
+        """Seconds a key has left: `math.inf` without a deadline, None when there is no such key."""
+        ttl_ms: int | None = await self._call([0, b"ttl", key_bytes(key)], READ, timeout)
+        if ttl_ms is None:
+            return None
+        return NEVER if ttl_ms < 0 else ttl_ms / 1000
+
+    # --- ranges ---------------------------------------------------------------------------------
+
+    @overload
+    def scan(
+        self,
+        *,
+        prefix: Key | None = None,
+        start: Key | None = None,
+        end: Key | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: Literal[False] = False,
+        timeout: float | None = None,
+    ) -> AsyncIterator[tuple[bytes, V]]: ...
+    @overload
+    def scan(
+        self,
+        *,
+        prefix: Key | None = None,
+        start: Key | None = None,
+        end: Key | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: Literal[True],
+        timeout: float | None = None,
+    ) -> AsyncIterator[tuple[bytes, None]]: ...
+    def scan(
+        self,
+        *,
+        prefix: Key | None = None,
+        start: Key | None = None,
+        end: Key | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncIterator[tuple[bytes, Any]]:
+        """Pairs in key order (or reversed): `start` inclusive to `end` exclusive, of those only with `prefix`.
+
+        At most `limit` pairs; with `keys_only` each value is None and is not sent. Read in pages as it goes along: a
+        page is one consistent cut, and a key untouched meanwhile appears exactly once. `timeout` is for each page.
+        """
+        return self._items(PageRequest(prefix, start, end, limit, reverse, keys_only), timeout, self.pair)
+
+    def scan_keys(
+        self,
+        *,
+        prefix: Key | None = None,
+        start: Key | None = None,
+        end: Key | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncIterator[bytes]:
+        """As `scan`, keys alone."""
+        return self._items(PageRequest(prefix, start, end, limit, reverse, True), timeout, self._key)
+
+    def scan_entries(
+        self,
+        *,
+        prefix: Key | None = None,
+        start: Key | None = None,
+        end: Key | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Entry[V]]:
+        """As `scan`, with revisions and remaining lives."""
+        return self._items(PageRequest(prefix, start, end, limit, reverse, False), timeout, self.entry)
+
+    def scan_pages(
+        self,
+        *,
+        prefix: Key | None = None,
+        start: Key | None = None,
+        end: Key | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        page_items: int = PAGE_ITEMS_MAX,
+        timeout: float | None = None,
+    ) -> AsyncIterator[list[tuple[bytes, V]]]:
+        """As `scan`, a list per page of at most `page_items` pairs; a page may be shorter, and empty."""
+        return self._pages(PageRequest(prefix, start, end, limit, reverse, False, page_items), timeout)
+
+    async def count(
+        self,
+        *,
+        prefix: Key | None = None,
+        start: Key | None = None,
+        end: Key | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """How many keys there are, in a range or with a prefix."""
+        keys: int = await self._call(count_request(prefix, start, end), READ, timeout)
+        return keys
+
+    # --- many keys ------------------------------------------------------------------------------
+
+    async def put_many(
+        self, items: Items[V], *, ttl: float | None = None, timeout: float | None = None
+    ) -> list[int]:
+        """Store many values: a mapping, pairs, or triples `(key, value, ttl)`; returns their revisions in order.
+
+        Not atomic. Sent in requests of about 1 MiB, several under way at once; `timeout` is for each of them. `ttl` is
+        for items without their own. Raises BatchError when some keys failed (see `BatchError.results`); when all
+        failed for one reason, that error itself.
+        """
+        ttl_ms = None if ttl is None else duration_ms(ttl)
+        rows: list[list[Any]] = []
+        for key, value, own_ttl in put_items(items):
+            name = key_bytes(key)
+            life_ms = ttl_ms if own_ttl is None else duration_ms(own_ttl)
+            row: list[Any] = [name, self._encode(name, value)]
+            rows.append(row if life_ms is None else [*row, life_ms])
+        keys = [row[0] for row in rows]
+        batch = Batch(b"mput", rows, keys, [len(row[0]) + len(row[1]) for row in rows])
+        return await self._run(batch, WRITE, timeout)
+
+    async def get_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[V | None]:
+        """The values of many keys in their order, None for those that are missing. Raises as `put_many`."""
+        return [None if e is None else e.value for e in await self.get_many_entries(keys, timeout=timeout)]
+
+    async def get_many_entries(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[Entry[V] | None]:
+        """As `get_many`, with revisions and remaining lives."""
+        names = [key_bytes(key) for key in keys]
+        cells = await self._run(Batch(b"mget", names, names, [len(name) for name in names]), READ, timeout)
+        return [
+            None if cell is None else Entry(name, self._decode(name, cell[0]), cell[1], seconds(cell[2]))
+            for name, cell in zip(names, cells, strict=True)
+        ]
+
+    async def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
+        """Delete many keys; returns in their order whether each was there. Not atomic. Raises as `put_many`."""
+        names = [key_bytes(key) for key in keys]
+        return await self._run(Batch(b"mdelete", names, names, [len(name) for name in names]), WRITE, timeout)
+
+    # --- administration -------------------------------------------------------------------------
+
+    async def status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """The state of the cluster, names as text."""
+        return await self._administer(b"status", dict, timeout)
+
+    async def nodes(self, *, timeout: float | None = None) -> Any:
+        """The nodes of the cluster, names as text."""
+        return decode_tree(await self._call([0, b"nodes"], READ, timeout))
+
+    async def shards(self, *, timeout: float | None = None) -> Any:
+        """The shards of the cluster and who holds them, names as text."""
+        return decode_tree(await self._call([0, b"shards"], READ, timeout))
+
+    async def backup(
+        self, name: str | None = None, *, progress: ProgressCallback | None = None, timeout: float = ADMIN_IDLE_S
+    ) -> dict[str, Any]:
+        """Make a backup on the nodes; returns what was written. `name` None is made from the time.
+
+        `progress` is called with a dict now and then; `timeout` is how long there may be no progress.
+        """
+        message = request(b"backup", *([] if name is None else [_text(name, "the backup's name")]))
+        return await self._administer_long(message, progress, timeout)
+
+    async def restore(
+        self,
+        name: str,
+        mode: Literal["merge", "replace"] = "merge",
+        *,
+        prefix: Key | None = None,
+        dry_run: bool = False,
+        progress: ProgressCallback | None = None,
+        timeout: float = ADMIN_IDLE_S,
+    ) -> dict[str, Any]:
+        """Bring a backup back: `merge` over what is there, or `replace` it; only keys with `prefix`; returns counts.
+
+        `dry_run` only counts. `progress` and `timeout` as for `backup`.
+        """
+        options: dict[bytes, Any] = {b"mode": _text(mode, "mode"), b"dry_run": dry_run}
+        if prefix:
+            options[b"prefix"] = key_bytes(prefix)
+        message = request(b"restore", _text(name, "the backup's name"), options)
+        return await self._administer_long(message, progress, timeout)
+
+    # --- for the synchronous client ---------------------------------------------------------------
+
+    def disown(self) -> None:
+        """In a forked child: let go of the parent's socket without touching the parent's loop. Never use it again."""
+        self._channel.disown()
+
+    def pair(self, row: list[Any]) -> tuple[bytes, Any]:
+        """Key and value of a row of a page."""
+        return row[0], None if row[1] is None else self._decode(row[0], row[1])
+
+    def entry(self, row: list[Any]) -> Entry[V]:
+        """The entry of a row of a page."""
+        return Entry(row[0], self._decode(row[0], row[1]), row[2], seconds(row[3]))
+
+    async def page(self, pages: PageRequest, timeout: float | None) -> list[list[Any]]:
+        """The rows of the next page of a scan."""
+        return pages.rows(await self._call(pages.next(), READ, timeout))
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _encode(self, key: bytes, value: V | str) -> bytes:
+        try:
+            data = self._codec.encode(value)
+        except (TypeError, ValueError) as error:
+            form = self._codec.name
+            raise RequestError(f"the value of {show_bytes(key)} cannot be stored as {form}: {error}") from error
+        return check_value(data, key)
+
+    def _decode(self, key: bytes, data: bytes) -> V:
+        try:
+            return self._codec.decode(data)
+        except ValueError as error:
+            raise DataError(f"the value of {show_bytes(key)} is not {self._codec.name}: {error}") from error
+
+    def _condition(self, key: bytes, value: V | str | None, rev: int | None) -> dict[bytes, Any]:
+        return conditions(None if value is None else self._encode(key, value), rev)
+
+    @staticmethod
+    def _key(row: list[Any]) -> bytes:
+        key: bytes = row[0]
+        return key
+
+    async def _items(self, pages: PageRequest, timeout: float | None, of: Callable[[list[Any]], D]) -> AsyncIterator[D]:
+        while not pages.finished:
+            for row in await self.page(pages, timeout):
+                yield of(row)
+
+    async def _pages(self, pages: PageRequest, timeout: float | None) -> AsyncIterator[list[tuple[bytes, V]]]:
+        while not pages.finished:
+            yield [self.pair(row) for row in await self.page(pages, timeout)]
+
+    async def _run(self, batch: Batch, kind: Kind, timeout: float | None) -> list[Any]:
+        """Send the parts of a batch, several at once, until all are done or one failed as a whole."""
+        runs = iter(batch.runs)
+        failed = False
+
+        async def work() -> None:
+            nonlocal failed
+            for run in runs:
+                if failed:
+                    return
+                failed = not await self._run_part(batch, list(run), kind, timeout) or failed
+
+        workers = min(len(batch.runs), CLIENT_CHUNKS_MAX) if batch.distinct else 1
+        if workers > 1:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(workers):
+                    group.create_task(work())
+        else:
+            await work()
+        return batch.finish()
+
+    async def _run_part(self, batch: Batch, indexes: list[int], kind: Kind, timeout: float | None) -> bool:
+        """One part, and again what may be repeated of it within its timeout. Returns whether to go on with others."""
+        timeout = self._channel.timeout_s if timeout is None else timeout
+        deadline = monotonic() + timeout
+        parts, tries = [indexes], 0
+        while parts:
+            part = parts.pop()
+            try:
+                answers = await self._call(batch.message(part), kind, timeout)
+                again = batch.take(part, answers)
+            except KvtcpError as error:
+                batch.fail(part, error)
+                if not batch.is_too_large(error, len(part)):
+                    batch.fail((i for other in parts for i in other), error)
+                    return False
+                again = part
+            large, refused = batch.sort(again, len(part))
+            parts += [large[i : i + (len(part) + 1) // 2] for i in range(0, len(large), (len(part) + 1) // 2)]
+            if refused:
+                parts.insert(0, refused)
+                tries += 1
+                await asyncio.sleep(min(backoff_s(tries, self._channel.jitter()), max(deadline - monotonic(), 0)))
+            timeout = deadline - monotonic()
+            if timeout <= 0:
+                break  # what was to be repeated keeps its error in the results
+        return True
+
+    async def _administer(self, op: bytes, shape: type[D], timeout: float | None) -> D:
+        answer = decode_tree(await self._call([0, op], READ, timeout))
+        if not isinstance(answer, shape):
+            raise DataError(f"the answer to {op.decode()} is not a {shape.__name__}")
+        return answer
+
+    async def _administer_long(
+        self, message: list[Any], progress: ProgressCallback | None, idle_s: float
+    ) -> dict[str, Any]:
+        callback = None if progress is None else lambda fields: progress(decode_tree(fields))
+        result: dict[str, Any] = decode_tree(await self._channel.call_long(message, idle_s, callback))
+        return result
+
+
+def _text(text: str, what: str) -> bytes:
+    if not isinstance(text, str):
+        raise RequestError(f"{what} must be text, not {type(text).__name__}")
+    return text.encode("utf-8")
+
+
+class Connecting(Generic[V]):
+    """What `connect` returns: await it for a client, or enter it with `async with` for one closed at the end."""
+
+    def __init__(self, url: str, codec: Codec[V], timeout_s: float, name: str) -> None:
+        self._address = parse_url(url)
+        self._codec = codec
+        self._timeout_s = timeout_s
+        self._name = name
+        self._client: AsyncClient[V] | None = None  # the one `async with` made
+
+    def __await__(self) -> Generator[Any, None, AsyncClient[V]]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> AsyncClient[V]:
+        self._client = await self._open()
+        return self._client
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def _open(self) -> AsyncClient[V]:
+        channel = Channel(self._address, timeout_s=self._timeout_s, name=self._name)
+        try:
+            await channel.open()
+        except BaseException:
+            await channel.close()
+            raise
+        return AsyncClient(channel, self._codec)
+
+
+@overload
+def connect(url: str = ..., *, timeout: float = ..., name: str = ...) -> Connecting[bytes]: ...
+@overload
+def connect(url: str = ..., *, codec: Codec[V], timeout: float = ..., name: str = ...) -> Connecting[V]: ...
+def connect(
+    url: str = URL_DEFAULT, *, codec: Codec[Any] = codecs.raw, timeout: float = TIMEOUT_S, name: str = NAME_DEFAULT
+) -> Connecting[Any]:
+    """Connect to a cluster: `async with connect(url) as kv` or `kv = await connect(url)`.
+
+    `timeout`: seconds for connecting and for every call that names none. `name`: how the server's log and status call
+    this client. Raises RequestError (the URL), Unavailable (nobody answers), ProtocolError (not a kvtcp server).
+    """
+    return Connecting(url, codec, timeout, name)

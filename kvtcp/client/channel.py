@@ -1,0 +1,486 @@
+"""The client's socket: one connection, kept alive and used by everybody, and the rules for trying again.
+
+`Connection` is the asyncio face of a `ConnectionCore`: requests of one tick of the loop leave in one write, answers
+of one read are completed in one go, a timer sweeps the deadlines. `Channel` owns at most one Connection and makes a
+new one when it is needed.
+
+- A call is tried again, after a pause drawn from 0 to a growing bound, only when it raised `Unavailable`: the server
+  said so, or it was a read, or it never left this process. Everything else goes to the caller at once. All tries and
+  pauses of a call fit into its one timeout.
+- A connection is made by the first call that needs one; all calls share the attempt, and a caller that gives up does
+  not stop it for the others. The first request on it is `hello`; its answer is `Channel.info`.
+- A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. The first to wait
+  are the first to go on, a few per tick, and nobody who comes later passes them.
+
+The data path has no task, no timer and no StreamReader per call: one future, one entry in a table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final, NamedTuple, cast
+
+from kvtcp._version import __version__
+from kvtcp.client.core import Completion, ConnectionCore, Kind, Progress
+from kvtcp.client.url import Address
+from kvtcp.constants import (
+    CLIENT_BACKOFF_MAX_MS,
+    CLIENT_BACKOFF_MIN_MS,
+    CLIENT_CLOSE_MS,
+    CLIENT_OUTSTANDING_BYTES_MAX,
+    CLIENT_TICK_MS,
+    CLIENT_TIMEOUT_MS,
+    CLIENT_WRITE_BUFFER_BYTES,
+    PROTOCOL_VERSION,
+)
+from kvtcp.errors import Code, KvtcpError, ProtocolError, RequestError, Unavailable
+from kvtcp.protocol.messages import Message
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = CLIENT_TIMEOUT_MS / 1000
+TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's timer takes
+NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
+ADMITTED_PER_TICK: Final = 64  # small requests go on together; large ones find no room and keep their place
+_LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
+
+
+class ServerInfo(NamedTuple):
+    """What the server said in its answer to `hello`."""
+
+    server: str
+    version: int | str
+    cluster: str
+    shards: int
+    limits: dict[str, Any]
+
+
+def decode_tree(value: Any) -> Any:
+    """An answer of the administration with text where there is text: bytes that are UTF-8 become str, recursively."""
+    if type(value) is bytes:
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if type(value) is list:
+        return [decode_tree(item) for item in value]
+    if type(value) is dict:
+        return {decode_tree(name): decode_tree(item) for name, item in value.items()}
+    return value
+
+
+def backoff_s(failures: int, fraction: float) -> float:
+    """The pause after `failures` failures: `fraction` (0..1, random) of a bound that doubles up to its maximum."""
+    bound_ms = min(CLIENT_BACKOFF_MIN_MS * 2.0 ** min(failures - 1, 30), CLIENT_BACKOFF_MAX_MS)
+    return fraction * bound_ms / 1000
+
+
+class Connection(asyncio.Protocol):
+    """One socket. `on_end` is called once, when it takes no more requests."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[Connection], None]) -> None:
+        self._loop = loop
+        self._on_end = on_end
+        self._core: ConnectionCore[asyncio.Future[Any]] = ConnectionCore()
+        self._transport: asyncio.Transport | None = None
+        self._flushing = False  # a flush is scheduled for this tick
+        self._paused = False  # the socket's buffer is full
+        self._ended = False
+        self._queue: deque[asyncio.Future[None]] = deque()  # callers that wait for room, oldest first
+        self._admitting = False  # more of `_queue` are looked at in the next tick
+        self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_at = 0.0  # time of `_sweep`, meaningful while it is not None
+        self._closed: asyncio.Future[None] = loop.create_future()  # done when the socket is closed
+
+    # --- for the channel ------------------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `send` may be called now."""
+        return not (
+            self._paused or self._queue or self._ended or self._core.outstanding_bytes >= CLIENT_OUTSTANDING_BYTES_MAX
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the connection takes no more requests."""
+        return self._ended
+
+    def send(
+        self, message: Message, kind: Kind, timeout_s: float, progress: Progress | None = None
+    ) -> asyncio.Future[Any]:
+        """The future of a call. Raises RequestError (TOO_LARGE)."""
+        future = self._loop.create_future()
+        self._core.request(message, kind, future, monotonic(), timeout_s, progress)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+        return future
+
+    async def room(self) -> None:
+        """Wait until there is room or the connection has ended."""
+        first = True
+        while True:
+            turn: asyncio.Future[None] = self._loop.create_future()
+            if first:
+                self._queue.append(turn)
+            else:
+                self._queue.appendleft(turn)
+            first = False
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self._queue:
+                    self._queue.remove(turn)
+                self._admit()  # who leaves may have been given a turn, or have stood before others
+                raise
+            if self._ended or self._has_capacity():
+                return
+
+    async def close(self, reason: str) -> None:
+        """Send what is queued, end all calls and close the socket."""
+        self._flush()
+        self._end(reason)
+        if self._transport is not None:
+            self._transport.close()
+            try:
+                await asyncio.wait_for(asyncio.shield(self._closed), CLIENT_CLOSE_MS / 1000)
+            except TimeoutError:
+                self._transport.abort()
+                await self._closed
+
+    def abort(self, reason: str) -> None:
+        """End all calls and drop the socket."""
+        self._end(reason)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def disown(self) -> None:
+        """See `Channel.disown`. The descriptor's number stays taken, so nothing else can get it."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        if sock is not None and sock.fileno() >= 0:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, sock.fileno())
+            os.close(null)
+
+    # --- asyncio.Protocol -------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=CLIENT_WRITE_BUFFER_BYTES)
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
+        core = self._core
+        for future, result, error in core.receive(data, monotonic()):
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(result)
+            else:
+                _fail(future, error)
+        if core.failure is not None:
+            log.warning("closing the connection: %s", core.failure.message)
+            self.abort("the server's answer is not this protocol")
+        elif self._queue:
+            self._admit()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(f"the connection was lost ({exc})" if exc is not None else "the server closed the connection")
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._admit()
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._ended:
+            return
+        assert self._transport is not None, "requests come after connection_made"
+        if self._transport.is_closing():
+            return  # connection_lost comes next, and these requests count as not sent
+        output = self._core.take_output()
+        if output:
+            self._transport.write(output)
+        self._arm()
+
+    def _has_capacity(self) -> bool:
+        return not self._paused and self._core.outstanding_bytes < CLIENT_OUTSTANDING_BYTES_MAX
+
+    def _admit(self) -> None:
+        """Let the callers that wait longest look again; all of them when the connection has ended."""
+        if self._admitting or not self._queue or not (self._ended or self._has_capacity()):
+            return
+        for _ in range(len(self._queue) if self._ended else min(len(self._queue), ADMITTED_PER_TICK)):
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+        if self._queue:
+            self._admitting = True
+            self._loop.call_soon(self._admit_more)
+
+    def _admit_more(self) -> None:
+        self._admitting = False
+        self._admit()
+
+    def _arm(self) -> None:
+        next_due = self._core.next_due
+        if next_due is None or (self._sweep is not None and self._sweep_at <= next_due):
+            return
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._sweep_at = next_due
+        self._sweep = self._loop.call_later(max(next_due - monotonic(), 0.0), self._on_sweep)
+
+    def _on_sweep(self) -> None:
+        self._sweep = None
+        if self._ended:
+            return
+        now = monotonic()
+        if now - self._sweep_at > _LATE_S:
+            # The loop was held up. Answers may lie unread in the socket: read them before anybody is told of a timeout.
+            self._sweep_at = now
+            self._sweep = self._loop.call_later(CLIENT_TICK_MS / 1000, self._on_sweep)
+            return
+        self._complete(self._core.expire(now))
+        if self._core.is_silent(now):
+            self.abort("the server has been silent for too long, the connection was given up")
+        else:
+            self._arm()
+
+    def _complete(self, done: list[Completion[asyncio.Future[Any]]]) -> None:
+        for future, _, error in done:
+            if not future.done() and error is not None:
+                _fail(future, error)
+
+    def _end(self, reason: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+        self._complete(self._core.lost(reason))
+        self._admit()
+        self._on_end(self)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    future.set_exception(error)
+    future.exception()  # marks it as seen: a caller that is cancelled in this very tick will not look at it
+
+
+class Channel:
+    """Calls to one address, over one connection that is made anew when it is lost."""
+
+    def __init__(self, address: Address, *, timeout_s: float = TIMEOUT_S, name: str = NAME_DEFAULT) -> None:
+        self.address = address
+        self.timeout_s = check_timeout(timeout_s)
+        self.info: ServerInfo | None = None  # of the newest connection
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._connection: Connection | None = None  # said hello and has not ended
+        self._attempt: asyncio.Task[None] | None = None  # the one attempt to connect that is under way
+        self._failures = 0  # attempts to connect that failed since the last that did not
+        self._last_failure = ""  # what the last of them met
+        self._random = random.Random()
+        self._closed = False
+
+    async def open(self) -> None:
+        """Connect now. Raises Unavailable within the timeout, ProtocolError, RequestError (VERSION)."""
+        await self._ready(monotonic() + self.timeout_s, self.timeout_s)
+
+    def jitter(self) -> float:
+        """A random number from 0 to 1, for a pause."""
+        return self._random.random()
+
+    async def close(self) -> None:
+        """End the connection and every call on it. May be repeated."""
+        self._closed = True
+        if self._attempt is not None:
+            self._attempt.cancel()
+            await asyncio.wait({self._attempt})
+        if self._connection is not None:
+            await self._connection.close("the client was closed")
+
+    def disown(self) -> None:
+        """In a forked child: put /dev/null in the place of the socket, so that only the parent holds it open."""
+        if self._connection is not None:
+            self._connection.disown()
+
+    async def call(self, message: Message, kind: Kind, timeout_s: float | None = None) -> Any:
+        """The result of a request; `message[0]` is overwritten with its id. Raises what errors.py says."""
+        timeout_s = self.timeout_s if timeout_s is None else check_timeout(timeout_s)
+        connection = self._connection
+        if connection is None or not connection.has_room:
+            return await self._persist(message, kind, monotonic() + timeout_s, timeout_s)
+        started = monotonic()
+        try:
+            return await connection.send(message, kind, timeout_s)
+        except Unavailable as error:
+            return await self._persist(message, kind, started + timeout_s, timeout_s, error)
+
+    async def call_long(self, message: Message, idle_s: float, progress: Progress | None) -> Any:
+        """As `call` for administration: to get it started has the usual timeout, then only silence ends it."""
+        check_timeout(idle_s)
+        deadline = monotonic() + self.timeout_s
+        return await self._persist(message, Kind.ADMIN, deadline, self.timeout_s, None, idle_s, progress)
+
+    async def _persist(
+        self,
+        message: Message,
+        kind: Kind,
+        deadline: float,
+        timeout_s: float,
+        error: Unavailable | None = None,
+        idle_s: float | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Try, and while the request is known not to have been executed try again, until the deadline."""
+        tries = 0
+        while True:
+            if error is not None:
+                tries += 1
+                pause_s = backoff_s(tries, self._random.random())
+                if self._closed or monotonic() + pause_s >= deadline:
+                    raise error
+                await asyncio.sleep(pause_s)
+            connection = await self._ready(deadline, timeout_s, error)
+            remaining_s = deadline - monotonic()
+            if remaining_s <= 0:
+                raise error or self._unreachable(timeout_s)
+            try:
+                return await connection.send(message, kind, remaining_s if idle_s is None else idle_s, progress)
+            except Unavailable as refused:
+                error = refused
+
+    async def _ready(self, deadline: float, timeout_s: float, error: Unavailable | None = None) -> Connection:
+        """A connection with room for a request, made if need be."""
+        while True:
+            if self._closed:
+                raise RuntimeError("the client is closed")
+            connection = self._connection
+            if connection is not None and connection.has_room:
+                return connection
+            remaining_s = deadline - monotonic()
+            if remaining_s <= 0:
+                raise error or self._unreachable(timeout_s)
+            if connection is None:
+                await self._connected(remaining_s)
+                continue
+            try:
+                async with asyncio.timeout(remaining_s):
+                    await connection.room()
+            except TimeoutError:
+                raise error or Unavailable(
+                    f"the connection took no more data within {timeout_s:g} s, nothing was sent", Code.UNREACHABLE
+                ) from None
+            if not connection.ended:
+                return connection
+
+    async def _connected(self, remaining_s: float) -> None:
+        """Wait for an attempt to connect, for so long. Raises what makes another attempt senseless."""
+        if self._attempt is None:
+            self._attempt = self._loop.create_task(self._connect())
+            self._attempt.add_done_callback(self._attempt_done)
+        attempt = self._attempt
+        done, _ = await asyncio.wait({attempt}, timeout=remaining_s)
+        if done and not attempt.cancelled():
+            attempt.result()
+
+    def _attempt_done(self, attempt: asyncio.Task[None]) -> None:
+        self._attempt = None
+        if not attempt.cancelled():
+            attempt.exception()  # whoever waits raises it; when all have gone, nobody needs it
+
+    def _unreachable(self, timeout_s: float) -> Unavailable:
+        return Unavailable(
+            f"no connection to {self.address.url} within {timeout_s:g} s, nothing was sent"
+            + (f" ({self._last_failure})" if self._last_failure else ""),
+            Code.UNREACHABLE,
+            {"address": self.address.url, "timeout_s": timeout_s},
+        )
+
+    async def _connect(self) -> None:
+        """One attempt: pause, connect, say hello. Failures that may pass are remembered, others raised."""
+        if self._failures:
+            await asyncio.sleep(backoff_s(self._failures, self._random.random()))
+        host, port = self.address
+        connection: Connection | None = None
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self._loop, self._on_end), host, port
+                )
+                if connection.ended:
+                    raise ConnectionResetError("the server closed the connection")
+                hello = [0, b"hello", PROTOCOL_VERSION, self._name]
+                info = _server_info(await connection.send(hello, Kind.READ, self.timeout_s))
+        except (OSError, Unavailable) as error:
+            self._failures += 1
+            self._last_failure = str(error) or "no answer"
+            log.debug("no connection to %s: %s", self.address.url, self._last_failure)
+            _drop(connection)
+        except KvtcpError as error:
+            self._failures += 1
+            self._last_failure = str(error)
+            _drop(connection)
+            raise
+        except BaseException:
+            _drop(connection)
+            raise
+        else:
+            if self.info is not None and self.info.cluster != info.cluster:
+                log.warning("%s is now cluster %s, it was %s", self.address.url, info.cluster, self.info.cluster)
+            self._failures, self._last_failure = 0, ""
+            self.info = info
+            if not connection.ended:
+                self._connection = connection
+
+    def _on_end(self, connection: Connection) -> None:
+        if self._connection is connection:
+            self._connection = None
+
+
+def _drop(connection: Connection | None) -> None:
+    if connection is not None:
+        connection.abort("the attempt to connect failed")
+
+
+def check_timeout(timeout_s: object) -> float:
+    """A timeout in seconds. Raises RequestError: calls without an end are not offered."""
+    if isinstance(timeout_s, (int, float)) and 0 < timeout_s <= TIMEOUT_S_MAX:
+        return timeout_s
+    raise RequestError(f"a timeout must be a number of seconds over 0 and up to {TIMEOUT_S_MAX:g}, not {timeout_s!r}")
+
+
+def _server_info(answer: Any) -> ServerInfo:
+    fields = decode_tree(answer)
+    try:
+        return ServerInfo(
+            str(fields["server"]),
+            fields["version"],
+            str(fields["cluster"]),
+            int(fields["shards"]),
+            dict(fields["limits"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the answer to hello is not the one of a kvtcp server: {error!r}") from error

@@ -1,0 +1,283 @@
+"""The gateway: requests of clients in, operations of the sequencer out.
+
+Pure. It stands between the sessions (one per client connection, which decode and encode) and the sequencer. Each
+request is checked by the message table, its keys are hashed to shards, and one request on many keys becomes one op per
+key (writes) or one read at one cut. Administrative requests go to the server, which may take its time over them.
+
+A session is the sink of its requests: `reply`, `fail`, and `progress` for administration. Errors raised by the
+checkers are answered here; ProtocolError is not: it closes the connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from kvtcp._version import __version__
+from kvtcp.constants import (
+    FRAME_BYTES_MAX,
+    KEY_BYTES_MAX,
+    MULTI_BYTES_MAX,
+    MULTI_KEYS_MAX,
+    PAGE_BYTES_MAX,
+    PAGE_ITEMS_MAX,
+    PROTOCOL_VERSION,
+    VALUE_BYTES_MAX,
+)
+from kvtcp.errors import Code, RequestError, show_bytes
+from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.messages import REQUESTS, Message, check_key, check_value, prefix_bounds, request_id
+from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
+from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from kvtcp.replication.sequencer import Sequencer, Sink
+
+LIMITS = {
+    "frame_bytes_max": FRAME_BYTES_MAX,
+    "key_bytes_max": KEY_BYTES_MAX,
+    "value_bytes_max": VALUE_BYTES_MAX,
+    "multi_keys_max": MULTI_KEYS_MAX,
+    "multi_bytes_max": MULTI_BYTES_MAX,
+    "page_items_max": PAGE_ITEMS_MAX,
+    "page_bytes_max": PAGE_BYTES_MAX,
+}
+
+
+class Session(Sink, Protocol):
+    """What the gateway needs of a client connection."""
+
+    greeted: bool
+    name: str
+
+    def progress(self, token: int, progress: dict[str, Any]) -> None:
+        """The request goes on; this is how far it is."""
+
+
+class Administration(Protocol):
+    """What the server does for administrative requests; each answers `session` itself."""
+
+    def status(self) -> dict[str, Any]: ...
+    def nodes(self) -> list[dict[str, Any]]: ...
+    def shards(self) -> list[dict[str, Any]]: ...
+    def start_backup(self, session: Session, ident: int, name: str | None) -> None: ...
+    def start_restore(
+        self, session: Session, ident: int, name: str, mode: str, prefix: bytes, dry_run: bool
+    ) -> None: ...
+
+
+class Gather:
+    """The answers of one request's keys, in order; replies once when the last one is here."""
+
+    __slots__ = ("left", "results", "sink", "token")
+
+    def __init__(self, sink: Sink, token: Any, count: int) -> None:
+        self.sink = sink
+        self.token = token
+        self.results: list[Any] = [None] * count
+        self.left = count
+
+    def reply(self, token: Any, result: Any) -> None:
+        """The answer of key number `token`."""
+        self.results[token] = result
+        self.left -= 1
+        if not self.left:
+            self.sink.reply(self.token, self.results)
+
+    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
+        """The error of key number `token`: an array in its place."""
+        self.reply(token, [code, message, details])
+
+
+class Gateway:
+    """One per coordinator."""
+
+    def __init__(self, sequencer: Sequencer, administration: Administration) -> None:
+        self.sequencer = sequencer
+        self.administration = administration
+        self.shards = sequencer.map.shards
+        self.all_shards = list(range(self.shards))
+        self.restoring: bytes | None = None  # prefix being restored; None = none. b"" = everything
+        self.operations = 0  # requests accepted since the start, for status
+        self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {
+            b"hello": self._hello,
+            b"get": self._get,
+            b"put": self._put,
+            b"add": self._write_value(ADD),
+            b"cas": self._write_value(CAS),
+            b"delete": self._write_key(DELETE),
+            b"incr": self._write_key(INCR),
+            b"expire": self._write_key(EXPIRE),
+            b"persist": self._write_key(PERSIST),
+            b"exists": self._read_key(EXISTS),
+            b"ttl": self._read_key(TTL),
+            b"mget": self._mget,
+            b"mput": self._mput,
+            b"mdelete": self._mdelete,
+            b"scan": self._scan,
+            b"count": self._count,
+            b"status": self._status,
+            b"nodes": self._nodes,
+            b"shards": self._shards,
+            b"backup": self._backup,
+            b"restore": self._restore,
+        }
+        assert set(self._handlers) == set(REQUESTS), "every request of the table has a handler"
+
+    def handle(self, session: Session, messages: Sequence[Any]) -> None:
+        """The requests of one read of a socket, in order. Raises ProtocolError if the peer cannot be answered."""
+        handlers = self._handlers
+        for message in messages:
+            ident = request_id(message)
+            op = message[1]
+            try:
+                handler = handlers.get(op) if type(op) is bytes else None
+                if handler is None:
+                    shown = show_bytes(op) if type(op) is bytes else f"of type {type(op).__name__}"
+                    raise RequestError(f"unknown operation {shown}", Code.UNKNOWN_OP)
+                if not session.greeted and op != b"hello":
+                    raise RequestError("the first request of a connection must be hello")
+                if self.restoring is not None:
+                    self._guard(op, message)
+                handler(session, ident, message)
+            except RequestError as error:
+                session.fail(ident, error.code, error.message, error.details)
+        self.operations += len(messages)
+
+    # --- one key ------------------------------------------------------------------------------------
+
+    def _get(self, session: Session, ident: int, message: Message) -> None:
+        (key,) = REQUESTS[b"get"](message)
+        self.sequencer.read(GET, shard_of(key, self.shards), key, session, ident)
+
+    def _put(self, session: Session, ident: int, message: Message) -> None:
+        if len(message) == 4:
+            key = check_key(message[2])
+            value = check_value(message[3], key)
+            args: tuple[Any, ...] = (value,)
+        else:
+            key, *rest = REQUESTS[b"put"](message)
+            value = rest[0]
+            args = tuple(rest)
+        self.sequencer.write(PUT, shard_of(key, self.shards), key, args, len(key) + len(value), session, ident)
+
+    def _read_key(self, op: int) -> Callable[[Session, int, Message], None]:
+        def handle(session: Session, ident: int, message: Message) -> None:
+            (key,) = REQUESTS[message[1]](message)
+            self.sequencer.read(op, shard_of(key, self.shards), key, session, ident)
+
+        return handle
+
+    def _write_value(self, op: int) -> Callable[[Session, int, Message], None]:
+        def handle(session: Session, ident: int, message: Message) -> None:
+            key, *args = REQUESTS[message[1]](message)
+            size = len(key) + len(args[0])
+            self.sequencer.write(op, shard_of(key, self.shards), key, args, size, session, ident)
+
+        return handle
+
+    def _write_key(self, op: int) -> Callable[[Session, int, Message], None]:
+        def handle(session: Session, ident: int, message: Message) -> None:
+            key, *args = REQUESTS[message[1]](message)
+            self.sequencer.write(op, shard_of(key, self.shards), key, args, len(key), session, ident)
+
+        return handle
+
+    # --- many keys ----------------------------------------------------------------------------------
+
+    def _mget(self, session: Session, ident: int, message: Message) -> None:
+        (keys,) = REQUESTS[b"mget"](message)
+        if not keys:
+            session.reply(ident, [])
+            return
+        numbers = [shard_of(key, self.shards) for key in keys]
+        self.sequencer.multi_read(mget_read(keys, numbers, session, ident))
+
+    def _mput(self, session: Session, ident: int, message: Message) -> None:
+        (items,) = REQUESTS[b"mput"](message)
+        if not items:
+            session.reply(ident, [])
+            return
+        gather = Gather(session, ident, len(items))
+        write, shards = self.sequencer.write, self.shards
+        for index, item in enumerate(items):
+            key, value = item[0], item[1]
+            args = (value,) if len(item) == 2 or item[2] is None else (value, item[2])
+            write(PUT, shard_of(key, shards), key, args, len(key) + len(value), gather, index)
+
+    def _mdelete(self, session: Session, ident: int, message: Message) -> None:
+        (keys,) = REQUESTS[b"mdelete"](message)
+        if not keys:
+            session.reply(ident, [])
+            return
+        gather = Gather(session, ident, len(keys))
+        for index, key in enumerate(keys):
+            self.sequencer.write(DELETE, shard_of(key, self.shards), key, (), len(key), gather, index)
+
+    def _scan(self, session: Session, ident: int, message: Message) -> None:
+        lower, upper, limit, reverse, keys_only = REQUESTS[b"scan"](message)
+        if upper is not None and upper <= lower:
+            session.reply(ident, [[], None])
+            return
+        self.sequencer.multi_read(page_read(self.all_shards, lower, upper, limit, reverse, keys_only, session, ident))
+
+    def _count(self, session: Session, ident: int, message: Message) -> None:
+        lower, upper = REQUESTS[b"count"](message)
+        if upper is not None and upper <= lower:
+            session.reply(ident, 0)
+            return
+        self.sequencer.multi_read(count_read(self.all_shards, lower, upper, session, ident))
+
+    # --- administration -----------------------------------------------------------------------------
+
+    def _hello(self, session: Session, ident: int, message: Message) -> None:
+        _, session.name = REQUESTS[b"hello"](message)
+        session.greeted = True
+        session.reply(
+            ident,
+            {
+                "server": f"kvtcp {__version__}",
+                "version": PROTOCOL_VERSION,
+                "cluster": self.sequencer.map.cluster,
+                "shards": self.shards,
+                "limits": LIMITS,
+            },
+        )
+
+    def _status(self, session: Session, ident: int, message: Message) -> None:
+        REQUESTS[b"status"](message)
+        session.reply(ident, self.administration.status())
+
+    def _nodes(self, session: Session, ident: int, message: Message) -> None:
+        REQUESTS[b"nodes"](message)
+        session.reply(ident, self.administration.nodes())
+
+    def _shards(self, session: Session, ident: int, message: Message) -> None:
+        REQUESTS[b"shards"](message)
+        session.reply(ident, self.administration.shards())
+
+    def _backup(self, session: Session, ident: int, message: Message) -> None:
+        self.administration.start_backup(session, ident, *REQUESTS[b"backup"](message))
+
+    def _restore(self, session: Session, ident: int, message: Message) -> None:
+        self.administration.start_restore(session, ident, *REQUESTS[b"restore"](message))
+
+    # --- restoring ----------------------------------------------------------------------------------
+
+    def _guard(self, op: bytes, message: Message) -> None:
+        """Refuse what touches the prefix being restored; nothing of the request is executed."""
+        assert self.restoring is not None
+        if op in (b"hello", b"status", b"nodes", b"shards", b"backup", b"restore"):
+            return
+        arguments = REQUESTS[op](message)
+        if op in (b"scan", b"count"):
+            lower, upper = arguments[:2]
+            low, high = prefix_bounds(self.restoring)
+            touched = (high is None or lower < high) and (upper is None or low < upper)
+        elif op in (b"mget", b"mdelete"):
+            touched = any(key.startswith(self.restoring) for key in arguments[0])
+        elif op == b"mput":
+            touched = any(item[0].startswith(self.restoring) for item in arguments[0])
+        else:
+            touched = arguments[0].startswith(self.restoring)
+        if touched:
+            shown = f"keys with the prefix {show_bytes(self.restoring)} are" if self.restoring else "the cluster is"
+            raise RequestError(f"{shown} being restored; nothing was executed", Code.RESTORING)

@@ -1,0 +1,173 @@
+"""Reads over several shards: pages of a scan, counts, mget. One cut, many nodes, one answer.
+
+Pure. The sequencer queues the parts of a MultiRead to all links concerned in one synchronous step with one stamp; since
+every link is in order, the parts together see one point in time. It is answered when every part has arrived and every
+shard has committed all that was queued before the read. If a link is lost the whole read starts again (a new
+attempt): parts of different attempts would belong to different cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+from kvtcp.constants import PAGE_BYTES_MAX
+from kvtcp.errors import Code
+from kvtcp.protocol.messages import make_cursor
+from kvtcp.protocol.operations import COUNT, MGET, PAGE
+
+Numbers = Sequence[int]
+Row = list[Any]  # [key, value or nil, rev, ttl_ms or nil]
+
+
+class MultiRead:
+    """One request over `shards`. `build` makes a node's item and its size, `merge` the result from the parts."""
+
+    __slots__ = (
+        "attempt", "build", "done", "error", "merge", "missing",
+        "movable", "needed", "parts", "shards", "sink", "token",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        shards: Numbers,
+        sink: Any,
+        token: Any,
+        build: Callable[[list[int]], tuple[tuple[Any, ...], int]],
+        merge: Callable[[list[Any]], Any],
+    ) -> None:
+        self.shards = shards
+        self.sink = sink
+        self.token = token
+        self.build = build
+        self.merge = merge
+        self.attempt = 0  # parts of other attempts are not looked at
+        self.parts: list[Any] = []  # results of this attempt, by index
+        self.missing = 0  # parts that have not arrived
+        self.needed: dict[int, int] = {}  # shard -> number that must be committed before the answer
+        self.movable = True  # whether another node could answer as well
+        self.error: list[Any] | None = None  # [code, message, details] if a part is one
+        self.done = False  # all parts of an attempt arrived, or it failed
+
+    def start(self, parts: int, needed: dict[int, int]) -> None:
+        """A new attempt of `parts` parts."""
+        self.attempt += 1
+        self.parts = [None] * parts
+        self.missing = parts
+        self.needed = needed
+        self.error = None
+
+    def item(self, numbers: list[int]) -> tuple[tuple[Any, ...], int]:
+        """The item for a node that reads these shards, and its size in bytes."""
+        return self.build(numbers)
+
+    def take(self, attempt: int, index: int, result: Any) -> bool:
+        """A part arrived; true if it was the last one."""
+        if attempt != self.attempt or self.done:
+            return False
+        if type(result) is list and result and type(result[0]) is int:
+            self.error = result
+        self.parts[index] = result
+        self.missing -= 1
+        self.done = self.missing == 0
+        return self.done
+
+    def answer(self) -> None:
+        """Give the sink the merged result, or the error of a part."""
+        if self.error is not None:
+            self.sink.fail(self.token, *self.error)
+        else:
+            self.sink.reply(self.token, self.merge(self.parts))
+
+    def fail(self, code: Code, text: str) -> None:
+        """No answer will come."""
+        self.done = True
+        self.sink.fail(self.token, code, text, {})
+
+
+def page_read(
+    shards: Numbers,
+    lower: bytes,
+    upper: bytes | None,
+    limit: int,
+    reverse: bool,
+    keys_only: bool,
+    sink: Any,
+    token: Any,
+) -> MultiRead:
+    """One page of a scan; the result is `[rows, cursor or nil]`."""
+
+    def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
+        size = len(lower) + (0 if upper is None else len(upper)) + 3 * len(numbers)
+        return (PAGE, numbers, lower, upper, limit, reverse, keys_only), size
+
+    def merge(runs: list[Any]) -> Any:
+        return merge_runs(runs, limit, reverse)
+
+    return MultiRead(shards, sink, token, build, merge)
+
+
+def merge_runs(runs: Sequence[tuple[list[Row], bool]], limit: int, reverse: bool) -> list[Any]:
+    """One page from the sorted runs `(rows, more)` of the nodes, as `[rows, cursor or nil]`.
+
+    Beyond the last key of a run that was cut that node may have more rows, so the page ends at the smallest such key
+    (the largest, if reversed). It also ends at `limit` rows and at PAGE_BYTES_MAX; it has a row if there is one.
+    """
+    if len(runs) == 1:
+        rows, more = runs[0]
+    else:
+        rows = [row for run, _ in runs for row in run]
+        rows.sort(key=itemgetter(0), reverse=reverse)  # timsort merges the runs
+        ends = [run[-1][0] for run, cut in runs if cut and run]
+        more = bool(ends)
+        if ends:
+            end = max(ends) if reverse else min(ends)
+            rows = [row for row in rows if (row[0] >= end if reverse else row[0] <= end)]
+    if len(rows) > limit:
+        rows, more = rows[:limit], True
+    if len(runs) > 1:
+        total_bytes = 0
+        for n, row in enumerate(rows):
+            total_bytes += len(row[0]) + len(row[1] or b"")
+            if total_bytes > PAGE_BYTES_MAX and n:
+                rows, more = rows[:n], True
+                break
+    return [rows, make_cursor(rows[-1][0], reverse) if more and rows else None]
+
+
+def count_read(shards: Numbers, lower: bytes, upper: bytes | None, sink: Any, token: Any) -> MultiRead:
+    """The number of live keys in the range."""
+
+    def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
+        return (COUNT, numbers, lower, upper), len(lower) + 3 * len(numbers)
+
+    return MultiRead(shards, sink, token, build, sum)
+
+
+def mget_read(keys: Sequence[bytes], shard_numbers: Sequence[int], sink: Any, token: Any) -> MultiRead:
+    """Many keys at one cut; the result has one cell `[value, rev, ttl_ms]` or nil for each key, in order."""
+    by_shard: dict[int, list[int]] = {}
+    for index, number in enumerate(shard_numbers):
+        by_shard.setdefault(number, []).append(index)
+    parts: list[list[int]] = []  # per part of the current attempt: the places of its keys
+
+    def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
+        if multi.attempt != built[0]:
+            built[0] = multi.attempt
+            parts.clear()
+        places = [place for number in numbers for place in by_shard[number]]
+        parts.append(places)
+        wanted = [(shard_numbers[place], keys[place]) for place in places]
+        return (MGET, wanted), sum(len(keys[place]) for place in places)
+
+    def merge(results: list[Any]) -> list[Any]:
+        merged: list[Any] = [None] * len(keys)
+        for places, cells in zip(parts, results, strict=True):
+            for place, cell in zip(places, cells, strict=True):
+                merged[place] = cell
+        return merged
+
+    built = [0]
+    multi = MultiRead(list(by_shard), sink, token, build, merge)
+    return multi

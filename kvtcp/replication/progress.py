@@ -1,0 +1,216 @@
+"""Progress: what one node was sent, has applied, has durable, and may be sent.
+
+Pure. The coordinator's sequencer keeps one Progress per node; the server's link moves its batches to the socket. It is
+the idea of etcd-raft's `tracker/progress.go` and `inflights.go` for a FIFO link: replies match by order, so all that is
+kept per item is its place in a batch.
+
+A batch passes through four stages, each a queue in order of ordinals:
+
+    open (being filled in this tick) -> outgoing (closed, not yet written) -> written (awaiting results) -> applied
+    (awaiting durability) -> gone, acknowledged
+
+Invariants (`check`):
+- `items` and `bytes` count everything in the four stages, and stay under the window plus one batch;
+- ordinals count the items of this link since HELLO, without a gap over the stages;
+- a batch has one stamp and is never merged with another one: an entry keeps its stamp for ever, in a re-send too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from kvtcp.constants import WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
+from kvtcp.protocol.operations import WRITE_OP_END
+
+Item = tuple[Any, ...]  # as operations.py lays it out
+Op = list[Any]  # what waits for an answer: see sequencer.py
+
+
+class LinkError(Exception):
+    """The node's frame cannot be true (wrong count, ordinal from the future): the link is closed."""
+
+
+class Batch:
+    """The items of one tick for one node."""
+
+    __slots__ = ("answers", "bytes", "items", "last_ordinal", "last_seqs", "reads_moved", "stamp_ms", "written_ms")
+
+    def __init__(self, stamp_ms: int) -> None:
+        self.stamp_ms = stamp_ms
+        self.items: list[Item] = []
+        self.answers: list[Op] = []  # one for each item that the node answers, in order
+        self.last_seqs: dict[int, int] = {}  # shard -> highest sequence number in this batch
+        self.bytes = 0
+        self.last_ordinal = 0  # set when closed
+        self.written_ms = 0  # monotonic time of writing
+        self.reads_moved = False  # its reads were queued again elsewhere
+
+
+class Progress:
+    """One node as the sequencer sees it."""
+
+    __slots__ = (
+        "applied",
+        "bytes",
+        "connected",
+        "early",
+        "full",
+        "items",
+        "last_ordinal",
+        "node",
+        "open",
+        "outgoing",
+        "reason",
+        "shards",
+        "uncommitted",
+        "written",
+    )
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.connected = False  # the link is up and the node is the member the map names
+        self.reason = "not connected yet"  # why not, for people
+        self.full = False  # the window has no room; writes of its shards wait
+        self.items = 0
+        self.bytes = 0
+        self.last_ordinal = 0  # of the last closed batch
+        self.open: Batch | None = None
+        self.outgoing: deque[Batch] = deque()
+        self.written: deque[Batch] = deque()
+        self.applied: deque[Batch] = deque()
+        self.early: list[Any] = []  # results of the oldest written batch, of which the last are still to come
+        self.uncommitted: deque[Batch] = deque()  # batches with writes not yet known committed, in order
+        self.shards: list[Any] = []  # the ShardStates with a replica here
+
+    def stages(self) -> Iterator[Batch]:
+        """All batches, oldest first."""
+        last = () if self.open is None else (self.open,)
+        return chain(self.applied, self.written, self.outgoing, last)
+
+    def new_batch(self, stamp_ms: int) -> Batch:
+        """Close the open batch, if any, and open one."""
+        if self.open is not None:
+            self.close_batch()
+        self.open = batch = Batch(stamp_ms)
+        return batch
+
+    def close_batch(self) -> None:
+        """The open batch gets its ordinals and may be written."""
+        batch = self.open
+        if batch is None:
+            return
+        self.open = None
+        self.last_ordinal += len(batch.items)
+        batch.last_ordinal = self.last_ordinal
+        self.outgoing.append(batch)
+        if batch.last_seqs:
+            self.uncommitted.append(batch)
+
+    def next_outgoing(self, now_ms: int) -> Batch | None:
+        """The next batch to write; from now on its results are awaited."""
+        if not self.outgoing:
+            return None
+        batch = self.outgoing.popleft()
+        batch.written_ms = now_ms
+        self.written.append(batch)
+        return batch
+
+    def on_applied(self, ordinal: int, results: list[Any]) -> list[tuple[Op, Any]]:
+        """The ops that `results` answers, in order. Raises LinkError if they do not match what was sent.
+
+        A node splits large results over several frames: the ordinal then stands still until the batch is complete.
+        """
+        answered: list[tuple[Op, Any]] = []
+        written = self.written
+        taken = 0
+        if self.early:
+            results = self.early + results
+            self.early = []
+        while written and written[0].last_ordinal <= ordinal:
+            batch = written.popleft()
+            count = len(batch.answers)
+            if count:
+                if count == len(results):  # the usual frame: the results of one batch
+                    answered = list(zip(batch.answers, results, strict=True))
+                else:
+                    answered += zip(batch.answers, results[taken : taken + count], strict=False)
+                taken += count
+            self.applied.append(batch)
+        if len(answered) != taken:
+            raise LinkError(f"{self.node} sent {len(results)} results, {taken} were due up to ordinal {ordinal}")
+        if taken < len(results):
+            self.early = results[taken:]
+            if not written or len(self.early) > len(written[0].answers):
+                raise LinkError(f"{self.node} sent {len(self.early)} results that nobody asked for")
+        if ordinal > self.last_ordinal:
+            raise LinkError(f"{self.node} applied ordinal {ordinal}, the last one sent is {self.last_ordinal}")
+        return answered
+
+    def on_durable(self, ordinal: int) -> list[Batch]:
+        """The batches acknowledged now; they leave the window."""
+        done: list[Batch] = []
+        applied = self.applied
+        while applied and applied[0].last_ordinal <= ordinal:
+            batch = applied.popleft()
+            self.items -= len(batch.items)
+            self.bytes -= batch.bytes
+            done.append(batch)
+        return done
+
+    def disconnect(self, reason: str) -> tuple[list[Batch], list[Op]]:
+        """The link is gone. Returns the batches of writes to keep, and the reads that must be queued elsewhere."""
+        kept: list[Batch] = []
+        reads: list[Op] = []
+        answered = len(self.applied)  # the results of these are here already
+        for n, old in enumerate(self.stages()):
+            batch = Batch(old.stamp_ms)
+            answers = iter(old.answers)
+            for item in old.items:
+                is_write = item[0] < WRITE_OP_END
+                op = next(answers) if not is_write or item[3] else None
+                if is_write:
+                    batch.items.append(item)
+                    batch.last_seqs[item[1]] = item[2]
+                    if op is not None:
+                        batch.answers.append(ANSWERED if n < answered else op)
+                elif op is not None and n >= answered and not old.reads_moved:
+                    reads.append(op)
+            batch.bytes = old.bytes
+            if batch.items:
+                kept.append(batch)
+        self._clear()
+        self.connected = False
+        self.reason = reason
+        return kept, reads
+
+    def _clear(self) -> None:
+        self.open = None
+        self.full = False
+        self.early = []
+        self.items = self.bytes = self.last_ordinal = 0
+        for stage in (self.outgoing, self.written, self.applied, self.uncommitted):
+            stage.clear()
+
+    def has_room(self, share: float = 1.0) -> bool:
+        """Whether the window has room; `share` < 1 asks for more than the last place."""
+        return self.items < WINDOW_ITEMS_MAX * share and self.bytes < WINDOW_BYTES_MAX * share
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        batches = list(self.stages())
+        assert self.items == sum(len(b.items) for b in batches), "items counts the items of all stages"
+        assert self.bytes == sum(b.bytes for b in batches), "bytes counts the bytes of all stages"
+        ordinal = None
+        for batch in batches:
+            if batch is self.open:
+                continue
+            if ordinal is not None:
+                assert batch.last_ordinal == ordinal + len(batch.items), "ordinals have no gap"
+            ordinal = batch.last_ordinal
+        assert ordinal is None or ordinal == self.last_ordinal, "last_ordinal is that of the last closed batch"
+
+
+ANSWERED: Op = []  # stands for an op of a kept write whose result is known already

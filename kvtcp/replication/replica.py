@@ -1,0 +1,196 @@
+"""The replica: the core of a node. Batches in, results out.
+
+Pure: the node's server feeds it frames and writes what it returns. It owns one Table per shard and applies the items of
+a batch strictly in order, writes and reads alike, which is what makes a read see exactly the writes queued before it.
+
+Invariants:
+- the numbers of a shard have no gap: an item whose number is not the table's next one stops the node (SequenceError);
+- an epoch below the promised one, or another coordinator in the same epoch, is refused;
+- the items of one batch all carry its stamp; a node never looks at a clock to decide what a table contains.
+
+Results of one batch may be large (values of many reads), so they are handed over in pieces: `run` returns when about
+`results_bytes_max` bytes of values are ready and goes on where it stopped at the next call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from kvtcp._version import __version__
+from kvtcp.constants import FRAME_BYTES_MAX, MIB, PAGE_BYTES_MAX
+from kvtcp.errors import Code
+from kvtcp.protocol.link import LINK_VERSION
+from kvtcp.protocol.operations import CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, TTL, WRITE_OP_END
+from kvtcp.storage.freeze import Frozen
+from kvtcp.storage.pages import merge_page
+from kvtcp.storage.table import Table
+
+MGET_BYTES_MAX: Final = FRAME_BYTES_MAX - MIB
+RESULTS_BYTES_MAX: Final = 1 * MIB
+
+
+class Refused(Exception):
+    """A HELLO that this node does not accept: `code` and a sentence for the coordinator."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class FreezeRequest:
+    """A backup that a batch asked for: what was frozen, and what its file is called."""
+
+    __slots__ = ("directory", "frozen", "name", "stamp_ms")
+
+    def __init__(self, name: str, directory: str, stamp_ms: int, frozen: list[Frozen]) -> None:
+        self.name = name
+        self.directory = directory
+        self.stamp_ms = stamp_ms  # deadlines become times to live at this stamp
+        self.frozen = frozen
+
+
+class Replica:
+    """All shards of one node."""
+
+    def __init__(self, node: str, disk: str, pid: int, durability: str = "memory") -> None:
+        self.node = node
+        self.disk = disk  # uuid of the copies in this process: memory does not survive it
+        self.pid = pid
+        self.durability = durability
+        self.tables: dict[int, Table] = {}
+        self.promised = 0  # highest epoch accepted
+        self.coordinator = ""  # uuid of the coordinator of that epoch
+        self.stamp_ms = 0  # highest stamp seen
+        self.applied = 0  # ordinal of the last finished batch of the present link
+        self.freezes: deque[FreezeRequest] = deque()  # for the server to work off
+        self.operations = 0  # items applied since the start, for status
+        self._items: Iterator[Sequence[Any]] = iter(())  # the rest of the batch being run
+        self._batch_ordinal = 0  # ordinal that will be applied when it is finished
+        self._flag_after_ms = 0  # stamp of the next look for expired keys
+        self.flags: list[int] = []  # shards that hold expired keys, as of the last look
+
+    # --- link ---------------------------------------------------------------------------------------
+
+    def hello(self, fields: Mapping[bytes, Any]) -> dict[str, Any]:
+        """Accept a coordinator and report, or raise Refused. The server has checked cluster and secret."""
+        if fields.get(b"version") != LINK_VERSION:
+            raise Refused("VERSION", f"this node speaks link version {LINK_VERSION}")
+        epoch, coordinator = fields[b"epoch"], fields[b"coordinator"].decode()
+        if fields[b"node"].decode() != self.node:
+            raise Refused("NODE", f"this is node {self.node}")
+        if epoch < self.promised:
+            raise Refused("FENCED", f"epoch {epoch} is over: this node promised {self.promised}")
+        if epoch == self.promised and coordinator != self.coordinator:
+            raise Refused("FENCED", f"epoch {epoch} belongs to another coordinator")
+        self.promised, self.coordinator = epoch, coordinator
+        for shard in fields[b"shards"]:
+            self.tables.setdefault(shard, Table(shard))
+        for table in self.tables.values():
+            table.epoch = epoch
+        self.applied = self._batch_ordinal = 0
+        self._items = iter(())
+        return self.report()
+
+    def report(self) -> dict[str, Any]:
+        """What this node has."""
+        return {
+            "node": self.node,
+            "disk": self.disk,
+            "pid": self.pid,
+            "version": __version__,
+            "durability": self.durability,
+            "stamp_ms": self.stamp_ms,
+            "promised": self.promised,
+            "shards": [[number, table.epoch, table.seq, table.chain] for number, table in self.tables.items()],
+        }
+
+    # --- batches ------------------------------------------------------------------------------------
+
+    def begin(self, stamp_ms: int, items: Sequence[Sequence[Any]]) -> None:
+        """A batch: it is applied by `run`."""
+        if stamp_ms > self.stamp_ms:
+            self.stamp_ms = stamp_ms
+        self._stamp_ms = stamp_ms
+        self._items = iter(items)
+        self._batch_ordinal = self.applied + len(items)
+        self.operations += len(items)
+
+    def run(self, results: list[Any], results_bytes_max: int = RESULTS_BYTES_MAX) -> bool:
+        """Apply the batch, appending results; false if it stopped because enough bytes of results are ready."""
+        tables = self.tables
+        stamp_ms = self._stamp_ms
+        ready_bytes = 0
+        for item in self._items:
+            op = item[0]
+            if op < WRITE_OP_END:
+                result = tables[item[1]].apply(item, stamp_ms)
+                if item[3]:
+                    results.append(result)
+            elif op == GET:
+                cell = tables[item[1]].get(item[2], stamp_ms)
+                results.append(cell)
+                if cell is not None:
+                    ready_bytes += len(cell[0])
+                    if ready_bytes > results_bytes_max:
+                        return False
+            else:
+                results.append(self._read(op, item, stamp_ms))
+                if op in (PAGE, MGET):
+                    ready_bytes += PAGE_BYTES_MAX
+                    if ready_bytes > results_bytes_max:
+                        return False
+        self.applied = self._batch_ordinal
+        if stamp_ms >= self._flag_after_ms:
+            self._flag_after_ms = stamp_ms + 250
+            self.flags = [number for number, table in tables.items() if table.has_expired(stamp_ms)]
+        return True
+
+    def take_flags(self) -> list[int]:
+        """The shards with expired keys found since the last call."""
+        flags, self.flags = self.flags, []
+        return flags
+
+    def _read(self, op: int, item: Sequence[Any], stamp_ms: int) -> Any:
+        tables = self.tables
+        if op == EXISTS:
+            rev = tables[item[1]].exists(item[2], stamp_ms)
+            return None if rev is None else [rev]
+        if op == TTL:
+            return tables[item[1]].ttl(item[2], stamp_ms)
+        if op == PAGE:
+            _, shards, lower, upper, limit, reverse, keys_only = item
+            chosen = [tables[shard] for shard in shards]
+            return merge_page(chosen, lower, upper, limit, PAGE_BYTES_MAX, reverse, keys_only, stamp_ms)
+        if op == COUNT:
+            return sum(tables[shard].count(item[2], item[3], stamp_ms) for shard in item[1])
+        if op == MGET:
+            return self._mget(item[1], stamp_ms)
+        if op == CHAIN_AT:
+            table = tables[item[1]]
+            return (table.seq, table.chain)
+        if op == FREEZE:
+            _, shards, name, directory = item
+            frozen = [tables[shard].freeze() for shard in shards]
+            self.freezes.append(FreezeRequest(name.decode(), directory.decode(), stamp_ms, frozen))
+            return [[f.shard, f.epoch, f.seq, f.chain] for f in frozen]
+        raise ValueError(f"unknown operation {op} on the link")
+
+    def _mget(self, wanted: Sequence[tuple[int, bytes]], stamp_ms: int) -> Any:
+        cells = []
+        total_bytes = 0
+        for shard, key in wanted:
+            cell = self.tables[shard].get(key, stamp_ms)
+            if cell is not None:
+                total_bytes += len(cell[0])
+                if total_bytes > MGET_BYTES_MAX:
+                    text = f"the values of this mget are over {MGET_BYTES_MAX} bytes; ask for fewer keys at once"
+                    return [int(Code.TOO_LARGE), text, {"bytes_max": MGET_BYTES_MAX}]
+            cells.append(cell)
+        return cells
+
+    def check(self) -> None:
+        """Check every table. Raises AssertionError."""
+        for table in self.tables.values():
+            table.check()

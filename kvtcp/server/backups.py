@@ -1,0 +1,347 @@
+"""Backups and restores of a whole cluster, as the coordinator runs them.
+
+I/O shell over storage/backup (files) and the sequencer (freeze items, sequenced writes).
+
+A backup is one point in time: the freeze items of all nodes are queued in one synchronous step, so the cut is before or
+after each write as a whole, over all shards. Every shard is saved by one replica, spread evenly. The manifest is
+written only when every shard has committed what its cut contains; a lost node fails the attempt, and the backup is
+begun once more with a new cut.
+
+A restore writes through the sequencer like any client, bounded in flight. `replace` first saves what is there, then
+keeps everybody else out of the prefix (RESTORING) until the content was read back and compared. If it fails after the
+clearing began the prefix stays closed, since what is there is neither the old nor the new content, until a restore
+of it completes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from kvtcp._version import __version__
+from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX
+from kvtcp.errors import Code, DataError, KvtcpError, Unavailable, error_from_wire
+from kvtcp.jsonl import Pair
+from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.messages import prefix_bounds
+from kvtcp.protocol.operations import CLEAR, FREEZE, PUT
+from kvtcp.replication.gateway import Gather, Session
+from kvtcp.replication.multi_read import count_read, page_read
+from kvtcp.storage import backup as files
+from kvtcp.storage.backup_manifest import FileReport, Manifest, ShardCut
+from kvtcp.storage.files import OsDisk
+
+if TYPE_CHECKING:
+    from kvtcp.server.coordinator import CoordinatorServer
+
+log = logging.getLogger("kvtcp.backup")
+
+T = TypeVar("T")
+RESTORE_CHUNK: Final = 500  # pairs written at once by a restore
+CLEAR_KEYS: Final = 1_000  # keys one clear entry removes
+ATTEMPTS: Final = 2
+FILE_WAIT_S: Final = 600.0  # for the files of the nodes
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class FutureSink:
+    """A sink that completes a future: for the few requests that the coordinator makes itself."""
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        self.future = future
+
+    def reply(self, token: Any, result: Any) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
+        if not self.future.done():
+            self.future.set_exception(error_from_wire(code, message, details))
+
+
+class Backups:
+    """One per coordinator; one backup or restore at a time."""
+
+    def __init__(self, server: CoordinatorServer, backup_dir: Path) -> None:
+        self.server = server
+        self.backup_dir = backup_dir.absolute()
+        self.busy = ""  # what is running, for people; empty = nothing
+        self.restoring: bytes | None = None  # prefix whose content is in pieces or being replaced
+        self._files: dict[str, asyncio.Future[Any]] = {}  # node -> its file of the running backup
+        self._name = ""  # of the running backup as the nodes know it
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    def start_backup(self, session: Session, ident: int, name: str | None) -> None:
+        """Answer `session` with the backup's summary, or why there is none."""
+        name = name or files.backup_name_from_time(datetime.now(UTC))
+        self._start(f"backup {name}", session, ident, lambda progress: self._backup(name, progress))
+
+    def start_restore(
+        self, session: Session, ident: int, name: str, mode: str, prefix: bytes, dry_run: bool
+    ) -> None:
+        """Answer `session` with what the restore did (or would do)."""
+        self._start(
+            f"restore {name}", session, ident, lambda progress: self._restore(name, mode, prefix, dry_run, progress)
+        )
+
+    def _start(self, what: str, session: Session, ident: int, work: Callable[[Progress], Any]) -> None:
+        if self.busy:
+            session.fail(ident, Code.OVERLOADED, f"{self.busy} is running; one at a time", {})
+            return
+        self.busy = what
+        task = self.server.loop.create_task(self._run(what, session, ident, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, what: str, session: Session, ident: int, work: Callable[[Progress], Any]) -> None:
+        log.info("event=started what=%s", what)
+        try:
+            summary = await work(lambda progress: session.progress(ident, progress))
+            log.info("event=finished what=%s", what)
+            session.reply(ident, summary)
+        except KvtcpError as error:
+            log.warning("event=failed what=%s reason=%s", what, error)
+            session.fail(ident, error.code, error.message, error.details)
+        except OSError as error:
+            log.warning("event=failed what=%s reason=%s", what, error)
+            session.fail(ident, Code.NO_SPACE, f"{what} failed, nothing was published: {error}", {})
+        except asyncio.CancelledError:
+            session.fail(ident, Code.UNKNOWN, f"{what} ended: the coordinator stops", {})
+            raise
+        finally:
+            self.busy = ""
+
+    async def close(self) -> None:
+        """End what is running."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- backup -------------------------------------------------------------------------------------
+
+    def file_done(self, node: str, name: bytes, report: Any, error: bytes | None) -> None:
+        """A node finished its file, or says why it could not."""
+        future = self._files.get(node)
+        if future is None or future.done() or name.decode() != self._name:
+            return
+        if error is not None:
+            future.set_exception(Unavailable(error.decode("utf-8", "replace"), Code.NOT_ENOUGH_REPLICAS))
+        else:
+            future.set_result(report)
+
+    def node_lost(self, node: str) -> None:
+        """The link to `node` is gone: the attempt that waits for its file has failed."""
+        future = self._files.get(node)
+        if future is not None and not future.done():
+            future.set_exception(Unavailable(f"{node} was lost", Code.NOT_ENOUGH_REPLICAS))
+
+    async def _backup(self, name: str, progress: Progress) -> dict[str, Any]:
+        disk = OsDisk()
+        files.check_backup_name(name)
+        for attempt in range(1, ATTEMPTS + 1):
+            tmp_dir = await self._in_thread(files.begin_backup, disk, self.backup_dir, name, attempt)
+            try:
+                manifest = await self._attempt(f"{name}/{attempt}", tmp_dir, progress)
+                await self._in_thread(files.write_manifest, disk, tmp_dir, manifest)
+                await self._in_thread(files.publish, disk, tmp_dir, self.backup_dir / name)
+            except (Unavailable, TimeoutError) as error:
+                await self._in_thread(files.discard, disk, tmp_dir)
+                if attempt == ATTEMPTS:
+                    text = str(error) or "the nodes did not finish in time"
+                    raise Unavailable(
+                        f"backup {name} failed {ATTEMPTS} times, last: {text}; nothing was published",
+                        Code.NOT_ENOUGH_REPLICAS,
+                    ) from error
+                progress({"begun_again": str(error)})
+            except BaseException:
+                await self._in_thread(files.discard, disk, tmp_dir)
+                raise
+            else:
+                return {
+                    "name": name,
+                    "directory": str(self.backup_dir / name),
+                    "pairs": manifest.pairs,
+                    "bytes": manifest.bytes,
+                    "files": len(manifest.files),
+                    "created": manifest.created,
+                }
+        raise AssertionError("the last attempt returns or raises")
+
+    def _spread(self) -> dict[str, list[int]]:
+        """node -> shards it saves: one connected replica a shard, as evenly as membership allows."""
+        chosen: dict[str, list[int]] = {}
+        for shard in self.server.sequencer.shards:
+            members = [link for link in shard.members if link.connected]
+            if not members or not shard.serving:
+                raise Unavailable(f"no replica of shard {shard.number} can be read", Code.NOT_ENOUGH_REPLICAS)
+            best = min(members, key=lambda link: len(chosen.get(link.node, ())))
+            chosen.setdefault(best.node, []).append(shard.number)
+        return chosen
+
+    async def _attempt(self, attempt_name: str, tmp_dir: Path, progress: Progress) -> Manifest:
+        server, sequencer = self.server, self.server.sequencer
+        chosen = self._spread()
+        self._name = attempt_name
+        self._files = {node: server.loop.create_future() for node in chosen}
+        cuts = {node: server.loop.create_future() for node in chosen}
+        created = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        # One synchronous step: between two of these items no write can be sequenced.
+        server.begin()
+        for node, shards in chosen.items():
+            item = (FREEZE, shards, attempt_name, str(tmp_dir))
+            queued = sequencer.control(node, item, shards, FutureSink(cuts[node]), None)
+            assert queued, "only connected nodes were chosen"
+        try:
+            async with asyncio.timeout(FILE_WAIT_S):
+                rows = [row for cut in await asyncio.gather(*cuts.values()) for row in cut]
+                reports = []
+                progress({"files_done": 0, "files": len(chosen)})
+                for future in asyncio.as_completed(self._files.values()):
+                    reports.append(FileReport.from_fields(await future, "report of a node"))
+                    progress({"files_done": len(reports), "files": len(chosen)})
+        finally:
+            for future in (*cuts.values(), *self._files.values()):
+                future.cancel()
+                if future.done() and not future.cancelled():
+                    future.exception()  # looked at: another one's was raised
+            self._files = {}
+        return Manifest(
+            cluster=sequencer.map.cluster,
+            created=created,
+            kvtcp_version=__version__,
+            shards=sequencer.map.shards,
+            cut=tuple(ShardCut(*row) for row in sorted(rows)),
+            files=tuple(sorted(reports, key=lambda report: report.name)),
+        )
+
+    # --- restore ------------------------------------------------------------------------------------
+
+    async def _restore(
+        self, name: str, mode: str, prefix: bytes, dry_run: bool, progress: Progress
+    ) -> dict[str, Any]:
+        directory = self.backup_dir / files.check_backup_name(name)
+        await self._in_thread(files.verify, directory)
+        wanted, content = await self._in_thread(lambda: files.content_hash(files.read_pairs(directory, prefix)))
+        present = await self._count(prefix)
+        summary: dict[str, Any] = {"name": name, "mode": mode, "prefix": prefix, "pairs": wanted, "present": present}
+        if dry_run:
+            return {**summary, "dry_run": True}
+        if mode == "merge":
+            self._check_prefix_free(prefix)
+            await self._load(directory, prefix, wanted, progress)
+            return summary
+        if self.restoring is not None and self.restoring != prefix:
+            raise Unavailable(
+                "an unfinished restore of another prefix keeps the cluster closed; finish it first", Code.RESTORING
+            )
+        if self.restoring is None:  # else what is there is a torso, not worth saving
+            saved = "before-restore-" + files.backup_name_from_time(datetime.now(UTC))
+            await self._backup(saved, progress)
+            summary["saved_as"] = saved
+        self._close_prefix(prefix)
+        await self._clear(prefix)
+        await self._load(directory, prefix, wanted, progress)
+        found, hashed = await self._read_back(prefix)
+        if (found, hashed) != (wanted, content):
+            raise DataError(
+                f"after the restore {found} pairs were read back where the backup has {wanted}, or values differ; "
+                "the prefix stays closed, repeat the restore"
+            )
+        self._open_prefix()
+        return summary
+
+    def _check_prefix_free(self, prefix: bytes) -> None:
+        if self.restoring is not None:
+            raise Unavailable("an unfinished restore (replace) keeps the cluster closed; finish it", Code.RESTORING)
+
+    def _close_prefix(self, prefix: bytes) -> None:
+        self.restoring = self.server.gateway.restoring = prefix
+        self.server.sequencer.refuse_waiting(
+            Code.RESTORING, "the key is being restored; nothing was executed", lambda key: key.startswith(prefix)
+        )
+
+    def _open_prefix(self) -> None:
+        self.restoring = self.server.gateway.restoring = None
+
+    async def _count(self, prefix: bytes) -> int:
+        future: asyncio.Future[int] = self.server.loop.create_future()
+        self.server.begin()
+        shards = self.server.gateway.all_shards
+        self.server.sequencer.multi_read(count_read(shards, *prefix_bounds(prefix), FutureSink(future), None))
+        return await future
+
+    async def _clear(self, prefix: bytes) -> None:
+        lower, upper = prefix_bounds(prefix)
+        for number in range(self.server.map.shards):
+            while await self._write(CLEAR, number, lower, (upper, CLEAR_KEYS)) > 0:
+                pass
+
+    async def _load(self, directory: Path, prefix: bytes, wanted: int, progress: Progress) -> None:
+        pairs: Iterator[Pair] = files.read_pairs(directory, prefix)
+        done = 0
+        while chunk := await self._in_thread(lambda: list(islice(pairs, min(RESTORE_CHUNK, MULTI_KEYS_MAX)))):
+            await self._put_all(chunk)
+            done += len(chunk)
+            progress({"pairs_done": done, "pairs": wanted})
+
+    async def _put_all(self, chunk: list[Pair]) -> None:
+        left = chunk
+        deadline = self.server.loop.time() + 10 * CLIENT_TIMEOUT_MS / 1000
+        while left:
+            future: asyncio.Future[list[Any]] = self.server.loop.create_future()
+            gather = Gather(FutureSink(future), None, len(left))
+            self.server.begin()
+            for index, pair in enumerate(left):
+                args = (pair.value,) if pair.ttl_ms is None else (pair.value, pair.ttl_ms)
+                size = len(pair.key) + len(pair.value)
+                shard = shard_of(pair.key, self.server.map.shards)
+                self.server.sequencer.write(PUT, shard, pair.key, args, size, gather, index)
+            results = await future
+            # a put may be repeated: it has the same effect, and nobody else writes what is restored in `replace`
+            failed = [result for result in results if type(result) is list]
+            if failed and self.server.loop.time() > deadline:
+                raise error_from_wire(*failed[0])
+            left = [pair for pair, result in zip(left, results, strict=True) if type(result) is list]
+
+    async def _read_back(self, prefix: bytes) -> tuple[int, str]:
+        hashed = files.ContentHash()
+        count = 0
+        async for rows in self._pages(prefix):
+            for key, value, _, _ in rows:
+                hashed.add(key, value)
+                count += 1
+        return count, hashed.hexdigest()
+
+    async def _pages(self, prefix: bytes) -> AsyncIterator[list[Any]]:
+        server = self.server
+        lower, upper = prefix_bounds(prefix)
+        while True:
+            future: asyncio.Future[Any] = server.loop.create_future()
+            server.begin()
+            sink = FutureSink(future)
+            shards = server.gateway.all_shards
+            server.sequencer.multi_read(
+                page_read(shards, lower, upper, PAGE_ITEMS_MAX, False, False, sink, None)
+            )
+            rows, cursor = await future
+            yield rows
+            if cursor is None:
+                return
+            lower = rows[-1][0] + b"\0"
+
+    async def _write(self, op: int, number: int, key: bytes, args: tuple[Any, ...]) -> int:
+        future: asyncio.Future[int] = self.server.loop.create_future()
+        self.server.begin()
+        self.server.sequencer.write(op, number, key, args, len(key), FutureSink(future), None)
+        return await future
+
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        return await self.server.loop.run_in_executor(None, lambda: work(*args))

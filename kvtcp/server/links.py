@@ -1,0 +1,183 @@
+"""Links: the coordinator's end of the FIFO connections to the nodes.
+
+I/O shell around Progress. One NodeLink per node keeps one connection: it dials with back-off, says HELLO, hands the
+report to the server, then writes batches and passes results on. The dialling is a task (it is a control path); batches
+and results are moved by callbacks alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import TYPE_CHECKING, Any
+
+from kvtcp.constants import BACKOFF_MAX_MS, BACKOFF_MIN_MS, LINK_WRITE_BUFFER_BYTES, RECOVER_WAIT_MS
+from kvtcp.errors import ProtocolError
+from kvtcp.protocol.link import BACKUP, BATCH, HELLO, LINK_VERSION, REFUSED, REPORT, RESULTS, STOP
+from kvtcp.replication.progress import LinkError, Progress
+from kvtcp.server.transport import FramedConnection
+
+if TYPE_CHECKING:
+    from kvtcp.server.coordinator import CoordinatorServer
+
+log = logging.getLogger("kvtcp.link")
+
+
+class LinkConnection(FramedConnection):
+    """One connection of a link."""
+
+    def __init__(self, link: NodeLink) -> None:
+        super().__init__(link.server.loop)
+        self.link = link
+        self.answered: asyncio.Future[dict[bytes, Any]] = link.server.loop.create_future()  # the report
+        self.lost = asyncio.Event()
+        self.live = False  # the report was accepted: batches flow
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self.transport is not None
+        self.transport.set_write_buffer_limits(high=LINK_WRITE_BUFFER_BYTES)
+
+    def messages_received(self, messages: list[Any]) -> None:
+        for message in messages:
+            if type(message) is not list or not message:
+                raise ProtocolError("a frame of a link is an array [kind, ...]")
+            kind = message[0]
+            if kind == RESULTS and self.live and len(message) == 5:
+                self.link.server.begin()
+                try:
+                    self.link.server.sequencer.on_results(self.link.node, *message[1:])
+                except LinkError as error:
+                    raise ProtocolError(str(error)) from error
+            elif kind == REPORT and len(message) == 2 and type(message[1]) is dict:
+                if not self.answered.done():
+                    self.answered.set_result(message[1])
+            elif kind == BACKUP and len(message) == 4:
+                self.link.server.backups.file_done(self.link.node, *message[1:])
+            elif kind == REFUSED and len(message) == 4:
+                self.link.refused_at = message[3]
+                self._refuse(f"refused: {message[2].decode('utf-8', 'replace')}")
+            else:
+                raise ProtocolError("not a frame of a kvtcp node")
+
+    def _refuse(self, reason: str) -> None:
+        if not self.answered.done():
+            self.answered.set_exception(ConnectionError(reason))
+        self.close()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.link.write_batches()
+
+    def closed(self, reason: str) -> None:
+        if not self.answered.done():
+            self.answered.set_exception(ConnectionError(reason))
+            self.answered.exception()  # looked at: nobody may be waiting any more
+        self.lost.set()
+        if self.live:
+            self.live = False
+            self.link.connection_lost(reason)
+
+
+class NodeLink:
+    """The link to one node: dials, and dials again."""
+
+    def __init__(self, server: CoordinatorServer, node: str, host: str, port: int) -> None:
+        self.server = server
+        self.node = node
+        self.host = host
+        self.port = port
+        self.progress: Progress = server.sequencer.links[node]
+        self.connection: LinkConnection | None = None
+        self.number = 0  # of the last HELLO; only grows
+        self.refused_at = 0  # epoch that a node which refused has promised
+        self.report: dict[bytes, Any] = {}  # the last one
+        self.closing = False  # the server stops: a lost connection is no event
+        self.bad = ""  # why the node may not serve though it answers, for people
+
+    async def run(self) -> None:
+        """Keep the link up until cancelled."""
+        backoff_ms = BACKOFF_MIN_MS
+        while True:
+            connection = LinkConnection(self)
+            try:
+                await self._connect(connection)
+                backoff_ms = BACKOFF_MIN_MS
+                await connection.lost.wait()
+            except (OSError, TimeoutError) as error:
+                reason = str(error) or "no answer in time"
+                self.server.link_failed(self, reason)
+                connection.abort()
+                await asyncio.sleep(backoff_ms / 1000 * random.uniform(0.5, 1.0))
+                backoff_ms = min(backoff_ms * 2, BACKOFF_MAX_MS // 10)
+            except asyncio.CancelledError:
+                self.close()
+                connection.close()
+                raise
+
+    async def _connect(self, connection: LinkConnection) -> None:
+        loop = self.server.loop
+        cluster_map = self.server.map
+        async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
+            await loop.create_connection(lambda: connection, self.host, self.port)
+        self.number += 1
+        hello = {
+            "version": LINK_VERSION,
+            "cluster": cluster_map.cluster,
+            "secret": self.server.secret,
+            "epoch": cluster_map.epoch,
+            "coordinator": cluster_map.owner,
+            "link": self.number,
+            "node": self.node,
+            "map_version": cluster_map.version,
+            "shards": cluster_map.shards_of(self.node),
+        }
+        connection.send((HELLO, hello))
+        connection.flush()
+        async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
+            self.report = await connection.answered
+        self.connection = connection
+        self.server.node_reported(self)
+
+    def write_batches(self) -> None:
+        """Write the outgoing batches as far as the transport takes them."""
+        connection = self.connection
+        if connection is None or not connection.live:
+            return
+        progress = self.progress
+        server = self.server
+        if progress.outgoing and not connection.write_paused:
+            committed = server.sequencer.committed_ordinal(progress)
+            while (batch := progress.next_outgoing(server.sequencer.now_ms)) is not None:
+                connection.send((BATCH, batch.stamp_ms, committed, batch.items))
+            connection.flush()
+
+    def heartbeat(self) -> None:
+        """An empty batch on an idle link: the node looks for expired keys, and a dead link is noticed."""
+        connection = self.connection
+        if connection is not None and connection.live and not connection.write_paused:
+            connection.send((BATCH, self.server.sequencer.stamp_ms, 0, []))
+            connection.flush()
+
+    def connection_lost(self, reason: str) -> None:
+        """The live connection is gone."""
+        self.connection = None
+        if self.closing:
+            return
+        log.warning("event=link-down node=%s reason=%s", self.node, reason)
+        self.server.backups.node_lost(self.node)
+        self.server.begin()
+        self.server.sequencer.link_down(self.node, f"connection lost: {reason}")
+
+    def stop_node(self) -> None:
+        """Ask the node to stop its process."""
+        if self.connection is not None:
+            self.connection.send((STOP,))
+            self.connection.flush()
+
+    def close(self) -> None:
+        """Close the connection for good."""
+        self.closing = True
+        if self.connection is not None:
+            self.connection.close()

@@ -1,0 +1,241 @@
+"""The node's server: an I/O shell around the Replica.
+
+It listens on one port for the coordinator's link. The first frame must be a HELLO with this cluster's secret; after it
+the newest link is the only one, older ones are closed with their unread input. Everything a read of the socket brings
+is applied in one step and answered with one write. While the coordinator does not read, nothing more is applied (the
+transport's high-water mark), so memory stays bounded in both directions.
+
+An exception while applying ends the process: a replica that went on after it might differ from the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from kvtcp.constants import LINK_WRITE_BUFFER_BYTES, ORPHAN_MS
+from kvtcp.errors import ProtocolError
+from kvtcp.protocol.link import BACKUP, BATCH, HELLO, REFUSED, REPORT, RESULTS, STOP
+from kvtcp.replication.replica import Refused, Replica
+from kvtcp.server.backup_job import BackupJob
+from kvtcp.server.transport import FramedConnection
+
+log = logging.getLogger("kvtcp.node")
+
+
+class LinkConnection(FramedConnection):
+    """The node's end of a link."""
+
+    def __init__(self, server: NodeServer) -> None:
+        super().__init__(server.loop)
+        self.server = server
+        self.accepted = False  # its HELLO was; only then anything else is looked at
+        self.inbox: deque[list[Any]] = deque()  # batches not yet applied
+        self.running = False  # the batch at the head of the inbox is half done
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self.transport is not None
+        self.transport.set_write_buffer_limits(high=LINK_WRITE_BUFFER_BYTES)
+        self.server.connections.add(self)
+
+    def messages_received(self, messages: list[Any]) -> None:
+        for message in messages:
+            if type(message) is not list or not message:
+                raise ProtocolError("a frame of a link is an array [kind, ...]")
+            if self.accepted and message[0] == BATCH and len(message) == 4:
+                self.inbox.append(message)
+            elif message[0] == HELLO and not self.accepted and len(message) == 2:
+                self.server.hello(self, message[1])
+            elif self.accepted and message[0] == STOP:
+                log.info("event=stop node=%s reason=asked by the coordinator", self.server.replica.node)
+                self.server.stop_requested()
+            else:
+                raise ProtocolError("the first frame of a link is HELLO with the cluster's secret")
+        if self.inbox:
+            self.run()
+
+    def run(self) -> None:
+        """Apply what is in the inbox as far as the coordinator reads the results."""
+        replica = self.server.replica
+        inbox = self.inbox
+        results: list[Any] = []
+        while inbox and not self.write_paused:
+            if not self.running:
+                replica.begin(inbox[0][1], inbox[0][3])
+                self.running = True
+            finished = replica.run(results)
+            if finished:
+                self.running = False
+                inbox.popleft()
+            if not finished or not inbox:
+                # memory: what is applied is as durable as it gets
+                self.send((RESULTS, replica.applied, replica.applied, results, replica.take_flags()))
+                self.flush()
+                results = []
+        if replica.freezes:
+            self.server.start_backups()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.transport is not None:
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.transport is not None:
+            self.transport.resume_reading()
+            self.run()
+
+    def closed(self, reason: str) -> None:
+        self.inbox.clear()
+        self.server.connection_closed(self, reason)
+
+
+class NodeServer:
+    """One node: its replica, its port, its links."""
+
+    def __init__(
+        self,
+        node: str,
+        *,
+        cluster: str | None = None,
+        secret: str | None = None,
+        on_identity: Callable[[str, str], None] | None = None,
+        on_stop: Callable[[], None] | None = None,
+        spawned: bool = False,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.replica = Replica(node, secrets.token_hex(8), os.getpid())
+        self.cluster = cluster  # None: the first coordinator that says HELLO creates the identity
+        self.secret = secret
+        self.connections: set[LinkConnection] = set()
+        self.address = ("", 0)
+        self.stopped = asyncio.Event()
+        self._on_identity = on_identity
+        self._on_stop = on_stop
+        self._spawned = spawned
+        self._link: LinkConnection | None = None  # the newest accepted link
+        self._link_number = 0  # of the newest accepted link; only grows
+        self._orphan: asyncio.TimerHandle | None = None
+        self._server: asyncio.Server | None = None
+        self._jobs: set[BackupJob] = set()
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen. Raises OSError if the port is taken."""
+        self._server = await self.loop.create_server(lambda: LinkConnection(self), host, port)
+        self.address = self._server.sockets[0].getsockname()[:2]
+        log.info("event=listening node=%s address=%s:%s pid=%s", self.replica.node, *self.address, os.getpid())
+        self._arm_orphan()
+
+    def hello(self, connection: LinkConnection, fields: Any) -> None:
+        """Accept or refuse a link."""
+        replica = self.replica
+        try:
+            if type(fields) is not dict or not _hello_is_complete(fields):
+                raise ProtocolError("a HELLO lacks fields")
+            cluster, secret = fields[b"cluster"].decode(), fields[b"secret"].decode()
+            if self.secret is None:
+                self.cluster, self.secret = cluster, secret
+                if self._on_identity is not None:
+                    self._on_identity(cluster, secret)
+            if not hmac.compare_digest(secret.encode(), self.secret.encode()):
+                raise Refused("SECRET", "the cluster's secret is not the one of this node")
+            if cluster != self.cluster:
+                raise Refused("CLUSTER", f"this node belongs to cluster {self.cluster}")
+            epoch, number = fields[b"epoch"], fields[b"link"]
+            if epoch == replica.promised and number <= self._link_number and replica.coordinator:
+                raise Refused("LINK", f"link {number} is older than link {self._link_number}")
+            report = replica.hello(fields)
+        except Refused as refused:
+            log.warning("event=hello-refused peer=%s code=%s reason=%s", connection.peer, refused.code, refused)
+            connection.send((REFUSED, refused.code, str(refused), replica.promised))
+            connection.close()
+            return
+        self._link_number = number
+        older, self._link = self._link, connection
+        if older is not None:
+            older.inbox.clear()
+            older.accepted = False
+            older.abort()
+        for job in list(self._jobs):
+            job.abort("the link it was asked for on is gone")
+        connection.accepted = True
+        self._disarm_orphan()
+        log.info("event=linked node=%s peer=%s epoch=%s link=%s", replica.node, connection.peer, epoch, number)
+        connection.send((REPORT, report))
+        connection.flush()
+
+    def connection_closed(self, connection: LinkConnection, reason: str) -> None:
+        """A connection is gone; a spawned node does not outlive its coordinator for long."""
+        self.connections.discard(connection)
+        if connection is self._link:
+            log.info("event=link-closed node=%s reason=%s", self.replica.node, reason)
+            self._link = None
+            for job in list(self._jobs):
+                job.abort("the link closed")
+            self._arm_orphan()
+
+    def _arm_orphan(self) -> None:
+        if self._spawned and self._orphan is None:
+            self._orphan = self.loop.call_later(ORPHAN_MS / 1000, self._orphaned)
+
+    def _disarm_orphan(self) -> None:
+        if self._orphan is not None:
+            self._orphan.cancel()
+            self._orphan = None
+
+    def _orphaned(self) -> None:
+        log.warning("event=orphaned node=%s reason=no coordinator for %s ms", self.replica.node, ORPHAN_MS)
+        self.stop_requested()
+
+    def start_backups(self) -> None:
+        """Start writing what the last batches froze."""
+        while self.replica.freezes:
+            job = BackupJob(self.loop, self.replica.node, self.replica.freezes.popleft(), self._backup_done)
+            self._jobs.add(job)
+            job.start()
+
+    def _backup_done(self, job: BackupJob, report: dict[str, Any] | None, error: str | None) -> None:
+        self._jobs.discard(job)
+        if self._link is not None:
+            self._link.send((BACKUP, job.name, report, error))
+            self._link.flush()
+
+    def stop_requested(self) -> None:
+        """Stop, from inside."""
+        self.stopped.set()
+        if self._on_stop is not None:
+            self._on_stop()
+
+    async def close(self) -> None:
+        """Close port and links."""
+        self._disarm_orphan()
+        self._spawned = False
+        for job in list(self._jobs):
+            job.abort("the node stops")
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.close()
+        await asyncio.sleep(0)
+
+
+_HELLO_FIELDS = {
+    b"version": int, b"cluster": bytes, b"secret": bytes, b"epoch": int, b"coordinator": bytes, b"link": int,
+    b"node": bytes, b"shards": list,
+}  # fmt: skip
+
+
+def _hello_is_complete(fields: dict[bytes, Any]) -> bool:
+    if not all(type(fields.get(name)) is kind for name, kind in _HELLO_FIELDS.items()):
+        return False
+    return all(type(shard) is int for shard in fields[b"shards"])
+
+

@@ -1,0 +1,115 @@
+"""What the two server commands share: arguments, logging, the event loop, garbage collection, signals.
+
+The loop is uvloop where it is installed, else asyncio's own; `--loop` forces one, and the tests run both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import ipaddress
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from kvtcp._version import __version__
+from kvtcp.constants import HOST_DEFAULT
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+
+
+class StartError(Exception):
+    """The server cannot start as asked: one sentence for the user, exit code 2."""
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of both servers."""
+    parser.add_argument("--host", default=HOST_DEFAULT, help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--allow-insecure",
+        action="store_true",
+        help="permit a --host that other machines can reach, although there are no credentials and no encryption yet",
+    )
+    parser.add_argument(
+        "--durability",
+        default="memory",
+        metavar="MODE",
+        help="what an acknowledged write survives; this version has memory only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="(default: %(default)s)"
+    )
+    parser.add_argument("--loop", default="auto", choices=["auto", "uvloop", "asyncio"], help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"kvtcp {__version__}")
+
+
+def check_common_arguments(options: argparse.Namespace) -> None:
+    """Raise StartError for values that fit the grammar but not the server."""
+    if options.durability != "memory":
+        raise StartError(
+            f"--durability {options.durability} is not available: this version keeps data in memory only "
+            "(use --durability memory, and backups for what must survive)"
+        )
+    if not is_loopback(options.host) and not options.allow_insecure:
+        raise StartError(
+            f"--host {options.host} can be reached by other machines, and kvtcp has no credentials or encryption yet; "
+            "use a loopback address, or --allow-insecure if the network is yours alone"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_port(port: int, name: str) -> int:
+    """A TCP port to listen on. Raises StartError."""
+    if not 0 <= port <= 65535:
+        raise StartError(f"{name} must be a port from 0 to 65535, not {port}")
+    return port
+
+
+def set_up_logging(level: str) -> None:
+    """One line per event on stderr."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+
+
+def run(main: Callable[[], Coroutine[Any, Any, int]], loop: str) -> int:
+    """Run `main` on the chosen event loop and return its exit code."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if loop != "asyncio":
+        try:
+            import uvloop
+
+            factory = uvloop.new_event_loop
+        except ImportError:
+            if loop == "uvloop":
+                print("kvtcp: uvloop is not installed (pip install uvloop), or use --loop asyncio", file=sys.stderr)  # noqa: T201
+                return EXIT_USAGE
+    # What lives long (cells, index) is not cyclic: collect rarely, and never walk what start-up made.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main())
+
+
+def on_stop_signals(callback: Callable[[], None]) -> None:
+    """Call `callback` on SIGTERM and SIGINT."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, callback)

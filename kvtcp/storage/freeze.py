@@ -1,0 +1,90 @@
+"""Frozen: the rows of one shard exactly as they were at one position, read in slices while the shard goes on.
+
+Pure. One mechanism for snapshots, learners and backups. The scan walks the live index in key order; the first change of
+a key the scan has not passed saves the key's old cell (or None: it was absent), and the scan emits the saved cell
+instead of the live one. A saved cell is dropped when the scan passes its key, so the extra memory is one old cell per
+changed key, and nothing is stopped, copied or replayed.
+
+A wipe of the shard takes no walk over the saved cells: the table goes on with a new index and leaves the old one, which
+nobody changes any more, to the scans that are open on it.
+
+Invariant: rows still to come = keys >= `_lower` that are saved with a cell, or in the index and not saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvtcp.storage.btree import BTree
+from kvtcp.storage.index import Cell, Index, Row
+
+
+class Frozen:
+    """The rows of shard `shard` at position (`epoch`, `seq`, `chain`). Made by `Table.freeze`; close it, or read it to
+    the end, to let go of the index and of the saved cells."""
+
+    def __init__(
+        self, index: Index, shard: int, epoch: int, seq: int, chain: int, on_close: Callable[[Frozen], None]
+    ) -> None:
+        self.shard = shard
+        self.epoch = epoch  # epoch, seq, chain: the position whose state the rows are
+        self.seq = seq
+        self.chain = chain
+        self.rows_left = len(index)  # rows not yet returned; at the start all rows of the position
+        self._index: Index | None = index  # the live one until a wipe; None when closed
+        self._on_close = on_close
+        self._lower = b""  # keys below it are passed
+        self._saved: dict[bytes, Cell | None] = {}  # changed and not passed: key -> cell at the position, None = absent
+        self._saved_order = BTree()  # the keys of `_saved`
+
+    @property
+    def saved_count(self) -> int:
+        """Number of cells saved and not yet passed."""
+        return len(self._saved)
+
+    def save(self, key: bytes, cell: Cell | None) -> None:
+        """The table is about to change `key`, whose cell is `cell` (None: absent)."""
+        if key >= self._lower and key not in self._saved:
+            self._saved[key] = cell
+            self._saved_order.insert(key)
+
+    def next_rows(self, limit: int) -> list[Row]:
+        """The next rows (key, value, rev, deadline_ms or None), at most `limit` and at least one; empty at the end."""
+        assert limit >= 1, "a slice has at least one row"
+        rows: list[Row] = []
+        while self.rows_left and not rows:
+            assert self._index is not None, "a frozen shard is not read after close"
+            keys = self._next_keys(self._index, limit)
+            assert keys, "rows are left while there are keys"
+            if self._saved:
+                for key in keys:
+                    cell = self._pass(key) if key in self._saved else self._index.get(key)
+                    if cell is not None:
+                        rows.append((key, *cell))
+            else:
+                rows = [(key, *cell) for key, cell in zip(keys, self._index.cells_of(keys), strict=True)]
+            self._lower = keys[-1] + b"\0"
+            self.rows_left -= len(rows)
+        if not self.rows_left:
+            self.close()
+        return rows
+
+    def close(self) -> None:
+        """Let go of everything. Closing twice is allowed."""
+        if self._index is not None:
+            self._index = None
+            self._saved = {}
+            self._saved_order = BTree()
+            self._on_close(self)
+
+    def _next_keys(self, index: Index, limit: int) -> list[bytes]:
+        """The next keys to pass: live or saved, in order."""
+        keys = index.slice(self._lower, None, limit)
+        if self._saved:
+            upper = keys[-1] if len(keys) == limit else None
+            keys = sorted({*keys, *self._saved_order.slice(self._lower, upper, limit)})[:limit]
+        return keys
+
+    def _pass(self, key: bytes) -> Cell | None:
+        self._saved_order.delete(key)
+        return self._saved.pop(key)

@@ -1,0 +1,116 @@
+"""The cells of a shard: a hash index for single keys beside a B+tree for their order.
+
+Pure. A point read or an overwrite is one dictionary probe and never touches the tree. A new key is appended to `fresh`
+and merged into the tree as part of a sorted batch: when `FRESH_KEYS_MAX` wait, and before anything that needs the order
+or removes a key. So every answer includes the keys that wait, and no call does more than one such merge (about 1 ms).
+
+The hash index is `HASH_PARTS` dictionaries, chosen by `hash(key) % HASH_PARTS`: one dictionary of a million keys takes
+over 100 ms for the insert that makes it grow, one of 31 parts 1 to 2 ms. The number is prime, because the low bits of
+the hash also choose the slot inside a dictionary. The choice costs 0.06 us a lookup. The hash of bytes differs from
+process to process; nothing that leaves this class depends on it.
+
+A cell is `(value, revision, deadline_ms or None)`, for a key without deadline the very tuple a read answers with.
+Measured on CPython 3.11 with 1 M keys against one bytes object `revision + value`: building it takes 0.04 us instead of
+0.13, reading it 0.03 instead of 0.25, and it needs about 100 bytes more per key; the cyclic collector stops tracking
+such tuples the first time it sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from kvtcp.constants import FRESH_KEYS_MAX, HASH_PARTS, LEAF_KEYS_MAX
+from kvtcp.storage.btree import BTree
+
+Cell = tuple[bytes, int, int | None]  # value, revision, deadline in ms or None
+Row = tuple[bytes, bytes, int, int | None]  # key and cell
+
+PARTS: Final = HASH_PARTS
+
+
+class Index:
+    """Ordered map of keys to cells. `fresh_keys_max` = 1 merges every new key at once."""
+
+    __slots__ = ("fresh", "fresh_keys_max", "parts", "tree")
+
+    def __init__(self, leaf_keys_max: int = LEAF_KEYS_MAX, fresh_keys_max: int = FRESH_KEYS_MAX) -> None:
+        self.parts: list[dict[bytes, Cell]] = [{} for _ in range(PARTS)]  # every key is in parts[hash(key) % PARTS]
+        self.tree = BTree(leaf_keys_max)  # all keys but the fresh ones
+        self.fresh: list[bytes] = []  # keys in order of arrival that are not in the tree yet
+        self.fresh_keys_max = fresh_keys_max  # len(fresh) < fresh_keys_max between two calls
+
+    def __len__(self) -> int:
+        return len(self.tree) + len(self.fresh)
+
+    def load(self, rows: Iterable[Row]) -> None:
+        """Fill an empty index from rows in strictly ascending order of their keys, else ValueError is raised."""
+        assert len(self) == 0, "only an empty index is loaded"
+        keys: list[bytes] = []
+        last: bytes | None = None
+        for key, value, rev, deadline_ms in rows:
+            if last is not None and key <= last:
+                raise ValueError("rows are not in ascending order of their keys")
+            self.parts[hash(key) % PARTS][key] = (value, rev, deadline_ms)
+            keys.append(key)
+            last = key
+        self.tree.insert_sorted_batch(keys)
+
+    def get(self, key: bytes) -> Cell | None:
+        """The cell of a key, or None."""
+        return self.parts[hash(key) % PARTS].get(key)
+
+    def set(self, key: bytes, cell: Cell) -> None:
+        """Insert or replace. (`Table.apply` has a copy of this body in its path for `put`.)"""
+        cells = self.parts[hash(key) % PARTS]
+        before = len(cells)
+        cells[key] = cell
+        if len(cells) != before:
+            self.fresh.append(key)
+            if len(self.fresh) >= self.fresh_keys_max:
+                self.merge()
+
+    def delete(self, key: bytes) -> Cell | None:
+        """Remove a key; its cell, or None if it was not there."""
+        cell = self.parts[hash(key) % PARTS].pop(key, None)
+        if cell is not None:
+            if self.fresh:
+                self.merge()
+            self.tree.delete(key)
+        return cell
+
+    def merge(self) -> None:
+        """Move the fresh keys into the tree."""
+        if self.fresh:
+            fresh = self.fresh
+            fresh.sort()
+            self.tree.insert_sorted_batch(fresh)
+            fresh.clear()
+
+    def slice(
+        self, lower: bytes = b"", upper: bytes | None = None, limit: int | None = None, reverse: bool = False
+    ) -> list[bytes]:
+        """The first `limit` keys of [lower, upper), the last ones in descending order with `reverse`."""
+        self.merge()
+        return self.tree.slice(lower, upper, limit, reverse)
+
+    def cells_of(self, keys: Iterable[bytes]) -> list[Cell]:
+        """The cells of present keys, in the same order."""
+        parts = self.parts
+        return [parts[hash(key) % PARTS][key] for key in keys]
+
+    def count(self, lower: bytes = b"", upper: bytes | None = None) -> int:
+        """Number of keys in [lower, upper)."""
+        if upper is None and not lower:
+            return len(self)
+        self.merge()
+        return self.tree.count(lower, upper)
+
+    def check(self) -> None:
+        """Verify the tree and that tree, fresh keys and dictionaries hold the same keys."""
+        self.tree.check()
+        assert len(self.fresh) < self.fresh_keys_max, "fresh keys are merged when they are many"
+        for number, cells in enumerate(self.parts):
+            assert all(hash(key) % PARTS == number for key in cells), "a key is in the part its hash names"
+        keys = sorted(key for cells in self.parts for key in cells)
+        assert sorted([*self.tree, *self.fresh]) == keys, "tree and fresh keys together are the keys of the hash index"

@@ -1,0 +1,39 @@
+"""Deadlines: what is expired at a stamp, in order of time."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtcp.storage.deadlines import Deadlines
+
+PAIRS = st.tuples(st.integers(0, 20), st.binary(max_size=1))
+
+
+@settings(deadline=None, max_examples=100)
+@given(start=st.sets(PAIRS, max_size=20), toggles=st.lists(PAIRS, max_size=40), stamp_ms=st.integers(0, 21))
+def test_deadlines_are_a_sorted_set(
+    start: set[tuple[int, bytes]], toggles: list[tuple[int, bytes]], stamp_ms: int
+) -> None:
+    """Pairs added and removed in any order: every question is answered as by a sorted list."""
+    deadlines = Deadlines(start, 4)
+    model = set(start)
+    for pair in toggles:
+        if pair in model:
+            deadlines.remove(*pair)
+        else:
+            deadlines.add(*pair)
+        model ^= {pair}
+        deadlines.check()
+        expired = [key for ms, key in sorted(model) if ms <= stamp_ms]
+        assert deadlines.any_expired(stamp_ms) == bool(expired)
+        assert deadlines.count_expired(stamp_ms) == len(expired)
+        assert deadlines.expired(stamp_ms) == expired
+        assert deadlines.expired(stamp_ms, 2) == expired[:2]
+        assert deadlines.pairs() == sorted(model)
+        assert len(deadlines) == len(model)
+
+
+def test_remove_of_an_absent_pair() -> None:
+    """Removing what is not there is an error, never a silent success."""
+    with pytest.raises(KeyError):
+        Deadlines([(5, b"a")]).remove(6, b"a")

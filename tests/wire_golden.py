@@ -1,0 +1,108 @@
+"""The wire, written down: `tests/golden/wire.txt` has every request, reply, code and number as text and hex.
+
+`test_messages.py` compares the file with what this module makes of the code. A difference is a change of the protocol:
+if it is meant, run `python tests/wire_golden.py`, look at the diff, and say in docs/protocol.md and the changelog what
+older clients will meet. Additions are harmless; a changed or vanished line breaks somebody.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvtcp.constants import PROTOCOL_VERSION
+from kvtcp.errors import CLASS_OF, Code
+from kvtcp.protocol import link, operations
+from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
+from kvtcp.protocol.messages import make_cursor, parse_request
+
+GOLDEN = Path(__file__).parent / "golden" / "wire.txt"
+
+# (operation and arguments, results). Every form of every argument appears once.
+REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
+    (["hello", PROTOCOL_VERSION, "golden"], [{"version": "0.1.0"}]),
+    (["get", b"k"], [[b"v", 7, None], [b"v", 7, 1500], None]),
+    (["put", b"k", b"v"], [7]),
+    (["put", "text key", "text value"], [7]),
+    (["put", b"k", b"v", {"ttl_ms": 1500}], [7]),
+    (["put", b"k", b"v", {"keep_ttl": True}], [7]),
+    (["put", b"k", b"v", {}], [7]),
+    (["add", b"k", b"v"], [7]),
+    (["add", b"k", b"v", {"ttl_ms": 1500}], [7]),
+    (["delete", b"k"], [True, False]),
+    (["delete", b"k", {"value": b"v"}], [True]),
+    (["delete", b"k", {"rev": 7}], [True]),
+    (["cas", b"k", b"w", {"value": b"v"}], [8]),
+    (["cas", b"k", b"w", {"rev": 7}], [8]),
+    (["cas", b"k", b"w", {"rev": 0}], [8]),
+    (["incr", b"k", 1], [1]),
+    (["incr", b"k", -(2**63)], [-(2**63)]),
+    (["exists", b"k"], [True, False]),
+    (["mget", [b"a", b"b", b"c"]], [[[b"v", 7, None], None, [30, "busy", {}]]]),
+    (["mput", [[b"a", b"v"], [b"b", b"v", 1500], [b"c", b"v", None]]], [[7, 3, [31, "too few", {}]]]),
+    (["mdelete", [b"a", b"b"]], [[True, False]]),
+    (["expire", b"k", 1500], [True, False]),
+    (["expire", b"k", 0], [True]),
+    (["persist", b"k"], [True, False]),
+    (["ttl", b"k"], [1500, -1, None]),
+    (["scan", None, None, 2], [[[[b"a", b"v", 7, None], [b"b", b"v", 3, 1500]], make_cursor(b"b", False)], [[], None]]),
+    (["scan", b"a", b"c", 2, {"reverse": True}], [[[[b"b", b"v", 3, None]], make_cursor(b"b", True)]]),
+    (["scan", None, None, 1000, {"prefix": b"user:", "keys_only": True}], [[[[b"user:1", None, 7, None]], None]]),
+    (["scan", None, None, 2, {"cursor": make_cursor(b"b", False)}], [[[], None]]),
+    (["count", None, None], [2]),
+    (["count", b"a", b"c"], [2]),
+    (["count", None, None, {"prefix": b"user:"}], [1]),
+    (["status"], [{}]),
+    (["nodes"], [{}]),
+    (["shards"], [{}]),
+    (["backup"], [{}]),
+    (["backup", "monday"], [{}]),
+    (["restore", "monday"], [{}]),
+    (["restore", "monday", {"mode": "replace", "dry_run": True}], [{}]),
+    (["restore", "monday", {"mode": "merge", "prefix": b"user:"}], [{}]),
+]
+
+LINK_FRAMES: list[list[Any]] = [
+    [link.HELLO, {}],
+    [link.REPORT, {}],
+    [link.BATCH, 1_700_000_000_000, 0, [[operations.PUT, 5, 7, True, b"k", b"v"], [operations.GET, 5, b"k"]]],
+    [link.RESULTS, 2, 1, [7, [b"v", 7, None]], [5]],
+    [link.BACKUP, "monday", "n1.jsonl.gz", None],
+    [link.REFUSED, int(Code.BAD_REQUEST), "another cluster"],
+    [link.STOP],
+]
+
+
+def numbers(module: Any) -> dict[str, int]:
+    """The wire numbers of a module: its constants that are integers."""
+    return {name: value for name, value in vars(module).items() if name.isupper() and type(value) is int}
+
+
+def wire_text() -> str:
+    """The whole file."""
+    encoder, decoder = FrameEncoder(), FrameDecoder()
+    lines = ["# The wire of kvtcp. Made by tests/wire_golden.py, which says when and how to make it again."]
+    lines += ["", "## requests: > request, = checked arguments, < reply"]
+    for form, results in REQUEST_FORMS:
+        frame = encoder.encode([1, *form])
+        (message,) = decoder.feed(frame)
+        lines += ["", f"{form!r}", f"> {frame.hex()}", f"= {parse_request(message)[1]!r}"]
+        lines += [f"< {encoder.encode([1, int(Code.OK), result]).hex()}  {result!r}" for result in results]
+    lines += ["", "## other replies"]
+    for reply in ([1, int(Code.PROGRESS), {"done": 1}], [1, int(Code.MISMATCH), "sentence", {"rev": 7}]):
+        lines += [f"< {encoder.encode(reply).hex()}  {reply!r}"]
+    lines += ["", "## codes"]
+    for code in Code:
+        lines += [f"{int(code)} {code.name} {CLASS_OF[code].__name__ if code in CLASS_OF else '-'}"]
+    lines += ["", "## link frames"]
+    lines += [f"{value} {name}" for name, value in numbers(link).items()]
+    lines += [f"{encoder.encode(frame).hex()}  {frame!r}" for frame in LINK_FRAMES]
+    lines += ["", "## operations and effects"]
+    lines += [f"{value} {name}" for name, value in numbers(operations).items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(wire_text())
+    print(f"wrote {GOLDEN}")
