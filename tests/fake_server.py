@@ -24,7 +24,7 @@ Cell = tuple[bytes, int, float | None]  # value, revision, deadline on the monot
 # A step takes the connection and the request and does something instead of executing it.
 Step = Callable[["FakeConnection", list[Any]], None]
 
-INFO = {"server": "fake", "version": "0.0", "cluster": "c-1", "shards": 64, "limits": {"key_bytes_max": 4096}}
+INFO = {"server": "fake 0.0", "version": 1, "cluster": "c-1", "shards": 64, "limits": {"key_bytes_max": 4096}}
 
 
 def execute(connection: FakeConnection, message: list[Any]) -> None:

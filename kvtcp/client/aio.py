@@ -38,6 +38,7 @@ from kvtcp.client.requests import (
     count_request,
     duration_ms,
     key_bytes,
+    open_cell,
     put_items,
     request,
     seconds,
@@ -97,13 +98,13 @@ class AsyncClient(Generic[V]):
         """The value of a key, or `default` when there is none."""
         name = key_bytes(key)
         cell = await self._call([0, b"get", name], READ, timeout)
-        return default if cell is None else self._decode(name, cell[0])
+        return default if cell is None else self._decode(name, open_cell(cell)[0])
 
     async def get_entry(self, key: Key, *, timeout: float | None = None) -> Entry[V] | None:
         """Value, revision and remaining life of a key, or None."""
         name = key_bytes(key)
         cell = await self._call([0, b"get", name], READ, timeout)
-        return None if cell is None else Entry(name, self._decode(name, cell[0]), cell[1], seconds(cell[2]))
+        return self._cell(name, cell)
 
     async def put(
         self,
@@ -320,10 +321,7 @@ class AsyncClient(Generic[V]):
         """As `get_many`, with revisions and remaining lives."""
         names = [key_bytes(key) for key in keys]
         cells = await self._run(Batch(b"mget", names, names, [len(name) for name in names]), READ, timeout)
-        return [
-            None if cell is None else Entry(name, self._decode(name, cell[0]), cell[1], seconds(cell[2]))
-            for name, cell in zip(names, cells, strict=True)
-        ]
+        return [self._cell(name, cell) for name, cell in zip(names, cells, strict=True)]
 
     async def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
         """Delete many keys; returns in their order whether each was there. Not atomic. Raises as `put_many`."""
@@ -408,6 +406,12 @@ class AsyncClient(Generic[V]):
         except ValueError as error:
             raise DataError(f"the value of {show_bytes(key)} is not {self._codec.name}: {error}") from error
 
+    def _cell(self, key: bytes, cell: Any) -> Entry[V] | None:
+        if cell is None:
+            return None
+        data, rev, ttl_ms = open_cell(cell)
+        return Entry(key, self._decode(key, data), rev, seconds(ttl_ms))
+
     def _condition(self, key: bytes, value: V | str | None, rev: int | None) -> dict[bytes, Any]:
         return conditions(None if value is None else self._encode(key, value), rev)
 
@@ -439,9 +443,12 @@ class AsyncClient(Generic[V]):
 
         workers = min(len(batch.runs), CLIENT_CHUNKS_MAX) if batch.distinct else 1
         if workers > 1:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(workers):
-                    group.create_task(work())
+            tasks = [asyncio.create_task(work()) for _ in range(workers)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()  # all done already, unless the caller was cancelled
         else:
             await work()
         return batch.finish()

@@ -55,11 +55,11 @@ _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
 class ServerInfo(NamedTuple):
     """What the server said in its answer to `hello`."""
 
-    server: str
-    version: int | str
-    cluster: str
+    server: str  # its name and version
+    version: int  # of the protocol
+    cluster: str  # id of the cluster
     shards: int
-    limits: dict[str, Any]
+    limits: dict[str, int]  # by name, as in the details of the errors they cause
 
 
 def decode_tree(value: Any) -> Any:
@@ -476,11 +476,8 @@ def _server_info(answer: Any) -> ServerInfo:
     fields = decode_tree(answer)
     try:
         return ServerInfo(
-            str(fields["server"]),
-            fields["version"],
-            str(fields["cluster"]),
-            int(fields["shards"]),
+            str(fields["server"]), int(fields["version"]), str(fields["cluster"]), int(fields["shards"]),
             dict(fields["limits"]),
-        )
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"the answer to hello is not the one of a kvtcp server: {error!r}") from error
