@@ -10,7 +10,7 @@ new one when it is needed.
 - A connection is made by the first call that needs one; all calls share the attempt, and a caller that gives up does
   not stop it for the others. The first request on it is `hello`; its answer is `Channel.info`.
 - A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. The first to wait
-  are the first to go on, a few per tick, and nobody who comes later passes them.
+  are the first to go on, and nobody who comes later passes them.
 
 The data path has no task, no timer and no StreamReader per call: one future, one entry in a table.
 """
@@ -48,7 +48,6 @@ log = logging.getLogger(__name__)
 TIMEOUT_S: Final = CLIENT_TIMEOUT_MS / 1000
 TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's timer takes
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
-ADMITTED_PER_TICK: Final = 64  # small requests go on together; large ones find no room and keep their place
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
 
 
@@ -93,8 +92,8 @@ class Connection(asyncio.Protocol):
         self._flushing = False  # a flush is scheduled for this tick
         self._paused = False  # the socket's buffer is full
         self._ended = False
-        self._queue: deque[asyncio.Future[None]] = deque()  # callers that wait for room, oldest first
-        self._admitting = False  # more of `_queue` are looked at in the next tick
+        self._queue: deque[tuple[asyncio.Future[None], int]] = deque()  # callers that wait for room, oldest first
+        self._granted_bytes = 0  # of requests that were told to go on and have not been sent yet
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0  # time of `_sweep`, meaningful while it is not None
         self._closed: asyncio.Future[None] = loop.create_future()  # done when the socket is closed
@@ -104,9 +103,7 @@ class Connection(asyncio.Protocol):
     @property
     def has_room(self) -> bool:
         """Whether `send` may be called now."""
-        return not (
-            self._paused or self._queue or self._ended or self._core.outstanding_bytes >= CLIENT_OUTSTANDING_BYTES_MAX
-        )
+        return not (self._queue or self._ended) and self._has_capacity()
 
     @property
     def ended(self) -> bool:
@@ -124,25 +121,21 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         return future
 
-    async def room(self) -> None:
-        """Wait until there is room or the connection has ended."""
-        first = True
-        while True:
-            turn: asyncio.Future[None] = self._loop.create_future()
-            if first:
-                self._queue.append(turn)
+    async def room(self, request_bytes: int) -> None:
+        """Wait for room for a request of about so many bytes, or for the end. `send` must follow at once."""
+        turn: asyncio.Future[None] = self._loop.create_future()
+        waiting = (turn, request_bytes)
+        self._queue.append(waiting)
+        self._admit()
+        try:
+            await turn
+        finally:
+            if turn.cancelled():
+                if waiting in self._queue:
+                    self._queue.remove(waiting)
             else:
-                self._queue.appendleft(turn)
-            first = False
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn in self._queue:
-                    self._queue.remove(turn)
-                self._admit()  # who leaves may have been given a turn, or have stood before others
-                raise
-            if self._ended or self._has_capacity():
-                return
+                self._granted_bytes -= request_bytes
+            self._loop.call_soon(self._admit)  # for those behind a caller that gave up
 
     async def close(self, reason: str) -> None:
         """Send what is queued, end all calls and close the socket."""
@@ -223,23 +216,16 @@ class Connection(asyncio.Protocol):
         self._arm()
 
     def _has_capacity(self) -> bool:
-        return not self._paused and self._core.outstanding_bytes < CLIENT_OUTSTANDING_BYTES_MAX
+        used_bytes = self._core.outstanding_bytes + self._granted_bytes
+        return used_bytes < CLIENT_OUTSTANDING_BYTES_MAX and not self._paused
 
     def _admit(self) -> None:
-        """Let the callers that wait longest look again; all of them when the connection has ended."""
-        if self._admitting or not self._queue or not (self._ended or self._has_capacity()):
-            return
-        for _ in range(len(self._queue) if self._ended else min(len(self._queue), ADMITTED_PER_TICK)):
-            turn = self._queue.popleft()
+        """Let the callers that wait longest go on, as many as there is room for; all when the connection has ended."""
+        while self._queue and (self._ended or self._has_capacity()):
+            turn, request_bytes = self._queue.popleft()
             if not turn.done():
+                self._granted_bytes += request_bytes
                 turn.set_result(None)
-        if self._queue:
-            self._admitting = True
-            self._loop.call_soon(self._admit_more)
-
-    def _admit_more(self) -> None:
-        self._admitting = False
-        self._admit()
 
     def _arm(self) -> None:
         next_due = self._core.next_due
@@ -306,7 +292,7 @@ class Channel:
 
     async def open(self) -> None:
         """Connect now. Raises Unavailable within the timeout, ProtocolError, RequestError (VERSION)."""
-        await self._ready(monotonic() + self.timeout_s, self.timeout_s)
+        await self._ready([], monotonic() + self.timeout_s, self.timeout_s)
 
     def jitter(self) -> float:
         """A random number from 0 to 1, for a pause."""
@@ -363,7 +349,7 @@ class Channel:
                 if self._closed or monotonic() + pause_s >= deadline:
                     raise error
                 await asyncio.sleep(pause_s)
-            connection = await self._ready(deadline, timeout_s, error)
+            connection = await self._ready(message, deadline, timeout_s, error)
             remaining_s = deadline - monotonic()
             if remaining_s <= 0:
                 raise error or self._unreachable(timeout_s)
@@ -372,7 +358,9 @@ class Channel:
             except Unavailable as refused:
                 error = refused
 
-    async def _ready(self, deadline: float, timeout_s: float, error: Unavailable | None = None) -> Connection:
+    async def _ready(
+        self, message: Message, deadline: float, timeout_s: float, error: Unavailable | None = None
+    ) -> Connection:
         """A connection with room for a request, made if need be."""
         while True:
             if self._closed:
@@ -388,7 +376,7 @@ class Channel:
                 continue
             try:
                 async with asyncio.timeout(remaining_s):
-                    await connection.room()
+                    await connection.room(_size_bytes(message))
             except TimeoutError:
                 raise error or Unavailable(
                     f"the connection took no more data within {timeout_s:g} s, nothing was sent", Code.UNREACHABLE
@@ -458,6 +446,13 @@ class Channel:
     def _on_end(self, connection: Connection) -> None:
         if self._connection is connection:
             self._connection = None
+
+
+def _size_bytes(item: Any) -> int:
+    """About how many bytes a request takes on the wire."""
+    if type(item) is bytes:
+        return len(item) + 5
+    return 5 + sum(map(_size_bytes, item)) if type(item) is list else 9
 
 
 def _drop(connection: Connection | None) -> None:
