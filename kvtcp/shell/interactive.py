@@ -134,7 +134,8 @@ def make_completer() -> Completer:
             before = document.text_before_cursor
             current = document.get_word_before_cursor(WORD=True)
             for word in completions(before):
-                yield Completion(word, start_position=-len(current))
+                ending = "" if word.endswith("=") else " "
+                yield Completion(word + ending, start_position=-len(current), display=word)
             path = path_before(before)
             if path is not None:
                 yield from paths.get_completions(Document(path), complete_event)
