@@ -13,6 +13,8 @@ MIB: Final = 1024 * KIB
 PROTOCOL_VERSION: Final = 1
 FRAME_PREFIX_BYTES: Final = 5
 FRAME_BYTES_MAX: Final = 16 * MIB
+# between coordinator and node: the largest item a client can send or ask for, behind a batch or results of usual size
+LINK_FRAME_BYTES_MAX: Final = 2 * FRAME_BYTES_MAX
 KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
@@ -60,6 +62,8 @@ WAITING_ITEMS_MAX: Final = 65_536
 PURGE_KEYS_MAX: Final = 500
 PURGE_INTERVAL_MS: Final = 1_000
 TICK_MS: Final = 50
+# results that are ready to be sent are not added to beyond this; one more result may be as large as a frame
+RESULTS_BYTES_MAX: Final = 1 * MIB
 
 # --- server buffers ------------------------------------------------------------------------------
 CLIENT_OUTPUT_BYTES_MAX: Final = 1 * MIB
@@ -141,6 +145,9 @@ assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < R
 )
 assert PAGE_ITEMS_MAX < ARRAY_ITEMS_MAX and WINDOW_ITEMS_MAX < ARRAY_ITEMS_MAX, "pages and batches fit the decoder"
 assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "one large item fits a batch"
+assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_BYTES_MAX, (
+    "whatever fits a frame of a client fits one of a link, behind what is there already"
+)
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
 assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"

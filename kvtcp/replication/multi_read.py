@@ -18,6 +18,7 @@ from kvtcp.protocol.messages import make_cursor
 from kvtcp.protocol.operations import COUNT, MGET, PAGE
 
 Numbers = Sequence[int]
+KEY_OVERHEAD_BYTES = 32  # what a key of an mget counts in a batch beyond its bytes
 Row = list[Any]  # [key, value or nil, rev, ttl_ms or nil]
 
 
@@ -159,7 +160,8 @@ def mget_read(keys: Sequence[bytes], shard_numbers: Sequence[int], sink: Any, to
         places = [place for number in numbers for place in by_shard[number]]
         parts.append(places)
         wanted = [(shard_numbers[place], keys[place]) for place in places]
-        return (MGET, wanted), sum(len(keys[place]) for place in places)
+        # a pair is an array of its own: counted, so that a batch stays within the decoder's limit on containers
+        return (MGET, wanted), sum(KEY_OVERHEAD_BYTES + len(keys[place]) for place in places)
 
     def merge(results: list[Any]) -> list[Any]:
         merged: list[Any] = [None] * len(keys)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvtcp._version import __version__
-from kvtcp.constants import FRAME_BYTES_MAX, MIB, PAGE_BYTES_MAX
+from kvtcp.constants import FRAME_BYTES_MAX, MIB, PAGE_BYTES_MAX, RESULTS_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, TTL, WRITE_OP_END
@@ -28,7 +28,6 @@ from kvtcp.storage.pages import merge_page
 from kvtcp.storage.table import Table
 
 MGET_BYTES_MAX: Final = FRAME_BYTES_MAX - MIB
-RESULTS_BYTES_MAX: Final = 1 * MIB
 
 
 class Refused(Exception):
@@ -65,6 +64,7 @@ class Replica:
         self.stamp_ms = 0  # highest stamp seen
         self.applied = 0  # ordinal of the last finished batch of the present link
         self.freezes: deque[FreezeRequest] = deque()  # for the server to work off
+        self.results_bytes = 0  # of values in the list of results that `run` was given last
         self.operations = 0  # items applied since the start, for status
         self._items: Iterator[Sequence[Any]] = iter(())  # the rest of the batch being run
         self._batch_ordinal = 0  # ordinal that will be applied when it is finished
@@ -89,7 +89,7 @@ class Replica:
             self.tables.setdefault(shard, Table(shard))
         for table in self.tables.values():
             table.epoch = epoch
-        self.applied = self._batch_ordinal = 0
+        self.applied = self._batch_ordinal = self.results_bytes = 0
         self._items = iter(())
         return self.report()
 
@@ -121,7 +121,8 @@ class Replica:
         """Apply the batch, appending results; false if it stopped because enough bytes of results are ready."""
         tables = self.tables
         stamp_ms = self._stamp_ms
-        ready_bytes = 0
+        if not results:
+            self.results_bytes = 0
         for item in self._items:
             op = item[0]
             if op < WRITE_OP_END:
@@ -132,14 +133,15 @@ class Replica:
                 cell = tables[item[1]].get(item[2], stamp_ms)
                 results.append(cell)
                 if cell is not None:
-                    ready_bytes += len(cell[0])
-                    if ready_bytes > results_bytes_max:
+                    self.results_bytes += len(cell[0])
+                    if self.results_bytes > results_bytes_max:
                         return False
             else:
-                results.append(self._read(op, item, stamp_ms))
+                result = self._read(op, item, stamp_ms)
+                results.append(result)
                 if op in (PAGE, MGET):
-                    ready_bytes += PAGE_BYTES_MAX
-                    if ready_bytes > results_bytes_max:
+                    self.results_bytes += _result_bytes(op, result)
+                    if self.results_bytes > results_bytes_max:
                         return False
         self.applied = self._batch_ordinal
         if stamp_ms >= self._flag_after_ms:
@@ -194,3 +196,10 @@ class Replica:
         """Check every table. Raises AssertionError."""
         for table in self.tables.values():
             table.check()
+
+
+def _result_bytes(op: int, result: Any) -> int:
+    """About the bytes of a page's rows, or of an mget's cells."""
+    if op == PAGE:
+        return sum(32 + len(row[0]) + len(row[1] or b"") for row in result[0])
+    return sum(32 + len(cell[0]) if type(cell) in (list, tuple) else 32 for cell in result)
