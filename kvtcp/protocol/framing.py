@@ -137,11 +137,6 @@ class FrameDecoder:
         bytes_ = self._fed_bytes - self._start + (FRAME_PREFIX_BYTES if self._body_bytes >= 0 else 0)
         return bytes_ + len(self._gathered) if self._gathered is not None else bytes_
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether a frame has begun to arrive, be it with its prefix alone."""
-        return self._body_bytes >= 0 or self._fed_bytes > self._start
-
     def feed(self, data: bytes | memoryview) -> list[Any]:
         """The messages that `data` completes. Raises ProtocolError with the reason; the connection must be closed."""
         assert not self._dead, "the decoder raised before: the connection should be closed"

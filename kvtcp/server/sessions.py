@@ -85,7 +85,7 @@ class ClientSession(FramedConnection):
         except ProtocolError as error:
             self.protocol_error(error)
             return
-        if self.decoder.unfinished:
+        if self.decoder.buffered_bytes:
             if messages or not self._frame_since_ms:
                 self._frame_since_ms = self.server.now_ms()
         else:
