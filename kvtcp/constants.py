@@ -13,6 +13,8 @@ MIB: Final = 1024 * KIB
 PROTOCOL_VERSION: Final = 1
 FRAME_PREFIX_BYTES: Final = 5
 FRAME_BYTES_MAX: Final = 16 * MIB
+# between coordinator and node: the largest item a client can send or ask for, behind a batch or results of usual size
+LINK_FRAME_BYTES_MAX: Final = 2 * FRAME_BYTES_MAX
 KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
@@ -158,6 +160,9 @@ assert RESULTS_BYTES_MAX + max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX, PAGE_BYTE
     "a frame of results that is nearly full takes the largest result, and 2 MiB of small ones and of framing"
 )
 assert 4 * DRAIN_SLICE <= WINDOW_ITEMS_MAX, "several shards have a turn when a window opens"
+assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_BYTES_MAX, (
+    "whatever fits a frame of a client fits one of a link, behind what is there already"
+)
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
 assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"

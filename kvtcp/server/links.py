@@ -12,7 +12,13 @@ import logging
 import random
 from typing import TYPE_CHECKING, Any
 
-from kvtcp.constants import BACKOFF_MAX_MS, BACKOFF_MIN_MS, LINK_WRITE_BUFFER_BYTES, RECOVER_WAIT_MS
+from kvtcp.constants import (
+    BACKOFF_MAX_MS,
+    BACKOFF_MIN_MS,
+    LINK_FRAME_BYTES_MAX,
+    LINK_WRITE_BUFFER_BYTES,
+    RECOVER_WAIT_MS,
+)
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import BACKUP, BATCH, HELLO, LINK_VERSION, REFUSED, REPORT, RESULTS, STOP
 from kvtcp.replication.progress import LinkError, Progress
@@ -28,7 +34,7 @@ class LinkConnection(FramedConnection):
     """One connection of a link."""
 
     def __init__(self, link: NodeLink) -> None:
-        super().__init__(link.server.loop)
+        super().__init__(link.server.loop, LINK_FRAME_BYTES_MAX)
         self.link = link
         self.answered: asyncio.Future[dict[bytes, Any]] = link.server.loop.create_future()  # the report
         self.lost = asyncio.Event()
@@ -44,22 +50,27 @@ class LinkConnection(FramedConnection):
             if type(message) is not list or not message:
                 raise ProtocolError("a frame of a link is an array [kind, ...]")
             kind = message[0]
-            if kind == RESULTS and self.live and len(message) == 5:
+            if kind == RESULTS and self.live and tuple(map(type, message)) == _RESULTS_TYPES:
                 self.link.server.begin()
                 try:
                     self.link.server.sequencer.on_results(self.link.node, *message[1:])
                 except LinkError as error:
                     raise ProtocolError(str(error)) from error
-            elif kind == REPORT and len(message) == 2 and type(message[1]) is dict:
+            elif kind == REPORT and len(message) == 2 and _report_is_complete(message[1]):
                 if not self.answered.done():
                     self.answered.set_result(message[1])
-            elif kind == BACKUP and len(message) == 4:
+            elif kind == BACKUP and len(message) == 4 and type(message[1]) is bytes:
                 self.link.server.backups.file_done(self.link.node, *message[1:])
-            elif kind == REFUSED and len(message) == 4:
+            elif kind == REFUSED and len(message) == 4 and type(message[2]) is bytes and type(message[3]) is int:
                 self.link.refused_at = message[3]
                 self._refuse(f"refused: {message[2].decode('utf-8', 'replace')}")
             else:
                 raise ProtocolError("not a frame of a kvtcp node")
+
+    def protocol_error(self, error: ProtocolError) -> None:
+        super().protocol_error(error)
+        if not self.answered.done():
+            self.answered.set_exception(ConnectionError(f"not a node of kvtcp: {error}"))
 
     def _refuse(self, reason: str) -> None:
         if not self.answered.done():
@@ -75,6 +86,8 @@ class LinkConnection(FramedConnection):
             self.answered.set_exception(ConnectionError(reason))
             self.answered.exception()  # looked at: nobody may be waiting any more
         self.lost.set()
+        if self.link.connection is self:
+            self.link.connection = None
         if self.live:
             self.live = False
             self.link.connection_lost(reason)
@@ -137,6 +150,8 @@ class NodeLink:
         connection.flush()
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             self.report = await connection.answered
+        if connection.lost.is_set():
+            raise ConnectionError("the connection was lost after the report")
         self.connection = connection
         self.server.node_reported(self)
 
@@ -162,7 +177,6 @@ class NodeLink:
 
     def connection_lost(self, reason: str) -> None:
         """The live connection is gone."""
-        self.connection = None
         if self.closing:
             return
         log.warning("event=link-down node=%s reason=%s", self.node, reason)
@@ -181,3 +195,14 @@ class NodeLink:
         self.closing = True
         if self.connection is not None:
             self.connection.close()
+
+
+_RESULTS_TYPES = (int, int, int, list, list)
+_REPORT_FIELDS = {b"node": bytes, b"disk": bytes, b"pid": int, b"stamp_ms": int, b"shards": list}
+
+
+def _report_is_complete(report: Any) -> bool:
+    if type(report) is not dict or not all(type(report.get(name)) is kind for name, kind in _REPORT_FIELDS.items()):
+        return False
+    rows = report[b"shards"]
+    return all(type(row) is list and len(row) == 4 and all(type(field) is int for field in row) for row in rows)

@@ -51,7 +51,7 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     print(f"kvtcp-node {options.id} ready on {server.address[0]}:{server.address[1]}", flush=True)  # noqa: T201
     await server.stopped.wait()
     await server.close()
-    return runtime.EXIT_OK
+    return runtime.EXIT_OK if server.failure is None else runtime.EXIT_FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
