@@ -56,8 +56,8 @@ class LinkConnection(FramedConnection):
             elif kind == BACKUP and len(message) == 4:
                 self.link.server.backups.file_done(self.link.node, *message[1:])
             elif kind == REFUSED and len(message) == 4:
-                self.link.refused_at = message[3]
-                self._refuse(f"refused: {message[2].decode('utf-8', 'replace')}")
+                self.link.refused = message[2].decode("utf-8", "replace")
+                self._refuse(f"refused: {self.link.refused}")
             else:
                 raise ProtocolError("not a frame of a kvtcp node")
 
@@ -91,7 +91,7 @@ class NodeLink:
         self.progress: Progress = server.sequencer.links[node]
         self.connection: LinkConnection | None = None
         self.number = 0  # of the last HELLO; only grows
-        self.refused_at = 0  # epoch that a node which refused has promised
+        self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: dict[bytes, Any] = {}  # the last one
         self.closing = False  # the server stops: a lost connection is no event
         self.bad = ""  # why the node may not serve though it answers, for people
@@ -137,6 +137,7 @@ class NodeLink:
         connection.flush()
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             self.report = await connection.answered
+        self.refused = ""
         self.connection = connection
         self.server.node_reported(self)
 
@@ -170,11 +171,14 @@ class NodeLink:
         self.server.begin()
         self.server.sequencer.link_down(self.node, f"connection lost: {reason}")
 
-    def stop_node(self) -> None:
-        """Ask the node to stop its process."""
-        if self.connection is not None:
-            self.connection.send((STOP,))
-            self.connection.flush()
+    def stop_node(self) -> bool:
+        """Ask the node to stop its process; false if there is no connection to ask on."""
+        connection = self.connection
+        if connection is None or connection.transport is None or connection.transport.is_closing():
+            return False
+        connection.send((STOP,))
+        connection.flush()
+        return True
 
     def close(self) -> None:
         """Close the connection for good."""
