@@ -17,12 +17,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, Final
 
 FORMAT: Final = 1
 FILE: Final = "identity.json"
 LOCK: Final = "lock"
+# somebody who only looks (`lock_holder`) holds the lock for microseconds: not worth a refusal
+LOCK_WAIT_S: Final = 0.1
 
 # what an identity must have, by role, beyond format and role
 _FIELDS: Final[dict[str, dict[str, type]]] = {
@@ -48,6 +51,7 @@ class DataDirectory:
         self._made = [each for each in (*reversed(path.parents), path) if not each.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._made_lock = not (path / LOCK).exists()
             self._lock = _open_lock(path)
         except OSError as error:
             self._remove_made()
@@ -72,7 +76,7 @@ class DataDirectory:
         """Let go of the directory; one that has no identity is left as it was found."""
         if self._lock < 0:
             return
-        if not (self.path / FILE).exists():
+        if self._made_lock and not (self.path / FILE).exists():
             # still locked: whoever opened the file meanwhile sees that it is not the one of the directory any more
             (self.path / LOCK).unlink(missing_ok=True)
             self._remove_made()
@@ -93,6 +97,7 @@ class BlockedError(Exception):
 
 def _open_lock(path: Path) -> int:
     """The descriptor of the lock file of `path`, locked. Raises BlockedError, OSError."""
+    deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -101,11 +106,18 @@ def _open_lock(path: Path) -> int:
                 return descriptor
         except FileNotFoundError:
             pass  # removed between open and lock by the process that gave the directory up
-        except OSError as error:
-            pid = os.pread(descriptor, 32, 0).strip().decode("ascii", "replace")
-            os.close(descriptor)
-            raise BlockedError(f"process {pid}" if pid.isdigit() else "another process") from error
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                holder = _holder(descriptor)
+                os.close(descriptor)
+                raise BlockedError(holder) from error
+            time.sleep(LOCK_WAIT_S / 20)
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    pid = os.pread(descriptor, 32, 0).strip().decode("ascii", "replace")
+    return f"process {pid}" if pid.isdigit() else "another process"
 
 
 def lock_holder(path: Path) -> str | None:
@@ -117,8 +129,7 @@ def lock_holder(path: Path) -> str | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = os.pread(descriptor, 32, 0).strip().decode("ascii", "replace")
-        return f"process {pid}" if pid.isdigit() else "another process"
+        return _holder(descriptor)
     finally:
         os.close(descriptor)
     return None
