@@ -56,7 +56,8 @@ WINDOW_BYTES_MAX: Final = 8 * MIB
 BATCH_BYTES_MAX: Final = 256 * KIB
 # operations of one shard that may wait, not yet sequenced, for a link or for room in a window
 WAITING_ITEMS_MAX: Final = 65_536
-PURGE_KEYS_MAX: Final = 1_000
+# keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
+PURGE_KEYS_MAX: Final = 500
 PURGE_INTERVAL_MS: Final = 1_000
 TICK_MS: Final = 50
 

@@ -235,7 +235,7 @@ class Shell:
             io.StringIO(),
             stdout_is_terminal=terminal,
             stderr_is_terminal=terminal,
-            columns=80 if terminal else None,
+            columns=lambda: 80 if terminal else None,
         )
 
     def run(self, *arguments: str, stdin: bytes = b"", terminal: bool = False) -> int:

@@ -347,6 +347,19 @@ async def test_timeouts_wait_for_answers_that_have_arrived(kv: AsyncClient[bytes
     assert await call == 1
 
 
+async def test_time_runs_out_in_a_loop_that_is_always_late(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """A loop whose every step is slow still ends calls: a late sweep is put off once, not for ever."""
+    server.on(b"get", fake_server.drop)
+    call = asyncio.create_task(kv.get("a", timeout=0.1))
+    end = time.monotonic() + 10
+    while not call.done() and time.monotonic() < end:
+        time.sleep(0.07)  # noqa: ASYNC251  what is tested is a slow loop
+        await asyncio.sleep(0)
+    assert time.monotonic() < end
+    with pytest.raises(Unavailable):
+        await call
+
+
 @pytest.mark.parametrize("op", ["get", "put"])
 async def test_unavailable_is_repeated(kv: AsyncClient[bytes], server: FakeServer, op: str) -> None:
     """Reads and writes that the server did not execute are sent again, until they are."""
@@ -424,6 +437,19 @@ async def test_reconnects_when_the_server_is_back(server: FakeServer) -> None:
         await server.start()
         assert sorted(await asyncio.gather(*calls)) == list(range(1, 21))
         assert server.accepted == 2
+
+
+async def test_server_that_closes_after_hello(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    """It is tried again with pauses, and the error says what happens; another cluster on the address is logged."""
+    async with kvtcp.connect(server.url) as kv:
+        hello = fake_server.reply(0, {**fake_server.INFO, "cluster": "c-2"})
+        server.on(b"hello", *[fake_server.several(hello, lambda c, m: c.transport.close())] * 1000)
+        server.connections[0].transport.abort()
+        with pytest.raises(Unavailable):
+            await kv.get("a", timeout=0.3)
+        assert 2 <= server.accepted < 100
+        assert kv.info.cluster == "c-2"
+        assert "is now cluster c-2, it was c-1" in caplog.text
 
 
 async def test_refused_hello(server: FakeServer) -> None:
@@ -602,6 +628,27 @@ async def test_a_socket_that_takes_no_more() -> None:
     listener.close()
 
 
+async def test_close_does_not_wait_for_a_peer_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is still in the socket's buffer gets a while to leave, then the connection is dropped."""
+    monkeypatch.setattr("kvtcp.client.channel.CLIENT_CLOSE_MS", 50)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    loop = asyncio.get_running_loop()
+    connecting = asyncio.create_task(_connect_to(listener.getsockname()[1]))
+    peer, _ = await loop.sock_accept(listener)
+    peer.setblocking(False)
+    await loop.sock_recv(peer, 65536)
+    await loop.sock_sendall(peer, fake_server.FrameEncoder().encode([1, 0, fake_server.INFO]))
+    kv = await connecting
+    calls = [asyncio.create_task(kv.put(f"k{i}", bytes(7 * MIB), timeout=30)) for i in range(3)]
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(kv.close(), 5)
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [OutcomeUnknown, OutcomeUnknown, RuntimeError]
+    peer.close()
+    listener.close()
+
+
 async def _connect_to(port: int) -> AsyncClient[bytes]:
     return await kvtcp.connect(f"kvtcp://127.0.0.1:{port}")
 
@@ -638,6 +685,18 @@ async def test_items_that_were_not_executed_are_repeated(kv: AsyncClient[bytes],
     server.script[b"put item"].extend([None, refused, None])  # type: ignore[list-item]
     assert await kv.put_many({"a": b"1", "b": b"2", "c": b"3"}) == [1, 3, 2]
     assert [[item[0] for item in message[2]] for message in server.seen(b"mput")] == [[b"a", b"b", b"c"], [b"b"]]
+
+
+async def test_items_that_stay_refused(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """Items that are refused until the timeout end with the server's words; the others have their results."""
+    refused = [int(Code.SHARD_DOWN), "shard 3 is down", {}]
+    server.script[b"put item"].extend([None, *[refused] * 1000])  # type: ignore[list-item]
+    started = time.monotonic()
+    with pytest.raises(BatchError, match="shard 3 is down") as caught:
+        await kv.put_many({"a": b"1", "b": b"2"}, timeout=0.2)
+    assert time.monotonic() - started < 2.0
+    assert caught.value.results[0] == 1
+    assert isinstance(caught.value.results[1], Unavailable)
 
 
 async def test_batch_error(kv: AsyncClient[bytes], server: FakeServer) -> None:

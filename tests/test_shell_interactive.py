@@ -182,8 +182,8 @@ def test_completion_of_paths() -> None:
 
 def test_history_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """The history is in the state directory: XDG_STATE_HOME if it is absolute, ~/.local/state otherwise."""
-    monkeypatch.setenv("HOME", "/home/x")
-    for value, expected in (("/s", "/s"), ("", "/home/x/.local/state"), ("rel", "/home/x/.local/state")):
+    monkeypatch.setenv("HOME", "/root-of/x")
+    for value, expected in (("/s", "/s"), ("", "/root-of/x/.local/state"), ("rel", "/root-of/x/.local/state")):
         monkeypatch.setenv("XDG_STATE_HOME", value)
         assert history_file() == Path(expected) / "kvtcp" / "history"
 
@@ -211,8 +211,8 @@ def test_prompt_toolkit(session: Session, tmp_path: Path) -> None:
             for text, expected in steps:
                 keys.send_text(text)
                 async with asyncio.timeout(10):
-                    while expected is not None and front._session.default_buffer.text != expected:
-                        await asyncio.sleep(0.001)  # noqa: ASYNC110 - the prompt has no event to wait for
+                    while expected is not None and front._session.default_buffer.text != expected:  # noqa: ASYNC110
+                        await asyncio.sleep(0.001)  # sleeps: the prompt has no event to wait for
 
         async def typed_line(prompt: str) -> str:
             typing = asyncio.create_task(type_keys(prompts.pop(0)))

@@ -137,6 +137,21 @@ def test_an_interrupted_write_says_that_its_outcome_is_open() -> None:
         process.communicate()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told() -> None:
+    """An answer that cannot be written is a message and exit code 2, no traceback."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, PROGRAM, "help"], stdout=full, stderr=subprocess.PIPE, timeout=20)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"kvtcp-shell: ") and done.stderr.endswith(b"No space left on device\n")
+
+
+def test_closed_streams() -> None:
+    """A parent that closed the streams does not make it fail."""
+    done = subprocess.run(f'"{sys.executable}" "{PROGRAM}" --version <&- >&- 2>&-', shell=True, timeout=20)
+    assert done.returncode == 0
+
+
 def test_runs_from_a_checkout(tmp_path: Path) -> None:
     """bin/kvtcp-shell finds its package from any directory without installation."""
     done = subprocess.run(

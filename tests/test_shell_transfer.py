@@ -344,7 +344,11 @@ def test_interrupt_does_not_wait_for_a_pipe() -> None:
             deadline.wait(0.01)
         process.send_signal(2)
         assert process.wait(10) == 130
-        assert b"interrupted" in process.stderr.read()
+        # the first chunk may or may not have had its answer
+        assert process.stderr.read() in [
+            b"kvtcp-shell: interrupted; %d records were written, and perhaps a few more\n" % written
+            for written in (0, IMPORT_CHUNK_RECORDS)
+        ]
     finally:
         process.kill()
         process.communicate()

@@ -19,7 +19,7 @@ Cancelling a call is safe for all others. A cancelled write may or may not have 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, overload
@@ -32,6 +32,7 @@ from kvtcp.client.requests import (
     NEVER,
     Batch,
     Entry,
+    Items,
     Key,
     PageRequest,
     conditions,
@@ -53,7 +54,6 @@ V = TypeVar("V")
 D = TypeVar("D")
 ADMIN_IDLE_S: Final = CLIENT_ADMIN_IDLE_MS / 1000
 ProgressCallback = Callable[[dict[str, Any]], None]
-Items = Mapping[bytes, V] | Mapping[str, V] | Mapping[Key, V] | Iterable[Sequence[Any]]
 
 
 class AsyncClient(Generic[V]):

@@ -82,9 +82,9 @@ def backoff_s(failures: int, fraction: float) -> float:
 
 
 class Connection(asyncio.Protocol):
-    """One socket. `on_end` is called once, when it takes no more requests."""
+    """One socket. `on_end` is called once, with the reason, when it takes no more requests."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[Connection], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[Connection, str], None]) -> None:
         self._loop = loop
         self._on_end = on_end
         self._core: ConnectionCore[asyncio.Future[Any]] = ConnectionCore()
@@ -96,6 +96,7 @@ class Connection(asyncio.Protocol):
         self._granted_bytes = 0  # of requests that were told to go on and have not been sent yet
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0  # time of `_sweep`, meaningful while it is not None
+        self._postponed = False  # `_sweep` is the second one: it is held whether or not it is late
         self._closed: asyncio.Future[None] = loop.create_future()  # done when the socket is closed
 
     # --- for the channel ------------------------------------------------------------------------
@@ -241,11 +242,13 @@ class Connection(asyncio.Protocol):
         if self._ended:
             return
         now = monotonic()
-        if now - self._sweep_at > _LATE_S:
+        if now - self._sweep_at > _LATE_S and not self._postponed:
             # The loop was held up. Answers may lie unread in the socket: read them before anybody is told of a timeout.
+            self._postponed = True
             self._sweep_at = now
             self._sweep = self._loop.call_later(CLIENT_TICK_MS / 1000, self._on_sweep)
             return
+        self._postponed = False
         self._complete(self._core.expire(now))
         if self._core.is_silent(now):
             self.abort("the server has been silent for too long, the connection was given up")
@@ -266,7 +269,7 @@ class Connection(asyncio.Protocol):
             self._sweep = None
         self._complete(self._core.lost(reason))
         self._admit()
-        self._on_end(self)
+        self._on_end(self, reason)
 
 
 def _fail(future: asyncio.Future[Any], error: Exception) -> None:
@@ -285,7 +288,8 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._connection: Connection | None = None  # said hello and has not ended
         self._attempt: asyncio.Task[None] | None = None  # the one attempt to connect that is under way
-        self._failures = 0  # attempts to connect that failed since the last that did not
+        self._connected_at = 0.0  # when `_connection` was made
+        self._failures = 0  # attempts in a row that gave no lasting connection
         self._last_failure = ""  # what the last of them met
         self._random = random.Random()
         self._closed = False
@@ -438,14 +442,21 @@ class Channel:
         else:
             if self.info is not None and self.info.cluster != info.cluster:
                 log.warning("%s is now cluster %s, it was %s", self.address.url, info.cluster, self.info.cluster)
-            self._failures, self._last_failure = 0, ""
             self.info = info
-            if not connection.ended:
-                self._connection = connection
+            self._connection = connection
+            self._connected_at = monotonic()
+            if connection.ended:
+                self._on_end(connection, "the server closed the connection after hello")
 
-    def _on_end(self, connection: Connection) -> None:
-        if self._connection is connection:
-            self._connection = None
+    def _on_end(self, connection: Connection, reason: str) -> None:
+        if self._connection is not connection:
+            return
+        self._connection = None
+        # A connection that did not last is a failed attempt: otherwise a server that says hello and hangs up would be
+        # called again without a pause.
+        lasted = monotonic() - self._connected_at >= CLIENT_BACKOFF_MAX_MS / 1000
+        self._failures = 0 if lasted else self._failures + 1
+        self._last_failure = reason
 
 
 def _size_bytes(item: Any) -> int:

@@ -21,6 +21,13 @@ from kvtcp.protocol.messages import REQUESTS, Message, check_key
 V = TypeVar("V")
 T = TypeVar("T")
 Key = bytes | str
+# what put_many takes; a mapping is invariant in its keys, hence three of them
+Items = (
+    Mapping[bytes, V | str]
+    | Mapping[str, V | str]
+    | Mapping[Key, V | str]
+    | Iterable[tuple[Key, V | str] | tuple[Key, V | str, float | None]]
+)
 
 _VALUE_OR_NIL: Final = (bytes, type(None))
 NEVER: Final = math.inf  # what `ttl` gives for a key without a deadline
@@ -170,7 +177,7 @@ def count_request(prefix: Key | None, start: Key | None, end: Key | None) -> Mes
 # --- operations on many keys ------------------------------------------------------------------------
 
 
-def put_items(items: Mapping[Key, V] | Iterable[Sequence[Any]]) -> Iterator[tuple[Key, Any, float | None]]:
+def put_items(items: Items[Any]) -> Iterator[tuple[Key, Any, float | None]]:
     """`(key, value, ttl or None)` for what put_many takes: a mapping, pairs, or triples with a ttl."""
     if isinstance(items, Mapping):
         for key, value in items.items():

@@ -35,7 +35,7 @@ class Streams:
     stderr: TextIO
     stdout_is_terminal: bool = False
     stderr_is_terminal: bool = False
-    columns: int | None = None  # width of the terminal, None when stdout is none
+    columns: Callable[[], int | None] = lambda: None  # width of the terminal now, None when stdout is none
 
     def message(self, text: str) -> None:
         """One message for people, on stderr."""
@@ -82,7 +82,7 @@ class Context:
         """The writer for answers. `form` is what the command's own `-o` asked for."""
         chosen = form or self.form or ("table" if self.streams.stdout_is_terminal else "plain")
         return Output(
-            self.streams.stdout, chosen, is_terminal=self.streams.stdout_is_terminal, columns=self.streams.columns
+            self.streams.stdout, chosen, is_terminal=self.streams.stdout_is_terminal, columns=self.streams.columns()
         )
 
     def content(self, word: Word) -> bytes:

@@ -174,6 +174,10 @@ def make_front(context: Context) -> Front:
             return PromptFront(path)
         except ImportError:
             pass  # prompt_toolkit is an extra
+    try:
+        import readline  # noqa: F401 - imported, it gives input() line editing and the history of this session
+    except ImportError:
+        pass  # not on every platform
     return PlainFront(input, is_for_people=True)
 
 

@@ -113,21 +113,29 @@ Exit codes: 0 ok, 1 not found or condition false, 2 usage, 3 unreachable or time
 5 outcome unknown, 6 refused (too large, not enough replicas, exists), 7 bad data or checksum, 130 interrupted."""
 
 
+def terminal_columns() -> int | None:
+    """Width of the terminal that stdout is, None if it is none or does not say."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except OSError:
+        return None
+
+
 def standard_streams() -> Streams:
-    """The streams of this process."""
-    columns = None
-    if sys.stdout.isatty():
-        try:
-            columns = os.get_terminal_size(sys.stdout.fileno()).columns or None
-        except OSError:
-            columns = None
+    """The streams of this process. One that was closed by its parent (`<&-`) is empty, or swallows what is written."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - open to the end of the process, as the stream it stands for
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     return Streams(
         stdin=open(sys.stdin.fileno(), "rb", buffering=0, closefd=False),
         stdout=sys.stdout.buffer,
         stderr=cast(TextIO, sys.stderr),
         stdout_is_terminal=sys.stdout.isatty(),
         stderr_is_terminal=sys.stderr.isatty(),
-        columns=columns,
+        columns=terminal_columns,
     )
 
 
@@ -144,6 +152,10 @@ def main(
         # Whoever reads has seen enough, as `head` does. Nothing may be flushed into the closed pipe at exit either.
         _discard(streams)
         return Exit.OK
+    except OSError as error:
+        streams.message(f"the answer cannot be written: {error.strerror}")
+        _discard(streams)
+        return Exit.USAGE
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
 

@@ -65,4 +65,6 @@ def sentence(error: BaseException) -> str:
         return error.message
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror
     return str(error) or type(error).__name__

@@ -296,7 +296,8 @@ async def _import(context: Context, source: _Source) -> int:
         context.streams.message(f"{sender.written} records were written before the error")
         raise
     except asyncio.CancelledError:
-        context.streams.message(f"interrupted: at least {sender.written} records were written")
+        context.streams.message(f"interrupted; {sender.written} records were written, and perhaps a few more")
+        context.write_sent = False  # this says all there is to say
         raise
 
 

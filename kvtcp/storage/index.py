@@ -79,6 +79,14 @@ class Index:
             self.tree.delete(key)
         return cell
 
+    def delete_all(self, keys: Iterable[bytes]) -> None:
+        """Remove many keys in one pass over the tree; those that are absent are passed over."""
+        parts = self.parts
+        present = [key for key in keys if parts[hash(key) % PARTS].pop(key, None) is not None]
+        present.sort()
+        self.merge()
+        self.tree.delete_sorted_batch(present)
+
     def merge(self) -> None:
         """Move the fresh keys into the tree."""
         if self.fresh:
