@@ -1,4 +1,4 @@
-"""The project's own tests use the plugin that users get: from the entry point where kvtcp is installed, else by name."""
+"""The project's own tests use the plugin that users get: from its entry point if kvtcp is installed, else by name."""
 
 from importlib.metadata import entry_points
 

@@ -30,7 +30,7 @@ def cluster(tmp_path: Path) -> Iterator[ProcessCluster]:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Every file under `directory` and its bytes; of a lock file only that it is there, since it names its last user."""
+    """Every file under `directory` and its bytes; of a lock file only that it is there: it names its last user."""
     return {
         str(path.relative_to(directory)): b"" if path.name == "lock" or path.is_dir() else path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -142,7 +142,7 @@ def test_a_killed_node_comes_back_and_serves_nothing(cluster: ProcessCluster) ->
 
 
 def test_a_killed_coordinator_is_replaced(cluster: ProcessCluster) -> None:
-    """kill -9 of the coordinator: a new one adopts the running nodes, all data is there, it supervises and stops them."""
+    """kill -9 of the coordinator: a new one adopts the running nodes with all data, supervises and stops them."""
     first = cluster.start()
     pairs = fill(cluster.url)
     with kvtcp.sync.connect(cluster.url) as kv:

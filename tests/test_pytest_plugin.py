@@ -49,7 +49,10 @@ def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 def test_fixtures_in_both_modes(session: pytest.Pytester, mode: str) -> None:
     """Both fixtures and the marker work in the auto and the strict mode of pytest-asyncio, with strict markers."""
     session.makepyfile(TESTS.format(strict="@pytest.mark.asyncio" if mode == "strict" else ""))
-    result = session.runpytest_subprocess("--strict-markers", "-W", "error", "-o", f"asyncio_mode={mode}")
+    result = session.runpytest_subprocess(
+        "--strict-markers", "-W", "error", "-o", f"asyncio_mode={mode}",
+        "-o", "asyncio_default_fixture_loop_scope=function",
+    )  # fmt: skip
     result.assert_outcomes(passed=3)
 
 

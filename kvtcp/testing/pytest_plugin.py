@@ -15,25 +15,24 @@ before a test asks for a fixture; pytest-asyncio is needed for `kvtcp_cluster` o
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from kvtcp.testing.local_cluster import LocalCluster
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker, for `--strict-markers` and `pytest --markers`."""
+    """The marker, for `--strict-markers` and `pytest --markers`; the asynchronous fixture where it can be used."""
     config.addinivalue_line(
         "markers",
         "kvtcp(nodes=3, replication_factor=None, shards=64, min_insync=None): how kvtcp_cluster and kvtcp_url are "
         "started; the arguments of kvtcp.testing.LocalCluster",
     )
+    if config.pluginmanager.hasplugin("asyncio"):
+        config.pluginmanager.import_plugin("kvtcp.testing.asyncio_fixtures")
 
 
-def _arguments(request: pytest.FixtureRequest) -> dict[str, Any]:
+def marker_arguments(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What the nearest marker asks for. Raises pytest.UsageError for positional arguments."""
     marker = request.node.get_closest_marker("kvtcp")
     if marker is None:
@@ -43,33 +42,11 @@ def _arguments(request: pytest.FixtureRequest) -> dict[str, Any]:
     return dict(marker.kwargs)
 
 
-async def _kvtcp_cluster(request: pytest.FixtureRequest) -> AsyncIterator[LocalCluster]:
-    """A started LocalCluster in the test's event loop; `@pytest.mark.kvtcp(...)` configures it."""
-    from kvtcp.testing.local_cluster import LocalCluster
-
-    async with LocalCluster(**_arguments(request)) as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def kvtcp_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """Address of a cluster that runs in a thread, for kvtcp.sync; `@pytest.mark.kvtcp(...)` configures it."""
     from kvtcp.testing.local_cluster import LocalCluster
 
-    with LocalCluster.run_in_thread(**_arguments(request)) as cluster:
+    with LocalCluster.run_in_thread(**marker_arguments(request)) as cluster:
         yield cluster.url
 
-
-def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:
-    """Make `kvtcp_cluster` a fixture of pytest-asyncio, once that is there; it is not imported for anybody else."""
-    if manager.hasplugin("asyncio") and not manager.hasplugin("kvtcp-asyncio"):
-        manager.register(_AsyncFixtures(), "kvtcp-asyncio")
-
-
-class _AsyncFixtures:
-    """The fixtures that need pytest-asyncio: a plugin of its own, registered when that one is there."""
-
-    def __init__(self) -> None:
-        import pytest_asyncio
-
-        self.kvtcp_cluster = pytest_asyncio.fixture(loop_scope="function", name="kvtcp_cluster")(_kvtcp_cluster)
