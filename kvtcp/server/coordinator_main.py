@@ -233,6 +233,8 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             await stop.wait()
             if server.failed.done():
                 server.failed.result()  # raises what ended a core task
+            if supervisor.failure is not None:
+                raise supervisor.failure
             return runtime.EXIT_OK
         finally:
             await _stop(server, supervisor, local)

@@ -214,6 +214,7 @@ class Supervisor:
         self._on_failure = on_failure  # a watcher ended with an exception: nobody restarts its node any more
         self._watchers: list[asyncio.Task[None]] = []
         self._adopt: set[str] = set()  # nodes that the survey found running
+        self.failure: BaseException | None = None  # what ended a watcher: a defect, the coordinator must end with it
 
     async def survey(self, cluster: str, secret: str) -> int:
         """Look whether every node can be adopted or spawned; returns the highest epoch a running one promised.
@@ -291,7 +292,7 @@ class Supervisor:
 
     def _watcher_done(self, watcher: asyncio.Task[None]) -> None:
         if not watcher.cancelled() and watcher.exception() is not None:
-            log.error("event=watcher-failed what=%s", watcher.get_name(), exc_info=watcher.exception())
+            self.failure = watcher.exception()
             self._on_failure()
 
     def early_exit(self) -> str | None:
