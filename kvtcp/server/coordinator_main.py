@@ -60,7 +60,10 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"copies of every key (default: {REPLICATION_FACTOR_DEFAULT}, or the number of nodes if that is smaller)",
     )
     parser.add_argument(
-        "--min-insync", type=int, help="copies without which writes are refused (default: min(2, factor))"
+        "--min-insync",
+        type=int,
+        help="fewest copies a write may be acknowledged with; this version acknowledges with all of them only "
+        "(default: min(2, factor))",
     )
     parser.add_argument(
         "--shards", type=int, help=f"slices of the key space, fixed for ever (default: {SHARDS_DEFAULT})"
