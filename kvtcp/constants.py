@@ -26,6 +26,10 @@ READ_CHUNK_BYTES_MAX: Final = 64 * KIB
 STREAMED_BODY_BYTES_MAX: Final = 2 * KIB
 MULTI_KEYS_MAX: Final = 10_000
 MULTI_BYTES_MAX: Final = 16 * MIB
+# keys of one mget together: they travel in one item of a link
+MGET_KEYS_BYTES_MAX: Final = 8 * MIB
+# values that one node returns for one mget
+MGET_VALUES_BYTES_MAX: Final = 12 * MIB
 PAGE_ITEMS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 * KIB
 REQUEST_ID_MAX: Final = 2**32 - 1
@@ -58,6 +62,12 @@ BATCH_BYTES_MAX: Final = 256 * KIB
 WAITING_ITEMS_MAX: Final = 65_536
 # keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
 PURGE_KEYS_MAX: Final = 500
+# reads over several shards that may wait for a link or for room in a window
+WAITING_MULTI_MAX: Final = 1_024
+# requests of one shard that are sequenced in its turn when several shards waited for the same window
+DRAIN_SLICE: Final = 64
+# values in one frame of results before a node sends it and goes on with the batch
+RESULTS_BYTES_MAX: Final = 1 * MIB
 PURGE_INTERVAL_MS: Final = 1_000
 TICK_MS: Final = 50
 
@@ -143,6 +153,13 @@ assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < R
 )
 assert PAGE_ITEMS_MAX < ARRAY_ITEMS_MAX and WINDOW_ITEMS_MAX < ARRAY_ITEMS_MAX, "pages and batches fit the decoder"
 assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "one large item fits a batch"
+assert BATCH_BYTES_MAX + MGET_KEYS_BYTES_MAX + 8 * MULTI_KEYS_MAX + 64 * KIB < FRAME_BYTES_MAX, (
+    "the keys of an mget fit a batch"
+)
+assert RESULTS_BYTES_MAX + max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX, PAGE_BYTES_MAX) + 2 * MIB < FRAME_BYTES_MAX, (
+    "a frame of results that is nearly full takes the largest result, and 2 MiB of small ones and of framing"
+)
+assert 4 * DRAIN_SLICE <= WINDOW_ITEMS_MAX, "several shards have a turn when a window opens"
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
 assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvtcp._version import __version__
-from kvtcp.constants import FRAME_BYTES_MAX, MIB, PAGE_BYTES_MAX
+from kvtcp.constants import MGET_VALUES_BYTES_MAX, PAGE_BYTES_MAX, RESULTS_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, TTL, WRITE_OP_END
@@ -27,8 +27,7 @@ from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.pages import merge_page
 from kvtcp.storage.table import Table
 
-MGET_BYTES_MAX: Final = FRAME_BYTES_MAX - MIB
-RESULTS_BYTES_MAX: Final = 1 * MIB
+FLAG_INTERVAL_MS: Final = 250  # between two looks for expired keys, by stamps
 
 
 class Refused(Exception):
@@ -67,6 +66,7 @@ class Replica:
         self.freezes: deque[FreezeRequest] = deque()  # for the server to work off
         self.operations = 0  # items applied since the start, for status
         self._items: Iterator[Sequence[Any]] = iter(())  # the rest of the batch being run
+        self._stamp_ms = 0  # of that batch
         self._batch_ordinal = 0  # ordinal that will be applied when it is finished
         self._flag_after_ms = 0  # stamp of the next look for expired keys
         self.flags: list[int] = []  # shards that hold expired keys, as of the last look
@@ -110,6 +110,7 @@ class Replica:
 
     def begin(self, stamp_ms: int, items: Sequence[Sequence[Any]]) -> None:
         """A batch: it is applied by `run`."""
+        assert self.applied == self._batch_ordinal, "a batch is finished before the next one begins"
         if stamp_ms > self.stamp_ms:
             self.stamp_ms = stamp_ms
         self._stamp_ms = stamp_ms
@@ -136,14 +137,17 @@ class Replica:
                     if ready_bytes > results_bytes_max:
                         return False
             else:
-                results.append(self._read(op, item, stamp_ms))
-                if op in (PAGE, MGET):
-                    ready_bytes += PAGE_BYTES_MAX
-                    if ready_bytes > results_bytes_max:
-                        return False
+                result = self._read(op, item, stamp_ms)
+                results.append(result)
+                if op == PAGE:  # at most PAGE_BYTES_MAX, or one row
+                    ready_bytes += PAGE_BYTES_MAX if len(result[0]) != 1 else len(result[0][0][1] or b"")
+                elif op == MGET:
+                    ready_bytes += sum(len(cell[0]) for cell in result if type(cell) is tuple)
+                if ready_bytes > results_bytes_max:
+                    return False
         self.applied = self._batch_ordinal
         if stamp_ms >= self._flag_after_ms:
-            self._flag_after_ms = stamp_ms + 250
+            self._flag_after_ms = stamp_ms + FLAG_INTERVAL_MS
             self.flags = [number for number, table in tables.items() if table.has_expired(stamp_ms)]
         return True
 
@@ -184,9 +188,9 @@ class Replica:
             cell = self.tables[shard].get(key, stamp_ms)
             if cell is not None:
                 total_bytes += len(cell[0])
-                if total_bytes > MGET_BYTES_MAX:
-                    text = f"the values of this mget are over {MGET_BYTES_MAX} bytes; ask for fewer keys at once"
-                    return [int(Code.TOO_LARGE), text, {"bytes_max": MGET_BYTES_MAX}]
+                if total_bytes > MGET_VALUES_BYTES_MAX:
+                    text = f"the values of this mget are over {MGET_VALUES_BYTES_MAX} bytes; ask for fewer keys at once"
+                    return [int(Code.TOO_LARGE), text, {"bytes_max": MGET_VALUES_BYTES_MAX}]
             cells.append(cell)
         return cells
 
