@@ -107,7 +107,9 @@ BACKOFF_MIN_MS: Final = 100
 BACKOFF_MAX_MS: Final = 5_000
 BACKOFF_RESET_MS: Final = 10_000
 ORPHAN_MS: Final = 60_000
-STOP_MS: Final = 10_000
+STOP_MS: Final = 9_000
+# a coordinator that stops gives open requests so long to be answered, before STOP_MS for its nodes begins
+DRAIN_MS: Final = 500
 
 # --- import ---------------------------------------------------------------------------------------
 # one read of a file, and what a decompressor may return at once
@@ -175,5 +177,6 @@ assert CLIENT_CHUNK_KEYS_MAX <= MULTI_KEYS_MAX, "a chunk is one m-request"
 assert CLIENT_CHUNK_BYTES + VALUE_BYTES_MAX + KEY_BYTES_MAX < MULTI_BYTES_MAX, "a chunk with one large value fits"
 assert CLIENT_CHUNKS_MAX * CLIENT_CHUNK_BYTES <= CLIENT_OUTSTANDING_BYTES_MAX, "the chunks under way fit the bound"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
+assert DRAIN_MS + STOP_MS < 10_000, "a coordinator stops within 10 s"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
 assert BACKUP_NAME_CHARS_MAX + 20 < NAME_BYTES_MAX, "the temporary directory of a backup has a legal name too"
