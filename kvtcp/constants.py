@@ -31,7 +31,7 @@ MULTI_BYTES_MAX: Final = 16 * MIB
 # keys of one mget together: they travel in one item of a link
 MGET_KEYS_BYTES_MAX: Final = 8 * MIB
 # values that one node returns for one mget
-MGET_VALUES_BYTES_MAX: Final = 12 * MIB
+MGET_VALUES_BYTES_MAX: Final = 15 * MIB
 PAGE_ITEMS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 * KIB
 REQUEST_ID_MAX: Final = 2**32 - 1
@@ -158,7 +158,8 @@ assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTE
 assert BATCH_BYTES_MAX + MGET_KEYS_BYTES_MAX + 8 * MULTI_KEYS_MAX + 64 * KIB < FRAME_BYTES_MAX, (
     "the keys of an mget fit a batch"
 )
-assert RESULTS_BYTES_MAX + max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX, PAGE_BYTES_MAX) + 2 * MIB < FRAME_BYTES_MAX, (
+_RESULT_BYTES_MAX = max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX, PAGE_BYTES_MAX)
+assert RESULTS_BYTES_MAX + _RESULT_BYTES_MAX + 2 * MIB < LINK_FRAME_BYTES_MAX, (
     "a frame of results that is nearly full takes the largest result, and 2 MiB of small ones and of framing"
 )
 assert 4 * DRAIN_SLICE <= WINDOW_ITEMS_MAX, "several shards have a turn when a window opens"

@@ -158,7 +158,7 @@ class Simulation:
         names = ["n1", "n2", "n3"]
         self.map = ClusterMap.create(
             cluster="c", epoch=1, owner="c", shards=SHARDS, factor=rng.choice([1, 2, 2, 3, 3]), min_insync=1,
-            nodes={name: ("h", 1) for name in names},
+            nodes=dict.fromkeys(names, ("h", 1)),
         )  # fmt: skip
         self.sequencer = sequencer_class(self.map)
         self.nodes = {name: Node(name, self.map.shards_of(name)) for name in names}

@@ -272,7 +272,7 @@ async def test_mget_over_the_frame(cluster: LocalCluster) -> None:
     """Many large mgets at once: those that do not fit a frame are TOO_LARGE, the others come, no link breaks."""
     keys = [f"m{n}" for n in range(10_000)]
     async with kvtcp.connect(cluster.url, timeout=20) as kv:
-        await kv.put_many({key: b"v" * 2_000 for key in keys})
+        await kv.put_many(dict.fromkeys(keys, b"v" * 2000))
         async with healthy(cluster), await Wire.open(cluster.coordinator.address) as wire:
             wire.send([1, "mget", keys], [2, "mget", keys[:7_000]], [3, "mget", keys[:6_000]], [4, "mget", keys[:6_000]])
             answers = {answer[0]: answer for answer in [await wire.receive() for _ in range(4)]}

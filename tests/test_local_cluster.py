@@ -18,7 +18,7 @@ from tests.process_cluster import wait_for
 async def until(look: Callable[[], object]) -> None:
     """Wait until `look` is true, at most 10 s."""
     async with asyncio.timeout(10):
-        while not look():  # noqa: ASYNC110 - looks at what keeps no event
+        while not look():
             await asyncio.sleep(0.005)
 
 

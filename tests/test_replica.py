@@ -9,7 +9,16 @@ import pytest
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import (
-    ADD, CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, PUT, TTL,
+    ADD,
+    CHAIN_AT,
+    COUNT,
+    EXISTS,
+    FREEZE,
+    GET,
+    MGET,
+    PAGE,
+    PUT,
+    TTL,
 )  # fmt: skip
 from kvtcp.replication import replica as replica_module
 from kvtcp.replication.replica import FLAG_INTERVAL_MS, Refused, Replica

@@ -138,7 +138,7 @@ async def test_back_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
         await process.start()
         watcher = asyncio.create_task(process.watch())
         async with asyncio.timeout(20):
-            while process.restarts < 4:  # noqa: ASYNC110
+            while process.restarts < 4:
                 await asyncio.sleep(0.005)
         monkeypatch.setattr(module, "BACKOFF_MAX_MS", 60_000)
         await process.stop(asked=False)
@@ -165,7 +165,7 @@ async def test_a_spawn_that_fails_is_tried_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(process, "start", start)
     watcher = asyncio.create_task(process.watch())
     async with asyncio.timeout(20):
-        while not process.restarts:  # noqa: ASYNC110
+        while not process.restarts:
             await asyncio.sleep(0.005)
     assert failures == []
     await process.stop(asked=False)

@@ -20,6 +20,7 @@ from kvtcp._version import __version__
 from kvtcp.constants import HOST_DEFAULT
 
 EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 
 
