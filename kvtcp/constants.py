@@ -13,12 +13,15 @@ MIB: Final = 1024 * KIB
 PROTOCOL_VERSION: Final = 1
 FRAME_PREFIX_BYTES: Final = 5
 FRAME_BYTES_MAX: Final = 16 * MIB
+# between coordinator and node: the largest item a client can send or ask for, behind a batch or results of usual size
+LINK_FRAME_BYTES_MAX: Final = 2 * FRAME_BYTES_MAX
 KEY_BYTES_MAX: Final = 4096
 VALUE_BYTES_MAX: Final = 8 * MIB
 ARRAY_ITEMS_MAX: Final = 65_536
 MAP_ITEMS_MAX: Final = 65_536
-# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory
-MESSAGE_CONTAINERS_MAX: Final = 65_536
+# containers (arrays and maps) of one message: an empty one is a byte on the wire and 80 bytes of memory; the most that
+# is sent are the cells of several full m-reads in one frame of a node's results
+MESSAGE_CONTAINERS_MAX: Final = 262_144
 # larger reads of a socket are fed to the decoder in pieces: it bounds the buffer that a connection keeps
 READ_CHUNK_BYTES_MAX: Final = 64 * KIB
 # bodies up to this size are decoded straight from the stream, larger ones are first checked for completeness
@@ -28,7 +31,7 @@ MULTI_BYTES_MAX: Final = 16 * MIB
 # keys of one mget together: they travel in one item of a link
 MGET_KEYS_BYTES_MAX: Final = 8 * MIB
 # values that one node returns for one mget
-MGET_VALUES_BYTES_MAX: Final = 12 * MIB
+MGET_VALUES_BYTES_MAX: Final = 15 * MIB
 PAGE_ITEMS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 * KIB
 REQUEST_ID_MAX: Final = 2**32 - 1
@@ -59,13 +62,14 @@ WINDOW_BYTES_MAX: Final = 8 * MIB
 BATCH_BYTES_MAX: Final = 256 * KIB
 # operations of one shard that may wait, not yet sequenced, for a link or for room in a window
 WAITING_ITEMS_MAX: Final = 65_536
+# keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
+PURGE_KEYS_MAX: Final = 500
 # reads over several shards that may wait for a link or for room in a window
 WAITING_MULTI_MAX: Final = 1_024
 # requests of one shard that are sequenced in its turn when several shards waited for the same window
 DRAIN_SLICE: Final = 64
 # values in one frame of results before a node sends it and goes on with the batch
 RESULTS_BYTES_MAX: Final = 1 * MIB
-PURGE_KEYS_MAX: Final = 1_000
 PURGE_INTERVAL_MS: Final = 1_000
 TICK_MS: Final = 50
 
@@ -103,7 +107,17 @@ BACKOFF_MIN_MS: Final = 100
 BACKOFF_MAX_MS: Final = 5_000
 BACKOFF_RESET_MS: Final = 10_000
 ORPHAN_MS: Final = 60_000
-STOP_MS: Final = 10_000
+STOP_MS: Final = 9_000
+# a coordinator that stops gives open requests so long to be answered, before STOP_MS for its nodes begins
+DRAIN_MS: Final = 500
+
+# --- import ---------------------------------------------------------------------------------------
+# one read of a file, and what a decompressor may return at once
+IMPORT_BLOCK_BYTES: Final = 256 * KIB
+# one put_many of an import ends at whichever comes first; so many may be on their way
+IMPORT_CHUNK_RECORDS: Final = 500
+IMPORT_CHUNK_BYTES: Final = 256 * KIB
+IMPORT_CHUNKS_MAX: Final = 8
 
 # --- tree and freeze -----------------------------------------------------------------------------
 LEAF_KEYS_MAX: Final = 512
@@ -112,6 +126,9 @@ INNER_CHILDREN_MAX: Final = 64
 FRESH_KEYS_MAX: Final = 1_024
 # dictionaries that share the cells of a shard, so that none grows by more than a few ms at once; prime
 HASH_PARTS: Final = 31
+# of the cyclic collector in a node. The second generation is what costs: it walks every leaf that was made since the
+# last one, 2-3 ms for 25,000 new keys. The third one walks all leaves and is put off for good.
+GC_THRESHOLDS: Final = (5_000, 5, 1_000)
 FREEZE_ROWS: Final = 256
 # rows that a merge of frozen shards takes from one of them at a time: all of them at once stay below a slice
 MERGE_ROWS: Final = 32
@@ -129,8 +146,10 @@ BACKUP_NAME_CHARS_MAX: Final = 100
 # Relations. They are checked at import, so that a changed number cannot break a promise in silence.
 assert KEY_BYTES_MAX + VALUE_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "the largest put fits in one frame"
 assert MULTI_BYTES_MAX <= FRAME_BYTES_MAX, "an m-request arrives in one frame"
+assert IMPORT_CHUNK_RECORDS <= MULTI_KEYS_MAX, "a chunk of an import is one request"
+assert IMPORT_CHUNK_BYTES + JSON_LINE_BYTES_MAX // 6 < MULTI_BYTES_MAX, "a full chunk takes one more large pair"
 assert MULTI_KEYS_MAX * 2 < ARRAY_ITEMS_MAX, "keys and values of one m-request fit the decoder's array limit"
-assert MULTI_KEYS_MAX + 16 < MESSAGE_CONTAINERS_MAX, "an mput has one array for every key"
+assert MULTI_KEYS_MAX * 10 < MESSAGE_CONTAINERS_MAX, "an m-request has one array for every key"
 assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < READ_CHUNK_BYTES_MAX < FRAME_BYTES_MAX, (
     "a body decoded from the stream is small in every respect"
 )
@@ -139,10 +158,14 @@ assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTE
 assert BATCH_BYTES_MAX + MGET_KEYS_BYTES_MAX + 8 * MULTI_KEYS_MAX + 64 * KIB < FRAME_BYTES_MAX, (
     "the keys of an mget fit a batch"
 )
-assert RESULTS_BYTES_MAX + max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX, PAGE_BYTES_MAX) + 2 * MIB < FRAME_BYTES_MAX, (
+_RESULT_BYTES_MAX = max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX, PAGE_BYTES_MAX)
+assert RESULTS_BYTES_MAX + _RESULT_BYTES_MAX + 2 * MIB < LINK_FRAME_BYTES_MAX, (
     "a frame of results that is nearly full takes the largest result, and 2 MiB of small ones and of framing"
 )
 assert 4 * DRAIN_SLICE <= WINDOW_ITEMS_MAX, "several shards have a turn when a window opens"
+assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_BYTES_MAX, (
+    "whatever fits a frame of a client fits one of a link, behind what is there already"
+)
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
 assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"
@@ -155,5 +178,6 @@ assert CLIENT_CHUNK_KEYS_MAX <= MULTI_KEYS_MAX, "a chunk is one m-request"
 assert CLIENT_CHUNK_BYTES + VALUE_BYTES_MAX + KEY_BYTES_MAX < MULTI_BYTES_MAX, "a chunk with one large value fits"
 assert CLIENT_CHUNKS_MAX * CLIENT_CHUNK_BYTES <= CLIENT_OUTSTANDING_BYTES_MAX, "the chunks under way fit the bound"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
+assert DRAIN_MS + STOP_MS < 10_000, "a coordinator stops within 10 s"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
 assert BACKUP_NAME_CHARS_MAX + 20 < NAME_BYTES_MAX, "the temporary directory of a backup has a legal name too"

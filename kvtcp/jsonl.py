@@ -104,7 +104,7 @@ def _object_of(line: str | bytes, where: str) -> dict[str, Any]:
         byte = error.object[error.start]
         raise DataError(f"{where}: not UTF-8: byte 0x{byte:02x} at column {error.start + 1}") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{where}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except _Twice as error:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep

@@ -14,7 +14,7 @@ import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from kvtcp.errors import Code, KvtcpError, RequestError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
@@ -24,7 +24,7 @@ Cell = tuple[bytes, int, float | None]  # value, revision, deadline on the monot
 # A step takes the connection and the request and does something instead of executing it.
 Step = Callable[["FakeConnection", list[Any]], None]
 
-INFO = {"server": "fake", "version": "0.0", "cluster": "c-1", "shards": 64, "limits": {"key_bytes_max": 4096}}
+INFO = {"server": "fake 0.0", "version": 1, "cluster": "c-1", "shards": 64, "limits": {"key_bytes_max": 4096}}
 
 
 def execute(connection: FakeConnection, message: list[Any]) -> None:
@@ -285,8 +285,7 @@ class FakeConnection(asyncio.Protocol):
         self.encoder = FrameEncoder()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is not a subclass
         self.server.connections.append(self)
         self.server.empty.clear()
         self.server.accepted += 1

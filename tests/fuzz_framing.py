@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 
-from kvtcp.constants import STREAMED_BODY_BYTES_MAX
+from kvtcp.constants import FRAME_PREFIX_BYTES, STREAMED_BODY_BYTES_MAX
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.framing import FrameDecoder, frame_prefix
 
@@ -82,7 +82,7 @@ def check(data: bytes, cuts: list[int]) -> bool:
     if whole_error is None:
         assert pieces_error is None, pieces_error
         assert repr(whole) == repr(pieces)
-        assert whole_bytes == pieces_bytes <= FRAME_BYTES_MAX
+        assert whole_bytes == pieces_bytes < FRAME_PREFIX_BYTES + FRAME_BYTES_MAX
     else:
         assert pieces_error is not None, whole_error
         assert repr(pieces[: len(whole)]) == repr(whole)

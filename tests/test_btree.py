@@ -49,6 +49,17 @@ class BTreeMachine(RuleBasedStateMachine):
             self.tree.delete(key)
             self.model.discard(key)
 
+    @rule(data=st.data(), share=st.integers(1, 4), run=st.integers(1, 9))
+    def delete_batch(self, data: st.DataObject, share: int, run: int) -> None:
+        """Delete runs of neighbours in one batch; one absent key among them is an error."""
+        keys = sorted(self.model)
+        gone = [key for place, key in enumerate(keys) if place // run % share == 0]
+        self.tree.delete_sorted_batch(gone)
+        self.model.difference_update(gone)
+        for absent in gone[:1]:
+            with pytest.raises(KeyError):
+                self.tree.delete_sorted_batch([absent])
+
     @rule(key=KEYS)
     def delete_absent(self, key: bytes) -> None:
         if key not in self.model:
@@ -64,6 +75,12 @@ class BTreeMachine(RuleBasedStateMachine):
             expected.reverse()
         assert list(self.tree.range(lower, upper, reverse)) == expected
         assert self.tree.slice(lower, upper, limit, reverse) == expected[: limit if limit is None else max(0, limit)]
+
+    @rule()
+    def settle(self) -> None:
+        self.tree.settle()
+        for leaf in [self.tree._leaf_for(key) for key in self.model]:
+            assert leaf.settled == len(leaf.keys)
 
     @rule(key=KEYS)
     def look_up(self, key: bytes) -> None:

@@ -31,9 +31,15 @@ def test_deadlines_are_a_sorted_set(
         assert deadlines.expired(stamp_ms, 2) == expired[:2]
         assert deadlines.pairs() == sorted(model)
         assert len(deadlines) == len(model)
+    gone = sorted(model)[::2]
+    deadlines.remove_all(reversed(gone))
+    deadlines.check()
+    assert deadlines.pairs() == sorted(model.difference(gone))
 
 
 def test_remove_of_an_absent_pair() -> None:
     """Removing what is not there is an error, never a silent success."""
     with pytest.raises(KeyError):
         Deadlines([(5, b"a")]).remove(6, b"a")
+    with pytest.raises(KeyError):
+        Deadlines([(5, b"a")]).remove_all([(5, b"a"), (6, b"a")])

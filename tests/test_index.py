@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from kvtcp.storage.index import Cell, Index
 
 KEYS = st.binary(min_size=1, max_size=2)
+STEPS = ["set", "set", "set", "delete", "delete all", "read", "merge"]
 
 
 @settings(deadline=None, max_examples=150)
 @given(
     fresh_keys_max=st.integers(1, 9),
-    steps=st.lists(st.tuples(st.sampled_from(["set", "set", "delete", "read", "merge"]), KEYS, KEYS), max_size=60),
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), KEYS, KEYS), max_size=60),
 )
 def test_index_is_an_ordered_dict(fresh_keys_max: int, steps: list[tuple[str, bytes, bytes]]) -> None:
     """Any sequence of operations gives what a dict and `sorted` give, `check()` after every step."""
@@ -24,6 +25,10 @@ def test_index_is_an_ordered_dict(fresh_keys_max: int, steps: list[tuple[str, by
             index.set(key, model[key])
         elif what == "delete":
             assert index.delete(key) == model.pop(key, None)
+        elif what == "delete all":
+            index.delete_all([key, other] if key != other else [key])
+            model.pop(key, None)
+            model.pop(other, None)
         elif what == "merge":
             index.merge()
             assert not index.fresh

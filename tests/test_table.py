@@ -322,17 +322,17 @@ def test_position_has_the_epoch_of_the_last_entry() -> None:
 def test_purge_and_clear_work_in_bounded_steps() -> None:
     """A large shard is purged and cleared by several entries of limited size; only the last clear is a wipe."""
     table = Table()
-    keys = 2 * PURGE_KEYS_MAX + 10
+    keys = 3 * PURGE_KEYS_MAX
     for number in range(keys):
         write(table, op.PUT, b"%05d" % number, b"v", 1 if number % 2 else None)
-    assert write(table, op.PURGE, b"", 600, stamp_ms=STAMP + 1) == 600
-    assert write(table, op.PURGE, b"", PURGE_KEYS_MAX, stamp_ms=STAMP + 1) == keys // 2 - 600
+    assert write(table, op.PURGE, b"", 300, stamp_ms=STAMP + 1) == 300
+    assert write(table, op.PURGE, b"", PURGE_KEYS_MAX, stamp_ms=STAMP + 1) == keys // 2 - 300
     assert write(table, op.PURGE, b"", PURGE_KEYS_MAX, stamp_ms=STAMP + 1) == 0
     assert len(table) == keys // 2
     effects = []
-    while write(table, op.CLEAR, b"", None, 400):
+    while write(table, op.CLEAR, b"", None, 300):
         effects.append(msgpack.unpackb(table.last_entry)[3])
-    assert [len(e) for e in effects] == [400, 400, 1]
+    assert [len(e) for e in effects] == [300, 300, 1]
     assert effects[-1] == [[op.WIPE]]
     assert len(table) == 0
     table.check()

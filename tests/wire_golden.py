@@ -20,7 +20,8 @@ GOLDEN = Path(__file__).parent / "golden" / "wire.txt"
 
 # (operation and arguments, results). Every form of every argument appears once.
 REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
-    (["hello", PROTOCOL_VERSION, "golden"], [{"version": "0.1.0"}]),
+    (["hello", PROTOCOL_VERSION, "golden"],
+     [{"server": "kvtcp 0.1.0", "version": 1, "cluster": "c1", "shards": 64, "limits": {"key_bytes_max": 4096}}]),
     (["get", b"k"], [[b"v", 7, None], [b"v", 7, 1500], None]),
     (["put", b"k", b"v"], [7]),
     (["put", "text key", "text value"], [7]),

@@ -19,7 +19,7 @@ Cancelling a call is safe for all others. A cancelled write may or may not have 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, overload
@@ -32,12 +32,14 @@ from kvtcp.client.requests import (
     NEVER,
     Batch,
     Entry,
+    Items,
     Key,
     PageRequest,
     conditions,
     count_request,
     duration_ms,
     key_bytes,
+    open_cell,
     put_items,
     request,
     seconds,
@@ -52,7 +54,6 @@ V = TypeVar("V")
 D = TypeVar("D")
 ADMIN_IDLE_S: Final = CLIENT_ADMIN_IDLE_MS / 1000
 ProgressCallback = Callable[[dict[str, Any]], None]
-Items = Mapping[bytes, V] | Mapping[str, V] | Mapping[Key, V] | Iterable[Sequence[Any]]
 
 
 class AsyncClient(Generic[V]):
@@ -97,13 +98,13 @@ class AsyncClient(Generic[V]):
         """The value of a key, or `default` when there is none."""
         name = key_bytes(key)
         cell = await self._call([0, b"get", name], READ, timeout)
-        return default if cell is None else self._decode(name, cell[0])
+        return default if cell is None else self._decode(name, open_cell(cell)[0])
 
     async def get_entry(self, key: Key, *, timeout: float | None = None) -> Entry[V] | None:
         """Value, revision and remaining life of a key, or None."""
         name = key_bytes(key)
         cell = await self._call([0, b"get", name], READ, timeout)
-        return None if cell is None else Entry(name, self._decode(name, cell[0]), cell[1], seconds(cell[2]))
+        return self._cell(name, cell)
 
     async def put(
         self,
@@ -320,10 +321,7 @@ class AsyncClient(Generic[V]):
         """As `get_many`, with revisions and remaining lives."""
         names = [key_bytes(key) for key in keys]
         cells = await self._run(Batch(b"mget", names, names, [len(name) for name in names]), READ, timeout)
-        return [
-            None if cell is None else Entry(name, self._decode(name, cell[0]), cell[1], seconds(cell[2]))
-            for name, cell in zip(names, cells, strict=True)
-        ]
+        return [self._cell(name, cell) for name, cell in zip(names, cells, strict=True)]
 
     async def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
         """Delete many keys; returns in their order whether each was there. Not atomic. Raises as `put_many`."""
@@ -408,6 +406,12 @@ class AsyncClient(Generic[V]):
         except ValueError as error:
             raise DataError(f"the value of {show_bytes(key)} is not {self._codec.name}: {error}") from error
 
+    def _cell(self, key: bytes, cell: Any) -> Entry[V] | None:
+        if cell is None:
+            return None
+        data, rev, ttl_ms = open_cell(cell)
+        return Entry(key, self._decode(key, data), rev, seconds(ttl_ms))
+
     def _condition(self, key: bytes, value: V | str | None, rev: int | None) -> dict[bytes, Any]:
         return conditions(None if value is None else self._encode(key, value), rev)
 
@@ -439,9 +443,12 @@ class AsyncClient(Generic[V]):
 
         workers = min(len(batch.runs), CLIENT_CHUNKS_MAX) if batch.distinct else 1
         if workers > 1:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(workers):
-                    group.create_task(work())
+            tasks = [asyncio.create_task(work()) for _ in range(workers)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()  # all done already, unless the caller was cancelled
         else:
             await work()
         return batch.finish()

@@ -10,7 +10,7 @@ new one when it is needed.
 - A connection is made by the first call that needs one; all calls share the attempt, and a caller that gives up does
   not stop it for the others. The first request on it is `hello`; its answer is `Channel.info`.
 - A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. The first to wait
-  are the first to go on, a few per tick, and nobody who comes later passes them.
+  are the first to go on, and nobody who comes later passes them.
 
 The data path has no task, no timer and no StreamReader per call: one future, one entry in a table.
 """
@@ -39,6 +39,8 @@ from kvtcp.constants import (
     CLIENT_TIMEOUT_MS,
     CLIENT_WRITE_BUFFER_BYTES,
     PROTOCOL_VERSION,
+    TICK_MS,
+    WRITE_WAIT_MS,
 )
 from kvtcp.errors import Code, KvtcpError, ProtocolError, RequestError, Unavailable
 from kvtcp.protocol.messages import Message
@@ -48,18 +50,19 @@ log = logging.getLogger(__name__)
 TIMEOUT_S: Final = CLIENT_TIMEOUT_MS / 1000
 TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's timer takes
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
-ADMITTED_PER_TICK: Final = 64  # small requests go on together; large ones find no room and keep their place
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
+# a write that waits for a missing replica is refused by the server within this time
+_REFUSAL_S: Final = (WRITE_WAIT_MS + 2 * TICK_MS) / 1000 + _LATE_S
 
 
 class ServerInfo(NamedTuple):
     """What the server said in its answer to `hello`."""
 
-    server: str
-    version: int | str
-    cluster: str
+    server: str  # its name and version
+    version: int  # of the protocol
+    cluster: str  # id of the cluster
     shards: int
-    limits: dict[str, Any]
+    limits: dict[str, int]  # by name, as in the details of the errors they cause
 
 
 def decode_tree(value: Any) -> Any:
@@ -83,9 +86,9 @@ def backoff_s(failures: int, fraction: float) -> float:
 
 
 class Connection(asyncio.Protocol):
-    """One socket. `on_end` is called once, when it takes no more requests."""
+    """One socket. `on_end` is called once, with the reason, when it takes no more requests."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[Connection], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[Connection, str], None]) -> None:
         self._loop = loop
         self._on_end = on_end
         self._core: ConnectionCore[asyncio.Future[Any]] = ConnectionCore()
@@ -93,10 +96,11 @@ class Connection(asyncio.Protocol):
         self._flushing = False  # a flush is scheduled for this tick
         self._paused = False  # the socket's buffer is full
         self._ended = False
-        self._queue: deque[asyncio.Future[None]] = deque()  # callers that wait for room, oldest first
-        self._admitting = False  # more of `_queue` are looked at in the next tick
+        self._queue: deque[tuple[asyncio.Future[None], int]] = deque()  # callers that wait for room, oldest first
+        self._granted_bytes = 0  # of requests that were told to go on and have not been sent yet
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0  # time of `_sweep`, meaningful while it is not None
+        self._postponed = False  # `_sweep` is the second one: it is held whether or not it is late
         self._closed: asyncio.Future[None] = loop.create_future()  # done when the socket is closed
 
     # --- for the channel ------------------------------------------------------------------------
@@ -104,9 +108,7 @@ class Connection(asyncio.Protocol):
     @property
     def has_room(self) -> bool:
         """Whether `send` may be called now."""
-        return not (
-            self._paused or self._queue or self._ended or self._core.outstanding_bytes >= CLIENT_OUTSTANDING_BYTES_MAX
-        )
+        return not (self._queue or self._ended) and self._has_capacity()
 
     @property
     def ended(self) -> bool:
@@ -124,25 +126,21 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         return future
 
-    async def room(self) -> None:
-        """Wait until there is room or the connection has ended."""
-        first = True
-        while True:
-            turn: asyncio.Future[None] = self._loop.create_future()
-            if first:
-                self._queue.append(turn)
+    async def room(self, request_bytes: int) -> None:
+        """Wait for room for a request of about so many bytes, or for the end. `send` must follow at once."""
+        turn: asyncio.Future[None] = self._loop.create_future()
+        waiting = (turn, request_bytes)
+        self._queue.append(waiting)
+        self._admit()
+        try:
+            await turn
+        finally:
+            if turn.cancelled():
+                if waiting in self._queue:
+                    self._queue.remove(waiting)
             else:
-                self._queue.appendleft(turn)
-            first = False
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn in self._queue:
-                    self._queue.remove(turn)
-                self._admit()  # who leaves may have been given a turn, or have stood before others
-                raise
-            if self._ended or self._has_capacity():
-                return
+                self._granted_bytes -= request_bytes
+            self._loop.call_soon(self._admit)  # for those behind a caller that gave up
 
     async def close(self, reason: str) -> None:
         """Send what is queued, end all calls and close the socket."""
@@ -223,23 +221,16 @@ class Connection(asyncio.Protocol):
         self._arm()
 
     def _has_capacity(self) -> bool:
-        return not self._paused and self._core.outstanding_bytes < CLIENT_OUTSTANDING_BYTES_MAX
+        used_bytes = self._core.outstanding_bytes + self._granted_bytes
+        return used_bytes < CLIENT_OUTSTANDING_BYTES_MAX and not self._paused
 
     def _admit(self) -> None:
-        """Let the callers that wait longest look again; all of them when the connection has ended."""
-        if self._admitting or not self._queue or not (self._ended or self._has_capacity()):
-            return
-        for _ in range(len(self._queue) if self._ended else min(len(self._queue), ADMITTED_PER_TICK)):
-            turn = self._queue.popleft()
+        """Let the callers that wait longest go on, as many as there is room for; all when the connection has ended."""
+        while self._queue and (self._ended or self._has_capacity()):
+            turn, request_bytes = self._queue.popleft()
             if not turn.done():
+                self._granted_bytes += request_bytes
                 turn.set_result(None)
-        if self._queue:
-            self._admitting = True
-            self._loop.call_soon(self._admit_more)
-
-    def _admit_more(self) -> None:
-        self._admitting = False
-        self._admit()
 
     def _arm(self) -> None:
         next_due = self._core.next_due
@@ -255,11 +246,13 @@ class Connection(asyncio.Protocol):
         if self._ended:
             return
         now = monotonic()
-        if now - self._sweep_at > _LATE_S:
+        if now - self._sweep_at > _LATE_S and not self._postponed:
             # The loop was held up. Answers may lie unread in the socket: read them before anybody is told of a timeout.
+            self._postponed = True
             self._sweep_at = now
             self._sweep = self._loop.call_later(CLIENT_TICK_MS / 1000, self._on_sweep)
             return
+        self._postponed = False
         self._complete(self._core.expire(now))
         if self._core.is_silent(now):
             self.abort("the server has been silent for too long, the connection was given up")
@@ -280,7 +273,7 @@ class Connection(asyncio.Protocol):
             self._sweep = None
         self._complete(self._core.lost(reason))
         self._admit()
-        self._on_end(self)
+        self._on_end(self, reason)
 
 
 def _fail(future: asyncio.Future[Any], error: Exception) -> None:
@@ -299,14 +292,15 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._connection: Connection | None = None  # said hello and has not ended
         self._attempt: asyncio.Task[None] | None = None  # the one attempt to connect that is under way
-        self._failures = 0  # attempts to connect that failed since the last that did not
+        self._connected_at = 0.0  # when `_connection` was made
+        self._failures = 0  # attempts in a row that gave no lasting connection
         self._last_failure = ""  # what the last of them met
         self._random = random.Random()
         self._closed = False
 
     async def open(self) -> None:
         """Connect now. Raises Unavailable within the timeout, ProtocolError, RequestError (VERSION)."""
-        await self._ready(monotonic() + self.timeout_s, self.timeout_s)
+        await self._ready([], monotonic() + self.timeout_s, self.timeout_s)
 
     def jitter(self) -> float:
         """A random number from 0 to 1, for a pause."""
@@ -360,10 +354,14 @@ class Channel:
             if error is not None:
                 tries += 1
                 pause_s = backoff_s(tries, self._random.random())
-                if self._closed or monotonic() + pause_s >= deadline:
+                again_at = monotonic() + pause_s
+                if kind is Kind.WRITE and error.code == Code.NOT_ENOUGH_REPLICAS:
+                    # the next refusal would come after a wait too; without it, "not executed" became "unknown"
+                    again_at += _REFUSAL_S
+                if self._closed or again_at >= deadline:
                     raise error
                 await asyncio.sleep(pause_s)
-            connection = await self._ready(deadline, timeout_s, error)
+            connection = await self._ready(message, deadline, timeout_s, error)
             remaining_s = deadline - monotonic()
             if remaining_s <= 0:
                 raise error or self._unreachable(timeout_s)
@@ -372,7 +370,9 @@ class Channel:
             except Unavailable as refused:
                 error = refused
 
-    async def _ready(self, deadline: float, timeout_s: float, error: Unavailable | None = None) -> Connection:
+    async def _ready(
+        self, message: Message, deadline: float, timeout_s: float, error: Unavailable | None = None
+    ) -> Connection:
         """A connection with room for a request, made if need be."""
         while True:
             if self._closed:
@@ -388,7 +388,7 @@ class Channel:
                 continue
             try:
                 async with asyncio.timeout(remaining_s):
-                    await connection.room()
+                    await connection.room(_size_bytes(message))
             except TimeoutError:
                 raise error or Unavailable(
                     f"the connection took no more data within {timeout_s:g} s, nothing was sent", Code.UNREACHABLE
@@ -450,14 +450,28 @@ class Channel:
         else:
             if self.info is not None and self.info.cluster != info.cluster:
                 log.warning("%s is now cluster %s, it was %s", self.address.url, info.cluster, self.info.cluster)
-            self._failures, self._last_failure = 0, ""
             self.info = info
-            if not connection.ended:
-                self._connection = connection
+            self._connection = connection
+            self._connected_at = monotonic()
+            if connection.ended:
+                self._on_end(connection, "the server closed the connection after hello")
 
-    def _on_end(self, connection: Connection) -> None:
-        if self._connection is connection:
-            self._connection = None
+    def _on_end(self, connection: Connection, reason: str) -> None:
+        if self._connection is not connection:
+            return
+        self._connection = None
+        # A connection that did not last is a failed attempt: otherwise a server that says hello and hangs up would be
+        # called again without a pause.
+        lasted = monotonic() - self._connected_at >= CLIENT_BACKOFF_MAX_MS / 1000
+        self._failures = 0 if lasted else self._failures + 1
+        self._last_failure = reason
+
+
+def _size_bytes(item: Any) -> int:
+    """About how many bytes a request takes on the wire."""
+    if type(item) is bytes:
+        return len(item) + 5
+    return 5 + sum(map(_size_bytes, item)) if type(item) is list else 9
 
 
 def _drop(connection: Connection | None) -> None:
@@ -476,11 +490,8 @@ def _server_info(answer: Any) -> ServerInfo:
     fields = decode_tree(answer)
     try:
         return ServerInfo(
-            str(fields["server"]),
-            fields["version"],
-            str(fields["cluster"]),
-            int(fields["shards"]),
+            str(fields["server"]), int(fields["version"]), str(fields["cluster"]), int(fields["shards"]),
             dict(fields["limits"]),
-        )
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"the answer to hello is not the one of a kvtcp server: {error!r}") from error

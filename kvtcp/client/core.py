@@ -87,6 +87,7 @@ class ConnectionCore(Generic[W]):
         self._frames: list[bytes] = []  # requests not yet taken by take_output
         self._unsent: list[int] = []  # their ids
         self._due: dict[int, set[int]] = {}  # tick -> ids whose time ends in it
+        self._heard_at = 0.0  # when bytes last came
         self._silent_since: float | None = None  # nothing heard since then, and a call ran out of time meanwhile
         self._ended = False
         self.outstanding_bytes = 0  # of the requests in the table
@@ -131,6 +132,7 @@ class ConnectionCore(Generic[W]):
     def receive(self, data: bytes, now: float) -> list[Completion[W]]:
         """The calls that `data` completes. Sets `failure` if it is not an answer to anything that was asked."""
         assert not self._ended and self.failure is None, "the connection has ended"
+        self._heard_at = now
         self._silent_since = None
         done: list[Completion[W]] = []
         calls = self._calls
@@ -171,7 +173,7 @@ class ConnectionCore(Generic[W]):
             for call_id in self._due.pop(passed):
                 call = self._calls[call_id]
                 if self._silent_since is None:
-                    self._silent_since = now - call.timeout_s
+                    self._silent_since = max(self._heard_at, now - call.timeout_s)
                 if call.waiter is not None:
                     done.append((call.waiter, None, _out_of_time(call)))
                     call.waiter = None

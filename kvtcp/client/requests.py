@@ -21,7 +21,15 @@ from kvtcp.protocol.messages import REQUESTS, Message, check_key
 V = TypeVar("V")
 T = TypeVar("T")
 Key = bytes | str
+# what put_many takes; a mapping is invariant in its keys, hence three of them
+Items = (
+    Mapping[bytes, V | str]
+    | Mapping[str, V | str]
+    | Mapping[Key, V | str]
+    | Iterable[tuple[Key, V | str] | tuple[Key, V | str, float | None]]
+)
 
+_VALUE_OR_NIL: Final = (bytes, type(None))
 NEVER: Final = math.inf  # what `ttl` gives for a key without a deadline
 
 
@@ -62,6 +70,21 @@ def duration_ms(seconds: float, name: str = "ttl") -> int:
     if not 0 < seconds <= TTL_MS_MAX / 1000:
         raise RequestError(f"{name} must be over 0 and at most {TTL_MS_MAX // 1000} seconds, not {seconds}")
     return max(1, round(seconds * 1000))
+
+
+def open_cell(cell: Any) -> tuple[bytes, int, int | None]:
+    """Value, revision and milliseconds to live of a cell. Raises ProtocolError if it is not one."""
+    if type(cell) is not list or len(cell) != 3 or type(cell[0]) is not bytes:
+        raise ProtocolError("the server's answer is not a cell [value, rev, ttl_ms]")
+    return cell[0], cell[1], cell[2]
+
+
+def open_rows(rows: list[Any]) -> list[list[Any]]:
+    """The rows of a page. Raises ProtocolError unless each is `[key, value or nil, rev, ttl_ms or nil]`."""
+    for row in rows:
+        if type(row) is not list or len(row) != 4 or type(row[0]) is not bytes or type(row[1]) not in _VALUE_OR_NIL:
+            raise ProtocolError("a row of a page is not [key, value, rev, ttl_ms]")
+    return rows
 
 
 def seconds(ttl_ms: int | None) -> float | None:
@@ -137,7 +160,7 @@ class PageRequest:
         """The rows `[key, value, rev, ttl_ms]` of an answer; afterwards `next` asks for those behind them."""
         if type(answer) is not list or len(answer) != 2 or type(answer[0]) is not list:
             raise ProtocolError("the result of scan is not [items, cursor]")
-        rows: list[list[Any]] = answer[0]
+        rows = open_rows(answer[0])
         if self._left is not None:
             self._left -= len(rows)
         self.finished = answer[1] is None or (self._left is not None and self._left <= 0)
@@ -154,7 +177,7 @@ def count_request(prefix: Key | None, start: Key | None, end: Key | None) -> Mes
 # --- operations on many keys ------------------------------------------------------------------------
 
 
-def put_items(items: Mapping[Key, V] | Iterable[Sequence[Any]]) -> Iterator[tuple[Key, Any, float | None]]:
+def put_items(items: Items[Any]) -> Iterator[tuple[Key, Any, float | None]]:
     """`(key, value, ttl or None)` for what put_many takes: a mapping, pairs, or triples with a ttl."""
     if isinstance(items, Mapping):
         for key, value in items.items():

@@ -22,12 +22,12 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, cast, overload
 
 from kvtcp.client import codecs, loop_thread
-from kvtcp.client.aio import ADMIN_IDLE_S, AsyncClient, Items, ProgressCallback
+from kvtcp.client.aio import ADMIN_IDLE_S, AsyncClient, ProgressCallback
 from kvtcp.client.aio import connect as connect_async
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, ServerInfo
 from kvtcp.client.codecs import Codec
 from kvtcp.client.loop_thread import LoopThread
-from kvtcp.client.requests import Entry, Key, PageRequest
+from kvtcp.client.requests import Entry, Items, Key, PageRequest
 from kvtcp.client.url import URL_DEFAULT, parse_url
 from kvtcp.constants import PAGE_ITEMS_MAX
 from kvtcp.errors import KeyExists

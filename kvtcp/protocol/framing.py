@@ -22,7 +22,7 @@ may be nested. Hence two ways. Bodies up to STREAMED_BODY_BYTES_MAX come from th
 same number: at most 11 MB for a moment. Larger ones are gathered here, walked once without building anything (`skip`,
 0.04 us an item: it proves that every header is followed by its items), then decoded. What is left is the ratio of
 objects to bytes: containers are counted in bodies over READ_CHUNK_BYTES_MAX, and the worst of the rest, strings of two
-bytes, takes 20 bytes for one. So decoding N bytes needs at most 20 N + 32 MiB, until the message is dropped, and an
+bytes, takes 20 bytes for one. So decoding N bytes needs at most 20 N + 64 MiB, until the message is dropped, and an
 idle connection keeps about READ_CHUNK_BYTES_MAX.
 
 Simplifications: 0xD2 (int32) with a positive length is read as a prefix too, since the decoder does not show which
@@ -133,8 +133,9 @@ class FrameDecoder:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes fed that have not become a message yet, without the prefix of the frame now arriving."""
-        return self._fed_bytes - self._start + (len(self._gathered) if self._gathered is not None else 0)
+        """Bytes fed that have not become a message yet, the prefix of the frame now arriving among them."""
+        bytes_ = self._fed_bytes - self._start + (FRAME_PREFIX_BYTES if self._body_bytes >= 0 else 0)
+        return bytes_ + len(self._gathered) if self._gathered is not None else bytes_
 
     def feed(self, data: bytes | memoryview) -> list[Any]:
         """The messages that `data` completes. Raises ProtocolError with the reason; the connection must be closed."""

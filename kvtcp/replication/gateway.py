@@ -52,6 +52,12 @@ class Session(Sink, Protocol):
     def progress(self, token: int, progress: dict[str, Any]) -> None:
         """The request goes on; this is how far it is."""
 
+    def long_began(self) -> None:
+        """A request will be answered after a long time: it does not count as outstanding."""
+
+    def long_ends(self) -> None:
+        """Such a request is about to be answered."""
+
 
 class Administration(Protocol):
     """What the server does for administrative requests; each answers `session` itself."""

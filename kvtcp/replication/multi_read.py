@@ -18,8 +18,8 @@ from kvtcp.protocol.messages import make_cursor
 from kvtcp.protocol.operations import COUNT, MGET, PAGE
 
 Numbers = Sequence[int]
+KEY_OVERHEAD_BYTES: Final = 32  # what a key of an mget counts in a batch beyond its bytes
 Row = list[Any]  # [key, value or nil, rev, ttl_ms or nil]
-MGET_KEY_BYTES: Final = 8  # a key on the link beyond its bytes: an array, its shard, a length
 
 
 class MultiRead:
@@ -165,7 +165,8 @@ def mget_read(keys: Sequence[bytes], shard_numbers: Sequence[int], sink: Any, to
         places = [place for number in numbers for place in by_shard[number]]
         parts.append(places)
         wanted = [(shard_numbers[place], keys[place]) for place in places]
-        return (MGET, wanted), sum(len(keys[place]) for place in places) + MGET_KEY_BYTES * len(places)
+        # a pair is an array of its own: counted, so that a batch stays within the decoder's limit on containers
+        return (MGET, wanted), sum(KEY_OVERHEAD_BYTES + len(keys[place]) for place in places)
 
     def merge(results: list[Any]) -> list[Any]:
         merged: list[Any] = [None] * len(keys)
@@ -175,6 +176,6 @@ def mget_read(keys: Sequence[bytes], shard_numbers: Sequence[int], sink: Any, to
         return merged
 
     built = [0]
-    size = sum(map(len, keys)) + MGET_KEY_BYTES * len(keys)
+    size = sum(map(len, keys)) + KEY_OVERHEAD_BYTES * len(keys)
     multi = MultiRead(list(by_shard), sink, token, build, merge, size)
     return multi

@@ -64,6 +64,7 @@ class Replica:
         self.stamp_ms = 0  # highest stamp seen
         self.applied = 0  # ordinal of the last finished batch of the present link
         self.freezes: deque[FreezeRequest] = deque()  # for the server to work off
+        self.results_bytes = 0  # of values in the list of results that `run` was given last
         self.operations = 0  # items applied since the start, for status
         self._items: Iterator[Sequence[Any]] = iter(())  # the rest of the batch being run
         self._stamp_ms = 0  # of that batch
@@ -89,7 +90,7 @@ class Replica:
             self.tables.setdefault(shard, Table(shard))
         for table in self.tables.values():
             table.epoch = epoch
-        self.applied = self._batch_ordinal = 0
+        self.applied = self._batch_ordinal = self.results_bytes = 0
         self._items = iter(())
         return self.report()
 
@@ -122,7 +123,8 @@ class Replica:
         """Apply the batch, appending results; false if it stopped because enough bytes of results are ready."""
         tables = self.tables
         stamp_ms = self._stamp_ms
-        ready_bytes = 0
+        if not results:
+            self.results_bytes = 0
         for item in self._items:
             op = item[0]
             if op < WRITE_OP_END:
@@ -133,18 +135,16 @@ class Replica:
                 cell = tables[item[1]].get(item[2], stamp_ms)
                 results.append(cell)
                 if cell is not None:
-                    ready_bytes += len(cell[0])
-                    if ready_bytes > results_bytes_max:
+                    self.results_bytes += len(cell[0])
+                    if self.results_bytes > results_bytes_max:
                         return False
             else:
                 result = self._read(op, item, stamp_ms)
                 results.append(result)
-                if op == PAGE:  # at most PAGE_BYTES_MAX, or one row
-                    ready_bytes += PAGE_BYTES_MAX if len(result[0]) != 1 else len(result[0][0][1] or b"")
-                elif op == MGET:
-                    ready_bytes += sum(len(cell[0]) for cell in result if type(cell) is tuple)
-                if ready_bytes > results_bytes_max:
-                    return False
+                if op in (PAGE, MGET):
+                    self.results_bytes += _result_bytes(op, result)
+                    if self.results_bytes > results_bytes_max:
+                        return False
         self.applied = self._batch_ordinal
         if stamp_ms >= self._flag_after_ms:
             self._flag_after_ms = stamp_ms + FLAG_INTERVAL_MS
@@ -198,3 +198,10 @@ class Replica:
         """Check every table. Raises AssertionError."""
         for table in self.tables.values():
             table.check()
+
+
+def _result_bytes(op: int, result: Any) -> int:
+    """About the bytes of a page's rows, or of an mget's cells."""
+    if op == PAGE:
+        return sum(32 + len(row[0]) + len(row[1] or b"") for row in result[0])
+    return sum(32 + len(cell[0]) if type(cell) in (list, tuple) else 32 for cell in result)

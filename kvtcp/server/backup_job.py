@@ -57,8 +57,15 @@ class BackupJob:
             return
         try:
             if self._writer is None:
+                directory = Path(self._request.directory)
+                if not directory.is_dir():
+                    self.abort(
+                        f"{self._node} does not see {directory}: the backup was given up meanwhile, or coordinator "
+                        "and nodes do not share the backup directory"
+                    )
+                    return
                 shards = [frozen.shard for frozen in self._request.frozen]
-                self._writer = NodeFileWriter(OsDisk(), Path(self._request.directory), self._node, shards)
+                self._writer = NodeFileWriter(OsDisk(), directory, self._node, shards)
             end = time.monotonic() + BACKUP_SLICE_MS / 1000
             while time.monotonic() < end:
                 rows = list(islice(self._rows, FREEZE_ROWS // 4))

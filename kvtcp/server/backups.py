@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kvtcp._version import __version__
-from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX
-from kvtcp.errors import Code, DataError, KvtcpError, Unavailable, error_from_wire
+from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX, TICK_MS
+from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, Unavailable, error_from_wire, show_bytes
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import prefix_bounds
@@ -45,7 +45,9 @@ T = TypeVar("T")
 RESTORE_CHUNK: Final = 500  # pairs written at once by a restore
 CLEAR_KEYS: Final = 1_000  # keys one clear entry removes
 ATTEMPTS: Final = 2
+CUT_WAIT_S: Final = 10.0  # for everything queued before the cut to be committed
 FILE_WAIT_S: Final = 600.0  # for the files of the nodes
+LOAD_WAIT_S: Final = 10 * CLIENT_TIMEOUT_MS / 1000  # for a chunk of a restore to be written
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -97,27 +99,36 @@ class Backups:
             session.fail(ident, Code.OVERLOADED, f"{self.busy} is running; one at a time", {})
             return
         self.busy = what
+        session.long_began()
         task = self.server.loop.create_task(self._run(what, session, ident, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self.server.core_task_done)
 
     async def _run(self, what: str, session: Session, ident: int, work: Callable[[Progress], Any]) -> None:
         log.info("event=started what=%s", what)
+        error: KvtcpError
         try:
             summary = await work(lambda progress: session.progress(ident, progress))
-            log.info("event=finished what=%s", what)
-            session.reply(ident, summary)
-        except KvtcpError as error:
-            log.warning("event=failed what=%s reason=%s", what, error)
-            session.fail(ident, error.code, error.message, error.details)
-        except OSError as error:
-            log.warning("event=failed what=%s reason=%s", what, error)
-            session.fail(ident, Code.NO_SPACE, f"{what} failed, nothing was published: {error}", {})
+        except KvtcpError as failed:
+            error = failed
+        except OSError as failed:
+            error = Unavailable(f"{what} failed, nothing was published: {failed}", Code.NO_SPACE)
         except asyncio.CancelledError:
+            session.long_ends()
             session.fail(ident, Code.UNKNOWN, f"{what} ended: the coordinator stops", {})
             raise
+        else:
+            log.info("event=finished what=%s", what)
+            session.long_ends()
+            session.reply(ident, summary)
+            return
         finally:
             self.busy = ""
+            self.server.begin()
+        log.warning("event=failed what=%s reason=%s", what, error)
+        session.long_ends()
+        session.fail(ident, error.code, error.message, error.details)
 
     async def close(self) -> None:
         """End what is running."""
@@ -152,7 +163,7 @@ class Backups:
                 manifest = await self._attempt(f"{name}/{attempt}", tmp_dir, progress)
                 await self._in_thread(files.write_manifest, disk, tmp_dir, manifest)
                 await self._in_thread(files.publish, disk, tmp_dir, self.backup_dir / name)
-            except (Unavailable, TimeoutError) as error:
+            except (Unavailable, OutcomeUnknown, TimeoutError) as error:
                 await self._in_thread(files.discard, disk, tmp_dir)
                 if attempt == ATTEMPTS:
                     text = str(error) or "the nodes did not finish in time"
@@ -200,8 +211,9 @@ class Backups:
             queued = sequencer.control(node, item, shards, FutureSink(cuts[node]), None)
             assert queued, "only connected nodes were chosen"
         try:
-            async with asyncio.timeout(FILE_WAIT_S):
+            async with asyncio.timeout(CUT_WAIT_S):
                 rows = [row for cut in await asyncio.gather(*cuts.values()) for row in cut]
+            async with asyncio.timeout(FILE_WAIT_S):
                 reports = []
                 progress({"files_done": 0, "files": len(chosen)})
                 for future in asyncio.as_completed(self._files.values()):
@@ -229,38 +241,49 @@ class Backups:
     ) -> dict[str, Any]:
         directory = self.backup_dir / files.check_backup_name(name)
         await self._in_thread(files.verify, directory)
-        wanted, content = await self._in_thread(lambda: files.content_hash(files.read_pairs(directory, prefix)))
+        wanted = await self._in_thread(lambda: sum(1 for _ in files.read_pairs(directory, prefix)))
         present = await self._count(prefix)
         summary: dict[str, Any] = {"name": name, "mode": mode, "prefix": prefix, "pairs": wanted, "present": present}
         if dry_run:
             return {**summary, "dry_run": True}
         if mode == "merge":
-            self._check_prefix_free(prefix)
-            await self._load(directory, prefix, wanted, progress)
+            if self.restoring is not None:
+                raise Unavailable(
+                    "an unfinished restore (replace) keeps the cluster closed; finish it first", Code.RESTORING
+                )
+            try:
+                await self._load(directory, prefix, wanted, progress)
+            except (KvtcpError, OSError) as error:
+                raise OutcomeUnknown(f"restore {name} stopped half-way, repeat it: {error}") from error
             return summary
         if self.restoring is not None and self.restoring != prefix:
             raise Unavailable(
                 "an unfinished restore of another prefix keeps the cluster closed; finish it first", Code.RESTORING
             )
         if self.restoring is None:  # else what is there is a torso, not worth saving
-            saved = "before-restore-" + files.backup_name_from_time(datetime.now(UTC))
-            await self._backup(saved, progress)
-            summary["saved_as"] = saved
+            summary["saved_as"] = await self._save(progress)
         self._close_prefix(prefix)
-        await self._clear(prefix)
-        await self._load(directory, prefix, wanted, progress)
-        found, hashed = await self._read_back(prefix)
-        if (found, hashed) != (wanted, content):
-            raise DataError(
-                f"after the restore {found} pairs were read back where the backup has {wanted}, or values differ; "
-                "the prefix stays closed, repeat the restore"
-            )
+        try:
+            await self._clear(prefix)
+            await self._load(directory, prefix, wanted, progress)
+            await self._compare(directory, prefix)
+        except (KvtcpError, OSError) as error:
+            shown = f"the keys with the prefix {show_bytes(prefix)} stay" if prefix else "the cluster stays"
+            raise OutcomeUnknown(
+                f"restore {name} stopped half-way; {shown} closed until a restore completes: {error}"
+            ) from error
         self._open_prefix()
         return summary
 
-    def _check_prefix_free(self, prefix: bytes) -> None:
-        if self.restoring is not None:
-            raise Unavailable("an unfinished restore (replace) keeps the cluster closed; finish it", Code.RESTORING)
+    async def _save(self, progress: Progress) -> str:
+        """Back up what is there under a name that is free; returns it."""
+        first = saved = "before-restore-" + files.backup_name_from_time(datetime.now(UTC))
+        number = 1
+        while await self._in_thread((self.backup_dir / saved).exists):
+            number += 1
+            saved = f"{first}-{number}"
+        await self._backup(saved, progress)
+        return saved
 
     def _close_prefix(self, prefix: bytes) -> None:
         self.restoring = self.server.gateway.restoring = prefix
@@ -294,7 +317,7 @@ class Backups:
 
     async def _put_all(self, chunk: list[Pair]) -> None:
         left = chunk
-        deadline = self.server.loop.time() + 10 * CLIENT_TIMEOUT_MS / 1000
+        deadline = self.server.loop.time() + LOAD_WAIT_S
         while left:
             future: asyncio.Future[list[Any]] = self.server.loop.create_future()
             gather = Gather(FutureSink(future), None, len(left))
@@ -310,17 +333,38 @@ class Backups:
             if failed and self.server.loop.time() > deadline:
                 raise error_from_wire(*failed[0])
             left = [pair for pair, result in zip(left, results, strict=True) if type(result) is list]
+            if failed:  # a refusal may come at once: others get their turn before the next try
+                await asyncio.sleep(TICK_MS / 1000)
 
-    async def _read_back(self, prefix: bytes) -> tuple[int, str]:
-        hashed = files.ContentHash()
-        count = 0
-        async for rows in self._pages(prefix):
-            for key, value, _, _ in rows:
-                hashed.add(key, value)
-                count += 1
-        return count, hashed.hexdigest()
+    async def _compare(self, directory: Path, prefix: bytes) -> None:
+        """Read back what was restored. DataError if it is not the backup's content; only expired keys may lack."""
+        pairs = files.read_pairs(directory, prefix)
 
-    async def _pages(self, prefix: bytes) -> AsyncIterator[list[Any]]:
+        def differs(rows: list[Any], is_last: bool) -> bytes | None:
+            """The first key that differs up to the last of `rows`, or in all the rest."""
+            for key, value, _, ttl_ms in rows:
+                while True:
+                    pair = next(pairs, None)
+                    if pair is None or pair.key > key:
+                        found: bytes = key
+                        return found
+                    if pair.key == key:
+                        break
+                    if pair.ttl_ms is None:
+                        return pair.key
+                if pair.value != value or (pair.ttl_ms is None) != (ttl_ms is None):
+                    return pair.key
+            if is_last:
+                return next((pair.key for pair in pairs if pair.ttl_ms is None), None)
+            return None
+
+        async for rows, is_last in self._pages(prefix):
+            key = await self._in_thread(differs, rows, is_last)
+            if key is not None:
+                raise DataError(f"read back after the restore, {show_bytes(key)} is not what the backup has")
+
+    async def _pages(self, prefix: bytes) -> AsyncIterator[tuple[list[Any], bool]]:
+        """The rows with a prefix, page by page; with the last page True."""
         server = self.server
         lower, upper = prefix_bounds(prefix)
         while True:
@@ -332,7 +376,7 @@ class Backups:
                 page_read(shards, lower, upper, PAGE_ITEMS_MAX, False, False, sink, None)
             )
             rows, cursor = await future
-            yield rows
+            yield rows, cursor is None
             if cursor is None:
                 return
             lower = rows[-1][0] + b"\0"

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from kvtcp._version import __version__
-from kvtcp.constants import BUFFERED_BYTES_MAX, CLIENT_CONNECTIONS_MAX, TICK_MS
+from kvtcp.constants import BUFFERED_BYTES_MAX, CLIENT_CONNECTIONS_MAX, TICK_MS, WRITE_WAIT_MS
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink
-from kvtcp.server.sessions import FOR_TOTAL, ClientSession
+from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
 
 log = logging.getLogger("kvtcp.coordinator")
 
@@ -77,6 +77,7 @@ class CoordinatorServer:
         self.lag_ms = 0.0  # how late the last tick was
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
         self._over_total = False  # clients are not read because of the total cap
+        self._over_since_ms = 0  # since when; meaningful while _over_total
         self._tasks: list[asyncio.Task[None]] = []
         self._server: asyncio.Server | None = None
         self._ticks = 0
@@ -90,11 +91,12 @@ class CoordinatorServer:
         """Dial the nodes and let time pass."""
         for link in self.links.values():
             task = self.loop.create_task(link.run(), name=f"link to {link.node}")
-            task.add_done_callback(self._core_task_done)
+            task.add_done_callback(self.core_task_done)
             self._tasks.append(task)
         self._schedule_tick()
 
-    def _core_task_done(self, task: asyncio.Task[None]) -> None:
+    def core_task_done(self, task: asyncio.Task[None]) -> None:
+        """Done callback of tasks that must not fail: the exception of one ends the process."""
         if not task.cancelled() and task.exception() is not None and not self.failed.done():
             self.failed.set_exception(task.exception() or RuntimeError("a core task ended"))
 
@@ -102,6 +104,17 @@ class CoordinatorServer:
         """Accept clients on this bound socket."""
         self._server = await self.loop.create_server(lambda: ClientSession(self), sock=bound, backlog=1024)
         self.address = self._server.sockets[0].getsockname()[:2]
+
+    async def drain(self, wait_ms: int) -> None:
+        """Take no new clients and read no new requests; return when the open ones are answered, or after `wait_ms`."""
+        if self._server is not None:
+            self._server.close()
+        for session in self.sessions:
+            session.pause(FOR_STOP)
+        deadline = self.loop.time() + wait_ms / 1000
+        # looked at now and then: an event would have to be kept on the path of every answer
+        while self.loop.time() < deadline and any(s.outstanding or s.out for s in self.sessions):  # noqa: ASYNC110
+            await asyncio.sleep(TICK_MS / 1000 / 5)
 
     async def close(self) -> None:
         """Stop serving: no new clients, answers flushed, links closed."""
@@ -179,24 +192,39 @@ class CoordinatorServer:
         self.sessions.discard(session)
 
     def _enforce_total(self) -> None:
-        """Keep what is held for all clients under BUFFERED_BYTES_MAX."""
-        held = self.sequencer.waiting_bytes
-        for session in self.sessions:
-            held += session.held_bytes
+        """Keep what is held for all clients under BUFFERED_BYTES_MAX.
+
+        Over it nobody is read any more. What waits for nodes is gone after WRITE_WAIT_MS, but unfinished frames and
+        unread answers may stay for ever, and would keep everybody out: the sessions that hold most of them are closed,
+        at once as far as they are over the limit by themselves, else when waiting did not help.
+        """
+        held = held_by_sessions = sum(session.held_bytes for session in self.sessions)
+        held += self.sequencer.waiting_bytes
         self.buffered_bytes = held
-        if held > BUFFERED_BYTES_MAX:
-            if not self._over_total:
-                self._over_total = True
-                for session in self.sessions:
-                    session.pause(FOR_TOTAL)
-            largest = max(self.sessions, key=lambda session: session.held_bytes)
-            log.warning(
-                "event=session-closed peer=%s reason=the server holds %s bytes for clients, the limit is %s, "
-                "and this client holds most of them (%s)",
-                largest.peer, held, BUFFERED_BYTES_MAX, largest.held_bytes,
-            )  # fmt: skip
-            largest.abort()
-        elif self._over_total and held < BUFFERED_BYTES_MAX * 3 // 4:
+        resume_bytes = BUFFERED_BYTES_MAX * 3 // 4
+        if held > BUFFERED_BYTES_MAX and not self._over_total:
+            self._over_total = True
+            self._over_since_ms = self.now_ms()
+            log.warning("event=over-total held_bytes=%s limit_bytes=%s", held, BUFFERED_BYTES_MAX)
+            for session in self.sessions:
+                session.pause(FOR_TOTAL)
+        if not self._over_total:
+            return
+        late = self.now_ms() - self._over_since_ms > WRITE_WAIT_MS
+        allowed_bytes = resume_bytes - 1 if late else BUFFERED_BYTES_MAX
+        if held_by_sessions > allowed_bytes:
+            for session in sorted(self.sessions, key=lambda session: session.held_bytes, reverse=True):
+                log.warning(
+                    "event=session-closed peer=%s reason=the server holds %s bytes for clients, the limit is %s, "
+                    "and this client holds most of them (%s)",
+                    session.peer, held, BUFFERED_BYTES_MAX, session.held_bytes,
+                )  # fmt: skip
+                held_by_sessions -= session.held_bytes
+                held -= session.held_bytes
+                session.abort()
+                if held_by_sessions <= allowed_bytes:
+                    break
+        if held < resume_bytes:
             self._over_total = False
             for session in self.sessions:
                 session.resume(FOR_TOTAL)

@@ -12,7 +12,13 @@ import logging
 import random
 from typing import TYPE_CHECKING, Any
 
-from kvtcp.constants import BACKOFF_MAX_MS, BACKOFF_MIN_MS, LINK_WRITE_BUFFER_BYTES, RECOVER_WAIT_MS
+from kvtcp.constants import (
+    BACKOFF_MAX_MS,
+    BACKOFF_MIN_MS,
+    LINK_FRAME_BYTES_MAX,
+    LINK_WRITE_BUFFER_BYTES,
+    RECOVER_WAIT_MS,
+)
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import BACKUP, BATCH, HELLO, LINK_VERSION, REFUSED, REPORT, RESULTS, STOP
 from kvtcp.replication.progress import LinkError, Progress
@@ -28,7 +34,7 @@ class LinkConnection(FramedConnection):
     """One connection of a link."""
 
     def __init__(self, link: NodeLink) -> None:
-        super().__init__(link.server.loop)
+        super().__init__(link.server.loop, LINK_FRAME_BYTES_MAX)
         self.link = link
         self.answered: asyncio.Future[dict[bytes, Any]] = link.server.loop.create_future()  # the report
         self.lost = asyncio.Event()
@@ -44,22 +50,27 @@ class LinkConnection(FramedConnection):
             if type(message) is not list or not message:
                 raise ProtocolError("a frame of a link is an array [kind, ...]")
             kind = message[0]
-            if kind == RESULTS and self.live and len(message) == 5:
+            if kind == RESULTS and self.live and tuple(map(type, message)) == _RESULTS_TYPES:
                 self.link.server.begin()
                 try:
                     self.link.server.sequencer.on_results(self.link.node, *message[1:])
                 except LinkError as error:
                     raise ProtocolError(str(error)) from error
-            elif kind == REPORT and len(message) == 2 and type(message[1]) is dict:
+            elif kind == REPORT and len(message) == 2 and _report_is_complete(message[1]):
                 if not self.answered.done():
                     self.answered.set_result(message[1])
-            elif kind == BACKUP and len(message) == 4:
+            elif kind == BACKUP and len(message) == 4 and type(message[1]) is bytes:
                 self.link.server.backups.file_done(self.link.node, *message[1:])
-            elif kind == REFUSED and len(message) == 4:
-                self.link.refused_at = message[3]
-                self._refuse(f"refused: {message[2].decode('utf-8', 'replace')}")
+            elif kind == REFUSED and len(message) == 4 and type(message[2]) is bytes and type(message[3]) is int:
+                self.link.refused = message[2].decode("utf-8", "replace")
+                self._refuse(f"refused: {self.link.refused}")
             else:
                 raise ProtocolError("not a frame of a kvtcp node")
+
+    def protocol_error(self, error: ProtocolError) -> None:
+        super().protocol_error(error)
+        if not self.answered.done():
+            self.answered.set_exception(ConnectionError(f"not a node of kvtcp: {error}"))
 
     def _refuse(self, reason: str) -> None:
         if not self.answered.done():
@@ -75,6 +86,8 @@ class LinkConnection(FramedConnection):
             self.answered.set_exception(ConnectionError(reason))
             self.answered.exception()  # looked at: nobody may be waiting any more
         self.lost.set()
+        if self.link.connection is self:
+            self.link.connection = None
         if self.live:
             self.live = False
             self.link.connection_lost(reason)
@@ -91,7 +104,7 @@ class NodeLink:
         self.progress: Progress = server.sequencer.links[node]
         self.connection: LinkConnection | None = None
         self.number = 0  # of the last HELLO; only grows
-        self.refused_at = 0  # epoch that a node which refused has promised
+        self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: dict[bytes, Any] = {}  # the last one
         self.closing = False  # the server stops: a lost connection is no event
         self.bad = ""  # why the node may not serve though it answers, for people
@@ -137,6 +150,9 @@ class NodeLink:
         connection.flush()
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             self.report = await connection.answered
+        if connection.lost.is_set():
+            raise ConnectionError("the connection was lost after the report")
+        self.refused = ""
         self.connection = connection
         self.server.node_reported(self)
 
@@ -162,7 +178,6 @@ class NodeLink:
 
     def connection_lost(self, reason: str) -> None:
         """The live connection is gone."""
-        self.connection = None
         if self.closing:
             return
         log.warning("event=link-down node=%s reason=%s", self.node, reason)
@@ -170,14 +185,28 @@ class NodeLink:
         self.server.begin()
         self.server.sequencer.link_down(self.node, f"connection lost: {reason}")
 
-    def stop_node(self) -> None:
-        """Ask the node to stop its process."""
-        if self.connection is not None:
-            self.connection.send((STOP,))
-            self.connection.flush()
+    def stop_node(self) -> bool:
+        """Ask the node to stop its process; false if there is no connection to ask on."""
+        connection = self.connection
+        if connection is None or connection.transport is None or connection.transport.is_closing():
+            return False
+        connection.send((STOP,))
+        connection.flush()
+        return True
 
     def close(self) -> None:
         """Close the connection for good."""
         self.closing = True
         if self.connection is not None:
             self.connection.close()
+
+
+_RESULTS_TYPES = (int, int, int, list, list)
+_REPORT_FIELDS = {b"node": bytes, b"disk": bytes, b"pid": int, b"stamp_ms": int, b"shards": list}
+
+
+def _report_is_complete(report: Any) -> bool:
+    if type(report) is not dict or not all(type(report.get(name)) is kind for name, kind in _REPORT_FIELDS.items()):
+        return False
+    rows = report[b"shards"]
+    return all(type(row) is list and len(row) == 4 and all(type(field) is int for field in row) for row in rows)

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kvtcp.constants import LINK_WRITE_BUFFER_BYTES, ORPHAN_MS
+from kvtcp.constants import LINK_FRAME_BYTES_MAX, LINK_WRITE_BUFFER_BYTES, ORPHAN_MS, RESULTS_BYTES_MAX, SHARDS_MAX
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import BACKUP, BATCH, HELLO, REFUSED, REPORT, RESULTS, STOP
 from kvtcp.replication.replica import Refused, Replica
@@ -33,7 +33,7 @@ class LinkConnection(FramedConnection):
     """The node's end of a link."""
 
     def __init__(self, server: NodeServer) -> None:
-        super().__init__(server.loop)
+        super().__init__(server.loop, LINK_FRAME_BYTES_MAX)
         self.server = server
         self.accepted = False  # its HELLO was; only then anything else is looked at
         self.inbox: deque[list[Any]] = deque()  # batches not yet applied
@@ -59,7 +59,15 @@ class LinkConnection(FramedConnection):
             else:
                 raise ProtocolError("the first frame of a link is HELLO with the cluster's secret")
         if self.inbox:
+            self.apply()
+
+    def apply(self) -> None:
+        """Apply what is in the inbox; whatever goes wrong there ends the node."""
+        try:
             self.run()
+        except Exception as error:
+            self.abort()
+            self.server.failed(error)
 
     def run(self) -> None:
         """Apply what is in the inbox as far as the coordinator reads the results."""
@@ -74,7 +82,7 @@ class LinkConnection(FramedConnection):
             if finished:
                 self.running = False
                 inbox.popleft()
-            if not finished or not inbox:
+            if not finished or not inbox or replica.results_bytes > RESULTS_BYTES_MAX:
                 # memory: what is applied is as durable as it gets
                 self.send((RESULTS, replica.applied, replica.applied, results, replica.take_flags()))
                 self.flush()
@@ -91,7 +99,7 @@ class LinkConnection(FramedConnection):
         super().resume_writing()
         if self.transport is not None:
             self.transport.resume_reading()
-            self.run()
+            self.apply()
 
     def closed(self, reason: str) -> None:
         self.inbox.clear()
@@ -110,6 +118,7 @@ class NodeServer:
         on_identity: Callable[[str, str], None] | None = None,
         on_stop: Callable[[], None] | None = None,
         spawned: bool = False,
+        orphan_ms: int = ORPHAN_MS,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.replica = Replica(node, secrets.token_hex(8), os.getpid())
@@ -118,9 +127,11 @@ class NodeServer:
         self.connections: set[LinkConnection] = set()
         self.address = ("", 0)
         self.stopped = asyncio.Event()
+        self.failure: Exception | None = None  # what ended the node, for the exit code
         self._on_identity = on_identity
         self._on_stop = on_stop
         self._spawned = spawned
+        self._orphan_ms = orphan_ms  # a spawned node without a coordinator for so long stops
         self._link: LinkConnection | None = None  # the newest accepted link
         self._link_number = 0  # of the newest accepted link; only grows
         self._orphan: asyncio.TimerHandle | None = None
@@ -141,18 +152,19 @@ class NodeServer:
             if type(fields) is not dict or not _hello_is_complete(fields):
                 raise ProtocolError("a HELLO lacks fields")
             cluster, secret = fields[b"cluster"].decode(), fields[b"secret"].decode()
-            if self.secret is None:
-                self.cluster, self.secret = cluster, secret
-                if self._on_identity is not None:
-                    self._on_identity(cluster, secret)
-            if not hmac.compare_digest(secret.encode(), self.secret.encode()):
-                raise Refused("SECRET", "the cluster's secret is not the one of this node")
-            if cluster != self.cluster:
-                raise Refused("CLUSTER", f"this node belongs to cluster {self.cluster}")
+            if self.secret is not None:
+                if not hmac.compare_digest(secret.encode(), self.secret.encode()):
+                    raise Refused("SECRET", "the cluster's secret is not the one of this node")
+                if cluster != self.cluster:
+                    raise Refused("CLUSTER", f"this node belongs to cluster {self.cluster}")
             epoch, number = fields[b"epoch"], fields[b"link"]
             if epoch == replica.promised and number <= self._link_number and replica.coordinator:
                 raise Refused("LINK", f"link {number} is older than link {self._link_number}")
             report = replica.hello(fields)
+            if self.secret is None:  # only now: a coordinator that is refused, or just asks, founds no cluster
+                self.cluster, self.secret = cluster, secret
+                if self._on_identity is not None:
+                    self._on_identity(cluster, secret)
         except Refused as refused:
             log.warning("event=hello-refused peer=%s code=%s reason=%s", connection.peer, refused.code, refused)
             connection.send((REFUSED, refused.code, str(refused), replica.promised))
@@ -184,7 +196,7 @@ class NodeServer:
 
     def _arm_orphan(self) -> None:
         if self._spawned and self._orphan is None:
-            self._orphan = self.loop.call_later(ORPHAN_MS / 1000, self._orphaned)
+            self._orphan = self.loop.call_later(self._orphan_ms / 1000, self._orphaned)
 
     def _disarm_orphan(self) -> None:
         if self._orphan is not None:
@@ -192,7 +204,7 @@ class NodeServer:
             self._orphan = None
 
     def _orphaned(self) -> None:
-        log.warning("event=orphaned node=%s reason=no coordinator for %s ms", self.replica.node, ORPHAN_MS)
+        log.warning("event=orphaned node=%s reason=no coordinator for %s ms", self.replica.node, self._orphan_ms)
         self.stop_requested()
 
     def start_backups(self) -> None:
@@ -207,6 +219,14 @@ class NodeServer:
         if self._link is not None:
             self._link.send((BACKUP, job.name, report, error))
             self._link.flush()
+
+    def failed(self, error: Exception) -> None:
+        """An exception while applying: this replica must not go on, it might differ from the others."""
+        log.critical("event=apply-failed node=%s reason=%r", self.replica.node, error, exc_info=error)
+        self.failure = error
+        if self._server is not None:
+            self._server.close()
+        self.stop_requested()
 
     def stop_requested(self) -> None:
         """Stop, from inside."""
@@ -236,6 +256,12 @@ _HELLO_FIELDS = {
 def _hello_is_complete(fields: dict[bytes, Any]) -> bool:
     if not all(type(fields.get(name)) is kind for name, kind in _HELLO_FIELDS.items()):
         return False
-    return all(type(shard) is int for shard in fields[b"shards"])
+    try:
+        for name, kind in _HELLO_FIELDS.items():
+            if kind is bytes:
+                fields[name].decode()
+    except UnicodeDecodeError:
+        return False
+    return all(type(shard) is int and 0 <= shard < SHARDS_MAX for shard in fields[b"shards"])
 
 

@@ -4,7 +4,7 @@ I/O shell. A session decodes requests for the gateway and is the sink of their a
 tick. A client's socket is not read while its own caps are reached (CLIENT_OUTPUT_BYTES_MAX of answers it has not read,
 CLIENT_OUTSTANDING_MAX requests or CLIENT_INPUT_BYTES_MAX bytes not answered) or while the server holds
 BUFFERED_BYTES_MAX for all clients together; others do not notice. If the total is still exceeded, the session that
-holds most is closed, with the reason in the log.
+holds most is closed, with the reason in the log (`CoordinatorServer._enforce_total`).
 
 Simplification: `input_bytes` counts bytes since the last moment at which nothing was outstanding, not per request. A
 client that pipelines without ever letting up is paused once per cap for one round trip, which costs nothing measurable
@@ -38,6 +38,7 @@ FOREIGN_FACE: Final = b"-ERR this port speaks the kvtcp protocol (length-prefixe
 FOR_OUTPUT: Final = 1
 FOR_OUTSTANDING: Final = 2
 FOR_TOTAL: Final = 4
+FOR_STOP: Final = 8  # the server stops: never resumed
 
 
 class ClientSession(FramedConnection):
@@ -48,7 +49,8 @@ class ClientSession(FramedConnection):
         self.server = server
         self.greeted = False  # hello was accepted
         self.name = "?"  # what the client calls itself
-        self.outstanding = 0  # requests read and not answered
+        self.outstanding = 0  # requests read and not answered, without the long ones
+        self.long = 0  # requests that take their time (backup, restore) and are not answered
         self.input_bytes = 0  # bytes read since nothing was outstanding
         self.unread_bytes = 0  # answers in the transport's buffer, as of the last flush
         self._paused_for = 0  # the reasons for not reading it now
@@ -97,7 +99,10 @@ class ClientSession(FramedConnection):
     def eof_received(self) -> bool:
         """The client half-closed: what it asked for is still answered."""
         self._half_closed = True
-        return self.outstanding > 0
+        if self.outstanding or self.long:
+            return True
+        self.flush()  # what was answered in this tick
+        return False
 
     def closed(self, reason: str) -> None:
         self.unread_bytes = 0
@@ -131,6 +136,16 @@ class ClientSession(FramedConnection):
         self._queue((token, int(code), message, details))
         self.outstanding -= 1
 
+    def long_began(self) -> None:
+        """A request of this client will take long: its caps are about the others."""
+        self.outstanding -= 1
+        self.long += 1
+
+    def long_ends(self) -> None:
+        """A request that took long is about to be answered."""
+        self.long -= 1
+        self.outstanding += 1
+
     def progress(self, token: int, progress: dict[str, Any]) -> None:
         """How far the long request `token` is."""
         self._queue((token, int(Code.PROGRESS), progress))
@@ -151,7 +166,7 @@ class ClientSession(FramedConnection):
         self.unread_bytes = transport.get_write_buffer_size()
         if not self.outstanding:
             self.input_bytes = self.decoder.buffered_bytes
-            if self._half_closed:
+            if self._half_closed and not self.long:
                 self.close_now()
                 return
         if (
@@ -187,6 +202,8 @@ class ClientSession(FramedConnection):
         if not self._paused_for & reason:
             return
         self._paused_for &= ~reason
+        if self._frame_since_ms:
+            self._frame_since_ms = self.server.now_ms()  # it could not be finished meanwhile
         if not self._paused_for and self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
 

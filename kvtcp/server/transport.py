@@ -26,7 +26,7 @@ class FramedConnection(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
         self.loop = loop
         self.decoder = FrameDecoder(frame_bytes_max)
-        self.encoder = FrameEncoder(FRAME_BYTES_MAX)
+        self.encoder = FrameEncoder(frame_bytes_max)
         self.transport: asyncio.Transport | None = None  # None before it is made and after it is lost
         self.peer = "?"  # for logs
         self.out: list[bytes] = []  # frames since the last flush
@@ -39,6 +39,8 @@ class FramedConnection(asyncio.Protocol):
         self.peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "local")
 
     def data_received(self, data: bytes) -> None:
+        if self.transport is None or self.transport.is_closing():
+            return
         try:
             messages = self.decoder.feed(data)
             if messages:

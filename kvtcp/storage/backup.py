@@ -238,8 +238,7 @@ def content_hash(pairs: Iterable[Pair]) -> tuple[int, str]:
 def list_backups(backup_dir: Path, disk: Disk = OS_DISK) -> list[BackupInfo]:
     """The published backups, sorted by name; none if there is no such directory.
 
-    One whose manifest cannot be read is listed with its error. Raises OSError if the directory is there and cannot be
-    read.
+    One whose manifest cannot be read is listed with its error. Raises OSError if the directory itself cannot be read.
     """
     infos = []
     for name in disk.list(backup_dir) if disk.exists(backup_dir) else []:

@@ -246,6 +246,9 @@ def _difference(disk: Disk, path: Path, found: FileReport, expected: FileReport,
     differing = [f.shard for f, e in zip(found.shards, expected.shards, strict=True) if f != e]
     block = _first_difference(found.blocks, expected.blocks)
     if found.pairs != expected.pairs:
+        if found.pairs < expected.pairs and (block is None or block == found.pairs // BACKUP_BLOCK_LINES):
+            # every full block is right, so something is missing at the end, or just before it
+            return f"{place}, line {found.pairs + 1}: the file ends before it, the manifest has {expected.pairs} pairs"
         text = f"{place}: has {found.pairs} pairs, the manifest has {expected.pairs}"
         return text if block is None else f"{text}; the first difference is in {_block_lines(block, found.pairs)}"
     if block is not None:
@@ -260,7 +263,9 @@ def _difference(disk: Disk, path: Path, found: FileReport, expected: FileReport,
             return f"{place}: shard {f.shard} has {f.pairs} pairs, the manifest has {e.pairs}"
         if f.sha256 != e.sha256:
             return f"{place}: the sha256 of shard {f.shard} is {f.sha256}, the manifest has {e.sha256}"
-    return f"{place}: the checksums of its lines are {found.blocks}, the manifest has {expected.blocks}"
+    assert block is not None, "reports of equal sums are equal"
+    at = slice(8 * block, 8 * block + 8)
+    return f"{place}: the crc32 of these lines is {found.blocks[at]}, the manifest has {expected.blocks[at]}"
 
 
 def _first_difference(found: str, expected: str) -> int | None:

@@ -134,7 +134,8 @@ class Manifest:
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            raise DataError(f"{source}, line {error.lineno}: not JSON: {what}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{source}: not JSON that can be read: {error}") from error
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
@@ -199,8 +200,7 @@ def _lines_of(rows: Sequence[object], indent: str) -> str:
 
 
 def _check_seal(text: str, seal: str, source: str) -> None:
-    unsealed = text.replace(seal, _NO_SEAL, 1) if text.count(seal) == 1 else ""
-    found = hashlib.sha256(unsealed.encode("utf-8", "surrogatepass")).hexdigest()
+    found = hashlib.sha256(text.replace(seal, _NO_SEAL).encode("utf-8", "surrogatepass")).hexdigest()
     if found != seal:
         raise DataError(f'{source}: the manifest was changed: its sha256 is {found}, "manifest_sha256" is {seal}')
 

@@ -145,6 +145,35 @@ class BTree:
         if path and len(keys) < self._leaf_keys_max // 4:
             self._rebalance(path)
 
+    def delete_sorted_batch(self, batch: list[bytes]) -> None:
+        """Remove strictly ascending keys: one descent per leaf. Raises KeyError at the first leaf that lacks one."""
+        start = 0
+        while start < len(batch):
+            path: list[tuple[Inner, int]] = []
+            upper: bytes | None = None
+            node = self._root
+            while isinstance(node, Inner):
+                slot = bisect_right(node.separators, batch[start])
+                path.append((node, slot))
+                if slot < len(node.separators):
+                    upper = node.separators[slot]
+                node = node.children[slot]
+            stop = len(batch) if upper is None else bisect_left(batch, upper, start + 1)
+            keys = node.settle()
+            places = [bisect_left(keys, key) for key in batch[start:stop]]
+            for key, place in zip(batch[start:stop], places, strict=True):
+                if place == len(keys) or keys[place] != key:
+                    raise KeyError(key)
+            for place in reversed(places):
+                del keys[place]
+            node.settled = len(keys)
+            self._size -= stop - start
+            for inner, _ in path:
+                inner.count -= stop - start
+            if path and len(keys) < self._leaf_keys_max // 4:
+                self._rebalance(path)
+            start = stop
+
     def settle(self) -> None:
         """Sort the tails of all leaves in, as reading all of them would."""
         leaf: Leaf | None = self._head

@@ -40,6 +40,10 @@ class Deadlines:
         """Remove a pair. Raises KeyError if it is not there."""
         self._tree.delete(_entry(deadline_ms, key))
 
+    def remove_all(self, pairs: Iterable[tuple[int, bytes]]) -> None:
+        """Remove many pairs in one pass. Raises KeyError if one is not there."""
+        self._tree.delete_sorted_batch(sorted(_entry(ms, key) for ms, key in pairs))
+
     def any_expired(self, stamp_ms: int) -> bool:
         """Is a key expired? Usually one comparison."""
         if stamp_ms < self._earliest_ms:

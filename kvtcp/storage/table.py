@@ -14,8 +14,8 @@ not on a clock, the shape of the tree, or the hash seed of the process. Whatever
 A key whose deadline is not after the stamp is invisible to every operation; it is physically there until it is
 overwritten, purged or cleared. `len` and `digest` are about what is physically there.
 
-`put` is the hot path: one flat method, no call in Python for a put without deadline (1.2 us with entry and chain; the
-same through evaluate and apply takes 2.6 us).
+`put` is the hot path: one flat method, no call in Python for a put without deadline. It takes 0.9 us for a present key
+and 1.3 us for a new one, entry and chain included; through evaluation and effects it would be 0.7 us more.
 """
 
 from __future__ import annotations
@@ -182,7 +182,10 @@ class Table:
 
     # --- effects: the only place besides the path for `put` where the index changes ------------------
 
-    def _apply_effects(self, effects: Iterable[Effect], rev: int) -> None:
+    def _apply_effects(self, effects: Sequence[Effect], rev: int) -> None:
+        if len(effects) > 1 and all(effect[0] == op.REMOVE for effect in effects):
+            self._remove_all([effect[1] for effect in effects])
+            return
         for effect in effects:
             kind = effect[0]
             if kind == op.SET:
@@ -216,6 +219,20 @@ class Table:
             index.delete(key)
         else:
             index.set(key, cell)
+
+    def _remove_all(self, keys: list[bytes]) -> None:
+        """`_change` to None of many distinct keys, 3 times faster: purge and clear remove a thousand in one entry."""
+        index = self._index
+        for frozen in self._frozen:
+            for key in keys:
+                frozen.save(key, index.get(key))
+        if self._deadlines:
+            cells = [(key, index.get(key)) for key in keys]
+            self._deadlines.remove_all(
+                [(cell[2], key) for key, cell in cells if cell is not None and cell[2] is not None]
+            )
+        index.delete_all(keys)
+        self._watch()
 
     def _watch(self) -> None:
         self._watched = len(self._deadlines) > 0 or len(self._frozen) > 0
@@ -310,8 +327,10 @@ class Table:
     def get(self, key: bytes, stamp_ms: int) -> tuple[bytes, int, int | None] | None:
         """(value, rev, ttl_ms or None), or None if the key is not there."""
         cell = self._index.parts[hash(key) % PARTS].get(key)
-        if cell is None or cell[2] is None:
-            return cell  # without a deadline the cell is the answer
+        # Without a deadline the cell is the answer. The flag is tested first, because looking into the cell of a random
+        # key is a cache miss: 1340 instead of 1140 k/s at 1 M keys.
+        if not self._watched or cell is None or cell[2] is None:
+            return cell
         ttl_ms = cell[2] - stamp_ms
         return (cell[0], cell[1], ttl_ms) if ttl_ms > 0 else None
 
@@ -338,31 +357,36 @@ class Table:
             return sum(deadline_ms is None or deadline_ms > stamp_ms for _, _, deadline_ms in cells)
         return count - expired
 
-    def rows(
-        self, lower: bytes, upper: bytes | None, limit: int | None, reverse: bool, stamp_ms: int
-    ) -> list[LiveRow]:
-        """The first `limit` visible rows (key, value, rev, ttl_ms or None) of [lower, upper), the last ones in
-        descending order with `reverse`."""
+    def keys(self, lower: bytes, upper: bytes | None, limit: int | None, reverse: bool, stamp_ms: int) -> list[bytes]:
+        """The first `limit` visible keys of [lower, upper), the last ones in descending order with `reverse`."""
         index = self._index
-        if not self._deadlines:
-            keys = index.slice(lower, upper, limit, reverse)
-            return [(key, *cell) for key, cell in zip(keys, index.cells_of(keys), strict=True)]
-        rows: list[LiveRow] = []
-        while limit is None or len(rows) < limit:
-            wanted = None if limit is None else limit - len(rows)
+        if not self._deadlines.any_expired(stamp_ms):
+            return index.slice(lower, upper, limit, reverse)
+        visible: list[bytes] = []
+        while limit is None or len(visible) < limit:
+            wanted = None if limit is None else limit - len(visible)
             keys = index.slice(lower, upper, wanted, reverse)
-            for key, (value, rev, deadline_ms) in zip(keys, index.cells_of(keys), strict=True):
-                if deadline_ms is None:
-                    rows.append((key, value, rev, None))
-                elif deadline_ms > stamp_ms:
-                    rows.append((key, value, rev, deadline_ms - stamp_ms))
+            for key, (_, _, deadline_ms) in zip(keys, index.cells_of(keys), strict=True):
+                if deadline_ms is None or deadline_ms > stamp_ms:
+                    visible.append(key)
             if wanted is None or len(keys) < wanted:
                 break
             if reverse:
                 upper = keys[-1]
             else:
                 lower = keys[-1] + b"\0"
-        return rows
+        return visible
+
+    def rows(self, lower: bytes, upper: bytes | None, limit: int | None, reverse: bool, stamp_ms: int) -> list[LiveRow]:
+        """The rows (key, value, rev, ttl_ms or None) of `keys` with the same arguments."""
+        keys = self.keys(lower, upper, limit, reverse, stamp_ms)
+        cells = self._index.cells_of(keys)
+        if not self._deadlines:
+            return [(key, *cell) for key, cell in zip(keys, cells, strict=True)]
+        return [
+            (key, value, rev, None if deadline_ms is None else deadline_ms - stamp_ms)
+            for key, (value, rev, deadline_ms) in zip(keys, cells, strict=True)
+        ]
 
     def has_expired(self, stamp_ms: int) -> bool:
         """Does a key wait for a purge? Usually one comparison."""

@@ -1,0 +1,164 @@
+"""Clusters and peers for the benchmarks: started from bin/, on free loopback ports, stopped after.
+
+`Cluster` runs the real processes; `cpu_s` reads what each has used from the process accounts, in seconds of CPU.
+`EchoPeer` is a server in its own process that speaks just enough of the protocol to answer `hello` and `get` with
+constants: what the same client reaches against it is the most it could reach against any server on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 30.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time a process has used, user and system, seconds."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    except (OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Process:
+    """A child that prints a line when it is ready."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], START_S)
+        self.line = self.process.stdout.readline() if ready else ""
+        if not self.line:
+            self.stop()
+            raise RuntimeError(f"{command[1]} did not become ready")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def stop(self) -> None:
+        """End it and wait."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+class Cluster:
+    """A coordinator with its nodes."""
+
+    def __init__(self, nodes: int, replication_factor: int) -> None:
+        self.replication_factor = replication_factor
+        self._directory = tempfile.TemporaryDirectory(prefix="kvtcp-bench-")
+        for _ in range(20):  # node ports are consecutive: look for a free run
+            main_port, base_port = free_ports(2)
+            if main_port not in range(base_port, base_port + nodes) and base_port + nodes < 65535:
+                break
+        self.url = f"kvtcp://127.0.0.1:{main_port}"
+        self._process = Process([
+            sys.executable, str(ROOT / "bin" / "kvtcp-coordinator"),
+            "--num-nodes", str(nodes), "--replication-factor", str(replication_factor),
+            "--main-port", str(main_port), "--base-port", str(base_port),
+            "--data-dir", self._directory.name + "/data", "--backup-dir", self._directory.name + "/backups",
+        ])  # fmt: skip
+        self.node_pids: list[int] = []  # filled by the suite from `nodes`
+
+    @property
+    def coordinator_pid(self) -> int:
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.stop()
+        self._directory.cleanup()
+
+
+class EchoPeer:
+    """The cheapest server that a client can talk to."""
+
+    def __init__(self) -> None:
+        (port,) = free_ports(1)
+        self.url = f"kvtcp://127.0.0.1:{port}"
+        self._process = Process([sys.executable, "-m", "bench.cluster", str(port)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.stop()
+
+
+def serve_echo(port: int) -> None:
+    """Answer hello and get with constants until SIGTERM."""
+    import asyncio
+
+    import uvloop
+
+    from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
+
+    hello = {"server": "echo", "version": 1, "cluster": "echo", "shards": 1, "limits": {}}
+
+    class Echo(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert hasattr(transport, "write")
+            self.write = transport.write
+            self.decoder, self.encoder = FrameDecoder(), FrameEncoder()
+
+        def data_received(self, data: bytes) -> None:
+            encode = self.encoder.encode
+            answers = [
+                encode((message[0], 0, hello if message[1] == b"hello" else (b"v" * 128, 1, None)))
+                for message in self.decoder.feed(data)
+            ]
+            if answers:
+                self.write(b"".join(answers))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        await loop.create_server(Echo, "127.0.0.1", port)
+        stop = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        print(f"echo ready on {port} at {time.time():.0f}", flush=True)
+        await stop.wait()
+
+    uvloop.run(main())
+
+
+if __name__ == "__main__":
+    serve_echo(int(sys.argv[1]))

@@ -1,0 +1,230 @@
+"""The command table: every command of the shell with its words, its help and its handler.
+
+A command is described by one usage line, from which its arguments are bound, so that help and behaviour cannot differ:
+
+    add K V [ttl=60]               required words in capitals, options with `=`
+    scan [PREFIX] [limit=N] [keys] optional words in capitals, flags in small letters
+    restore DIR [merge|replace]    flags of which one may be given
+
+Required words take what stands there, whatever it looks like (`put k ttl=60` stores the text); behind them, an
+unquoted word that is a known option or flag is that, any other fills the next optional word.
+
+Handlers are `async (context, arguments, output) -> Exit`. They raise; `kvtcp.shell.run` turns errors into messages.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvtcp.constants import TTL_MS_MAX
+from kvtcp.shell.context import Context
+from kvtcp.shell.exits import Exit, UsageError
+from kvtcp.shell.output import FORMATS, Output
+from kvtcp.shell.parser import ParseError, Word
+
+Handler = Callable[[Context, "Arguments", Output], Awaitable[Exit]]
+
+
+@dataclass
+class Arguments:
+    """The words of one call, bound to the names of the usage line."""
+
+    words: dict[str, Word] = field(default_factory=dict)
+    options: dict[str, Word] = field(default_factory=dict)
+    flags: set[str] = field(default_factory=set)
+
+    def integer(self, word: Word, name: str, low: int, high: int) -> int:
+        """A word as an integer. Raises UsageError."""
+        text = word.text()
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
+            raise UsageError(f"{name} must be an integer from {low} to {high}, not {text!r}")
+        return int(text)
+
+    def seconds(self, word: Word, name: str, low_ms: int) -> float:
+        """A word as seconds with up to three decimals. Raises UsageError."""
+        text = word.text()
+        try:
+            seconds = float(text)
+        except ValueError:
+            raise UsageError(f"{name} must be a number of seconds, not {text!r}") from None
+        if not math.isfinite(seconds) or not low_ms <= round(seconds * 1000) <= TTL_MS_MAX:
+            raise UsageError(f"{name} must be from {low_ms / 1000:g} to {TTL_MS_MAX // 1000} seconds, not {text}")
+        return seconds
+
+    def ttl(self) -> float | None:
+        """The option ttl=, in seconds."""
+        return self.seconds(self.options["ttl"], "ttl", 1) if "ttl" in self.options else None
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. What may stand in its call is read from `usage`."""
+
+    usage: str
+    summary: str  # one line of the list of commands
+    example: str  # one call with its answer
+    handler: Handler
+    notes: str = ""  # what else there is to know, shown by `help COMMAND`
+    writes: bool = False  # an interrupted call may have changed something
+    required: tuple[str, ...] = field(init=False)
+    optional: tuple[str, ...] = field(init=False)
+    options: frozenset[str] = field(init=False)
+    choices: tuple[tuple[str, ...], ...] = field(init=False)  # flags; of each group one may be given
+
+    def __post_init__(self) -> None:
+        required: list[str] = []
+        optional: list[str] = []
+        options: set[str] = set()
+        choices: list[tuple[str, ...]] = []
+        for token in self.usage.split()[1:]:
+            inner = token.strip("[]")
+            if not token.startswith("["):
+                required.append(inner)
+            elif "=" in inner:
+                options.add(inner.partition("=")[0])
+            elif inner.isupper():
+                optional.append(inner)
+            else:
+                choices.append(tuple(inner.split("|")))
+        for name, value in (
+            ("required", tuple(required)),
+            ("optional", tuple(optional)),
+            ("options", frozenset(options)),
+            ("choices", tuple(choices)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        """The first word of the usage line."""
+        return self.usage.split()[0]
+
+    @property
+    def flags(self) -> frozenset[str]:
+        """All flags."""
+        return frozenset(name for group in self.choices for name in group)
+
+    def bind(self, words: Sequence[Word]) -> Arguments:
+        """The arguments of one call. Raises UsageError, ParseError."""
+        if len(words) < len(self.required):
+            missing = self.required[len(words)]
+            raise UsageError(f"{missing} is missing; usage: {self.usage}")
+        bound = Arguments(dict(zip(self.required, words, strict=False)))
+        free = list(self.optional)
+        for word in words[len(self.required) :]:
+            option = word.option()
+            if not word.is_quoted and word.raw in self.flags:
+                bound.flags.add(word.raw)
+            elif option is not None and option[0] in self.options:
+                if option[0] in bound.options:
+                    raise UsageError(f"{option[0]}= is given twice; usage: {self.usage}")
+                if not option[1].raw:
+                    raise UsageError(f"nothing follows {option[0]}=; usage: {self.usage}")
+                bound.options[option[0]] = option[1]
+            elif free and not self._looks_like_option(word):
+                bound.words[free.pop(0)] = word
+            else:
+                raise UsageError(f"what does {word.raw!r} mean here? usage: {self.usage}")
+        for group in self.choices:
+            given = [name for name in group if name in bound.flags]
+            if len(given) > 1:
+                raise UsageError(f"{' and '.join(given)} exclude each other; usage: {self.usage}")
+        return bound
+
+    def _looks_like_option(self, word: Word) -> bool:
+        """A misspelt option must not become a prefix that matches nothing."""
+        if word.is_quoted:
+            return False
+        return word.raw.startswith("--") or (bool(self.options) and word.option() is not None)
+
+
+def take_form(words: Sequence[Word]) -> tuple[list[Word], str | None]:
+    """Take `-o FORM` out of the words, wherever it stands. `--` ends that: what follows is left as it is."""
+    kept: list[Word] = []
+    form: str | None = None
+    rest = iter(words)
+    for word in rest:
+        if word.raw == "--":
+            kept.extend(rest)
+        elif word.raw == "-o":
+            value = next(rest, None)
+            if value is None:
+                raise UsageError(f"-o needs one of {', '.join(FORMATS)}")
+            form = check_form(value.raw)
+        elif word.raw.startswith("-o") and word.raw[2:] in FORMATS:
+            form = word.raw[2:]
+        else:
+            kept.append(word)
+    return kept, form
+
+
+def check_form(name: str) -> str:
+    """The form of that name. Raises UsageError."""
+    if name not in FORMATS:
+        raise UsageError(f"-o needs one of {', '.join(FORMATS)}, not {name!r}")
+    return name
+
+
+def _load() -> Mapping[str, Command]:
+    from kvtcp.shell import commands_admin, commands_data
+
+    table = {command.name: command for command in (*commands_data.COMMANDS, *commands_admin.COMMANDS)}
+    table["help"] = _HELP
+    return table
+
+
+async def _help(context: Context, arguments: Arguments, output: Output) -> Exit:
+    if "COMMAND" not in arguments.words:
+        output.texts(("usage", "what it does"), [(command.usage, command.summary) for command in table().values()])
+        return Exit.OK
+    for line in help_text(find(arguments.words["COMMAND"].raw)).splitlines():
+        output.line(line)
+    return Exit.OK
+
+
+def help_text(command: Command) -> str:
+    """Usage, meaning and example of one command."""
+    lines = [f"usage: {command.usage}", f"  {command.summary}"]
+    if command.notes:
+        lines += [f"  {line}" for line in command.notes.strip().splitlines()]
+    return "\n".join([*lines, "example:", *(f"  {line}" for line in command.example.splitlines())])
+
+
+_HELP: Final = Command(
+    usage="help [COMMAND]",
+    summary="the commands, or one of them with an example",
+    example="help scan",
+    handler=_help,
+)
+_TABLE: dict[str, Command] = {}
+
+
+def table() -> Mapping[str, Command]:
+    """All commands by name, in the order of the help."""
+    if not _TABLE:
+        _TABLE.update(_load())
+    return _TABLE
+
+
+def find(name: str) -> Command:
+    """The command of that name. Raises UsageError that names one that is spelt alike."""
+    command = table().get(name)
+    if command is not None:
+        return command
+    import difflib
+
+    near = difflib.get_close_matches(name, table(), 1)
+    hint = f"did you mean {near[0]}?" if near else "`help` lists the commands"
+    raise UsageError(f"there is no command {name!r}; {hint}")
+
+
+def parse_error_text(error: ParseError, line: str | None) -> str:
+    """The sentence of a ParseError, with a caret below the line if there is one."""
+    if line is None or "\n" in line:
+        return str(error)
+    shown = line.expandtabs(1)
+    return f"{error}\n  {shown}\n  {' ' * error.position}^"

@@ -1,0 +1,141 @@
+"""Commands for the cluster as a whole: status, placement, backups, import and export.
+
+`verify` needs no server: it reads the backup's directory from here. `backup` and `restore` are done by the servers in
+their own backup directory, so `restore` takes a backup's name; of a path its last part is the name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from kvtcp.errors import DataError
+from kvtcp.protocol.hashing import shard_of
+from kvtcp.shell.client_api import Mode
+from kvtcp.shell.commands import Arguments, Command
+from kvtcp.shell.context import Context
+from kvtcp.shell.exits import Exit, UsageError
+from kvtcp.shell.output import Output
+from kvtcp.shell.transfer import export_file, import_file
+
+
+def _record_of(answer: Any) -> dict[str, Any]:
+    """An answer as a map: dataclasses and named tuples by their fields."""
+    if isinstance(answer, Mapping):
+        return dict(answer)
+    if hasattr(answer, "_asdict"):
+        return dict(answer._asdict())
+    if dataclasses.is_dataclass(answer) and not isinstance(answer, type):
+        return dataclasses.asdict(answer)
+    return {"result": answer}
+
+
+def _rows_of(answer: Any, name: str) -> list[dict[str, Any]]:
+    """An answer as rows: a list of maps, a map of maps by `name`, or a map that holds one of these as its only list."""
+    if isinstance(answer, Mapping):
+        if answer and all(isinstance(row, Mapping) for row in answer.values()):
+            return [{name: key, **row} for key, row in answer.items()]
+        lists = [value for value in answer.values() if isinstance(value, list | tuple)]
+        if len(lists) != 1:
+            return [dict(answer)]
+        answer = lists[0]
+    return [_record_of(row) for row in answer]
+
+
+async def _status(context: Context, arguments: Arguments, output: Output) -> Exit:
+    output.record(_record_of(await (await context.client()).status()))
+    return Exit.OK
+
+
+async def _nodes(context: Context, arguments: Arguments, output: Output) -> Exit:
+    output.rows(_rows_of(await (await context.client()).nodes(), "node"))
+    return Exit.OK
+
+
+async def _shards(context: Context, arguments: Arguments, output: Output) -> Exit:
+    output.rows(_rows_of(await (await context.client()).shards(), "shard"))
+    return Exit.OK
+
+
+async def _where(context: Context, arguments: Arguments, output: Output) -> Exit:
+    key = context.content(arguments.words["K"])
+    client = await context.client()
+    shard = shard_of(key, client.info.shards)
+    for row in _rows_of(await client.shards(), "shard"):
+        if row.get("shard") in (shard, str(shard)):
+            output.rows([row])
+            return Exit.OK
+    raise DataError(f"the server's list of shards has no shard {shard}")
+    return Exit.OK
+
+
+async def _backup(context: Context, arguments: Arguments, output: Output) -> Exit:
+    name = arguments.words["NAME"].text() if "NAME" in arguments.words else None
+    client = await context.client()
+    with context.progress_bar("backup") as bar:
+        answer = await client.backup(name, progress=bar.report)
+    output.record(_record_of(answer))
+    return Exit.OK
+
+
+async def _restore(context: Context, arguments: Arguments, output: Output) -> Exit:
+    name = Path(arguments.words["DIR"].text()).name
+    if not name:
+        raise UsageError(f"{arguments.words['DIR'].text()!r} does not name a backup")
+    prefix = context.content(arguments.options["prefix"]) if "prefix" in arguments.options else None
+    mode: Mode = "replace" if "replace" in arguments.flags else "merge"
+    dry_run = "dry-run" in arguments.flags
+    client = await (context.client() if dry_run else context.writer())
+    with context.progress_bar("restore") as bar:
+        answer = await client.restore(name, mode, prefix=prefix, dry_run=dry_run, progress=bar.report)
+    output.record(_record_of(answer))
+    return Exit.OK
+
+
+async def _verify(context: Context, arguments: Arguments, output: Output) -> Exit:
+    from kvtcp.storage import backup
+
+    directory = Path(os.path.expanduser(arguments.words["DIR"].text()))  # noqa: ASYNC240 - only the text is looked at
+    output.record(_record_of(backup.verify(directory)))
+    return Exit.OK
+
+
+async def _import(context: Context, arguments: Arguments, output: Output) -> Exit:
+    count = await import_file(context, arguments.words["FILE|-"].text())
+    output.scalar(f"imported {count}", {"imported": count})
+    return Exit.OK
+
+
+async def _export(context: Context, arguments: Arguments, output: Output) -> Exit:
+    path = arguments.words["FILE|-"].text()
+    count = await export_file(context, path)
+    if path != "-":  # the data is on stdout then, and nothing else may be
+        output.scalar(f"exported {count}", {"exported": count})
+    return Exit.OK
+
+
+_JSON_LINES: Final = 'JSON lines as of `scan -o jsonl`: {"key": "user:1", "value": "Ada", "ttl_ms": 60000}.'
+
+COMMANDS: Final = (
+    Command("status", "the state of the cluster", "status -o json", _status),
+    Command("nodes", "the nodes and how they are", "nodes", _nodes),
+    Command("shards", "the shards and which nodes hold them", "shards", _shards),
+    Command("where K", "the shard of a key and the nodes that hold it", "where user:1", _where,
+            "If the key contains a {tag}, only the tag decides: {user:1}:name and {user:1}:mail are in one shard."),
+    Command("backup [NAME]", "write a backup of one point in time", "backup before-upgrade", _backup,
+            "The servers write JSON lines and a manifest to their backup directory."),
+    Command("verify DIR", "check every hash and count of a backup, without a server",
+            "verify backups/before-upgrade", _verify, "Exit code 7 if anything is missing or damaged."),
+    Command("restore DIR [merge|replace] [prefix=P] [dry-run]", "write the pairs of a backup back",
+            "restore before-upgrade replace", _restore,
+            "merge (the default) keeps keys that the backup lacks, replace removes them and first saves what is there\n"
+            "as backup before-restore-<time>. DIR is the name of a backup in the servers' backup directory.", True),
+    Command("import FILE|-", "store the pairs of a file of JSON lines", "import users.jsonl.gz\nimported 1000", _import,
+            _JSON_LINES + "\nPlain or gzip. Existing keys are replaced. A file is checked as a whole before the first\n"
+            "pair is stored; of a pipe the pairs before a bad line are stored, and their number is told.", True),
+    Command("export FILE|-", "write every pair to a file of JSON lines", "export all.jsonl.gz\nexported 1000", _export,
+            _JSON_LINES + "\nSorted by key; gzip if the name ends in .gz. The file appears when it is complete."),
+)

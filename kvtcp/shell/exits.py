@@ -1,0 +1,87 @@
+"""Exit codes of the shell, and which one an error has.
+
+Pure. The codes say what a script may do next: repeat (3), look first (5), fix the request (2, 6) or the file (7).
+They are part of the shell's contract and never change their meaning.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from kvtcp.errors import (
+    BatchError,
+    Code,
+    ConditionFailed,
+    DataError,
+    KeyExists,
+    KvtcpError,
+    OutcomeUnknown,
+    ProtocolError,
+    RequestError,
+    Unavailable,
+)
+
+
+class Exit(IntEnum):
+    """What the process ends with."""
+
+    OK = 0
+    NOT_FOUND = 1  # no such key, or a condition that was false
+    USAGE = 2
+    UNREACHABLE = 3  # or timed out; nothing was applied
+    UNKNOWN = 5  # a write may or may not have been applied
+    REFUSED = 6
+    BAD_DATA = 7
+    INTERRUPTED = 130
+
+
+class UsageError(Exception):
+    """The command line is wrong. The text says what was expected."""
+
+
+class Refused(Exception):
+    """The shell itself refuses: a limit that the user set, or a question that was not answered with yes."""
+
+    def __init__(self, message: str, code: Exit = Exit.REFUSED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# the request itself is malformed: the command line is to be fixed, nothing was refused for what the cluster holds
+_USAGE_CODES = frozenset({Code.BAD_REQUEST})
+# the cluster answered no for a reason that waiting a little does not change
+_REFUSING_CODES = frozenset({Code.NOT_ENOUGH_REPLICAS, Code.NO_SPACE})
+
+
+def exit_of(error: BaseException) -> Exit:
+    """The exit code for an error that ended a command. Raises TypeError for one that is a bug and shows a traceback."""
+    if isinstance(error, BatchError):
+        codes = {exit_of(result) for result in error.results if isinstance(result, KvtcpError)}
+        # what is unknown outweighs what was refused; a script must look before it repeats
+        for code in (Exit.UNKNOWN, Exit.REFUSED, Exit.BAD_DATA, Exit.USAGE, Exit.UNREACHABLE, Exit.NOT_FOUND):
+            if code in codes:
+                return code
+        return Exit.REFUSED
+    if isinstance(error, Refused):
+        return error.code
+    if isinstance(error, UsageError):
+        return Exit.USAGE
+    if isinstance(error, OutcomeUnknown):
+        return Exit.UNKNOWN
+    if isinstance(error, DataError):
+        return Exit.BAD_DATA
+    if isinstance(error, KeyExists):
+        return Exit.REFUSED
+    if isinstance(error, ConditionFailed):
+        return Exit.NOT_FOUND
+    if isinstance(error, Unavailable):
+        return Exit.REFUSED if error.code in _REFUSING_CODES else Exit.UNREACHABLE
+    if isinstance(error, RequestError):
+        return Exit.USAGE if error.code in _USAGE_CODES else Exit.REFUSED
+    if isinstance(error, ProtocolError | ConnectionError | TimeoutError):
+        return Exit.UNREACHABLE
+    if isinstance(error, KvtcpError):
+        return Exit.UNKNOWN
+    if isinstance(error, OSError):  # a local file that cannot be opened, read or written
+        return Exit.USAGE
+    raise TypeError(f"no exit code for {type(error).__name__}") from error

@@ -1,0 +1,324 @@
+r"""Answers in the form that was asked for: table, plain, json, jsonl or raw.
+
+The commands say *what* the answer is (a scalar, one pair, a stream of pairs, a record, rows), this module writes it:
+
+| form  | one value           | pairs                          | records and rows                |
+|-------|---------------------|--------------------------------|---------------------------------|
+| plain | value and newline   | `key<TAB>value`, \-escaped     | tab-separated, \-escaped        |
+| table | safe for a terminal | aligned columns, one line each | aligned columns                 |
+| json  | one object          | one array of objects           | one object, one array           |
+| jsonl | one object a line   | one object a line              | one object a line               |
+| raw   | the bytes alone     | the values alone               | as plain, without last newline  |
+
+An object of a pair has `key`, `value`, `rev`, `ttl_ms` (`key_b64`, `value_b64` where the bytes are not UTF-8), see
+kvtcp.jsonl. Streams are written page by page and never held as a whole: a table takes its widths from the first
+page. rich draws tables if it is installed and stdout is a terminal; it is imported then only.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import IO, Any, BinaryIO, Final, Generic, TypeVar
+
+from kvtcp.jsonl import encode_pair
+from kvtcp.shell.client_api import Entry
+from kvtcp.shell.text import cell, cut, decoded, display_width, escape, for_people, number
+
+T = TypeVar("T")
+FORMATS: Final = ("table", "plain", "json", "jsonl", "raw")
+_COLUMN_MIN: Final = 8  # a cut column keeps at least so many columns
+_GAP: Final = "  "
+
+
+def ttl_ms_of(entry: Entry) -> int | None:
+    """Milliseconds until the deadline of an entry, at least 1; None without deadline."""
+    return None if entry.ttl is None else max(1, round(entry.ttl * 1000))
+
+
+def pair_line(entry: Entry) -> str:
+    """The JSON object of an entry, as in exports."""
+    return encode_pair(entry.key, entry.value, entry.rev, ttl_ms_of(entry))
+
+
+def key_line(key: bytes) -> str:
+    """The JSON object of a key alone."""
+    return json_line({"key": key})
+
+
+def json_line(fields: Mapping[str, Any]) -> str:
+    """One JSON object on one line. A bytes member is text under its name, or base64 under `name_b64`."""
+    members: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, bytes):
+            try:
+                members[name] = value.decode("utf-8")
+            except UnicodeDecodeError:
+                members[name + "_b64"] = base64.b64encode(value).decode("ascii")
+        else:
+            members[name] = decoded(value)
+    return json.dumps(members, ensure_ascii=False)
+
+
+class Output:
+    """Writes answers to `stdout` in one form."""
+
+    def __init__(self, stdout: BinaryIO | IO[bytes], form: str, *, is_terminal: bool, columns: int | None) -> None:
+        assert form in FORMATS, f"unknown form {form}"
+        self.stdout = stdout
+        self.form = form
+        self.is_terminal = is_terminal  # decides whether rich may draw
+        self.columns = columns  # columns to fit a table in, None = as wide as it gets
+
+    def line(self, text: str) -> None:
+        """One line of text as it stands."""
+        self.stdout.write(text.encode("utf-8", "surrogateescape") + b"\n")
+
+    def scalar(self, text: str, fields: Mapping[str, Any]) -> None:
+        """A short answer: `text` for people and scripts, `fields` as an object."""
+        if self.form in ("json", "jsonl"):
+            self.line(json_line(fields))
+        elif self.form == "raw":
+            self.stdout.write(text.encode("utf-8"))
+        else:
+            self.line(text)
+
+    def entry(self, entry: Entry) -> None:
+        """One value."""
+        if self.form in ("json", "jsonl"):
+            self.line(pair_line(entry))
+        elif self.form == "raw":
+            self.stdout.write(entry.value)
+        elif self.form == "plain":
+            self.stdout.write(entry.value + b"\n")
+        else:
+            self.line(for_people(entry.value))
+
+    def pairs(self) -> PageWriter[Entry]:
+        """A stream of pairs."""
+        if self.form == "table":
+            # the value comes last: it is the column that gives way
+            return _TableWriter(self, ("key", "rev", "ttl", "value"), _pair_row, "pair")
+        if self.form == "json":
+            return _ArrayWriter(self, pair_line)
+        if self.form == "raw":
+            return _RawWriter(self, lambda entry: entry.value)
+        return _LineWriter(self, pair_line if self.form == "jsonl" else _pair_plain)
+
+    def keys(self) -> PageWriter[bytes]:
+        """A stream of keys."""
+        if self.form == "table":
+            return _TableWriter(self, ("key",), lambda key: (escape(key),), "key")
+        if self.form == "json":
+            return _ArrayWriter(self, key_line)
+        if self.form == "raw":
+            return _RawWriter(self, lambda key: key)
+        return _LineWriter(self, key_line if self.form == "jsonl" else escape)
+
+    def record(self, fields: Mapping[str, Any]) -> None:
+        """One map of names and values; a map inside is shown with dotted names."""
+        if self.form == "json":
+            self.line(json.dumps(decoded(fields), ensure_ascii=False, indent=2))
+        elif self.form == "jsonl":
+            self.line(json.dumps(decoded(fields), ensure_ascii=False))
+        elif self.form == "table":
+            self._table(("", ""), list(_flat(fields)), header_shown=False)
+        else:
+            self._plain_lines("\t".join(row) for row in _flat(fields))
+
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Maps of the same kind, one line each; columns in the order in which the names come first."""
+        if self.form == "json":
+            self.line(json.dumps(decoded(list(rows)), ensure_ascii=False, indent=2))
+            return
+        if self.form == "jsonl":
+            for row in rows:
+                self.line(json.dumps(decoded(row), ensure_ascii=False))
+            return
+        names = list(dict.fromkeys(str(decoded(name)) for row in rows for name in row))
+        lines = [tuple(cell(decoded(dict(row)).get(name)) for name in names) for row in rows]
+        if self.form == "table":
+            self._table(names, lines)
+        else:
+            self._plain_lines("\t".join(line) for line in [tuple(names), *lines])
+
+    def texts(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Help: aligned columns in table form, tab-separated lines without header otherwise."""
+        if self.form == "table":
+            self._table(header, rows)
+        else:
+            for row in rows:
+                self.line("\t".join(row))
+
+    def _plain_lines(self, lines: Iterable[str]) -> None:
+        text = "\n".join(lines)
+        if self.form == "raw":
+            self.stdout.write(text.encode("utf-8"))
+        elif text:
+            self.line(text)
+
+    def _table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_shown: bool = True) -> None:
+        if rows:
+            Table(self, header, header_shown=header_shown).rows(rows)
+
+
+def _flat(fields: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in fields.items():
+        full = above + str(decoded(name))
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, full + ".")
+        else:
+            yield full, cell(value)
+
+
+def _pair_plain(entry: Entry) -> str:
+    return f"{escape(entry.key)}\t{escape(entry.value)}"
+
+
+def _pair_row(entry: Entry) -> tuple[str, ...]:
+    return escape(entry.key), str(entry.rev), "-" if entry.ttl is None else number(entry.ttl), escape(entry.value)
+
+
+class PageWriter(Generic[T]):
+    """Writes a stream: `page` for some items at a time, then `finish`."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+
+    def page(self, items: Sequence[T]) -> None:
+        """Write some items, at least one."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """End of the stream."""
+
+
+class _RawWriter(PageWriter[T]):
+    """The bytes of the items, nothing between."""
+
+    def __init__(self, output: Output, raw: Callable[[T], bytes]) -> None:
+        super().__init__(output)
+        self._raw = raw
+
+    def page(self, items: Sequence[T]) -> None:
+        self.output.stdout.write(b"".join(map(self._raw, items)))
+
+
+class _LineWriter(PageWriter[T]):
+    """An item a line."""
+
+    def __init__(self, output: Output, line: Callable[[T], str]) -> None:
+        super().__init__(output)
+        self._line = line
+
+    def page(self, items: Sequence[T]) -> None:
+        self.output.line("\n".join(map(self._line, items)))
+        self.output.stdout.flush()
+
+
+class _ArrayWriter(PageWriter[T]):
+    """One JSON array, an item a line."""
+
+    def __init__(self, output: Output, line: Callable[[T], str]) -> None:
+        super().__init__(output)
+        self._line = line
+        self._is_open = False  # the bracket has been written
+
+    def page(self, items: Sequence[T]) -> None:
+        opening = ",\n" if self._is_open else "[\n"
+        self._is_open = True
+        self.output.stdout.write((opening + ",\n".join(map(self._line, items))).encode("utf-8"))
+
+    def finish(self) -> None:
+        self.output.line("\n]" if self._is_open else "[]")
+
+
+class _TableWriter(PageWriter[T]):
+    """Aligned columns, and the number of items below."""
+
+    def __init__(
+        self, output: Output, header: Sequence[str], row: Callable[[T], Sequence[str]], noun: str
+    ) -> None:
+        super().__init__(output)
+        self._table = Table(output, header)
+        self._row = row
+        self._noun = noun
+        self._written = 0  # items so far
+
+    def page(self, items: Sequence[T]) -> None:
+        self._table.rows(list(map(self._row, items)))
+        self._written += len(items)
+
+    def finish(self) -> None:
+        self.output.line(f"{self._written} {self._noun}{'' if self._written == 1 else 's'}")
+
+
+class Table:
+    """Aligned columns. The widths come from the first rows; the last column takes what is left of the terminal."""
+
+    def __init__(self, output: Output, header: Sequence[str], *, header_shown: bool = True) -> None:
+        self.output = output
+        self.header = tuple(header)
+        self.header_shown = header_shown
+        self.widths: list[int] = []  # columns of each column, empty before the first rows
+
+    def rows(self, rows: Sequence[Sequence[str]]) -> None:
+        """Write some rows; before the first ones the header."""
+        first = not self.widths
+        if first:
+            self.widths = self._fit(rows)
+        show_header = first and self.header_shown
+        if self.output.is_terminal and self._draw_rich(rows, show_header):
+            return
+        lines = []
+        if show_header:
+            lines.append(self._aligned(self.header))
+            lines.append(_GAP.join("-" * width for width in self.widths))
+        lines.extend(map(self._aligned, rows))
+        self.output.line("\n".join(lines))
+
+    def _fit(self, rows: Sequence[Sequence[str]]) -> list[int]:
+        shown = [self.header, *rows] if self.header_shown else rows
+        widths = [max((display_width(row[i]) for row in shown), default=0) for i in range(len(self.header))]
+        if self.output.columns is None:
+            return widths
+        room = self.output.columns - len(_GAP) * (len(widths) - 1)
+        excess = sum(widths) - room
+        # the last column gives way first, then the first (the key), then whatever is between
+        for index in [len(widths) - 1, *range(len(widths) - 1)]:
+            if excess <= 0:
+                break
+            taken = min(excess, max(0, widths[index] - _COLUMN_MIN))
+            widths[index] -= taken
+            excess -= taken
+        return widths
+
+    def _aligned(self, row: Sequence[str]) -> str:
+        cells = []
+        for text, width in zip(row, self.widths, strict=True):
+            shown = text if self.output.columns is None else cut(text, width)
+            cells.append(shown + " " * (width - display_width(shown)))
+        return _GAP.join(cells).rstrip()
+
+    def _draw_rich(self, rows: Sequence[Sequence[str]], show_header: bool) -> bool:
+        """Draw with rich. False if it is not installed."""
+        try:
+            from rich.console import Console
+            from rich.table import Table as RichTable
+            from rich.text import Text
+        except ImportError:
+            return False
+        drawn = RichTable(
+            box=None, show_header=show_header, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan"
+        )
+        for name, width in zip(self.header, self.widths, strict=True):
+            drawn.add_column(Text(name), width=width, no_wrap=True, overflow="ellipsis")
+        for row in rows:
+            drawn.add_row(*(Text(cut(text, width)) for text, width in zip(row, self.widths, strict=True)))
+        width = sum(self.widths) + len(_GAP) * len(self.widths)
+        console = Console(force_terminal=True, width=width, highlight=False)
+        with console.capture() as capture:
+            console.print(drawn, crop=False)
+        self.output.stdout.write(capture.get().encode("utf-8", "surrogateescape"))
+        return True

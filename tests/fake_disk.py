@@ -1,0 +1,110 @@
+"""Disks for tests: one that skips fsync, and one whose n-th call fails.
+
+Both keep their files in a real (temporary) directory, so that what a test finds afterwards is what a reader would find.
+`FaultyDisk` counts every call that changes something or waits for the disk, writes and closes of its files included:
+run once without a fault to learn the number of calls, then once per call with `fail_at`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+from kvtcp.storage.files import AppendFile, OsDisk, OsFile
+
+
+class _QuickFile(OsFile):
+    def sync(self) -> None:
+        """Nothing to wait for: no test cuts the power of the machine."""
+
+
+class QuickDisk(OsDisk):
+    """The real disk without waiting for it."""
+
+    def create(self, path: Path) -> AppendFile:
+        return _QuickFile(path)
+
+    def sync_directory(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise FileNotFoundError(2, os.strerror(2), str(directory))
+
+
+class FaultyDisk(QuickDisk):
+    """A disk whose call number `fail_at` (from 1; 0 = never) raises OSError(`error_number`).
+
+    With `dead` every later call fails too. A failing write leaves half of its bytes behind; a failing sync, rename or
+    removal has done nothing; a failing close has closed.
+    """
+
+    def __init__(self, fail_at: int = 0, error_number: int = 5, dead: bool = False) -> None:
+        self.calls: list[tuple[str, str]] = []  # (what, name of the file or directory), in order
+        self._fail_at = fail_at
+        self._error_number = error_number
+        self._dead = dead
+
+    def called(self, what: str, path: Path) -> None:
+        """Counts a call; raises if it is its turn."""
+        self.calls.append((what, path.name))
+        if len(self.calls) == self._fail_at or (self._dead and len(self.calls) > self._fail_at > 0):
+            raise OSError(self._error_number, os.strerror(self._error_number), str(path))
+
+    def create(self, path: Path) -> AppendFile:
+        self.called("create", path)
+        return _FaultyFile(self, path)
+
+    def open_read(self, path: Path) -> IO[bytes]:
+        self.called("open_read", path)
+        return super().open_read(path)
+
+    def read(self, path: Path) -> bytes:
+        self.called("read", path)
+        return super().read(path)
+
+    def list(self, directory: Path) -> list[str]:
+        self.called("list", directory)
+        return super().list(directory)
+
+    def make_directory(self, directory: Path) -> None:
+        self.called("make_directory", directory)
+        super().make_directory(directory)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self.called("rename", new)
+        super().rename(old, new)
+
+    def sync_directory(self, directory: Path) -> None:
+        self.called("sync_directory", directory)
+        super().sync_directory(directory)
+
+    def remove(self, path: Path) -> None:
+        self.called("remove", path)
+        super().remove(path)
+
+    def remove_tree(self, directory: Path) -> None:
+        self.called("remove_tree", directory)
+        super().remove_tree(directory)
+
+
+class _FaultyFile(_QuickFile):
+    def __init__(self, disk: FaultyDisk, path: Path) -> None:
+        super().__init__(path)
+        self._disk = disk
+        self._name = path
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._disk.called("write", self._name)
+        except OSError:
+            super().write(data[: len(data) // 2])
+            raise
+        super().write(data)
+
+    def sync(self) -> None:
+        self._disk.called("sync", self._name)
+
+    def close(self) -> None:
+        is_open = self._descriptor >= 0
+        super().close()
+        if is_open:
+            self._disk.called("close", self._name)

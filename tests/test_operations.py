@@ -1,0 +1,45 @@
+"""Operations and effects: numbers are unique, and writes are told from reads by one comparison."""
+
+from __future__ import annotations
+
+import wire_golden
+
+from kvtcp.protocol import operations
+from kvtcp.protocol.messages import WRITES
+from kvtcp.protocol.operations import WRITE_NAMES, WRITE_OP_END
+
+EFFECTS = {"SET", "REMOVE", "DEADLINE", "WIPE"}
+OPERATIONS = {
+    name: number
+    for name, number in wire_golden.numbers(operations).items()
+    if name not in EFFECTS and name != "WRITE_OP_END"
+}
+
+
+def test_numbers_are_unique() -> None:
+    """No two operations share a number, and no two effects."""
+    assert len(set(OPERATIONS.values())) == len(OPERATIONS)
+    effects = [getattr(operations, name) for name in EFFECTS]
+    assert len(set(effects)) == len(EFFECTS)
+    assert all(0 < number < 128 for number in (*effects, *OPERATIONS.values())), "one byte each"
+
+
+def test_writes_are_below_the_split() -> None:
+    """`op < WRITE_OP_END` is what tells a write; the names list exactly those."""
+    assert set(WRITE_NAMES) == {number for number in OPERATIONS.values() if number < WRITE_OP_END}
+    for number, name in WRITE_NAMES.items():
+        assert OPERATIONS[name.upper()] == number
+
+
+def test_writes_of_clients_become_writes_of_the_link() -> None:
+    """Each write of the request table is one of the link, or several of one; the link adds only upkeep."""
+    singles = {name.decode().removeprefix("m") if name.startswith(b"m") else name.decode() for name in WRITES}
+    assert set(WRITE_NAMES.values()) - singles == {"purge", "clear"}
+    assert singles <= set(WRITE_NAMES.values())
+
+
+def test_every_number_is_in_the_golden_file() -> None:
+    """A new operation is a visible change of the wire."""
+    text = wire_golden.GOLDEN.read_text()
+    for name, number in wire_golden.numbers(operations).items():
+        assert f"\n{number} {name}\n" in text

@@ -1,0 +1,98 @@
+"""The command table: binding of words by the usage line, forms anywhere, suggestions."""
+
+import pytest
+
+from kvtcp.shell.commands import Command, find, parse_error_text, table, take_form
+from kvtcp.shell.exits import UsageError
+from kvtcp.shell.parser import ParseError, split_line
+
+
+async def nothing(*_: object) -> None:  # type: ignore[misc]
+    """A handler that is not called."""
+
+
+COMMAND = Command("go A B [C] [x=N] [y=N] [flag] [red|blue]", "s", "go 1 2", nothing)  # type: ignore[arg-type]
+
+
+def test_usage_is_read() -> None:
+    """The usage line alone says what a call may have."""
+    assert (COMMAND.name, COMMAND.required, COMMAND.optional) == ("go", ("A", "B"), ("C",))
+    assert COMMAND.options == {"x", "y"} and COMMAND.flags == {"flag", "red", "blue"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "options", "flags"),
+    [
+        ("1 2", ["1", "2"], {}, set()),
+        ("flag x=1 3", ["flag", "x=1", "3"], {}, set()),
+        ("1 2 3 x=4 flag blue", ["1", "2", "3"], {"x": "4"}, {"flag", "blue"}),
+        ("1 2 blue y=5 3", ["1", "2", "3"], {"y": "5"}, {"blue"}),
+        ('1 2 "flag"', ["1", "2", '"flag"'], {}, set()),
+        ('1 2 "x=1" x=2', ["1", "2", '"x=1"'], {"x": "2"}, set()),
+        ("1 2 b64:AA==", ["1", "2", "b64:AA=="], {}, set()),
+    ],
+)
+def test_bind(line: str, words: list[str], options: dict[str, str], flags: set[str]) -> None:
+    """Required words take what stands there; behind them options and flags are known by name, in any order."""
+    bound = COMMAND.bind(split_line(line))
+    assert [bound.words[name].raw for name in ("A", "B", "C") if name in bound.words] == words
+    assert ({name: word.raw for name, word in bound.options.items()}, bound.flags) == (options, flags)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("1", "B is missing"),
+        ("1 2 3 4", "what does '4' mean here"),
+        ("1 2 z=1", "what does 'z=1' mean here"),
+        ("1 2 --flag", "what does '--flag' mean here"),
+        ("1 2 x=1 x=2", "x= is given twice"),
+        ("1 2 x=", "nothing follows x="),
+        ("1 2 red blue", "red and blue exclude each other"),
+    ],
+)
+def test_bind_refuses(line: str, text: str) -> None:
+    """What does not fit is named, and the usage is shown."""
+    with pytest.raises(UsageError, match=text) as caught:
+        COMMAND.bind(split_line(line))
+    assert "usage: go A B" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "rest", "form"),
+    [
+        ("get k", ["get", "k"], None),
+        ("-o json get k", ["get", "k"], "json"),
+        ("get -o raw k", ["get", "k"], "raw"),
+        ("get k -ojsonl", ["get", "k"], "jsonl"),
+        ("put k -- -o", ["put", "k", "-o"], None),
+        ('put k "-o"', ["put", "k", '"-o"'], None),
+    ],
+)
+def test_form_is_taken_from_anywhere(line: str, rest: list[str], form: str | None) -> None:
+    """-o stands before or after the command; `--` and quotes make it a value."""
+    words, found = take_form(split_line(line))
+    assert ([word.raw for word in words], found) == (rest, form)
+
+
+def test_find() -> None:
+    """A command is found by its exact name; others are suggested."""
+    assert find("get").name == "get"
+    with pytest.raises(UsageError, match="did you mean put"):
+        find("putt")
+
+
+def test_table_names_every_command_of_the_contract() -> None:
+    """No command is missing, and each is under its own name."""
+    names = (
+        "add put get delete exists cas incr expire persist ttl all_values scan count delete-prefix status nodes shards "
+        "where backup verify restore import export help"
+    )
+    assert list(table()) == names.split()
+    assert all(command.name == name for name, command in table().items())
+
+
+def test_caret_points_at_the_mistake() -> None:
+    """The sentence of a mistake is followed by the line and a caret below its place."""
+    assert parse_error_text(ParseError("bad", 2), "a\tbc") == "bad (at character 3)\n  a bc\n    ^"
+    assert parse_error_text(ParseError("bad", 2), None) == "bad (at character 3)"

@@ -1,0 +1,142 @@
+"""Commands for the cluster as a whole, in every form."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from shell_fakes import Shell
+
+from kvtcp.errors import DataError, Unavailable
+from kvtcp.protocol.hashing import shard_of
+
+
+@pytest.fixture
+def shell() -> Shell:
+    """A shell over an empty cluster."""
+    return Shell()
+
+
+GOLDEN: list[tuple[list[str], str]] = [
+    (["status"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-\n"),
+    (["status", "-o", "raw"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-"),
+    (
+        ["status", "-o", "jsonl"],
+        '{"version": "0.1.0", "keys": 0, "ready": true, "memory": {"rss_bytes": 7, "peak": null}}\n',
+    ),
+    (
+        ["status", "-o", "table"],
+        "version           0.1.0\nkeys              0\nready             yes\n"
+        "memory.rss_bytes  7\nmemory.peak       -\n",
+    ),
+    (["nodes"], "node\taddress\tup\tlag_ms\nn1\t127.0.0.1:5000\tyes\t0.5\nn2\t127.0.0.1:5001\tno\t-\n"),
+    (
+        ["nodes", "-o", "table"],
+        "node  address         up   lag_ms\n----  --------------  ---  ------\n"
+        "n1    127.0.0.1:5000  yes  0.5\nn2    127.0.0.1:5001  no   -\n",
+    ),
+    (
+        ["nodes", "-o", "jsonl"],
+        '{"node": "n1", "address": "127.0.0.1:5000", "up": true, "lag_ms": 0.5}\n'
+        '{"node": "n2", "address": "127.0.0.1:5001", "up": false, "lag_ms": null}\n',
+    ),
+    (["where", "{a}b"], f"shard\tin_sync\tkeys\n{shard_of(b'a', 64)}\tn1,n2\t{shard_of(b'a', 64) * 10}\n"),
+    (["backup", "b1"], "name\tb1\nkeys\t0\n"),
+    (["backup", "b1", "-o", "jsonl"], '{"name": "b1", "keys": 0}\n'),
+    (["backup"], "name\t2026-01-01T00-00-00\nkeys\t0\n"),
+    (["restore", "b1"], "name\tb1\nmode\tmerge\nprefix\t\ndry_run\tno\n"),
+    (["restore", "backups/b1/", "replace"], "name\tb1\nmode\treplace\nprefix\t\ndry_run\tno\n"),
+    (["restore", "b1", "merge", "prefix=u:", "dry-run"], "name\tb1\nmode\tmerge\nprefix\tu:\ndry_run\tyes\n"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "out"), GOLDEN, ids=[" ".join(row[0]) for row in GOLDEN])
+def test_output(shell: Shell, arguments: list[str], out: str) -> None:
+    """Every command prints exactly this and ends with 0."""
+    assert (shell.run(*arguments), shell.out.decode(), shell.err) == (0, out, "")
+
+
+def test_shards_in_all_forms(shell: Shell) -> None:
+    """`shards` has a line for each shard, and its JSON form is one array."""
+    shell.run("shards")
+    assert shell.out.startswith(b"shard\tin_sync\tkeys\n0\tn1,n2\t0\n1\tn1,n2\t10\n")
+    assert shell.out.count(b"\n") == 65
+    shell.run("shards", "-o", "json")
+    assert json.loads(shell.out)[63] == {"shard": 63, "in_sync": ["n1", "n2"], "keys": 630}
+
+
+def test_rows_of_maps_by_name(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes as a map of maps, and as a map that holds a list, are the same rows."""
+    answers: list[Any] = [{"n1": {"up": True}}, {"nodes": [{"node": "n1", "up": True}]}]
+
+    async def nodes() -> Any:
+        return answers.pop(0)
+
+    monkeypatch.setattr(shell.client, "nodes", nodes)
+    for _ in range(2):
+        assert shell.run("nodes") == 0
+        assert shell.out == b"node\tup\nn1\tyes\n"
+
+
+def test_restore_modes_exclude_each_other(shell: Shell) -> None:
+    """merge and replace together are a mistake; so is a DIR without a name."""
+    assert shell.run("restore", "b1", "merge", "replace") == 2
+    assert "merge and replace exclude each other" in shell.err
+    assert shell.run("restore", "/") == 2
+    assert "does not name a backup" in shell.err
+
+
+def test_unreachable_cluster(shell: Shell) -> None:
+    """Administration meets the same codes as everything else."""
+    shell.client.failure = Unavailable("no connection to kvtcp://127.0.0.1:8000 within 2 s, nothing was sent")
+    assert shell.run("status") == 3
+    assert shell.err == "kvtcp-shell: no connection to kvtcp://127.0.0.1:8000 within 2 s, nothing was sent\n"
+
+
+@dataclass
+class Report:
+    """A report as a dataclass."""
+
+    files: int
+    keys: int
+
+
+class ReportTuple(NamedTuple):
+    """A report as a named tuple."""
+
+    files: int
+    keys: int
+
+
+@pytest.fixture
+def backup_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for kvtcp.storage.backup; `verify` is set by the test."""
+    import kvtcp.storage
+
+    module = ModuleType("kvtcp.storage.backup")
+    monkeypatch.setitem(sys.modules, "kvtcp.storage.backup", module)
+    monkeypatch.setattr(kvtcp.storage, "backup", module, raising=False)
+    return module
+
+
+@pytest.mark.parametrize("report", [Report(3, 10), ReportTuple(3, 10), {"files": 3, "keys": 10}])
+def test_verify_needs_no_server(shell: Shell, backup_module: ModuleType, tmp_path: Path, report: object) -> None:
+    """`verify` reads the directory from here and shows its report, of whatever kind it is."""
+    seen: list[Path] = []
+    backup_module.verify = lambda path: seen.append(path) or report  # type: ignore[attr-defined]
+    assert shell.run("verify", str(tmp_path)) == 0
+    assert (shell.out, seen, shell.client.opened) == (b"files\t3\nkeys\t10\n", [tmp_path], [])
+
+
+def test_verify_of_a_damaged_backup(shell: Shell, backup_module: ModuleType) -> None:
+    """Damage ends with 7, and the sentence names file and line."""
+
+    def verify(path: Path) -> None:
+        raise DataError("node-n1.jsonl, line 3: not JSON")
+
+    backup_module.verify = verify  # type: ignore[attr-defined]
+    assert shell.run("verify", "b") == 7
+    assert (shell.out, shell.err) == (b"", "kvtcp-shell: node-n1.jsonl, line 3: not JSON\n")

@@ -1,0 +1,324 @@
+"""Rules of the house, checked over the source: layers, purity, tests, size and leftovers.
+
+Each rule is a function from parsed modules to complaints, so that a failure lists every place at once. Exceptions to a
+rule stand here, each with its reason; there is no other way around.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kvtcp"
+TESTS = ROOT / "tests"
+
+MODULE_LINES_MAX = 650
+FUNCTION_LINES_MAX = 75
+
+# "file" or "file:function" -> why it may be longer
+LONG: dict[str, str] = {
+    "kvtcp/replication/sequencer.py": "one state machine: assigning, queueing and committing share its state",
+}
+
+# module -> why there is no test module of its own
+UNTESTED: dict[str, str] = {
+    "kvtcp/_version.py": "one assignment",
+    "kvtcp/testing/asyncio_fixtures.py": "one fixture; the tests of the plugin use it",
+}
+
+# A module may import from its own layer and from those named for it.
+LAYERS: dict[str, set[str]] = {
+    "_version": set(),
+    "constants": set(),
+    "errors": {"constants"},
+    "jsonl": {"constants", "errors"},
+    "protocol": {"constants", "errors"},
+    "storage": {"constants", "errors", "jsonl", "protocol"},
+    "replication": {"_version", "constants", "errors", "protocol", "storage"},
+    "config_store": {"constants", "errors", "protocol", "storage", "replication"},
+    "server": {"_version", "constants", "errors", "jsonl", "protocol", "storage", "replication", "config_store"},
+    "client": {"_version", "constants", "errors", "protocol"},
+    "sync": {"_version", "constants", "errors", "protocol", "client"},
+    "shell": {"_version", "constants", "errors", "jsonl", "protocol", "client", "storage"},
+    "testing": {"_version", "constants", "errors", "protocol", "storage", "replication", "config_store", "server",
+                "client"},
+    "__init__": {"_version", "constants", "errors", "client", "sync"},
+}  # fmt: skip
+
+# These are pure; so is every module whose header has a paragraph that starts with "Pure.".
+PURE = re.compile(
+    r"kvtcp/(constants|errors|jsonl|protocol/.*|storage/(btree|table|pages|index|deadlines|freeze)|replication/.*)\.py"
+)
+IMPURE = {
+    "asyncio", "uvloop", "socket", "ssl", "select", "selectors", "socketserver", "threading", "multiprocessing",
+    "concurrent", "subprocess", "signal", "time", "random", "secrets", "uuid", "os", "io", "pathlib",
+    "shutil", "tempfile", "glob", "fcntl", "mmap", "sys", "logging", "urllib", "http",
+}  # fmt: skip
+IMPURE_BUILTINS = {"open", "input", "print", "breakpoint", "exec", "eval"}
+IMPURE_METHODS = {"now", "utcnow", "today"}  # of datetime and date, which are pure otherwise
+
+MAY_PRINT = re.compile(r"kvtcp/shell/|kvtcp/server/runtime\.py$|.*_main\.py$")  # runtime: what the mains share
+
+
+@cache
+def sources(folder: Path) -> dict[str, str]:
+    """Text of every Python file below a folder, by its path from the root of the project."""
+    return {str(path.relative_to(ROOT)): path.read_text() for path in sorted(folder.rglob("*.py"))}
+
+
+@cache
+def trees(folder: Path) -> dict[str, ast.Module]:
+    """Syntax tree of every Python file below a folder."""
+    return {name: ast.parse(text, name) for name, text in sources(folder).items()}
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function and method of a tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def for_type_checkers(tree: ast.Module) -> set[ast.AST]:
+    """Nodes below `if TYPE_CHECKING:`, which never run."""
+    return {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for child in node.body
+        for inner in ast.walk(child)
+    }
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything a module imports when it runs, inside functions too."""
+    skipped = for_type_checkers(tree)
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def layer_of(name: str) -> str:
+    """The layer of a dotted name or of a path below kvtcp."""
+    parts = name.removesuffix(".py").replace("/", ".").split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def is_pure(name: str, tree: ast.Module) -> bool:
+    """Listed as pure, or says so itself."""
+    return bool(PURE.fullmatch(name)) or bool(re.search(r"^Pure[.:]", ast.get_docstring(tree) or "", re.M))
+
+
+def module_file(dotted: str) -> str | None:
+    """The file of a module of kvtcp, for the name of a module or of something in it."""
+    path = ROOT / dotted.replace(".", "/")
+    for candidate in (path.with_suffix(".py"), path.parent.with_suffix(".py")):
+        if candidate.is_file():
+            return str(candidate.relative_to(ROOT))
+    return None
+
+
+def test_every_module_has_a_header() -> None:
+    """A docstring says what a module is; only packages, the version and the mains may do it in one line."""
+    complaints = []
+    for name, tree in trees(PACKAGE).items():
+        header = ast.get_docstring(tree) or ""
+        short = name.endswith(("__init__.py", "_version.py", "_main.py"))
+        if not header or (not short and header.count("\n") < 2):
+            complaints.append(f"{name}: the header has {len(header.splitlines())} lines")
+    assert not complaints
+
+
+def test_every_module_has_its_tests() -> None:
+    """kvtcp/a/b.py is tested by tests/test_b.py, or by tests/test_a_b.py; packages' own files are exempt."""
+    missing = []
+    for name in sources(PACKAGE):
+        path = Path(name)
+        if path.name in ("__init__.py", "__main__.py") or name in UNTESTED:
+            continue
+        wanted = [f"test_{path.stem}.py", f"test_{path.parent.name}_{path.stem}.py"]
+        if not any((TESTS / test).is_file() for test in wanted):
+            missing.append(f"{name}: neither {wanted[0]} nor {wanted[1]}")
+    assert not missing
+
+
+@pytest.mark.parametrize("table", [UNTESTED, LONG], ids=["untested", "long"])
+def test_exceptions_are_needed(table: dict[str, str]) -> None:
+    """An exception has a reason, and what it excuses is not imaginary."""
+    for name, reason in table.items():
+        assert len(reason) > 10, name
+        assert name.endswith("_main.py") or (ROOT / name.partition(":")[0]).is_file(), name
+
+
+def test_pure_modules_import_nothing_impure() -> None:
+    """No loop, socket, clock, randomness, thread or file below the pure cores, not even through another module."""
+    complaints = []
+    for name, tree in trees(PACKAGE).items():
+        if not is_pure(name, tree):
+            continue
+        for line, imported in imports(tree):
+            if imported.partition(".")[0] in IMPURE:
+                complaints.append(f"{name}:{line}: imports {imported}")
+            elif imported.startswith("kvtcp."):
+                file = module_file(imported)
+                if file is not None and not is_pure(file, trees(PACKAGE)[file]) and layer_of(file) != "_version":
+                    complaints.append(f"{name}:{line}: imports {imported}, which is not pure")
+        complaints += [
+            f"{name}:{node.lineno}: calls {node.func.id}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in IMPURE_BUILTINS
+        ]
+        complaints += [
+            f"{name}:{node.lineno}: calls {ast.unparse(node.func)}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in IMPURE_METHODS
+        ]
+    assert not complaints
+
+
+def test_layers() -> None:
+    """A module imports only from layers below its own."""
+    complaints = []
+    for name, tree in trees(PACKAGE).items():
+        layer = layer_of(name)
+        assert layer in LAYERS, f"{name}: its layer is not in the table"
+        for line, imported in imports(tree):
+            if not imported.startswith("kvtcp."):
+                continue  # `import kvtcp` alone gives the package, whose place on disk is nobody's layer
+            other = layer_of(imported)
+            if layer == "__init__" and other not in LAYERS:
+                continue
+            if other == "__version__":
+                other = "_version"
+            if other != layer and other not in LAYERS[layer]:
+                complaints.append(f"{name}:{line}: {layer} imports {imported}")
+    assert not complaints
+
+
+def test_the_layers_have_no_cycle() -> None:
+    """The table itself is an order."""
+    settled: set[str] = set()
+    while ready := {layer for layer, below in LAYERS.items() if layer not in settled and below <= settled}:
+        settled |= ready
+    assert settled == set(LAYERS)
+
+
+def test_libraries_do_not_print() -> None:
+    """Only the shell and the mains write to a terminal."""
+    complaints = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees(PACKAGE).items()
+        if not MAY_PRINT.match(name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not complaints
+
+
+LEFTOVER = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|X" r"XX|HA" r"CK)\b")
+MACHINE_PATH = re.compile(r"/(?:wo" r"rk|ho" r"me)/")
+
+
+@pytest.mark.parametrize("pattern", [LEFTOVER, MACHINE_PATH], ids=["leftovers", "machine paths"])
+def test_nothing_is_left_over(pattern: re.Pattern[str]) -> None:
+    """No note to self and no path of a developer's machine in anything that is written by hand."""
+    files = [path for folder in ("kvtcp", "tests", "bin", "bench", "docs") for path in (ROOT / folder).rglob("*")]
+    files += [path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml") or path.name == "Makefile"]
+    complaints = []
+    for path in files:
+        if not path.is_file() or "__pycache__" in path.parts or "results" in path.parts:
+            continue
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue  # not written by hand
+        lines = enumerate(text.splitlines(), start=1)
+        complaints += [f"{path.relative_to(ROOT)}:{number}" for number, line in lines if pattern.search(line)]
+    assert not complaints
+
+
+def test_no_exception_is_swallowed() -> None:
+    """No bare `except`, and nothing as wide as Exception is passed over in silence."""
+    complaints = []
+    for name, tree in {**trees(PACKAGE), **trees(TESTS)}.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            wide = node.type is None or (
+                isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+            )
+            silent = all(
+                isinstance(step, (ast.Pass, ast.Continue))
+                or (isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant))
+                for step in node.body
+            )
+            if node.type is None or (wide and silent):
+                complaints.append(f"{name}:{node.lineno}")
+    assert not complaints
+
+
+def test_modules_and_functions_are_short() -> None:
+    """A long one is on the list with its reason."""
+    complaints = []
+    for name, text in sources(PACKAGE).items():
+        lines = text.count("\n")
+        if lines > MODULE_LINES_MAX and name not in LONG:
+            complaints.append(f"{name}: {lines} lines")
+        for function in functions(trees(PACKAGE)[name]):
+            assert function.end_lineno is not None
+            lines = function.end_lineno - function.lineno + 1
+            if lines > FUNCTION_LINES_MAX and f"{name}:{function.name}" not in LONG:
+                complaints.append(f"{name}:{function.name}: {lines} lines")
+    assert not complaints
+
+
+def is_test(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A function that pytest collects."""
+    return function.name.startswith("test_")
+
+
+def test_every_test_says_what_it_shows() -> None:
+    """Each test has a docstring, and its name is its own within its file."""
+    complaints = []
+    for name, tree in trees(TESTS).items():
+        tests = [function for function in functions(tree) if is_test(function)] if "/test_" in name else []
+        complaints += [f"{name}:{test.name}: no docstring" for test in tests if not ast.get_docstring(test)]
+        for scope in ast.walk(tree):
+            if isinstance(scope, (ast.Module, ast.ClassDef)) and "/test_" in name:
+                names = Counter(
+                    node.name for node in scope.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+                )
+                complaints += [f"{name}:{twice}: twice" for twice, count in names.items() if count > 1]
+    assert not complaints
+
+
+POLL_S_MAX = 0.05
+
+
+def test_tests_do_not_sleep() -> None:
+    """No test waits a fixed time. A short pause in a `while` is a wait for a condition; others say `# sleeps: why`."""
+    complaints = []
+    for name, tree in trees(TESTS).items():
+        lines = sources(TESTS)[name].splitlines()
+        polls = {inner for loop in ast.walk(tree) if isinstance(loop, ast.While) for inner in ast.walk(loop)}
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
+                continue
+            called = ast.unparse(node.func)
+            pause = node.args[0].value if called in ("time.sleep", "asyncio.sleep", "sleep") else 0
+            sleeps = pause > (POLL_S_MAX if node in polls else 0)
+            if sleeps and "# sleeps:" not in lines[node.lineno - 1]:
+                complaints.append(f"{name}:{node.lineno}")
+    assert not complaints
