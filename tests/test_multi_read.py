@@ -11,7 +11,7 @@ from replication_fakes import Answers
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import COUNT, MGET, PAGE
 from kvtcp.replication import multi_read
-from kvtcp.replication.multi_read import MultiRead, count_read, merge_runs, mget_read, page_read
+from kvtcp.replication.multi_read import KEY_OVERHEAD_BYTES, MultiRead, count_read, merge_runs, mget_read, page_read
 
 
 def rows(*keys: str) -> list[list[Any]]:
@@ -61,9 +61,9 @@ def test_items() -> None:
     count = count_read([0, 1], b"a", None, sink, 0)
     assert count.build([0, 1]) == ((COUNT, [0, 1], b"a", None), 7) and count.bytes == 1
     mget = mget_read([b"x", b"yy", b"x"], [3, 1, 3], sink, 0)
-    assert mget.shards == [3, 1] and mget.bytes == 28
+    assert mget.shards == [3, 1] and mget.bytes == 4 + 3 * KEY_OVERHEAD_BYTES
     mget.start(1, {})
-    assert mget.build([3]) == ((MGET, [(3, b"x"), (3, b"x")]), 18)
+    assert mget.build([3]) == ((MGET, [(3, b"x"), (3, b"x")]), 2 + 2 * KEY_OVERHEAD_BYTES)
 
 
 def test_mget_puts_cells_in_their_places() -> None:
