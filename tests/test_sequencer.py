@@ -213,6 +213,37 @@ def test_read_moves_from_a_silent_node_and_is_answered_once() -> None:
     cluster.results(silent)
 
 
+def test_a_node_that_sends_is_not_silent() -> None:
+    """Large results take their time: as long as bytes come, reads stay, and a page is not begun anew."""
+    cluster = Cluster(shards=1)
+    cluster.sequencer.multi_read(mget_read([b"k"], [0], cluster.answers, "mget"))
+    slow = reader_of(cluster)
+    cluster.apply(slow)
+    for _ in range(5):
+        cluster.tick(READ_RETRY_MS - 1)
+        cluster.sequencer.heard(slow)
+    assert not any(link.open or link.outgoing for link in cluster.sequencer.links.values())
+    cluster.tick(READ_RETRY_MS)
+    assert any(link.open or link.outgoing for link in cluster.sequencer.links.values()), "now it is silent"
+
+
+def test_a_page_moves_once_from_silent_nodes() -> None:
+    """Nodes that need longer than READ_RETRY_MS for a page still answer it: it is not begun anew for ever."""
+    cluster = Cluster(nodes=2, factor=2, shards=1)
+    cluster.sequencer.multi_read(mget_read([b"k"], [0], cluster.answers, "mget"))
+    first = reader_of(cluster)
+    second = next(node for node in cluster.replicas if node != first)
+    cluster.apply(first)
+    cluster.tick(READ_RETRY_MS)
+    cluster.apply(second)
+    cluster.results(first)  # of the first attempt: too late
+    assert not cluster.answers.ok
+    for _ in range(5):
+        cluster.tick(READ_RETRY_MS)
+    cluster.results(second)
+    assert cluster.answers.ok == {"mget": [None]}
+
+
 def test_read_that_could_not_move_is_tried_again() -> None:
     """No other member when the node fell silent: the read moves when one is back, or when the silent link is lost."""
     for lost in (False, True):

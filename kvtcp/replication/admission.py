@@ -125,9 +125,11 @@ class Admission(ClusterState):
             self._filled(link)
 
     def _reader(self, shard: ShardState, avoid: Progress | None) -> Progress | None:
-        """The member with room that has the least outstanding."""
+        """The member with room that has the least outstanding; if one is avoided for its silence, no silent one."""
         best = None
         for link in shard.members:
+            if avoid is not None and link.is_silent(self.now_ms):
+                continue
             if link.connected and not link.full and link is not avoid and (best is None or link.items < best.items):
                 best = link
         return best
@@ -188,6 +190,8 @@ class Admission(ClusterState):
         left = list(numbers)
         shards = self.shards
         able = [link for link in self.links.values() if link.connected and not link.full and link is not avoid]
+        if avoid is not None:
+            able = [link for link in able if not link.is_silent(self.now_ms)]
         cover: list[tuple[Progress, list[int]]] = []
         while left:
             best: Progress | None = None

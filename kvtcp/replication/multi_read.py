@@ -27,7 +27,7 @@ class MultiRead:
 
     __slots__ = (
         "attempt", "build", "bytes", "done", "error", "merge", "missing",
-        "movable", "needed", "parts", "shards", "sink", "token",
+        "movable", "moved", "needed", "parts", "shards", "sink", "token",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +50,7 @@ class MultiRead:
         self.missing = 0  # parts that have not arrived
         self.needed: dict[int, int] = {}  # shard -> number that must be committed before the answer
         self.movable = True  # whether another node could answer as well
+        self.moved = False  # begun anew because a node was silent: not again, or slow nodes would keep it for ever
         self.error: list[Any] | None = None  # [code, message, details] if a part is one
         self.done = False  # all parts of an attempt arrived, or it failed
 

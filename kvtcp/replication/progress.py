@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, Final
 
-from kvtcp.constants import WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
+from kvtcp.constants import READ_RETRY_MS, WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.protocol.operations import WRITE_OP_END
 
 Item = tuple[Any, ...]  # as operations.py lays it out
@@ -61,6 +61,7 @@ class Progress:
         "connected",
         "early",
         "full",
+        "heard_ms",
         "items",
         "last_ordinal",
         "lost",
@@ -81,6 +82,7 @@ class Progress:
         self.connected = False  # the link is up and the node is the member the map names
         self.reason = "not connected yet"  # why not, for people
         self.lost = ""  # why the node, though it answers, is not the member that acknowledged; empty = it may be
+        self.heard_ms = 0  # monotonic time at which bytes came from the node last
         self.full = False  # the window has no room; writes of its shards wait
         self.items = 0
         self.bytes = 0
@@ -96,6 +98,11 @@ class Progress:
         self.uncommitted_max = UNCOMMITTED_MAX  # how long `uncommitted` gets before it is looked through
         self.shards: list[Any] = []  # the ShardStates with a replica here
         self.next_turn = 0  # index of the shard whose waiting requests are next when the window opens
+
+    def is_silent(self, now_ms: int) -> bool:
+        """Whether results are due and nothing at all was heard of the node for READ_RETRY_MS."""
+        written = self.written
+        return bool(written) and now_ms - max(written[0].written_ms, self.heard_ms) >= READ_RETRY_MS
 
     def stages(self) -> Iterator[Batch]:
         """All batches, oldest first."""

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, READ_RETRY_MS
+from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import GET, PURGE
 from kvtcp.replication.admission import Admission
@@ -73,6 +73,10 @@ class Sequencer(Admission, Answers):
         return link.written_ordinal
 
     # --- what the nodes say ------------------------------------------------------------------------
+
+    def heard(self, node: str) -> None:
+        """Bytes came from the node, whether or not they complete a frame: it is not silent."""
+        self.links[node].heard_ms = self.now_ms
 
     def on_results(self, node: str, applied: int, durable: int, results: list[Any], flags: Sequence[int]) -> None:
         """A RESULTS frame. Raises LinkError if it cannot be true; then nothing was changed, and the link is closed."""
@@ -222,8 +226,10 @@ class Sequencer(Admission, Answers):
                 if attempt != multi.attempt or multi.done:
                     continue
                 if avoid is not None:
-                    if not multi.movable or not self._start_multi(multi, avoid):
+                    if not multi.movable or multi.moved or not self._start_multi(multi, avoid):
                         stay.append(op)
+                    else:
+                        multi.moved = True
                 elif multi.movable:
                     self._start_or_wait(multi)
                 else:
@@ -254,7 +260,7 @@ class Sequencer(Admission, Answers):
 
     def _retry_reads(self, link: Progress) -> None:
         """Queue the reads of a link that was silent for long at other members as well; the first answer counts."""
-        if not link.written or link.written[0].written_ms + READ_RETRY_MS > self.now_ms:
+        if not link.is_silent(self.now_ms):
             return
         # not those of the open batch: reads may still join it
         for batch in chain(link.written, link.outgoing):

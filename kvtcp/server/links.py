@@ -45,13 +45,17 @@ class LinkConnection(FramedConnection):
         assert self.transport is not None
         self.transport.set_write_buffer_limits(high=LINK_WRITE_BUFFER_BYTES)
 
+    def data_received(self, data: bytes) -> None:
+        self.link.server.begin()
+        self.link.server.sequencer.heard(self.link.node)
+        super().data_received(data)
+
     def messages_received(self, messages: list[Any]) -> None:
         for message in messages:
             if type(message) is not list or not message:
                 raise ProtocolError("a frame of a link is an array [kind, ...]")
             kind = message[0]
             if kind == RESULTS and self.live and tuple(map(type, message)) == _RESULTS_TYPES:
-                self.link.server.begin()
                 try:
                     self.link.server.sequencer.on_results(self.link.node, *message[1:])
                 except LinkError as error:
