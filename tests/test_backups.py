@@ -25,7 +25,7 @@ from server_tools import (
 
 import kvtcp
 from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestError, Unavailable
-from kvtcp.protocol.operations import CLEAR, FREEZE, PUT
+from kvtcp.protocol.operations import CLEAR, FREEZE
 from kvtcp.server import backup_job, backups
 from kvtcp.storage import backup as files
 from kvtcp.testing.local_cluster import LocalCluster
@@ -47,6 +47,13 @@ async def cluster(tmp_path: Path) -> AsyncIterator[LocalCluster]:
 async def kv(cluster: LocalCluster) -> AsyncIterator[Any]:
     """A client."""
     async with kvtcp.connect(cluster.url, timeout=5) as client:
+        yield client
+
+
+@pytest.fixture
+async def impatient(cluster: LocalCluster) -> AsyncIterator[Any]:
+    """A client that hardly repeats what was refused."""
+    async with kvtcp.connect(cluster.url, timeout=0.2) as client:
         yield client
 
 
@@ -186,9 +193,6 @@ async def test_deadlines(cluster: LocalCluster, kv: Any) -> None:
         await asyncio.sleep(0.005)
     await kv.restore("lives", "replace")
     assert 990 < await kv.ttl("long") <= lives[b"long"] / 1000 and await kv.ttl("ever") == math.inf
-    # one whose life ends between its write and the comparison
-    manifest_path = cluster.backup_dir / "lives"
-    assert manifest_path.is_dir()
     while await kv.exists("soon"):
         await asyncio.sleep(0.005)
     assert await everything(kv) == {b"long": b"v", b"ever": b"v"}
@@ -338,7 +342,9 @@ async def test_waiting_writes_of_a_replace(cluster: LocalCluster, kv: Any) -> No
         assert (await wire.receive())[:2] == [100, 0]
 
 
-async def test_failure_in_mid_replace(cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failure_in_mid_replace(
+    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A `replace` that fails after it began to clear keeps the prefix closed, says so, until one completes."""
     await kv.put_many({"in/1": "v", "out/1": "v"})
     await kv.backup("base")
@@ -356,11 +362,11 @@ async def test_failure_in_mid_replace(cluster: LocalCluster, kv: Any, monkeypatc
     assert raised.value.code == Code.UNKNOWN
     cluster.coordinator.backups.restoring = b"in/"
     with pytest.raises(Unavailable) as closed:
-        await kv.get("in/1", timeout=0.1)
+        await impatient.get("in/1")
     assert closed.value.code == Code.RESTORING
     for mode, prefix in (("merge", "in/"), ("replace", "out/")):
         with pytest.raises(Unavailable) as refused:
-            await kv.restore("base", mode, prefix=prefix)
+            await impatient.restore("base", mode, prefix=prefix)
         assert refused.value.code == Code.RESTORING
     assert "closed until a restore completes" in (await kv.status())["degraded"][0]
     monkeypatch.setattr(backups.Backups, "_put_all", put_all)
@@ -440,12 +446,14 @@ async def test_link_lost_before_the_cut(cluster: LocalCluster, kv: Any, monkeypa
     await linked(cluster.coordinator, 3)
 
 
-async def test_node_lost_twice(cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_node_lost_twice(
+    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second loss fails the backup with its reason; no directory is left, and the next backup works."""
     await kv.put_many({f"k{n}": "v" for n in range(100)})
-    interrupt(monkeypatch, lambda job: cut_link(cluster.coordinator, job._node), times=20)
+    interrupt(monkeypatch, lambda job: cut_link(cluster.coordinator, job._node), times=1000)
     with pytest.raises(Unavailable, match="failed 2 times, last: .* was lost; nothing was published"):
-        await kv.backup("never")
+        await impatient.backup("never")
     monkeypatch.undo()
     await until(lambda: not any(node._jobs for node in cluster.nodes.values()), "the end of all jobs")
     assert list(cluster.backup_dir.iterdir()) == []
@@ -470,23 +478,25 @@ async def test_node_dead_during_a_backup(cluster: LocalCluster, kv: Any, monkeyp
     assert summary["files"] == 2 and set(content(cluster.backup_dir / "rest")) == {key.encode() for key in keys}
 
 
-async def test_shards_without_a_reader(cluster: LocalCluster, kv: Any) -> None:
+async def test_shards_without_a_reader(cluster: LocalCluster, kv: Any, impatient: Any) -> None:
     """With a shard that nobody can read there is no backup, and the sentence says which."""
     await kv.put("k", "v")
     await kill_node(cluster, "n1")
     await kill_node(cluster, "n2")
     with pytest.raises(Unavailable, match=r"no replica of shard \d+ can be read; nothing was published"):
-        await kv.backup("half")
+        await impatient.backup("half")
     assert list(cluster.backup_dir.iterdir()) == []
 
 
-async def test_cut_that_cannot_commit(cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cut_that_cannot_commit(
+    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cut that contains what a lost node never acknowledged is given up in time, not after minutes."""
     monkeypatch.setattr(backups, "CUT_WAIT_S", 0.3)
     await kv.put("k", "v")
     await restart_on_other_terms(cluster, kv)
     with pytest.raises(KvtcpError, match=r"did not finish in time|cannot commit"):
-        await kv.backup("stuck")
+        await impatient.backup("stuck")
     assert list(cluster.backup_dir.iterdir()) == []
 
 
@@ -503,7 +513,7 @@ async def restart_on_other_terms(cluster: LocalCluster, kv: Any) -> None:
 
 @pytest.mark.parametrize("where", ["directory", "create", "write", "sync"])
 async def test_disk_errors(
-    cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:
     """An error of the disk on the coordinator or a node fails the backup with its text and leaves nothing behind."""
     await kv.put_many({f"k{n}": "v" for n in range(100)})
@@ -520,7 +530,7 @@ async def test_disk_errors(
     else:
         monkeypatch.setattr("kvtcp.storage.files.OsFile.sync", fail)
     with pytest.raises(Unavailable, match="Not a directory|File exists|No space left"):
-        await kv.backup("full")
+        await impatient.backup("full")
     monkeypatch.undo()
     if where == "directory":
         (tmp_path / "backups").unlink()
@@ -533,7 +543,6 @@ async def test_coordinator_stops_during_a_backup(tmp_path: Path, monkeypatch: py
     """A coordinator that stops ends its backup and leaves no published half."""
     async with LocalCluster(1, shards=4, backup_dir=tmp_path) as cluster:
         async with await Wire.open(cluster.coordinator.address) as wire:
-            interrupt(monkeypatch, lambda job: setattr(job, "_slice", lambda: None))
             monkeypatch.setattr(backup_job.BackupJob, "_slice", lambda self: None)
             wire.send([1, "backup", "cut"])
             await until(lambda: cluster.nodes["n1"]._jobs, "the job")
@@ -551,8 +560,3 @@ async def test_restarted_node_and_restore(cluster: LocalCluster, kv: Any) -> Non
     with pytest.raises(OutcomeUnknown, match="closed until a restore completes: .*came back|missing"):
         await kv.restore("base", "replace", timeout=30)
     assert cluster.coordinator.backups.restoring == b""
-
-
-def test_sequenced_operations() -> None:
-    """A restore is made of the operations that everybody's writes are made of."""
-    assert {PUT, CLEAR} < set(range(64)) and FREEZE >= 64

@@ -1,0 +1,242 @@
+"""Links between coordinator and nodes: cut, refused, slow, replaced. Nothing is lost, nothing happens twice."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from server_tools import (
+    BOTH_LOOPS,
+    Wire,
+    cut_link,
+    event_loop_policy,
+    keys_of_shards,
+    link_hello,
+    linked,
+    until,
+)
+
+import kvtcp
+from kvtcp.errors import KvtcpError, OutcomeUnknown
+from kvtcp.protocol.link import BATCH, HELLO
+from kvtcp.server import links as links_module
+from kvtcp.server.links import LinkConnection, NodeLink
+from kvtcp.testing.local_cluster import LocalCluster
+
+__all__ = ["event_loop_policy"]
+pytestmark = BOTH_LOOPS
+
+
+async def cut_and_wait(cluster: LocalCluster, node: str) -> None:
+    """Cut a link and wait for the next one."""
+    link = cluster.coordinator.links[node]
+    number = link.number
+    cut_link(cluster.coordinator, node)
+    await until(lambda: link.number > number and link.progress.connected, "the next link")
+
+
+async def test_cut_links_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links cut again and again under load: every counter is exactly what was acknowledged, or unknown but once."""
+    monkeypatch.setattr(links_module, "BACKOFF_MIN_MS", 2)
+    async with LocalCluster(3, shards=16) as cluster:
+        keys = keys_of_shards(cluster)
+        acked = dict.fromkeys(keys, 0)
+        unknown = dict.fromkeys(keys, 0)
+        stop = False
+
+        async def count(kv: Any, key: str) -> None:
+            while not stop:
+                try:
+                    answer = await kv.incr(key)
+                except OutcomeUnknown:
+                    unknown[key] += 1
+                    continue
+                acked[key] += 1
+                assert acked[key] <= answer <= acked[key] + unknown[key]
+
+        async with kvtcp.connect(cluster.url, timeout=10) as kv:
+            tasks = [asyncio.ensure_future(count(kv, key)) for key in keys]
+            for n in range(12):
+                before = sum(acked.values())
+                await until(lambda: sum(acked.values()) > before + 100, "progress")  # noqa: B023
+                await cut_and_wait(cluster, f"n{n % 3 + 1}")
+                cluster.coordinator.sequencer.check()
+            stop = True
+            await asyncio.gather(*tasks)
+            for key in keys:
+                value = int(await kv.get(key) or b"0")
+                assert acked[key] <= value <= acked[key] + unknown[key], key
+        for number in range(16):
+            tables = [node.replica.tables[number] for node in cluster.nodes.values()]
+            assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1, "replicas are equal"
+        assert {node.number for node in cluster.coordinator.links.values()} == {5}
+
+
+async def test_writes_wait_for_a_cut_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes to a shard whose node is being dialled again wait and go on; reads go to the other replica at once."""
+    go_on = asyncio.Event()
+    connect = NodeLink._connect
+
+    async def held(self: NodeLink, connection: LinkConnection) -> None:
+        await go_on.wait()
+        await connect(self, connection)
+
+    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
+        await kv.put("a", "1")
+        monkeypatch.setattr(NodeLink, "_connect", held)
+        cut_link(cluster.coordinator, "n1")
+        await until(lambda: not cluster.coordinator.links["n1"].progress.connected, "the cut")
+        write = asyncio.ensure_future(kv.incr("a"))
+        await until(lambda: cluster.coordinator.sequencer.waiting_items == 1, "the waiting write")
+        assert await kv.get("a") == b"1"
+        assert not write.done()
+        go_on.set()
+        assert await write == 2
+        assert cluster.coordinator.sequencer.waiting_bytes == 0
+
+
+async def test_node_lost_before_the_takeover() -> None:
+    """A node whose connection breaks after its report, while others have not reported, is dialled and counted anew."""
+    async with LocalCluster(2, shards=4) as cluster:
+        coordinator = cluster.coordinator
+        coordinator.ready.clear()
+        first, second = (coordinator.links[node].connection for node in ("n1", "n2"))
+        assert first is not None and second is not None
+        for node, connection in (("n1", first), ("n2", second)):
+            connection.live = False
+            coordinator.sequencer.link_down(node, "for the test")
+        link = coordinator.links["n1"]
+        coordinator.links["n2"].connection = None  # it has not reported
+        for number in (2, 3):
+            connection = link.connection
+            assert connection is not None
+            connection.abort()
+            await until(lambda: link.number == number and link.connection is not None, "the next link")  # noqa: B023
+            assert link.connection is not connection and not coordinator.ready.is_set()
+        second.abort()
+        await until(coordinator.ready.is_set, "the takeover")
+        await linked(coordinator, 2)
+        assert not coordinator.failed.done()
+        async with kvtcp.connect(cluster.url) as kv:
+            await kv.put("a", "1")
+
+
+async def test_heartbeats_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle link gets an empty batch now and then, which the node answers; a paused one gets none."""
+    async with LocalCluster(1, shards=4) as cluster:
+        link = cluster.coordinator.links["n1"]
+        connection = link.connection
+        assert connection is not None
+        sent: list[Any] = []
+        monkeypatch.setattr(connection, "send", sent.append)
+        await until(lambda: sent, "a heartbeat")
+        assert sent[0][0] == BATCH and sent[0][3] == []
+        connection.write_paused = True
+        count = len(sent)
+        link.heartbeat()
+        assert len(sent) == count
+
+
+async def test_paused_link_keeps_its_batches() -> None:
+    """While a node's socket takes nothing more, batches wait in the window; they leave when it does."""
+    async with LocalCluster(1, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
+        link = cluster.coordinator.links["n1"]
+        connection = link.connection
+        assert connection is not None
+        connection.pause_writing()
+        writes = [asyncio.ensure_future(kv.put(f"k{n}", "v")) for n in range(10)]
+        await until(lambda: link.progress.outgoing, "a batch that waits")
+        assert not any(write.done() for write in writes)
+        connection.resume_writing()
+        await asyncio.gather(*writes)
+        assert not link.progress.outgoing
+
+
+async def test_one_write_per_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred requests of one read leave as one batch and one write to each node, and one write to the client."""
+    async with LocalCluster(2, shards=8) as cluster, await Wire.open(cluster.coordinator.address) as wire:
+        coordinator = cluster.coordinator
+        writes: dict[str, int] = {"session": 0, "n1": 0, "n2": 0}
+        session = next(iter(coordinator.sessions))
+
+        def counted(name: str, transport: Any) -> Any:
+            class Counting:
+                def __getattr__(self, attribute: str) -> Any:
+                    return getattr(transport, attribute)
+
+                def write(self, data: bytes) -> None:
+                    writes[name] += 1
+                    transport.write(data)
+
+            return Counting()
+
+        for name in ("n1", "n2"):
+            connection = coordinator.links[name].connection
+            assert connection is not None
+            monkeypatch.setattr(coordinator.links[name], "heartbeat", lambda: None)
+            connection.transport = counted(name, connection.transport)
+        session.transport = counted("session", session.transport)
+        wire.send(*([n, "put", f"k{n}", "v"] for n in range(100)))
+        for _ in range(100):
+            assert (await wire.receive())[1] == 0
+        assert writes["n1"] == writes["n2"] == 1
+        assert writes["session"] <= 4, "one for each frame of acknowledgements at most"
+
+
+async def test_link_replaced_by_a_newer_one() -> None:
+    """A newer link of the same coordinator takes over: the older one is closed with what was unread, once."""
+    async with LocalCluster(1, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
+        await kv.put("a", "1")
+        node = cluster.nodes["n1"]
+        async with await Wire.open(node.address, hello=False) as wire:
+            wire.send([HELLO, link_hello(cluster, "n1")])
+            await until(lambda: not cluster.coordinator.links["n1"].progress.connected, "the older link")
+            # the coordinator dials with the number this one has used, is refused, and then with the next
+            await linked(cluster.coordinator, 1)
+        assert await kv.incr("a") == 2
+        assert len(node.connections) <= 2
+
+
+async def test_results_that_cannot_be_true(caplog: pytest.LogCaptureFixture) -> None:
+    """A node that acknowledges what it was never sent, or sends other types, loses its link, and gets a new one."""
+    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
+        await kv.put("a", "1")
+        for frame in ([4, 10**6, 10**6, [], []], [4, "1", 1, [], []], [4, 0, 0, [1, 2, 3], []], [4, 1, 1, None, []]):
+            node = cluster.nodes["n1"]
+            number = cluster.coordinator.links["n1"].number
+            assert node._link is not None
+            node._link.send(frame)
+            node._link.flush()
+            await until(lambda: cluster.coordinator.links["n1"].number > number, "a new link")  # noqa: B023
+            await linked(cluster.coordinator, 2)
+            assert await kv.get("a") == b"1"
+        assert "n1 applied ordinal 1000000" in caplog.text and "results that nobody asked for" in caplog.text
+        assert not cluster.coordinator.failed.done()
+
+
+async def test_unfinished_dial() -> None:
+    """A connection that never was made or answered leaves no future with an exception that nobody looked at."""
+    async with LocalCluster(1, shards=4) as cluster:
+        connection = LinkConnection(cluster.coordinator.links["n1"])
+        connection.closed("never made")
+        with pytest.raises(ConnectionError, match="never made"):
+            await connection.answered
+        assert connection.lost.is_set() and not connection.live
+        assert cluster.coordinator.links["n1"].connection is not connection
+
+
+async def test_silent_node_and_moved_reads() -> None:
+    """Reads at a node that says nothing are asked of another after READ_RETRY_MS; its writes wait for it."""
+    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
+        await kv.put("a", "1")
+        node = cluster.nodes["n1"]
+        assert node._link is not None and node._link.transport is not None
+        node._link.transport.pause_reading()
+        answers = await asyncio.gather(*(kv.get("a") for _ in range(20)), kv.count())
+        assert answers == [b"1"] * 20 + [1]
+        with pytest.raises(KvtcpError):
+            await kv.incr("a", timeout=0.1)
+        node._link.transport.resume_reading()
+        await until(lambda: not cluster.coordinator.links["n1"].progress.items, "the window")
+        assert await kv.get("a") == b"2", "the write was sequenced: it happened, once"

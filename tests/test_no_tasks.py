@@ -1,0 +1,102 @@
+"""The servers make no task and no future for an operation: counted over thousands of operations of every kind.
+
+The cluster runs on an event loop of its own, in its own thread, so that whatever that loop makes was made by a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import uvloop
+
+import kvtcp
+from kvtcp.testing.local_cluster import LocalCluster
+
+OPERATIONS = 10_000
+LOOPS: dict[str, type[asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.SelectorEventLoop,
+    "uvloop": uvloop.Loop,
+}
+
+
+def counting_loop(kind: type[asyncio.AbstractEventLoop]) -> Any:
+    """A loop that counts the tasks and futures it makes in `made`."""
+
+    class CountingLoop(kind):  # type: ignore[valid-type, misc]
+        made = 0
+
+        def create_task(self, *args: Any, **kwargs: Any) -> Any:
+            self.made += 1
+            return super().create_task(*args, **kwargs)
+
+        def create_future(self) -> Any:
+            self.made += 1
+            return super().create_future()
+
+    return CountingLoop()
+
+
+@pytest.fixture(params=sorted(LOOPS))
+def server_loop(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The loop of the servers, running in its thread."""
+    loop = counting_loop(LOOPS[request.param])
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    assert not thread.is_alive()
+    loop.close()
+
+
+async def every_operation(kv: Any, n: int) -> int:
+    """One of each kind of data operation on keys of its own; returns how many that were."""
+    key = f"key-{n}"
+    entry_rev = await kv.put(key, "1", ttl=1000)
+    await kv.add(f"new-{n}", "x")
+    await kv.cas(key, "2", if_rev=entry_rev)
+    await asyncio.gather(
+        kv.incr(key), kv.get(key), kv.get_entry("missing"), kv.exists(key), kv.ttl(key), kv.expire(key, 500),
+        kv.persist(key), kv.count(prefix="key-"), kv.put_many({f"m{n}": "1", f"l{n}": "2"}),
+        kv.get_many([key, "missing"]), kv.delete(f"new-{n}"), kv.delete_many([f"m{n}", f"l{n}"]),
+    )  # fmt: skip
+    async for _ in kv.scan(prefix=key, limit=3):
+        pass
+    for refused in (kv.add(key, "y"), kv.cas(key, "z", if_value="no"), kv.incr(key, 2**62)):
+        try:
+            await refused
+        except kvtcp.KvtcpError:
+            continue
+    return 19
+
+
+async def test_no_task_and_no_future_per_operation(server_loop: Any) -> None:
+    """Ten thousand operations of every data kind, failing ones among them: no task, no future on the servers."""
+
+    def on_server(work: Callable[[], Any]) -> Any:
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(), server_loop))
+
+    async def make() -> LocalCluster:
+        return await LocalCluster(3).start()
+
+    cluster = await on_server(make)
+    try:
+        async with kvtcp.connect(cluster.url, timeout=10) as kv:
+            await every_operation(kv, 0)
+            made_before, done, n = server_loop.made, 0, 1
+            operations_before = cluster.coordinator.gateway.operations
+            while done < OPERATIONS:
+                done += sum(await asyncio.gather(*(every_operation(kv, n + i) for i in range(50))))
+                n += 50
+            made = server_loop.made - made_before
+            assert cluster.coordinator.gateway.operations - operations_before >= OPERATIONS
+            assert made == 0, f"{made} tasks and futures for {done} operations"
+            # the counter counts: a backup is administration, and makes some
+            await kv.backup("counted")
+            assert server_loop.made > made_before
+    finally:
+        await on_server(cluster.close)
