@@ -203,7 +203,7 @@ async def restart_empty(cluster: LocalCluster, node: str) -> NodeServer:
 
 def keys_of_shards(cluster: LocalCluster, per_shard: int = 1, prefix: str = "k") -> list[str]:
     """Keys that cover every shard, `per_shard` each."""
-    wanted = {number: per_shard for number in range(cluster.shards)}
+    wanted = dict.fromkeys(range(cluster.shards), per_shard)
     keys, n = [], 0
     while wanted:
         key = f"{prefix}{n}"

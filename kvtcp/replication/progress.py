@@ -58,6 +58,7 @@ class Progress:
         "connected",
         "early",
         "full",
+        "heard_ms",
         "items",
         "last_ordinal",
         "node",
@@ -73,6 +74,7 @@ class Progress:
         self.node = node
         self.connected = False  # the link is up and the node is the member the map names
         self.reason = "not connected yet"  # why not, for people
+        self.heard_ms = 0  # monotonic time of the last results: a node that sends some is not silent
         self.full = False  # the window has no room; writes of its shards wait
         self.items = 0
         self.bytes = 0

@@ -364,6 +364,7 @@ class Sequencer:
     def on_results(self, node: str, applied: int, durable: int, results: list[Any], flags: Sequence[int]) -> None:
         """A RESULTS frame. Raises LinkError if it cannot be true."""
         link = self.links[node]
+        link.heard_ms = self.now_ms
         reads: list[tuple[Op, Any]] = []
         for pair in link.on_applied(applied, results):
             op = pair[0]
@@ -622,7 +623,8 @@ class Sequencer:
                     self.write(PURGE, number, b"", (PURGE_KEYS_MAX,), 0, IGNORE, None)
 
     def _retry_reads(self, link: Progress) -> None:
-        if not link.written or link.written[0].written_ms + READ_RETRY_MS > self.now_ms:
+        # Only from silence, not from work that takes long: reads moved from a busy node would make others busy too.
+        if not link.written or max(link.written[0].written_ms, link.heard_ms) + READ_RETRY_MS > self.now_ms:
             return
         for batch in link.stages():
             if not batch.reads_moved and batch.answers:
