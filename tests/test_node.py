@@ -45,7 +45,7 @@ async def link(node: NodeServer, **changed: Any) -> Wire:
 
 
 async def test_identity_is_given_once(node: NodeServer) -> None:
-    """A refused HELLO leaves a new node without identity; the first accepted one gives it, and later ones must match."""
+    """A refused HELLO leaves a new node without identity; the first accepted gives it, later ones must match."""
     for changed in ({"node": "n2"}, {"version": 9}):
         async with await Wire.open(node.address, hello=False) as wire:
             wire.send(hello(**changed, secret="of a stranger"))
