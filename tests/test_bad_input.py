@@ -153,7 +153,8 @@ async def test_hello_of_strangers(cluster: LocalCluster, caplog: pytest.LogCaptu
                 kind, refused, *_ = await wire.receive()
                 assert (kind, refused) == (REFUSED, code)
                 assert await wire.closed() == b""
-        for name, value in (("secret", None), ("secret", b"\xff\xfe"), ("shards", [-1]), ("shards", [""]), ("epoch", "")):
+        bad_fields = (("secret", None), ("secret", b"\xff\xfe"), ("shards", [-1]), ("shards", [""]), ("epoch", ""))
+        for name, value in bad_fields:
             async with await Wire.open(node.address, hello=False) as wire:
                 wire.send([HELLO, link_hello(cluster, "n1", **{name: value})])
                 assert await wire.closed() == b""
@@ -453,14 +454,12 @@ async def test_waiting_writes_against_the_total(cluster: LocalCluster, monkeypat
     """Memory of writes that wait for a node stops the reading of clients, but closes nobody: it goes by itself."""
     monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 2 * MIB)
     async with await Wire.open(cluster.coordinator.address) as wire:
-        cluster.coordinator.sequencer.link_down("n1", "for the test")
+        await cluster.kill_node("n1")
         wire.send(*([n, "put", f"w{n}", b"v" * 100_000] for n in range(40)))
         await until(lambda: cluster.coordinator._over_total, "the cap")
         for _ in range(40):
             assert (await wire.receive())[1] == Code.NOT_ENOUGH_REPLICAS
         await until(lambda: not cluster.coordinator._over_total, "reading again")
         assert (await wire.ask("get", "w1"))[1:] == [0, None]
-        connection = cluster.coordinator.links["n1"].connection
-        assert connection is not None
-        connection.abort()
+        await cluster.restart_node("n1")
         await until(lambda: cluster.coordinator.links["n1"].progress.connected, "the link")

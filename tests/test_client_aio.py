@@ -343,7 +343,7 @@ async def test_timeouts_wait_for_answers_that_have_arrived(kv: AsyncClient[bytes
     call = asyncio.create_task(kv.put("a", b"1", timeout=0.1))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    time.sleep(0.3)  # noqa: ASYNC251  what is tested is a loop that stands still
+    time.sleep(0.3)  # noqa: ASYNC251  # sleeps: what is tested is a loop that stands still
     assert await call == 1
 
 
@@ -353,7 +353,7 @@ async def test_time_runs_out_in_a_loop_that_is_always_late(kv: AsyncClient[bytes
     call = asyncio.create_task(kv.get("a", timeout=0.1))
     end = time.monotonic() + 10
     while not call.done() and time.monotonic() < end:
-        time.sleep(0.07)  # noqa: ASYNC251  what is tested is a slow loop
+        time.sleep(0.07)  # noqa: ASYNC251  # sleeps: what is tested is a slow loop
         await asyncio.sleep(0)
     assert time.monotonic() < end
     with pytest.raises(Unavailable):
@@ -650,7 +650,7 @@ async def test_close_does_not_wait_for_a_peer_that_reads_nothing(monkeypatch: py
     await loop.sock_sendall(peer, fake_server.FrameEncoder().encode([1, 0, fake_server.INFO]))
     kv = await connecting
     calls = [asyncio.create_task(kv.put(f"k{i}", bytes(7 * MIB), timeout=30)) for i in range(3)]
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)  # sleeps: the socket takes what it can; nothing shows when it is full
     await asyncio.wait_for(kv.close(), 5)
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(result) for result in results] == [OutcomeUnknown, OutcomeUnknown, RuntimeError]

@@ -29,6 +29,8 @@ LONG: dict[str, str] = {
 
 # module -> why there is no test module of its own
 UNTESTED: dict[str, str] = {
+    "kvtcp/client/channel.py": "the connection under the asynchronous client: test_client_aio.py drives all of it",
+    "kvtcp/client/loop_thread.py": "the loop under the synchronous client: test_client_sync.py drives all of it",
     "kvtcp/_version.py": "one assignment",
     "kvtcp/testing/asyncio_fixtures.py": "one fixture; the tests of the plugin use it",
 }
