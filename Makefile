@@ -3,17 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# of `make run`
+MAIN_PORT ?= 8000
+BASE_PORT ?= 5000
+DATA_DIR ?= data
 
 .PHONY: run test lint types unit fuzz bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# one that was interrupted half-way, or whose Python is gone, is made anew
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[test,shell,bench]'
 	touch $(READY)
 
+# exec: the coordinator takes the place of the shell, so that a signal to it or Ctrl-C stops it cleanly
 run: $(READY)
-	exec $(BIN)/python bin/kvtcp-coordinator --num-nodes 3 --replication-factor 3 --main-port 8000 --base-port 5000 --data-dir data
+	exec $(BIN)/python bin/kvtcp-coordinator --num-nodes 3 --replication-factor 3 \
+		--main-port $(MAIN_PORT) --base-port $(BASE_PORT) --data-dir $(DATA_DIR)
 
 test: lint types unit
 

@@ -28,6 +28,10 @@ READ_CHUNK_BYTES_MAX: Final = 64 * KIB
 STREAMED_BODY_BYTES_MAX: Final = 2 * KIB
 MULTI_KEYS_MAX: Final = 10_000
 MULTI_BYTES_MAX: Final = 16 * MIB
+# keys of one mget together: they travel in one item of a link
+MGET_KEYS_BYTES_MAX: Final = 8 * MIB
+# values that one node returns for one mget
+MGET_VALUES_BYTES_MAX: Final = 15 * MIB
 PAGE_ITEMS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 * KIB
 REQUEST_ID_MAX: Final = 2**32 - 1
@@ -60,10 +64,14 @@ BATCH_BYTES_MAX: Final = 256 * KIB
 WAITING_ITEMS_MAX: Final = 65_536
 # keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
 PURGE_KEYS_MAX: Final = 500
+# reads over several shards that may wait for a link or for room in a window
+WAITING_MULTI_MAX: Final = 1_024
+# requests of one shard that are sequenced in its turn when several shards waited for the same window
+DRAIN_SLICE: Final = 64
+# values in one frame of results before a node sends it and goes on with the batch
+RESULTS_BYTES_MAX: Final = 1 * MIB
 PURGE_INTERVAL_MS: Final = 1_000
 TICK_MS: Final = 50
-# results that are ready to be sent are not added to beyond this; one more result may be as large as a frame
-RESULTS_BYTES_MAX: Final = 1 * MIB
 
 # --- server buffers ------------------------------------------------------------------------------
 CLIENT_OUTPUT_BYTES_MAX: Final = 1 * MIB
@@ -99,7 +107,9 @@ BACKOFF_MIN_MS: Final = 100
 BACKOFF_MAX_MS: Final = 5_000
 BACKOFF_RESET_MS: Final = 10_000
 ORPHAN_MS: Final = 60_000
-STOP_MS: Final = 10_000
+STOP_MS: Final = 9_000
+# a coordinator that stops gives open requests so long to be answered, before STOP_MS for its nodes begins
+DRAIN_MS: Final = 500
 
 # --- import ---------------------------------------------------------------------------------------
 # one read of a file, and what a decompressor may return at once
@@ -145,6 +155,14 @@ assert STREAMED_BODY_BYTES_MAX < ARRAY_ITEMS_MAX and STREAMED_BODY_BYTES_MAX < R
 )
 assert PAGE_ITEMS_MAX < ARRAY_ITEMS_MAX and WINDOW_ITEMS_MAX < ARRAY_ITEMS_MAX, "pages and batches fit the decoder"
 assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTES_MAX, "one large item fits a batch"
+assert BATCH_BYTES_MAX + MGET_KEYS_BYTES_MAX + 8 * MULTI_KEYS_MAX + 64 * KIB < FRAME_BYTES_MAX, (
+    "the keys of an mget fit a batch"
+)
+_RESULT_BYTES_MAX = max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX, PAGE_BYTES_MAX)
+assert RESULTS_BYTES_MAX + _RESULT_BYTES_MAX + 2 * MIB < LINK_FRAME_BYTES_MAX, (
+    "a frame of results that is nearly full takes the largest result, and 2 MiB of small ones and of framing"
+)
+assert 4 * DRAIN_SLICE <= WINDOW_ITEMS_MAX, "several shards have a turn when a window opens"
 assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_BYTES_MAX, (
     "whatever fits a frame of a client fits one of a link, behind what is there already"
 )
@@ -160,5 +178,6 @@ assert CLIENT_CHUNK_KEYS_MAX <= MULTI_KEYS_MAX, "a chunk is one m-request"
 assert CLIENT_CHUNK_BYTES + VALUE_BYTES_MAX + KEY_BYTES_MAX < MULTI_BYTES_MAX, "a chunk with one large value fits"
 assert CLIENT_CHUNKS_MAX * CLIENT_CHUNK_BYTES <= CLIENT_OUTSTANDING_BYTES_MAX, "the chunks under way fit the bound"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
+assert DRAIN_MS + STOP_MS < 10_000, "a coordinator stops within 10 s"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
 assert BACKUP_NAME_CHARS_MAX + 20 < NAME_BYTES_MAX, "the temporary directory of a backup has a legal name too"

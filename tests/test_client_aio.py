@@ -368,6 +368,15 @@ async def test_unavailable_is_repeated(kv: AsyncClient[bytes], server: FakeServe
     assert len(server.seen(op.encode())) == 4
 
 
+async def test_a_refusal_stays_a_refusal(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """A write refused for missing replicas is not sent again when the next refusal would come after the timeout:
+    the caller would be told "unknown" of a write that nobody executed."""
+    server.on(b"put", fake_server.error(Code.NOT_ENOUGH_REPLICAS), fake_server.drop)
+    with pytest.raises(Unavailable, match="refused by the script"):
+        await kv.put("a", b"1", timeout=1.0)
+    assert len(server.seen(b"put")) == 1
+
+
 async def test_unavailable_until_the_timeout(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """When the timeout ends the caller gets the server's own words."""
     server.on(b"put", *[fake_server.error(Code.NO_SPACE, "n2 has no space left")] * 1000)

@@ -211,7 +211,7 @@ def test_prompt_toolkit(session: Session, tmp_path: Path) -> None:
             for text, expected in steps:
                 keys.send_text(text)
                 async with asyncio.timeout(10):
-                    while expected is not None and front._session.default_buffer.text != expected:  # noqa: ASYNC110
+                    while expected is not None and front._session.default_buffer.text != expected:
                         await asyncio.sleep(0.001)  # sleeps: the prompt has no event to wait for
 
         async def typed_line(prompt: str) -> str:

@@ -39,6 +39,8 @@ from kvtcp.constants import (
     CLIENT_TIMEOUT_MS,
     CLIENT_WRITE_BUFFER_BYTES,
     PROTOCOL_VERSION,
+    TICK_MS,
+    WRITE_WAIT_MS,
 )
 from kvtcp.errors import Code, KvtcpError, ProtocolError, RequestError, Unavailable
 from kvtcp.protocol.messages import Message
@@ -49,6 +51,8 @@ TIMEOUT_S: Final = CLIENT_TIMEOUT_MS / 1000
 TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's timer takes
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
+# a write that waits for a missing replica is refused by the server within this time
+_REFUSAL_S: Final = (WRITE_WAIT_MS + 2 * TICK_MS) / 1000 + _LATE_S
 
 
 class ServerInfo(NamedTuple):
@@ -350,7 +354,11 @@ class Channel:
             if error is not None:
                 tries += 1
                 pause_s = backoff_s(tries, self._random.random())
-                if self._closed or monotonic() + pause_s >= deadline:
+                again_at = monotonic() + pause_s
+                if kind is Kind.WRITE and error.code == Code.NOT_ENOUGH_REPLICAS:
+                    # the next refusal would come after a wait too; without it, "not executed" became "unknown"
+                    again_at += _REFUSAL_S
+                if self._closed or again_at >= deadline:
                     raise error
                 await asyncio.sleep(pause_s)
             connection = await self._ready(message, deadline, timeout_s, error)

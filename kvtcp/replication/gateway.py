@@ -17,6 +17,7 @@ from kvtcp._version import __version__
 from kvtcp.constants import (
     FRAME_BYTES_MAX,
     KEY_BYTES_MAX,
+    MGET_KEYS_BYTES_MAX,
     MULTI_BYTES_MAX,
     MULTI_KEYS_MAX,
     PAGE_BYTES_MAX,
@@ -151,7 +152,10 @@ class Gateway:
     # --- one key ------------------------------------------------------------------------------------
 
     def _get(self, session: Session, ident: int, message: Message) -> None:
-        (key,) = REQUESTS[b"get"](message)
+        if len(message) == 3:
+            key = check_key(message[2])
+        else:
+            (key,) = REQUESTS[b"get"](message)  # raises: the number of arguments is wrong
         self.sequencer.read(GET, shard_of(key, self.shards), key, session, ident)
 
     def _put(self, session: Session, ident: int, message: Message) -> None:
@@ -194,6 +198,11 @@ class Gateway:
         if not keys:
             session.reply(ident, [])
             return
+        keys_bytes = sum(map(len, keys))
+        if keys_bytes > MGET_KEYS_BYTES_MAX:
+            text = f"the keys of this mget are {keys_bytes} bytes, the limit is {MGET_KEYS_BYTES_MAX}; ask for fewer"
+            details = {"keys_bytes": keys_bytes, "keys_bytes_max": MGET_KEYS_BYTES_MAX}
+            raise RequestError(text, Code.TOO_LARGE, details)
         numbers = [shard_of(key, self.shards) for key in keys]
         self.sequencer.multi_read(mget_read(keys, numbers, session, ident))
 

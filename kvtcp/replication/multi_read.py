@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Final
 
 from kvtcp.constants import PAGE_BYTES_MAX
 from kvtcp.errors import Code
@@ -18,7 +18,7 @@ from kvtcp.protocol.messages import make_cursor
 from kvtcp.protocol.operations import COUNT, MGET, PAGE
 
 Numbers = Sequence[int]
-KEY_OVERHEAD_BYTES = 32  # what a key of an mget counts in a batch beyond its bytes
+KEY_OVERHEAD_BYTES: Final = 32  # what a key of an mget counts in a batch beyond its bytes
 Row = list[Any]  # [key, value or nil, rev, ttl_ms or nil]
 
 
@@ -26,8 +26,8 @@ class MultiRead:
     """One request over `shards`. `build` makes a node's item and its size, `merge` the result from the parts."""
 
     __slots__ = (
-        "attempt", "build", "done", "error", "merge", "missing",
-        "movable", "needed", "parts", "shards", "sink", "token",
+        "attempt", "build", "bytes", "done", "error", "merge", "missing",
+        "movable", "moved", "needed", "parts", "shards", "sink", "token",
     )  # fmt: skip
 
     def __init__(
@@ -37,17 +37,20 @@ class MultiRead:
         token: Any,
         build: Callable[[list[int]], tuple[tuple[Any, ...], int]],
         merge: Callable[[list[Any]], Any],
+        size: int,
     ) -> None:
         self.shards = shards
         self.sink = sink
         self.token = token
         self.build = build
         self.merge = merge
+        self.bytes = size  # what it counts while it waits: its keys or bounds
         self.attempt = 0  # parts of other attempts are not looked at
         self.parts: list[Any] = []  # results of this attempt, by index
         self.missing = 0  # parts that have not arrived
         self.needed: dict[int, int] = {}  # shard -> number that must be committed before the answer
         self.movable = True  # whether another node could answer as well
+        self.moved = False  # begun anew because a node was silent: not again, or slow nodes would keep it for ever
         self.error: list[Any] | None = None  # [code, message, details] if a part is one
         self.done = False  # all parts of an attempt arrived, or it failed
 
@@ -59,15 +62,15 @@ class MultiRead:
         self.needed = needed
         self.error = None
 
-    def item(self, numbers: list[int]) -> tuple[tuple[Any, ...], int]:
-        """The item for a node that reads these shards, and its size in bytes."""
-        return self.build(numbers)
+    def cancel_attempt(self) -> None:
+        """No attempt is under way: parts that still arrive are not looked at."""
+        self.attempt += 1
 
     def take(self, attempt: int, index: int, result: Any) -> bool:
         """A part arrived; true if it was the last one."""
         if attempt != self.attempt or self.done:
             return False
-        if type(result) is list and result and type(result[0]) is int:
+        if type(result) is list and len(result) == 3 and type(result[0]) is int and type(result[2]) is dict:
             self.error = result
         self.parts[index] = result
         self.missing -= 1
@@ -99,14 +102,15 @@ def page_read(
 ) -> MultiRead:
     """One page of a scan; the result is `[rows, cursor or nil]`."""
 
+    size = len(lower) + len(upper or b"")
+
     def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
-        size = len(lower) + (0 if upper is None else len(upper)) + 3 * len(numbers)
-        return (PAGE, numbers, lower, upper, limit, reverse, keys_only), size
+        return (PAGE, numbers, lower, upper, limit, reverse, keys_only), size + 3 * len(numbers)
 
     def merge(runs: list[Any]) -> Any:
         return merge_runs(runs, limit, reverse)
 
-    return MultiRead(shards, sink, token, build, merge)
+    return MultiRead(shards, sink, token, build, merge, size)
 
 
 def merge_runs(runs: Sequence[tuple[list[Row], bool]], limit: int, reverse: bool) -> list[Any]:
@@ -140,10 +144,12 @@ def merge_runs(runs: Sequence[tuple[list[Row], bool]], limit: int, reverse: bool
 def count_read(shards: Numbers, lower: bytes, upper: bytes | None, sink: Any, token: Any) -> MultiRead:
     """The number of live keys in the range."""
 
-    def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
-        return (COUNT, numbers, lower, upper), len(lower) + 3 * len(numbers)
+    size = len(lower) + len(upper or b"")
 
-    return MultiRead(shards, sink, token, build, sum)
+    def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
+        return (COUNT, numbers, lower, upper), size + 3 * len(numbers)
+
+    return MultiRead(shards, sink, token, build, sum, size)
 
 
 def mget_read(keys: Sequence[bytes], shard_numbers: Sequence[int], sink: Any, token: Any) -> MultiRead:
@@ -171,5 +177,6 @@ def mget_read(keys: Sequence[bytes], shard_numbers: Sequence[int], sink: Any, to
         return merged
 
     built = [0]
-    multi = MultiRead(list(by_shard), sink, token, build, merge)
+    size = sum(map(len, keys)) + KEY_OVERHEAD_BYTES * len(keys)
+    multi = MultiRead(list(by_shard), sink, token, build, merge, size)
     return multi

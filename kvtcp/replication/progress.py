@@ -10,7 +10,7 @@ A batch passes through four stages, each a queue in order of ordinals:
     (awaiting durability) -> gone, acknowledged
 
 Invariants (`check`):
-- `items` and `bytes` count everything in the four stages, and stay under the window plus one batch;
+- `items` and `bytes` count everything in the four stages; a link without room in its window is marked `full`;
 - ordinals count the items of this link since HELLO, without a gap over the stages;
 - a batch has one stamp and is never merged with another one: an entry keeps its stamp for ever, in a re-send too.
 """
@@ -18,15 +18,18 @@ Invariants (`check`):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
-from kvtcp.constants import WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
+from kvtcp.constants import READ_RETRY_MS, WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.protocol.operations import WRITE_OP_END
 
 Item = tuple[Any, ...]  # as operations.py lays it out
-Op = list[Any]  # what waits for an answer: see sequencer.py
+Op = list[Any]  # what waits for an answer: see shard_state.py
+
+ANSWERED: Final[Op] = [-2]  # stands for an op of a kept write whose result is known already
+UNCOMMITTED_MAX: Final = 64  # batches remembered as uncommitted before those that are committed are looked for
 
 
 class LinkError(Exception):
@@ -36,7 +39,7 @@ class LinkError(Exception):
 class Batch:
     """The items of one tick for one node."""
 
-    __slots__ = ("answers", "bytes", "items", "last_ordinal", "last_seqs", "reads_moved", "stamp_ms", "written_ms")
+    __slots__ = ("answers", "bytes", "items", "last_ordinal", "last_seqs", "stamp_ms", "unmoved", "written_ms")
 
     def __init__(self, stamp_ms: int) -> None:
         self.stamp_ms = stamp_ms
@@ -46,7 +49,7 @@ class Batch:
         self.bytes = 0
         self.last_ordinal = 0  # set when closed
         self.written_ms = 0  # monotonic time of writing
-        self.reads_moved = False  # its reads were queued again elsewhere
+        self.unmoved: list[Op] | None = None  # once its reads were queued elsewhere too: those that could not be
 
 
 class Progress:
@@ -61,31 +64,45 @@ class Progress:
         "heard_ms",
         "items",
         "last_ordinal",
+        "lost",
+        "next_turn",
         "node",
         "open",
         "outgoing",
         "reason",
         "shards",
         "uncommitted",
+        "uncommitted_max",
         "written",
+        "written_ordinal",
     )
 
     def __init__(self, node: str) -> None:
         self.node = node
         self.connected = False  # the link is up and the node is the member the map names
         self.reason = "not connected yet"  # why not, for people
-        self.heard_ms = 0  # monotonic time of the last results: a node that sends some is not silent
+        self.lost = ""  # why the node, though it answers, is not the member that acknowledged; empty = it may be
+        self.heard_ms = 0  # monotonic time at which bytes came from the node last
         self.full = False  # the window has no room; writes of its shards wait
         self.items = 0
         self.bytes = 0
         self.last_ordinal = 0  # of the last closed batch
+        self.written_ordinal = 0  # of the last written batch; <= last_ordinal
         self.open: Batch | None = None
         self.outgoing: deque[Batch] = deque()
         self.written: deque[Batch] = deque()
         self.applied: deque[Batch] = deque()
         self.early: list[Any] = []  # results of the oldest written batch, of which the last are still to come
-        self.uncommitted: deque[Batch] = deque()  # batches with writes not yet known committed, in order
+        # batches with writes not yet known committed, in order: the ordinal before the batch, its last_seqs
+        self.uncommitted: deque[tuple[int, dict[int, int]]] = deque()
+        self.uncommitted_max = UNCOMMITTED_MAX  # how long `uncommitted` gets before it is looked through
         self.shards: list[Any] = []  # the ShardStates with a replica here
+        self.next_turn = 0  # index of the shard whose waiting requests are next when the window opens
+
+    def is_silent(self, now_ms: int) -> bool:
+        """Whether results are due and nothing at all was heard of the node for READ_RETRY_MS."""
+        written = self.written
+        return bool(written) and now_ms - max(written[0].written_ms, self.heard_ms) >= READ_RETRY_MS
 
     def stages(self) -> Iterator[Batch]:
         """All batches, oldest first."""
@@ -105,11 +122,19 @@ class Progress:
         if batch is None:
             return
         self.open = None
+        if batch.last_seqs:
+            self.uncommitted.append((self.last_ordinal, batch.last_seqs))
         self.last_ordinal += len(batch.items)
         batch.last_ordinal = self.last_ordinal
         self.outgoing.append(batch)
-        if batch.last_seqs:
-            self.uncommitted.append(batch)
+
+    def drop_committed(self, committed: Callable[[int, int], bool]) -> None:
+        """Forget the batches whose (shard, number) are all committed, so that `uncommitted` is bounded by the
+        uncommitted writes; not again before it is twice as long as what is left."""
+        self.uncommitted = deque(
+            entry for entry in self.uncommitted if not all(committed(*last) for last in entry[1].items())
+        )
+        self.uncommitted_max = UNCOMMITTED_MAX + 2 * len(self.uncommitted)
 
     def next_outgoing(self, now_ms: int) -> Batch | None:
         """The next batch to write; from now on its results are awaited."""
@@ -117,39 +142,47 @@ class Progress:
             return None
         batch = self.outgoing.popleft()
         batch.written_ms = now_ms
+        self.written_ordinal = batch.last_ordinal
         self.written.append(batch)
         return batch
 
-    def on_applied(self, ordinal: int, results: list[Any]) -> list[tuple[Op, Any]]:
-        """The ops that `results` answers, in order. Raises LinkError if they do not match what was sent.
+    def on_applied(self, ordinal: int, durable: int, results: list[Any]) -> tuple[list[Op], list[Any]]:
+        """Ops and results, pairwise, that became complete by a frame. Raises LinkError, with nothing changed, if it
+        does not match what was sent.
 
         A node splits large results over several frames: the ordinal then stands still until the batch is complete.
         """
-        answered: list[tuple[Op, Any]] = []
-        written = self.written
-        taken = 0
+        if not durable <= ordinal <= self.written_ordinal:
+            raise LinkError(
+                f"{self.node} applied ordinal {ordinal}, {durable} durably; the last one sent is {self.written_ordinal}"
+            )
         if self.early:
             results = self.early + results
-            self.early = []
-        while written and written[0].last_ordinal <= ordinal:
+        written = self.written
+        batches = 0  # complete now
+        due = 0  # results of these
+        for batch in written:
+            if batch.last_ordinal > ordinal:
+                break
+            batches += 1
+            due += len(batch.answers)
+        early = len(results) - due
+        if early < 0:
+            raise LinkError(f"{self.node} sent {len(results)} results, {due} were due up to ordinal {ordinal}")
+        if early and (batches == len(written) or early > len(written[batches].answers)):
+            raise LinkError(f"{self.node} sent {early} results that nobody asked for")
+        if early or self.early:
+            results, self.early = results[:due], results[due:]
+        if batches == 1:  # the usual frame: the results of one batch
             batch = written.popleft()
-            count = len(batch.answers)
-            if count:
-                if count == len(results):  # the usual frame: the results of one batch
-                    answered = list(zip(batch.answers, results, strict=True))
-                else:
-                    answered += zip(batch.answers, results[taken : taken + count], strict=False)
-                taken += count
             self.applied.append(batch)
-        if len(answered) != taken:
-            raise LinkError(f"{self.node} sent {len(results)} results, {taken} were due up to ordinal {ordinal}")
-        if taken < len(results):
-            self.early = results[taken:]
-            if not written or len(self.early) > len(written[0].answers):
-                raise LinkError(f"{self.node} sent {len(self.early)} results that nobody asked for")
-        if ordinal > self.last_ordinal:
-            raise LinkError(f"{self.node} applied ordinal {ordinal}, the last one sent is {self.last_ordinal}")
-        return answered
+            return batch.answers, results
+        answers: list[Op] = []
+        for _ in range(batches):
+            batch = written.popleft()
+            self.applied.append(batch)
+            answers += batch.answers
+        return answers, results
 
     def on_durable(self, ordinal: int) -> list[Batch]:
         """The batches acknowledged now; they leave the window."""
@@ -163,7 +196,8 @@ class Progress:
         return done
 
     def disconnect(self, reason: str) -> tuple[list[Batch], list[Op]]:
-        """The link is gone. Returns the batches of writes to keep, and the reads that must be queued elsewhere."""
+        """The link is gone. Returns the batches of writes to keep, and the reads that must be queued elsewhere: those
+        without a result, unless they were queued elsewhere already."""
         kept: list[Batch] = []
         reads: list[Op] = []
         answered = len(self.applied)  # the results of these are here already
@@ -178,8 +212,10 @@ class Progress:
                     batch.last_seqs[item[1]] = item[2]
                     if op is not None:
                         batch.answers.append(ANSWERED if n < answered else op)
-                elif op is not None and n >= answered and not old.reads_moved:
+                elif op is not None and n >= answered and old.unmoved is None:
                     reads.append(op)
+            if n >= answered and old.unmoved is not None:
+                reads += old.unmoved
             batch.bytes = old.bytes
             if batch.items:
                 kept.append(batch)
@@ -192,7 +228,8 @@ class Progress:
         self.open = None
         self.full = False
         self.early = []
-        self.items = self.bytes = self.last_ordinal = 0
+        self.items = self.bytes = self.last_ordinal = self.written_ordinal = 0
+        self.uncommitted_max = UNCOMMITTED_MAX
         for stage in (self.outgoing, self.written, self.applied, self.uncommitted):
             stage.clear()
 
@@ -213,6 +250,8 @@ class Progress:
                 assert batch.last_ordinal == ordinal + len(batch.items), "ordinals have no gap"
             ordinal = batch.last_ordinal
         assert ordinal is None or ordinal == self.last_ordinal, "last_ordinal is that of the last closed batch"
-
-
-ANSWERED: Op = []  # stands for an op of a kept write whose result is known already
+        assert self.written_ordinal <= self.last_ordinal, "what was written was closed before"
+        assert self.full or self.has_room(), "a window without room is marked full"
+        assert self.connected or not batches, "a link that is down has nothing under way"
+        asked = len(self.written[0].answers) if self.written else 0
+        assert len(self.early) <= asked, "early results are of one batch"

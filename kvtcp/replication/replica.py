@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvtcp._version import __version__
-from kvtcp.constants import FRAME_BYTES_MAX, MIB, PAGE_BYTES_MAX, RESULTS_BYTES_MAX
+from kvtcp.constants import MGET_VALUES_BYTES_MAX, PAGE_BYTES_MAX, RESULTS_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, TTL, WRITE_OP_END
@@ -27,7 +27,7 @@ from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.pages import merge_page
 from kvtcp.storage.table import Table
 
-MGET_BYTES_MAX: Final = FRAME_BYTES_MAX - MIB
+FLAG_INTERVAL_MS: Final = 250  # between two looks for expired keys, by stamps
 
 
 class Refused(Exception):
@@ -67,6 +67,7 @@ class Replica:
         self.results_bytes = 0  # of values in the list of results that `run` was given last
         self.operations = 0  # items applied since the start, for status
         self._items: Iterator[Sequence[Any]] = iter(())  # the rest of the batch being run
+        self._stamp_ms = 0  # of that batch
         self._batch_ordinal = 0  # ordinal that will be applied when it is finished
         self._flag_after_ms = 0  # stamp of the next look for expired keys
         self.flags: list[int] = []  # shards that hold expired keys, as of the last look
@@ -110,6 +111,7 @@ class Replica:
 
     def begin(self, stamp_ms: int, items: Sequence[Sequence[Any]]) -> None:
         """A batch: it is applied by `run`."""
+        assert self.applied == self._batch_ordinal, "a batch is finished before the next one begins"
         if stamp_ms > self.stamp_ms:
             self.stamp_ms = stamp_ms
         self._stamp_ms = stamp_ms
@@ -145,7 +147,7 @@ class Replica:
                         return False
         self.applied = self._batch_ordinal
         if stamp_ms >= self._flag_after_ms:
-            self._flag_after_ms = stamp_ms + 250
+            self._flag_after_ms = stamp_ms + FLAG_INTERVAL_MS
             self.flags = [number for number, table in tables.items() if table.has_expired(stamp_ms)]
         return True
 
@@ -186,9 +188,9 @@ class Replica:
             cell = self.tables[shard].get(key, stamp_ms)
             if cell is not None:
                 total_bytes += len(cell[0])
-                if total_bytes > MGET_BYTES_MAX:
-                    text = f"the values of this mget are over {MGET_BYTES_MAX} bytes; ask for fewer keys at once"
-                    return [int(Code.TOO_LARGE), text, {"bytes_max": MGET_BYTES_MAX}]
+                if total_bytes > MGET_VALUES_BYTES_MAX:
+                    text = f"the values of this mget are over {MGET_VALUES_BYTES_MAX} bytes; ask for fewer keys at once"
+                    return [int(Code.TOO_LARGE), text, {"bytes_max": MGET_VALUES_BYTES_MAX}]
             cells.append(cell)
         return cells
 

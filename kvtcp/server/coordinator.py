@@ -26,7 +26,7 @@ from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink
-from kvtcp.server.sessions import FOR_TOTAL, ClientSession
+from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
 
 log = logging.getLogger("kvtcp.coordinator")
 
@@ -104,6 +104,17 @@ class CoordinatorServer:
         """Accept clients on this bound socket."""
         self._server = await self.loop.create_server(lambda: ClientSession(self), sock=bound, backlog=1024)
         self.address = self._server.sockets[0].getsockname()[:2]
+
+    async def drain(self, wait_ms: int) -> None:
+        """Take no new clients and read no new requests; return when the open ones are answered, or after `wait_ms`."""
+        if self._server is not None:
+            self._server.close()
+        for session in self.sessions:
+            session.pause(FOR_STOP)
+        deadline = self.loop.time() + wait_ms / 1000
+        # looked at now and then: an event would have to be kept on the path of every answer
+        while self.loop.time() < deadline and any(s.outstanding or s.out for s in self.sessions):  # noqa: ASYNC110
+            await asyncio.sleep(TICK_MS / 1000 / 5)
 
     async def close(self) -> None:
         """Stop serving: no new clients, answers flushed, links closed."""

@@ -7,7 +7,9 @@ node. It is written with temp file, fsync, rename and directory fsync, and read 
                   "nodes": ["n1", ...]}
     node         {"format": 1, "role": "node", "cluster", "secret", "node"}
 
-A directory is locked (`lock` file, flock) while a process uses it, so that two can never believe they own it.
+A directory is locked (`lock` file, flock) while a process uses it, so that two can never believe they own it. The lock
+ends with its process, however that ends, so "is it locked" is also the answer to "does the process still run"; the file
+holds the process id for people. A directory that was made for a start which was then refused is removed again.
 """
 
 from __future__ import annotations
@@ -15,11 +17,23 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, Final
 
 FORMAT: Final = 1
 FILE: Final = "identity.json"
+LOCK: Final = "lock"
+# somebody who only looks (`lock_holder`) holds the lock for microseconds: not worth a refusal
+LOCK_WAIT_S: Final = 0.1
+
+# what an identity must have, by role, beyond format and role
+_FIELDS: Final[dict[str, dict[str, type]]] = {
+    "coordinator": {
+        "cluster": str, "secret": str, "epoch": int, "shards": int, "factor": int, "min_insync": int, "nodes": list,
+    },
+    "node": {"cluster": str, "secret": str, "node": str},
+}  # fmt: skip
 
 
 class IdentityError(Exception):
@@ -33,28 +47,92 @@ class DataDirectory:
         """Create and lock `path`. Raises IdentityError if it is not writable or another process has it."""
         self.path = path
         self.role = role
+        # directories made here, outermost first: removed by `unlock` if nothing was kept in them
+        self._made = [each for each in (*reversed(path.parents), path) if not each.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._made_lock = not (path / LOCK).exists()
+            self._lock = _open_lock(path)
         except OSError as error:
+            self._remove_made()
             raise IdentityError(f"the data directory {path} cannot be used: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise IdentityError(f"the data directory {path} is in use by another process") from error
+        except BlockedError as error:
+            raise IdentityError(f"the data directory {path} is in use by {error}") from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
     def read(self) -> dict[str, Any] | None:
         """The identity, None if there is none yet. Raises IdentityError for one that is not ours."""
         return read_identity(self.path, self.role)
 
     def write(self, fields: dict[str, Any]) -> None:
-        """Replace the identity, durably."""
-        write_identity(self.path, self.role, fields)
+        """Replace the identity, durably. Raises IdentityError if that is not possible."""
+        try:
+            write_identity(self.path, self.role, fields)
+        except OSError as error:
+            raise IdentityError(f"{self.path / FILE} cannot be written: {error.strerror}") from error
 
     def unlock(self) -> None:
-        """Let go of the directory."""
+        """Let go of the directory; one that has no identity is left as it was found."""
+        if self._lock < 0:
+            return
+        if self._made_lock and not (self.path / FILE).exists():
+            # still locked: whoever opened the file meanwhile sees that it is not the one of the directory any more
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._remove_made()
         os.close(self._lock)
+        self._lock = -1
+
+    def _remove_made(self) -> None:
+        for path in reversed(self._made):
+            try:
+                path.rmdir()
+            except OSError:  # something is in it, or it was never made: then it stays as it is
+                return
+
+
+class BlockedError(Exception):
+    """Another process holds the lock; the text names it."""
+
+
+def _open_lock(path: Path) -> int:
+    """The descriptor of the lock file of `path`, locked. Raises BlockedError, OSError."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # removed between open and lock by the process that gave the directory up
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                holder = _holder(descriptor)
+                os.close(descriptor)
+                raise BlockedError(holder) from error
+            time.sleep(LOCK_WAIT_S / 20)
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    pid = os.pread(descriptor, 32, 0).strip().decode("ascii", "replace")
+    return f"process {pid}" if pid.isdigit() else "another process"
+
+
+def lock_holder(path: Path) -> str | None:
+    """Who uses the data directory `path` ("process 123"), None if nobody does. Raises OSError."""
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def read_identity(path: Path, role: str) -> dict[str, Any] | None:
@@ -72,6 +150,9 @@ def read_identity(path: Path, role: str) -> dict[str, Any] | None:
             raise IdentityError(f"{file} has format {fields['format']}, this version knows format {FORMAT}")
         if fields["role"] != role:
             raise IdentityError(f"{path} is the data directory of a {fields['role']}, not of a {role}")
+        for name, kind in _FIELDS[role].items():
+            if type(fields[name]) is not kind:
+                raise TypeError(f"{name} is not of type {kind.__name__}")
     except (ValueError, KeyError, TypeError) as error:
         raise IdentityError(f"{file} is not an identity of kvtcp; move it away to start anew") from error
     return dict(fields)

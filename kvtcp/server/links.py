@@ -45,13 +45,17 @@ class LinkConnection(FramedConnection):
         assert self.transport is not None
         self.transport.set_write_buffer_limits(high=LINK_WRITE_BUFFER_BYTES)
 
+    def data_received(self, data: bytes) -> None:
+        self.link.server.begin()
+        self.link.server.sequencer.heard(self.link.node)
+        super().data_received(data)
+
     def messages_received(self, messages: list[Any]) -> None:
         for message in messages:
             if type(message) is not list or not message:
                 raise ProtocolError("a frame of a link is an array [kind, ...]")
             kind = message[0]
             if kind == RESULTS and self.live and tuple(map(type, message)) == _RESULTS_TYPES:
-                self.link.server.begin()
                 try:
                     self.link.server.sequencer.on_results(self.link.node, *message[1:])
                 except LinkError as error:
@@ -62,8 +66,8 @@ class LinkConnection(FramedConnection):
             elif kind == BACKUP and len(message) == 4 and type(message[1]) is bytes:
                 self.link.server.backups.file_done(self.link.node, *message[1:])
             elif kind == REFUSED and len(message) == 4 and type(message[2]) is bytes and type(message[3]) is int:
-                self.link.refused_at = message[3]
-                self._refuse(f"refused: {message[2].decode('utf-8', 'replace')}")
+                self.link.refused = message[2].decode("utf-8", "replace")
+                self._refuse(f"refused: {self.link.refused}")
             else:
                 raise ProtocolError("not a frame of a kvtcp node")
 
@@ -104,7 +108,7 @@ class NodeLink:
         self.progress: Progress = server.sequencer.links[node]
         self.connection: LinkConnection | None = None
         self.number = 0  # of the last HELLO; only grows
-        self.refused_at = 0  # epoch that a node which refused has promised
+        self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: dict[bytes, Any] = {}  # the last one
         self.closing = False  # the server stops: a lost connection is no event
         self.bad = ""  # why the node may not serve though it answers, for people
@@ -152,6 +156,7 @@ class NodeLink:
             self.report = await connection.answered
         if connection.lost.is_set():
             raise ConnectionError("the connection was lost after the report")
+        self.refused = ""
         self.connection = connection
         self.server.node_reported(self)
 
@@ -184,11 +189,14 @@ class NodeLink:
         self.server.begin()
         self.server.sequencer.link_down(self.node, f"connection lost: {reason}")
 
-    def stop_node(self) -> None:
-        """Ask the node to stop its process."""
-        if self.connection is not None:
-            self.connection.send((STOP,))
-            self.connection.flush()
+    def stop_node(self) -> bool:
+        """Ask the node to stop its process; false if there is no connection to ask on."""
+        connection = self.connection
+        if connection is None or connection.transport is None or connection.transport.is_closing():
+            return False
+        connection.send((STOP,))
+        connection.flush()
+        return True
 
     def close(self) -> None:
         """Close the connection for good."""

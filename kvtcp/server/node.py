@@ -118,6 +118,7 @@ class NodeServer:
         on_identity: Callable[[str, str], None] | None = None,
         on_stop: Callable[[], None] | None = None,
         spawned: bool = False,
+        orphan_ms: int = ORPHAN_MS,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.replica = Replica(node, secrets.token_hex(8), os.getpid())
@@ -130,6 +131,7 @@ class NodeServer:
         self._on_identity = on_identity
         self._on_stop = on_stop
         self._spawned = spawned
+        self._orphan_ms = orphan_ms  # a spawned node without a coordinator for so long stops
         self._link: LinkConnection | None = None  # the newest accepted link
         self._link_number = 0  # of the newest accepted link; only grows
         self._orphan: asyncio.TimerHandle | None = None
@@ -159,7 +161,7 @@ class NodeServer:
             if epoch == replica.promised and number <= self._link_number and replica.coordinator:
                 raise Refused("LINK", f"link {number} is older than link {self._link_number}")
             report = replica.hello(fields)
-            if self.secret is None:  # only a coordinator that was accepted gives a node its identity
+            if self.secret is None:  # only now: a coordinator that is refused, or just asks, founds no cluster
                 self.cluster, self.secret = cluster, secret
                 if self._on_identity is not None:
                     self._on_identity(cluster, secret)
@@ -194,7 +196,7 @@ class NodeServer:
 
     def _arm_orphan(self) -> None:
         if self._spawned and self._orphan is None:
-            self._orphan = self.loop.call_later(ORPHAN_MS / 1000, self._orphaned)
+            self._orphan = self.loop.call_later(self._orphan_ms / 1000, self._orphaned)
 
     def _disarm_orphan(self) -> None:
         if self._orphan is not None:
@@ -202,7 +204,7 @@ class NodeServer:
             self._orphan = None
 
     def _orphaned(self) -> None:
-        log.warning("event=orphaned node=%s reason=no coordinator for %s ms", self.replica.node, ORPHAN_MS)
+        log.warning("event=orphaned node=%s reason=no coordinator for %s ms", self.replica.node, self._orphan_ms)
         self.stop_requested()
 
     def start_backups(self) -> None:

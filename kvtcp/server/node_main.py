@@ -1,4 +1,9 @@
-"""`kvtcp-node`: start one node and serve until stopped."""
+"""`kvtcp-node`: start one node and serve until stopped.
+
+A node has no cluster of its own: the first coordinator whose HELLO it accepts founds its identity, which is kept in the
+data directory; from then on it serves that cluster only. A coordinator that spawns nodes writes the identity for them,
+so that nobody can be faster. Port, directory and id are checked first; what is wrong is one sentence and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvtcp.constants import BASE_PORT_DEFAULT
+from kvtcp.constants import BASE_PORT_DEFAULT, ORPHAN_MS
 from kvtcp.server import runtime
 from kvtcp.server.identity import DataDirectory, IdentityError
 from kvtcp.server.node import NodeServer
@@ -24,9 +29,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--id", required=True, help="id of the node, such as n1; the coordinator numbers them n1, n2, ..."
     )
-    parser.add_argument("--port", type=int, default=BASE_PORT_DEFAULT, help="(default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=BASE_PORT_DEFAULT, help="port for the coordinator's link (default: %(default)s)"
+    )
     parser.add_argument("--data-dir", type=Path, required=True, help="directory of this node; created if missing")
     parser.add_argument("--spawned", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--orphan-ms", type=int, default=ORPHAN_MS, help=argparse.SUPPRESS)
     runtime.add_common_arguments(parser)
     return parser
 
@@ -42,13 +50,14 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
         secret=fields.get("secret"),
         on_identity=lambda cluster, secret: directory.write({"cluster": cluster, "secret": secret, "node": options.id}),
         spawned=options.spawned,
+        orphan_ms=options.orphan_ms,
     )
+    runtime.on_stop_signals(server.stopped.set)
     try:
         await server.start(options.host, options.port)
     except OSError as error:
         raise runtime.StartError(f"port {options.port} of {options.host} cannot be used: {error.strerror}") from error
-    runtime.on_stop_signals(server.stopped.set)
-    print(f"kvtcp-node {options.id} ready on {server.address[0]}:{server.address[1]}", flush=True)  # noqa: T201
+    runtime.announce(f"kvtcp-node {options.id} ready on {runtime.join_address(*server.address)}")
     await server.stopped.wait()
     await server.close()
     return runtime.EXIT_OK if server.failure is None else runtime.EXIT_FAILED
@@ -64,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", options.id):
             raise runtime.StartError(f"--id {options.id!r} must be 1 to 32 letters, digits, _ or -")
         directory = DataDirectory(options.data_dir, "node")
-        return runtime.run(lambda: serve(options, directory), options.loop)
+        try:
+            return runtime.run(lambda: serve(options, directory), options.loop)
+        finally:
+            directory.unlock()
     except (runtime.StartError, IdentityError) as error:
         print(f"kvtcp-node: {error}", file=sys.stderr)  # noqa: T201
         return runtime.EXIT_USAGE

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import ipaddress
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -42,7 +43,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="what an acknowledged write survives; this version has memory only (default: %(default)s)",
     )
     parser.add_argument(
-        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="(default: %(default)s)"
+        "--log-level",
+        default="warning",
+        choices=["debug", "info", "warning", "error"],
+        help="least severe events to log, one line each on stderr (default: %(default)s)",
     )
     parser.add_argument("--loop", default="auto", choices=["auto", "uvloop", "asyncio"], help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"kvtcp {__version__}")
@@ -109,7 +113,25 @@ def run(main: Callable[[], Coroutine[Any, Any, int]], loop: str) -> int:
 
 
 def on_stop_signals(callback: Callable[[], None]) -> None:
-    """Call `callback` on SIGTERM and SIGINT."""
+    """Call `callback` on SIGTERM, SIGINT and, unless it is ignored (nohup), SIGHUP."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, callback)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, callback)
+
+
+def announce(line: str) -> None:
+    """Print the ready line. A stdout that nobody reads is no reason to stop serving."""
+    try:
+        print(line, flush=True)  # noqa: T201
+    except (OSError, ValueError) as error:
+        logging.getLogger("kvtcp").warning("event=stdout-closed reason=%s line=%s", error, line)
+        # what is left in the buffer would fail again at exit, and change the exit code
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+
+
+def join_address(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

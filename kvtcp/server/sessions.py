@@ -38,6 +38,7 @@ FOREIGN_FACE: Final = b"-ERR this port speaks the kvtcp protocol (length-prefixe
 FOR_OUTPUT: Final = 1
 FOR_OUTSTANDING: Final = 2
 FOR_TOTAL: Final = 4
+FOR_STOP: Final = 8  # the server stops: never resumed
 
 
 class ClientSession(FramedConnection):

@@ -1,9 +1,13 @@
 """The supervisor: starts local nodes as processes, restarts those that die, stops them all.
 
-Before it spawns it asks who is at the address: nobody (spawn), a node of this cluster (adopt), or somebody else
-(refuse to start). A node that dies is started again with back-off, BACKOFF_MIN_MS doubling to BACKOFF_MAX_MS, reset
-after it lived BACKOFF_RESET_MS. Nodes run in sessions of their own, so Ctrl-C reaches the coordinator alone, which
-stops them in order: a STOP on the link, then SIGTERM, then SIGKILL, within STOP_MS.
+Before anything is changed, `survey` asks who is at each address: nobody (spawn), a node of this cluster (adopt), or
+somebody else (refuse to start). It asks with a HELLO of epoch 0, which no node ever accepts: one of this cluster
+refuses it as FENCED and says which epoch it promised, and neither its links nor its promise change.
+
+A node that dies is started again with back-off, BACKOFF_MIN_MS doubling to BACKOFF_MAX_MS, reset after it lived
+BACKOFF_RESET_MS. That holds for an adopted node too: it is no child of this process, so its life is watched by the
+lock on its data directory, which ends with it. Nodes run in sessions of their own, so Ctrl-C reaches the coordinator
+alone, which stops them in order: a STOP on the link, then SIGTERM, then SIGKILL, within STOP_MS.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import kvtcp
 from kvtcp.constants import (
@@ -26,22 +33,46 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
-from kvtcp.protocol.link import HELLO, REFUSED, REPORT
-from kvtcp.server.identity import IdentityError, read_identity, write_identity
+from kvtcp.protocol.link import HELLO, LINK_VERSION, REFUSED
+from kvtcp.server.identity import FILE, IdentityError, lock_holder, read_identity, write_identity
 from kvtcp.server.runtime import StartError
 
 log = logging.getLogger("kvtcp.supervisor")
 
+ADOPTED_POLL_S: Final = 0.05  # how often the lock of an adopted node is looked at
 
-async def who_is_there(host: str, port: int, hello: dict[str, Any]) -> str:
-    """"free", "ours" (a node that accepts `hello`), or why whoever listens there is not a node of this cluster."""
+# what a node says of a coordinator that is not its own -> what it means to the one who starts the cluster
+_FOREIGN: Final = {
+    "SECRET": "a node of another cluster",
+    "CLUSTER": "a node of another cluster",
+    "NODE": "another node of this cluster",
+    "VERSION": "a node of another version of kvtcp",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Who listens at an address. `promised` is the epoch that a node of this cluster promised."""
+
+    kind: str  # "free", "ours", "silent" (no answer to a connection) or "foreign"
+    what: str = ""  # for people
+    promised: int = 0
+
+
+async def who_is_there(host: str, port: int, node: str, cluster: str, secret: str) -> Found:
+    """Ask the address for node `node` of the cluster. Changes nothing there. Takes at most 2 x RECOVER_WAIT_MS."""
     try:
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             reader, writer = await asyncio.open_connection(host, port)
     except ConnectionRefusedError:
-        return "free"
+        return Found("free")
     except (OSError, TimeoutError) as error:
-        return f"it does not answer ({error or 'time-out'})"
+        return Found("silent", f"something that does not answer ({error or 'time-out'})")
+    hello = {
+        "version": LINK_VERSION, "cluster": cluster, "secret": secret, "epoch": 0, "coordinator": "survey",
+        "link": 0, "node": node, "map_version": 0, "shards": [],
+    }  # fmt: skip
+    stranger = Found("foreign", "something that is not a kvtcp node")
     try:
         writer.write(FrameEncoder().encode((HELLO, hello)))
         decoder = FrameDecoder()
@@ -50,47 +81,49 @@ async def who_is_there(host: str, port: int, hello: dict[str, Any]) -> str:
             while not messages:
                 data = await reader.read(READ_CHUNK_BYTES_MAX)
                 if not data:
-                    return "it is not a kvtcp node"
+                    return stranger
                 messages = decoder.feed(data)
-        first = messages[0]
-        if type(first) is list and first and first[0] == REPORT:
-            return "ours"
-        if type(first) is list and len(first) > 2 and first[0] == REFUSED:
-            return str(first[2].decode("utf-8", "replace"))
-        return "it is not a kvtcp node"
     except (ProtocolError, OSError, TimeoutError):
-        return "it is not a kvtcp node"
+        return stranger
     finally:
         writer.close()
+    match messages[0]:
+        case [kind, bytes() as code, bytes() as reason, int() as promised] if kind == REFUSED:
+            if code == b"FENCED":
+                return Found("ours", promised=promised)
+            name, text = code.decode("utf-8", "replace"), reason.decode("utf-8", "replace")
+            return Found("foreign", _FOREIGN.get(name, f"a kvtcp node that refuses ({text})"))
+    return stranger
 
 
 class NodeProcess:
-    """One spawned node."""
+    """One local node: spawned, or adopted from a coordinator that died."""
 
-    def __init__(self, node: str, host: str, port: int, data_dir: Path, arguments: list[str]) -> None:
+    def __init__(self, node: str, command: list[str], data_dir: Path) -> None:
         self.node = node
-        self.port = port
+        self.data_dir = data_dir
         self.restarts = 0
-        self.process: asyncio.subprocess.Process | None = None
-        self.first_exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._command = [
-            sys.executable, "-m", "kvtcp.server.node_main", "--id", node, "--host", host, "--port", str(port),
-            "--data-dir", str(data_dir), "--spawned", *arguments,
-        ]  # fmt: skip
-        self._stopping = False
+        self.process: asyncio.subprocess.Process | None = None  # None = adopted, or never started
+        self.first_exit: int | None = None  # code of the first end that nobody had asked for
+        self._command = command
+        self._stopping = asyncio.Event()
+        self._spawning = asyncio.Lock()  # held while a process is made, so that none is made after `stop`
 
     async def start(self) -> None:
-        """Spawn the process."""
+        """Spawn the process, unless `stop` was called. Raises OSError."""
         root = str(Path(kvtcp.__file__).parent.parent)
         paths = [root, os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-        self.process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
+        async with self._spawning:
+            if self._stopping.is_set():
+                return
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
         log.info("event=spawned node=%s pid=%s", self.node, self.process.pid)
 
     async def watch(self) -> None:
@@ -98,98 +131,175 @@ class NodeProcess:
         loop = asyncio.get_running_loop()
         backoff_ms = BACKOFF_MIN_MS
         while True:
-            assert self.process is not None
             started = loop.time()
-            code = await self.process.wait()
-            if self._stopping:
+            code = await self._ended()
+            if self._stopping.is_set():
                 return
-            if not self.first_exit.done():
-                self.first_exit.set_result(code)
+            if self.first_exit is None:
+                self.first_exit = code
             if (loop.time() - started) * 1000 > BACKOFF_RESET_MS:
                 backoff_ms = BACKOFF_MIN_MS
-            log.warning(
-                "event=node-died node=%s pid=%s code=%s restart_in_ms=%s", self.node, self.process.pid, code, backoff_ms
-            )
-            await asyncio.sleep(backoff_ms / 1000)
-            backoff_ms = min(backoff_ms * 2, BACKOFF_MAX_MS)
-            if self._stopping:
-                return
+            log.warning("event=node-died node=%s code=%s restart_in_ms=%s", self.node, code, backoff_ms)
+            while True:
+                try:
+                    async with asyncio.timeout(backoff_ms / 1000):
+                        await self._stopping.wait()
+                        return
+                except TimeoutError:
+                    backoff_ms = min(backoff_ms * 2, BACKOFF_MAX_MS)
+                try:
+                    await self.start()
+                    break
+                except OSError as error:  # no process or no memory to be had now
+                    log.error("event=spawn-failed node=%s reason=%s", self.node, error)
             self.restarts += 1
-            await self.start()
+
+    async def _ended(self) -> int:
+        """Wait for the end of the process; its code, or -1 for an adopted one, whose code nobody tells."""
+        if self.process is not None:
+            return await self.process.wait()
+        while lock_holder(self.data_dir) is not None:  # noqa: ASYNC110 - the kernel tells nobody of a lock let go
+            await asyncio.sleep(ADOPTED_POLL_S)
+        return -1
 
     def expect_stop(self) -> None:
         """From now on its end is no accident."""
-        self._stopping = True
+        self._stopping.set()
 
-    async def stop(self) -> None:
-        """Wait for its end after STOP; SIGTERM after half of STOP_MS, SIGKILL after most of it."""
-        self._stopping = True
-        process = self.process
-        if process is None:
-            return
-        for action, share in ((None, 0.4), (process.terminate, 0.4), (process.kill, 0.2)):
-            if process.returncode is not None:
-                return
-            if action is not None:
-                log.warning("event=node-signalled node=%s pid=%s signal=%s", self.node, process.pid, action.__name__)
-                action()
+    async def stop(self, asked: bool) -> None:
+        """Wait for its end. It gets SIGTERM at once if it was not `asked` to stop, else late; SIGKILL at the last."""
+        self._stopping.set()
+        async with self._spawning:
+            pass
+        steps: list[tuple[int, float]] = [(0, 0.4)] if asked else []
+        for number, share in (*steps, (signal.SIGTERM, 0.4), (signal.SIGKILL, 0.15)):
+            if number:
+                pid = self._pid()
+                if pid is None:
+                    return
+                if asked:
+                    log.warning("event=node-signalled node=%s pid=%s signal=%s", self.node, pid, number)
+                try:
+                    os.kill(pid, number)
+                except ProcessLookupError:
+                    return
             try:
                 async with asyncio.timeout(STOP_MS / 1000 * share):
-                    await process.wait()
+                    await self._ended()
                     return
             except TimeoutError:
                 continue
+        log.error("event=node-runs-on node=%s pid=%s", self.node, self._pid())
+
+    def _pid(self) -> int | None:
+        """Whom to signal; None if the process has ended."""
+        if self.process is not None:
+            return self.process.pid if self.process.returncode is None else None
+        holder = lock_holder(self.data_dir) or ""
+        pid = holder.rpartition(" ")[2]
+        return int(pid) if pid.isdigit() else None
 
 
 class Supervisor:
     """The local nodes of one coordinator."""
 
-    def __init__(self, host: str, ports: dict[str, int], data_dir: Path, arguments: list[str]) -> None:
+    def __init__(
+        self, host: str, ports: dict[str, int], data_dir: Path, arguments: list[str], on_failure: Callable[[], None]
+    ) -> None:
         self.host = host
         self.ports = ports  # node -> port
         self.data_dir = data_dir
         self.processes: dict[str, NodeProcess] = {}
         self._arguments = arguments
+        self._on_failure = on_failure  # a watcher ended with an exception: nobody restarts its node any more
         self._watchers: list[asyncio.Task[None]] = []
+        self._adopt: set[str] = set()  # nodes that the survey found running
+        self.failure: BaseException | None = None  # what ended a watcher: a defect, the coordinator must end with it
 
-    async def start(self, hello: dict[str, Any]) -> None:
-        """Adopt or spawn every node. Raises StartError, with nothing spawned, if an address is somebody else's."""
-        to_spawn = []
-        for node, port in self.ports.items():
-            found = await who_is_there(self.host, port, {**hello, "node": node, "shards": []})
-            if found == "free":
-                to_spawn.append(node)
-            elif found != "ours":
-                raise StartError(f"port {port} of {self.host}, meant for node {node}, is in use: {found}")
-            else:
-                log.info("event=adopted node=%s port=%s", node, port)
-        for node in to_spawn:
-            self._prepare_directory(node, hello["cluster"], hello["secret"])
-        for node in to_spawn:
-            process = NodeProcess(node, self.host, self.ports[node], self.data_dir / node, self._arguments)
-            await process.start()
-            self.processes[node] = process
-            self._watchers.append(asyncio.create_task(process.watch(), name=f"watch {node}"))
+    async def survey(self, cluster: str, secret: str) -> int:
+        """Look whether every node can be adopted or spawned; returns the highest epoch a running one promised.
 
-    def _prepare_directory(self, node: str, cluster: str, secret: str) -> None:
-        path = self.data_dir / node
+        Changes nothing. Raises StartError with one sentence if an address or a directory is somebody else's.
+        """
+        asked = (who_is_there(self.host, port, node, cluster, secret) for node, port in self.ports.items())
+        promised = 0
+        for (node, port), found in zip(self.ports.items(), await asyncio.gather(*asked), strict=True):
+            path = self.data_dir / node
+            if found.kind not in ("free", "ours"):
+                raise StartError(
+                    f"port {port} of {self.host}, meant for node {node}, is in use by {found.what}; "
+                    "stop it or choose another --base-port"
+                )
+            fields, holder = self._look_at(path)
+            if fields is not None and fields["cluster"] != cluster:
+                raise StartError(
+                    f"the data directory {path} belongs to another cluster ({fields['cluster']}, this one is "
+                    f"{cluster}); use another --data-dir, or move {path} away"
+                )
+            if found.kind == "free" and holder is not None:
+                raise StartError(
+                    f"the data directory {path} is in use by {holder}, which does not listen on port {port}; start "
+                    "with the --base-port that it was started with, or stop it"
+                )
+            if found.kind == "ours":
+                if holder is None:
+                    raise StartError(
+                        f"port {port} of {self.host} is in use by node {node} of this cluster with a data directory "
+                        f"other than {path}; stop it, or list it with --nodes"
+                    )
+                self._adopt.add(node)
+            promised = max(promised, found.promised)
+        return promised
+
+    def _look_at(self, path: Path) -> tuple[dict[str, Any] | None, str | None]:
+        """Identity and user of a node's data directory. Raises StartError if it cannot be one."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            fields = read_identity(path, "node")
-            if fields is None:
-                write_identity(path, "node", {"cluster": cluster, "secret": secret, "node": node})
-            elif fields["cluster"] != cluster:
-                raise StartError(f"the data directory {path} belongs to another cluster ({fields['cluster']})")
+            if path.exists() and not path.is_dir():
+                raise StartError(f"the data directory {path} cannot be used: it is not a directory")
+            return read_identity(path, "node"), lock_holder(path)
         except IdentityError as error:
             raise StartError(str(error)) from error
         except OSError as error:
             raise StartError(f"the data directory {path} cannot be used: {error.strerror}") from error
 
+    async def start(self, cluster: str, secret: str) -> None:
+        """Adopt or spawn every node, as the survey found them. Raises StartError; `stop` ends what was spawned."""
+        for node in self.ports.keys() - self._adopt:
+            path = self.data_dir / node
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                if not (path / FILE).exists():
+                    write_identity(path, "node", {"cluster": cluster, "secret": secret, "node": node})
+            except OSError as error:
+                raise StartError(f"the data directory {path} cannot be used: {error.strerror}") from error
+        for node, port in self.ports.items():
+            path = self.data_dir / node
+            command = [
+                sys.executable, "-P", "-m", "kvtcp.server.node_main", "--id", node, "--host", self.host,
+                "--port", str(port), "--data-dir", str(path), "--spawned", *self._arguments,
+            ]  # fmt: skip
+            self.processes[node] = process = NodeProcess(node, command, path)
+            if node in self._adopt:
+                log.info("event=adopted node=%s port=%s holder=%s", node, port, lock_holder(path))
+            else:
+                try:
+                    await process.start()
+                except OSError as error:
+                    raise StartError(f"node {node} cannot be spawned: {error.strerror}") from error
+            watcher = asyncio.create_task(process.watch(), name=f"watch {node}")
+            watcher.add_done_callback(self._watcher_done)
+            self._watchers.append(watcher)
+
+    def _watcher_done(self, watcher: asyncio.Task[None]) -> None:
+        if not watcher.cancelled() and watcher.exception() is not None:
+            self.failure = watcher.exception()
+            self._on_failure()
+
     def early_exit(self) -> str | None:
         """Which node ended before the cluster was ready, for people."""
         for process in self.processes.values():
-            if process.first_exit.done():
-                return f"node {process.node} ended with code {process.first_exit.result()} while starting"
+            if process.first_exit is not None:
+                return f"node {process.node} ended with code {process.first_exit} while starting"
         return None
 
     def expect_stop(self) -> None:
@@ -197,10 +307,10 @@ class Supervisor:
         for process in self.processes.values():
             process.expect_stop()
 
-    async def stop(self) -> None:
-        """Wait until all spawned nodes have ended."""
+    async def stop(self, asked: set[str]) -> None:
+        """Wait until all local nodes have ended; `asked` are those that were told to, on their links."""
         self.expect_stop()
-        await asyncio.gather(*(process.stop() for process in self.processes.values()))
+        await asyncio.gather(*(process.stop(node in asked) for node, process in self.processes.items()))
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)

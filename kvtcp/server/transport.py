@@ -66,10 +66,10 @@ class FramedConnection(asyncio.Protocol):
         out = self.out
         if not out:
             return
+        self.out = []  # first: writing may call back into us
         transport = self.transport
         if transport is not None and not transport.is_closing():
             transport.write(out[0] if len(out) == 1 else b"".join(out))
-        self.out = []
 
     def pause_writing(self) -> None:
         self.write_paused = True

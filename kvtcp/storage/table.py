@@ -14,8 +14,8 @@ not on a clock, the shape of the tree, or the hash seed of the process. Whatever
 A key whose deadline is not after the stamp is invisible to every operation; it is physically there until it is
 overwritten, purged or cleared. `len` and `digest` are about what is physically there.
 
-`put` is the hot path: one flat method, no call in Python for a put without deadline (1.2 us with entry and chain; the
-same through evaluate and apply takes 2.6 us).
+`put` is the hot path: one flat method, no call in Python for a put without deadline. It takes 0.9 us for a present key
+and 1.3 us for a new one, entry and chain included; through evaluation and effects it would be 0.7 us more.
 """
 
 from __future__ import annotations
@@ -327,8 +327,10 @@ class Table:
     def get(self, key: bytes, stamp_ms: int) -> tuple[bytes, int, int | None] | None:
         """(value, rev, ttl_ms or None), or None if the key is not there."""
         cell = self._index.parts[hash(key) % PARTS].get(key)
-        if cell is None or cell[2] is None:
-            return cell  # without a deadline the cell is the answer
+        # Without a deadline the cell is the answer. The flag is tested first, because looking into the cell of a random
+        # key is a cache miss: 1340 instead of 1140 k/s at 1 M keys.
+        if not self._watched or cell is None or cell[2] is None:
+            return cell
         ttl_ms = cell[2] - stamp_ms
         return (cell[0], cell[1], ttl_ms) if ttl_ms > 0 else None
 

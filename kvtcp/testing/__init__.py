@@ -1,1 +1,20 @@
-"""What users need to test against the real servers."""
+"""What users need to test against the real servers: LocalCluster, and the fixtures of `kvtcp.testing.pytest_plugin`.
+
+LocalCluster is imported when it is first used (PEP 562): pytest loads the plugin, and so this package, at the start of
+every session of everybody who has kvtcp installed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvtcp.testing.local_cluster import LocalCluster
+
+__all__ = ["LocalCluster"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LocalCluster":
+        raise AttributeError(f"module 'kvtcp.testing' has no attribute {name!r}")
+    from kvtcp.testing.local_cluster import LocalCluster
+
+    return LocalCluster

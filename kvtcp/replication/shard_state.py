@@ -1,0 +1,143 @@
+"""Shard state: what the coordinator knows of each shard and link, shared by the parts of the sequencer.
+
+Pure. `Admission` (requests in), `Answers` (answers out) and `Sequencer` (links, results, time) all work on one
+`ClusterState`; it is a base class of theirs and not an object beside them because an attribute of `self` is the
+cheapest thing to reach on the path of every operation.
+
+Ops are lists, not objects, and one list is all that a request costs here (making an instance costs five times as much):
+
+    write  [WRITE, sink, token, result]                                            sink None = answered already
+    read   [op, sink, token, shard state, last number queued before it, key]       sink None = answered already
+    part   [PART, multi read, attempt, index]
+
+Simplification: a sink must not raise. Its methods only append to buffers, and an exception from one of them is a
+defect after which the state here is not to be trusted: whoever runs the sequencer ends the process.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Final, Protocol
+
+from kvtcp.errors import Code
+from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.progress import Op, Progress
+
+WRITE: Final = 0
+PART: Final = -1
+ITEM_OVERHEAD_BYTES: Final = 32  # what an item counts in a window beyond its key and value
+
+NUMBER: Final = object()  # result of a write that is its own number (put)
+AWAITED: Final = object()  # result that has not arrived
+LOST: Final = object()  # result that died with a link: the entry is applied, nobody here knows what it gave
+
+# unsequenced: (deadline_ms, bytes, op, key, args or None for a read, sink, token)
+Waiting = tuple[int, int, int, bytes, Any, Any, Any]
+# an answer: (commit it waits for, order, deadline_ms, sink or None for a multi read, token or multi read, result)
+Held = tuple[int, int, int, Any, Any, Any]
+
+
+class Sink(Protocol):
+    """Where answers go."""
+
+    def reply(self, token: Any, result: Any) -> None:
+        """The request succeeded."""
+
+    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
+        """The request ended with an error."""
+
+
+class ShardState:
+    """One shard as the coordinator sees it."""
+
+    __slots__ = (
+        "acked", "commit", "held", "last_seq", "members", "number", "pending", "purge_after_ms", "reason",
+        "serving", "stuck", "waiting", "waiting_reads", "writable",
+    )  # fmt: skip
+
+    def __init__(self, number: int, members: list[Progress]) -> None:
+        self.number = number
+        self.members = members  # first the one that answers writes
+        self.acked: dict[Progress, int] = dict.fromkeys(members, 0)  # highest number each member has durable
+        self.last_seq = 0  # highest number given
+        self.commit = 0  # highest number durable on all members; <= last_seq
+        self.pending: deque[Op] = deque()  # writes (commit, last_seq], in order
+        self.held: list[Held] = []  # heap of answers whose first field is above commit
+        self.waiting: deque[Waiting] = deque()  # not sequenced yet, in order of arrival
+        self.waiting_reads = 0  # reads in `waiting`
+        self.serving = False  # all members were heard of and agreed when the coordinator took the shard over
+        self.reason = "its members have not reported yet"  # why not serving, for people
+        self.stuck = ""  # why the pending writes can never commit, for people; empty = they can
+        self.writable = False  # serving, every member connected with room in its window, nobody waiting
+        self.purge_after_ms = 0  # no purge before this time
+
+    def all_connected(self) -> bool:
+        """Whether every member has a link."""
+        return all(link.connected for link in self.members)
+
+    def update_writable(self) -> None:
+        """Set `writable` from what it depends on."""
+        writable = self.serving and not self.waiting
+        for link in self.members:
+            if link.full or not link.connected:
+                writable = False
+        self.writable = writable
+
+    def update_stuck(self) -> None:
+        """Set `stuck` from the members that lost what others wait for."""
+        lost = [f"{link.node}: {link.lost}" for link in self.members if link.lost and self.acked[link] < self.last_seq]
+        self.stuck = "; ".join(lost)
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        assert self.commit <= self.last_seq, "commit is at most the last number"
+        assert len(self.pending) == self.last_seq - self.commit, "pending are the numbers above commit"
+        assert self.commit == min(self.acked.values()), "commit is what all members have"
+        assert max(self.acked.values()) <= self.last_seq, "nobody acknowledged a number that was not given"
+        assert not self.held or self.held[0][0] > self.commit, "what is committed is not held"
+        assert not self.held or not self.stuck, "nothing is held for a commit that cannot come"
+        reads = sum(entry[4] is None for entry in self.waiting)
+        assert self.waiting_reads == reads, "waiting reads are counted"
+        if self.writable:
+            assert self.serving and not self.waiting, "a writable shard serves, and nobody waits before the next write"
+            assert all(link.connected and not link.full for link in self.members), "all members can take a write"
+
+
+class ClusterState:
+    """All shards, all links, and the time."""
+
+    def __init__(self, cluster_map: ClusterMap) -> None:
+        self.map = cluster_map
+        self.links = {node: Progress(node) for node in cluster_map.nodes}
+        self.shards = [
+            ShardState(n, [self.links[node] for node in members]) for n, members in enumerate(cluster_map.members)
+        ]
+        for shard in self.shards:
+            for link in shard.members:
+                link.shards.append(shard)
+        self.stamp_ms = 0  # of everything queued in this tick; never decreases
+        self.now_ms = 0  # monotonic time of this tick, for deadlines only
+        self.unavailable = 0  # requests refused as not executed, for status
+
+    def begin(self, wall_ms: int, now_ms: int) -> None:
+        """A tick begins: what is queued until `close_batches` has one stamp."""
+        if wall_ms > self.stamp_ms:
+            self.stamp_ms = wall_ms
+        self.now_ms = now_ms
+
+    def _refuse(self, sink: Sink, token: Any, code: Code, text: str, shard: ShardState) -> None:
+        self.unavailable += 1
+        sink.fail(token, code, text, {"shard": shard.number})
+
+
+class _Ignore:
+    """Sink of the sequencer's own writes."""
+
+    def reply(self, token: Any, result: Any) -> None:
+        """Nobody waits for it."""
+
+    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
+        """Nobody waits for it."""
+
+
+IGNORE: Final = _Ignore()

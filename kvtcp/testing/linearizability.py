@@ -1,0 +1,109 @@
+"""Linearizability: is there an order of operations that explains what the clients of one key saw?
+
+Pure. The algorithm is that of Wing and Gong with Lowe's cache of visited (set of linearized operations, state) pairs.
+Keys are independent, so a history is checked one key at a time; that keeps the search small. Keep it to about ten
+operations at once and a thousand per key: the problem is NP-complete.
+
+An operation is a tuple `(call, ret, kind, argument, result)`:
+
+    call, ret       times of the request and of its answer, in any unit; ret None = the outcome is not known: it may
+                    take effect at any time after its call, or never
+    "get"           argument None; result the value, None if absent
+    "put"           argument the value; result "ok"
+    "delete"        argument None; result whether it was there
+    "add"           argument the value; result True if it was set, False if the key existed
+    "cas"           argument (expected, new); result whether it was set
+    "incr"          argument an integer; result the new integer
+
+The list of events (calls and returns in order of time) is doubly linked so that an operation is taken out and put back
+in O(1); place `len(events)` is the sentinel before the first and behind the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Operation = tuple[float, float | None, str, Any, Any]
+
+
+def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
+    """The specification of one key: (state, None = absent) and operation to (next state, result)."""
+    if kind == "get":
+        return state, state
+    if kind == "put":
+        return argument, "ok"
+    if kind == "delete":
+        return None, state is not None
+    if kind == "add":
+        return (argument, True) if state is None else (state, False)
+    if kind == "cas":
+        return (argument[1], True) if state == argument[0] else (state, False)
+    if kind == "incr":
+        number = (state or 0) + argument
+        return number, number
+    raise ValueError(f"unknown kind of operation: {kind}")
+
+
+class _Events:
+    """Calls and returns in order of time, linked; at equal times calls are first, which allows more."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        events = [(operation[0], 0, n) for n, operation in enumerate(operations)]
+        events += [(operation[1], 1, n) for n, operation in enumerate(operations) if operation[1] is not None]
+        events.sort()
+        self.end = len(events)
+        self.call_of = [n if not is_return else None for _, is_return, n in events]  # None = a return
+        self.places: list[list[int]] = [[] for _ in operations]  # of the call and the return, if it has one
+        for place, (_, _, n) in enumerate(events):
+            self.places[n].append(place)
+        self.after = [*range(1, self.end + 1), 0]
+        self.before = [self.end, *range(self.end)]
+
+    def take_out(self, n: int) -> None:
+        for place in self.places[n]:
+            self.after[self.before[place]] = self.after[place]
+            self.before[self.after[place]] = self.before[place]
+
+    def put_back(self, n: int) -> None:
+        for place in reversed(self.places[n]):
+            self.after[self.before[place]] = place
+            self.before[self.after[place]] = place
+
+
+def check_history(operations: Sequence[Operation], initial: Any = None, budget: int = 5_000_000) -> bool | None:
+    """Whether the history of one key is linearizable; None if `budget` steps did not tell."""
+    events = _Events(operations)
+    left = sum(operation[1] is not None for operation in operations)  # answered operations without a place in the order
+    state, taken = initial, 0
+    order: list[tuple[int, Any]] = []  # operations in the order tried, each with the state before it
+    seen: set[tuple[int, Any]] = set()
+    place = events.after[events.end]
+    while left:
+        budget -= 1
+        if budget < 0:
+            return None
+        n = events.call_of[place] if place != events.end else None
+        if n is not None:
+            _, ret, kind, argument, result = operations[n]
+            next_state, outcome = step(state, kind, argument)
+            next_taken = taken | 1 << n
+            if (ret is None or outcome == result) and (next_taken, next_state) not in seen:
+                seen.add((next_taken, next_state))
+                order.append((n, state))
+                state, taken = next_state, next_taken
+                events.take_out(n)
+                left -= ret is not None
+                place = events.after[events.end]
+            else:
+                place = events.after[place]
+            continue
+        # an operation returned that has no place in the order yet: the last choice was wrong
+        if not order:
+            return False
+        n, state = order.pop()
+        taken &= ~(1 << n)
+        events.put_back(n)
+        left += operations[n][1] is not None
+        place = events.after[events.places[n][0]]
+    return True

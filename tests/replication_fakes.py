@@ -1,0 +1,133 @@
+"""A sequencer with real replicas whose links are moved by hand, and a sink that remembers its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvtcp.protocol.link import LINK_VERSION
+from kvtcp.protocol.operations import GET, PUT
+from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.replica import Replica
+from kvtcp.replication.sequencer import Sequencer
+
+
+class Answers:
+    """Sink: `ok[token]` is a result, `failed[token]` a (code, message, details); each token is answered once."""
+
+    def __init__(self) -> None:
+        self.ok: dict[Any, Any] = {}
+        self.failed: dict[Any, tuple[int, str, dict[str, Any]]] = {}
+
+    def reply(self, token: Any, result: Any) -> None:
+        assert token not in self.ok and token not in self.failed, f"{token} is answered twice"
+        self.ok[token] = result
+
+    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
+        assert token not in self.ok and token not in self.failed, f"{token} is answered twice"
+        self.failed[token] = (code, message, details)
+
+    def __contains__(self, token: Any) -> bool:
+        return token in self.ok or token in self.failed
+
+
+def make_map(nodes: int = 3, factor: int = 3, shards: int = 4) -> ClusterMap:
+    """A map with nodes n1, n2, ..."""
+    return ClusterMap.create(
+        cluster="c", epoch=1, owner="o", shards=shards, factor=factor, min_insync=1,
+        nodes={f"n{n + 1}": ("h", n) for n in range(nodes)},
+    )  # fmt: skip
+
+
+class Cluster:
+    """All links are up after the start. Time is `now_ms`; nothing moves by itself."""
+
+    def __init__(self, nodes: int = 3, factor: int = 3, shards: int = 4, *, link: bool = True) -> None:
+        self.map = make_map(nodes, factor, shards)
+        self.sequencer = Sequencer(self.map)
+        self.replicas: dict[str, Replica] = {}
+        self.applied: dict[str, tuple[int, list[Any]]] = {}  # last applied ordinal, results not yet handed over
+        self.answers = Answers()
+        self.now_ms = 1_000
+        self.begin(0)
+        for node in self.map.nodes:
+            self.new_process(node)
+        self.sequencer.take_over({node: {} for node in self.map.nodes})
+        if link:
+            for node in self.map.nodes:
+                assert self.up(node) is None
+
+    def begin(self, ms: int = 1) -> None:
+        """Time passes."""
+        self.now_ms += ms
+        self.sequencer.begin(10**6 + self.now_ms, self.now_ms)
+
+    def tick(self, ms: int = 1) -> None:
+        """Time passes and the sequencer looks at it."""
+        self.begin(ms)
+        self.sequencer.tick()
+        self.sequencer.check()
+
+    def new_process(self, node: str) -> None:
+        """The node is a new, empty process."""
+        self.replicas[node] = Replica(node, "disk", 1)
+        self.hello(node)
+
+    def hello(self, node: str) -> dict[int, int]:
+        """A new link, as the node sees it; its positions."""
+        report = self.replicas[node].hello({
+            b"version": LINK_VERSION, b"epoch": 1, b"coordinator": b"o", b"node": node.encode(),
+            b"shards": self.map.shards_of(node),
+        })  # fmt: skip
+        self.applied[node] = (0, [])
+        return {number: seq for number, _, seq, _ in report["shards"]}
+
+    def up(self, node: str) -> str | None:
+        """Link the node again."""
+        reason = self.sequencer.link_up(node, self.hello(node))
+        self.sequencer.check()
+        return reason
+
+    def down(self, node: str, reason: str = "cut") -> None:
+        """Lose the link."""
+        self.sequencer.link_down(node, reason)
+        self.sequencer.check()
+
+    def apply(self, node: str) -> list[Any]:
+        """The node gets all that is queued to it and applies it; its results stay there. Returns the items."""
+        self.sequencer.close_batches()
+        link, replica = self.sequencer.links[node], self.replicas[node]
+        items: list[Any] = []
+        results = self.applied[node][1]
+        while (batch := link.next_outgoing(self.now_ms)) is not None:
+            replica.begin(batch.stamp_ms, batch.items)
+            assert replica.run(results)
+            items += batch.items
+        self.applied[node] = (replica.applied, results)
+        self.sequencer.check()
+        return items
+
+    def results(self, node: str, durable: bool = True) -> None:
+        """The results of what the node applied arrive; without `durable` nothing of it is acknowledged."""
+        ordinal, results = self.applied[node]
+        self.applied[node] = (ordinal, [])
+        self.sequencer.on_results(node, ordinal, ordinal if durable else 0, results, self.replicas[node].take_flags())
+        self.sequencer.check()
+
+    def pump(self, *nodes: str) -> None:
+        """Everything queued is applied and answered, by these nodes or all."""
+        for node in nodes or self.map.nodes:
+            if self.sequencer.links[node].connected:
+                self.apply(node)
+                self.results(node)
+
+    def put(self, token: Any, number: int = 0, key: bytes = b"k", value: bytes = b"v") -> None:
+        """A put by the common sink."""
+        self.sequencer.write(PUT, number, key, (value,), len(key) + len(value), self.answers, token)
+
+    def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
+        """Any other write."""
+        self.sequencer.write(op, number, key, args, len(key), self.answers, token)
+
+    def get(self, token: Any, number: int = 0, key: bytes = b"k", op: int = GET) -> None:
+        """A read of one key."""
+        self.sequencer.read(op, number, key, self.answers, token)

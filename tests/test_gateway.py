@@ -1,0 +1,216 @@
+"""Tests of the gateway: every request of the table over real replicas, its errors, and the guard of a restore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from replication_fakes import Answers, Cluster
+
+from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
+from kvtcp.errors import Code, ProtocolError
+from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.messages import REQUESTS
+from kvtcp.replication.gateway import LIMITS, Gateway, Gather
+
+
+class Session(Answers):
+    """A client connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.greeted = True
+        self.name = "?"
+
+    def progress(self, token: int, progress: dict[str, Any]) -> None:
+        raise AssertionError("the gateway itself has no progress to tell")
+
+
+class Administration:
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def status(self) -> dict[str, Any]:
+        return {"state": "ok"}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"node": "n1"}]
+
+    def shards(self) -> list[dict[str, Any]]:
+        return [{"shard": 0}]
+
+    def start_backup(self, *args: Any) -> None:
+        self.calls.append(("backup", *args))
+
+    def start_restore(self, *args: Any) -> None:
+        self.calls.append(("restore", *args))
+
+
+class Served:
+    """A gateway over a cluster whose links answer at once."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(nodes=3, factor=2, shards=8)
+        self.administration = Administration()
+        self.gateway = Gateway(self.cluster.sequencer, self.administration)
+        self.session = Session()
+        self.ident = 0
+
+    def ask(self, op: bytes, *args: Any) -> Any:
+        """The result of a request, or its error (code, message, details)."""
+        self.ident += 1
+        self.gateway.handle(self.session, [[self.ident, op, *args]])
+        self.cluster.pump()
+        self.cluster.pump()
+        return self.session.ok[self.ident] if self.ident in self.session.ok else self.session.failed[self.ident]
+
+
+@pytest.fixture
+def served() -> Served:
+    """A gateway with a greeted session."""
+    return Served()
+
+
+def test_single_keys(served: Served) -> None:
+    """Every operation on one key, with its result as the protocol document says."""
+    ask = served.ask
+    assert ask(b"get", b"k") is None and ask(b"exists", b"k") is False and ask(b"ttl", b"k") is None
+    assert ask(b"put", b"k", b"v") == 1
+    assert ask(b"get", b"k") == (b"v", 1, None)
+    assert ask(b"put", b"k", b"w", {b"ttl_ms": 5_000}) == 2
+    assert ask(b"ttl", b"k") == 5_000 and ask(b"persist", b"k") is True and ask(b"ttl", b"k") == -1
+    assert ask(b"add", b"k", b"x")[0] == Code.EXISTS
+    assert ask(b"add", b"new", b"x") >= 1
+    assert ask(b"cas", b"k", b"y", {b"value": b"w"}) > 4
+    assert ask(b"cas", b"k", b"z", {b"rev": 1})[0] == Code.MISMATCH
+    assert ask(b"incr", b"n", 4) == 4 and ask(b"incr", b"n", -5) == -1
+    assert ask(b"expire", b"k", 1_000) is True and ask(b"exists", b"k") is True
+    assert ask(b"delete", b"k", {b"value": b"no"}) is False and ask(b"delete", b"k") is True
+    assert served.gateway.operations == served.ident
+
+
+def test_many_keys(served: Served) -> None:
+    """m-operations have one result for each key, in order; empty ones are answered at once."""
+    ask = served.ask
+    revs = ask(b"mput", [[b"a", b"1"], [b"b", b"2", None], [b"c", b"3", 60_000]])
+    assert len(revs) == 3 and all(type(rev) is int for rev in revs)
+    assert [cell and cell[0] for cell in ask(b"mget", [b"c", b"x", b"a", b"c"])] == [b"3", None, b"1", b"3"]
+    assert ask(b"count", None, None) == 3 and ask(b"count", b"b", None) == 2 and ask(b"count", b"b", b"b") == 0
+    assert ask(b"mdelete", [b"a", b"x"]) == [True, False]
+    assert ask(b"mget", []) == ask(b"mput", []) == ask(b"mdelete", []) == []
+
+
+def test_part_of_an_mput_that_fails(served: Served) -> None:
+    """The error of a key is an array in its place; the others have their results."""
+    down = served.cluster.sequencer.shards[shard_of(b"a", 8)]
+    other = next(bytes([c]) for c in range(98, 123) if shard_of(bytes([c]), 8) != down.number)
+    down.serving, down.writable, down.reason = False, False, "a test"
+    result = served.ask(b"mput", [[b"a", b"1"], [other, b"2"]])
+    assert result[0][0] == Code.SHARD_DOWN and "a test" in result[0][1] and result[1] == 1
+
+
+def test_scan(served: Served) -> None:
+    """Pages in both directions, until there is no cursor; an empty range needs no node."""
+    served.ask(b"mput", [[b"k%d" % n, b"v"] for n in range(7)])
+    for options in ({}, {b"reverse": True, b"keys_only": True}):
+        seen: list[bytes] = []
+        cursor = None
+        while True:
+            rows, cursor = served.ask(b"scan", None, None, 3, options | ({b"cursor": cursor} if cursor else {}))
+            seen += [row[0] for row in rows]
+            assert all((row[1] is None) == bool(options) for row in rows)
+            if cursor is None:
+                break
+        assert seen == sorted((b"k%d" % n for n in range(7)), reverse=bool(options))
+    assert served.ask(b"scan", b"b", b"a", 3) == [[], None]
+
+
+def test_hello_comes_first(served: Served) -> None:
+    """Before it nothing else is done; it tells version, shards and limits."""
+    served.session.greeted = False
+    assert served.ask(b"get", b"k")[0] == Code.BAD_REQUEST
+    reply = served.ask(b"hello", PROTOCOL_VERSION, b"me")
+    assert (reply["shards"], reply["limits"], served.session.name) == (8, LIMITS, "me")
+    assert served.ask(b"get", b"k") is None
+    assert served.ask(b"hello", 99, b"me")[0] == Code.VERSION
+
+
+def test_administration(served: Served) -> None:
+    """Status, nodes and shards are answered at once; backup and restore are the server's."""
+    assert served.ask(b"status") == {"state": "ok"}
+    assert served.ask(b"nodes") == [{"node": "n1"}] and served.ask(b"shards") == [{"shard": 0}]
+    served.gateway.handle(served.session, [[90, b"backup"], [91, b"restore", b"b1", {b"prefix": b"p"}]])
+    session = served.session
+    assert served.administration.calls == [
+        ("backup", session, 90, None), ("restore", session, 91, "b1", "merge", b"p", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        ((b"nonsense",), Code.UNKNOWN_OP),
+        ((7,), Code.UNKNOWN_OP),
+        ((b"get",), Code.BAD_REQUEST),
+        ((b"get", b"a", b"b"), Code.BAD_REQUEST),
+        ((b"get", b""), Code.BAD_REQUEST),
+        ((b"put", b"a"), Code.BAD_REQUEST),
+        ((b"put", b"a", 5), Code.BAD_REQUEST),
+        ((b"put", b"a", b"v", {b"x": 1}), Code.BAD_REQUEST),
+        ((b"mget", [b"a", 5]), Code.BAD_REQUEST),
+        ((b"scan", None, None, 0), Code.BAD_REQUEST),
+        ((b"mget", [b"k" * 4_096] * (MGET_KEYS_BYTES_MAX // 4_096 + 1)), Code.TOO_LARGE),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_requests(served: Served, request_: tuple[Any, ...], code: Code) -> None:
+    """Each is answered with its code, the connection goes on, and nothing was queued."""
+    assert served.ask(*request_)[0] == code
+    assert all(link.last_ordinal == 0 for link in served.cluster.sequencer.links.values())
+    assert served.ask(b"get", b"k") is None
+
+
+def test_request_without_an_id(served: Served) -> None:
+    """Nobody can be answered: the error is the connection's."""
+    with pytest.raises(ProtocolError):
+        served.gateway.handle(served.session, [[b"get"]])
+
+
+def test_guard_of_a_restore(served: Served) -> None:
+    """What touches the prefix is refused, not executed; everything else goes on."""
+    served.gateway.restoring = b"p"
+    for request in (
+        (b"get", b"p1"), (b"put", b"p", b"v"), (b"mget", [b"a", b"pp"]), (b"mdelete", [b"p1"]),
+        (b"mput", [[b"p1", b"v"]]),
+        (b"scan", None, None, 5), (b"scan", b"p", None, 5), (b"count", b"o", b"pa"),
+        (b"count", None, None, {b"prefix": b"p1"}),
+    ):  # fmt: skip
+        code, text, _ = served.ask(*request)
+        assert code == Code.RESTORING and "with the prefix" in text
+    for request in (
+        (b"put", b"a", b"v"), (b"mget", [b"a", b"o"]), (b"mput", [[b"q", b"v"]]), (b"scan", b"q", None, 5),
+        (b"status",),
+        (b"count", None, b"p"), (b"mdelete", [b"q"]),
+    ):  # fmt: skip
+        assert type(served.ask(*request)) is not tuple
+    served.gateway.restoring = b""
+    assert "the cluster is being restored" in served.ask(b"get", b"a")[1]
+    assert served.ask(b"nonsense")[0] == Code.UNKNOWN_OP
+
+
+def test_gather_answers_once() -> None:
+    """When the last key is here, in the order of the keys."""
+    sink = Answers()
+    gather = Gather(sink, "t", 3)
+    gather.reply(2, "c")
+    gather.fail(0, 31, "text", {})
+    assert not sink.ok
+    gather.reply(1, "b")
+    assert sink.ok == {"t": [[31, "text", {}], "b", "c"]}
+
+
+def test_every_request_has_a_handler(served: Served) -> None:
+    """The table of messages and the gateway know the same operations."""
+    assert set(served.gateway._handlers) == set(REQUESTS)

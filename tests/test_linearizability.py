@@ -1,0 +1,99 @@
+"""Tests of the linearizability checker: known verdicts, and random histories of a correct and of a broken register."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from kvtcp.testing.linearizability import Operation, check_history, step
+
+VERDICTS: list[tuple[str, bool, list[Operation]]] = [
+    ("empty", True, []),
+    ("sequential", True, [(0, 1, "put", 1, "ok"), (2, 3, "get", None, 1)]),
+    ("stale read", False, [(0, 1, "put", 1, "ok"), (2, 3, "get", None, None)]),
+    ("concurrent read of either", True, [(0, 5, "put", 1, "ok"), (1, 2, "get", None, None), (3, 4, "get", None, 1)]),
+    ("going back", False, [(0, 9, "put", 1, "ok"), (1, 2, "get", None, 1), (3, 4, "get", None, None)]),
+    ("unknown happened", True, [(0, None, "put", 1, 0), (2, 3, "get", None, 1), (4, 5, "get", None, 1)]),
+    ("unknown undone", False, [(0, None, "put", 1, 0), (2, 3, "get", None, 1), (4, 5, "get", None, None)]),
+    ("unknown never", True, [(0, None, "put", 1, 0), (2, 3, "get", None, None)]),
+    ("unknown once", True, [(0, None, "incr", 1, 0), (2, 3, "incr", 1, 2), (4, 5, "get", None, 2)]),
+    ("applied twice", False, [(0, None, "incr", 1, 0), (2, 3, "incr", 1, 3)]),
+    ("lost update", False, [(0, 1, "incr", 1, 1), (2, 3, "incr", 1, 1)]),
+    ("cas", True, [(0, 1, "add", 1, True), (2, 3, "cas", (1, 2), True), (4, 5, "cas", (1, 3), False)]),
+    ("two adds won", False, [(0, 5, "add", 1, True), (0, 5, "add", 2, True)]),
+    ("delete", True, [(0, 1, "delete", None, False), (2, 3, "add", 1, True), (4, 5, "delete", None, True)]),
+    ("backtracking", True, [(0, 9, "put", 1, "ok"), (0, 9, "put", 2, "ok"), (10, 11, "get", None, 1)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "verdict", "history"), VERDICTS, ids=[name for name, _, _ in VERDICTS])
+def test_verdicts(name: str, verdict: bool, history: list[Operation]) -> None:
+    """Histories whose verdict is clear by eye."""
+    assert check_history(history) is verdict
+
+
+def brute_force(history: list[Operation]) -> bool:
+    """The definition: some order of all answered and some unanswered operations explains the results."""
+    answered = [n for n, operation in enumerate(history) if operation[1] is not None]
+    unanswered = [n for n, operation in enumerate(history) if operation[1] is None]
+    for count in range(len(unanswered) + 1):
+        for extra in itertools.combinations(unanswered, count):
+            for order in itertools.permutations([*answered, *extra]):
+                if explains(history, order):
+                    return True
+    return False
+
+
+def explains(history: list[Operation], order: tuple[int, ...]) -> bool:
+    """Whether `order` respects real time and gives every answered result."""
+    for earlier, later in itertools.combinations(order, 2):
+        ret = history[later][1]
+        if ret is not None and ret < history[earlier][0]:
+            return False
+    state: Any = None
+    for n in order:
+        _, ret, kind, argument, result = history[n]
+        state, outcome = step(state, kind, argument)
+        if ret is not None and outcome != result:
+            return False
+    return True
+
+
+def random_history(rng: random.Random, count: int) -> list[Operation]:
+    """Random small operations with random results: most are not linearizable, some are."""
+    history: list[Operation] = []
+    for _ in range(count):
+        kind = rng.choice(["get", "put", "delete", "add", "cas", "incr"])
+        argument: Any = {"put": 1, "add": 2, "cas": (1, 2), "incr": 1}.get(kind)
+        results: list[Any] = {"get": [None, 1, 2], "put": ["ok"], "incr": [1, 2, 3]}.get(kind, [True, False])
+        call = rng.randrange(8)
+        ret = None if kind != "get" and rng.random() < 0.2 else call + rng.randrange(1, 6)
+        history.append((call, ret, kind, argument, rng.choice(results)))
+    return history
+
+
+def test_brute_force_agrees() -> None:
+    """On 400 random small histories the search and the definition agree, and both verdicts occur."""
+    rng = random.Random(1)
+    verdicts = []
+    for _ in range(400):
+        history = random_history(rng, rng.randrange(1, 6))
+        verdict = brute_force(history)
+        assert check_history(history) is verdict, history
+        verdicts.append(verdict)
+    assert 40 < sum(verdicts) < 360
+
+
+def test_budget() -> None:
+    """A search that is cut off says so and does not guess."""
+    history: list[Operation] = [(0, 100, "put", n, "ok") for n in range(12)] + [(101, 102, "get", None, 99)]
+    assert check_history(history, budget=1_000) is None
+
+
+def test_unknown_kind() -> None:
+    """An operation without a specification is an error, not a verdict."""
+    with pytest.raises(ValueError, match="unknown kind"):
+        check_history([(0, 1, "append", 1, "ok")])

@@ -1,0 +1,120 @@
+"""What the two server commands share."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kvtcp.server import runtime
+from kvtcp.server.runtime import StartError
+from tests.process_cluster import ROOT
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    """The common flags."""
+    parser = argparse.ArgumentParser()
+    runtime.add_common_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_defaults_are_accepted() -> None:
+    """The defaults are loopback, memory, warnings, and pass the check."""
+    options = parse()
+    runtime.check_common_arguments(options)
+    assert (options.host, options.durability, options.log_level) == ("127.0.0.1", "memory", "warning")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "::", "example.org", ""])
+def test_hosts_that_others_reach(host: str) -> None:
+    """A host that is not loopback needs --allow-insecure."""
+    with pytest.raises(StartError, match="--allow-insecure"):
+        runtime.check_common_arguments(parse("--host", host))
+    runtime.check_common_arguments(parse("--host", host, "--allow-insecure"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_hosts(host: str) -> None:
+    """Loopback addresses and their usual name need nothing."""
+    runtime.check_common_arguments(parse("--host", host))
+
+
+@pytest.mark.parametrize("mode", ["sync", "os", "nonsense"])
+def test_durability_that_is_not_there(mode: str) -> None:
+    """Durability that this version does not have is refused, never silently weaker."""
+    with pytest.raises(StartError, match=f"--durability {mode} is not available"):
+        runtime.check_common_arguments(parse("--durability", mode))
+
+
+def test_ports() -> None:
+    """Ports are from 0 to 65535."""
+    assert [runtime.check_port(port, "--port") for port in (0, 65535)] == [0, 65535]
+    for port in (-1, 65536):
+        with pytest.raises(StartError, match=f"--port must be a port from 0 to 65535, not {port}"):
+            runtime.check_port(port, "--port")
+
+
+def test_addresses() -> None:
+    """IPv6 addresses are printed as a URL needs them."""
+    assert runtime.join_address("127.0.0.1", 80) == "127.0.0.1:80"
+    assert runtime.join_address("::1", 80) == "[::1]:80"
+
+
+@pytest.mark.parametrize(("name", "module"), [("asyncio", "asyncio"), ("uvloop", "uvloop"), ("auto", "uvloop")])
+def test_the_loop_is_the_one_asked_for(name: str, module: str) -> None:
+    """`--loop` chooses the event loop, `auto` takes uvloop where it is installed; the exit code comes back."""
+    code = (
+        "import asyncio, sys; from kvtcp.server import runtime\n"
+        "async def main(): print(type(asyncio.get_running_loop()).__module__); return 7\n"
+        "sys.exit(runtime.run(main, sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout.split(".")[0].strip(), done.stderr) == (7, module, "")
+
+
+async def test_stop_signals() -> None:
+    """SIGTERM, SIGINT and SIGHUP call back; an ignored SIGHUP (nohup) stays ignored."""
+    loop = asyncio.get_running_loop()
+    came = asyncio.Queue[str]()
+    runtime.on_stop_signals(lambda: came.put_nowait("stop"))
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+            async with asyncio.timeout(5):
+                assert await came.get() == "stop"
+        loop.remove_signal_handler(signal.SIGHUP)
+        old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        runtime.on_stop_signals(lambda: came.put_nowait("stop"))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, old)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+
+
+def test_a_stdout_that_nobody_reads() -> None:
+    """The ready line on a broken pipe is logged instead, and the process ends with its own exit code."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    code = "from kvtcp.server import runtime; runtime.set_up_logging('warning'); runtime.announce('ready'); exit(3)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=20
+    )
+    os.close(write_end)
+    assert done.returncode == 3
+    assert "event=stdout-closed" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_logging_level() -> None:
+    """The level of --log-level is the one of the log."""
+    code = (
+        "import logging; from kvtcp.server import runtime; runtime.set_up_logging('info'); "
+        "log = logging.getLogger('kvtcp.x'); log.debug('event=a'); log.info('event=b')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.stderr.split()[2:] == ["INFO", "kvtcp.x", "event=b"]

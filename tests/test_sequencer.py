@@ -1,0 +1,542 @@
+"""Tests of the sequencer: links lost and back, nodes that lost their data, takeover, time, and random simulations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cluster_simulation import Simulation
+from replication_fakes import Cluster
+
+from kvtcp.constants import PURGE_INTERVAL_MS, READ_RETRY_MS, WRITE_WAIT_MS
+from kvtcp.errors import Code
+from kvtcp.protocol.operations import ADD, CHAIN_AT, DELETE, GET, INCR, PURGE, PUT
+from kvtcp.replication import progress
+from kvtcp.replication.multi_read import MultiRead, count_read, mget_read
+from kvtcp.replication.progress import Batch, LinkError, Op, Progress
+from kvtcp.replication.sequencer import Sequencer, ShardState
+
+SEEDS = range(200)
+
+
+# --- links ------------------------------------------------------------------------------------------
+
+
+def test_write_is_answered_when_all_members_have_it() -> None:
+    """R1: the answer waits for the last of the three members."""
+    cluster = Cluster()
+    cluster.put("w")
+    for node in ("n1", "n2"):
+        cluster.pump(node)
+        assert "w" not in cluster.answers
+    cluster.pump("n3")
+    assert cluster.answers.ok == {"w": 1}
+
+
+def test_kept_writes_are_sent_again_with_their_stamps() -> None:
+    """A node that missed a part of the batches gets exactly that, with the old stamps and the bit to answer."""
+    cluster = Cluster(shards=1)
+    first = cluster.sequencer.shards[0].members[0].node
+    cluster.write(INCR, "one", args=(1,))
+    cluster.apply(first)  # its result is lost with the link
+    stamps = [cluster.sequencer.stamp_ms]
+    cluster.begin(5)
+    cluster.write(INCR, "two", args=(1,))
+    cluster.sequencer.close_batches()
+    stamps.append(cluster.sequencer.stamp_ms)
+    cluster.down(first)
+    cluster.begin(5)
+    assert cluster.up(first) is None
+    assert [batch.stamp_ms for batch in cluster.sequencer.links[first].outgoing] == stamps[1:]
+    cluster.pump()
+    assert cluster.answers.ok == {"two": 2}
+    assert cluster.answers.failed["one"][0] == Code.UNKNOWN and "was lost" in cluster.answers.failed["one"][1]
+    assert cluster.sequencer.unknown == 1
+    assert len({replica.tables[0].digest() for replica in cluster.replicas.values()}) == 1
+
+
+def test_result_that_arrived_survives_the_link() -> None:
+    """Applied and answered, not yet acknowledged: the client gets the result when the node is back, also when the
+    node has to apply the entry a second time."""
+    for lost in (False, True):
+        cluster = Cluster(shards=1)
+        first = cluster.sequencer.shards[0].members[0].node
+        cluster.write(ADD, "add", args=(b"v",))
+        cluster.apply(first)
+        cluster.results(first, durable=False)
+        cluster.down(first)
+        if lost:
+            cluster.new_process(first)  # it acknowledged nothing, so an empty one is as good
+        assert cluster.up(first) is None
+        cluster.get("read")
+        cluster.pump()
+        assert cluster.answers.ok["add"] == 1 and "read" in cluster.answers.ok
+        if lost:  # once more: the stand-in for the known result is kept as well
+            cluster.down(first)
+            assert cluster.up(first) is None
+
+
+def test_retry_passes_over_known_results() -> None:
+    """Batches that were sent again hold no reads that could be moved."""
+    cluster = Cluster(shards=1)
+    first = cluster.sequencer.shards[0].members[0].node
+    cluster.write(ADD, "add", args=(b"v",))
+    cluster.apply(first)
+    cluster.results(first, durable=False)
+    cluster.down(first)
+    cluster.new_process(first)
+    assert cluster.up(first) is None
+    cluster.apply(first)
+    cluster.tick(READ_RETRY_MS)
+    cluster.pump()
+    assert cluster.answers.ok == {"add": 1}
+
+
+def test_node_that_lost_its_data_serves_nothing() -> None:
+    """Its pending writes are UNKNOWN, what reads saw of them is refused, and it is not linked; the process that has
+    the data may come back and everything goes on."""
+    cluster = Cluster(shards=1)
+    cluster.put("committed")
+    cluster.pump()
+    cluster.put("pending")
+    cluster.apply("n1")
+    cluster.apply("n2")
+    cluster.get("held")
+    cluster.down("n3")
+    member = cluster.replicas["n3"]
+    cluster.pump("n1", "n2")
+    assert "held" not in cluster.answers
+    cluster.new_process("n3")
+    reason = cluster.up("n3")
+    assert reason == "it has shard 0 up to 0, but acknowledged 1"
+    assert not cluster.sequencer.links["n3"].connected
+    assert cluster.answers.failed["pending"][0] == Code.UNKNOWN
+    assert cluster.answers.failed["held"][0] == Code.NOT_ENOUGH_REPLICAS
+    assert "n3: it has shard 0 up to 0" in cluster.answers.failed["held"][1]
+    cluster.get("again")
+    cluster.sequencer.multi_read(count_read([0], b"", None, cluster.answers, "count"))
+    cluster.pump("n1", "n2")
+    assert cluster.answers.failed["again"][0] == cluster.answers.failed["count"][0] == Code.NOT_ENOUGH_REPLICAS
+    cluster.replicas["n3"] = member
+    assert cluster.up("n3") is None
+    cluster.put("after")
+    cluster.get("last")
+    cluster.pump()
+    assert cluster.answers.ok["after"] == 3 and cluster.answers.ok["last"][1] == 3
+    assert cluster.sequencer.shards[0].stuck == ""
+
+
+def test_node_with_more_than_was_given_is_not_linked() -> None:
+    """A position above the last number is no position of this cluster."""
+    cluster = Cluster(shards=1)
+    cluster.down("n2")
+    assert cluster.sequencer.link_up("n2", {0: 5}) == "it has shard 0 up to 5, above the last number given, 0"
+
+
+def test_control_item_of_a_lost_node_fails() -> None:
+    """Nobody else can answer it, also when it was looked at by the retry before; a node that is down takes none."""
+    cluster = Cluster(shards=1)
+    assert cluster.sequencer.control("n1", (CHAIN_AT, 0), [0], cluster.answers, "control")
+    cluster.apply("n1")
+    cluster.tick(READ_RETRY_MS)
+    cluster.tick()
+    cluster.down("n1")
+    assert cluster.answers.failed["control"][0] == Code.UNKNOWN
+    assert not cluster.sequencer.control("n1", (CHAIN_AT, 0), [0], cluster.answers, "refused")
+    cluster.down("n1", "still away")
+    assert cluster.sequencer.links["n1"].reason == "still away"
+
+
+def test_control_item_is_answered_at_commit() -> None:
+    """A table position of one node is handed out when the others have it too."""
+    cluster = Cluster(shards=1)
+    cluster.put("w")
+    assert cluster.sequencer.control("n1", (CHAIN_AT, 0), [0], cluster.answers, "control")
+    cluster.pump("n1", "n2")
+    assert not cluster.answers.ok
+    cluster.pump("n3")
+    assert cluster.answers.ok["control"] == (1, cluster.replicas["n2"].tables[0].chain)
+
+
+@pytest.mark.parametrize(
+    "frame", [(b"1", 1, []), (1, None, []), (1, 1, b"x"), (True, 1, []), (2, 2, [])], ids=str
+)
+def test_frame_that_cannot_be_true(frame: tuple[Any, ...]) -> None:
+    """The link is closed for it; reads in it are answered by another member, and nothing is lost."""
+    cluster = Cluster(shards=1, factor=2, nodes=2)
+    cluster.get("read")
+    cluster.write(ADD, "add", args=(b"v",))
+    node = next(name for name, link in cluster.sequencer.links.items() if link.open and len(link.open.items) == 2)
+    cluster.apply(node)
+    with pytest.raises(LinkError):
+        cluster.sequencer.on_results(node, *frame, [])
+    cluster.sequencer.check()
+    cluster.down(node)
+    assert cluster.up(node) is None
+    cluster.pump()
+    assert cluster.answers.ok["read"] is None or cluster.answers.ok["read"][1] == 1
+    assert "add" in cluster.answers
+
+
+def test_results_of_a_link_that_is_down() -> None:
+    """Late frames of a lost link are refused."""
+    cluster = Cluster(shards=1)
+    cluster.down("n1")
+    with pytest.raises(LinkError, match="not linked"):
+        cluster.sequencer.on_results("n1", 0, 0, [], [])
+
+
+# --- reads that move --------------------------------------------------------------------------------
+
+
+def reader_of(cluster: Cluster) -> str:
+    """The node with something to answer that is no write."""
+    cluster.sequencer.close_batches()
+    (name,) = (name for name, link in cluster.sequencer.links.items() if any(b.answers for b in link.outgoing))
+    return name
+
+
+def test_read_moves_from_a_silent_node_and_is_answered_once() -> None:
+    """The first answer counts, the second is dropped."""
+    cluster = Cluster(shards=1)
+    cluster.get("read")
+    silent = reader_of(cluster)
+    cluster.apply(silent)
+    cluster.tick(READ_RETRY_MS - 1)
+    others = [node for node in cluster.replicas if node != silent]
+    cluster.pump(*others)
+    assert not cluster.answers.ok
+    cluster.tick(1)
+    cluster.tick(1)
+    cluster.pump(*others)
+    assert cluster.answers.ok == {"read": None}
+    cluster.results(silent)
+
+
+def test_a_node_that_sends_is_not_silent() -> None:
+    """Large results take their time: as long as bytes come, reads stay, and a page is not begun anew."""
+    cluster = Cluster(shards=1)
+    cluster.sequencer.multi_read(mget_read([b"k"], [0], cluster.answers, "mget"))
+    slow = reader_of(cluster)
+    cluster.apply(slow)
+    for _ in range(5):
+        cluster.tick(READ_RETRY_MS - 1)
+        cluster.sequencer.heard(slow)
+    assert not any(link.open or link.outgoing for link in cluster.sequencer.links.values())
+    cluster.tick(READ_RETRY_MS)
+    assert any(link.open or link.outgoing for link in cluster.sequencer.links.values()), "now it is silent"
+
+
+def test_a_page_moves_once_from_silent_nodes() -> None:
+    """Nodes that need longer than READ_RETRY_MS for a page still answer it: it is not begun anew for ever."""
+    cluster = Cluster(nodes=2, factor=2, shards=1)
+    cluster.sequencer.multi_read(mget_read([b"k"], [0], cluster.answers, "mget"))
+    first = reader_of(cluster)
+    second = next(node for node in cluster.replicas if node != first)
+    cluster.apply(first)
+    cluster.tick(READ_RETRY_MS)
+    cluster.apply(second)
+    cluster.results(first)  # of the first attempt: too late
+    assert not cluster.answers.ok
+    for _ in range(5):
+        cluster.tick(READ_RETRY_MS)
+    cluster.results(second)
+    assert cluster.answers.ok == {"mget": [None]}
+
+
+def test_read_that_could_not_move_is_tried_again() -> None:
+    """No other member when the node fell silent: the read moves when one is back, or when the silent link is lost."""
+    for lost in (False, True):
+        cluster = Cluster(nodes=2, factor=2, shards=1)
+        cluster.down("n2")
+        cluster.get("read")
+        cluster.sequencer.multi_read(mget_read([b"k"], [0], cluster.answers, "mget"))
+        cluster.apply("n1")
+        cluster.tick(READ_RETRY_MS)
+        if lost:
+            cluster.down("n1")
+        cluster.up("n2")
+        cluster.tick()
+        cluster.pump("n2")
+        assert cluster.answers.ok == {"read": None, "mget": [None]}
+
+
+def test_read_moved_twice() -> None:
+    """Silent, moved, and the second node is lost: a third member answers."""
+    cluster = Cluster(shards=1)
+    cluster.get("read")
+    first = reader_of(cluster)
+    cluster.apply(first)
+    cluster.tick(READ_RETRY_MS)
+    second = next(name for name, link in cluster.sequencer.links.items() if name != first and link.open)
+    cluster.apply(second)
+    cluster.down(second)
+    third = next(name for name in cluster.replicas if name not in (first, second))
+    cluster.pump(third)
+    if not cluster.answers.ok:  # it may as well have gone back to the first
+        cluster.pump(first)
+    assert cluster.answers.ok == {"read": None}
+
+
+def test_answered_read_does_not_move() -> None:
+    """A read that was moved and answered by the second node stays answered when the first is lost."""
+    cluster = Cluster(shards=1)
+    cluster.get("read")
+    first = reader_of(cluster)
+    cluster.apply(first)
+    cluster.tick(READ_RETRY_MS)
+    cluster.pump(*(node for node in cluster.replicas if node != first))
+    cluster.down(first)
+    cluster.pump()
+    assert cluster.answers.ok == {"read": None}
+
+
+def test_multi_read_whose_links_are_lost_waits_once() -> None:
+    """Both links of an attempt are lost: it waits once, and is answered once when they are back."""
+    cluster = Cluster(nodes=2, factor=1, shards=2)
+    cluster.sequencer.multi_read(count_read([0, 1], b"", None, cluster.answers, "count"))
+    cluster.apply("n1")
+    cluster.apply("n2")
+    cluster.down("n1")
+    cluster.down("n2")
+    assert cluster.sequencer.waiting_items == 1
+    cluster.up("n1")
+    cluster.up("n2")
+    cluster.pump()
+    assert cluster.answers.ok == {"count": 0}
+    cluster.tick(WRITE_WAIT_MS)
+
+
+def test_multi_read_moves_from_a_silent_node() -> None:
+    """Another attempt replaces the first; parts of the first that arrive later are not looked at."""
+    cluster = Cluster(shards=1)
+    cluster.put("w")
+    cluster.pump()
+    cluster.sequencer.multi_read(mget_read([b"k"], [0], cluster.answers, "mget"))
+    silent = reader_of(cluster)
+    cluster.apply(silent)
+    cluster.tick(READ_RETRY_MS)
+    cluster.results(silent)
+    assert "mget" not in cluster.answers
+    cluster.pump()
+    assert cluster.answers.ok["mget"] == [(b"v", 1, None)]
+
+
+def test_reads_of_a_lost_link_wait_if_no_other_member_is_there() -> None:
+    """With one copy a read waits for the node and is refused with its name if it does not come back."""
+    cluster = Cluster(nodes=1, factor=1, shards=1)
+    cluster.get("early")
+    cluster.down("n1", "pulled out")
+    cluster.get("late")
+    assert cluster.sequencer.waiting_items == 2
+    cluster.tick(WRITE_WAIT_MS)
+    for token in ("early", "late"):
+        code, text, details = cluster.answers.failed[token]
+        assert (code, details) == (Code.NOT_ENOUGH_REPLICAS, {"shard": 0})
+        assert "reading shard 0 needs nodes that are missing (n1: pulled out)" in text
+
+
+# --- takeover, time ---------------------------------------------------------------------------------
+
+
+def test_take_over_goes_on_at_the_reported_position() -> None:
+    """A new coordinator over nodes that run on: numbers go on; a shard whose members differ is down, others serve."""
+    cluster = Cluster(shards=2)
+    for number in (0, 1, 1):
+        cluster.put(object(), number)
+    cluster.pump()
+    sequencer = Sequencer(cluster.map)
+    positions = {
+        name: {n: (table.seq, table.chain) for n, table in replica.tables.items()}
+        for name, replica in cluster.replicas.items()
+    }
+    positions["n2"][1] = (1, 7)
+    sequencer.take_over(positions)
+    for name in cluster.replicas:
+        assert sequencer.link_up(name, {n: seq for n, (seq, _) in positions[name].items()}) is None
+        sequencer.check()
+    assert sequencer.shards[0].writable and not sequencer.shards[1].serving
+    answers = cluster.answers
+    sequencer.write(PUT, 0, b"k", (b"v",), 2, answers, "ok")
+    sequencer.write(PUT, 1, b"k", (b"v",), 2, answers, "down")
+    sequencer.read(GET, 1, b"k", answers, "down too")
+    sequencer.multi_read(count_read([0, 1], b"", None, answers, "down as well"))
+    assert sequencer.shards[0].last_seq == 2
+    for token in ("down", "down too", "down as well"):
+        code, text, details = answers.failed[token]
+        assert (code, details) == (Code.SHARD_DOWN, {"shard": 1})
+        assert "its members differ (" in text and "n2 at 1" in text
+    with pytest.raises(AssertionError, match="before links come up"):
+        sequencer.take_over(positions)
+
+
+def test_committed_ordinal_is_bounded_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops before the first batch with an uncommitted write, goes on after its commit, and what is remembered
+    meanwhile does not grow with what other shards commit."""
+    monkeypatch.setattr(progress, "UNCOMMITTED_MAX", 4)
+    cluster = Cluster(nodes=3, factor=2, shards=3)
+    sequencer = cluster.sequencer
+    other = next(s.number for s in sequencer.shards if "n3" not in cluster.map.members[s.number])
+    number = next(s.number for s in sequencer.shards if set(cluster.map.members[s.number]) == {"n1", "n3"})
+    link = sequencer.links["n1"]
+    cluster.put("first", other)
+    cluster.pump("n1", "n2")
+    assert sequencer.committed_ordinal(link) == 1
+    cluster.put("stays", number)
+    cluster.pump("n1")
+    for n in range(50):
+        cluster.begin()
+        cluster.put(n, other)
+        cluster.pump("n1", "n2")
+        assert n in cluster.answers.ok
+        assert sequencer.committed_ordinal(link) == 1
+    assert len(link.uncommitted) <= progress.UNCOMMITTED_MAX + 4
+    cluster.pump("n3")
+    assert "stays" in cluster.answers.ok
+    assert sequencer.committed_ordinal(link) == link.last_ordinal == 52
+    assert not link.uncommitted
+
+
+def test_purge_follows_a_flag() -> None:
+    """A node that flags a shard makes the sequencer purge it, once per interval; nonsense flags are passed over."""
+    cluster = Cluster(shards=2)
+    cluster.sequencer.write(PUT, 1, b"k", (b"v", 5), 2, cluster.answers, "w")
+    cluster.pump()
+    for flags in ([1], [1, 2, -1, b"x", []]):
+        cluster.sequencer.on_results("n1", 1, 1, [], flags)
+    cluster.tick(10)
+    assert [item[:3] for item in cluster.apply("n2")] == [(PURGE, 1, 2)]
+    cluster.pump()
+    assert len(cluster.replicas["n1"].tables[1]) == 0
+    cluster.sequencer.on_results("n1", 2, 2, [], [1])
+    cluster.tick(1)
+    assert cluster.apply("n2") == []
+    cluster.down("n3")
+    cluster.tick(PURGE_INTERVAL_MS)  # a purge is no reason to wait for a missing node
+    assert cluster.apply("n2") == [] and cluster.sequencer.waiting_items == 0
+
+
+def test_stamps_never_decrease() -> None:
+    """A wall clock that jumps back does not take the stamps with it."""
+    cluster = Cluster()
+    cluster.sequencer.begin(5_000_000, 1)
+    cluster.sequencer.begin(4_000_000, 2)
+    assert cluster.sequencer.stamp_ms == 5_000_000
+
+
+# --- simulations ------------------------------------------------------------------------------------
+
+
+def test_simulations() -> None:
+    """Random runs with all faults: every oracle holds, and enough was answered for that to mean something."""
+    answered = faults = 0
+    for seed in SEEDS:
+        simulation = Simulation(seed)
+        try:
+            simulation.run()
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}: {error!r}") from error
+        answered += sum(request.outcome == "ok" for request in simulation.requests)
+        faults += simulation.faults
+    assert answered > 200 * len(SEEDS) and faults > 3 * len(SEEDS)
+
+
+def test_simulation_repeats_itself() -> None:
+    """The same seed gives the same run."""
+    runs = [Simulation(3), Simulation(3)]
+    for run in runs:
+        run.run()
+    assert [(r.kind, r.outcome, r.results, r.ret) for r in runs[0].requests] == [
+        (r.kind, r.outcome, r.results, r.ret) for r in runs[1].requests
+    ]
+
+
+class ReleasesAbsent(Sequencer):
+    """R11 b without its second half: an answer that shows nothing does not wait."""
+
+    def _hold(self, shard: ShardState, needed: int, sink: Any, token: Any, value: Any) -> None:
+        if sink is not None and (value is None or value is False):
+            sink.reply(token, value)
+        else:
+            super()._hold(shard, needed, sink, token, value)
+
+
+class ReleasesPresent(Sequencer):
+    """R11 b without its first half: a value is shown before it is committed."""
+
+    def _hold(self, shard: ShardState, needed: int, sink: Any, token: Any, value: Any) -> None:
+        if sink is not None and value is not None and value is not False:
+            sink.reply(token, value)
+        else:
+            super()._hold(shard, needed, sink, token, value)
+
+
+class ReleasesMulti(Sequencer):
+    """A page is answered when its parts are here."""
+
+    def _release_multi(self, multi: MultiRead) -> None:
+        multi.answer()
+
+
+class AcknowledgesForAll(Sequencer):
+    """R1 broken: one member's acknowledgement counts for all."""
+
+    def _acknowledged(self, shard: ShardState, link: Progress, seq: int) -> None:
+        for member in shard.members:
+            super()._acknowledged(shard, member, seq)
+
+
+class ForgetsKept(Sequencer):
+    """What a node missed while its link was down is not sent again."""
+
+    def _send_again(self, link: Progress, old: Batch, positions: dict[int, int]) -> None:
+        super()._send_again(link, old, dict.fromkeys(range(99), 10**9))
+
+
+class ForgetsReads(Sequencer):
+    """Reads of a lost link are not queued elsewhere."""
+
+    def _move_reads(self, reads: Any, avoid: Progress | None) -> list[Op]:
+        return [] if avoid is None else super()._move_reads(reads, avoid)
+
+
+class ForgetsUnmoved(Sequencer):
+    """Reads that could not leave a silent node count as moved."""
+
+    def _retry_reads(self, link: Progress) -> None:
+        super()._retry_reads(link)
+        for batch in link.stages():
+            if batch.unmoved is not None:
+                batch.unmoved = []
+
+
+class RefusesPending(Sequencer):
+    """I9 broken: a write whose outcome is open is reported as not executed."""
+
+    def _answer_unknown(self, shard: ShardState, sink: Any, token: Any, why: str) -> None:
+        self._refuse(sink, token, Code.NOT_ENOUGH_REPLICAS, why, shard)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        ReleasesAbsent, ReleasesPresent, ReleasesMulti, AcknowledgesForAll, ForgetsKept, ForgetsReads, ForgetsUnmoved,
+        RefusesPending,
+    ],
+)  # fmt: skip
+def test_planted_mistakes_are_found(mutant: type[Sequencer]) -> None:
+    """Every wrong sequencer is found by the simulation within the seeds."""
+    for seed in SEEDS:
+        try:
+            Simulation(seed, mutant).run()
+        except Exception:  # an oracle, or a replica that refuses to go on
+            return
+    pytest.fail(f"{mutant.__name__} was not found")
+
+
+def test_unused_delete_is_an_entry() -> None:
+    """An operation without effect is numbered, applied everywhere and answered like any other."""
+    cluster = Cluster(shards=1)
+    cluster.write(DELETE, "delete")
+    cluster.pump()
+    assert cluster.answers.ok == {"delete": False} and cluster.sequencer.shards[0].commit == 1
