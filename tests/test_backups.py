@@ -394,8 +394,7 @@ async def test_refusals_at_once_do_not_spin(
     assert answer[1] in (Code.UNKNOWN, Code.SHARD_DOWN)
     assert cluster.coordinator.sequencer.unavailable - before < 500
     for shard in cluster.coordinator.sequencer.shards:
-        shard.serving = True
-        cluster.coordinator.sequencer._update_writable(shard)
+        shard.serving = shard.writable = True
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, action: Any, times: int = 1) -> None:
