@@ -183,17 +183,17 @@ async def test_deadlines(cluster: LocalCluster, kv: Any) -> None:
     await kv.put("soon", "v", ttl=0.25)
     await kv.put("ever", "v")
     await until(lambda: cluster.coordinator.sequencer.stamp_ms, "a tick")
-    while await kv.exists("short"):  # noqa: ASYNC110 - time has no event to wait for
+    while await kv.exists("short"):
         await asyncio.sleep(0.002)
     await kv.backup("lives")
     lives = {pair.key: pair.ttl_ms for pair in files.read_pairs(cluster.backup_dir / "lives")}
     assert set(lives) == {b"long", b"soon", b"ever"} and lives[b"ever"] is None
     assert lives[b"soon"] is not None and lives[b"long"] is not None and 990_000 < lives[b"long"] <= 1_000_000
-    while await kv.exists("soon"):  # noqa: ASYNC110 - time has no event to wait for
+    while await kv.exists("soon"):
         await asyncio.sleep(0.005)
     await kv.restore("lives", "replace")
     assert 990 < await kv.ttl("long") <= lives[b"long"] / 1000 and await kv.ttl("ever") == math.inf
-    while await kv.exists("soon"):  # noqa: ASYNC110 - time has no event to wait for
+    while await kv.exists("soon"):
         await asyncio.sleep(0.005)
     assert await everything(kv) == {b"long": b"v", b"ever": b"v"}
 
@@ -211,7 +211,7 @@ async def test_key_that_expires_during_the_comparison(
         async def count() -> int:
             return await self._count(b"b")
 
-        while await count():  # noqa: ASYNC110 - time has no event to wait for
+        while await count():
             await asyncio.sleep(0.01)
         if lost:
             await self._write(CLEAR, 0, b"", (None, 1000))
@@ -540,7 +540,7 @@ async def test_disk_errors(
 
 async def test_coordinator_stops_during_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator that stops ends its backup and leaves no published half."""
-    async with LocalCluster(1, shards=4, backup_dir=tmp_path) as cluster:  # noqa: SIM117 - the second needs the first
+    async with LocalCluster(1, shards=4, backup_dir=tmp_path) as cluster:
         async with await Wire.open(cluster.coordinator.address) as wire:
             monkeypatch.setattr(backup_job.BackupJob, "_slice", lambda self: None)
             wire.send([1, "backup", "cut"])

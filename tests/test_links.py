@@ -240,32 +240,3 @@ async def test_silent_node_and_moved_reads() -> None:
         node._link.transport.resume_reading()
         await until(lambda: not cluster.coordinator.links["n1"].progress.items, "the window")
         assert await kv.get("a") == b"2", "the write was sequenced: it happened, once"
-
-
-async def test_busy_node_keeps_its_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old reads of a node that still sends results stay with it; of one that is silent they move, once."""
-    async with LocalCluster(2, shards=1) as cluster, kvtcp.connect(cluster.url) as kv:
-        await kv.put("a", "1")
-        sequencer = cluster.coordinator.sequencer
-        moved: list[Any] = []
-        connection = cluster.coordinator.links["n1"].connection
-        assert connection is not None
-        monkeypatch.setattr(sequencer, "_move_reads", lambda reads, avoid: moved.append((len(reads), avoid)))
-        link = sequencer.links["n1"]
-        monkeypatch.setattr(sequencer, "_reader", lambda shard, avoid: link)
-        node = cluster.nodes["n1"]._link
-        assert node is not None and node.transport is not None
-        node.transport.pause_reading()
-        read = asyncio.ensure_future(kv.get("a"))
-        await until(lambda: link.written, "the read on its way")
-        monkeypatch.setattr(sequencer, "tick", lambda: None)
-        sequencer.now_ms = link.written[0].written_ms + 1_000
-        link.heard_ms = sequencer.now_ms - 10
-        sequencer._retry_reads(link)
-        assert moved == []
-        link.heard_ms = 0
-        sequencer._retry_reads(link)
-        sequencer._retry_reads(link)
-        assert sum(count for count, _ in moved) == 1 and moved[0][1] is link
-        node.transport.resume_reading()
-        assert await read == b"1"
