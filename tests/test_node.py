@@ -143,10 +143,9 @@ async def test_stop(node: NodeServer) -> None:
     assert node.failure is None
 
 
-async def test_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_orphan() -> None:
     """A spawned node stops by itself some time after the last link closed, not while there is one."""
-    monkeypatch.setattr(node_module, "ORPHAN_MS", 80)
-    server = NodeServer("n1", spawned=True)
+    server = NodeServer("n1", spawned=True, orphan_ms=80)
     await server.start("127.0.0.1", 0)
     async with await link(server):
         assert server._orphan is None
