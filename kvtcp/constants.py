@@ -158,7 +158,7 @@ assert BATCH_BYTES_MAX + VALUE_BYTES_MAX + KEY_BYTES_MAX + 64 * KIB < FRAME_BYTE
 assert BATCH_BYTES_MAX + MGET_KEYS_BYTES_MAX + 8 * MULTI_KEYS_MAX + 64 * KIB < FRAME_BYTES_MAX, (
     "the keys of an mget fit a batch"
 )
-assert LINK_FRAME_BYTES_MAX > RESULTS_BYTES_MAX + max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX) + 2 * MIB, (
+assert RESULTS_BYTES_MAX + max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX) + 2 * MIB < LINK_FRAME_BYTES_MAX, (
     "a frame of results that is nearly full takes the largest result, and 2 MiB of small ones and of framing"
 )
 assert 4 * DRAIN_SLICE <= WINDOW_ITEMS_MAX, "several shards have a turn when a window opens"
