@@ -394,8 +394,7 @@ async def test_refusals_at_once_do_not_spin(
     assert answer[1] in (Code.UNKNOWN, Code.SHARD_DOWN)
     assert cluster.coordinator.sequencer.unavailable - before < 500
     for shard in cluster.coordinator.sequencer.shards:
-        shard.serving = True
-        shard.update_writable()
+        shard.serving = shard.writable = True
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, action: Any, times: int = 1) -> None:
@@ -452,8 +451,7 @@ async def test_node_lost_twice(
     """A second loss fails the backup with its reason; no directory is left, and the next backup works."""
     await kv.put_many({f"k{n}": "v" for n in range(100)})
     interrupt(monkeypatch, lambda job: cut_link(cluster.coordinator, job._node), times=1000)
-    why = r"(.* was lost|no replica of .* can be read)"
-    with pytest.raises(Unavailable, match=rf"failed 2 times, last: {why}; nothing was published"):
+    with pytest.raises(Unavailable, match=r"failed 2 times, last: .* was lost; nothing was published"):
         await impatient.backup("never")
     monkeypatch.undo()
     await until(lambda: not any(node._jobs for node in cluster.nodes.values()), "the end of all jobs")

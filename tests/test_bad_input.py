@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, healthy, link_hello, pack, until
+from server_tools import BOTH_LOOPS, Wire, cut_link, event_loop_policy, healthy, link_hello, pack, until
 
 import kvtcp
 from kvtcp.constants import FRAME_BYTES_MAX, KEY_BYTES_MAX, MIB, REQUEST_ID_MAX, VALUE_BYTES_MAX
@@ -17,6 +17,7 @@ from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REFUSED, REPORT
 from kvtcp.server import coordinator as coordinator_module
 from kvtcp.server import sessions as sessions_module
+from kvtcp.server.links import NodeLink
 from kvtcp.testing.local_cluster import LocalCluster
 
 __all__ = ["event_loop_policy"]
@@ -153,8 +154,7 @@ async def test_hello_of_strangers(cluster: LocalCluster, caplog: pytest.LogCaptu
                 kind, refused, *_ = await wire.receive()
                 assert (kind, refused) == (REFUSED, code)
                 assert await wire.closed() == b""
-        bad_fields = (("secret", None), ("secret", b"\xff\xfe"), ("shards", [-1]), ("shards", [""]), ("epoch", ""))
-        for name, value in bad_fields:
+        for name, value in (("secret", None), ("secret", b"\xff"), ("shards", [-1]), ("shards", [""]), ("epoch", "")):
             async with await Wire.open(node.address, hello=False) as wire:
                 wire.send([HELLO, link_hello(cluster, "n1", **{name: value})])
                 assert await wire.closed() == b""
@@ -454,12 +454,21 @@ async def test_waiting_writes_against_the_total(cluster: LocalCluster, monkeypat
     """Memory of writes that wait for a node stops the reading of clients, but closes nobody: it goes by itself."""
     monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 2 * MIB)
     async with await Wire.open(cluster.coordinator.address) as wire:
-        await cluster.kill_node("n1")
+        go_on = asyncio.Event()
+        connect = NodeLink._connect
+
+        async def held(self: NodeLink, connection: Any) -> None:
+            await go_on.wait()
+            await connect(self, connection)
+
+        monkeypatch.setattr(NodeLink, "_connect", held)
+        cut_link(cluster.coordinator, "n1")
+        await until(lambda: not cluster.coordinator.links["n1"].progress.connected, "the cut")
         wire.send(*([n, "put", f"w{n}", b"v" * 100_000] for n in range(40)))
         await until(lambda: cluster.coordinator._over_total, "the cap")
         for _ in range(40):
             assert (await wire.receive())[1] == Code.NOT_ENOUGH_REPLICAS
         await until(lambda: not cluster.coordinator._over_total, "reading again")
         assert (await wire.ask("get", "w1"))[1:] == [0, None]
-        await cluster.restart_node("n1")
+        go_on.set()
         await until(lambda: cluster.coordinator.links["n1"].progress.connected, "the link")
