@@ -251,3 +251,18 @@ def test_refuse_waiting() -> None:
 def test_every_write_operation_is_below_the_reads() -> None:
     """What is waiting is told apart by its operation."""
     assert max(PUT, ADD, DELETE) < WRITE_OP_END <= min(GET, PAGE, MGET)
+
+
+def test_waiting_multi_reads_are_refused_together() -> None:
+    """Reads over several shards that wait to begin can be refused, and are no longer counted as waiting."""
+    cluster = Cluster(nodes=1, factor=1, shards=1)
+    cluster.down("n1")
+    for token in ("one", "two"):
+        cluster.sequencer.multi_read(count_read([0], b"", None, cluster.answers, token))
+    assert cluster.sequencer.waiting_items == 2
+    cluster.sequencer.refuse_waiting_multi(Code.RESTORING, "closed")
+    cluster.sequencer.check()
+    assert (cluster.sequencer.waiting_items, cluster.sequencer.waiting_bytes) == (0, 0)
+    assert {token: failed[0] for token, failed in cluster.answers.failed.items()} == {
+        "one": Code.RESTORING, "two": Code.RESTORING,
+    }  # fmt: skip

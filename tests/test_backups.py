@@ -342,6 +342,56 @@ async def test_waiting_writes_of_a_replace(cluster: LocalCluster, kv: Any) -> No
         assert (await wire.receive())[:2] == [100, 0]
 
 
+async def test_prefix_is_closed_before_it_is_saved(
+    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No write can fall between what `replace` saves and what it clears; if saving fails all is open again."""
+    await kv.put_many({"in/1": "v"})
+    await kv.backup("base")
+    await kv.put("in/2", "new")
+    save = backups.Backups._save
+    refused = []
+    failing = True
+
+    async def write_meanwhile(self: backups.Backups, progress: Any) -> str:
+        with pytest.raises(Unavailable) as error:
+            await impatient.put("in/3", "late")
+        refused.append(error.value.code)
+        if failing:
+            raise Unavailable("no disk", Code.NO_SPACE)
+        return await save(self, progress)
+
+    monkeypatch.setattr(backups.Backups, "_save", write_meanwhile)
+    with pytest.raises(Unavailable, match="no disk"):
+        await impatient.restore("base", "replace", prefix="in/")
+    failing = False
+    assert await everything(kv) == {b"in/1": b"v", b"in/2": b"new"}
+    summary = await kv.restore("base", "replace", prefix="in/")
+    assert set(refused) == {Code.RESTORING}
+    assert await everything(kv) == {b"in/1": b"v"}
+    saved = {pair.key for pair in files.read_pairs(cluster.backup_dir / summary["saved_as"])}
+    assert saved == {b"in/1", b"in/2"}
+
+
+async def test_merge_does_not_repeat_what_may_have_happened(
+    cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A put of a merge whose outcome is unknown is not sent again, over what others may have written since."""
+    await kv.put_many({"in/1": "v"})
+    await kv.backup("base")
+    sequencer = cluster.coordinator.sequencer
+    puts = []
+
+    def unknown(op: int, number: int, key: bytes, args: Any, size: int, sink: Any, token: Any) -> None:
+        puts.append(key)
+        sink.fail(token, Code.UNKNOWN, "for the test", {})
+
+    monkeypatch.setattr(sequencer, "write", unknown)
+    with pytest.raises(OutcomeUnknown, match="stopped half-way"):
+        await kv.restore("base")
+    assert puts == [b"in/1"]
+
+
 async def test_failure_in_mid_replace(
     cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -390,6 +390,31 @@ async def test_client_that_never_reads(
         await until(lambda: cluster.coordinator.buffered_bytes < MIB, "the memory back")
 
 
+async def test_large_answers_of_one_tick_against_the_total(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The total is looked at whenever answers are written, not only now and then: it cannot be passed by far."""
+    monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 16 * MIB)
+    coordinator = cluster.coordinator
+    peak = 0
+    account = coordinator.account
+
+    def watched(difference_bytes: int) -> None:
+        nonlocal peak
+        peak = max(peak, coordinator.held_bytes + difference_bytes)
+        account(difference_bytes)
+
+    monkeypatch.setattr(coordinator, "account", watched)
+    async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url) as kv:
+        await kv.put("large", b"v" * MIB)
+        session = await until(lambda: next(s for s in coordinator.sessions if s.name == "test"))
+        wire.send(*([n, "get", "large"] for n in range(200)))
+        await until(lambda: session not in coordinator.sessions, "its end")
+        assert 16 * MIB < peak < 48 * MIB
+        assert await kv.put("small", "v") > 0
+    await until(lambda: coordinator.held_bytes == 0, "nothing held any more")
+
+
 async def test_reader_that_wakes_up(cluster: LocalCluster) -> None:
     """A client that reads at last gets all its answers in full, and is read again."""
     async with await Wire.open(cluster.coordinator.address) as wire, kvtcp.connect(cluster.url) as kv:

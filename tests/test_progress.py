@@ -74,19 +74,36 @@ def test_one_frame_for_several_batches() -> None:
 
 
 def test_results_of_a_batch_in_pieces() -> None:
-    """While the ordinal stands still results are kept; they count when the batch is complete."""
+    """While the ordinal stands still results are handed on as they come; the batch counts when it is complete."""
     link = linked()
     ops = [read_op(str(n)) for n in range(3)]
     fill(link, *(((GET, 0, b"k"), op) for op in ops))
     fill(link, ((GET, 0, b"k"), read_op("next")))
     link.next_outgoing(0)
     link.next_outgoing(0)
-    assert link.on_applied(0, 0, [1]) == ([], [])
-    assert link.on_applied(0, 0, [2, 3]) == ([], [])
+    assert link.on_applied(0, 0, [1]) == (ops[:1], [1])
     link.check()
-    assert link.on_applied(3, 3, []) == (ops, [1, 2, 3])
+    with pytest.raises(LinkError, match="3 results that nobody asked for"):
+        link.on_applied(0, 0, [2, 3, 4])
+    assert link.on_applied(0, 0, [2]) == (ops[1:2], [2])
+    assert len(link.written) == 2 and not link.applied
+    assert link.on_applied(3, 3, [3]) == (ops[2:], [3])
     assert link.on_applied(3, 3, []) == ([], []), "a heartbeat changes nothing"
-    assert link.early == []
+    assert link.answered == 0 and len(link.applied) == 1
+
+
+def test_pieces_of_two_batches_in_one_frame() -> None:
+    """The rest of one batch, a whole one and the beginning of a third may come together."""
+    link = linked()
+    ops = [read_op(str(n)) for n in range(6)]
+    for first in (0, 2, 4):
+        fill(link, *(((GET, 0, b"k"), op) for op in ops[first : first + 2]))
+        link.next_outgoing(0)
+    assert link.on_applied(0, 0, [0]) == (ops[:1], [0])
+    assert link.on_applied(4, 4, [1, 2, 3, 4]) == (ops[1:5], [1, 2, 3, 4])
+    link.check()
+    assert (link.answered, len(link.written)) == (1, 1)
+    assert link.on_applied(6, 6, [5]) == (ops[5:], [5])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +130,7 @@ def test_frames_that_cannot_be_true(ordinal: int, durable: int, results: list[An
     with pytest.raises(LinkError, match=text):
         link.on_applied(ordinal, durable, results)
     link.check()
-    assert not link.applied and len(link.written) == 2 and not link.early
+    assert not link.applied and len(link.written) == 2 and not link.answered
     kept, reads = link.disconnect("wrong frame")
     assert [batch.items for batch in kept] == [[put(1)], [put(2)]] and reads == ops
 

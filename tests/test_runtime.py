@@ -23,6 +23,22 @@ def parse(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+async def test_unexpected_errors_are_told() -> None:
+    """An exception in a callback is passed on, since what it left behind may be damaged; one of the system is not."""
+    loop = asyncio.get_running_loop()
+    seen: list[BaseException] = []
+    runtime.on_unexpected_errors(seen.append)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    loop.call_soon(fail, OSError("no descriptors"))
+    loop.call_soon(fail, KeyError("damaged"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert [type(error) for error in seen] == [KeyError]
+
+
 def test_defaults_are_accepted() -> None:
     """The defaults are loopback, memory, warnings, and pass the check."""
     options = parse()

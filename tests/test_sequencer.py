@@ -126,6 +126,18 @@ def test_node_that_lost_its_data_serves_nothing() -> None:
     assert cluster.sequencer.shards[0].stuck == ""
 
 
+def test_node_that_is_another_member_is_refused() -> None:
+    """Whatever a node of another disk has, it is not linked, and what was under way on it is unknown."""
+    cluster = Cluster(nodes=2, factor=2, shards=1)
+    cluster.put("pending")
+    cluster.apply("n1")
+    cluster.down("n1")
+    assert cluster.sequencer.link_refused("n1", "another disk") == "another disk"
+    cluster.sequencer.check()
+    assert cluster.answers.failed["pending"][0] == Code.UNKNOWN
+    assert not cluster.sequencer.links["n1"].connected
+
+
 def test_node_with_more_than_was_given_is_not_linked() -> None:
     """A position above the last number is no position of this cluster."""
     cluster = Cluster(shards=1)

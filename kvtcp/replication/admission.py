@@ -336,6 +336,14 @@ class Admission(ClusterState):
             shard.waiting = keep
             shard.update_writable()
 
+    def refuse_waiting_multi(self, code: Code, text: str) -> None:
+        """Refuse all reads over several shards that wait to begin."""
+        while self._waiting_multi:
+            _, multi = self._waiting_multi.popleft()
+            self._count_waiting(-1, -multi.bytes)
+            self.unavailable += 1
+            multi.fail(code, text)
+
     def _expire_waiting(self) -> None:
         """Refuse what waited too long."""
         now_ms = self.now_ms

@@ -56,10 +56,10 @@ class Progress:
     """One node as the sequencer sees it."""
 
     __slots__ = (
+        "answered",
         "applied",
         "bytes",
         "connected",
-        "early",
         "full",
         "heard_ms",
         "items",
@@ -92,7 +92,7 @@ class Progress:
         self.outgoing: deque[Batch] = deque()
         self.written: deque[Batch] = deque()
         self.applied: deque[Batch] = deque()
-        self.early: list[Any] = []  # results of the oldest written batch, of which the last are still to come
+        self.answered = 0  # how many results of the oldest written batch came already; the last are still to come
         # batches with writes not yet known committed, in order: the ordinal before the batch, its last_seqs
         self.uncommitted: deque[tuple[int, dict[int, int]]] = deque()
         self.uncommitted_max = UNCOMMITTED_MAX  # how long `uncommitted` gets before it is looked through
@@ -147,33 +147,33 @@ class Progress:
         return batch
 
     def on_applied(self, ordinal: int, durable: int, results: list[Any]) -> tuple[list[Op], list[Any]]:
-        """Ops and results, pairwise, that became complete by a frame. Raises LinkError, with nothing changed, if it
-        does not match what was sent.
+        """Ops and results, pairwise, of a frame. Raises LinkError, with nothing changed, if it does not match what was
+        sent.
 
         A node splits large results over several frames: the ordinal then stands still until the batch is complete.
+        They are handed on as they come, so that they do not pile up here.
         """
         if not durable <= ordinal <= self.written_ordinal:
             raise LinkError(
                 f"{self.node} applied ordinal {ordinal}, {durable} durably; the last one sent is {self.written_ordinal}"
             )
-        if self.early:
-            results = self.early + results
         written = self.written
+        skip = self.answered
         batches = 0  # complete now
-        due = 0  # results of these
+        due = 0  # results of these that were not here before
         for batch in written:
             if batch.last_ordinal > ordinal:
                 break
             batches += 1
             due += len(batch.answers)
+        if batches:
+            due -= skip
         early = len(results) - due
         if early < 0:
             raise LinkError(f"{self.node} sent {len(results)} results, {due} were due up to ordinal {ordinal}")
-        if early and (batches == len(written) or early > len(written[batches].answers)):
+        if early and (batches == len(written) or early > len(written[batches].answers) - (0 if batches else skip)):
             raise LinkError(f"{self.node} sent {early} results that nobody asked for")
-        if early or self.early:
-            results, self.early = results[:due], results[due:]
-        if batches == 1:  # the usual frame: the results of one batch
+        if batches == 1 and not skip and not early:  # the usual frame: the results of one batch
             batch = written.popleft()
             self.applied.append(batch)
             return batch.answers, results
@@ -181,7 +181,11 @@ class Progress:
         for _ in range(batches):
             batch = written.popleft()
             self.applied.append(batch)
-            answers += batch.answers
+            answers += batch.answers[skip:]
+            skip = 0
+        if early:
+            answers += written[0].answers[skip : skip + early]
+        self.answered = skip + early
         return answers, results
 
     def on_durable(self, ordinal: int) -> list[Batch]:
@@ -227,7 +231,7 @@ class Progress:
     def _clear(self) -> None:
         self.open = None
         self.full = False
-        self.early = []
+        self.answered = 0
         self.items = self.bytes = self.last_ordinal = self.written_ordinal = 0
         self.uncommitted_max = UNCOMMITTED_MAX
         for stage in (self.outgoing, self.written, self.applied, self.uncommitted):
@@ -254,4 +258,4 @@ class Progress:
         assert self.full or self.has_room(), "a window without room is marked full"
         assert self.connected or not batches, "a link that is down has nothing under way"
         asked = len(self.written[0].answers) if self.written else 0
-        assert len(self.early) <= asked, "early results are of one batch"
+        assert self.answered <= asked, "early results are of one batch"

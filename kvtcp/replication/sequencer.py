@@ -165,6 +165,11 @@ class Sequencer(Admission, Answers):
             self._filled(link)
         return None
 
+    def link_refused(self, node: str, reason: str) -> str:
+        """A node answers for a member that it is not, whatever it has: it serves nothing. Returns the reason."""
+        self._abandon(self.links[node], reason)
+        return reason
+
     def _send_again(self, link: Progress, old: Batch, positions: dict[int, int]) -> None:
         """Queue what the node lacks of a kept batch; results of what it has were lost with the link."""
         batch = Batch(old.stamp_ms)

@@ -260,9 +260,14 @@ class Backups:
             raise Unavailable(
                 "an unfinished restore of another prefix keeps the cluster closed; finish it first", Code.RESTORING
             )
-        if self.restoring is None:  # else what is there is a torso, not worth saving
-            summary["saved_as"] = await self._save(progress)
-        self._close_prefix(prefix)
+        again = self.restoring is not None  # what is there then is a torso, not worth saving
+        self._close_prefix(prefix)  # before the present content is saved: what is written after the cut would be lost
+        if not again:
+            try:
+                summary["saved_as"] = await self._save(progress)
+            except BaseException:
+                self._open_prefix()  # nothing was changed yet
+                raise
         try:
             await self._clear(prefix)
             await self._load(directory, prefix, wanted, progress)
@@ -289,6 +294,9 @@ class Backups:
         self.restoring = self.server.gateway.restoring = prefix
         self.server.sequencer.refuse_waiting(
             Code.RESTORING, "the key is being restored; nothing was executed", lambda key: key.startswith(prefix)
+        )
+        self.server.sequencer.refuse_waiting_multi(
+            Code.RESTORING, "keys are being restored; nothing was executed, repeat the request"
         )
 
     def _open_prefix(self) -> None:
@@ -328,8 +336,11 @@ class Backups:
                 shard = shard_of(pair.key, self.server.map.shards)
                 self.server.sequencer.write(PUT, shard, pair.key, args, size, gather, index)
             results = await future
-            # a put may be repeated: it has the same effect, and nobody else writes what is restored in `replace`
             failed = [result for result in results if type(result) is list]
+            unknown = [result for result in failed if result[0] == Code.UNKNOWN]
+            if unknown and self.restoring is None:
+                # with `merge` others go on writing: a put that did happen must not be repeated over theirs
+                raise error_from_wire(*unknown[0])
             if failed and self.server.loop.time() > deadline:
                 raise error_from_wire(*failed[0])
             left = [pair for pair, result in zip(left, results, strict=True) if type(result) is list]

@@ -74,6 +74,7 @@ class CoordinatorServer:
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
         self.protocol_errors = 0
         self.buffered_bytes = 0  # held for clients, as of the last tick
+        self.held_bytes = 0  # held for clients by their sessions, at any time
         self.lag_ms = 0.0  # how late the last tick was
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
         self._over_total = False  # clients are not read because of the total cap
@@ -95,10 +96,17 @@ class CoordinatorServer:
             self._tasks.append(task)
         self._schedule_tick()
 
+    def core_failed(self, error: BaseException) -> None:
+        """Something unexpected happened where it must not: the process ends rather than go on with damaged state."""
+        if not self.failed.done():
+            log.critical("event=core-failed reason=%r", error, exc_info=error)
+            self.failed.set_exception(error)
+
     def core_task_done(self, task: asyncio.Task[None]) -> None:
         """Done callback of tasks that must not fail: the exception of one ends the process."""
-        if not task.cancelled() and task.exception() is not None and not self.failed.done():
-            self.failed.set_exception(task.exception() or RuntimeError("a core task ended"))
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.core_failed(error)
 
     async def listen(self, bound: socket.socket) -> None:
         """Accept clients on this bound socket."""
@@ -191,6 +199,12 @@ class CoordinatorServer:
         """A client is gone; what it asked for is still executed."""
         self.sessions.discard(session)
 
+    def account(self, difference_bytes: int) -> None:
+        """A session holds so much more (or less); at once, as much can come within one tick."""
+        self.held_bytes += difference_bytes
+        if self.held_bytes > BUFFERED_BYTES_MAX:
+            self._enforce_total()
+
     def _enforce_total(self) -> None:
         """Keep what is held for all clients under BUFFERED_BYTES_MAX.
 
@@ -243,11 +257,12 @@ class CoordinatorServer:
                 self._take_over()
             return
         positions = {number: seq for number, _, seq, _ in report[b"shards"]}
-        if self.map.disks[link.node] != disk and any(
-            shard.acked[link.progress] for shard in link.progress.shards
-        ):
-            positions = {}  # another disk is another member: whatever it has, it is not what was acknowledged
-        reason = self.sequencer.link_up(link.node, positions)
+        reason: str | None
+        if self.map.disks[link.node] != disk and any(positions.values()):
+            # another disk is another member: whatever it has, it is not what was acknowledged
+            reason = self.sequencer.link_refused(link.node, "what it has is not what was written to this cluster")
+        else:
+            reason = self.sequencer.link_up(link.node, positions)
         if reason is None:
             self.map.join(link.node, disk)
             link.bad = ""

@@ -228,6 +228,7 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
                 epoch=fields["epoch"],
             )
         )
+        runtime.on_unexpected_errors(server.core_failed)
         try:
             await _start(server, supervisor, stop, fields)
             if not stop.is_set():

@@ -127,7 +127,7 @@ class NodeServer:
         self.connections: set[LinkConnection] = set()
         self.address = ("", 0)
         self.stopped = asyncio.Event()
-        self.failure: Exception | None = None  # what ended the node, for the exit code
+        self.failure: BaseException | None = None  # what ended the node, for the exit code
         self._on_identity = on_identity
         self._on_stop = on_stop
         self._spawned = spawned
@@ -220,8 +220,8 @@ class NodeServer:
             self._link.send((BACKUP, job.name, report, error))
             self._link.flush()
 
-    def failed(self, error: Exception) -> None:
-        """An exception while applying: this replica must not go on, it might differ from the others."""
+    def failed(self, error: BaseException) -> None:
+        """An exception nobody expected, while applying or elsewhere: this replica might differ from the others."""
         log.critical("event=apply-failed node=%s reason=%r", self.replica.node, error, exc_info=error)
         self.failure = error
         if self._server is not None:

@@ -53,6 +53,7 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
         orphan_ms=options.orphan_ms,
     )
     runtime.on_stop_signals(server.stopped.set)
+    runtime.on_unexpected_errors(server.failed)
     try:
         await server.start(options.host, options.port)
     except OSError as error:

@@ -112,6 +112,21 @@ def run(main: Callable[[], Coroutine[Any, Any, int]], loop: str) -> int:
         return runner.run(main())
 
 
+def on_unexpected_errors(callback: Callable[[BaseException], None]) -> None:
+    """Call `callback` with an exception that a callback of the loop let out: the state behind it may be damaged.
+
+    Errors of the operating system (no descriptors left, a socket that died in an unusual way) are only logged.
+    """
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        error = context.get("exception")
+        if error is not None and not isinstance(error, OSError):
+            callback(error)
+
+    asyncio.get_running_loop().set_exception_handler(handle)
+
+
 def on_stop_signals(callback: Callable[[], None]) -> None:
     """Call `callback` on SIGTERM, SIGINT and, unless it is ignored (nohup), SIGHUP."""
     loop = asyncio.get_running_loop()

@@ -55,6 +55,7 @@ class ClientSession(FramedConnection):
         self.unread_bytes = 0  # answers in the transport's buffer, as of the last flush
         self._paused_for = 0  # the reasons for not reading it now
         self._began = False  # the first byte was looked at
+        self._accounted_bytes = 0  # `held_bytes` as the server has counted it
         self._half_closed = False  # the client will send nothing more
         self._frame_since_ms = 0  # monotonic time since when a frame is unfinished, 0 = none
 
@@ -87,6 +88,7 @@ class ClientSession(FramedConnection):
             self.protocol_error(error)
             return
         if self.decoder.buffered_bytes:
+            self.account()
             if messages or not self._frame_since_ms:
                 self._frame_since_ms = self.server.now_ms()
         else:
@@ -105,7 +107,8 @@ class ClientSession(FramedConnection):
         return False
 
     def closed(self, reason: str) -> None:
-        self.unread_bytes = 0
+        self.server.account(-self._accounted_bytes)
+        self._accounted_bytes = self.unread_bytes = 0
         self.server.session_closed(self, reason)
 
     def protocol_error(self, error: ProtocolError) -> None:
@@ -164,6 +167,8 @@ class ClientSession(FramedConnection):
         if transport is None:
             return
         self.unread_bytes = transport.get_write_buffer_size()
+        if self.unread_bytes or self._accounted_bytes:
+            self.account()
         if not self.outstanding:
             self.input_bytes = self.decoder.buffered_bytes
             if self._half_closed and not self.long:
@@ -189,6 +194,7 @@ class ClientSession(FramedConnection):
         super().resume_writing()
         if self.transport is not None:
             self.unread_bytes = self.transport.get_write_buffer_size()
+            self.account()
         self.resume(FOR_OUTPUT)
 
     def pause(self, reason: int) -> None:
@@ -206,6 +212,14 @@ class ClientSession(FramedConnection):
             self._frame_since_ms = self.server.now_ms()  # it could not be finished meanwhile
         if not self._paused_for and self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
+
+    def account(self) -> None:
+        """Tell the server how much this session makes it hold."""
+        held_bytes = self.held_bytes
+        difference_bytes = held_bytes - self._accounted_bytes
+        self._accounted_bytes = held_bytes
+        if self.transport is not None:
+            self.server.account(difference_bytes)
 
     @property
     def held_bytes(self) -> int:
