@@ -108,8 +108,11 @@ def run(main: Callable[[], Coroutine[Any, Any, int]], loop: str) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 100)
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main())
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(main())
+    finally:
+        give_up_broken_output()
 
 
 def on_unexpected_errors(callback: Callable[[BaseException], None]) -> None:
@@ -141,10 +144,19 @@ def announce(line: str) -> None:
         print(line, flush=True)  # noqa: T201
     except (OSError, ValueError) as error:
         logging.getLogger("kvtcp").warning("event=stdout-closed reason=%s line=%s", error, line)
-        # what is left in the buffer would fail again at exit, and change the exit code
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
+        give_up_broken_output()
+
+
+def give_up_broken_output() -> None:
+    """Point stdout and stderr that nobody reads to nowhere: what is left in their buffers would fail again at exit,
+    and change the exit code."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def join_address(host: str, port: int) -> str:
