@@ -139,8 +139,8 @@ def test_logging_level() -> None:
 def test_broken_output_does_not_change_the_exit_code() -> None:
     """What is buffered for a reader that is gone, on stdout or stderr, is given up at the end."""
     program = (
-        "import sys; from kvtcp.server import runtime\n"
-        "async def main(): sys.stdout.write('out'); sys.stderr.write('err'); return 3\n"
+        "import logging, sys; from kvtcp.server import runtime; runtime.set_up_logging('warning')\n"
+        "async def main(): sys.stdout.write('out'); logging.warning('err'); return 3\n"
         "sys.exit(runtime.run(main, 'auto'))"
     )
     read_end, write_end = os.pipe()
