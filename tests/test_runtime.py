@@ -145,6 +145,9 @@ def test_broken_output_does_not_change_the_exit_code() -> None:
     )
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run([sys.executable, "-c", program], stdout=write_end, stderr=write_end, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=write_end, stderr=write_end, cwd=ROOT, check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
     os.close(write_end)
     assert done.returncode == 3
