@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from kvtcp._version import __version__
-from kvtcp.constants import HOST_DEFAULT
+from kvtcp.constants import GC_THRESHOLDS, HOST_DEFAULT
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -104,10 +104,10 @@ def run(main: Callable[[], Coroutine[Any, Any, int]], loop: str) -> int:
             if loop == "uvloop":
                 print("kvtcp: uvloop is not installed (pip install uvloop), or use --loop asyncio", file=sys.stderr)  # noqa: T201
                 return EXIT_USAGE
-    # What lives long (cells, index) is not cyclic: collect rarely, and never walk what start-up made.
+    # What lives long (cells, index) is not cyclic: collect in small steps, and never walk what start-up made.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(main())
