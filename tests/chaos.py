@@ -392,7 +392,8 @@ class Round:
         self.coordinator.signal(signal.SIGTERM)
         await asyncio.to_thread(self.coordinator.ended)
         identity = json.loads((self.directory / "data" / "coordinator" / "identity.json").read_text())
-        found = {node: await _dump(self.node_ports[node], node, identity) for node in self.nodes}
+        stamp_ms = time.time_ns() // 1_000_000 + 1000  # of all: what is expired is expired everywhere
+        found = {node: await _dump(self.node_ports[node], node, identity, stamp_ms) for node in self.nodes}
         if self.whole and len({repr(positions) for positions, _ in found.values()}) > 1:
             self.broken.append(f"replicas differ: { {node: positions for node, (positions, _) in found.items()} }")
         dumps: list[dict[str, str]] = []
@@ -400,7 +401,8 @@ class Round:
             if dump not in dumps:
                 dumps.append(dump)
         if self.whole and len(dumps) > 1:
-            self.broken.append("replicas with equal chains hold different keys or values")
+            differing = sorted({key for key, _ in set(dumps[0].items()) ^ set(dumps[1].items())})
+            self.broken.append(f"replicas with equal chains hold different values: {differing[:20]}")
         for dump in dumps:
             if {key: value for key, value in dump.items() if key.startswith("kept-")} != KEPT:
                 self.broken.append("a replica has other kept keys than were written")
@@ -413,7 +415,7 @@ class Round:
             await asyncio.sleep(0.2)
 
 
-async def _dump(port: int, node: str, identity: dict[str, Any]) -> tuple[list[Any], dict[str, str]]:
+async def _dump(port: int, node: str, identity: dict[str, Any], stamp_ms: int) -> tuple[list[Any], dict[str, str]]:
     """Positions and pairs of a node, read over a link of an epoch above all others."""
     wire = await Wire.open(("127.0.0.1", port), hello=False)
     shards = list(range(identity["shards"]))
@@ -429,7 +431,7 @@ async def _dump(port: int, node: str, identity: dict[str, Any]) -> tuple[list[An
     lower: bytes = b""
     applied = 0
     while True:
-        wire.send((BATCH, report[b"stamp_ms"], 0, [(PAGE, shards, lower, None, 1000, False, False)]))
+        wire.send((BATCH, stamp_ms, 0, [(PAGE, shards, lower, None, 1000, False, False)]))
         pages: list[Any] = []
         asked, applied = applied + 1, 0
         while applied < asked:  # a large result comes before the frame that says that all are applied
@@ -471,6 +473,9 @@ async def run_round(seed: int, seconds: float, clients: int = 3) -> str:
     """One round; returns its report. Raises Broken; the directory with all output is then kept, and named."""
     directory = Path(tempfile.mkdtemp(prefix="kvtcp-chaos-"))
     running = Round(directory, seed, clients)
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # nothing is left running
     try:
         try:
             await running.start()
@@ -479,7 +484,7 @@ async def run_round(seed: int, seconds: float, clients: int = 3) -> str:
             await running.close()
         if running.broken:
             raise Broken("\n".join(running.broken[:20]))
-    except BaseException as error:
+    except Exception as error:
         raise Broken(f"seed {seed}, after {dict(running.faults)}, see {directory}: {error}") from error
     shutil.rmtree(directory)
     heal = max(running.heal_s.items(), key=lambda entry: entry[1], default=("nothing", 0.0))

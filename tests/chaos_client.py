@@ -37,6 +37,7 @@ from kvtcp.errors import ConditionFailed, OutcomeUnknown, Unavailable
 WORKERS: Final = 4
 HOT_SLOTS: Final = 3
 COUNTERS: Final = 6
+BURST: Final = 50
 TIMEOUT_S: Final = 2.0
 LARGE_BYTES: Final = 2 << 20
 
@@ -101,10 +102,11 @@ class Worker:
 
     async def run(self) -> None:
         """Work until cancelled."""
-        kinds = [self.hot] * 8 + [self.count] * 4 + [self.pairs] * 4 + [self.look] * 4 + [self.expiring, self.large]
+        kinds = [self.hot, self.count, self.burst, self.pairs, self.look, self.expiring, self.large]
+        weights = [30, 10, 3, 20, 20, 3, 1]
         while True:
             timeout_s = TIMEOUT_S if self.random.random() < 0.9 else self.random.uniform(0.02, 0.3)
-            await self.random.choice(kinds)(timeout_s)
+            await self.random.choices(kinds, weights)[0](timeout_s)
             await asyncio.sleep(self.random.uniform(0, 0.01))
 
     def value(self) -> str:
@@ -137,6 +139,10 @@ class Worker:
         """Count."""
         key = f"count-{self.random.randrange(COUNTERS)}"
         await self.recorder.call("incr", key, 1, self.kv.incr(key, timeout=timeout_s), timeout_s)
+
+    async def burst(self, timeout_s: float) -> None:
+        """Many at once."""
+        await asyncio.gather(*(self.count(timeout_s) for _ in range(BURST)))
 
     async def pairs(self, timeout_s: float) -> None:
         """One step of the pair that this worker owns."""
