@@ -355,7 +355,7 @@ class Round:
                 answered = False
             if answered == (shard_of(key.encode(), SHARDS) in down):
                 raise Broken(f"{key} of shard {shard_of(key.encode(), SHARDS)}: answered {answered}, down {down}")
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0)  # sleeps: clients go on with what there is
 
     async def kill_node(self) -> None:
         """SIGKILL under load; it comes back empty and must serve nothing, and no write may be executed any more."""
@@ -412,7 +412,7 @@ class Round:
         while True:
             if self.coordinator.process.poll() is None:
                 self.rss_bytes = max(self.rss_bytes, rss_bytes(self.coordinator.pid))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.1)
 
 
 async def _dump(port: int, node: str, identity: dict[str, Any], stamp_ms: int) -> tuple[list[Any], dict[str, str]]:

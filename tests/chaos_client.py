@@ -11,8 +11,8 @@ executed) or "unknown" (OutcomeUnknown, cancelled, or not answered at the end: m
 - `hot-*`: get, put, add, cas, delete of few keys by all clients. Values are unique, keys change every second, so that
   the history of each is short;
 - `count-*`: incr;
-- `pair-<owner>-<n>-a` and `-b`: one writer each, 1 to a, 1 to b, 2 to a, ...; others read both with mget and scans. After
-  an unknown outcome the owner goes on with a new pair, so a >= b in every cut;
+- `pair-<owner>-<n>-a` and `-b`: one writer each, 1 to a, 1 to b, 2 to a, ...; others read both with mget and scans.
+  After an unknown outcome the owner goes on with a new pair, so a >= b in every cut;
 - `ttl-*`: written once with a deadline, then read until after it;
 - `large-*`: values of up to 2 MiB, which fill windows.
 

@@ -15,6 +15,7 @@ import logging
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class ClusterConfig:
     min_insync: int
     backup_dir: Path
     epoch: int = 1
+    restoring: bytes | None = None  # prefix that a restore of an earlier coordinator left in pieces
+    remember_restoring: Callable[[bytes | None], None] = lambda prefix: None  # for the next one; raises OSError
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -61,6 +64,7 @@ class CoordinatorServer:
     def __init__(self, config: ClusterConfig) -> None:
         self.loop = asyncio.get_running_loop()
         self.secret = config.secret
+        self._config = config
         self.map = ClusterMap.create(
             cluster=config.cluster,
             epoch=config.epoch,
@@ -289,6 +293,8 @@ class CoordinatorServer:
             for link in self.links.values()
         }
         self.sequencer.take_over(positions)
+        is_empty = not any(seq for position in positions.values() for seq, _ in position.values())
+        self.backups.resume(self._config.restoring, is_empty, self._config.remember_restoring)
         for link in self.links.values():
             reason = self.sequencer.link_up(link.node, {n: seq for n, (seq, _) in positions[link.node].items()})
             assert link.connection is not None
