@@ -8,7 +8,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit fuzz bench clean
+.PHONY: run test lint types unit fuzz chaos bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -36,6 +36,10 @@ unit: $(READY)
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
+
+# MINUTES=<duration> and SEED=<seed> of a round to repeat its faults
+chaos: $(READY)
+	$(BIN)/python tests/chaos.py --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
 
 bench: $(READY)
 	$(BIN)/python bench/run_bench.py

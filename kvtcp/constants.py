@@ -57,6 +57,9 @@ EVICT_AFTER_MS: Final = 1_000
 RECOVER_WAIT_MS: Final = 1_000
 WRITE_WAIT_MS: Final = 1_000
 READ_RETRY_MS: Final = 300
+# nothing moves on a link in either direction for so long: it is closed and dialled again. No client of the default
+# timeout waits any more for what is on it.
+LINK_SILENCE_MS: Final = 2_000
 WINDOW_ITEMS_MAX: Final = 4_096
 WINDOW_BYTES_MAX: Final = 8 * MIB
 BATCH_BYTES_MAX: Final = 256 * KIB
@@ -72,6 +75,7 @@ DRAIN_SLICE: Final = 64
 RESULTS_BYTES_MAX: Final = 1 * MIB
 PURGE_INTERVAL_MS: Final = 1_000
 TICK_MS: Final = 50
+HEARTBEAT_MS: Final = 500
 
 # --- server buffers ------------------------------------------------------------------------------
 CLIENT_OUTPUT_BYTES_MAX: Final = 1 * MIB
@@ -169,6 +173,7 @@ assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
 assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"
+assert 2 * HEARTBEAT_MS <= EVICT_AFTER_MS < LINK_SILENCE_MS, "an idle link is heard of before it counts as silent"
 assert READ_RETRY_MS < WRITE_WAIT_MS < CLIENT_TIMEOUT_MS, "a client learns the cluster's answer before it gives up"
 assert CLIENT_OUTPUT_BYTES_MAX < CLIENT_INPUT_BYTES_MAX < BUFFERED_BYTES_MAX, "one client cannot use up the total"
 assert FRAME_BYTES_MAX <= CLIENT_INPUT_BYTES_MAX, "one whole frame may be buffered for a client"

@@ -65,19 +65,22 @@ def is_running(pid: int) -> bool:
 
 
 class Command:
-    """One running command of bin/, with its output in files."""
+    """One running command of bin/, or Python program of another folder, with its output in files."""
 
-    def __init__(self, directory: Path, name: str, *arguments: object, new_group: bool = False) -> None:
+    def __init__(
+        self, directory: Path, name: str, *arguments: object, new_group: bool = False, folder: str = "bin"
+    ) -> None:
         number = len(list(directory.glob(f"{name}.*.out")))
         self.out = directory / f"{name}.{number}.out"
         self.err = directory / f"{name}.{number}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "bin" / name), *map(str, arguments)],
+                [sys.executable, str(ROOT / folder / name), *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 cwd=directory,
+                env=os.environ if folder == "bin" else {**os.environ, "PYTHONPATH": str(ROOT)},
                 process_group=0 if new_group else None,
             )
 

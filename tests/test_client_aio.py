@@ -368,13 +368,24 @@ async def test_unavailable_is_repeated(kv: AsyncClient[bytes], server: FakeServe
     assert len(server.seen(op.encode())) == 4
 
 
-async def test_a_refusal_stays_a_refusal(kv: AsyncClient[bytes], server: FakeServer) -> None:
-    """A write refused for missing replicas is not sent again when the next refusal would come after the timeout:
+@pytest.mark.parametrize("code", [Code.NOT_ENOUGH_REPLICAS, Code.OVERLOADED])
+async def test_a_refusal_stays_a_refusal(kv: AsyncClient[bytes], server: FakeServer, code: Code) -> None:
+    """A write refused for missing replicas or full windows is not sent again when the next refusal would come after the timeout:
     the caller would be told "unknown" of a write that nobody executed."""
-    server.on(b"put", fake_server.error(Code.NOT_ENOUGH_REPLICAS), fake_server.drop)
+    server.on(b"put", fake_server.error(code), fake_server.drop)
     with pytest.raises(Unavailable, match="refused by the script"):
         await kv.put("a", b"1", timeout=1.0)
     assert len(server.seen(b"put")) == 1
+
+
+async def test_a_read_that_runs_out_of_time_tells_the_last_refusal(
+    kv: AsyncClient[bytes], server: FakeServer
+) -> None:
+    """A read that was refused, and then not answered until the timeout, ends with the reason of the refusal."""
+    server.on(b"get", fake_server.error(Code.NOT_ENOUGH_REPLICAS, "n2 is missing"), fake_server.drop)
+    with pytest.raises(Unavailable, match="n2 is missing"):
+        await kv.get("a", timeout=0.3)
+    assert len(server.seen(b"get")) == 2
 
 
 async def test_unavailable_until_the_timeout(kv: AsyncClient[bytes], server: FakeServer) -> None:

@@ -139,6 +139,23 @@ async def test_slow_node() -> None:
         assert await kv.get("a") == b"200"
 
 
+async def test_silent_node_is_named() -> None:
+    """A node whose link is up and that does not answer heartbeats is named by status and nodes, until it answers."""
+    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
+        assert (await kv.status())["state"] == "ok"
+        node = cluster.nodes["n2"]
+        assert node._link is not None and node._link.transport is not None
+        transport = node._link.transport
+        transport.pause_reading()
+        silent = cluster.coordinator.links["n2"]
+        await until(lambda: cluster.coordinator.nodes()[1]["state"] == "silent", "the silence")
+        [sentence] = (await kv.status())["degraded"]
+        assert sentence.startswith("n2 has not answered for") and silent.progress.connected
+        transport.resume_reading()
+        await until(lambda: not cluster.coordinator.degraded(), "an answer")
+        assert silent.number == 1, "the link was never lost"
+
+
 async def test_core_task_that_fails_ends_the_coordinator() -> None:
     """An exception nobody foresaw in a task of the coordinator is reported in `failed`, which ends the process."""
     async with LocalCluster(1, shards=1) as cluster:

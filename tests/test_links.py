@@ -18,6 +18,7 @@ from server_tools import (
 )
 
 import kvtcp
+from kvtcp.constants import LINK_SILENCE_MS
 from kvtcp.errors import KvtcpError, OutcomeUnknown
 from kvtcp.protocol.link import BATCH, HELLO
 from kvtcp.server import links as links_module
@@ -240,3 +241,38 @@ async def test_silent_node_and_moved_reads() -> None:
         node._link.transport.resume_reading()
         await until(lambda: not cluster.coordinator.links["n1"].progress.items, "the window")
         assert await kv.get("a") == b"2", "the write was sequenced: it happened, once"
+
+
+async def test_half_open_link(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A link on which nothing moves any more is given up and dialled again: what was on it goes on, once."""
+    monkeypatch.setattr(links_module, "LINK_SILENCE_MS", 700)
+    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
+        await kv.put("a", "1")
+        node = cluster.nodes["n1"]
+        assert node._link is not None and node._link.transport is not None
+        node._link.transport.pause_reading()
+        assert sorted(await asyncio.gather(*(kv.incr("b") for _ in range(20)))) == list(range(1, 21))
+        assert await kv.incr("a") == 2
+        assert cluster.coordinator.links["n1"].number == 2
+        assert "event=link-down node=n1 reason=nothing came or went for" in caplog.text
+        cluster.coordinator.sequencer.check()
+
+
+async def test_silence_is_told_from_slowness_and_stalls() -> None:
+    """A link is not given up while the node's kernel takes bytes, nor after a stall of the coordinator itself."""
+    async with LocalCluster(1, shards=4) as cluster:
+        link = cluster.coordinator.links["n1"]
+        connection = link.connection
+        assert connection is not None
+        now_ms = link.progress.heard_ms + LINK_SILENCE_MS - 1
+        link.watch_silence(now_ms, excused=False)
+        connection.untaken_bytes = 1  # it takes one byte
+        link.watch_silence(now_ms + 1, excused=False)
+        now_ms += LINK_SILENCE_MS
+        link.watch_silence(now_ms, excused=False)
+        link.watch_silence(now_ms + 1000, excused=True)
+        now_ms += 999 + LINK_SILENCE_MS
+        link.watch_silence(now_ms, excused=False)
+        assert connection.given_up == ""
+        link.watch_silence(now_ms + 1, excused=False)
+        assert connection.given_up != ""

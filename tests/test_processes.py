@@ -305,6 +305,55 @@ def test_nodes_started_by_hand(cluster: ProcessCluster) -> None:
     assert [node.ended(5) for node in nodes] == [0, 0, 0]
 
 
+def test_a_coordinator_that_ends_in_a_restore(cluster: ProcessCluster) -> None:
+    """What a `replace` left in pieces stays closed for the next coordinators, until a restore completes."""
+    nodes = [
+        cluster.run("kvtcp-node", "--id", node, "--port", cluster.base_port + n, "--data-dir", cluster.data / node)
+        for n, node in enumerate(cluster.nodes)
+    ]
+    addresses = ",".join(f"127.0.0.1:{cluster.base_port + n}" for n in range(3))
+    flags = ["--nodes", addresses, "--main-port", 0, "--data-dir", cluster.data]
+    flags += ["--backup-dir", cluster.directory / "backups"]
+
+    def start() -> tuple[Any, str]:
+        coordinator = cluster.run("kvtcp-coordinator", *flags)
+        return coordinator, coordinator.ready().split()[3]
+
+    coordinator, url = start()
+    pairs = fill(url, 5_000)
+    with kvtcp.sync.connect(url) as kv:
+        kv.backup("base")
+        with pytest.raises(kvtcp.KvtcpError):
+            # the first progress of the restore itself tells of the first chunk that was put
+            kv.restore(
+                "base", "replace", progress=lambda p: "pairs_done" in p and coordinator.signal(signal.SIGTERM)
+            )
+    assert coordinator.ended(10) == 0
+    for _ in range(2):
+        coordinator, url = start()
+        with kvtcp.sync.connect(url, timeout=0.5) as kv:
+            assert kv.status()["degraded"] == ["keys with the prefix b'' are closed until a restore completes"]
+            with pytest.raises(kvtcp.Unavailable) as closed:
+                kv.get("k001")
+            assert closed.value.code == Code.RESTORING
+        coordinator.signal(signal.SIGTERM)
+        assert coordinator.ended(10) == 0
+    coordinator, url = start()
+    with kvtcp.sync.connect(url) as kv:
+        kv.restore("base", "replace")
+        assert dict(kv.scan()) == pairs
+    coordinator.signal(signal.SIGKILL)
+    coordinator.ended()
+    coordinator, url = start()
+    with kvtcp.sync.connect(url) as kv:
+        assert kv.status()["state"] == "ok" and dict(kv.scan()) == pairs
+    coordinator.signal(signal.SIGTERM)
+    assert coordinator.ended(10) == 0
+    for node in nodes:
+        node.signal(signal.SIGTERM)
+        assert node.ended(5) == 0
+
+
 def test_what_a_node_refuses(cluster: ProcessCluster) -> None:
     """A node with a taken port, a wrong id or another node's directory says so and exits with 2."""
     with socket.create_server(("127.0.0.1", 0)) as stranger:

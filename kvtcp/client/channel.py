@@ -51,7 +51,8 @@ TIMEOUT_S: Final = CLIENT_TIMEOUT_MS / 1000
 TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's timer takes
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
-# a write that waits for a missing replica is refused by the server within this time
+# a write that waits for a missing replica, or for room in a window, is refused by the server within this time
+_REFUSED_LATE: Final = (Code.NOT_ENOUGH_REPLICAS, Code.OVERLOADED)
 _REFUSAL_S: Final = (WRITE_WAIT_MS + 2 * TICK_MS) / 1000 + _LATE_S
 
 
@@ -355,7 +356,7 @@ class Channel:
                 tries += 1
                 pause_s = backoff_s(tries, self._random.random())
                 again_at = monotonic() + pause_s
-                if kind is Kind.WRITE and error.code == Code.NOT_ENOUGH_REPLICAS:
+                if kind is Kind.WRITE and error.code in _REFUSED_LATE:
                     # the next refusal would come after a wait too; without it, "not executed" became "unknown"
                     again_at += _REFUSAL_S
                 if self._closed or again_at >= deadline:
@@ -368,7 +369,9 @@ class Channel:
             try:
                 return await connection.send(message, kind, remaining_s if idle_s is None else idle_s, progress)
             except Unavailable as refused:
-                error = refused
+                # that the last try ran out of time says less than why the cluster refused the one before
+                if error is None or refused.code != Code.UNREACHABLE or monotonic() < deadline:
+                    error = refused
 
     async def _ready(
         self, message: Message, deadline: float, timeout_s: float, error: Unavailable | None = None

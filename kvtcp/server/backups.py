@@ -67,6 +67,9 @@ class FutureSink:
             self.future.set_exception(error_from_wire(code, message, details))
 
 
+Remember = Callable[[bytes | None], None]  # told the prefix that is closed, None for none; raises OSError
+
+
 class Backups:
     """One per coordinator; one backup or restore at a time."""
 
@@ -75,9 +78,19 @@ class Backups:
         self.backup_dir = backup_dir.absolute()
         self.busy = ""  # what is running, for people; empty = nothing
         self.restoring: bytes | None = None  # prefix whose content is in pieces or being replaced
+        self._remember: Remember = lambda prefix: None  # keeps `restoring` for the next coordinator
         self._files: dict[str, asyncio.Future[Any]] = {}  # node -> its file of the running backup
         self._name = ""  # of the running backup as the nodes know it
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def resume(self, restoring: bytes | None, is_empty: bool, remember: Remember) -> None:
+        """The shards were taken over: what an earlier coordinator left in pieces stays closed, unless it is gone."""
+        self._remember = remember
+        if restoring is not None and is_empty:
+            remember(None)
+        elif restoring is not None:
+            log.warning("event=restore-unfinished prefix=%s", show_bytes(restoring))
+            self.restoring = self.server.gateway.restoring = restoring
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -265,6 +278,7 @@ class Backups:
         if not again:
             try:
                 summary["saved_as"] = await self._save(progress)
+                await self._in_thread(self._remember, prefix)
             except BaseException:
                 self._open_prefix()  # nothing was changed yet
                 raise
@@ -272,6 +286,7 @@ class Backups:
             await self._clear(prefix)
             await self._load(directory, prefix, wanted, progress)
             await self._compare(directory, prefix)
+            await self._in_thread(self._remember, None)
         except (KvtcpError, OSError) as error:
             shown = f"the keys with the prefix {show_bytes(prefix)} stay" if prefix else "the cluster stays"
             raise OutcomeUnknown(

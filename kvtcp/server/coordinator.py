@@ -15,12 +15,20 @@ import logging
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvtcp._version import __version__
-from kvtcp.constants import BUFFERED_BYTES_MAX, CLIENT_CONNECTIONS_MAX, TICK_MS, WRITE_WAIT_MS
+from kvtcp.constants import (
+    BUFFERED_BYTES_MAX,
+    CLIENT_CONNECTIONS_MAX,
+    EVICT_AFTER_MS,
+    HEARTBEAT_MS,
+    TICK_MS,
+    WRITE_WAIT_MS,
+)
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.sequencer import Sequencer, ShardState
@@ -30,7 +38,7 @@ from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
 
 log = logging.getLogger("kvtcp.coordinator")
 
-HEARTBEAT_TICKS = 10
+HEARTBEAT_TICKS = HEARTBEAT_MS // TICK_MS
 
 
 @dataclass
@@ -45,6 +53,8 @@ class ClusterConfig:
     min_insync: int
     backup_dir: Path
     epoch: int = 1
+    restoring: bytes | None = None  # prefix that a restore of an earlier coordinator left in pieces
+    remember_restoring: Callable[[bytes | None], None] = lambda prefix: None  # for the next one; raises OSError
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -54,6 +64,7 @@ class CoordinatorServer:
     def __init__(self, config: ClusterConfig) -> None:
         self.loop = asyncio.get_running_loop()
         self.secret = config.secret
+        self._config = config
         self.map = ClusterMap.create(
             cluster=config.cluster,
             epoch=config.epoch,
@@ -174,6 +185,9 @@ class CoordinatorServer:
         self._ticks += 1
         self.begin()
         self.sequencer.tick()
+        for link in self.links.values():
+            # after a stall of this process nobody can be called silent: what they said may still lie in the sockets
+            link.watch_silence(self.sequencer.now_ms, self.lag_ms >= HEARTBEAT_MS)
         if self._ticks % HEARTBEAT_TICKS == 0:
             for link in self.links.values():
                 link.heartbeat()
@@ -279,6 +293,8 @@ class CoordinatorServer:
             for link in self.links.values()
         }
         self.sequencer.take_over(positions)
+        is_empty = not any(seq for position in positions.values() for seq, _ in position.values())
+        self.backups.resume(self._config.restoring, is_empty, self._config.remember_restoring)
         for link in self.links.values():
             reason = self.sequencer.link_up(link.node, {n: seq for n, (seq, _) in positions[link.node].items()})
             assert link.connection is not None
@@ -319,6 +335,9 @@ class CoordinatorServer:
                 sentences.append(f"{link.node} serves nothing: {link.bad}")
             elif not link.progress.connected:
                 sentences.append(f"{link.node} is not linked: {link.progress.reason}")
+            elif self._silent(link):
+                silent_ms = self.now_ms() - link.progress.heard_ms
+                sentences.append(f"{link.node} has not answered for {silent_ms} ms: writes of its shards wait for it")
         for shard in self.sequencer.shards:
             if not shard.serving:
                 sentences.append(f"shard {shard.number} is down: {shard.reason}")
@@ -328,6 +347,15 @@ class CoordinatorServer:
         if self.backups.restoring is not None:
             sentences.append(f"keys with the prefix {self.backups.restoring!r} are closed until a restore completes")
         return sentences
+
+    def _silent(self, link: NodeLink) -> bool:
+        """Whether a linked node does not even answer heartbeats."""
+        return link.progress.connected and self.now_ms() - link.progress.heard_ms >= EVICT_AFTER_MS
+
+    def _node_state(self, link: NodeLink) -> str:
+        if link.progress.connected:
+            return "silent" if self._silent(link) else "linked"
+        return "bad" if link.bad else "unreachable"
 
     def status(self) -> dict[str, Any]:
         """The map of `status`; docs/protocol.md explains every key."""
@@ -363,7 +391,7 @@ class CoordinatorServer:
             {
                 "node": link.node,
                 "address": f"{link.host}:{link.port}",
-                "state": "linked" if link.progress.connected else "bad" if link.bad else "unreachable",
+                "state": self._node_state(link),
                 "reason": link.bad or link.progress.reason,
                 "shards": len(link.progress.shards),
                 "first_of": sum(shard.members[0] is link.progress for shard in link.progress.shards),

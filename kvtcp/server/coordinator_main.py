@@ -35,7 +35,7 @@ from kvtcp.constants import (
 )
 from kvtcp.server import runtime
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
-from kvtcp.server.identity import DataDirectory, IdentityError
+from kvtcp.server.identity import DataDirectory, IdentityError, write_identity
 from kvtcp.server.runtime import StartError
 from kvtcp.server.supervisor import Supervisor, who_is_there
 
@@ -216,6 +216,12 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             raise StartError(f"the backup directory {options.backup_dir} cannot be used: {error.strerror}") from error
         fields["epoch"] = max(fields["epoch"], promised) + 1
         directory.write(fields)
+        restoring = None if fields.get("restoring") is None else bytes.fromhex(fields["restoring"])
+
+        def remember_restoring(prefix: bytes | None) -> None:
+            fields["restoring"] = None if prefix is None else prefix.hex()
+            write_identity(directory.path, directory.role, fields)
+
         server = CoordinatorServer(
             ClusterConfig(
                 cluster=fields["cluster"],
@@ -226,6 +232,8 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
                 min_insync=fields["min_insync"],
                 backup_dir=options.backup_dir,
                 epoch=fields["epoch"],
+                restoring=restoring,
+                remember_restoring=remember_restoring,
             )
         )
         runtime.on_unexpected_errors(server.core_failed)

@@ -4,7 +4,7 @@
 node. It is written with temp file, fsync, rename and directory fsync, and read before anything else is started.
 
     coordinator  {"format": 1, "role": "coordinator", "cluster", "secret", "epoch", "shards", "factor", "min_insync",
-                  "nodes": ["n1", ...]}
+                  "nodes": ["n1", ...], "restoring": prefix in hexadecimal that a `replace` left in pieces, or null}
     node         {"format": 1, "role": "node", "cluster", "secret", "node"}
 
 A directory is locked (`lock` file, flock) while a process uses it, so that two can never believe they own it. The lock
@@ -153,6 +153,7 @@ def read_identity(path: Path, role: str) -> dict[str, Any] | None:
         for name, kind in _FIELDS[role].items():
             if type(fields[name]) is not kind:
                 raise TypeError(f"{name} is not of type {kind.__name__}")
+        bytes.fromhex(fields.get("restoring") or "")
     except (ValueError, KeyError, TypeError) as error:
         raise IdentityError(f"{file} is not an identity of kvtcp; move it away to start anew") from error
     return dict(fields)

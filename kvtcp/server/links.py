@@ -3,19 +3,29 @@
 I/O shell around Progress. One NodeLink per node keeps one connection: it dials with back-off, says HELLO, hands the
 report to the server, then writes batches and passes results on. The dialling is a task (it is a control path); batches
 and results are moved by callbacks alone.
+
+A link can be half-open: the other side, or the way to it, is gone and nobody said so. As every node answers heartbeats,
+a link on which nothing moves for LINK_SILENCE_MS is closed and dialled again, which loses nothing: what was kept is
+sent again. It moves if anything comes from the node, or if the node's kernel takes what was sent, so that a large
+value on a slow line is no silence.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import random
+import struct
+import termios
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.constants import (
     BACKOFF_MAX_MS,
     BACKOFF_MIN_MS,
+    HEARTBEAT_MS,
     LINK_FRAME_BYTES_MAX,
+    LINK_SILENCE_MS,
     LINK_WRITE_BUFFER_BYTES,
     RECOVER_WAIT_MS,
 )
@@ -39,6 +49,9 @@ class LinkConnection(FramedConnection):
         self.answered: asyncio.Future[dict[bytes, Any]] = link.server.loop.create_future()  # the report
         self.lost = asyncio.Event()
         self.live = False  # the report was accepted: batches flow
+        self.moved_ms = 0  # monotonic time at which the node's kernel was seen to take something last
+        self.untaken_bytes = 0  # written and not taken by the node's kernel, as of the last look
+        self.given_up = ""  # why this side ended the connection; empty = it did not
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -85,7 +98,17 @@ class LinkConnection(FramedConnection):
         super().resume_writing()
         self.link.write_batches()
 
+    def look_at_untaken(self, now_ms: int) -> None:
+        """Look whether the node's kernel takes what was written."""
+        if self.transport is None:
+            return
+        untaken_bytes = self.transport.get_write_buffer_size() + _unacknowledged_bytes(self.transport)
+        if untaken_bytes < self.untaken_bytes:
+            self.moved_ms = now_ms
+        self.untaken_bytes = untaken_bytes
+
     def closed(self, reason: str) -> None:
+        reason = self.given_up or reason
         if not self.answered.done():
             self.answered.set_exception(ConnectionError(reason))
             self.answered.exception()  # looked at: nobody may be waiting any more
@@ -180,6 +203,21 @@ class NodeLink:
             connection.send((BATCH, self.server.sequencer.stamp_ms, 0, []))
             connection.flush()
 
+    def watch_silence(self, now_ms: int, excused: bool) -> None:
+        """Once a tick: give the connection up if nothing moves on it. `excused`: not now, but count from now on."""
+        connection = self.connection
+        if connection is None or not connection.live or connection.given_up:
+            return
+        if excused:
+            connection.moved_ms = now_ms
+        if now_ms - self.progress.heard_ms < HEARTBEAT_MS:
+            return
+        connection.look_at_untaken(now_ms)
+        silent_ms = now_ms - max(self.progress.heard_ms, connection.moved_ms)
+        if silent_ms >= LINK_SILENCE_MS:
+            connection.given_up = f"nothing came or went for {silent_ms} ms"
+            connection.abort()
+
     def connection_lost(self, reason: str) -> None:
         """The live connection is gone."""
         if self.closing:
@@ -203,6 +241,16 @@ class NodeLink:
         self.closing = True
         if self.connection is not None:
             self.connection.close()
+
+
+def _unacknowledged_bytes(transport: asyncio.Transport) -> int:
+    """What the kernel has of this connection and the peer's kernel has not acknowledged; 0 where it does not tell."""
+    sock = transport.get_extra_info("socket")
+    try:
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int(struct.unpack("i", answer)[0])
 
 
 _RESULTS_TYPES = (int, int, int, list, list)

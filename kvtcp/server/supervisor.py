@@ -83,7 +83,9 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
                 if not data:
                     return stranger
                 messages = decoder.feed(data)
-    except (ProtocolError, OSError, TimeoutError):
+    except TimeoutError:
+        return Found("silent", "something that takes connections and does not answer")
+    except (ProtocolError, OSError):
         return stranger
     finally:
         writer.close()
