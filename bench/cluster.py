@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import signal
 import socket
@@ -24,16 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+def free_ports(count: int) -> int:
+    """The first of `count` consecutive ports nobody uses now, below the range that the kernel gives out by itself."""
+    for _ in range(1_000):
+        base = random.randrange(20_000, 32_000 - count)
+        try:
+            for port in range(base, base + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return base
+    raise RuntimeError("no free ports between 20000 and 32000")
 
 
 def cpu_s(pid: int) -> float:
@@ -80,10 +83,8 @@ class Cluster:
     def __init__(self, nodes: int, replication_factor: int) -> None:
         self.replication_factor = replication_factor
         self._directory = tempfile.TemporaryDirectory(prefix="kvtcp-bench-")
-        for _ in range(20):  # node ports are consecutive: look for a free run
-            main_port, base_port = free_ports(2)
-            if main_port not in range(base_port, base_port + nodes) and base_port + nodes < 65535:
-                break
+        main_port = free_ports(nodes + 1)
+        base_port = main_port + 1
         self.url = f"kvtcp://127.0.0.1:{main_port}"
         self._process = Process([
             sys.executable, str(ROOT / "bin" / "kvtcp-coordinator"),
@@ -111,7 +112,7 @@ class EchoPeer:
     """The cheapest server that a client can talk to."""
 
     def __init__(self) -> None:
-        (port,) = free_ports(1)
+        port = free_ports(1)
         self.url = f"kvtcp://127.0.0.1:{port}"
         self._process = Process([sys.executable, "-m", "bench.cluster", str(port)])
 

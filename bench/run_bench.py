@@ -110,9 +110,12 @@ def run_btree(options: argparse.Namespace) -> tuple[list[Result], str]:
     wanted = [
         ("get", "kvtcp table", "get", "BTrees.OOBTree"),
         ("get", "kvtcp table", "get", "SortedDict"),
+        ("get same", "kvtcp table", "get same", "BTrees.OOBTree"),
+        ("get same", "kvtcp table", "get same", "SortedDict"),
         ("insert", "kvtcp index", "insert", "BTrees.OOBTree"),
         ("mixed", "kvtcp index", "mixed", "BTrees.OOBTree"),
         ("scan", "kvtcp index", "scan", "BTrees.OOBTree"),
+        ("delete", "kvtcp index", "delete", "BTrees.OOBTree"),
     ]
     report = f"B-tree, {keys:,} keys of 17 bytes\n\n{show_matrix(results, 'structure')}\n\n"
     return results, report + ratios(results, "structure", wanted)

@@ -1,5 +1,7 @@
 """Index: hash index, fresh keys and tree hold the same keys, whatever waits for its merge."""
 
+import gc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,3 +54,15 @@ def test_load_takes_ascending_rows_only() -> None:
     for keys in ([b"b", b"a"], [b"a", b"a"]):
         with pytest.raises(ValueError, match="ascending"):
             Index(4).load((key, b"", 1, None) for key in keys)
+
+
+def test_a_full_collection_does_not_make_the_parts_young() -> None:
+    """The cyclic collector goes on tracking every part, so a later young collection does not walk its cells."""
+    index = Index()
+    parts = {id(part) for part in index.parts}
+    gc.collect()
+    index.set(b"key", (b"value", 1, None))
+    gc.collect()
+    index.set(b"other", (b"value", 2, None))
+    assert not parts & {id(thing) for thing in gc.get_objects(generation=0)}
+    assert all(gc.is_tracked(part) for part in index.parts)

@@ -134,3 +134,20 @@ def test_logging_level() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.stderr.split()[2:] == ["INFO", "kvtcp.x", "event=b"]
+
+
+def test_broken_output_does_not_change_the_exit_code() -> None:
+    """What is buffered for a reader that is gone, on stdout or stderr, is given up at the end."""
+    program = (
+        "import logging, sys; from kvtcp.server import runtime; runtime.set_up_logging('warning')\n"
+        "async def main(): sys.stdout.write('out'); logging.warning('err'); return 3\n"
+        "sys.exit(runtime.run(main, 'auto'))"
+    )
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=write_end, stderr=write_end, cwd=ROOT, check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    os.close(write_end)
+    assert done.returncode == 3

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from kvtcp._version import __version__
-from kvtcp.constants import HOST_DEFAULT
+from kvtcp.constants import GC_THRESHOLDS, HOST_DEFAULT
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -104,12 +104,15 @@ def run(main: Callable[[], Coroutine[Any, Any, int]], loop: str) -> int:
             if loop == "uvloop":
                 print("kvtcp: uvloop is not installed (pip install uvloop), or use --loop asyncio", file=sys.stderr)  # noqa: T201
                 return EXIT_USAGE
-    # What lives long (cells, index) is not cyclic: collect rarely, and never walk what start-up made.
+    # What lives long (cells, index) is not cyclic: collect in small steps, and never walk what start-up made.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main())
+    gc.set_threshold(*GC_THRESHOLDS)
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(main())
+    finally:
+        give_up_broken_output()
 
 
 def on_unexpected_errors(callback: Callable[[BaseException], None]) -> None:
@@ -141,10 +144,19 @@ def announce(line: str) -> None:
         print(line, flush=True)  # noqa: T201
     except (OSError, ValueError) as error:
         logging.getLogger("kvtcp").warning("event=stdout-closed reason=%s line=%s", error, line)
-        # what is left in the buffer would fail again at exit, and change the exit code
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
+        give_up_broken_output()
+
+
+def give_up_broken_output() -> None:
+    """Point stdout and stderr that nobody reads to nowhere: what is left in their buffers would fail again at exit,
+    and change the exit code."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def join_address(host: str, port: int) -> str:

@@ -421,7 +421,7 @@ class Table:
         """Verify every invariant; AssertionError names the one that is broken."""
         self._index.check()
         self._deadlines.check()
-        cells = [(key, cell) for part in self._index.parts for key, cell in part.items()]
+        cells = list(self._index.items())
         assert all(cell[1] <= self.seq for _, cell in cells), "no revision is above the last entry"
         pairs = sorted((cell[2], key) for key, cell in cells if cell[2] is not None)
         assert self._deadlines.pairs() == pairs, "the deadlines are those of the cells"
