@@ -370,7 +370,7 @@ async def test_unavailable_is_repeated(kv: AsyncClient[bytes], server: FakeServe
 
 @pytest.mark.parametrize("code", [Code.NOT_ENOUGH_REPLICAS, Code.OVERLOADED])
 async def test_a_refusal_stays_a_refusal(kv: AsyncClient[bytes], server: FakeServer, code: Code) -> None:
-    """A write refused for missing replicas or full windows is not sent again when the next refusal would come after the timeout:
+    """A write refused for missing replicas or full windows is not sent again when the next refusal would come too late:
     the caller would be told "unknown" of a write that nobody executed."""
     server.on(b"put", fake_server.error(code), fake_server.drop)
     with pytest.raises(Unavailable, match="refused by the script"):
@@ -407,6 +407,17 @@ async def test_other_errors_are_not_repeated(kv: AsyncClient[bytes], server: Fak
         await kv.put("a", b"")
     assert caught.value.code == code
     assert len(server.seen(b"put")) == 1
+
+
+async def test_unanswered_writes_do_not_keep_reads_out(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """Large writes that a stopped node leaves without an answer fill the client's bound only until their timeout."""
+    server.on(b"put", *[fake_server.drop] * 8)
+    values = [b"v" * (2 << 20)] * 8
+    outcomes = await asyncio.gather(
+        *(kv.put(f"k{n}", value, timeout=0.3) for n, value in enumerate(values)), return_exceptions=True
+    )
+    assert any(isinstance(outcome, OutcomeUnknown) for outcome in outcomes)
+    assert await kv.get("a", timeout=1.0) is None
 
 
 async def test_lost_connection(kv: AsyncClient[bytes], server: FakeServer) -> None:

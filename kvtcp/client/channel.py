@@ -259,6 +259,7 @@ class Connection(asyncio.Protocol):
             self.abort("the server has been silent for too long, the connection was given up")
         else:
             self._arm()
+            self._admit()
 
     def _complete(self, done: list[Completion[asyncio.Future[Any]]]) -> None:
         for future, _, error in done:

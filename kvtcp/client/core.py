@@ -90,7 +90,7 @@ class ConnectionCore(Generic[W]):
         self._heard_at = 0.0  # when bytes last came
         self._silent_since: float | None = None  # nothing heard since then, and a call ran out of time meanwhile
         self._ended = False
-        self.outstanding_bytes = 0  # of the requests in the table
+        self.outstanding_bytes = 0  # of the requests in the table whose time has not run out
         self.failure: ProtocolError | None = None  # why the connection must be closed
         self.next_due: float | None = None  # `expire` has nothing to do before this time
 
@@ -177,6 +177,9 @@ class ConnectionCore(Generic[W]):
                 if call.waiter is not None:
                     done.append((call.waiter, None, _out_of_time(call)))
                     call.waiter = None
+                # Nobody waits for it, so others need not wait for its room: what it may still hold is the socket's.
+                self.outstanding_bytes -= call.frame_bytes
+                call.frame_bytes = 0
         self._due = {t: ids for t, ids in self._due.items() if ids}
         self.next_due = min(self._due) / TICKS_PER_S if self._due else None
         return done
