@@ -71,6 +71,15 @@ def several(*steps: Step) -> Step:
     return step
 
 
+def later(pause_s: float, step: Step) -> Step:
+    """Do this after a while."""
+
+    def wait(connection: FakeConnection, message: list[Any]) -> None:
+        asyncio.get_running_loop().call_later(pause_s, step, connection, message)
+
+    return wait
+
+
 class FakeServer:
     """`async with FakeServer() as server: ... server.url`."""
 

@@ -38,6 +38,7 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code
+from kvtcp.testing.local_cluster import LocalCluster
 from tests import fake_server
 from tests.fake_server import FakeServer
 
@@ -706,6 +707,70 @@ async def test_items_that_stay_refused(kv: AsyncClient[bytes], server: FakeServe
     assert time.monotonic() - started < 2.0
     assert caught.value.results[0] == 1
     assert isinstance(caught.value.results[1], Unavailable)
+
+
+def refuse_each(connection: fake_server.FakeConnection, message: list[Any]) -> None:
+    """A step: refuse every item of an m-request for a missing node, each in words of its own."""
+    refusals = [[int(Code.NOT_ENOUGH_REPLICAS), f"shard {i} needs n2", {}] for i in range(len(message[2]))]
+    connection.answer(message, [0, refusals])
+
+
+@pytest.mark.parametrize(("timeout_s", "tries_min", "tries_max"), [(0.3, 1, 1), (0.6, 2, 10)])
+@pytest.mark.parametrize("op", ["mput", "mdelete"])
+async def test_refused_items_stay_refused(
+    kv: AsyncClient[bytes],
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    timeout_s: float,
+    tries_min: int,
+    tries_max: int,
+) -> None:
+    """Items refused after a wait are repeated while there is time for another such wait; then all that failed is
+    Unavailable, in the server's words and before the timeout, never unknown."""
+    monkeypatch.setattr("kvtcp.client.channel._REFUSAL_S", 0.3)
+    server.on(op.encode(), *[fake_server.later(0.05, refuse_each)] * 10, fake_server.drop)
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="shard 0 needs n2") as caught:
+        if op == "mput":
+            await kv.put_many({"a": "1", "b": "2"}, timeout=timeout_s)
+        else:
+            await kv.delete_many(["a", "b"], timeout=timeout_s)
+    assert caught.value.code == Code.NOT_ENOUGH_REPLICAS
+    assert time.monotonic() - started < timeout_s
+    assert tries_min <= len(server.seen(op.encode())) <= tries_max
+
+
+async def test_repetitions_name_the_timeout_of_the_caller(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """A call whose second try has no answer names the timeout that was asked for, not what was left of it."""
+    server.script[b"put item"].append([int(Code.SHARD_DOWN), "down", {}])  # type: ignore[arg-type]
+    server.on(b"mput", fake_server.execute, fake_server.drop)
+    with pytest.raises(OutcomeUnknown, match=r"no answer within 0\.123 s;"):
+        await kv.put_many({"a": "1"}, timeout=0.1234)
+    server.on(b"put", fake_server.error(Code.SHARD_DOWN), fake_server.drop)
+    started = time.monotonic()
+    with pytest.raises(OutcomeUnknown, match=r"no answer within 0\.2 s;") as caught:
+        await kv.put("a", "1", timeout=0.2)
+    assert caught.value.details == {"timeout_s": 0.2}
+    assert 0.2 <= time.monotonic() - started < 1.0
+
+
+async def test_many_keys_with_a_missing_node() -> None:
+    """A cluster that lost a node refuses many writes as it refuses one: Unavailable, before the timeout ends."""
+    async with LocalCluster(nodes=3, shards=8) as cluster, kvtcp.connect(cluster.url) as kv:
+        await kv.put_many({f"k{i}": "1" for i in range(20)})
+        await cluster.kill_node("n2")
+        started = time.monotonic()
+        results = await asyncio.gather(
+            kv.put("a", "1", timeout=2),
+            kv.put_many({"a": "1"}, timeout=2),
+            kv.put_many({f"k{i}": "2" for i in range(20)}, timeout=2),
+            kv.delete_many(["a", "b"], timeout=2),
+            return_exceptions=True,
+        )
+        assert time.monotonic() - started < 1.9
+        assert [type(result) for result in results] == [Unavailable] * 4
+        assert {getattr(result, "code", None) for result in results} == {Code.NOT_ENOUGH_REPLICAS}
 
 
 async def test_batch_error(kv: AsyncClient[bytes], server: FakeServer) -> None:
