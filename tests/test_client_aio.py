@@ -38,6 +38,7 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code
+from kvtcp.server.node import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
 from tests import fake_server
 from tests.fake_server import FakeServer
@@ -425,16 +426,49 @@ async def test_lost_before_sending(kv: AsyncClient[bytes], server: FakeServer) -
 
 
 async def test_nobody_there(server: FakeServer) -> None:
-    """Without a server calls are Unavailable when their timeout ends, nothing was sent, and connecting fails alike."""
+    """Without a server calls are Unavailable when their timeout ends, and connecting fails alike, in plain words."""
+    text = f"no connection to {server.url} within %s s: connection refused; is the cluster running?"
     async with kvtcp.connect(server.url) as kv:
         await server.stop()
         await until(lambda: kv._channel._connection is None)
         started = time.monotonic()
-        with pytest.raises(Unavailable, match=r"no connection to kvtcp://127\.0\.0\.1:\d+ within 0\.2 s, nothing"):
+        with pytest.raises(Unavailable) as caught:
             await kv.put("a", b"1", timeout=0.2)
+        assert caught.value.message == text % 0.2
         assert 0.2 <= time.monotonic() - started < 1.0
-    with pytest.raises(Unavailable, match="nothing was sent"):
+    with pytest.raises(Unavailable) as caught:
+        await kvtcp.connect(server.url, timeout=1 / 3)
+    assert caught.value.message == text % 0.333
+    with pytest.raises(Unavailable, match=r"within 0\.1 s: connection refused; is the cluster running"):
+        await kvtcp.connect(server.url.replace("127.0.0.1", "localhost"), timeout=0.1)
+
+
+async def test_port_that_does_not_speak_to_clients(server: FakeServer) -> None:
+    """A port that hangs up at the first frame, as that of a node does, is named as such; one that says no is not."""
+    text = "within 0.1 s: the server closed the connection at the first frame; that port does not speak to clients;"
+    server.on(b"hello", *[fake_server.close] * 100)
+    with pytest.raises(Unavailable, match=text):
         await kvtcp.connect(server.url, timeout=0.1)
+    server.script[b"hello"].clear()
+    async with kvtcp.connect(server.url) as kv:
+        server.on(b"hello", *[fake_server.close] * 100)
+        server.connections[0].transport.abort()
+        await until(lambda: kv._channel._connection is None)
+        with pytest.raises(Unavailable, match="within 0.1 s: ") as caught:
+            await kv.get("a", timeout=0.1)
+        assert "node's port" not in caught.value.message  # it spoke to clients before
+    server.script[b"hello"].clear()
+    full = fake_server.several(fake_server.error(Code.OVERLOADED, "too many connections"), fake_server.close_after)
+    server.on(b"hello", *[full] * 100)
+    with pytest.raises(Unavailable, match="within 0.1 s: too many connections$"):
+        await kvtcp.connect(server.url, timeout=0.1)
+    node = NodeServer("n1", cluster="c", secret="s")
+    await node.start("127.0.0.1", 0)
+    try:
+        with pytest.raises(Unavailable, match="is it a node's port?"):
+            await kvtcp.connect(f"kvtcp://127.0.0.1:{node.address[1]}", timeout=0.5)
+    finally:
+        await node.close()
 
 
 async def test_reconnects_when_the_server_is_back(server: FakeServer) -> None:

@@ -22,6 +22,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -52,6 +53,12 @@ TIMEOUT_S: Final = CLIENT_TIMEOUT_MS / 1000
 TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's timer takes
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
+_HANGS_UP: Final = "the server closed the connection at the first frame"
+# what a failure to connect most likely means
+_HINTS: Final = {
+    "connection refused": "is the cluster running?",
+    _HANGS_UP: "that port does not speak to clients; is it a node's port?",
+}
 # a write that waits for a missing replica is refused by the server within this time
 _REFUSAL_S: Final = (WRITE_WAIT_MS + 2 * TICK_MS) / 1000 + _LATE_S
 
@@ -206,7 +213,7 @@ class Connection(asyncio.Protocol):
             self._admit()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the connection was lost ({exc})" if exc is not None else "the server closed the connection")
+        self._end(f"the connection was lost ({_reason(exc)})" if exc is not None else "the server closed the connection")
         if not self._closed.done():
             self._closed.set_result(None)
 
@@ -428,9 +435,10 @@ class Channel:
             attempt.exception()  # whoever waits raises it; when all have gone, nobody needs it
 
     def _unreachable(self, timeout_s: float) -> Unavailable:
+        failure = self._last_failure or "no answer"
+        hint = _HINTS.get(failure, "")
         return Unavailable(
-            f"no connection to {self.address.url} within {timeout_s:g} s, nothing was sent"
-            + (f" ({self._last_failure})" if self._last_failure else ""),
+            f"no connection to {self.address.url} within {show_seconds(timeout_s)}: {failure}{hint and '; ' + hint}",
             Code.UNREACHABLE,
             {"address": self.address.url, "timeout_s": timeout_s},
         )
@@ -447,12 +455,14 @@ class Channel:
                     lambda: Connection(self._loop, self._on_end), host, port
                 )
                 if connection.ended:
-                    raise ConnectionResetError("the server closed the connection")
+                    raise Unavailable("the server closed the connection", Code.UNREACHABLE)
                 hello = [0, b"hello", PROTOCOL_VERSION, self._name]
                 info = _server_info(await connection.send(hello, Kind.READ, monotonic(), self.timeout_s))
         except (OSError, Unavailable) as error:
             self._failures += 1
-            self._last_failure = str(error) or "no answer"
+            hung_up = connection is not None and connection.ended and getattr(error, "code", None) == Code.UNREACHABLE
+            # one that spoke to clients before is being stopped or started
+            self._last_failure = _HANGS_UP if hung_up and self.info is None else _reason(error)
             log.debug("no connection to %s: %s", self.address.url, self._last_failure)
             _drop(connection)
         except KvtcpError as error:
@@ -488,6 +498,16 @@ def _size_bytes(item: Any) -> int:
     if type(item) is bytes:
         return len(item) + 5
     return 5 + sum(map(_size_bytes, item)) if type(item) is list else 9
+
+
+def _reason(error: Exception) -> str:
+    """Why a connection was not made or was lost, in the system's words, without its numbers and addresses."""
+    if isinstance(error, socket.gaierror):
+        return f"the host is not known ({error.strerror})"
+    # for a name with several addresses the loops join the texts of several errors, and keep no numbers beside them
+    numbers = re.findall(r"\[Errno (\d+)\]", str(error)) if isinstance(error, OSError) else []
+    reasons = dict.fromkeys(os.strerror(int(number)).lower() for number in numbers)
+    return ", ".join(reasons) or str(error) or "no answer"
 
 
 def _drop(connection: Connection | None) -> None:
