@@ -97,8 +97,8 @@ def backoff_s(failures: int, fraction: float) -> float:
 def may_repeat(error: KvtcpError, kind: Kind, remaining_s: float) -> bool:
     """Whether a request that ended with `error` may be sent once more with so much time left.
 
-    A write that waited in vain for a replica or for room is refused after a wait again: without the time to hear of it the caller
-    would be told "unknown" of a write that is known not to have been executed.
+    A write that waited in vain for a replica or for room is refused after a wait again: without the time to hear of it
+    the caller would be told "unknown" of a write that is known not to have been executed.
     """
     waits = kind is Kind.WRITE and error.code in _REFUSED_LATE
     return isinstance(error, Unavailable) and remaining_s > (_REFUSAL_S if waits else 0)
@@ -214,7 +214,8 @@ class Connection(asyncio.Protocol):
             self._admit()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the connection was lost ({_reason(exc)})" if exc is not None else "the server closed the connection")
+        lost = "the server closed the connection" if exc is None else f"the connection was lost ({_reason(exc)})"
+        self._end(lost)
         if not self._closed.done():
             self._closed.set_result(None)
 
