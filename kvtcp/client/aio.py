@@ -237,7 +237,7 @@ class AsyncClient(Generic[V]):
         At most `limit` pairs; with `keys_only` each value is None and is not sent. Read in pages as it goes along: a
         page is one consistent cut, and a key untouched meanwhile appears exactly once. `timeout` is for each page.
         """
-        return self._items(PageRequest(prefix, start, end, limit, reverse, keys_only), timeout, self.pair)
+        return self._items(PageRequest(prefix, start, end, limit, reverse, keys_only), timeout, self._pair)
 
     def scan_keys(
         self,
@@ -263,7 +263,7 @@ class AsyncClient(Generic[V]):
         timeout: float | None = None,
     ) -> AsyncIterator[Entry[V]]:
         """As `scan`, with revisions and remaining lives."""
-        return self._items(PageRequest(prefix, start, end, limit, reverse, False), timeout, self.entry)
+        return self._items(PageRequest(prefix, start, end, limit, reverse, False), timeout, self._entry)
 
     def scan_pages(
         self,
@@ -374,19 +374,19 @@ class AsyncClient(Generic[V]):
 
     # --- for the synchronous client ---------------------------------------------------------------
 
-    def disown(self) -> None:
+    def _disown(self) -> None:
         """In a forked child: let go of the parent's socket without touching the parent's loop. Never use it again."""
         self._channel.disown()
 
-    def pair(self, row: list[Any]) -> tuple[bytes, Any]:
+    def _pair(self, row: list[Any]) -> tuple[bytes, Any]:
         """Key and value of a row of a page."""
         return row[0], None if row[1] is None else self._decode(row[0], row[1])
 
-    def entry(self, row: list[Any]) -> Entry[V]:
+    def _entry(self, row: list[Any]) -> Entry[V]:
         """The entry of a row of a page."""
         return Entry(row[0], self._decode(row[0], row[1]), row[2], seconds(row[3]))
 
-    async def page(self, pages: PageRequest, timeout: float | None) -> list[list[Any]]:
+    async def _page(self, pages: PageRequest, timeout: float | None) -> list[list[Any]]:
         """The rows of the next page of a scan."""
         return pages.rows(await self._call(pages.next(), READ, timeout))
 
@@ -422,12 +422,12 @@ class AsyncClient(Generic[V]):
 
     async def _items(self, pages: PageRequest, timeout: float | None, of: Callable[[list[Any]], D]) -> AsyncIterator[D]:
         while not pages.finished:
-            for row in await self.page(pages, timeout):
+            for row in await self._page(pages, timeout):
                 yield of(row)
 
     async def _pages(self, pages: PageRequest, timeout: float | None) -> AsyncIterator[list[tuple[bytes, V]]]:
         while not pages.finished:
-            yield [self.pair(row) for row in await self.page(pages, timeout)]
+            yield [self._pair(row) for row in await self._page(pages, timeout)]
 
     async def _run(self, batch: Batch, kind: Kind, timeout: float | None) -> list[Any]:
         """Send the parts of a batch, several at once, until all are done or one failed as a whole."""

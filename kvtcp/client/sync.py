@@ -188,7 +188,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
     ) -> Iterator[tuple[bytes, Any]]:
         """Pairs in key order, read in pages as it goes along. See AsyncClient.scan."""
         pages = PageRequest(prefix, start, end, limit, reverse, keys_only)
-        return (self._live().pair(row) for row in self._rows(pages, timeout))
+        return (self._live()._pair(row) for row in self._rows(pages, timeout))
 
     def scan_keys(
         self,
@@ -215,7 +215,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
     ) -> Iterator[Entry[V]]:
         """As `scan`, with revisions and remaining lives."""
         pages = PageRequest(prefix, start, end, limit, reverse, False)
-        return (self._live().entry(row) for row in self._rows(pages, timeout))
+        return (self._live()._entry(row) for row in self._rows(pages, timeout))
 
     def scan_pages(
         self,
@@ -230,7 +230,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
     ) -> Iterator[list[tuple[bytes, V]]]:
         """As `scan`, a list per page of at most `page_items` pairs; a page may be shorter, and empty."""
         pages = PageRequest(prefix, start, end, limit, reverse, False, page_items)
-        return ([self._live().pair(row) for row in rows] for rows in self._pages(pages, timeout))
+        return ([self._live()._pair(row) for row in rows] for rows in self._pages(pages, timeout))
 
     def count(
         self,
@@ -435,7 +435,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
 
     def _pages(self, pages: PageRequest, timeout: float | None) -> Iterator[list[list[Any]]]:
         while not pages.finished:
-            yield self._run(self._live().page(pages, timeout))
+            yield self._run(self._live()._page(pages, timeout))
 
     def _rows(self, pages: PageRequest, timeout: float | None) -> Iterator[list[Any]]:
         for rows in self._pages(pages, timeout):
@@ -445,7 +445,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         """In a child process: forget the parent's connection, without a word to its server."""
         self._lock = threading.Lock()
         if self._client is not None:
-            self._client.disown()
+            self._client._disown()
             loop_thread.keep(self._client)
         self._thread = self._client = None
 
