@@ -92,6 +92,8 @@ FRAME_WAIT_MS: Final = 30_000
 CLIENT_TIMEOUT_MS: Final = 2_000
 # how long a backup or a restore may show no progress before its caller gives up
 CLIENT_ADMIN_IDLE_MS: Final = 60_000
+# their coordinator says how far it is at least this often
+PROGRESS_MS: Final = 2_000
 # deadlines of calls are kept in ticks of this length, so a timeout is late by at most one
 CLIENT_TICK_MS: Final = 20
 # nothing heard for so long while a call ran out of time: the connection is given up
@@ -178,6 +180,7 @@ assert READ_RETRY_MS < WRITE_WAIT_MS < CLIENT_TIMEOUT_MS, "a client learns the c
 assert CLIENT_OUTPUT_BYTES_MAX < CLIENT_INPUT_BYTES_MAX < BUFFERED_BYTES_MAX, "one client cannot use up the total"
 assert FRAME_BYTES_MAX <= CLIENT_INPUT_BYTES_MAX, "one whole frame may be buffered for a client"
 assert CLIENT_TICK_MS < CLIENT_TIMEOUT_MS < CLIENT_SILENCE_MS < CLIENT_ADMIN_IDLE_MS, "silence outlasts a slow call"
+assert 10 * PROGRESS_MS < CLIENT_ADMIN_IDLE_MS, "a coordinator at work is not taken for a lost one"
 assert CLIENT_BACKOFF_MIN_MS < CLIENT_BACKOFF_MAX_MS < CLIENT_TIMEOUT_MS, "a call is tried several times"
 assert CLIENT_CHUNK_KEYS_MAX <= MULTI_KEYS_MAX, "a chunk is one m-request"
 assert CLIENT_CHUNK_BYTES + VALUE_BYTES_MAX + KEY_BYTES_MAX < MULTI_BYTES_MAX, "a chunk with one large value fits"

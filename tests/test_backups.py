@@ -120,11 +120,47 @@ async def test_summary_and_spread(cluster: LocalCluster, kv: Any) -> None:
     shown: list[dict[str, Any]] = []
     summary = await kv.backup("whole", progress=shown.append)
     assert summary["name"] == "whole" and summary["pairs"] == len(keys) and summary["files"] == 3
-    assert shown[0] == {"files_done": 0, "files": 3} and shown[-1] == {"files_done": 3, "files": 3}
+    assert shown == [{"phase": "save"}, *({"phase": "save", "files_done": n, "files": 3} for n in range(4))]
     manifest = files.read_manifest(cluster.backup_dir / "whole")
     held = [len(file.shards) for file in manifest.files]
     assert sum(held) == cluster.shards and max(held) - min(held) <= 2
     assert (await kv.status())["running"] == ""
+
+
+async def test_progress_in_every_phase(cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase that takes long in one step keeps telling of itself, so its client's idle timeout does not end it."""
+    monkeypatch.setattr(backups, "PROGRESS_S", 0.01)
+    await kv.put_many(dict.fromkeys(keys_of_shards(cluster, 3), "v"))
+    await kv.backup("base")
+    shown: list[dict[str, Any]] = []
+
+    async def stand_still() -> None:
+        before = len(shown)
+        await until(lambda: len(shown) >= before + 30, "progress of a phase that stands still")
+
+    def hold(name: str) -> None:
+        step = getattr(backups.Backups, name)
+
+        async def slow(self: backups.Backups, *args: Any) -> Any:
+            monkeypatch.setattr(backups.Backups, name, step)
+            await stand_still()
+            return await step(self, *args)
+
+        monkeypatch.setattr(backups.Backups, name, slow)
+
+    async def pages(self: backups.Backups, prefix: bytes, read: Any = backups.Backups._pages) -> AsyncIterator[Any]:
+        await stand_still()
+        async for page in read(self, prefix):
+            yield page
+
+    for name in ("_count", "_attempt", "_write", "_put_all"):
+        hold(name)
+    monkeypatch.setattr(backups.Backups, "_pages", pages)
+    summary = await kv.restore("base", "replace", progress=shown.append, timeout=0.25)
+    assert summary["pairs"] == len(await everything(kv))
+    phases = [progress["phase"] for progress in shown]
+    assert list(dict.fromkeys(phases)) == ["verify", "save", "clear", "load", "compare"]
+    assert shown[-1] == {"phase": "compare", "pairs_done": summary["pairs"], "pairs": summary["pairs"]}
 
 
 async def test_empty_cluster(cluster: LocalCluster, kv: Any) -> None:
@@ -207,7 +243,7 @@ async def test_key_that_expires_during_the_comparison(
     compare = backups.Backups._compare
     lost = ""
 
-    async def late(self: backups.Backups, directory: Path, prefix: bytes) -> None:
+    async def late(self: backups.Backups, directory: Path, prefix: bytes, *told: Any) -> None:
         async def count() -> int:
             return await self._count(b"b")
 
@@ -217,7 +253,7 @@ async def test_key_that_expires_during_the_comparison(
             await self._write(CLEAR, 0, b"", (None, 1000))
             for number in range(cluster.shards):
                 await self._write(CLEAR, number, lost.encode(), (lost.encode() + b"\0", 1))
-        await compare(self, directory, prefix)
+        await compare(self, directory, prefix, *told)
 
     monkeypatch.setattr(backups.Backups, "_compare", late)
     await kv.restore("base", "replace")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kvtcp._version import __version__
-from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX, TICK_MS
+from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX, PROGRESS_MS, TICK_MS
 from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, Unavailable, error_from_wire, show_bytes
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
@@ -48,6 +48,7 @@ ATTEMPTS: Final = 2
 CUT_WAIT_S: Final = 10.0  # for everything queued before the cut to be committed
 FILE_WAIT_S: Final = 600.0  # for the files of the nodes
 LOAD_WAIT_S: Final = 10 * CLIENT_TIMEOUT_MS / 1000  # for a chunk of a restore to be written
+PROGRESS_S: Final = PROGRESS_MS / 1000
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -65,6 +66,33 @@ class FutureSink:
     def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
         if not self.future.done():
             self.future.set_exception(error_from_wire(code, message, details))
+
+
+class Pulse:
+    """What a long request tells its client: each step at once, and the last one again while no new one comes.
+
+    A client gives up after some time of silence, and some phases take long in one step: reading the sums of large
+    files, a node writing its file. So silence means that the coordinator is gone, never that it is busy. Each map has
+    `phase`, and what of it is done where that is known. It ends with the `with` block.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, send: Progress) -> None:
+        self._loop = loop
+        self._send = send
+        self._timer: asyncio.TimerHandle | None = None  # of the next repetition, None before the first step
+
+    def __enter__(self) -> Progress:
+        return self._tell
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _tell(self, progress: dict[str, Any]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._send(progress)
+        self._timer = self._loop.call_later(PROGRESS_S, self._tell, progress)
 
 
 Remember = Callable[[bytes | None], None]  # told the prefix that is closed, None for none; raises OSError
@@ -123,7 +151,8 @@ class Backups:
         log.info("event=started what=%s", what)
         error: KvtcpError
         try:
-            summary = await work(lambda progress: session.progress(ident, progress))
+            with Pulse(self.server.loop, lambda progress: session.progress(ident, progress)) as progress:
+                summary = await work(progress)
         except KvtcpError as failed:
             error = failed
         except OSError as failed:
@@ -171,6 +200,7 @@ class Backups:
     async def _backup(self, name: str, progress: Progress) -> dict[str, Any]:
         disk = OsDisk()
         files.check_backup_name(name)
+        progress({"phase": "save"})
         for attempt in range(1, ATTEMPTS + 1):
             tmp_dir = await self._in_thread(files.begin_backup, disk, self.backup_dir, name, attempt)
             try:
@@ -185,7 +215,7 @@ class Backups:
                         f"backup {name} failed {ATTEMPTS} times, last: {text}; nothing was published",
                         Code.NOT_ENOUGH_REPLICAS,
                     ) from error
-                progress({"begun_again": str(error)})
+                progress({"phase": "save", "begun_again": str(error)})
             except BaseException:
                 await self._in_thread(files.discard, disk, tmp_dir)
                 raise
@@ -229,10 +259,10 @@ class Backups:
                 rows = [row for cut in await asyncio.gather(*cuts.values()) for row in cut]
             async with asyncio.timeout(FILE_WAIT_S):
                 reports = []
-                progress({"files_done": 0, "files": len(chosen)})
+                progress({"phase": "save", "files_done": 0, "files": len(chosen)})
                 for future in asyncio.as_completed(self._files.values()):
                     reports.append(FileReport.from_fields(await future, "report of a node"))
-                    progress({"files_done": len(reports), "files": len(chosen)})
+                    progress({"phase": "save", "files_done": len(reports), "files": len(chosen)})
         finally:
             for future in (*cuts.values(), *self._files.values()):
                 future.cancel()
@@ -254,6 +284,7 @@ class Backups:
         self, name: str, mode: str, prefix: bytes, dry_run: bool, progress: Progress
     ) -> dict[str, Any]:
         directory = self.backup_dir / files.check_backup_name(name)
+        progress({"phase": "verify"})
         await self._in_thread(files.verify, directory)
         wanted = await self._in_thread(lambda: sum(1 for _ in files.read_pairs(directory, prefix)))
         present = await self._count(prefix)
@@ -286,9 +317,9 @@ class Backups:
                 raise
         self._cleared = 0
         try:
-            await self._clear(prefix)
+            await self._clear(prefix, progress)
             await self._load(directory, prefix, wanted, progress)
-            await self._compare(directory, prefix)
+            await self._compare(directory, prefix, wanted, progress)
             await self._in_thread(self._remember, None)
         except (KvtcpError, OSError) as error:
             if not again and not self._cleared and isinstance(error, Unavailable):
@@ -338,19 +369,21 @@ class Backups:
         self.server.sequencer.multi_read(count_read(shards, *prefix_bounds(prefix), FutureSink(future), None))
         return await future
 
-    async def _clear(self, prefix: bytes) -> None:
+    async def _clear(self, prefix: bytes, progress: Progress) -> None:
         lower, upper = prefix_bounds(prefix)
         for number in range(self.server.map.shards):
+            progress({"phase": "clear", "shards_done": number, "shards": self.server.map.shards})
             while await self._write(CLEAR, number, lower, (upper, CLEAR_KEYS)) > 0:
                 self._cleared += 1
 
     async def _load(self, directory: Path, prefix: bytes, wanted: int, progress: Progress) -> None:
         pairs: Iterator[Pair] = files.read_pairs(directory, prefix)
         done = 0
+        progress({"phase": "load", "pairs_done": 0, "pairs": wanted})
         while chunk := await self._in_thread(lambda: list(islice(pairs, min(RESTORE_CHUNK, MULTI_KEYS_MAX)))):
             await self._put_all(chunk)
             done += len(chunk)
-            progress({"pairs_done": done, "pairs": wanted})
+            progress({"phase": "load", "pairs_done": done, "pairs": wanted})
 
     async def _put_all(self, chunk: list[Pair]) -> None:
         left = chunk
@@ -376,9 +409,11 @@ class Backups:
             if failed:  # a refusal may come at once: others get their turn before the next try
                 await asyncio.sleep(TICK_MS / 1000)
 
-    async def _compare(self, directory: Path, prefix: bytes) -> None:
+    async def _compare(self, directory: Path, prefix: bytes, wanted: int, progress: Progress) -> None:
         """Read back what was restored. DataError if it is not the backup's content; only expired keys may lack."""
         pairs = files.read_pairs(directory, prefix)
+        done = 0
+        progress({"phase": "compare", "pairs_done": 0, "pairs": wanted})
 
         def differs(rows: list[Any], is_last: bool) -> bytes | None:
             """The first key that differs up to the last of `rows`, or in all the rest."""
@@ -402,6 +437,8 @@ class Backups:
             key = await self._in_thread(differs, rows, is_last)
             if key is not None:
                 raise DataError(f"read back after the restore, {show_bytes(key)} is not what the backup has")
+            done += len(rows)
+            progress({"phase": "compare", "pairs_done": done, "pairs": wanted})
 
     async def _pages(self, prefix: bytes) -> AsyncIterator[tuple[list[Any], bool]]:
         """The rows with a prefix, page by page; with the last page True."""
