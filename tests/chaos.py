@@ -353,7 +353,8 @@ class Round:
         shards = await self.kv.shards()
         status = await self.kv.status()
         down = [row["shard"] for row in shards if row["state"] == "down"]
-        if bool(down) != (status["state"] == "degraded") or any(f"shard {n} is" not in str(status) for n in down):
+        named = f"{len(down)} shards are down, the first is shard {down[0]}:" if down else ""
+        if (status["state"] == "degraded") != bool(down) or named not in str(status["degraded"]):
             raise Broken(f"shards {down} are down, and status says {status['degraded']}")
         for key in self.probe_keys:
             try:
@@ -420,7 +421,7 @@ class Round:
         while True:
             if self.coordinator.process.poll() is None:
                 self.rss_bytes = max(self.rss_bytes, rss_bytes(self.coordinator.pid))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
 
 
 async def _dump(port: int, node: str, identity: dict[str, Any], stamp_ms: int) -> tuple[list[Any], dict[str, str]]:
