@@ -63,7 +63,7 @@ async def test_real_records_from_import_to_a_restored_second_cluster(tmp_path: P
     assert files == ["manifest.json", "node-n1.jsonl", "node-n2.jsonl", "node-n3.jsonl"]
     assert all((tmp_path / "backups" / "names" / name).stat().st_size > 100_000 for name in files[1:])
     async with LocalCluster(2, backup_dir=tmp_path / "backups") as cluster:
-        assert await run_shell(cluster.url, "restore", str(tmp_path / "backups" / "names"), "replace") == 0
+        assert await run_shell(cluster.url, "restore", "names", "replace") == 0
         exported = tmp_path / "out.jsonl.gz"
         assert await run_shell(cluster.url, "export", str(exported)) == 0
     assert pairs_of(exported) == pairs_of(source)

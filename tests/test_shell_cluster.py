@@ -103,7 +103,7 @@ def test_administration(shell: RealShell, backup_dir: Path) -> None:
     assert (shell.run("backup", "b1", "-o", "json"), json.loads(shell.out)["pairs"]) == (0, 1)
     assert (shell.run("verify", str(backup_dir / "b1"), "-o", "json"), json.loads(shell.out)["pairs"]) == (0, 1)
     assert shell.run("put", "b", "2") == 0
-    assert shell.run("restore", str(backup_dir / "b1"), "replace") == 0
+    assert shell.run("restore", "b1", "replace") == 0
     assert (shell.run("all_values"), shell.out) == (0, b"a\t1\n")
     damaged = next(path for path in (backup_dir / "b1").glob("*.jsonl") if path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes().replace(b'"1"', b'"2"'))

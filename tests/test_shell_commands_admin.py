@@ -82,10 +82,26 @@ def test_rows_of_maps_by_name(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_restore_modes_exclude_each_other(shell: Shell) -> None:
-    """merge and replace together are a mistake; so is a DIR without a name."""
+    """merge and replace together are a mistake."""
     assert shell.run("restore", "b1", "merge", "replace") == 2
     assert "merge and replace exclude each other" in shell.err
-    assert shell.run("restore", "/") == 2
+
+
+@pytest.mark.parametrize("path", ["/", "/elsewhere/b1", "./b1", "b1/", "backups/../b1", "other/backups/b1", "~/b1"])
+def test_restore_refuses_paths(shell: Shell, path: str) -> None:
+    """A path could name another backup than the servers' one of that name; no server is asked."""
+    assert shell.run("restore", path) == 2
+    assert shell.err == (
+        "kvtcp-shell: restore takes the name of a backup in the servers' backup directory, not a path; "
+        "copy it there first\n"
+    )
+    assert shell.client.opened == []
+
+
+@pytest.mark.parametrize("word", ["", "backups/"])
+def test_restore_needs_a_name(shell: Shell, word: str) -> None:
+    """No name is no backup."""
+    assert shell.run("restore", word) == 2
     assert "does not name a backup" in shell.err
 
 
@@ -129,6 +145,32 @@ def test_verify_needs_no_server(shell: Shell, backup_module: ModuleType, tmp_pat
     backup_module.verify = lambda path: seen.append(path) or report  # type: ignore[attr-defined]
     assert shell.run("verify", str(tmp_path)) == 0
     assert (shell.out, seen, shell.client.opened) == (b"files\t3\nkeys\t10\n", [tmp_path], [])
+
+
+def test_verify_finds_a_name_among_the_backups(
+    shell: Shell, backup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is no directory here is looked for in backups/; a directory here goes first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "backups" / "monday").mkdir(parents=True)
+    seen: list[Path] = []
+    backup_module.verify = lambda path: seen.append(path) or {"files": 3}  # type: ignore[attr-defined]
+    assert shell.run("verify", "monday") == 0
+    (tmp_path / "monday").mkdir()
+    assert shell.run("verify", "monday") == 0
+    assert seen == [Path("backups/monday"), Path("monday")]
+
+
+def test_verify_suggests_the_backup_of_that_name(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path to nothing is an error, which names the backup of that name in backups/ only if there is one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "backups" / "monday").mkdir(parents=True)
+    assert shell.run("verify", "old/monday") == 7
+    assert shell.err.endswith("old/monday/manifest.json: no such backup; did you mean backups/monday?\n")
+    assert shell.run("verify", "old/tuesday") == 7
+    assert shell.err.endswith("old/tuesday/manifest.json: no such backup\n")
 
 
 def test_verify_of_a_damaged_backup(shell: Shell, backup_module: ModuleType) -> None:

@@ -3,9 +3,13 @@
 import asyncio
 import io
 import os
+import pty
+import select
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -144,6 +148,13 @@ def test_commands_from_a_pipe(session: Session, lines: list[str], code: int, out
     assert session.out == out and "kvtcp shell," not in session.err
 
 
+def test_ctrl_c_ends_a_script(session: Session) -> None:
+    """Ctrl-C while the next line of a pipe is awaited ends the session; no later line runs."""
+    with pytest.raises(KeyboardInterrupt):
+        session.lines("put a 1\n", KeyboardInterrupt(), "put b 2\n", for_people=False)
+    assert list(session.client.cells) == [b"a"] and session.client.closed == 1
+
+
 def test_front_of_a_pipe_reads_stdin(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where stdin is no terminal its lines are the commands, up to its end."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("put a 1\nget a\n"))
@@ -186,6 +197,74 @@ def test_history_file(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("/s", "/s"), ("", "/root-of/x/.local/state"), ("rel", "/root-of/x/.local/state")):
         monkeypatch.setenv("XDG_STATE_HOME", value)
         assert history_file() == Path(expected) / "kvtcp" / "history"
+
+
+WITHOUT_PROMPT_TOOLKIT = """
+import fcntl, sys, termios
+sys.modules["prompt_toolkit"] = None
+sys.path[:0] = ["tests"]
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from shell_fakes import FakeClient
+from kvtcp.shell.main import main
+sys.exit(main([], connect=FakeClient().connect))
+"""
+
+
+class Terminal:
+    """A process on a terminal of its own, without prompt_toolkit. `shown` is all that the terminal got so far."""
+
+    def __init__(self) -> None:
+        self.master, terminal = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WITHOUT_PROMPT_TOOLKIT],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(terminal)
+        self.shown = ""
+        self._seen = 0  # characters of `shown` that were waited for
+
+    def type(self, keys: str) -> None:
+        """Send keys."""
+        os.write(self.master, keys.encode())
+
+    def wait_for(self, text: str) -> None:
+        """Read until `text` is there, behind what was waited for before."""
+        deadline = time.monotonic() + 10
+        while (found := self.shown.find(text, self._seen)) < 0:
+            ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{text!r} is not in {self.shown[self._seen:]!r}"
+            self.shown += os.read(self.master, 4096).decode().replace("\r\n", "\n")
+        self._seen = found + len(text)
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def test_ctrl_c_at_a_plain_prompt() -> None:
+    """Without prompt_toolkit Ctrl-C drops the line, gives a new prompt on a new line, and the next command runs."""
+    terminal, prompt = Terminal(), "127.0.0.1:8000> "
+    try:
+        terminal.wait_for(prompt)
+        terminal.type("put a 1\n")
+        terminal.wait_for("OK 1\n" + prompt)
+        for _ in range(2):
+            terminal.type("delete a")
+            terminal.wait_for("delete a")
+            terminal.type("\x03")
+            terminal.wait_for("\n" + prompt)
+            terminal.type("get a\n")
+            terminal.wait_for("get a\n1\n" + prompt)
+        terminal.type("\x04")
+        assert terminal.process.wait(10) == 0
+    finally:
+        terminal.close()
 
 
 def test_prompt_toolkit(session: Session, tmp_path: Path) -> None:

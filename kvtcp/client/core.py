@@ -100,10 +100,11 @@ class ConnectionCore(Generic[W]):
         return len(self._calls)
 
     def request(
-        self, message: Message, kind: Kind, waiter: W, now: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, kind: Kind, waiter: W, began: float, timeout_s: float, progress: Progress | None = None
     ) -> None:
         """Put a call into the table and its frame into the output; `message[0]` becomes its id.
 
+        Its time ends `timeout_s` after `began`, which is in the past when the request is sent for the second time.
         Raises RequestError (TOO_LARGE), and then nothing has changed.
         """
         assert not self._ended and self.failure is None, "the connection has ended"
@@ -116,7 +117,7 @@ class ConnectionCore(Generic[W]):
         self._last_id = call_id
         frame_bytes = len(frame)
         self.outstanding_bytes += frame_bytes
-        due = self._due_set(now + timeout_s)
+        due = self._due_set(began + timeout_s)
         due.add(call_id)
         calls[call_id] = Call(kind, waiter, timeout_s, frame_bytes, due, progress)
         self._frames.append(frame)
@@ -230,11 +231,17 @@ class ConnectionCore(Generic[W]):
                 call.waiter = None
 
 
+def show_seconds(timeout_s: float) -> str:
+    """A duration for a sentence: three digits of it, or all of its whole seconds."""
+    return f"{timeout_s:.3g} s" if timeout_s < 1000 else f"{timeout_s:.0f} s"
+
+
 def _out_of_time(call: Call[Any]) -> KvtcpError:
+    time = show_seconds(call.timeout_s)
     if call.kind is READ:
-        return Unavailable(f"no answer within {call.timeout_s:g} s", Code.UNREACHABLE, {"timeout_s": call.timeout_s})
+        return Unavailable(f"no answer within {time}", Code.UNREACHABLE, {"timeout_s": call.timeout_s})
     return OutcomeUnknown(
-        f"the request was sent and had no {'progress' if call.kind is ADMIN else 'answer'} within {call.timeout_s:g} s;"
+        f"the request was sent and had no {'progress' if call.kind is ADMIN else 'answer'} within {time};"
         " whether it was executed is not known",
         details={"timeout_s": call.timeout_s},
     )

@@ -4,7 +4,7 @@ A command is described by one usage line, from which its arguments are bound, so
 
     add K V [ttl=60]               required words in capitals, options with `=`
     scan [PREFIX] [limit=N] [keys] optional words in capitals, flags in small letters
-    restore DIR [merge|replace]    flags of which one may be given
+    restore NAME [merge|replace]    flags of which one may be given
 
 Required words take what stands there, whatever it looks like (`put k ttl=60` stores the text); behind them, an
 unquoted word that is a known option or flag is that, any other fills the next optional word.

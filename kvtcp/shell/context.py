@@ -7,7 +7,8 @@ command of an interactive session; an attempt that failed is made again by the n
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO, TextIO
@@ -102,6 +103,22 @@ class Context:
         if not self.stdin_is_data:
             raise UsageError("- (standard input) can be used once, and only with a command on the command line")
         self.stdin_is_data = False
+
+
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt at once, for a read from the terminal with which the event loop stands still.
+
+    While asyncio.Runner runs, Ctrl-C only cancels its task, at the next turn of the loop: the read would go on, and
+    what was typed next would be cancelled in its place.
+    """
+    import signal
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _read_up_to(stream: BinaryIO | IO[bytes], bytes_max: int) -> bytes:

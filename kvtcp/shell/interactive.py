@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvtcp.shell.commands import parse_error_text, table
-from kvtcp.shell.context import Context
+from kvtcp.shell.context import Context, ctrl_c_raises
 from kvtcp.shell.exits import Exit
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import ParseError, Word, split_line
@@ -61,8 +61,11 @@ class PlainFront:
 
     async def line(self, prompt: str) -> str:
         try:
-            line = self._read(prompt)
+            with ctrl_c_raises():
+                line = self._read(prompt)
         except KeyboardInterrupt:
+            if not self.is_for_people:
+                raise
             raise LineCleared from None
         # the loop stood still: let it read what came from the server, its end above all
         await asyncio.sleep(0)
@@ -178,7 +181,17 @@ def make_front(context: Context) -> Front:
         import readline  # noqa: F401 - imported, it gives input() line editing and the history of this session
     except ImportError:
         pass  # not on every platform
-    return PlainFront(input, is_for_people=True)
+    return PlainFront(_input, is_for_people=True)
+
+
+def _input(prompt: str) -> str:
+    """input() that leaves the cursor at the beginning of a line, also after Ctrl-C and Ctrl-D."""
+    try:
+        return input(prompt)
+    except (KeyboardInterrupt, EOFError):
+        sys.stderr.write("\n")
+        sys.stderr.flush()
+        raise
 
 
 def _readline(prompt: str) -> str:
@@ -202,7 +215,11 @@ def run_session(context: Context, address: str, front: Front | None = None) -> i
             while True:
                 try:
                     line = runner.run(front.line(f"{address.removeprefix('kvtcp://')}> "))
-                except (LineCleared, KeyboardInterrupt):
+                except LineCleared:
+                    continue
+                except KeyboardInterrupt:
+                    if not front.is_for_people:
+                        raise
                     continue
                 except EOFError:
                     break

@@ -19,7 +19,7 @@ from kvtcp._version import __version__
 from kvtcp.constants import CLIENT_TIMEOUT_MS
 from kvtcp.shell.client_api import Client
 from kvtcp.shell.commands import check_form, table
-from kvtcp.shell.context import ADDRESS_DEFAULT, PROGRAM, Context, Streams
+from kvtcp.shell.context import ADDRESS_DEFAULT, PROGRAM, Context, Streams, ctrl_c_raises
 from kvtcp.shell.exits import Exit, UsageError
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import Word, word_of_argument
@@ -219,12 +219,7 @@ def _loop_factory(command: str) -> Callable[[], AbstractEventLoop] | None:
 
 async def _ask(question: str) -> bool:
     """Ask on the terminal. The loop stands still meanwhile, and Ctrl-C is the terminal's again."""
-    import signal
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with ctrl_c_raises():
         sys.stderr.write(question)
         sys.stderr.flush()
         return sys.stdin.readline().strip().lower() in ("y", "yes")
-    finally:
-        signal.signal(signal.SIGINT, before)
