@@ -353,16 +353,16 @@ class Round:
         shards = await self.kv.shards()
         status = await self.kv.status()
         down = [row["shard"] for row in shards if row["state"] == "down"]
-        if bool(down) != (status["state"] == "degraded") or any(f"shard {n} is" not in str(status) for n in down):
+        named = f"{len(down)} shards are down, the first is shard {down[0]}:" if down else ""
+        if (status["state"] == "degraded") != bool(down) or named not in str(status["degraded"]):
             raise Broken(f"shards {down} are down, and status says {status['degraded']}")
-        for key in self.probe_keys:
-            try:
-                await self.kv.get(key)
-                answered = True
-            except Unavailable:
-                answered = False
-            if answered == (shard_of(key.encode(), SHARDS) in down):
-                raise Broken(f"{key} of shard {shard_of(key.encode(), SHARDS)}: answered {answered}, down {down}")
+        outcomes = await asyncio.gather(
+            *(self.kv.get(key, timeout=1.0) for key in self.probe_keys), return_exceptions=True
+        )
+        for key, outcome in zip(self.probe_keys, outcomes, strict=True):
+            number = shard_of(key.encode(), SHARDS)
+            if isinstance(outcome, Unavailable) != (number in down):
+                raise Broken(f"{key} of shard {number}: {outcome!r}, and {down} are down")
         await asyncio.sleep(1.0)  # sleeps: clients go on with what there is
 
     async def kill_node(self) -> None:
@@ -379,12 +379,12 @@ class Round:
             if time.monotonic() > until:
                 raise Broken(f"{node} lost its data, and status says {(await self.kv.status())['degraded']}")
             await asyncio.sleep(0.05)
-        for key in self.probe_keys:
-            try:
-                await self.kv.incr(key, timeout=1.5)
-            except Unavailable:
-                continue
-            raise Broken(f"{key} was written while {node} is not a member")
+        outcomes = await asyncio.gather(
+            *(self.kv.incr(key, timeout=1.5) for key in self.probe_keys), return_exceptions=True
+        )
+        for key, outcome in zip(self.probe_keys, outcomes, strict=True):
+            if not isinstance(outcome, Unavailable):
+                raise Broken(f"{key}: {outcome!r} of a write while {node} is not a member")
         self.nodes[node].signal(signal.SIGKILL)
         await asyncio.to_thread(self.nodes.pop(node).ended)
 
@@ -420,7 +420,7 @@ class Round:
         while True:
             if self.coordinator.process.poll() is None:
                 self.rss_bytes = max(self.rss_bytes, rss_bytes(self.coordinator.pid))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
 
 
 async def _dump(port: int, node: str, identity: dict[str, Any], stamp_ms: int) -> tuple[list[Any], dict[str, str]]:

@@ -397,6 +397,29 @@ def test_take_over_goes_on_at_the_reported_position() -> None:
         sequencer.take_over(positions)
 
 
+def test_take_over_tells_lost_data_from_a_write_that_never_came() -> None:
+    """A node that has nothing at all lost it, and the others go on; one that lacks one shard's only write did not."""
+    cluster = Cluster(shards=2)
+    for number in (0, 1):
+        cluster.put(object(), number)
+    cluster.pump()
+    whole = {
+        name: {n: (table.seq, table.chain) for n, table in replica.tables.items()}
+        for name, replica in cluster.replicas.items()
+    }
+    for lacks, serving, refused in (({1}, [True, False], False), ({0, 1}, [True, True], True)):
+        positions = {name: dict(rows) for name, rows in whole.items()}
+        positions["n2"].update(dict.fromkeys(lacks, (0, 0)))
+        sequencer = Sequencer(cluster.map)
+        sequencer.take_over(positions)
+        reasons = {
+            name: sequencer.link_up(name, {n: seq for n, (seq, _) in rows.items()}) for name, rows in positions.items()
+        }
+        sequencer.check()
+        assert [shard.serving for shard in sequencer.shards] == serving
+        assert {name for name, reason in reasons.items() if reason is not None} == ({"n2"} if refused else set())
+
+
 def test_committed_ordinal_is_bounded_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops before the first batch with an uncommitted write, goes on after its commit, and what is remembered
     meanwhile does not grow with what other shards commit."""

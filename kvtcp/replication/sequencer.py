@@ -121,15 +121,17 @@ class Sequencer(Admission, Answers):
     def take_over(self, positions: dict[str, dict[int, tuple[int, int]]]) -> None:
         """All nodes reported (seq, chain) per shard, no link is up: agree where to go on, or say why not.
 
-        Every member that kept its data has every committed entry. So where those that have something agree, the shard
-        goes on from there; a member that has nothing counts as one that lost it, and `link_up` will refuse it.
+        Every member that kept its data has every committed entry. So where those agree, the shard goes on from there. A
+        node that has nothing in any shard counts as one that lost it, and `link_up` will refuse it if others have more.
+        (One that lacks a single shard did not lose it: the first write there never reached it, and must not go on.)
         """
         assert not any(link.connected for link in self.links.values()), "shards are taken over before links come up"
+        empty = {node for node, rows in positions.items() if not any(seq for seq, _ in rows.values())}
         for shard in self.shards:
             reports = {link.node: positions[link.node].get(shard.number, (0, 0)) for link in shard.members}
-            found = {position for position in reports.values() if position[0]}
+            found = {position for node, position in reports.items() if node not in empty}
             if len(found) <= 1:
-                seq = max(reports.values())[0]
+                seq = next(iter(found))[0] if found else 0
                 shard.last_seq = shard.commit = seq
                 shard.acked = dict.fromkeys(shard.members, seq)
                 shard.serving, shard.reason = True, ""
