@@ -165,6 +165,28 @@ def test_runs_from_a_checkout(tmp_path: Path) -> None:
     assert done.stdout == b"" and b"kvtcp-shell: no connection to kvtcp://127.0.0.1:1" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("kvtcp-shell", ["get", "a"]), ("kvtcp-coordinator", ["--num-nodes", "1"]), ("kvtcp-node", ["--port", "0"])],
+)
+def test_a_missing_package_is_told(name: str, arguments: list[str], tmp_path: Path) -> None:
+    """Without its packages a program from a checkout says which one is missing and what to do, with exit code 2."""
+    (tmp_path / "msgpack.py").write_text("raise ModuleNotFoundError('No module named msgpack', name='msgpack')\n")
+    done = subprocess.run(
+        [sys.executable, PROGRAM.parent / name, *arguments],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f'{name}: the package msgpack is missing; run "make run" once and "source .venv/bin/activate", '
+        "or pip install .\n"
+    )
+
+
 def test_one_command_does_not_import_what_it_does_not_need() -> None:
     """No rich, prompt_toolkit, uvloop or argparse on the way to one command."""
     program = FAKE + (

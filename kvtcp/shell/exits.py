@@ -32,6 +32,7 @@ class Exit(IntEnum):
     UNKNOWN = 5  # a write may or may not have been applied
     REFUSED = 6
     BAD_DATA = 7
+    BUG = 70  # an error that nobody expected; EX_SOFTWARE of sysexits.h
     INTERRUPTED = 130
 
 

@@ -158,6 +158,18 @@ def main(
         return Exit.USAGE
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
+    except ModuleNotFoundError:
+        raise  # a dependency: bin/kvtcp-shell tells how to install it
+    except Exception:
+        return _tell_bug(streams)
+
+
+def _tell_bug(streams: Streams) -> int:
+    import traceback
+
+    traceback.print_exc(file=streams.stderr)
+    streams.message(f"this is a bug of {PROGRAM} {__version__}; please report it with the lines above")
+    return Exit.BUG
 
 
 def _discard(streams: Streams) -> None:

@@ -1,7 +1,7 @@
 """Runs one command: words in, answer on stdout, messages on stderr, an exit code back.
 
 The one place where errors become sentences and codes (kvtcp.shell.exits). An error of no known class is a bug of the
-program and goes on as a traceback.
+program and goes on, to a traceback and exit code 70.
 """
 
 from __future__ import annotations
