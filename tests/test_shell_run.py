@@ -38,5 +38,5 @@ def test_a_bug_is_not_hidden() -> None:
 def test_no_command() -> None:
     """Options alone are no command."""
     shell = Shell()
-    assert shell.run("--", "-o", "json") == 2
+    assert shell.run("-o", "json", "--") == 2
     assert shell.err == "kvtcp-shell: a command is missing; `help` lists the commands\n"
