@@ -1,9 +1,13 @@
 """The command table: binding of words by the usage line, forms anywhere, suggestions."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from kvtcp.shell.commands import Command, find, parse_error_text, table, take_form
-from kvtcp.shell.exits import UsageError
+from kvtcp.shell.exits import MEANINGS, UsageError
+from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import ParseError, split_line
 
 
@@ -115,6 +119,30 @@ def test_table_names_every_command_of_the_contract() -> None:
     )
     assert list(table()) == names.split()
     assert all(command.name == name for name, command in table().items())
+
+
+def document_tables() -> dict[str, list[list[str]]]:
+    """The tables of docs/shell.md by the header of their first column; cells without backquotes."""
+    tables: dict[str, list[list[str]]] = {}
+    rows: list[list[str]] | None = None
+    for line in (Path(__file__).parent.parent / "docs" / "shell.md").read_text().splitlines():
+        if not line.startswith("|"):
+            rows = None
+            continue
+        cells = [cell.strip().strip("`").replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if rows is None:
+            rows = tables[cells[0]] = []
+        elif set(cells[0]) != {"-"}:
+            rows.append(cells)
+    return tables
+
+
+def test_the_document_has_every_command_form_and_exit_code() -> None:
+    """docs/shell.md lists the commands as the table has them, in its order, and so for forms and exit codes."""
+    tables = document_tables()
+    assert tables["command"] == [[command.usage, command.summary] for command in table().values()]
+    assert tables["code"] == [[str(code.value), meaning] for code, meaning in MEANINGS.items()]
+    assert {row[0] for row in tables["form"]} == set(FORMATS)
 
 
 def test_caret_points_at_the_mistake() -> None:
