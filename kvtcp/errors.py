@@ -139,12 +139,18 @@ CLASS_OF: dict[Code, type[KvtcpError]] = {
 assert set(CLASS_OF) == set(Code) - {Code.OK, Code.PROGRESS}, "every error code has a class"
 
 
-def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
-    """The exception for an error reply. A code of a newer server becomes OutcomeUnknown: never a wrong promise."""
+def text_of(message: object, details: object) -> tuple[str, Details]:
+    """Sentence and details of an error as it comes off the wire, where text arrives as bytes."""
     text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
     fields: Details = {}
     if isinstance(details, dict):
         fields = {k.decode("utf-8", "replace") if isinstance(k, bytes) else str(k): v for k, v in details.items()}
+    return text, fields
+
+
+def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
+    """The exception for an error reply. A code of a newer server becomes OutcomeUnknown: never a wrong promise."""
+    text, fields = text_of(message, details)
     try:
         known = Code(code)
     except ValueError:

@@ -43,6 +43,7 @@ SHARDS: Final = 16
 HEAL_S: Final = 3.0
 TOLD_S: Final = 1.5  # after which `status` has to name a node that does not answer
 CROWD: Final = 200
+ENDINGS: Final = ("clean_end", "kill_coordinator", "kill_node")
 KEPT: Final = {f"kept-{n}": f"{n}" * 20 for n in range(200)}  # written once, backed up and restored
 
 
@@ -135,18 +136,19 @@ class Round:
 
     # --- one round ----------------------------------------------------------------------------------
 
-    async def run(self, seconds: float) -> History:
-        """Faults for so long, an ending, the verdict in `broken`."""
+    async def run(self, seconds: float, ending: str | None) -> History:
+        """Faults for so long, an ending (None: at random), the verdict in `broken`."""
         watch = asyncio.ensure_future(self._watch_memory())
         try:
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 await self.one(self.random.choice(self._faults()))
-            await self.one(self.random.choice((self.clean_end, self.kill_coordinator, self.kill_node)))
+            ended_at = time.monotonic()
+            await self.one(getattr(self, ending or self.random.choice(ENDINGS)))
             history = await self.stop_clients()
             dumps = await self._dumps()
             for final in dumps:
-                self.broken += [text for text in history.check(final) if text not in self.broken]
+                self.broken += [text for text in history.check(final, ended_at) if text not in self.broken]
             if history.late_s > 1.0:
                 self.broken.append(f"an answer came {history.late_s:.2f} s after its timeout")
             for command in (*self.nodes.values(), self.coordinator):
@@ -338,8 +340,14 @@ class Round:
     async def kill_coordinator(self) -> None:
         """SIGKILL under load; the next one serves the shards whose members agree, and names the others."""
         self.whole = False
+        proxy = self.proxies[self._any_node()]
+        if self.random.random() < 0.6:  # one member lacks what the others have, and what nobody may have been told of
+            proxy.stall()
+            await asyncio.sleep(self.random.uniform(0.0, 0.5))
         self.coordinator.signal(signal.SIGKILL)
         await asyncio.to_thread(self.coordinator.ended)
+        proxy.cut()
+        proxy.flow()
         await asyncio.sleep(self.random.uniform(0.0, 1.0))
         await self.start_coordinator()
         shards = await self.kv.shards()
@@ -469,7 +477,7 @@ def rss_bytes(pid: int) -> int:
         return 0
 
 
-async def run_round(seed: int, seconds: float, clients: int = 3) -> str:
+async def run_round(seed: int, seconds: float, clients: int = 3, ending: str | None = None) -> str:
     """One round; returns its report. Raises Broken; the directory with all output is then kept, and named."""
     directory = Path(tempfile.mkdtemp(prefix="kvtcp-chaos-"))
     running = Round(directory, seed, clients)
@@ -479,7 +487,7 @@ async def run_round(seed: int, seconds: float, clients: int = 3) -> str:
     try:
         try:
             await running.start()
-            history = await running.run(seconds)
+            history = await running.run(seconds, ending)
         finally:
             await running.close()
         if running.broken:
@@ -500,7 +508,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, help="of the first round; the next ones count up")
-    parser.add_argument("--round-s", type=float, default=20.0)
+    parser.add_argument("--round-s", type=float, default=20.0, help="faults of a round begin for so long")
+    parser.add_argument("--ending", choices=ENDINGS, help="how every round ends, instead of at random")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     until = time.monotonic() + options.minutes * 60
@@ -508,7 +517,7 @@ def main() -> int:
     while time.monotonic() < until or not rounds:
         print(f"round {rounds + 1}, seed {seed}", flush=True)
         try:
-            print(asyncio.run(run_round(seed, options.round_s)), flush=True)
+            print(asyncio.run(run_round(seed, options.round_s, ending=options.ending)), flush=True)
         except Broken as error:
             failures += 1
             print(f"BROKEN {error}", flush=True)

@@ -16,6 +16,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,10 +52,14 @@ class History:
             if line[6] == "ok":
                 self._successes.append(line[3])
 
-    def check(self, final: dict[str, str] | None) -> list[str]:
-        """The broken promises. `final` is what the cluster holds in the end; None if that is not known."""
+    def check(self, final: dict[str, str] | None, ended_at: float = inf) -> list[str]:
+        """The broken promises. `final` is what a node holds in the end; None if that is not known.
+
+        After `ended_at` something was killed for good, and successes are not counted for `longest_s`.
+        """
         self._successes.sort()
-        self.longest_s = max((b - a for a, b in pairwise(self._successes)), default=0.0)
+        whole = [at for at in self._successes if at <= ended_at]
+        self.longest_s = max((b - a for a, b in pairwise(whole)), default=0.0)
         broken: list[str] = []
         for key, lines in self.by_key.items():
             name = key.partition("-")[0]

@@ -43,7 +43,8 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """Break every connection."""
+        """Break every connection, with what is held back on it."""
+        self.forget()
         for writer in self._writers:
             writer.transport.abort()
 

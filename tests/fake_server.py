@@ -46,6 +46,11 @@ def close(connection: FakeConnection, message: list[Any]) -> None:
     connection.transport.abort()
 
 
+def close_after(connection: FakeConnection, message: list[Any]) -> None:
+    """Drop the connection when everything written has been sent."""
+    connection.transport.close()
+
+
 def error(code: Code, text: str = "refused by the script", **details: Any) -> Step:
     """Answer an error, without effect."""
     return lambda connection, message: connection.answer(message, [int(code), text, details])
@@ -69,6 +74,15 @@ def several(*steps: Step) -> Step:
             one(connection, message)
 
     return step
+
+
+def later(pause_s: float, step: Step) -> Step:
+    """Do this after a while."""
+
+    def wait(connection: FakeConnection, message: list[Any]) -> None:
+        asyncio.get_running_loop().call_later(pause_s, step, connection, message)
+
+    return wait
 
 
 class FakeServer:

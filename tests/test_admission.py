@@ -57,7 +57,7 @@ def test_write_waits_for_a_missing_member_and_is_refused_in_time() -> None:
     cluster.tick(1)
     code, text, details = cluster.answers.failed["late"]
     assert (code, details) == (Code.NOT_ENOUGH_REPLICAS, {"shard": 0})
-    assert "writing shard 0 needs nodes that are missing (n2: pulled out); nothing was executed" in text
+    assert "shard 0 takes no writes: n2 is missing (pulled out); nothing was executed" in text
     cluster.up("n2")
     cluster.pump()
     assert cluster.answers.ok == {"later": 1}
@@ -214,7 +214,7 @@ def test_read_over_shards_is_refused_with_the_missing_node() -> None:
     cluster.sequencer.multi_read(count_read([0, 1], b"", None, cluster.answers, "count"))
     cluster.tick(WRITE_WAIT_MS)
     code, text, _ = cluster.answers.failed["count"]
-    assert code == Code.NOT_ENOUGH_REPLICAS and "reading shard 1" in text and "n2: pulled out" in text
+    assert code == Code.NOT_ENOUGH_REPLICAS and "shard 1 cannot be read: n2 is missing (pulled out)" in text
 
 
 def test_cover_uses_few_nodes() -> None:

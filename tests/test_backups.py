@@ -599,13 +599,32 @@ async def test_coordinator_stops_during_a_backup(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "cut").exists()
 
 
-async def test_restarted_node_and_restore(cluster: LocalCluster, kv: Any) -> None:
-    """A restore while a node is missing is refused as it is for any writer, with what to do."""
+async def test_restarted_node_and_restore(cluster: LocalCluster, kv: Any, impatient: Any) -> None:
+    """A restore while a node is missing is refused before anything is closed or changed: reads go on."""
     await kv.put_many(dict.fromkeys(keys_of_shards(cluster), "v"))
     await kv.backup("base")
     await kill_node(cluster, "n1")
     await restart_empty(cluster, "n1")
     await until(lambda: cluster.coordinator.links["n1"].bad, "the empty node")
-    with pytest.raises(OutcomeUnknown, match=r"closed until a restore completes: .*came back|missing"):
-        await kv.restore("base", "replace", timeout=30)
-    assert cluster.coordinator.backups.restoring == b""
+    for mode in ("replace", "merge"):
+        with pytest.raises(Unavailable, match="a restore needs all nodes: n1 is missing .*; nothing was changed"):
+            await impatient.restore("base", mode)
+    assert cluster.coordinator.backups.restoring is None
+    assert len(await everything(kv)) == len(keys_of_shards(cluster))
+
+
+async def test_replace_refused_at_its_first_removal(
+    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `replace` that was refused before it removed anything opens the keys again."""
+    await kv.put_many(dict.fromkeys(keys_of_shards(cluster), "v"))
+    await kv.backup("base")
+
+    async def refused(self: backups.Backups, *args: Any) -> int:
+        raise Unavailable("no room", Code.OVERLOADED)
+
+    monkeypatch.setattr(backups.Backups, "_write", refused)
+    with pytest.raises(Unavailable, match="no room"):
+        await impatient.restore("base", "replace")
+    assert cluster.coordinator.backups.restoring is None
+    assert len(await everything(kv)) == len(keys_of_shards(cluster))

@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgpack
 import pytest
 from server_tools import BOTH_LOOPS, Wire, cut_link, event_loop_policy, healthy, link_hello, pack, until
 
@@ -228,6 +229,18 @@ async def test_wrong_requests(cluster: LocalCluster) -> None:
         wire.send([REQUEST_ID_MAX, "count", "", None])
         assert (await wire.receive())[:2] == [REQUEST_ID_MAX, 0]
     assert cluster.coordinator.protocol_errors == 0
+
+
+async def test_errors_of_nodes_are_text(cluster: LocalCluster) -> None:
+    """Sentences and names of details are str on the wire, whoever made the error."""
+    async with await Wire.open(cluster.coordinator.address) as wire:
+        await wire.ask("put", "k", "text")
+        for request in (("add", "k", "x"), ("cas", "k", "x", {"rev": 99}), ("incr", "k", 1), ("get", "")):
+            wire.send([77, *request])
+            async with asyncio.timeout(10):
+                prefix = await wire.reader.readexactly(5)
+                answer = msgpack.unpackb(await wire.reader.readexactly(int.from_bytes(prefix[1:], "big")), raw=False)
+            assert type(answer[2]) is str and all(type(name) is str for name in answer[3])
 
 
 async def test_largest_values(cluster: LocalCluster) -> None:

@@ -38,6 +38,8 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code
+from kvtcp.server.node import NodeServer
+from kvtcp.testing.local_cluster import LocalCluster
 from tests import fake_server
 from tests.fake_server import FakeServer
 
@@ -370,7 +372,7 @@ async def test_unavailable_is_repeated(kv: AsyncClient[bytes], server: FakeServe
 
 @pytest.mark.parametrize("code", [Code.NOT_ENOUGH_REPLICAS, Code.OVERLOADED])
 async def test_a_refusal_stays_a_refusal(kv: AsyncClient[bytes], server: FakeServer, code: Code) -> None:
-    """A write refused for missing replicas or full windows is not sent again when the next refusal would come after the timeout:
+    """A write refused for missing replicas or full windows is not sent again when the next refusal would come too late:
     the caller would be told "unknown" of a write that nobody executed."""
     server.on(b"put", fake_server.error(code), fake_server.drop)
     with pytest.raises(Unavailable, match="refused by the script"):
@@ -409,6 +411,17 @@ async def test_other_errors_are_not_repeated(kv: AsyncClient[bytes], server: Fak
     assert len(server.seen(b"put")) == 1
 
 
+async def test_unanswered_writes_do_not_keep_reads_out(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """Large writes that a stopped node leaves without an answer fill the client's bound only until their timeout."""
+    server.on(b"put", *[fake_server.drop] * 8)
+    values = [b"v" * (2 << 20)] * 8
+    outcomes = await asyncio.gather(
+        *(kv.put(f"k{n}", value, timeout=0.3) for n, value in enumerate(values)), return_exceptions=True
+    )
+    assert any(isinstance(outcome, OutcomeUnknown) for outcome in outcomes)
+    assert await kv.get("a", timeout=1.0) is None
+
+
 async def test_lost_connection(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """A read goes over to a new connection; a write that was sent is unknown and is never sent again."""
     server.on(b"get", fake_server.close)
@@ -435,16 +448,49 @@ async def test_lost_before_sending(kv: AsyncClient[bytes], server: FakeServer) -
 
 
 async def test_nobody_there(server: FakeServer) -> None:
-    """Without a server calls are Unavailable when their timeout ends, nothing was sent, and connecting fails alike."""
+    """Without a server calls are Unavailable when their timeout ends, and connecting fails alike, in plain words."""
+    text = f"no connection to {server.url} within %s s: connection refused; is the cluster running?"
     async with kvtcp.connect(server.url) as kv:
         await server.stop()
         await until(lambda: kv._channel._connection is None)
         started = time.monotonic()
-        with pytest.raises(Unavailable, match=r"no connection to kvtcp://127\.0\.0\.1:\d+ within 0\.2 s, nothing"):
+        with pytest.raises(Unavailable) as caught:
             await kv.put("a", b"1", timeout=0.2)
+        assert caught.value.message == text % 0.2
         assert 0.2 <= time.monotonic() - started < 1.0
-    with pytest.raises(Unavailable, match="nothing was sent"):
+    with pytest.raises(Unavailable) as caught:
+        await kvtcp.connect(server.url, timeout=1 / 3)
+    assert caught.value.message == text % 0.333
+    with pytest.raises(Unavailable, match=r"within 0\.1 s: connection refused; is the cluster running"):
+        await kvtcp.connect(server.url.replace("127.0.0.1", "localhost"), timeout=0.1)
+
+
+async def test_port_that_does_not_speak_to_clients(server: FakeServer) -> None:
+    """A port that hangs up at the first frame, as that of a node does, is named as such; one that says no is not."""
+    text = "within 0.1 s: the server closed the connection at the first frame; that port does not speak to clients;"
+    server.on(b"hello", *[fake_server.close] * 100)
+    with pytest.raises(Unavailable, match=text):
         await kvtcp.connect(server.url, timeout=0.1)
+    server.script[b"hello"].clear()
+    async with kvtcp.connect(server.url) as kv:
+        server.on(b"hello", *[fake_server.close] * 100)
+        server.connections[0].transport.abort()
+        await until(lambda: kv._channel._connection is None)
+        with pytest.raises(Unavailable, match="within 0.1 s: ") as caught:
+            await kv.get("a", timeout=0.1)
+        assert "node's port" not in caught.value.message  # it spoke to clients before
+    server.script[b"hello"].clear()
+    full = fake_server.several(fake_server.error(Code.OVERLOADED, "too many connections"), fake_server.close_after)
+    server.on(b"hello", *[full] * 100)
+    with pytest.raises(Unavailable, match="within 0.1 s: too many connections$"):
+        await kvtcp.connect(server.url, timeout=0.1)
+    node = NodeServer("n1", cluster="c", secret="s")
+    await node.start("127.0.0.1", 0)
+    try:
+        with pytest.raises(Unavailable, match="is it a node's port?"):
+            await kvtcp.connect(f"kvtcp://127.0.0.1:{node.address[1]}", timeout=0.5)
+    finally:
+        await node.close()
 
 
 async def test_reconnects_when_the_server_is_back(server: FakeServer) -> None:
@@ -717,6 +763,70 @@ async def test_items_that_stay_refused(kv: AsyncClient[bytes], server: FakeServe
     assert time.monotonic() - started < 2.0
     assert caught.value.results[0] == 1
     assert isinstance(caught.value.results[1], Unavailable)
+
+
+def refuse_each(connection: fake_server.FakeConnection, message: list[Any]) -> None:
+    """A step: refuse every item of an m-request for a missing node, each in words of its own."""
+    refusals = [[int(Code.NOT_ENOUGH_REPLICAS), f"shard {i} needs n2", {}] for i in range(len(message[2]))]
+    connection.answer(message, [0, refusals])
+
+
+@pytest.mark.parametrize(("timeout_s", "tries_min", "tries_max"), [(0.3, 1, 1), (0.6, 2, 10)])
+@pytest.mark.parametrize("op", ["mput", "mdelete"])
+async def test_refused_items_stay_refused(
+    kv: AsyncClient[bytes],
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    timeout_s: float,
+    tries_min: int,
+    tries_max: int,
+) -> None:
+    """Items refused after a wait are repeated while there is time for another such wait; then all that failed is
+    Unavailable, in the server's words and before the timeout, never unknown."""
+    monkeypatch.setattr("kvtcp.client.channel._REFUSAL_S", 0.3)
+    server.on(op.encode(), *[fake_server.later(0.05, refuse_each)] * 10, fake_server.drop)
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="shard 0 needs n2") as caught:
+        if op == "mput":
+            await kv.put_many({"a": "1", "b": "2"}, timeout=timeout_s)
+        else:
+            await kv.delete_many(["a", "b"], timeout=timeout_s)
+    assert caught.value.code == Code.NOT_ENOUGH_REPLICAS
+    assert time.monotonic() - started < timeout_s
+    assert tries_min <= len(server.seen(op.encode())) <= tries_max
+
+
+async def test_repetitions_name_the_timeout_of_the_caller(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """A call whose second try has no answer names the timeout that was asked for, not what was left of it."""
+    server.script[b"put item"].append([int(Code.SHARD_DOWN), "down", {}])  # type: ignore[arg-type]
+    server.on(b"mput", fake_server.execute, fake_server.drop)
+    with pytest.raises(OutcomeUnknown, match=r"no answer within 0\.123 s;"):
+        await kv.put_many({"a": "1"}, timeout=0.1234)
+    server.on(b"put", fake_server.error(Code.SHARD_DOWN), fake_server.drop)
+    started = time.monotonic()
+    with pytest.raises(OutcomeUnknown, match=r"no answer within 0\.2 s;") as caught:
+        await kv.put("a", "1", timeout=0.2)
+    assert caught.value.details == {"timeout_s": 0.2}
+    assert 0.2 <= time.monotonic() - started < 1.0
+
+
+async def test_many_keys_with_a_missing_node() -> None:
+    """A cluster that lost a node refuses many writes as it refuses one: Unavailable, before the timeout ends."""
+    async with LocalCluster(nodes=3, shards=8) as cluster, kvtcp.connect(cluster.url) as kv:
+        await kv.put_many({f"k{i}": "1" for i in range(20)})
+        await cluster.kill_node("n2")
+        started = time.monotonic()
+        results = await asyncio.gather(
+            kv.put("a", "1", timeout=2),
+            kv.put_many({"a": "1"}, timeout=2),
+            kv.put_many({f"k{i}": "2" for i in range(20)}, timeout=2),
+            kv.delete_many(["a", "b"], timeout=2),
+            return_exceptions=True,
+        )
+        assert time.monotonic() - started < 1.9
+        assert [type(result) for result in results] == [Unavailable] * 4
+        assert {getattr(result, "code", None) for result in results} == {Code.NOT_ENOUGH_REPLICAS}
 
 
 async def test_batch_error(kv: AsyncClient[bytes], server: FakeServer) -> None:

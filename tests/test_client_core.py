@@ -94,6 +94,18 @@ def test_abandoned_id_is_reserved_and_its_answer_dropped() -> None:
     assert h.ask("c") == first
 
 
+def test_calls_out_of_time_free_their_room() -> None:
+    """What nobody waits for any more keeps no room from others, and a late answer gives none back twice."""
+    h = Harness()
+    a, b = h.ask("a", Kind.WRITE), h.ask("b", Kind.WRITE, timeout_s=9.0)
+    h.sent()
+    both_bytes = h.core.outstanding_bytes
+    assert len(h.later(2.0)) == 1
+    assert h.core.outstanding_bytes * 2 == both_bytes and h.core.outstanding == 2
+    h.hear((a, 0, 1), (b, 0, 2))
+    assert h.core.outstanding_bytes == 0 and h.core.outstanding == 0
+
+
 def test_ids_wrap_around() -> None:
     """After the largest id comes 1, and ids in use are passed over."""
     h = Harness()

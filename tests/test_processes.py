@@ -332,7 +332,7 @@ def test_a_coordinator_that_ends_in_a_restore(cluster: ProcessCluster) -> None:
     for _ in range(2):
         coordinator, url = start()
         with kvtcp.sync.connect(url, timeout=0.5) as kv:
-            assert kv.status()["degraded"] == ["keys with the prefix b'' are closed until a restore completes"]
+            assert kv.status()["degraded"] == ["all keys are closed until a restore completes"]
             with pytest.raises(kvtcp.Unavailable) as closed:
                 kv.get("k001")
             assert closed.value.code == Code.RESTORING

@@ -345,7 +345,22 @@ def test_reads_of_a_lost_link_wait_if_no_other_member_is_there() -> None:
     for token in ("early", "late"):
         code, text, details = cluster.answers.failed[token]
         assert (code, details) == (Code.NOT_ENOUGH_REPLICAS, {"shard": 0})
-        assert "reading shard 0 needs nodes that are missing (n1: pulled out)" in text
+        assert "shard 0 cannot be read: n1 is missing (pulled out); nothing was executed" in text
+
+
+def test_take_over_with_a_member_that_lost_everything() -> None:
+    """Where those that have something agree, the shard is read from them; the empty one serves nothing."""
+    cluster = Cluster(nodes=3, factor=3, shards=2, link=False)
+    sequencer = cluster.sequencer
+    positions = {"n1": {0: (5, 77), 1: (3, 9)}, "n2": {0: (0, 0), 1: (0, 0)}, "n3": {0: (5, 77), 1: (4, 8)}}
+    sequencer.take_over(positions)
+    assert [shard.serving for shard in sequencer.shards] == [True, False]
+    assert (sequencer.shards[0].commit, sequencer.shards[0].last_seq) == (5, 5)
+    reason = sequencer.link_up("n2", {0: 0, 1: 0})
+    assert reason == "it has shard 0 up to 0, but acknowledged 5"
+    assert sequencer.link_up("n1", {0: 5, 1: 3}) is None
+    sequencer.check()
+    assert not sequencer.shards[0].writable
 
 
 # --- takeover, time ---------------------------------------------------------------------------------

@@ -63,6 +63,25 @@ async def test_input_bytes_cap(cluster: LocalCluster, monkeypatch: pytest.Monkey
         assert await kv.count() == 100
 
 
+async def test_a_write_that_waits_for_a_node_keeps_nothing_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client with a write that cannot commit goes on reading as much as it likes: only what is open is counted."""
+    monkeypatch.setattr(sessions, "CLIENT_INPUT_BYTES_MAX", 100_000)
+    key = "k" * 4000
+    async with LocalCluster(2, shards=4) as cluster, await Wire.open(cluster.coordinator.address) as wire:
+        assert (await wire.ask("put", key, "v"))[1] == 0
+        link = cluster.nodes["n1"]._link
+        assert link is not None and link.transport is not None
+        link.transport.pause_reading()
+        wire.send([1_000_000, "incr", "stuck", 1])
+        await until(lambda: cluster.coordinator.links["n1"].progress.items, "the write on its way")
+        await cluster.kill_node("n1")
+        for _ in range(50):
+            wire.send(*([n, "get", key] for n in range(4)))
+            assert sorted([(await wire.receive())[:2] for _ in range(4)]) == [[n, 0] for n in range(4)]
+        session = await session_of(cluster)
+        assert session.outstanding == 1 and session.input_bytes < 20_000
+
+
 async def test_reasons_for_pausing_add_up(cluster: LocalCluster) -> None:
     """A session is read again when the last of its reasons is gone, and resuming what was not paused does nothing."""
     async with await Wire.open(cluster.coordinator.address) as wire:

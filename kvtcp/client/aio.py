@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, overload
 
 from kvtcp.client import codecs
-from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, backoff_s, decode_tree
+from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, decode_tree, may_repeat
 from kvtcp.client.codecs import Codec
 from kvtcp.client.core import READ, WRITE, Kind
 from kvtcp.client.requests import (
@@ -299,8 +299,8 @@ class AsyncClient(Generic[V]):
         """Store many values: a mapping, pairs, or triples `(key, value, ttl)`; returns their revisions in order.
 
         Not atomic. Sent in requests of about 1 MiB, several under way at once; `timeout` is for each of them. `ttl` is
-        for items without their own. Raises BatchError when some keys failed (see `BatchError.results`); when all
-        failed for one reason, that error itself.
+        for items without their own. Keys that were refused for a passing reason are sent again, they alone. Raises
+        BatchError when some keys failed (see `BatchError.results`); when all failed for one reason, that error itself.
         """
         ttl_ms = None if ttl is None else duration_ms(ttl)
         rows: list[list[Any]] = []
@@ -456,12 +456,12 @@ class AsyncClient(Generic[V]):
     async def _run_part(self, batch: Batch, indexes: list[int], kind: Kind, timeout: float | None) -> bool:
         """One part, and again what may be repeated of it within its timeout. Returns whether to go on with others."""
         timeout = self._channel.timeout_s if timeout is None else timeout
-        deadline = monotonic() + timeout
+        began = monotonic()
         parts, tries = [indexes], 0
         while parts:
             part = parts.pop()
             try:
-                answers = await self._call(batch.message(part), kind, timeout)
+                answers = await self._call(batch.message(part), kind, timeout, began)
                 again = batch.take(part, answers)
             except KvtcpError as error:
                 batch.fail(part, error)
@@ -472,11 +472,14 @@ class AsyncClient(Generic[V]):
             large, refused = batch.sort(again, len(part))
             parts += [large[i : i + (len(part) + 1) // 2] for i in range(0, len(large), (len(part) + 1) // 2)]
             if refused:
-                parts.insert(0, refused)
                 tries += 1
-                await asyncio.sleep(min(backoff_s(tries, self._channel.jitter()), max(deadline - monotonic(), 0)))
-            timeout = deadline - monotonic()
-            if timeout <= 0:
+                pause_s = self._channel.pause_s(tries)
+                remaining_s = began + timeout - monotonic() - pause_s
+                refused = [i for i in refused if may_repeat(batch.results[i], kind, remaining_s)]
+                if refused:
+                    parts.insert(0, refused)
+                    await asyncio.sleep(pause_s)
+            if monotonic() >= began + timeout:
                 break  # what was to be repeated keeps its error in the results
         return True
 

@@ -6,7 +6,8 @@ new one when it is needed.
 
 - A call is tried again, after a pause drawn from 0 to a growing bound, only when it raised `Unavailable`: the server
   said so, or it was a read, or it never left this process. Everything else goes to the caller at once. All tries and
-  pauses of a call fit into its one timeout.
+  pauses of a call fit into its one timeout. A write that was refused after a wait is tried again only if there is time
+  for another such wait (`may_repeat`); the items of an m-request that were refused alone follow the same rule.
 - A connection is made by the first call that needs one; all calls share the attempt, and a caller that gives up does
   not stop it for the others. The first request on it is `hello`; its answer is `Channel.info`.
 - A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. The first to wait
@@ -21,6 +22,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from time import monotonic
 from typing import Any, Final, NamedTuple, cast
 
 from kvtcp._version import __version__
-from kvtcp.client.core import Completion, ConnectionCore, Kind, Progress
+from kvtcp.client.core import Completion, ConnectionCore, Kind, Progress, show_seconds
 from kvtcp.client.url import Address
 from kvtcp.constants import (
     CLIENT_BACKOFF_MAX_MS,
@@ -51,6 +53,12 @@ TIMEOUT_S: Final = CLIENT_TIMEOUT_MS / 1000
 TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's timer takes
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
+_HANGS_UP: Final = "the server closed the connection at the first frame"
+# what a failure to connect most likely means
+_HINTS: Final = {
+    "connection refused": "is the cluster running?",
+    _HANGS_UP: "that port does not speak to clients; is it a node's port?",
+}
 # a write that waits for a missing replica, or for room in a window, is refused by the server within this time
 _REFUSED_LATE: Final = (Code.NOT_ENOUGH_REPLICAS, Code.OVERLOADED)
 _REFUSAL_S: Final = (WRITE_WAIT_MS + 2 * TICK_MS) / 1000 + _LATE_S
@@ -86,6 +94,16 @@ def backoff_s(failures: int, fraction: float) -> float:
     return fraction * bound_ms / 1000
 
 
+def may_repeat(error: KvtcpError, kind: Kind, remaining_s: float) -> bool:
+    """Whether a request that ended with `error` may be sent once more with so much time left.
+
+    A write that waited in vain for a replica or for room is refused after a wait again: without the time to hear of it
+    the caller would be told "unknown" of a write that is known not to have been executed.
+    """
+    waits = kind is Kind.WRITE and error.code in _REFUSED_LATE
+    return isinstance(error, Unavailable) and remaining_s > (_REFUSAL_S if waits else 0)
+
+
 class Connection(asyncio.Protocol):
     """One socket. `on_end` is called once, with the reason, when it takes no more requests."""
 
@@ -117,11 +135,11 @@ class Connection(asyncio.Protocol):
         return self._ended
 
     def send(
-        self, message: Message, kind: Kind, timeout_s: float, progress: Progress | None = None
+        self, message: Message, kind: Kind, began: float, timeout_s: float, progress: Progress | None = None
     ) -> asyncio.Future[Any]:
-        """The future of a call. Raises RequestError (TOO_LARGE)."""
+        """The future of a call, whose time ends `timeout_s` after `began`. Raises RequestError (TOO_LARGE)."""
         future = self._loop.create_future()
-        self._core.request(message, kind, future, monotonic(), timeout_s, progress)
+        self._core.request(message, kind, future, began, timeout_s, progress)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -196,7 +214,8 @@ class Connection(asyncio.Protocol):
             self._admit()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the connection was lost ({exc})" if exc is not None else "the server closed the connection")
+        lost = "the server closed the connection" if exc is None else f"the connection was lost ({_reason(exc)})"
+        self._end(lost)
         if not self._closed.done():
             self._closed.set_result(None)
 
@@ -259,6 +278,7 @@ class Connection(asyncio.Protocol):
             self.abort("the server has been silent for too long, the connection was given up")
         else:
             self._arm()
+            self._admit()
 
     def _complete(self, done: list[Completion[asyncio.Future[Any]]]) -> None:
         for future, _, error in done:
@@ -303,9 +323,9 @@ class Channel:
         """Connect now. Raises Unavailable within the timeout, ProtocolError, RequestError (VERSION)."""
         await self._ready([], monotonic() + self.timeout_s, self.timeout_s)
 
-    def jitter(self) -> float:
-        """A random number from 0 to 1, for a pause."""
-        return self._random.random()
+    def pause_s(self, failures: int) -> float:
+        """A random pause before the next try, after so many that failed."""
+        return backoff_s(failures, self._random.random())
 
     async def close(self) -> None:
         """End the connection and every call on it. May be repeated."""
@@ -321,53 +341,57 @@ class Channel:
         if self._connection is not None:
             self._connection.disown()
 
-    async def call(self, message: Message, kind: Kind, timeout_s: float | None = None) -> Any:
-        """The result of a request; `message[0]` is overwritten with its id. Raises what errors.py says."""
+    async def call(
+        self, message: Message, kind: Kind, timeout_s: float | None = None, began: float | None = None
+    ) -> Any:
+        """The result of a request; `message[0]` is overwritten with its id. Raises what errors.py says.
+
+        The time runs from `began` (of the monotonic clock), None = now.
+        """
         timeout_s = self.timeout_s if timeout_s is None else check_timeout(timeout_s)
+        if began is None:
+            began = monotonic()
         connection = self._connection
         if connection is None or not connection.has_room:
-            return await self._persist(message, kind, monotonic() + timeout_s, timeout_s)
-        started = monotonic()
+            return await self._persist(message, kind, began, timeout_s)
         try:
-            return await connection.send(message, kind, timeout_s)
+            return await connection.send(message, kind, began, timeout_s)
         except Unavailable as error:
-            return await self._persist(message, kind, started + timeout_s, timeout_s, error)
+            return await self._persist(message, kind, began, timeout_s, error)
 
     async def call_long(self, message: Message, idle_s: float, progress: Progress | None) -> Any:
         """As `call` for administration: to get it started has the usual timeout, then only silence ends it."""
         check_timeout(idle_s)
-        deadline = monotonic() + self.timeout_s
-        return await self._persist(message, Kind.ADMIN, deadline, self.timeout_s, None, idle_s, progress)
+        return await self._persist(message, Kind.ADMIN, monotonic(), self.timeout_s, None, idle_s, progress)
 
     async def _persist(
         self,
         message: Message,
         kind: Kind,
-        deadline: float,
+        began: float,
         timeout_s: float,
         error: Unavailable | None = None,
         idle_s: float | None = None,
         progress: Progress | None = None,
     ) -> Any:
         """Try, and while the request is known not to have been executed try again, until the deadline."""
+        deadline = began + timeout_s
         tries = 0
         while True:
             if error is not None:
                 tries += 1
-                pause_s = backoff_s(tries, self._random.random())
-                again_at = monotonic() + pause_s
-                if kind is Kind.WRITE and error.code in _REFUSED_LATE:
-                    # the next refusal would come after a wait too; without it, "not executed" became "unknown"
-                    again_at += _REFUSAL_S
-                if self._closed or again_at >= deadline:
+                pause_s = self.pause_s(tries)
+                if self._closed or not may_repeat(error, kind, deadline - monotonic() - pause_s):
                     raise error
                 await asyncio.sleep(pause_s)
             connection = await self._ready(message, deadline, timeout_s, error)
-            remaining_s = deadline - monotonic()
-            if remaining_s <= 0:
+            now = monotonic()
+            if now >= deadline:
                 raise error or self._unreachable(timeout_s)
             try:
-                return await connection.send(message, kind, remaining_s if idle_s is None else idle_s, progress)
+                if idle_s is not None:
+                    return await connection.send(message, kind, now, idle_s, progress)
+                return await connection.send(message, kind, began, timeout_s)
             except Unavailable as refused:
                 # that the last try ran out of time says less than why the cluster refused the one before
                 if error is None or refused.code != Code.UNREACHABLE or monotonic() < deadline:
@@ -394,7 +418,8 @@ class Channel:
                     await connection.room(_size_bytes(message))
             except TimeoutError:
                 raise error or Unavailable(
-                    f"the connection took no more data within {timeout_s:g} s, nothing was sent", Code.UNREACHABLE
+                    f"the connection took no more data within {show_seconds(timeout_s)}, nothing was sent",
+                    Code.UNREACHABLE,
                 ) from None
             if not connection.ended:
                 return connection
@@ -415,9 +440,10 @@ class Channel:
             attempt.exception()  # whoever waits raises it; when all have gone, nobody needs it
 
     def _unreachable(self, timeout_s: float) -> Unavailable:
+        failure = self._last_failure or "no answer"
+        hint = _HINTS.get(failure, "")
         return Unavailable(
-            f"no connection to {self.address.url} within {timeout_s:g} s, nothing was sent"
-            + (f" ({self._last_failure})" if self._last_failure else ""),
+            f"no connection to {self.address.url} within {show_seconds(timeout_s)}: {failure}{hint and '; ' + hint}",
             Code.UNREACHABLE,
             {"address": self.address.url, "timeout_s": timeout_s},
         )
@@ -425,7 +451,7 @@ class Channel:
     async def _connect(self) -> None:
         """One attempt: pause, connect, say hello. Failures that may pass are remembered, others raised."""
         if self._failures:
-            await asyncio.sleep(backoff_s(self._failures, self._random.random()))
+            await asyncio.sleep(self.pause_s(self._failures))
         host, port = self.address
         connection: Connection | None = None
         try:
@@ -434,12 +460,14 @@ class Channel:
                     lambda: Connection(self._loop, self._on_end), host, port
                 )
                 if connection.ended:
-                    raise ConnectionResetError("the server closed the connection")
+                    raise Unavailable("the server closed the connection", Code.UNREACHABLE)
                 hello = [0, b"hello", PROTOCOL_VERSION, self._name]
-                info = _server_info(await connection.send(hello, Kind.READ, self.timeout_s))
+                info = _server_info(await connection.send(hello, Kind.READ, monotonic(), self.timeout_s))
         except (OSError, Unavailable) as error:
             self._failures += 1
-            self._last_failure = str(error) or "no answer"
+            hung_up = connection is not None and connection.ended and getattr(error, "code", None) == Code.UNREACHABLE
+            # one that spoke to clients before is being stopped or started
+            self._last_failure = _HANGS_UP if hung_up and self.info is None else _reason(error)
             log.debug("no connection to %s: %s", self.address.url, self._last_failure)
             _drop(connection)
         except KvtcpError as error:
@@ -475,6 +503,16 @@ def _size_bytes(item: Any) -> int:
     if type(item) is bytes:
         return len(item) + 5
     return 5 + sum(map(_size_bytes, item)) if type(item) is list else 9
+
+
+def _reason(error: Exception) -> str:
+    """Why a connection was not made or was lost, in the system's words, without its numbers and addresses."""
+    if isinstance(error, socket.gaierror):
+        return f"the host is not known ({error.strerror})"
+    # for a name with several addresses the loops join the texts of several errors, and keep no numbers beside them
+    numbers = re.findall(r"\[Errno (\d+)\]", str(error)) if isinstance(error, OSError) else []
+    reasons = dict.fromkeys(os.strerror(int(number)).lower() for number in numbers)
+    return ", ".join(reasons) or str(error) or "no answer"
 
 
 def _drop(connection: Connection | None) -> None:

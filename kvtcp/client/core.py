@@ -90,7 +90,7 @@ class ConnectionCore(Generic[W]):
         self._heard_at = 0.0  # when bytes last came
         self._silent_since: float | None = None  # nothing heard since then, and a call ran out of time meanwhile
         self._ended = False
-        self.outstanding_bytes = 0  # of the requests in the table
+        self.outstanding_bytes = 0  # of the requests in the table whose time has not run out
         self.failure: ProtocolError | None = None  # why the connection must be closed
         self.next_due: float | None = None  # `expire` has nothing to do before this time
 
@@ -100,10 +100,11 @@ class ConnectionCore(Generic[W]):
         return len(self._calls)
 
     def request(
-        self, message: Message, kind: Kind, waiter: W, now: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, kind: Kind, waiter: W, began: float, timeout_s: float, progress: Progress | None = None
     ) -> None:
         """Put a call into the table and its frame into the output; `message[0]` becomes its id.
 
+        Its time ends `timeout_s` after `began`, which is in the past when the request is sent for the second time.
         Raises RequestError (TOO_LARGE), and then nothing has changed.
         """
         assert not self._ended and self.failure is None, "the connection has ended"
@@ -116,7 +117,7 @@ class ConnectionCore(Generic[W]):
         self._last_id = call_id
         frame_bytes = len(frame)
         self.outstanding_bytes += frame_bytes
-        due = self._due_set(now + timeout_s)
+        due = self._due_set(began + timeout_s)
         due.add(call_id)
         calls[call_id] = Call(kind, waiter, timeout_s, frame_bytes, due, progress)
         self._frames.append(frame)
@@ -177,6 +178,9 @@ class ConnectionCore(Generic[W]):
                 if call.waiter is not None:
                     done.append((call.waiter, None, _out_of_time(call)))
                     call.waiter = None
+                # Nobody waits for it, so others need not wait for its room: what it may still hold is the socket's.
+                self.outstanding_bytes -= call.frame_bytes
+                call.frame_bytes = 0
         self._due = {t: ids for t, ids in self._due.items() if ids}
         self.next_due = min(self._due) / TICKS_PER_S if self._due else None
         return done
@@ -227,11 +231,17 @@ class ConnectionCore(Generic[W]):
                 call.waiter = None
 
 
+def show_seconds(timeout_s: float) -> str:
+    """A duration for a sentence: three digits of it, or all of its whole seconds."""
+    return f"{timeout_s:.3g} s" if timeout_s < 1000 else f"{timeout_s:.0f} s"
+
+
 def _out_of_time(call: Call[Any]) -> KvtcpError:
+    time = show_seconds(call.timeout_s)
     if call.kind is READ:
-        return Unavailable(f"no answer within {call.timeout_s:g} s", Code.UNREACHABLE, {"timeout_s": call.timeout_s})
+        return Unavailable(f"no answer within {time}", Code.UNREACHABLE, {"timeout_s": call.timeout_s})
     return OutcomeUnknown(
-        f"the request was sent and had no {'progress' if call.kind is ADMIN else 'answer'} within {call.timeout_s:g} s;"
+        f"the request was sent and had no {'progress' if call.kind is ADMIN else 'answer'} within {time};"
         " whether it was executed is not known",
         details={"timeout_s": call.timeout_s},
     )

@@ -260,13 +260,18 @@ class Batch:
         return large, [i for i in again if isinstance(self.results[i], Unavailable)]
 
     def finish(self) -> list[Any]:
-        """The results. Raises BatchError with all of them if some failed, or the error if all failed with the same."""
+        """The results. Raises BatchError with all of them if some failed, or the error if all failed for one reason.
+
+        Refusals with one code are one reason: their sentences differ only in the shard they name.
+        """
         failed = [r for r in self.results if isinstance(r, KvtcpError)]
         if not failed:
             return self.results
-        if len(failed) == len(self.results) and all(error is failed[0] for error in failed):
-            raise failed[0]
-        raise BatchError(f"{len(failed)} of {len(self.results)} keys failed, the first with: {failed[0]}", self.results)
+        first = failed[0]
+        alike = isinstance(first, Unavailable) and all(error.code == first.code for error in failed)
+        if len(failed) == len(self.results) and (alike or all(error is first for error in failed)):
+            raise first
+        raise BatchError(f"{len(failed)} of {len(self.results)} keys failed, the first with: {first}", self.results)
 
 
 NOT_SENT: Final = Unavailable("not sent, because an earlier part of the same call failed", Code.UNREACHABLE)

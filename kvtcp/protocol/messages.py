@@ -312,6 +312,8 @@ def _scan(m: Message) -> tuple[bytes, bytes | None, int, bool, bool]:
     if cursor is not None:
         if type(cursor) is not bytes or not 1 < len(cursor) <= KEY_BYTES_MAX + 2:
             raise _refuse("the cursor is not one that a scan returned")
+        if cursor[0] not in (CURSOR_FORWARD, CURSOR_REVERSE):
+            raise _refuse("the cursor is not one that a scan returned")
         if cursor[0] != (CURSOR_REVERSE if reverse else CURSOR_FORWARD):
             raise _refuse("the cursor belongs to a scan in the other direction")
         low, high = (b"", cursor[1:]) if reverse else (cursor[1:], None)

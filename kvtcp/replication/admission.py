@@ -366,9 +366,9 @@ class Admission(ClusterState):
     def _why_not(self, shard: ShardState, what: str) -> tuple[Code, str]:
         missing = [link for link in shard.members if not link.connected]
         if missing:
-            names = "; ".join(f"{link.node}: {link.reason}" for link in missing)
-            text = f"{what} shard {shard.number} needs nodes that are missing ({names}); nothing was executed"
-            return Code.NOT_ENOUGH_REPLICAS, text
+            names = ", ".join(f"{link.node} is missing ({link.reason})" for link in missing)
+            takes = "takes no writes" if what == "writing" else "cannot be read"
+            return Code.NOT_ENOUGH_REPLICAS, f"shard {shard.number} {takes}: {names}; nothing was executed"
         text = f"no room in the windows of shard {shard.number} for {WRITE_WAIT_MS} ms; nothing was executed"
         return Code.OVERLOADED, text
 

@@ -18,7 +18,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from kvtcp.constants import WRITE_WAIT_MS
-from kvtcp.errors import Code
+from kvtcp.errors import Code, text_of
 from kvtcp.protocol.operations import EXISTS, GET
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
@@ -54,7 +54,7 @@ class Answers(ClusterState):
             if result is NUMBER:
                 sink.reply(token, number)
             elif type(result) is list:
-                sink.fail(token, result[0], result[1], result[2])
+                sink.fail(token, result[0], *text_of(result[1], result[2]))
             elif result is LOST:
                 self._answer_unknown(shard, sink, token, "its answer was lost with the connection to a node")
             else:

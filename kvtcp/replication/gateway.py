@@ -294,5 +294,9 @@ class Gateway:
         else:
             touched = arguments[0].startswith(self.restoring)
         if touched:
-            shown = f"keys with the prefix {show_bytes(self.restoring)} are" if self.restoring else "the cluster is"
-            raise RequestError(f"{shown} being restored; nothing was executed", Code.RESTORING)
+            shown = f"keys that begin with {show_bytes(self.restoring)} are" if self.restoring else "all keys are"
+            raise RequestError(
+                f"{shown} closed until a restore completes; nothing was executed (if none is running, one stopped "
+                "half-way: repeat it)",
+                Code.RESTORING,
+            )

@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any, Final
 
 from kvtcp.constants import PAGE_BYTES_MAX
-from kvtcp.errors import Code
+from kvtcp.errors import Code, text_of
 from kvtcp.protocol.messages import make_cursor
 from kvtcp.protocol.operations import COUNT, MGET, PAGE
 
@@ -80,7 +80,7 @@ class MultiRead:
     def answer(self) -> None:
         """Give the sink the merged result, or the error of a part."""
         if self.error is not None:
-            self.sink.fail(self.token, *self.error)
+            self.sink.fail(self.token, self.error[0], *text_of(self.error[1], self.error[2]))
         else:
             self.sink.reply(self.token, self.merge(self.parts))
 

@@ -119,12 +119,17 @@ class Sequencer(Admission, Answers):
     # --- links --------------------------------------------------------------------------------------
 
     def take_over(self, positions: dict[str, dict[int, tuple[int, int]]]) -> None:
-        """All nodes reported (seq, chain) per shard, no link is up: agree where to go on, or say why not."""
+        """All nodes reported (seq, chain) per shard, no link is up: agree where to go on, or say why not.
+
+        Every member that kept its data has every committed entry. So where those that have something agree, the shard
+        goes on from there; a member that has nothing counts as one that lost it, and `link_up` will refuse it.
+        """
         assert not any(link.connected for link in self.links.values()), "shards are taken over before links come up"
         for shard in self.shards:
             reports = {link.node: positions[link.node].get(shard.number, (0, 0)) for link in shard.members}
-            if len(set(reports.values())) == 1:
-                seq = next(iter(reports.values()))[0]
+            found = {position for position in reports.values() if position[0]}
+            if len(found) <= 1:
+                seq = max(reports.values())[0]
                 shard.last_seq = shard.commit = seq
                 shard.acked = dict.fromkeys(shard.members, seq)
                 shard.serving, shard.reason = True, ""
@@ -193,7 +198,7 @@ class Sequencer(Admission, Answers):
 
     def _abandon(self, link: Progress, reason: str) -> None:
         """The node lost what it acknowledged, so nothing it says counts and its pending writes cannot commit."""
-        link.reason = link.lost = reason
+        link.reason, link.lost = "it came back without its data", reason
         for shard in link.shards:
             for op in shard.pending:
                 if op[1] is not None:

@@ -79,6 +79,7 @@ class Backups:
         self.busy = ""  # what is running, for people; empty = nothing
         self.restoring: bytes | None = None  # prefix whose content is in pieces or being replaced
         self._remember: Remember = lambda prefix: None  # keeps `restoring` for the next coordinator
+        self._cleared = 0  # entries by which the running `replace` removed keys
         self._files: dict[str, asyncio.Future[Any]] = {}  # node -> its file of the running backup
         self._name = ""  # of the running backup as the nodes know it
         self._tasks: set[asyncio.Task[None]] = set()
@@ -259,10 +260,11 @@ class Backups:
         summary: dict[str, Any] = {"name": name, "mode": mode, "prefix": prefix, "pairs": wanted, "present": present}
         if dry_run:
             return {**summary, "dry_run": True}
+        self._check_members()
         if mode == "merge":
             if self.restoring is not None:
                 raise Unavailable(
-                    "an unfinished restore (replace) keeps the cluster closed; finish it first", Code.RESTORING
+                    "an unfinished restore (replace) keeps keys closed; repeat that one first", Code.RESTORING
                 )
             try:
                 await self._load(directory, prefix, wanted, progress)
@@ -271,7 +273,7 @@ class Backups:
             return summary
         if self.restoring is not None and self.restoring != prefix:
             raise Unavailable(
-                "an unfinished restore of another prefix keeps the cluster closed; finish it first", Code.RESTORING
+                "an unfinished restore of another prefix keeps keys closed; repeat that one first", Code.RESTORING
             )
         again = self.restoring is not None  # what is there then is a torso, not worth saving
         self._close_prefix(prefix)  # before the present content is saved: what is written after the cut would be lost
@@ -282,18 +284,30 @@ class Backups:
             except BaseException:
                 self._open_prefix()  # nothing was changed yet
                 raise
+        self._cleared = 0
         try:
             await self._clear(prefix)
             await self._load(directory, prefix, wanted, progress)
             await self._compare(directory, prefix)
             await self._in_thread(self._remember, None)
         except (KvtcpError, OSError) as error:
-            shown = f"the keys with the prefix {show_bytes(prefix)} stay" if prefix else "the cluster stays"
+            if not again and not self._cleared and isinstance(error, Unavailable):
+                await self._in_thread(self._remember, None)
+                self._open_prefix()  # the first removal was refused: nothing was changed
+                raise
+            shown = f"the keys that begin with {show_bytes(prefix)} stay" if prefix else "all keys stay"
             raise OutcomeUnknown(
                 f"restore {name} stopped half-way; {shown} closed until a restore completes: {error}"
             ) from error
         self._open_prefix()
         return summary
+
+    def _check_members(self) -> None:
+        """A restore writes to all shards: it is not begun while one of them takes no writes."""
+        missing = [link for link in self.server.sequencer.links.values() if link.shards and not link.connected]
+        if missing:
+            names = ", ".join(f"{link.node} is missing ({link.reason})" for link in missing)
+            raise Unavailable(f"a restore needs all nodes: {names}; nothing was changed", Code.NOT_ENOUGH_REPLICAS)
 
     async def _save(self, progress: Progress) -> str:
         """Back up what is there under a name that is free; returns it."""
@@ -328,7 +342,7 @@ class Backups:
         lower, upper = prefix_bounds(prefix)
         for number in range(self.server.map.shards):
             while await self._write(CLEAR, number, lower, (upper, CLEAR_KEYS)) > 0:
-                pass
+                self._cleared += 1
 
     async def _load(self, directory: Path, prefix: bytes, wanted: int, progress: Progress) -> None:
         pairs: Iterator[Pair] = files.read_pairs(directory, prefix)

@@ -29,6 +29,7 @@ from kvtcp.constants import (
     TICK_MS,
     WRITE_WAIT_MS,
 )
+from kvtcp.errors import show_bytes
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.sequencer import Sequencer, ShardState
@@ -301,10 +302,11 @@ class CoordinatorServer:
             if reason is None:
                 link.connection.live = True
             else:
-                link.bad = reason
+                link.bad = f"came back without its data: {reason}"
+                log.error("event=node-not-a-member node=%s reason=%s", link.node, reason)
         down = [shard for shard in self.sequencer.shards if not shard.serving]
-        for shard in down:
-            log.error("event=shard-down shard=%s reason=%s", shard.number, shard.reason)
+        if down:
+            log.error("event=shards-down shards=%s first=%s reason=%s", len(down), down[0].number, down[0].reason)
         self.ready.set()
         log.info("event=ready cluster=%s nodes=%s epoch=%s", self.map.cluster, len(self.links), self.map.epoch)
 
@@ -312,7 +314,7 @@ class CoordinatorServer:
         """A node cannot be reached, or refused."""
         self.begin()
         if not link.progress.connected:
-            link.progress.reason = link.bad or reason
+            link.progress.reason = "it came back without its data" if link.bad else reason
         log.debug("event=link-failed node=%s reason=%s", link.node, reason)
 
     # --- administration -----------------------------------------------------------------------------
@@ -338,14 +340,17 @@ class CoordinatorServer:
             elif self._silent(link):
                 silent_ms = self.now_ms() - link.progress.heard_ms
                 sentences.append(f"{link.node} has not answered for {silent_ms} ms: writes of its shards wait for it")
-        for shard in self.sequencer.shards:
-            if not shard.serving:
-                sentences.append(f"shard {shard.number} is down: {shard.reason}")
+        down = [shard for shard in self.sequencer.shards if not shard.serving]
+        if down:
+            first = f"shard {down[0].number}: {down[0].reason}"
+            sentences.append(f"{len(down)} shards are down, the first is {first}")
         readonly = [s.number for s in self.sequencer.shards if s.serving and not all(m.connected for m in s.members)]
         if readonly:
             sentences.append(f"{len(readonly)} shards refuse writes: a replica of each is missing")
         if self.backups.restoring is not None:
-            sentences.append(f"keys with the prefix {self.backups.restoring!r} are closed until a restore completes")
+            prefix = self.backups.restoring
+            shown = f"keys that begin with {show_bytes(prefix)}" if prefix else "all keys"
+            sentences.append(f"{shown} are closed until a restore completes")
         return sentences
 
     def _silent(self, link: NodeLink) -> bool:

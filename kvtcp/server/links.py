@@ -146,7 +146,8 @@ class NodeLink:
                 backoff_ms = BACKOFF_MIN_MS
                 await connection.lost.wait()
             except (OSError, TimeoutError) as error:
-                reason = str(error) or "no answer in time"
+                refused = isinstance(error, ConnectionRefusedError)
+                reason = "connection refused" if refused else str(error) or "no answer in time"
                 self.server.link_failed(self, reason)
                 connection.abort()
                 await asyncio.sleep(backoff_ms / 1000 * random.uniform(0.5, 1.0))

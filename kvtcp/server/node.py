@@ -166,7 +166,9 @@ class NodeServer:
                 if self._on_identity is not None:
                     self._on_identity(cluster, secret)
         except Refused as refused:
-            log.warning("event=hello-refused peer=%s code=%s reason=%s", connection.peer, refused.code, refused)
+            asked = type(fields) is dict and fields.get(b"epoch") == 0  # a coordinator that only asks who is here
+            level = logging.DEBUG if asked else logging.WARNING
+            log.log(level, "event=hello-refused peer=%s code=%s reason=%s", connection.peer, refused.code, refused)
             connection.send((REFUSED, refused.code, str(refused), replica.promised))
             connection.close()
             return

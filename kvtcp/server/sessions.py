@@ -6,9 +6,10 @@ CLIENT_OUTSTANDING_MAX requests or CLIENT_INPUT_BYTES_MAX bytes not answered) or
 BUFFERED_BYTES_MAX for all clients together; others do not notice. If the total is still exceeded, the session that
 holds most is closed, with the reason in the log (`CoordinatorServer._enforce_total`).
 
-Simplification: `input_bytes` counts bytes since the last moment at which nothing was outstanding, not per request. A
-client that pipelines without ever letting up is paused once per cap for one round trip, which costs nothing measurable
-and saves bookkeeping on every request.
+Simplification: `input_bytes` is no sum over requests. It grows with what is read and shrinks, once per flush, by the
+share of the outstanding requests that were answered, as if all were of one size. That saves bookkeeping on every
+request, and a write that waits for a missing node for long does not keep what came after it on the account. What such
+writes hold is bounded where they are: by the windows of the links.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class ClientSession(FramedConnection):
         self.name = "?"  # what the client calls itself
         self.outstanding = 0  # requests read and not answered, without the long ones
         self.long = 0  # requests that take their time (backup, restore) and are not answered
-        self.input_bytes = 0  # bytes read since nothing was outstanding
+        self.input_bytes = 0  # bytes of what is outstanding, about
+        self._asked = 0  # outstanding requests as of the last flush, and those read since
         self.unread_bytes = 0  # answers in the transport's buffer, as of the last flush
         self._paused_for = 0  # the reasons for not reading it now
         self._began = False  # the first byte was looked at
@@ -83,6 +85,7 @@ class ClientSession(FramedConnection):
             messages = self.decoder.feed(data)
             if messages:
                 self.outstanding += len(messages)
+                self._asked += len(messages)
                 self.server.gateway.handle(self, messages)
         except ProtocolError as error:
             self.protocol_error(error)
@@ -169,11 +172,13 @@ class ClientSession(FramedConnection):
         self.unread_bytes = transport.get_write_buffer_size()
         if self.unread_bytes or self._accounted_bytes:
             self.account()
-        if not self.outstanding:
-            self.input_bytes = self.decoder.buffered_bytes
-            if self._half_closed and not self.long:
-                self.close_now()
-                return
+        if self.outstanding < self._asked:
+            share_bytes = self.input_bytes * self.outstanding // self._asked
+            self.input_bytes = max(share_bytes, self.decoder.buffered_bytes)
+        self._asked = self.outstanding
+        if not self.outstanding and self._half_closed and not self.long:
+            self.close_now()
+            return
         if (
             self._paused_for & FOR_OUTSTANDING
             and self.outstanding <= CLIENT_OUTSTANDING_MAX // 2
