@@ -43,12 +43,12 @@ GOLDEN: list[tuple[list[str], str]] = [
         '{"node": "n1", "address": "127.0.0.1:5000", "up": true, "lag_ms": 0.5}\n'
         '{"node": "n2", "address": "127.0.0.1:5001", "up": false, "lag_ms": null}\n',
     ),
-    (["where", "{a}b"], f"shard\tin_sync\tkeys\n{shard_of(b'a', 64)}\tn1,n2\t{shard_of(b'a', 64) * 10}\n"),
+    (["where", "{a}b"], f"shard\tin_sync\tkeys\n{shard_of(b'a', 64)}\tn1; n2\t{shard_of(b'a', 64) * 10}\n"),
     (["backup", "b1"], "name\tb1\nkeys\t0\n"),
     (["backup", "b1", "-o", "jsonl"], '{"name": "b1", "keys": 0}\n'),
     (["backup"], "name\t2026-01-01T00-00-00\nkeys\t0\n"),
-    (["restore", "b1"], "name\tb1\nmode\tmerge\nprefix\t\ndry_run\tno\n"),
-    (["restore", "backups/b1/", "replace"], "name\tb1\nmode\treplace\nprefix\t\ndry_run\tno\n"),
+    (["restore", "b1"], "name\tb1\nmode\tmerge\nprefix\t-\ndry_run\tno\n"),
+    (["restore", "backups/b1/", "replace"], "name\tb1\nmode\treplace\nprefix\t-\ndry_run\tno\n"),
     (["restore", "b1", "merge", "prefix=u:", "dry-run"], "name\tb1\nmode\tmerge\nprefix\tu:\ndry_run\tyes\n"),
 ]
 
@@ -62,7 +62,7 @@ def test_output(shell: Shell, arguments: list[str], out: str) -> None:
 def test_shards_in_all_forms(shell: Shell) -> None:
     """`shards` has a line for each shard, and its JSON form is one array."""
     shell.run("shards")
-    assert shell.out.startswith(b"shard\tin_sync\tkeys\n0\tn1,n2\t0\n1\tn1,n2\t10\n")
+    assert shell.out.startswith(b"shard\tin_sync\tkeys\n0\tn1; n2\t0\n1\tn1; n2\t10\n")
     assert shell.out.count(b"\n") == 65
     shell.run("shards", "-o", "json")
     assert json.loads(shell.out)[63] == {"shard": 63, "in_sync": ["n1", "n2"], "keys": 630}

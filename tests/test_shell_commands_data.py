@@ -170,12 +170,23 @@ def test_content_from_files_and_stdin(shell: Shell, tmp_path: Path) -> None:
     assert shell.client.cells[b"k"].value == b"ttl=60"
 
 
+@pytest.mark.parametrize("arguments", ["-- put k {}", "put -- k {}", "put k -- {}"])
+@pytest.mark.parametrize("value", ["-o", "-ojson", "--help", "--", "--timeout"])
+def test_two_dashes_end_the_options(shell: Shell, arguments: str, value: str) -> None:
+    """Behind `--`, wherever it stands, everything is a word of the command."""
+    assert shell.line(arguments.format(value)) == 0
+    assert shell.client.cells[b"k"].value == value.encode()
+
+
 USAGE_ERRORS = [
     (["put", "k"], "V is missing; usage: put K V [ttl=60]"),
-    (["put", "k", "v", "x"], "what does 'x' mean here?"),
+    (["put", "k", "v", "x"], "what does 'x' mean here? usage: put K V [ttl=60]; a value with spaces needs quotes\n"),
+    (["cas", "k", "v", "a", "b"], "usage: cas K OLD NEW; a value with spaces needs quotes\n"),
+    (["put", "k", "v", "tll=6"], "what does 'tll=6' mean here? usage: put K V [ttl=60]\n"),
+    (["get", "k", "v"], "what does 'v' mean here? usage: get K\n"),
     (["put", "k", "v", "ttl=x"], "ttl must be a number of seconds, not 'x'"),
-    (["put", "k", "v", "ttl=0"], "ttl must be from 0.001 to"),
-    (["put", "k", "v", "ttl=nan"], "ttl must be from 0.001 to"),
+    (["put", "k", "v", "ttl=0"], "ttl must be over 0 and at most 3153600000 seconds, not "),
+    (["put", "k", "v", "ttl=nan"], "ttl must be over 0 and at most 3153600000 seconds, not "),
     (["put", "k", "v", "ttl="], "nothing follows ttl="),
     (["put", "k", "v", "ttl=1", "ttl=2"], "ttl= is given twice"),
     (["put", "-", "-"], "- (standard input) can be used once"),
@@ -187,6 +198,8 @@ USAGE_ERRORS = [
     (["incr", "k", "1.5"], "N must be an integer from"),
     (["incr", "k", "9223372036854775808"], "N must be an integer from"),
     (["expire", "k", "soon"], "S must be a number of seconds"),
+    (["expire", "k", "0"], "S must be over 0 and at most 3153600000 seconds, not 0\n"),
+    (["expire", "k", "-1"], "S must be over 0 and at most 3153600000 seconds, not -1\n"),
     (["scan", "limit=0"], "limit must be an integer from 1"),
     (["scan", "limt=5"], "what does 'limt=5' mean here?"),
     (["scan", "--limit=5"], "what does '--limit=5' mean here?"),

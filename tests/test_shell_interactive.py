@@ -139,6 +139,7 @@ def test_questions(session: Session) -> None:
         (["put a 1", "get b"], 1, "OK 1\n"),
         (["put a 1", "add a 2", "get a"], 6, "OK 1\n"),
         (['put a "', "get a"], 2, ""),
+        (["# put b 1", "", "  ", "put a 1", "  # get b"], 0, "OK 1\n"),
         ([], 0, ""),
     ],
 )

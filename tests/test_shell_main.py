@@ -11,7 +11,7 @@ from shell_fakes import Shell
 
 from kvtcp import __version__
 from kvtcp.shell.commands import table
-from kvtcp.shell.exits import UsageError
+from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.main import parse_arguments
 
 PROGRAM = Path(__file__).parent.parent / "bin" / "kvtcp-shell"
@@ -29,7 +29,7 @@ FAKE = (
         (["kvtcp://h:1", "get", "a"], "kvtcp://h:1", None, 2.0, ["get", "a"]),
         (["-o", "json", "kvtcp://h:1", "get", "-o"], "kvtcp://h:1", "json", 2.0, ["get", "-o"]),
         (["--timeout", "0.5", "--output=raw", "get", "a"], "kvtcp://127.0.0.1:8000", "raw", 0.5, ["get", "a"]),
-        (["-ojsonl", "--timeout=9", "--", "get"], "kvtcp://127.0.0.1:8000", "jsonl", 9.0, ["get"]),
+        (["-ojsonl", "--timeout=9", "--", "get"], "kvtcp://127.0.0.1:8000", "jsonl", 9.0, ["--", "get"]),
     ],
 )
 def test_options(arguments: list[str], address: str, form: str | None, timeout_s: float, words: list[str]) -> None:
@@ -61,10 +61,12 @@ def test_wrong_options(arguments: list[str], text: str) -> None:
 def test_version_and_help() -> None:
     """--version and --help need no server; the help names every command."""
     shell = Shell()
-    assert (shell.run("--version"), shell.out) == (0, f"kvtcp-shell {__version__}\n".encode())
+    assert (shell.run("--version"), shell.out) == (0, f"kvtcp {__version__}\n".encode())
     assert shell.run("--help") == 0
     for command in table().values():
         assert command.usage in shell.out.decode()
+    for code, meaning in MEANINGS.items():
+        assert f"\n  {code.value:>3}  {meaning}\n" in shell.out.decode()
     assert shell.client.opened == []
 
 
@@ -91,6 +93,15 @@ def test_help_lists_all_and_suggests() -> None:
     assert [line.split()[0] for line in shell.out.decode().splitlines()] == list(table())
     assert shell.run("help", "exprot") == 2
     assert "did you mean export?" in shell.err
+
+
+def test_leaving_needs_no_session() -> None:
+    """`exit` and `quit` are known outside a session too, and `?` is `help`."""
+    shell = Shell()
+    assert (shell.run("exit"), shell.run("quit"), shell.out, shell.err) == (0, 0, b"", "")
+    assert shell.run("help") == 0
+    listed = shell.out
+    assert (shell.run("?"), shell.out) == (0, listed)
 
 
 def test_address_and_timeout_reach_the_client() -> None:
@@ -163,6 +174,28 @@ def test_runs_from_a_checkout(tmp_path: Path) -> None:
     )
     assert done.returncode == 3
     assert done.stdout == b"" and b"kvtcp-shell: no connection to kvtcp://127.0.0.1:1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("kvtcp-shell", ["get", "a"]), ("kvtcp-coordinator", ["--num-nodes", "1"]), ("kvtcp-node", ["--port", "0"])],
+)
+def test_a_missing_package_is_told(name: str, arguments: list[str], tmp_path: Path) -> None:
+    """Without its packages a program from a checkout says which one is missing and what to do, with exit code 2."""
+    (tmp_path / "msgpack.py").write_text("raise ModuleNotFoundError('No module named msgpack', name='msgpack')\n")
+    done = subprocess.run(
+        [sys.executable, PROGRAM.parent / name, *arguments],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f'{name}: the package msgpack is missing; run "make run" once and "source .venv/bin/activate", '
+        "or pip install .\n"
+    )
 
 
 def test_one_command_does_not_import_what_it_does_not_need() -> None:

@@ -20,8 +20,8 @@ def make(form: str = "table", *, columns: int | None = None, is_terminal: bool =
     return Output(io.BytesIO(), form, is_terminal=is_terminal, columns=columns)
 
 
-def test_the_value_gives_way_on_a_narrow_terminal() -> None:
-    """The last column is cut first, then the key; no line is wider than the terminal."""
+def test_the_value_takes_what_the_line_has_left() -> None:
+    """The last column is cut to the terminal, wide characters counted twice; no line is wider."""
     output = make(columns=40)
     pairs = output.pairs()
     pairs.page([FakeEntry(b"a" * 10, b"v" * 100, 1, None), FakeEntry("字".encode() * 3, "字".encode() * 30, 22, 1.5)])
@@ -33,21 +33,53 @@ def test_the_value_gives_way_on_a_narrow_terminal() -> None:
         "字字字      22   1.5  " + "字" * 8 + "…",
         "2 pairs",
     ]
-    output = make(columns=32)
+
+
+def test_a_key_is_never_cut() -> None:
+    """A key that is wider than half the terminal pushes the rest of its own line, and no other one."""
+    output = make(columns=40)
     pairs = output.pairs()
-    pairs.page([FakeEntry(b"a" * 50, b"v" * 100, 1, None)])
-    assert written(output).splitlines()[2] == "a" * 11 + "…  1    -    vvvvvvv…"
+    pairs.page([FakeEntry(b"a" * 21, b"v" * 100, 1, None), FakeEntry(b"b" * 50, b"v" * 100, 1, None)])
+    pairs.page([FakeEntry(b"c", b"v" * 30, 1, None)])
+    assert written(output).splitlines()[2:] == [
+        "a" * 21 + "  1    -    vvvvvvv…",
+        "b" * 50 + "  1    -    vvvvvvv…",
+        "c  1  -  " + "v" * 30,
+    ]
+    output = make(columns=20)
+    keys = output.keys()
+    keys.page([b"k" * 50])
+    assert written(output).splitlines()[2:] == ["k" * 50]
 
 
-def test_later_pages_keep_the_widths_of_the_first() -> None:
-    """A table of a stream has one header; a longer cell of a later page is cut on a terminal, whole elsewhere."""
-    for columns, expected in ((40, "aaaa…"), (None, "a" * 10)):
+def test_every_page_has_its_own_widths() -> None:
+    """A table of a stream has one header, and each page is as wide as its own cells, on a terminal or not."""
+    for columns in (40, None):
         output = make(columns=columns)
-        keys = output.keys()
-        keys.page([b"12345"])
-        keys.page([b"a" * 10])
-        keys.finish()
-        assert written(output).splitlines() == ["key", "-----", "12345", expected, "2 keys"]
+        pairs = output.pairs()
+        pairs.page([FakeEntry(b"12345", b"v", 1, None)])
+        pairs.page([FakeEntry(b"a" * 10, b"v", 1000, None), FakeEntry(b"b", b"w", 2, None)])
+        pairs.finish()
+        assert written(output).splitlines()[2:] == [
+            "12345  1    -    v",
+            "a" * 10 + "  1000  -  v",
+            "b" + " " * 9 + "  2     -  w",
+            "3 pairs",
+        ]
+
+
+def test_help_is_whole() -> None:
+    """Sentences of help are never cut."""
+    output = make(columns=20)
+    output.texts(("usage", "what it does"), [("get K", "a sentence of many words"), ("scan " * 5, "another")])
+    assert written(output).splitlines()[2:] == ["get K       a sentence of many words", "scan " * 5 + "  another"]
+
+
+def test_middle_columns_give_way_last() -> None:
+    """In a table of several wide columns the last is cut first, then those between; the first stays."""
+    output = make(columns=40)
+    output.rows([{"node": "n1", "address": "a" * 30, "state": "s" * 30}])
+    assert written(output).splitlines()[2] == "n1    " + "a" * 23 + "…  sssssss…"
 
 
 def test_rich_draws_on_a_terminal() -> None:

@@ -26,15 +26,17 @@ def test_sentences(error: Exception, text: str) -> None:
 
 
 def test_a_bug_is_not_hidden() -> None:
-    """An error of no expected class goes on with its traceback."""
+    """An error of no expected class ends with 70, never with a code that a script takes for an answer."""
     shell = Shell()
-    shell.client.failure = KeyError("bug")
-    with pytest.raises(KeyError, match="bug"):
-        shell.run("get", "a")
+    shell.client.failure = KeyError("oh")
+    assert shell.run("get", "a") == 70
+    assert shell.out == b""
+    assert shell.err.startswith("Traceback (most recent call last):\n") and "KeyError: 'oh'\n" in shell.err
+    assert shell.err.splitlines()[-1].startswith("kvtcp-shell: this is a bug of kvtcp-shell ")
 
 
 def test_no_command() -> None:
     """Options alone are no command."""
     shell = Shell()
-    assert shell.run("--", "-o", "json") == 2
+    assert shell.run("-o", "json", "--") == 2
     assert shell.err == "kvtcp-shell: a command is missing; `help` lists the commands\n"

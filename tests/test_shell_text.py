@@ -71,9 +71,10 @@ def test_cut(text: str, columns: int, shown: str) -> None:
 
 def test_cells_and_numbers() -> None:
     """Members of answers have one text each."""
-    assert [cell(v) for v in (None, True, False, 1, 0.5, b"a\n", "é", [], ["n1", "n2"], {"a": 1})] == [
-        "-", "yes", "no", "1", "0.5", "a\\n", "é", "-", "n1,n2", "a=1",
+    assert [cell(v) for v in (None, True, False, 1, 0.5, b"a\n", "é", ["n1", "n2"], {"a": 1})] == [
+        "-", "yes", "no", "1", "0.5", "a\\n", "é", "n1; n2", "a=1",
     ]
+    assert [cell(v) for v in ("", b"", [], (), {}, [""])] == ["-"] * 6
     assert [number(v) for v in (60.0, 59.998, 0.0004, float("inf"))] == ["60", "59.998", "0", "inf"]
 
 

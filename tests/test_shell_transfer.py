@@ -352,3 +352,22 @@ def test_interrupt_does_not_wait_for_a_pipe() -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\n" + lines_of(2)])
+def test_a_byte_order_mark_is_skipped(shell: Shell, pack: Any, ending: bytes) -> None:
+    """The mark that some editors write at the beginning of UTF-8 is no part of the first line; elsewhere it is bad."""
+    line = b'{"key": "a", "value": "1"}'
+    assert run_piped(shell, pack(b"\xef\xbb\xbf" + line + ending), "import", "-") == 0
+    assert shell.client.cells[b"a"].value == b"1"
+    assert run_piped(shell, pack(line + b"\n\xef\xbb\xbf" + line + b"\n"), "import", "-") == 7
+    assert "line 2" in shell.err
+
+
+def test_a_byte_order_mark_comes_in_pieces() -> None:
+    """The mark is skipped however the blocks are cut, and a file of a mark alone has no lines."""
+    for data, lines in ((b"\xef\xbb\xbf{}\n{}", [b"{}", b"{}"]), (b"\xef\xbb\xbf", []), (b"\xef\xbb\xbf\n", [b""])):
+        reader = LineReader("f")
+        found = [line for byte in data for some in reader.feed(bytes([byte])) for line in some]
+        assert found + reader.finish() == lines

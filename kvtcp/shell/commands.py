@@ -14,18 +14,19 @@ Handlers are `async (context, arguments, output) -> Exit`. They raise; `kvtcp.sh
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvtcp.constants import TTL_MS_MAX
+from kvtcp.constants import MAIN_PORT_DEFAULT, TTL_MS_MAX
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, UsageError
 from kvtcp.shell.output import FORMATS, Output
 from kvtcp.shell.parser import ParseError, Word
 
+# host:port, or a URL of another scheme. A port has two digits at least, so that it is not a key like user:1.
+_ADDRESS: Final = re.compile(r"([a-z]+://)?([A-Za-z0-9._-]+|\[[0-9a-fA-F:]+\])(:[0-9]{2,5})?/?")
 Handler = Callable[[Context, "Arguments", Output], Awaitable[Exit]]
 
 
@@ -44,20 +45,20 @@ class Arguments:
             raise UsageError(f"{name} must be an integer from {low} to {high}, not {text!r}")
         return int(text)
 
-    def seconds(self, word: Word, name: str, low_ms: int) -> float:
-        """A word as seconds with up to three decimals. Raises UsageError."""
+    def seconds(self, word: Word, name: str) -> float:
+        """A word as seconds, over 0. Raises UsageError."""
         text = word.text()
         try:
             seconds = float(text)
         except ValueError:
             raise UsageError(f"{name} must be a number of seconds, not {text!r}") from None
-        if not math.isfinite(seconds) or not low_ms <= round(seconds * 1000) <= TTL_MS_MAX:
-            raise UsageError(f"{name} must be from {low_ms / 1000:g} to {TTL_MS_MAX // 1000} seconds, not {text}")
+        if not 0 < seconds <= TTL_MS_MAX / 1000:  # nan is neither
+            raise UsageError(f"{name} must be over 0 and at most {TTL_MS_MAX // 1000} seconds, not {text}")
         return seconds
 
     def ttl(self) -> float | None:
         """The option ttl=, in seconds."""
-        return self.seconds(self.options["ttl"], "ttl", 1) if "ttl" in self.options else None
+        return self.seconds(self.options["ttl"], "ttl") if "ttl" in self.options else None
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,17 @@ class Command:
             elif free and not self._looks_like_option(word):
                 bound.words[free.pop(0)] = word
             else:
-                raise UsageError(f"what does {word.raw!r} mean here? usage: {self.usage}")
+                hint = "; a value with spaces needs quotes" if self._may_be_cut(word) else ""
+                raise UsageError(f"what does {word.raw!r} mean here? usage: {self.usage}{hint}")
         for group in self.choices:
             given = [name for name in group if name in bound.flags]
             if len(given) > 1:
                 raise UsageError(f"{' and '.join(given)} exclude each other; usage: {self.usage}")
         return bound
+
+    def _may_be_cut(self, word: Word) -> bool:
+        """A word behind a value may be the rest of that value."""
+        return not self._looks_like_option(word) and (*self.required, *self.optional)[-1:] in (("V",), ("NEW",))
 
     def _looks_like_option(self, word: Word) -> bool:
         """A misspelt option must not become a prefix that matches nothing."""
@@ -143,7 +149,7 @@ class Command:
 
 
 def take_form(words: Sequence[Word]) -> tuple[list[Word], str | None]:
-    """Take `-o FORM` out of the words, wherever it stands. `--` ends that: what follows is left as it is."""
+    """Take `-o FORM` out of the words, wherever it stands. The first `--` ends that: what follows is left as it is."""
     kept: list[Word] = []
     form: str | None = None
     rest = iter(words)
@@ -173,8 +179,12 @@ def _load() -> Mapping[str, Command]:
     from kvtcp.shell import commands_admin, commands_data
 
     table = {command.name: command for command in (*commands_data.COMMANDS, *commands_admin.COMMANDS)}
-    table["help"] = _HELP
+    table.update({command.name: command for command in _SESSION})
     return table
+
+
+async def _leave(context: Context, arguments: Arguments, output: Output) -> Exit:
+    return Exit.OK  # the interactive session knows these words; for one command there is nothing to leave
 
 
 async def _help(context: Context, arguments: Arguments, output: Output) -> Exit:
@@ -194,11 +204,10 @@ def help_text(command: Command) -> str:
     return "\n".join([*lines, "example:", *(f"  {line}" for line in command.example.splitlines())])
 
 
-_HELP: Final = Command(
-    usage="help [COMMAND]",
-    summary="the commands, or one of them with an example",
-    example="help scan",
-    handler=_help,
+_SESSION: Final = (
+    Command("help [COMMAND]", "the commands, or one of them with an example", "help scan", _help, "`?` is the same."),
+    Command("exit", "leave the interactive session", "exit", _leave, "Ctrl-D and `quit` are the same."),
+    Command("quit", "leave the interactive session", "quit", _leave, "Ctrl-D and `exit` are the same."),
 )
 _TABLE: dict[str, Command] = {}
 
@@ -212,9 +221,13 @@ def table() -> Mapping[str, Command]:
 
 def find(name: str) -> Command:
     """The command of that name. Raises UsageError that names one that is spelt alike."""
-    command = table().get(name)
+    command = table().get("help" if name == "?" else name)
     if command is not None:
         return command
+    address = _ADDRESS.fullmatch(name)
+    if address is not None and (address[1] or address[3]):
+        url = f"kvtcp://{address[2]}{address[3] or f':{MAIN_PORT_DEFAULT}'}"
+        raise UsageError(f"there is no command {name!r}; an address is written {url}")
     import difflib
 
     near = difflib.get_close_matches(name, table(), 1)

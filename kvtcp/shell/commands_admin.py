@@ -167,5 +167,6 @@ COMMANDS: Final = (
             _JSON_LINES + "\nPlain or gzip. Existing keys are replaced. A file is checked as a whole before the first\n"
             "pair is stored; of a pipe the pairs before a bad line are stored, and their number is told.", True),
     Command("export FILE|-", "write every pair to a file of JSON lines", "export all.jsonl.gz\nexported 1000", _export,
-            _JSON_LINES + "\nSorted by key; gzip if the name ends in .gz. The file appears when it is complete."),
+            _JSON_LINES + "\nSorted by key; gzip if the name ends in .gz. The file appears when it is complete.\n"
+            "`scan P -o jsonl` exports the keys with prefix P."),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, TTL_MS_MAX
+from kvtcp.constants import INTEGER_MAX, INTEGER_MIN
 from kvtcp.errors import show_bytes
 from kvtcp.shell.client_api import in_pages
 from kvtcp.shell.commands import Arguments, Command
@@ -83,7 +83,7 @@ async def _incr(context: Context, arguments: Arguments, output: Output) -> Exit:
 
 async def _expire(context: Context, arguments: Arguments, output: Output) -> Exit:
     key = context.content(arguments.words["K"])
-    seconds = arguments.seconds(arguments.words["S"], "S", -TTL_MS_MAX)
+    seconds = arguments.seconds(arguments.words["S"], "S")
     return _answer(output, key, "expires", await (await context.writer()).expire(key, seconds))
 
 
@@ -177,7 +177,9 @@ async def _delete_all(context: Context, prefix: bytes, which: str, keys_max: int
     return deleted
 
 
-_QUOTING: Final = 'Words: plain, "quoted \\x00 \\n", b64:AAEC, @file, - for standard input.'
+_QUOTING: Final = """Words: plain, "quoted \\x00 \\n", b64:AAEC, @file, - for standard input.
+In scripts: printf %s "$v" | kvtcp-shell put KEY -    nothing in the value is interpreted
+`--` ends the options: kvtcp-shell put -- KEY -o stores the text -o."""
 
 COMMANDS: Final = (
     Command("add K V [ttl=60]", "store a new key; refuse one that exists", "add user:1 Ada\nOK 7", _add,
@@ -185,7 +187,8 @@ COMMANDS: Final = (
     Command("put K V [ttl=60]", "store a key, replacing its value", "put user:1 @ada.json ttl=3600\nOK 8", _put,
             _QUOTING + "\nWithout ttl= the key has no deadline, also if it had one.", True),
     Command("get K", "the value of a key", "get user:1\nAda", _get,
-            "-o raw writes the bytes alone, -o json also revision and deadline. Exit code 1 if there is no such key."),
+            "A newline is added to the value; -o raw gives its bytes only, -o json also revision and deadline.\n"
+            "Exit code 1 if there is no such key."),
     Command("delete K [V]", "delete a key; with V only if that is its value", "delete user:1\n1", _delete,
             "Prints 1, or 0 (exit code 1) if there was no such key or its value is another.", True),
     Command("exists K", "whether a key is there", "exists user:1\n1", _exists, "Prints 1, or 0 (exit code 1)."),

@@ -7,6 +7,7 @@ They are part of the shell's contract and never change their meaning.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Final
 
 from kvtcp.errors import (
     BatchError,
@@ -32,7 +33,22 @@ class Exit(IntEnum):
     UNKNOWN = 5  # a write may or may not have been applied
     REFUSED = 6
     BAD_DATA = 7
+    BUG = 70  # an error that nobody expected; EX_SOFTWARE of sysexits.h
     INTERRUPTED = 130
+
+
+MEANINGS: Final = {
+    Exit.OK: "done",
+    Exit.NOT_FOUND: "no such key, a condition that was false, or a question answered with no",
+    Exit.USAGE: "wrong command line, or a local file that cannot be read or written",
+    Exit.UNREACHABLE: "unreachable, not ready or timed out; nothing was applied, so it may be repeated",
+    Exit.UNKNOWN: "a write was sent and its outcome is not known: look before repeating",
+    Exit.REFUSED: "refused: the key exists, too large, not a number, not enough replicas, no space, more than max=",
+    Exit.BAD_DATA: "damaged or foreign data in an import or a backup",
+    Exit.BUG: "a bug of the shell, with a traceback",
+    Exit.INTERRUPTED: "interrupted by Ctrl-C",
+}
+assert set(MEANINGS) == set(Exit), "every exit code has a meaning"
 
 
 class UsageError(Exception):

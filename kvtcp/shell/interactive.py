@@ -10,7 +10,7 @@ at the prompt that its server went away, and Ctrl-C during a command cancels onl
 waits the loop stands still; it gets two turns before the next command, to see what happened to its connection.
 
 Commands from a pipe (`kvtcp-shell < script`) run one after the other up to the first that fails with a code above 1;
-the exit code is that of the last one that ran.
+the exit code is that of the last one that ran. Empty lines and lines that begin with `#` are ignored.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def completions(before: str) -> list[str]:
     words = before.split()
     current = "" if not before or before[-1].isspace() else words.pop()
     if not words:
-        return [name for name in (*table(), *LEAVING) if name.startswith(current)]
+        return [name for name in table() if name.startswith(current)]
     if words[-1] == "-o":
         return [form for form in FORMATS if form.startswith(current)]
     if words[0] == "help":
@@ -235,7 +235,9 @@ def run_session(context: Context, address: str, front: Front | None = None) -> i
 
 
 def _run_line(runner: asyncio.Runner, context: Context, line: str) -> Exit | None:
-    """Run one line; None for an empty one."""
+    """Run one line; None for an empty one or a comment."""
+    if line.lstrip().startswith("#"):
+        return None
     try:
         words: list[Word] = split_line(line)
     except ParseError as error:

@@ -1,10 +1,10 @@
 """The program kvtcp-shell: options of its own, then one command or an interactive session.
 
-    kvtcp-shell [kvtcp://host:port] [-o FORM] [--timeout S] [COMMAND WORDS...]
+    kvtcp-shell [kvtcp://host:port] [-o FORM] [--timeout S] [--] [COMMAND WORDS...]
 
-The address comes first if there is one. `-o` may stand before or after the command, the other options before it. One
-command starts in well under 150 ms, because everything that only some commands need is imported where it is needed:
-no argparse, rich, prompt_toolkit or uvloop on the way to a `get`.
+The address comes first if there is one. `-o` may stand before or after the command, the other options before it; `--`
+ends them all, wherever it stands. One command starts in well under 150 ms, because everything that only some commands
+need is imported where it is needed: no argparse, rich, prompt_toolkit or uvloop on the way to a `get`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from kvtcp.constants import CLIENT_TIMEOUT_MS
 from kvtcp.shell.client_api import Client
 from kvtcp.shell.commands import check_form, table
 from kvtcp.shell.context import ADDRESS_DEFAULT, PROGRAM, Context, Streams, ctrl_c_raises
-from kvtcp.shell.exits import Exit, UsageError
+from kvtcp.shell.exits import MEANINGS, Exit, UsageError
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import Word, word_of_argument
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-USAGE = f"usage: {PROGRAM} [kvtcp://host:port] [-o {'|'.join(FORMATS)}] [--timeout S] [COMMAND ...]"
+USAGE = f"usage: {PROGRAM} [kvtcp://host:port] [-o {'|'.join(FORMATS)}] [--timeout S] [--] [COMMAND ...]"
 ConnectTo = Callable[[str, float], Awaitable[Client]]
 
 
@@ -46,6 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> Call:
     """Take the command line apart; the words of the command stay as they are. Raises UsageError."""
     call = Call()
     rest = list(arguments)
+    ended: list[str] = []  # the `--` that ended the options, which the command must know of too
     while rest:
         argument = rest[0]
         name, equals, inline = argument.partition("=")
@@ -66,13 +67,13 @@ def parse_arguments(arguments: Sequence[str]) -> Call:
         elif argument.startswith("-o") and argument[2:] in FORMATS:
             call.form = rest.pop(0)[2:]
         elif argument == "--":
-            rest.pop(0)
+            ended.append(rest.pop(0))
             break
         elif argument.startswith("-"):
             raise UsageError(f"unknown option {argument}\n{USAGE}")
         else:
             break
-    call.words = [word_of_argument(argument) for argument in rest]
+    call.words = [word_of_argument(argument) for argument in [*ended, *rest]]
     return call
 
 
@@ -102,15 +103,26 @@ def help_page() -> str:
 Shell of kvtcp. With a command it runs once, without one it is interactive.
   kvtcp://host:port  address of the cluster, default {ADDRESS_DEFAULT}
   -o FORM            form of the answer; default is table on a terminal, plain otherwise
-  --timeout S        seconds to wait for an answer, default {CLIENT_TIMEOUT_MS / 1000:g}
+  --timeout S        seconds to wait for an answer, default {CLIENT_TIMEOUT_MS / 1000:g}; backup and restore take
+                     the time they need
+  --                 ends the options, -o behind the command too
   --version, --help
 
 Commands (help COMMAND shows an example):
 {commands}
 
 Words: plain, "quoted \\x00 \\n \\t \\" \\\\", b64:AAEC, @file, - for standard input.
-Exit codes: 0 ok, 1 not found or condition false, 2 usage, 3 unreachable or timed out (nothing applied),
-5 outcome unknown, 6 refused (too large, not enough replicas, exists), 7 bad data or checksum, 130 interrupted."""
+Scripts give values through standard input, where nothing is interpreted: printf %s "$v" | {PROGRAM} put KEY -
+Commands from a pipe or file ({PROGRAM} < script), one a line: empty lines and lines that begin with # are ignored;
+the first command that ends with more than 1 ends the script.
+
+Exit codes:
+{exit_codes()}"""
+
+
+def exit_codes() -> str:
+    """A line for every exit code."""
+    return "\n".join(f"  {code.value:>3}  {meaning}" for code, meaning in MEANINGS.items())
 
 
 def terminal_columns() -> int | None:
@@ -158,6 +170,18 @@ def main(
         return Exit.USAGE
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
+    except ModuleNotFoundError:
+        raise  # a dependency: bin/kvtcp-shell tells how to install it
+    except Exception:
+        return _tell_bug(streams)
+
+
+def _tell_bug(streams: Streams) -> int:
+    import traceback
+
+    traceback.print_exc(file=streams.stderr)
+    streams.message(f"this is a bug of {PROGRAM} {__version__}; please report it with the lines above")
+    return Exit.BUG
 
 
 def _discard(streams: Streams) -> None:
@@ -177,7 +201,7 @@ def _main(argv: Sequence[str], streams: Streams, connect: ConnectTo) -> int:
         streams.message(str(error))
         return Exit.USAGE
     if call.shows:
-        text = f"{PROGRAM} {__version__}" if call.shows == "version" else help_page()
+        text = f"kvtcp {__version__}" if call.shows == "version" else help_page()
         streams.stdout.write(text.encode("utf-8") + b"\n")
         return Exit.OK
     context = Context(streams, lambda: connect(call.address, call.timeout_s), call.form)
@@ -202,13 +226,13 @@ def _run_once(context: Context, words: list[Word]) -> int:
         finally:
             await context.close()
 
-    with asyncio.Runner(loop_factory=_loop_factory(words[0].raw)) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory(words)) as runner:
         return runner.run(run())
 
 
-def _loop_factory(command: str) -> Callable[[], AbstractEventLoop] | None:
+def _loop_factory(words: Sequence[Word]) -> Callable[[], AbstractEventLoop] | None:
     """uvloop for the commands that move many records; for one request its import costs more than it gains."""
-    if command in ("import", "export"):
+    if any(word.raw in ("import", "export") for word in words[:2]):  # the first may be `--`
         try:
             import uvloop
         except ImportError:

@@ -11,8 +11,8 @@ The commands say *what* the answer is (a scalar, one pair, a stream of pairs, a 
 | raw   | the bytes alone     | the values alone               | as plain, without last newline  |
 
 An object of a pair has `key`, `value`, `rev`, `ttl_ms` (`key_b64`, `value_b64` where the bytes are not UTF-8), see
-kvtcp.jsonl. Streams are written page by page and never held as a whole: a table takes its widths from the first
-page. rich draws tables if it is installed and stdout is a terminal; it is imported then only.
+kvtcp.jsonl. Streams are written page by page and never held as a whole: a table takes its widths from each page. If
+rich is installed and stdout is a terminal, headings have its style; it is imported then only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvtcp.shell.text import cell, cut, decoded, display_width, escape, for_peop
 
 T = TypeVar("T")
 FORMATS: Final = ("table", "plain", "json", "jsonl", "raw")
-_COLUMN_MIN: Final = 8  # a cut column keeps at least so many columns
+_COLUMN_MIN: Final = 8  # a cut cell keeps at least so many columns
 _GAP: Final = "  "
 
 
@@ -68,12 +68,28 @@ class Output:
         assert form in FORMATS, f"unknown form {form}"
         self.stdout = stdout
         self.form = form
-        self.is_terminal = is_terminal  # decides whether rich may draw
+        self.is_terminal = is_terminal  # decides whether headings have a style
         self.columns = columns  # columns to fit a table in, None = as wide as it gets
 
     def line(self, text: str) -> None:
         """One line of text as it stands."""
         self.stdout.write(text.encode("utf-8", "surrogateescape") + b"\n")
+
+    def heading(self, text: str) -> None:
+        """One line of text, in the style of a heading on a terminal for which rich has one."""
+        if self.is_terminal:
+            try:
+                from rich.console import Console
+                from rich.text import Text
+            except ImportError:
+                self.line(text)
+                return
+            console = Console(force_terminal=True, width=display_width(text) + 1, highlight=False)
+            with console.capture() as capture:
+                console.print(Text(text, style="bold cyan"), crop=False)
+            self.stdout.write(capture.get().encode("utf-8", "surrogateescape"))
+        else:
+            self.line(text)
 
     def scalar(self, text: str, fields: Mapping[str, Any]) -> None:
         """A short answer: `text` for people and scripts, `fields` as an object."""
@@ -146,7 +162,7 @@ class Output:
     def texts(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Help: aligned columns in table form, tab-separated lines without header otherwise."""
         if self.form == "table":
-            self._table(header, rows)
+            Table(self, header, is_cut=False).rows(rows)
         else:
             for row in rows:
                 self.line("\t".join(row))
@@ -255,70 +271,49 @@ class _TableWriter(PageWriter[T]):
 
 
 class Table:
-    """Aligned columns. The widths come from the first rows; the last column takes what is left of the terminal."""
+    """Aligned columns; on a terminal the last one is cut to what its line has left.
 
-    def __init__(self, output: Output, header: Sequence[str], *, header_shown: bool = True) -> None:
+    The first column, the key, is never cut: a key that is wider than its column pushes the rest of its line. Widths
+    are those of the rows that are written together, so one wide page does not stretch the next.
+    """
+
+    def __init__(
+        self, output: Output, header: Sequence[str], *, header_shown: bool = True, is_cut: bool = True
+    ) -> None:
         self.output = output
+        self.is_cut = is_cut  # False: a terminal wraps what is too long
         self.header = tuple(header)
-        self.header_shown = header_shown
-        self.widths: list[int] = []  # columns of each column, empty before the first rows
+        self._header_due = header_shown  # False once it is written
 
     def rows(self, rows: Sequence[Sequence[str]]) -> None:
         """Write some rows; before the first ones the header."""
-        first = not self.widths
-        if first:
-            self.widths = self._fit(rows)
-        show_header = first and self.header_shown
-        if self.output.is_terminal and self._draw_rich(rows, show_header):
-            return
-        lines = []
-        if show_header:
-            lines.append(self._aligned(self.header))
-            lines.append(_GAP.join("-" * width for width in self.widths))
-        lines.extend(map(self._aligned, rows))
-        self.output.line("\n".join(lines))
+        header_shown, self._header_due = self._header_due, False
+        widths = self._fit([self.header, *rows] if header_shown else rows)
+        if header_shown:
+            self.output.heading(self._aligned(self.header, widths))
+            self.output.line(_GAP.join("-" * width for width in widths))
+        self.output.line("\n".join(self._aligned(row, widths) for row in rows))
 
     def _fit(self, rows: Sequence[Sequence[str]]) -> list[int]:
-        shown = [self.header, *rows] if self.header_shown else rows
-        widths = [max((display_width(row[i]) for row in shown), default=0) for i in range(len(self.header))]
-        if self.output.columns is None:
+        """Columns of each column: the widest cell, or less where a line would be wider than the terminal."""
+        widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+        if self.output.columns is None or len(widths) == 1:
             return widths
-        room = self.output.columns - len(_GAP) * (len(widths) - 1)
-        excess = sum(widths) - room
-        # the last column gives way first, then the first (the key), then whatever is between
-        for index in [len(widths) - 1, *range(len(widths) - 1)]:
-            if excess <= 0:
-                break
-            taken = min(excess, max(0, widths[index] - _COLUMN_MIN))
+        # one long key does not take the place of all other cells
+        widths[0] = min(widths[0], max(display_width(self.header[0]), self.output.columns // 2))
+        excess = sum(widths) + len(_GAP) * (len(widths) - 1) - self.output.columns
+        for index in [len(widths) - 1, *range(1, len(widths) - 1)]:
+            taken = min(max(0, excess), max(0, widths[index] - _COLUMN_MIN))
             widths[index] -= taken
             excess -= taken
         return widths
 
-    def _aligned(self, row: Sequence[str]) -> str:
-        cells = []
-        for text, width in zip(row, self.widths, strict=True):
-            shown = text if self.output.columns is None else cut(text, width)
-            cells.append(shown + " " * (width - display_width(shown)))
-        return _GAP.join(cells).rstrip()
-
-    def _draw_rich(self, rows: Sequence[Sequence[str]], show_header: bool) -> bool:
-        """Draw with rich. False if it is not installed."""
-        try:
-            from rich.console import Console
-            from rich.table import Table as RichTable
-            from rich.text import Text
-        except ImportError:
-            return False
-        drawn = RichTable(
-            box=None, show_header=show_header, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan"
-        )
-        for name, width in zip(self.header, self.widths, strict=True):
-            drawn.add_column(Text(name), width=width, no_wrap=True, overflow="ellipsis")
-        for row in rows:
-            drawn.add_row(*(Text(cut(text, width)) for text, width in zip(row, self.widths, strict=True)))
-        width = sum(self.widths) + len(_GAP) * len(self.widths)
-        console = Console(force_terminal=True, width=width, highlight=False)
-        with console.capture() as capture:
-            console.print(drawn, crop=False)
-        self.output.stdout.write(capture.get().encode("utf-8", "surrogateescape"))
-        return True
+    def _aligned(self, row: Sequence[str], widths: Sequence[int]) -> str:
+        line = ""
+        for index, (text, width) in enumerate(zip(row, widths, strict=True)):
+            shown = text
+            if self.is_cut and self.output.columns is not None and index > 0:
+                is_last = index == len(row) - 1
+                shown = cut(text, max(_COLUMN_MIN, self.output.columns - display_width(line)) if is_last else width)
+            line += shown + " " * (width - display_width(shown)) + _GAP
+        return line.rstrip()

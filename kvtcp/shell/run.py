@@ -1,7 +1,7 @@
 """Runs one command: words in, answer on stdout, messages on stderr, an exit code back.
 
 The one place where errors become sentences and codes (kvtcp.shell.exits). An error of no known class is a bug of the
-program and goes on as a traceback.
+program and goes on, to a traceback and exit code 70.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from itertools import takewhile
 
 from kvtcp.errors import BatchError, KvtcpError
 from kvtcp.shell.commands import find, help_text, parse_error_text, take_form
@@ -26,13 +27,15 @@ async def run_words(context: Context, words: Sequence[Word], line: str | None = 
     """
     context.write_sent = False
     try:
+        # behind `--` everything is a word of the command
+        help_asked = any(word.raw == "--help" for word in takewhile(lambda word: word.raw != "--", words))
         words, form = take_form(words)
         if not words:
             raise UsageError("a command is missing; `help` lists the commands")
         command = find(words[0].raw)
         context.command = command.name
         output = context.output(form)
-        if any(word.raw == "--help" for word in words[1:]):
+        if help_asked:
             output.line(help_text(command))
             code = Exit.OK
         else:

@@ -70,7 +70,7 @@ def decoded(value: Any) -> Any:
 
 
 def cell(value: Any) -> str:
-    """One member of an answer as the text of one cell: lists joined by commas, absent as `-`."""
+    """One member of an answer as the text of one cell: lists joined by `; `, and `-` for what is absent or empty."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -78,13 +78,13 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return number(value)
     if isinstance(value, bytes):
-        return escape(value)
+        return escape(value) or "-"
     if isinstance(value, str):
-        return escape(value.encode("utf-8", "surrogateescape"))
+        return escape(value.encode("utf-8", "surrogateescape")) or "-"
     if isinstance(value, dict):
-        return ",".join(f"{cell(k)}={cell(v)}" for k, v in value.items())
+        return ",".join(f"{cell(k)}={cell(v)}" for k, v in value.items()) or "-"
     if isinstance(value, list | tuple | set | frozenset):
-        return ",".join(map(cell, value)) or "-"
+        return "; ".join(map(cell, value)) or "-"
     return str(value)
 
 

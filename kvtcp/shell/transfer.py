@@ -37,6 +37,7 @@ from kvtcp.shell.output import pair_line
 from kvtcp.shell.progress import ProgressBar
 
 STDIN_NAME: Final = "standard input"
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # of UTF-8: some editors write it; it is no part of the first line
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GZIP_WBITS: Final = 31  # zlib: 15 bits of window, plus 16 for the gzip container
 _GZIP_LEVEL: Final = 6
@@ -45,7 +46,7 @@ Stream = BinaryIO | IO[bytes]
 
 
 class LineReader:
-    """Turns blocks of a plain or gzip file into lists of lines (without newline). Pure.
+    """Turns blocks of a plain or gzip file into lists of lines (without newline, or byte order mark). Pure.
 
     Plain or gzip is told by the first two bytes. Decompression goes in pieces, so a block cannot become unbounded
     memory. Raises DataError for damaged gzip data and for lines over JSON_LINE_BYTES_MAX.
@@ -81,6 +82,8 @@ class LineReader:
             raise DataError(f"{self._source}: the gzip data ends early, after {self._lines} lines")
         lines = self._split(self._head)  # a file of a single byte
         last = b"".join(self._partial)
+        if not self._lines:
+            last = last.removeprefix(_BYTE_ORDER_MARK)
         return [*lines, last] if last else lines
 
     def _inflate(self, block: bytes) -> Iterator[bytes]:
@@ -103,6 +106,8 @@ class LineReader:
             lines[0] = b"".join([*self._partial, lines[0]])
             self._partial, self._partial_bytes = [], 0
         rest = lines.pop()
+        if lines and not self._lines:
+            lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
         self._lines += len(lines)
         if rest:
             self._partial.append(rest)
