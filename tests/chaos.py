@@ -420,7 +420,7 @@ class Round:
         while True:
             if self.coordinator.process.poll() is None:
                 self.rss_bytes = max(self.rss_bytes, rss_bytes(self.coordinator.pid))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # sleeps: samples are taken at a pace
 
 
 async def _dump(port: int, node: str, identity: dict[str, Any], stamp_ms: int) -> tuple[list[Any], dict[str, str]]:
