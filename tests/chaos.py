@@ -343,7 +343,7 @@ class Round:
         proxy = self.proxies[self._any_node()]
         if self.random.random() < 0.6:  # one member lacks what the others have, and what nobody may have been told of
             proxy.stall()
-            await asyncio.sleep(self.random.uniform(0.0, 0.5))
+            await asyncio.sleep(self.random.uniform(0.2, 0.8))
         self.coordinator.signal(signal.SIGKILL)
         await asyncio.to_thread(self.coordinator.ended)
         proxy.cut()
