@@ -126,7 +126,7 @@ IMPORT_CHUNK_BYTES: Final = 256 * KIB
 IMPORT_CHUNKS_MAX: Final = 8
 
 # --- tree and freeze -----------------------------------------------------------------------------
-LEAF_KEYS_MAX: Final = 512
+LEAF_KEYS_MAX: Final = 768
 INNER_CHILDREN_MAX: Final = 64
 # new keys of a shard that wait, unsorted, for their merge into the tree
 FRESH_KEYS_MAX: Final = 1_024
