@@ -27,6 +27,7 @@ def rows_of(count: int, value_bytes: int = 20) -> list[Row]:
 
 def write(directory: Path, rows: list[Row]) -> FileReport:
     """One file of node n1 holding every shard."""
+    directory.mkdir(exist_ok=True)
     writer = NodeFileWriter(DISK, directory, "n1", range(SHARDS))
     writer.write_rows(rows)
     return FileReport.from_fields(writer.finish(), "n1")
@@ -54,6 +55,7 @@ def test_slices_do_not_matter(tmp_path: Path, count: int, step: int) -> None:
     """However the rows are cut into calls, file and report are the same, and the check agrees."""
     rows = rows_of(count)
     whole = write(tmp_path / "whole", rows)
+    (tmp_path / "slices").mkdir()
     writer = NodeFileWriter(DISK, tmp_path / "slices", "n1", range(SHARDS))
     for i in range(0, count, step):
         writer.write_rows(iter(rows[i : i + step]))
@@ -167,3 +169,10 @@ def test_a_changed_value_is_placed_by_block_and_shard(tmp_path: Path) -> None:
     assert text.startswith(f"{path}, line {', '.join(map(str, own[:-1]))} or {own[-1]}: damaged: ")
     assert hashlib.sha256(path.read_bytes()).hexdigest() in text and report.sha256 in text
     assert f"(shard {shard})" in text
+
+
+def test_a_directory_that_was_discarded_does_not_come_back(tmp_path: Path) -> None:
+    """The writer of a node that is late fails instead of making the directory of a given-up attempt anew."""
+    with pytest.raises(FileNotFoundError):
+        NodeFileWriter(DISK, tmp_path / ".gone.tmp", "n1")
+    assert list(tmp_path.iterdir()) == []

@@ -88,6 +88,7 @@ class BackupJob:
         if self._finished:
             return
         if error is not None:
+            self._finishing = None  # nobody else touches the writer any more
             self.abort(f"{self._node} cannot finish its file: {error}")
             return
         self._end()

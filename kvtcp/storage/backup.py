@@ -15,6 +15,7 @@ answer or a DataError that names the file; an error of the disk while reading is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import heapq
 import re
@@ -108,6 +109,13 @@ def begin_backup(disk: Disk, backup_dir: Path, name: str, attempt: int = 1) -> P
 def discard(disk: Disk, tmp_dir: Path) -> None:
     """Removes what a failed attempt has written. Raises OSError."""
     assert tmp_dir.name.startswith(".") and tmp_dir.name.endswith(".tmp"), "only unfinished backups are discarded"
+    for _ in range(3):
+        try:
+            disk.remove_tree(tmp_dir)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # a node that is late made a file in it after it was listed
+                raise
     disk.remove_tree(tmp_dir)
 
 

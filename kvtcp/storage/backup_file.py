@@ -113,7 +113,8 @@ class LineSums:
 class NodeFileWriter:
     """Writes the file of one node; `write_rows` as often as needed, then `finish` or `abort`.
 
-    A file of the same name that an earlier attempt left in `directory` is replaced. `shards` are those the node was
+    A file of the same name that an earlier attempt left in `directory` is replaced. The directory is there already: one
+    that is missing was discarded with its attempt, and must not come back. `shards` are those the node was
     asked to save: they are reported also if they have no pair, which tells an empty shard from a forgotten one.
     All methods but `abort` raise OSError; after that only `abort` may be called.
     """
@@ -127,7 +128,6 @@ class NodeFileWriter:
         self._pieces: list[bytes] = []  # folded, not yet written
         self._pieces_bytes = 0  # their bytes, < BACKUP_WRITE_BYTES between calls
         self._usable = True  # rows are taken: not finished, aborted or failed
-        disk.make_directory(directory)
         disk.remove(self.path)
         self._file = disk.create(self.path)
 
