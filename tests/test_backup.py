@@ -493,7 +493,7 @@ def test_a_file_that_comes_late_does_not_stop_a_discard(tmp_path: Path, monkeypa
     """A directory that got a file while it was removed is removed again; other errors are raised."""
     tmp_dir = begin_backup(DISK, tmp_path, "b")
     remove_tree = OsDisk.remove_tree
-    errors = [OSError(errno.ENOTEMPTY, "not empty"), OSError(errno.EIO, "broken"), OSError(errno.ENOTEMPTY, "not empty")]
+    errors = [OSError(number, text) for number, text in ((errno.ENOTEMPTY, "late"), (errno.EIO, "broken")) * 2][:3]
 
     def fail_first(self: OsDisk, directory: Path) -> None:
         if errors:
