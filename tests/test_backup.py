@@ -490,10 +490,11 @@ def test_read_errors_are_data_errors(backup: Path) -> None:
 
 
 def test_a_file_that_comes_late_does_not_stop_a_discard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory that got a file while it was removed is removed again; other errors are raised."""
+    """A directory that got or lost a file while it was removed is removed again; other errors are raised."""
     tmp_dir = begin_backup(DISK, tmp_path, "b")
     remove_tree = OsDisk.remove_tree
-    errors = [OSError(number, text) for number, text in ((errno.ENOTEMPTY, "late"), (errno.EIO, "broken")) * 2][:3]
+    causes = ((errno.ENOTEMPTY, "late"), (errno.EIO, "broken"), (errno.ENOENT, "gone"))
+    errors = [OSError(*cause) for cause in causes]
 
     def fail_first(self: OsDisk, directory: Path) -> None:
         if errors:

@@ -41,6 +41,7 @@ __all__ = [
     "node_file_name", "publish", "read_manifest", "read_pairs", "verify", "write_manifest",
 ]  # fmt: skip
 
+DISCARD_TRIES: Final = 5  # each node disturbs it once at most, with its one file
 _NAME: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{BACKUP_NAME_CHARS_MAX - 1}}}")
 
 
@@ -109,12 +110,13 @@ def begin_backup(disk: Disk, backup_dir: Path, name: str, attempt: int = 1) -> P
 def discard(disk: Disk, tmp_dir: Path) -> None:
     """Removes what a failed attempt has written. Raises OSError."""
     assert tmp_dir.name.startswith(".") and tmp_dir.name.endswith(".tmp"), "only unfinished backups are discarded"
-    for _ in range(3):
+    for _ in range(DISCARD_TRIES - 1):
         try:
             disk.remove_tree(tmp_dir)
             return
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY:  # a node that is late made a file in it after it was listed
+            # a node that is late made a file, or removed its own, after the directory was listed
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
     disk.remove_tree(tmp_dir)
 
