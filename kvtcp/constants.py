@@ -133,8 +133,8 @@ FRESH_KEYS_MAX: Final = 1_024
 # dictionaries that share the cells of a shard, so that none grows by more than a few ms at once; prime
 HASH_PARTS: Final = 31
 # of the cyclic collector in a server: small steps, 0.1 ms, and 0.7 ms for the second generation, where
-# (50,000, 50, 100) took up to 8 ms at once. That has its price: put_many cost a quarter more CPU on the nodes, an eighth
-# on the coordinator. The third generation walks all leaves and is put off for good.
+# (50,000, 50, 100) took up to 8 ms at once. That has its price: put_many cost a quarter more CPU on the nodes, an
+# eighth on the coordinator. The third generation walks all leaves and is put off for good.
 GC_THRESHOLDS: Final = (1_000, 4, 5_000)
 FREEZE_ROWS: Final = 256
 # rows that a merge of frozen shards takes from one of them at a time: all of them at once stay below a slice
