@@ -1,12 +1,16 @@
-"""The replica: the core of a node. Batches in, results out.
+"""The replica: the core of a node. Batches in, results and log entries out.
 
-Pure: the node's server feeds it frames and writes what it returns. It owns one Table per shard and applies the items of
-a batch strictly in order, writes and reads alike, which is what makes a read see exactly the writes queued before it.
+Pure: the node's server feeds it frames and writes what it returns. It owns one Copy (a Table and its identity) per
+shard and applies the items of a batch strictly in order, writes and reads alike, which is what makes a read see exactly
+the writes queued before it. What a batch wrote is handed over as log entries (`take_logged`): the server makes them
+durable before it acknowledges the batch. Entries are also kept here until the coordinator says that they are committed:
+a takeover ships them from the member that has them to those that lack them (`entries_after`, `ship`).
 
 Invariants:
 - the numbers of a shard have no gap: an item whose number is not the table's next one stops the node (SequenceError);
 - an epoch below the promised one, or another coordinator in the same epoch, is refused;
-- the items of one batch all carry its stamp; a node never looks at a clock to decide what a table contains.
+- the items of one batch all carry its stamp; a node never looks at a clock to decide what a table contains;
+- every entry that may be uncommitted is kept: of each shard at least as many as a link's window may hold.
 
 Results of one batch may be large (values of many reads), so they are handed over in pieces: `run` returns when about
 `results_bytes_max` bytes of values are ready and goes on where it stopped at the next call.
@@ -15,14 +19,23 @@ Results of one batch may be large (values of many reads), so they are handed ove
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvtcp._version import __version__
-from kvtcp.constants import MGET_VALUES_BYTES_MAX, PAGE_BYTES_MAX, RESULTS_BYTES_MAX
-from kvtcp.errors import Code
+from kvtcp.constants import (
+    BATCH_BYTES_MAX,
+    KEPT_BYTES_MAX,
+    MGET_VALUES_BYTES_MAX,
+    PAGE_BYTES_MAX,
+    RESULTS_BYTES_MAX,
+    WINDOW_BYTES_MAX,
+    WINDOW_ITEMS_MAX,
+)
+from kvtcp.errors import Code, DataError
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, TTL, WRITE_OP_END
+from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.pages import merge_page
 from kvtcp.storage.table import Table
@@ -50,32 +63,74 @@ class FreezeRequest:
         self.frozen = frozen
 
 
-class Replica:
-    """All shards of one node."""
+class Kept:
+    """The entries of one batch that may be uncommitted."""
 
-    def __init__(self, node: str, disk: str, pid: int, durability: str = "memory") -> None:
+    __slots__ = ("bytes", "entries", "ordinal")
+
+    def __init__(self, ordinal: int, entries: list[Logged]) -> None:
+        self.ordinal = ordinal  # of the batch on the present link; 0 = from before it
+        self.entries = entries
+        self.bytes = sum([len(entry[4]) for entry in entries])
+
+
+class Replica:
+    """All copies of one node. `new_disk` makes the uuid of a copy that did not exist before; `copies`, `promised` and
+    `coordinator` are what the node remembers from before."""
+
+    def __init__(
+        self,
+        node: str,
+        pid: int,
+        new_disk: Callable[[], str],
+        durability: str = "memory",
+        copies: Iterable[Copy] = (),
+        kept: Iterable[Logged] = (),
+        promised: int = 0,
+        coordinator: str = "",
+        map_version: int = 0,
+        stamp_ms: int = 0,
+    ) -> None:
         self.node = node
-        self.disk = disk  # uuid of the copies in this process: memory does not survive it
         self.pid = pid
         self.durability = durability
-        self.tables: dict[int, Table] = {}
-        self.promised = 0  # highest epoch accepted
-        self.coordinator = ""  # uuid of the coordinator of that epoch
-        self.stamp_ms = 0  # highest stamp seen
+        self.copies: dict[int, Copy] = {}
+        self.tables: dict[int, Table] = {}  # those of the complete copies, for the path of every operation
+        self.promised = promised  # highest epoch accepted
+        self.coordinator = coordinator  # uuid of the coordinator of that epoch
+        self.map_version = map_version  # highest seen
+        self.map = b""  # the cluster map of the last HELLO as its coordinator sent it; empty = it had none
+        self.stamp_ms = stamp_ms  # highest stamp seen
+        self.space = 0  # how short of disk space the node is, as in the SPACE frame; set by the server
         self.applied = 0  # ordinal of the last finished batch of the present link
         self.freezes: deque[FreezeRequest] = deque()  # for the server to work off
         self.results_bytes = 0  # of values in the list of results that `run` was given last
         self.operations = 0  # items applied since the start, for status
+        self._new_disk = new_disk
         self._items: Iterator[Sequence[Any]] = iter(())  # the rest of the batch being run
         self._stamp_ms = 0  # of that batch
         self._batch_ordinal = 0  # ordinal that will be applied when it is finished
         self._flag_after_ms = 0  # stamp of the next look for expired keys
         self.flags: list[int] = []  # shards that hold expired keys, as of the last look
+        self._logged: list[Logged] = []  # entries made and not yet taken by `take_logged`
+        self._kept: deque[Kept] = deque()  # in order; the oldest are forgotten when they are committed
+        self._kept_bytes = 0  # of the entries in _kept
+        self._kept_bytes_max = KEPT_BYTES_MAX  # above it those that cannot be uncommitted are looked for
+        for copy in copies:
+            self._add(copy)
+        self._keep(0, list(kept))
+
+    def _add(self, copy: Copy) -> None:
+        self.copies[copy.shard] = copy
+        if copy.complete:
+            self.tables[copy.shard] = copy.table
 
     # --- link ---------------------------------------------------------------------------------------
 
     def hello(self, fields: Mapping[bytes, Any]) -> dict[str, Any]:
-        """Accept a coordinator and report, or raise Refused. The server has checked cluster and secret."""
+        """Accept a coordinator and report, or raise Refused. The server has checked cluster and secret, and sends the
+        report when promise, map, new copies and everything logged are durable.
+        """
         if fields.get(b"version") != LINK_VERSION:
             raise Refused("VERSION", f"this node speaks link version {LINK_VERSION}")
         epoch, coordinator = fields[b"epoch"], fields[b"coordinator"].decode()
@@ -87,31 +142,127 @@ class Replica:
             raise Refused("FENCED", f"epoch {epoch} belongs to another coordinator")
         self.promised, self.coordinator = epoch, coordinator
         for shard in fields[b"shards"]:
-            self.tables.setdefault(shard, Table(shard))
+            if shard not in self.copies:
+                self._add(Copy(shard, self._new_disk()))
         for table in self.tables.values():
             table.epoch = epoch
         self.applied = self._batch_ordinal = self.results_bytes = 0
         self._items = iter(())
-        return self.report()
+        for kept in self._kept:
+            kept.ordinal = 0
+        report = self.report()
+        self.map_version = max(self.map_version, fields[b"map_version"])
+        self.map = fields.get(b"map") or b""
+        return report
 
     def report(self) -> dict[str, Any]:
         """What this node has."""
         return {
             "node": self.node,
-            "disk": self.disk,
             "pid": self.pid,
             "version": __version__,
             "durability": self.durability,
             "stamp_ms": self.stamp_ms,
             "promised": self.promised,
-            "shards": [[number, table.epoch, table.seq, table.chain] for number, table in self.tables.items()],
+            "map_version": self.map_version,
+            "space": self.space,
+            "shards": [copy.report() for copy in self.copies.values()],
+            "damage": [[copy.shard, copy.reason] for copy in self.copies.values() if copy.reason],
         }
+
+    # --- entries that may be uncommitted --------------------------------------------------------------
+
+    def take_logged(self) -> list[Logged]:
+        """The entries made since the last call, in order: they belong into the log before anything is acknowledged."""
+        logged, self._logged = self._logged, []
+        return logged
+
+    def _keep(self, ordinal: int, entries: list[Logged]) -> None:
+        if not entries:
+            return
+        kept = Kept(ordinal, entries)
+        self._kept.append(kept)
+        self._kept_bytes += kept.bytes
+        if self._kept_bytes > self._kept_bytes_max:
+            self._drop_old()
+
+    def _forget_committed(self, commit: int) -> None:
+        """Every write up to this ordinal of the link is committed."""
+        kept = self._kept
+        while kept and kept[0].ordinal <= commit:
+            done = kept.popleft()
+            self._kept_bytes -= done.bytes
+            for shard, seq in {entry[0]: entry[2] for entry in done.entries}.items():
+                self.copies[shard].commit = seq
+
+    def _drop_old(self) -> None:
+        """One shard without commits holds back the entries of all others: keep of each shard what windows may hold."""
+        room = {shard: [WINDOW_ITEMS_MAX, WINDOW_BYTES_MAX] for shard in self.copies}
+        stay: deque[Kept] = deque()
+        for kept in reversed(self._kept):
+            entries = []
+            for entry in reversed(kept.entries):
+                left = room[entry[0]]
+                if left[0] > 0 and left[1] > 0:
+                    left[0] -= 1
+                    left[1] -= len(entry[4])
+                    entries.append(entry)
+            if entries:
+                entries.reverse()
+                stay.appendleft(Kept(kept.ordinal, entries))
+        self._kept = stay
+        self._kept_bytes = sum(kept.bytes for kept in stay)
+        self._kept_bytes_max = max(KEPT_BYTES_MAX, 2 * self._kept_bytes)
+
+    def kept_entries(self, shard: int) -> list[Logged]:
+        """The entries of a shard that may be uncommitted, in order."""
+        return [entry for kept in self._kept for entry in kept.entries if entry[0] == shard]
+
+    def entries_after(self, shard: int, after: int) -> tuple[int | None, list[list[Any]] | None]:
+        """What ENTRIES says: the chain at number `after`, None if it is not known here any more, and the packed entries
+        that follow as [chain, entry], None if they are not all here. About BATCH_BYTES_MAX at once, at least one."""
+        table = self.tables.get(shard)
+        if table is None or not self.copies[shard].complete or after > table.seq:
+            return None, None
+        kept = self.kept_entries(shard)
+        chain = 0 if after == 0 else table.chain if after == table.seq else None
+        entries: list[list[Any]] = []
+        size = 0
+        for _, _, seq, entry_chain, entry in kept:
+            if seq == after:
+                chain = entry_chain
+            elif seq == after + len(entries) + 1:
+                size += len(entry)
+                if entries and size > BATCH_BYTES_MAX:
+                    break
+                entries.append([entry_chain, entry])
+        return chain, entries if entries or after == table.seq else None
+
+    def ship(self, shard: int, entries: Sequence[Sequence[Any]]) -> str | None:
+        """Apply packed entries of another member by their effects. Returns why not all of them could be, or None."""
+        copy = self.copies.get(shard)
+        if copy is None or not copy.complete:
+            return f"this node has no complete copy of shard {shard}"
+        table = copy.table
+        applied: list[Logged] = []
+        error: str | None = None
+        for chain, entry in entries:
+            try:
+                table.apply_entry(entry, chain)
+            except DataError as refused:
+                error = refused.message
+                break
+            applied.append((shard, table.generation, table.seq, chain, entry))
+        self._logged += applied
+        self._keep(0, applied)
+        return error
 
     # --- batches ------------------------------------------------------------------------------------
 
-    def begin(self, stamp_ms: int, items: Sequence[Sequence[Any]]) -> None:
-        """A batch: it is applied by `run`."""
+    def begin(self, stamp_ms: int, commit: int, items: Sequence[Sequence[Any]]) -> None:
+        """A batch: it is applied by `run`. `commit` as in the BATCH frame."""
         assert self.applied == self._batch_ordinal, "a batch is finished before the next one begins"
+        self._forget_committed(commit)
         if stamp_ms > self.stamp_ms:
             self.stamp_ms = stamp_ms
         self._stamp_ms = stamp_ms
@@ -121,6 +272,14 @@ class Replica:
 
     def run(self, results: list[Any], results_bytes_max: int = RESULTS_BYTES_MAX) -> bool:
         """Apply the batch, appending results; false if it stopped because enough bytes of results are ready."""
+        made: list[Logged] = []
+        finished = self._run(results, results_bytes_max, made)
+        if made:
+            self._logged += made
+            self._keep(self._batch_ordinal, made)
+        return finished
+
+    def _run(self, results: list[Any], results_bytes_max: int, made: list[Logged]) -> bool:
         tables = self.tables
         stamp_ms = self._stamp_ms
         if not results:
@@ -128,7 +287,9 @@ class Replica:
         for item in self._items:
             op = item[0]
             if op < WRITE_OP_END:
-                result = tables[item[1]].apply(item, stamp_ms)
+                table = tables[item[1]]
+                result = table.apply(item, stamp_ms)
+                made.append((item[1], table.generation, table.seq, table.chain, table.last_entry))
                 if item[3]:
                     results.append(result)
             elif op == GET:

@@ -21,7 +21,19 @@ from typing import Any
 
 from kvtcp.constants import LINK_FRAME_BYTES_MAX, LINK_WRITE_BUFFER_BYTES, ORPHAN_MS, RESULTS_BYTES_MAX, SHARDS_MAX
 from kvtcp.errors import ProtocolError
-from kvtcp.protocol.link import BACKUP, BATCH, HELLO, REFUSED, REPORT, RESULTS, STOP
+from kvtcp.protocol.link import (
+    BACKUP,
+    BATCH,
+    ENTRIES,
+    FETCH,
+    HELLO,
+    REFUSED,
+    REPORT,
+    RESULTS,
+    SHIP,
+    SHIPPED,
+    STOP,
+)
 from kvtcp.replication.replica import Refused, Replica
 from kvtcp.server.backup_job import BackupJob
 from kvtcp.server.transport import FramedConnection
@@ -53,6 +65,8 @@ class LinkConnection(FramedConnection):
                 self.inbox.append(message)
             elif message[0] == HELLO and not self.accepted and len(message) == 2:
                 self.server.hello(self, message[1])
+            elif self.accepted and message[0] in (FETCH, SHIP) and len(message) == 3:
+                self.server.recovery_frame(self, message)
             elif self.accepted and message[0] == STOP:
                 log.info("event=stop node=%s reason=asked by the coordinator", self.server.replica.node)
                 self.server.stop_requested()
@@ -76,14 +90,14 @@ class LinkConnection(FramedConnection):
         results: list[Any] = []
         while inbox and not self.write_paused:
             if not self.running:
-                replica.begin(inbox[0][1], inbox[0][3])
+                replica.begin(*inbox[0][1:])
                 self.running = True
             finished = replica.run(results)
             if finished:
                 self.running = False
                 inbox.popleft()
             if not finished or not inbox or replica.results_bytes > RESULTS_BYTES_MAX:
-                # memory: what is applied is as durable as it gets
+                replica.take_logged()  # memory: what is applied is as durable as it gets
                 self.send((RESULTS, replica.applied, replica.applied, results, replica.take_flags()))
                 self.flush()
                 results = []
@@ -121,7 +135,7 @@ class NodeServer:
         orphan_ms: int = ORPHAN_MS,
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.replica = Replica(node, secrets.token_hex(8), os.getpid())
+        self.replica = Replica(node, os.getpid(), lambda: secrets.token_hex(8))
         self.cluster = cluster  # None: the first coordinator that says HELLO creates the identity
         self.secret = secret
         self.connections: set[LinkConnection] = set()
@@ -184,6 +198,20 @@ class NodeServer:
         self._disarm_orphan()
         log.info("event=linked node=%s peer=%s epoch=%s link=%s", replica.node, connection.peer, epoch, number)
         connection.send((REPORT, report))
+        connection.flush()
+
+    def recovery_frame(self, connection: LinkConnection, message: list[Any]) -> None:
+        """A takeover asks for entries, or brings some."""
+        kind, shard, argument = message
+        replica = self.replica
+        if kind == FETCH:
+            connection.send((ENTRIES, shard, argument, *replica.entries_after(shard, argument)))
+        else:
+            error = replica.ship(shard, argument)
+            replica.take_logged()
+            copy = replica.copies.get(shard)
+            position = (0, 0, 0) if copy is None else copy.table.position
+            connection.send((SHIPPED, shard, *position, error))
         connection.flush()
 
     def connection_closed(self, connection: LinkConnection, reason: str) -> None:
@@ -251,7 +279,7 @@ class NodeServer:
 
 _HELLO_FIELDS = {
     b"version": int, b"cluster": bytes, b"secret": bytes, b"epoch": int, b"coordinator": bytes, b"link": int,
-    b"node": bytes, b"shards": list,
+    b"node": bytes, b"shards": list, b"map_version": int, b"durability": bytes,
 }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ class Table:
         self, shard: int = 0, *, leaf_keys_max: int = LEAF_KEYS_MAX, fresh_keys_max: int | None = None
     ) -> None:
         self.shard = shard
+        self.generation = 1  # of the copy: grows when it is reset; logged with every entry, set by the owner
         self.epoch = 0  # epoch of the entries that `apply` makes; set by the owner
         self.seq = 0  # number of the last entry
         self.chain = 0  # chain of the last entry
