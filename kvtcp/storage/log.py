@@ -186,15 +186,14 @@ class LogWriter:
         self.bytes_written += len(prepared.data) + len(prepared.header or b"")
         self.records_written += 1
 
-    def deletable(self, snapshots: dict[int, Position]) -> list[Path]:
-        """Take the oldest segments off the list that have no entry beyond these positions of snapshots; their paths,
-        oldest first, to be removed in this order."""
+    def deletable(self, is_covered: Callable[[int, Position], bool]) -> list[Path]:
+        """Take the oldest segments off the list for which `is_covered(shard, position)` says that nobody needs the
+        entries up to there any more; their paths, oldest first, to be removed in this order."""
         paths: list[Path] = []
         while len(self.segments) > 1:
             behind = self.segments[1].positions
-            for shard, (generation, seq, _) in behind.items():
-                if seq and snapshots.get(shard, (0, 0, 0))[:2] < (generation, seq):
-                    return paths
+            if not all(is_covered(shard, position) for shard, position in behind.items()):
+                break
             paths.append(self.segments.pop(0).path)
         return paths
 

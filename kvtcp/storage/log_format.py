@@ -137,13 +137,13 @@ def parse_header(data: bytes) -> SegmentHeader:
     magic, version, _, length, expected, directory, salt, first_lsn, durable_lsn = _HEADER.unpack_from(data)
     if magic != MAGIC:
         raise FormatError("the file does not begin as a segment of the log")
-    if version != LOG_FORMAT_VERSION:
-        raise VersionError(f"the log has format {version}, this version of kvtcp knows format {LOG_FORMAT_VERSION}")
     if not HEADER_BYTES <= length <= len(data):
         raise FormatError(f"the header has no right length ({length})")
     tail = data[HEADER_BYTES:length]
     if crc32(tail, crc32(data[_CRC_AT + 4 : HEADER_BYTES], crc32(data[:_CRC_AT]))) != expected:
         raise FormatError("the sum of the header is wrong")
+    if version != LOG_FORMAT_VERSION:  # every version keeps magic, version, length and sum where they are
+        raise VersionError(f"the log has format {version}, this version of kvtcp knows format {LOG_FORMAT_VERSION}")
     positions = {shard: (generation, seq, chain) for shard, generation, seq, chain in msgpack.unpackb(tail)}
     return SegmentHeader(directory, salt, first_lsn, durable_lsn, positions, length)
 

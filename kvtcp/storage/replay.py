@@ -192,6 +192,7 @@ class _Replay:
         except VersionError:
             raise
         except FormatError as error:
+            found.last_lsn = max(found.last_lsn, lsn)  # a new segment must not take its name
             self._damaged(Damage(path, None, str(error)))
             return
         if found.segments and found.last_lsn < lsn - 1 and not found.log_damaged:

@@ -101,12 +101,12 @@ class SnapshotHeader:
         magic, version, _, total, *fields = _HEADER.unpack_from(data)
         if magic != MAGIC:
             raise FormatError("the file does not begin as a snapshot")
-        if version != SNAPSHOT_FORMAT_VERSION:
+        if total != _header_sum(data):
+            raise FormatError("the sum of the header is wrong")
+        if version != SNAPSHOT_FORMAT_VERSION:  # every version keeps the length of the header and the place of its sum
             raise VersionError(
                 f"the snapshot has format {version}, this version of kvtcp knows format {SNAPSHOT_FORMAT_VERSION}"
             )
-        if total != _header_sum(data):
-            raise FormatError("the sum of the header is wrong")
         return cls(*fields)
 
 
