@@ -157,6 +157,9 @@ LOG_IDLE_MS: Final = 100
 # a shard is snapshotted when the log is longer than this and than all snapshots together
 SNAPSHOT_LOG_BYTES: Final = 64 * MIB
 SNAPSHOT_FRAME_ROWS: Final = 256
+SNAPSHOT_FRAME_BYTES: Final = 256 * KIB  # a frame ends with the row that reaches it
+# bytes of a snapshot that wait for the disk before its next slice does
+SNAPSHOT_BUFFER_BYTES: Final = 8 * MIB
 # of the event loop at once for a snapshot, and how much of it all slices together may take at most
 SNAPSHOT_SLICE_MS: Final = 1
 SNAPSHOT_SHARE: Final = 0.25

@@ -27,9 +27,15 @@ from zlib import crc32
 
 import msgpack
 
-from kvtcp.constants import SNAPSHOT_FORMAT_VERSION, SNAPSHOT_SYNC_BYTES
+from kvtcp.constants import (
+    SNAPSHOT_FORMAT_VERSION,
+    SNAPSHOT_FRAME_BYTES,
+    SNAPSHOT_FRAME_ROWS,
+    SNAPSHOT_SYNC_BYTES,
+)
 from kvtcp.storage.copy import Logged
 from kvtcp.storage.files import AppendFile, Disk
+from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.index import Cell
 from kvtcp.storage.log_format import FormatError, VersionError
 from kvtcp.storage.table import Table
@@ -144,6 +150,22 @@ class SnapshotEncoder:
         self._sum = crc32(body, crc32(_FRAME_SUMMED.pack(kind, len(body)), self._sum))
         self._frames += 1
         return _FRAME.pack(kind, len(body), self._sum) + body
+
+
+def encode_snapshot(header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logged]) -> Iterator[bytes]:
+    """The bytes of the snapshot of a frozen shard, in pieces of some hundred rows or about SNAPSHOT_FRAME_BYTES. What is
+    written to the shard between two pieces changes nothing. `frozen` is read to its end, or has to be closed."""
+    encoder = SnapshotEncoder(header)
+    yield encoder.begin()
+    while frozen.rows_left:
+        keys, cells = frozen.next_cells(SNAPSHOT_FRAME_ROWS)
+        start = size = 0
+        for end, (value, _, _) in enumerate(cells, 1):
+            size += len(value) + len(keys[end - 1])
+            if size >= SNAPSHOT_FRAME_BYTES or end == len(cells):
+                yield encoder.add_rows(keys[start:end], cells[start:end])
+                start, size = end, 0
+    yield encoder.end(kept)
 
 
 class SnapshotFile:

@@ -26,7 +26,6 @@ from typing import Final
 
 from kvtcp.constants import (
     SEGMENT_BYTES_MAX,
-    SNAPSHOT_FRAME_ROWS,
     SNAPSHOT_LOG_BYTES,
     SPACE_RESERVE_BYTES,
 )
@@ -38,7 +37,7 @@ from kvtcp.storage.log import LogWriter
 from kvtcp.storage.log_format import DIRECTORY_BYTES, SALT_BYTES, FormatError, Position, VersionError
 from kvtcp.storage.manifest import Manifest, read_manifest, write_manifest
 from kvtcp.storage.replay import Damage, Progress, Replayed, replay
-from kvtcp.storage.snapshot import SnapshotEncoder, SnapshotFile, SnapshotHeader, SnapshotName
+from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, encode_snapshot
 
 ASIDE: Final = "aside"
 DISK_ID_BYTES: Final = 8
@@ -139,7 +138,11 @@ class NodeStore:
         """Snapshot a copy at once, as it is now. Blocks, raises OSError."""
         frozen = copy.table.freeze()
         header = self.header_of(frozen)
-        self.snapshots[copy.shard] = SnapshotInfo(header.name, _write_snapshot(self, header, frozen, kept))
+        file = self.create_snapshot(header)
+        for piece in encode_snapshot(header, frozen, kept):
+            file.write(piece)
+        file.finish()
+        self.snapshots[copy.shard] = SnapshotInfo(header.name, file.publish())
 
     # --- space ----------------------------------------------------------------------------------------
 
@@ -299,18 +302,3 @@ def _move_aside(store: NodeStore, replayed: Replayed) -> None:
         with contextlib.suppress(OSError):  # an empty directory tells nobody anything
             disk.remove_tree(aside)
         store.aside = None
-
-
-def _write_snapshot(store: NodeStore, header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logged]) -> int:
-    encoder = SnapshotEncoder(header)
-    file = store.create_snapshot(header)
-    try:
-        file.write(encoder.begin())
-        while frozen.rows_left:
-            file.write(encoder.add_rows(*frozen.next_cells(SNAPSHOT_FRAME_ROWS)))
-        file.write(encoder.end(kept))
-        file.finish()
-        return file.publish()
-    except BaseException:
-        frozen.close()
-        raise
