@@ -153,8 +153,8 @@ class SnapshotEncoder:
 
 
 def encode_snapshot(header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logged]) -> Iterator[bytes]:
-    """The bytes of the snapshot of a frozen shard, in pieces of some hundred rows or about SNAPSHOT_FRAME_BYTES. What is
-    written to the shard between two pieces changes nothing. `frozen` is read to its end, or has to be closed."""
+    """The bytes of the snapshot of a frozen shard, in pieces of some hundred rows or about SNAPSHOT_FRAME_BYTES. Writes
+    to the shard meanwhile change nothing. `frozen` is read to its end, or has to be closed."""
     encoder = SnapshotEncoder(header)
     yield encoder.begin()
     while frozen.rows_left:
