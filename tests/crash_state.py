@@ -212,13 +212,17 @@ class File:
             if rng.random() < 0.5:
                 cut = rng.randint(start, size)
                 return self._image(cut, cut if rng.random() < 0.5 else size, _subset(rng, limbo))
-            blocks = [*limbo, *range(start // BLOCK_BYTES, _blocks(size))]
-            return self._image(size, size, _subset(rng, blocks), start)
+            return self._image(size, size, _subset(rng, self._unsure(start, size)), start)
         if rng.random() < 0.5:
             size = rng.randint(self.synced, size)
-        lost = _subset(rng, [*limbo, *range(self.synced // BLOCK_BYTES, _blocks(size))])
+        lost = _subset(rng, self._unsure(self.synced, size))
         image = self._image(size, size, lost)
         return _fill(rng, image, [b for b in lost if not self.floor(b)], stale) if how is Data.STALE else image
+
+    def _unsure(self, start: int, end: int) -> list[int]:
+        """Blocks with bytes in the range, and those in limbo, each once."""
+        blocks = range(start // BLOCK_BYTES, _blocks(end))
+        return [*(block for block in self.limbo if block not in blocks), *blocks]
 
     def _image(self, cut: int, size: int, lost: list[int], kept: int = 0) -> bytes:
         """The first `cut` bytes, then zeros up to `size`; `lost` blocks are zeros above floor and byte `kept`."""
