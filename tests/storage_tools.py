@@ -15,7 +15,7 @@ from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk
 
 DIRECTORY = Path("/node")
-SEGMENT_BYTES = 500
+SEGMENT_BYTES = 300
 BOOT = "boot 1"
 
 State = dict[int, tuple[tuple[int, int, int], int]]  # shard -> position, digest

@@ -50,7 +50,8 @@ log = logging.getLogger("kvtcp.durability")
 
 STOP_WAIT_S: Final = 5.0  # for both workers together at the end
 GROUP_BYTES_MAX: Final = LOG_RECORD_BYTES_MAX // 2  # a group that has more takes no further entries
-SHORT_LOG_BYTES: Final = 1 << 20  # with the disk nearly full, a log beyond it is worth a snapshot of every shard
+RETRY_S: Final = 5.0  # between two attempts to snapshot, or to make room, on a disk that is full
+SHORT_LOG_BYTES: Final = 1 << 20  # with the disk nearly full, a segment beyond it is worth being ended
 NO_SPACE_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT}
 
 Connection = Any  # whoever appended; handed back
@@ -108,7 +109,9 @@ class Durability:
         self._idle: asyncio.TimerHandle | None = None  # of the look whether a mark is due
         self._snapshot_log_bytes = snapshot_log_bytes
         self._snapshot: SnapshotJob | None = None
+        self._snapshot_after_s = 0.0  # no snapshot before, because the last one found no space
         self._wanted: deque[int] = deque()  # shards to be snapshotted on demand
+        self._give_back_after_s = 0.0  # the next round for the sake of space
         self._closing = False
         self._drained = asyncio.Event()  # at the end: everything appended is durable, or the disk failed
         self._look = loop.call_later(SPACE_LOOK_MS / 1000, self._look_around)
@@ -219,6 +222,7 @@ class Durability:
     def snapshot_all(self) -> None:
         """Snapshot every shard that has something new, and let go of the log up to there."""
         self._wanted = deque(self.store.behind())
+        self._snapshot_after_s = 0.0
         self.store.log.begin_new_segment()
         self._next_snapshot()
 
@@ -236,18 +240,24 @@ class Durability:
             (log.warning if level > self.space else log.info)("event=disk-space level=%s", level)
             self.space = level
             self._on_space(level)
-        if level and not self._wanted and self._snapshot is None:
+        if level and not self._wanted and self._snapshot is None and time.monotonic() >= self._give_back_after_s:
             self._give_space_back()
+        paths = self.store.needless_segments()
+        if paths:
+            self.in_files(lambda: self.store.remove(paths), lambda _: None)
         self._next_snapshot()
 
     def _give_space_back(self) -> None:
         """The disk is nearly full: a log that snapshots make needless, and keys that were deleted, take space."""
+        self._give_back_after_s = time.monotonic() + RETRY_S
         self._wanted = deque(self.store.behind())
-        if self._wanted and self.store.log.segments[-1].size > SHORT_LOG_BYTES:
+        if self.store.log.segments[-1].size > SHORT_LOG_BYTES:
             self.store.log.begin_new_segment()
 
     def _next_snapshot(self) -> None:
         if self._snapshot is not None or self._closing or self.failure is not None:
+            return
+        if time.monotonic() < self._snapshot_after_s:
             return
         shard = self._wanted.popleft() if self._wanted else self.store.due_snapshot(self._snapshot_log_bytes)
         if shard is not None:
@@ -256,12 +266,18 @@ class Durability:
             self._snapshot.begin()
 
     def snapshot_ended(self, paths: list[Path]) -> None:
-        """The running snapshot is published, or given up; `paths` are files that nobody needs any more."""
+        """The running snapshot is published; `paths` are files that nobody needs any more."""
         self._snapshot = None
         if paths:
             self.in_files(lambda: self.store.remove(paths), lambda _: self._next_snapshot())
         else:
             self._next_snapshot()
+
+    def snapshot_given_up(self) -> None:
+        """The running snapshot found no space: the next ones would not either."""
+        self._snapshot = None
+        self._wanted.clear()
+        self._snapshot_after_s = time.monotonic() + RETRY_S
 
     def in_files(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Work for the other thread. An error ends the node."""
@@ -422,7 +438,7 @@ class SnapshotJob:
     def _give_up(self) -> None:
         log.warning("event=snapshot-given-up shard=%s reason=no space left on the disk", self._header.shard)
         self._frozen.close()
-        self._durability.snapshot_ended([])
+        self._durability.snapshot_given_up()
 
     def abandon(self) -> None:
         """The node ends: the unfinished file is removed at the next start."""

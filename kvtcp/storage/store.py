@@ -126,7 +126,11 @@ class NodeStore:
         old = self.snapshots.get(header.shard)
         self.snapshots[header.shard] = SnapshotInfo(header.name, size)
         paths = [] if old is None or old.name == header.name else [self.snapshot_directory / old.name.file]
-        return paths + self.log.deletable(self._is_covered)
+        return paths + self.needless_segments()
+
+    def needless_segments(self) -> list[Path]:
+        """Segments of the log that no restart needs any more, in the order to remove them. Each is named once."""
+        return self.log.deletable(self._is_covered)
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove files, each for good before the next. Blocks, raises OSError."""
