@@ -49,6 +49,11 @@ class Manifest:
     segment: int = 0
     shards: dict[int, CopyRow] = field(default_factory=dict)
 
+    def power_failed(self, boot: str) -> bool:
+        """Whether the machine was restarted (its present boot is `boot`) while a process ran in a mode that does not
+        sync: then nobody knows what of its last writes is on the disk."""
+        return self.durability != "sync" and not self.clean and self.boot not in ("", boot)
+
     def encode(self) -> bytes:
         """The file's content."""
         node = {

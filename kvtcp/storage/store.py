@@ -214,7 +214,7 @@ def open_store(
             )
         manifest = Manifest(new_id(DIRECTORY_BYTES), durability)
     try:
-        replayed = replay(disk, directory, manifest, progress)
+        replayed = replay(disk, directory, manifest, progress, manifest.power_failed(boot))
     except VersionError as error:
         raise StoreError(f"{directory}: {error}") from error
     writer = LogWriter(
@@ -251,7 +251,7 @@ def _settle(store: NodeStore, replayed: Replayed, new_disk: Callable[[], str], b
         store.copies[shard] = Copy(shard, new_disk(), generation=old.generation, complete=False, reason=reason)
         store.snapshots.pop(shard, None)
         renamed = True
-    if manifest.durability != "sync" and not manifest.clean and manifest.boot not in ("", boot):
+    if manifest.power_failed(boot):
         for copy in store.copies.values():
             copy.disk, copy.reason = new_disk(), copy.reason or POWER_CUT
         renamed = bool(store.copies)
@@ -273,7 +273,7 @@ def _settle(store: NodeStore, replayed: Replayed, new_disk: Callable[[], str], b
         store.log.begin(
             replayed.segments, replayed.mark + 1, replayed.tail, replayed.mark_positions, positions
         )
-    if replayed.damages or replayed.doubts:
+    if replayed.damages or replayed.doubts or replayed.given_up:
         _move_aside(store, replayed)
 
 
@@ -290,7 +290,7 @@ def _move_aside(store: NodeStore, replayed: Replayed) -> None:
         names = disk.list(directory / log.DIRECTORY)
         moved += [directory / log.DIRECTORY / name for name in names if name.endswith(log.SUFFIX) and name != present]
     wanted = {info.name.file for info in store.snapshots.values()}
-    bad = {damage.path for damage in replayed.damages}
+    bad = {damage.path for damage in replayed.damages}.union(replayed.given_up)
     for name in disk.list(store.snapshot_directory):
         parsed = SnapshotName.parse(name)
         path = store.snapshot_directory / name
