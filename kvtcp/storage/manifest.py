@@ -9,7 +9,7 @@ I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fs
         "clean"         whether that process ended in order, everything written
         "promised", "coordinator"       highest epoch accepted, and whose it is
         "map_version", "map"            highest version of the cluster map seen, and that map as its coordinator sent it
-        "segment"       first LSN of the segment that the process began with: there is one at least as new
+        "segment"       first LSN of the newest segment when this was written: there is one at least as new
         "shards"        {number: [disk, generation, complete, reason]}      the copies; see copy.py
     }}
 
