@@ -265,7 +265,8 @@ def read_header(data: bytes, name: SnapshotName, directory_id: bytes) -> Snapsho
 
 
 def load_snapshot(disk: Disk, path: Path, directory_id: bytes) -> tuple[Table, list[Logged]]:
-    """The table of a snapshot, and the entries it keeps. Raises FormatError, VersionError, OSError."""
+    """The table of a snapshot, and the entries it keeps. Raises FormatError, VersionError, DataError for rows out of
+    order, OSError."""
     name = SnapshotName.parse(path.name)
     assert name is not None, "the caller looked at the name"
     data = disk.read(path)
