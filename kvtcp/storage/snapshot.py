@@ -248,7 +248,7 @@ def read_frames(data: bytes) -> Iterator[tuple[int, Any]]:
         if kind == END:
             if content != (rows, frames):
                 raise FormatError(f"the last frame counts {content}, the file has {rows} rows in {frames} frames")
-            return
+            continue  # to the end of the file, where nothing may be
         if kind == ROWS:
             rows += len(content[0])
         yield kind, content
