@@ -229,7 +229,7 @@ class File:
         image = bytearray(memoryview(self.data)[:cut])
         image.extend(bytes(size - cut))
         for block in lost:
-            start = max(block * BLOCK_BYTES + self.floor(block), 0 if block in self.limbo else kept)
+            start = max(block * BLOCK_BYTES + self.floor(block), kept)
             end = min((block + 1) * BLOCK_BYTES, size)
             if start < end:
                 image[start:end] = bytes(end - start)
