@@ -1,5 +1,4 @@
-"""What a disk holds, and what a power cut leaves of it: the model below `CrashDisk`. No I/O, no clock; randomness is
-passed in.
+"""What a disk holds and what a power cut leaves of it: the model below `CrashDisk`. Randomness is passed in.
 
 A `State` changes by events only, the same ones on a running disk and on a replay of its journal:
 
