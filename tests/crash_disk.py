@@ -249,7 +249,7 @@ class CrashDisk:
             data = data[: self._random().randint(0, len(data))]
         if self._state.files[node].named and len(data) > self._free_bytes():
             data, failure = data[: self._free_bytes()], failure or _error(errno.ENOSPC, path)
-        self._do(Write(str(path), node, bytes(data)))
+        self._do(Write(str(path), node, data))
         if failure is not None:
             raise failure
 

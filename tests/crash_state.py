@@ -1,5 +1,4 @@
-"""What a disk holds, and what a power cut leaves of it: the model below `CrashDisk`. No I/O, no clock; randomness is
-passed in.
+"""What a disk holds and what a power cut leaves of it: the model below `CrashDisk`. Randomness is passed in.
 
 A `State` changes by events only, the same ones on a running disk and on a replay of its journal:
 
@@ -212,20 +211,24 @@ class File:
             if rng.random() < 0.5:
                 cut = rng.randint(start, size)
                 return self._image(cut, cut if rng.random() < 0.5 else size, _subset(rng, limbo))
-            blocks = [*limbo, *range(start // BLOCK_BYTES, _blocks(size))]
-            return self._image(size, size, _subset(rng, blocks), start)
+            return self._image(size, size, _subset(rng, self._unsure(start, size)), start)
         if rng.random() < 0.5:
             size = rng.randint(self.synced, size)
-        lost = _subset(rng, [*limbo, *range(self.synced // BLOCK_BYTES, _blocks(size))])
+        lost = _subset(rng, self._unsure(self.synced, size))
         image = self._image(size, size, lost)
         return _fill(rng, image, [b for b in lost if not self.floor(b)], stale) if how is Data.STALE else image
+
+    def _unsure(self, start: int, end: int) -> list[int]:
+        """Blocks with bytes in the range, and those in limbo, each once."""
+        blocks = range(start // BLOCK_BYTES, _blocks(end))
+        return [*(block for block in self.limbo if block not in blocks), *blocks]
 
     def _image(self, cut: int, size: int, lost: list[int], kept: int = 0) -> bytes:
         """The first `cut` bytes, then zeros up to `size`; `lost` blocks are zeros above floor and byte `kept`."""
         image = bytearray(memoryview(self.data)[:cut])
         image.extend(bytes(size - cut))
         for block in lost:
-            start = max(block * BLOCK_BYTES + self.floor(block), 0 if block in self.limbo else kept)
+            start = max(block * BLOCK_BYTES + self.floor(block), kept)
             end = min((block + 1) * BLOCK_BYTES, size)
             if start < end:
                 image[start:end] = bytes(end - start)

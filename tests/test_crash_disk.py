@@ -245,6 +245,64 @@ def test_each_directory_has_its_own_prefix() -> None:
     assert ("d", "d/a", "d/b", "d/b/f") in names_left(disk, Names.PREFIX)
 
 
+def test_a_prefix_without_a_rename_ends_before_it_in_both_directories() -> None:
+    """Where the rename from a to b is cut off, what was done later in b is too."""
+    disk = new_disk()
+    put(disk, D / "f", b"x")
+    disk.make_directory(Path("/b"))
+    put(disk, D / "x", durable=False)
+    disk.rename(D / "f", Path("/b/f"))
+    put(disk, Path("/b/y"), durable=False)
+    expected = {("b", "d", "d/f"), ("b", "d", "d/f", "d/x"), ("b", "b/f", "d", "d/x"), ("b", "b/f", "b/y", "d", "d/x")}
+    assert names_left(disk, Names.PREFIX) == expected
+    assert ("b", "b/y", "d", "d/f") in names_left(disk, Names.SUBSET)
+
+
+def test_a_directory_with_files_is_never_replaced_or_removed() -> None:
+    """A file that left its directory before that was removed, replaced or renamed survives the loss of any step."""
+    changes: list[Callable[[CrashDisk], None]] = [
+        lambda disk: disk.remove_tree(D / "t"),
+        lambda disk: disk.rename(D / "u", D / "t"),
+    ]
+    for change in changes:
+        disk = new_disk()
+        disk.make_directory(D / "t")
+        disk.make_directory(D / "u")
+        put(disk, D / "t" / "f", b"x")
+        disk.rename(D / "t" / "f", D / "f")
+        change(disk)
+        left = names_left(disk)
+        assert all(("d/f" in names) != ("d/t/f" in names) for names in left)
+        assert {"d/f" in names for names in left} == {True, False}
+    disk = new_disk()
+    disk.make_directory(D / "t")
+    put(disk, D / "t" / "f", b"x")
+    put(disk, D / "g", b"y")
+    disk.rename(D / "t", D / "u")
+    disk.rename(D / "g", D / "t")
+    assert names_left(disk) == {
+        ("d", "d/g", "d/t", "d/t/f"),
+        ("d", "d/g", "d/u", "d/u/f"),
+        ("d", "d/t", "d/u", "d/u/f"),
+    }
+
+
+@pytest.mark.parametrize("follower", ["file", "directory"])
+def test_a_file_is_not_lost_to_what_took_its_name(follower: str) -> None:
+    """A file was renamed and something else has its old name: whatever survives, the file has one of its names."""
+    disk = new_disk()
+    disk.make_directory(D / "t")
+    put(disk, D / "f", b"x")
+    disk.rename(D / "f", D / "g")
+    if follower == "file":
+        put(disk, D / "f", b"y", durable=False)
+    else:
+        disk.rename(D / "t", D / "f")
+    trees = outcomes(disk)
+    assert all((tree.get("/d/f") == b"x") != (tree.get("/d/g") == b"x") for tree in trees)
+    assert {tree.get("/d/g") for tree in trees} == {None, b"x"}
+
+
 def test_a_removal_needs_the_sync_of_the_directory() -> None:
     """A removed file may come back with its bytes, until the directory is synced."""
     disk = new_disk()
@@ -401,6 +459,53 @@ def test_a_failed_sync_is_not_made_good_by_a_later_one() -> None:
     first, second = (full[:512], full[:100] + bytes(412)), (full[512:1024], bytes(512))
     assert contents(disk, D / "f") == {a + b + full[1024:] for a in first for b in second}
     assert contents(disk, D / "f", Data.NONE) == {first[1] + second[1] + full[1024:]}
+    for how in (Data.PREFIX, Data.ZEROS, Data.TORN, Data.BLOCKS, Data.STALE):
+        assert contents(disk, D / "f", how) == {a + b + full[1024:] for a in first for b in second}
+
+
+def test_a_second_failed_sync_changes_nothing() -> None:
+    """A block that two failed syncs left holds what the last good one wrote."""
+    disk = new_disk()
+    full = noise(900)
+    file = put(disk, D / "f", full[:100])
+    for start, end in ((100, 300), (300, 700)):
+        file.write(full[start:end])
+        disk.fail_at = len(disk.calls) + 1
+        with pytest.raises(OSError, match="Input/output error"):
+            file.sync()
+        assert contents(disk, D / "f", Data.NONE) == {full[:100]}
+    file.write(full[700:])
+    file.sync()
+    assert contents(disk, D / "f") == {full, full[:100] + bytes(412) + full[512:]}
+
+
+def test_what_a_failed_sync_left_may_hold_old_files() -> None:
+    """Blocks in limbo are own ones, zeros or those of a removed file, and the file is not longer than it was."""
+    disk = new_disk()
+    old, full = noise(3000), noise(2000, 2)
+    put(disk, D / "old", old)
+    disk.remove(D / "old")
+    file = put(disk, D / "f")
+    file.write(full)
+    disk.fail_at = len(disk.calls) + 1
+    with pytest.raises(OSError, match="Input/output error"):
+        file.sync()
+    found = contents(disk, D / "f", Data.STALE)
+    assert max(map(len, found)) == 2000
+    for content in found:
+        for start in range(0, len(content), BLOCK_BYTES):
+            block = content[start : start + BLOCK_BYTES]
+            assert block in full or not block.strip(b"\0") or block.rstrip(b"\0") in old
+
+
+def test_both_extremes_are_frequent() -> None:
+    """However much is pending, in about one crash of ten all of it is lost, and in one of ten all survives."""
+    disk = new_disk()
+    for number in range(12):
+        put(disk, D / str(number), b"x", durable=False)
+    kept = [sum(content == b"x" for content in tree.values()) for tree in outcomes(disk)]
+    assert kept.count(0) > 20 and kept.count(12) > 20
+    assert len(set(kept)) > 8
 
 
 def test_a_block_that_is_written_again_leaves_limbo() -> None:
@@ -423,16 +528,25 @@ def test_a_killed_process_loses_nothing_and_makes_nothing_durable() -> None:
     disk = new_disk()
     put(disk, D / "f", b"durable").write(b" pending")
     file = put(disk, D / "g", b"")
-    file.write(b"forgotten")
+    forgotten = noise(BLOCK_BYTES)
+    file.write(forgotten)
     disk.fail_at = len(disk.calls) + 1
     with pytest.raises(OSError, match="Input/output error"):
         file.sync()
     disk.rename(D / "g", D / "h")
     killed = disk.process_kill()
-    assert killed.tree() == {"/d": None, "/d/f": b"durable pending", "/d/h": b"forgotten"}
+    assert killed.tree() == {"/d": None, "/d/f": b"durable pending", "/d/h": forgotten}
     assert (killed.events, killed.calls) == ([], [])
     none = killed.power_cut(Random(0), Names.NONE, Data.NONE)
     assert none.tree() == {"/d": None, "/d/f": b"durable", "/d/g": b""}
+    assert {"/d/h" in tree for tree in outcomes(killed)} == {True, False}
+    killed.sync_directory(D)
+    assert {"/d/h" in tree for tree in outcomes(killed)} == {True}
+    file.write(b"later")
+    file.sync()
+    killed = disk.process_kill()
+    assert killed.read(D / "h") == forgotten + b"later"
+    assert contents(killed, D / "h") == {forgotten + b"later", bytes(BLOCK_BYTES) + b"later"}
 
 
 def test_bits_flip() -> None:
@@ -494,6 +608,7 @@ def test_a_dead_disk_stays_dead(dead: bool) -> None:
         except OSError:
             failed += 1
     assert failed == (3 if dead else 1)
+    new_disk(dead=dead).sync_directory(D)
 
 
 def test_a_failed_write_leaves_a_first_part() -> None:
@@ -575,10 +690,28 @@ def test_a_full_disk_takes_what_fits() -> None:
     disk.sync_directory(D)
     cut = disk.power_cut(Random(0), Names.NONE, Data.NONE)
     assert cut.free_bytes(D) == 1000
+    assert disk.power_cut(Random(0), Names.ALL, Data.ALL).free_bytes(D) == 700
     disk.remove(D / "f")
     assert disk.free_bytes(D) == 1000
     file.write(b"to a file without a name")
     assert disk.free_bytes(D) == 1000
+    killed = Crashes(disk, len(disk.events) - 1).process_kill(Random(0))
+    assert killed.free_bytes(D) == 1000
+
+
+def test_files_that_come_back_may_overfill_a_disk() -> None:
+    """A removed file and the one that took its space may both survive; there is then no room, not less than none."""
+    disk = new_disk(capacity_bytes=1000)
+    put(disk, D / "f", bytes(700))
+    disk.remove(D / "f")
+    put(disk, D / "g", bytes(700), durable=False).sync()
+    cuts = (disk.power_cut(Random(seed), Names.SUBSET) for seed in SEEDS)
+    cut = next(cut for cut in cuts if len(cut.list(D)) == 2)
+    assert cut.free_bytes(D) == 0
+    file = cut.create(D / "h")
+    with pytest.raises(OSError, match="No space left"):
+        file.write(b"x")
+    assert cut.read(D / "h") == b""
 
 
 # ---- walking along a journal
@@ -718,6 +851,7 @@ def test_samples_stand_alone(seed: int) -> None:
             one.flip_bit(Path(name), 0) if content else one.remove(Path(name))
     assert crashes.process_kill().tree() == before
     assert twin.tree() == again.tree() != one.tree()
+    assert "/a/new" not in one.power_cut(Random(seed), Names.NONE).tree()
     assert Crashes(one).process_kill().tree() == twin.tree()
     assert {Crashes(one, len(one.events)).sample(Random(n)).tree().get("/a/new") for n in range(50)} >= {None, b"x"}
 
