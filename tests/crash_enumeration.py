@@ -270,6 +270,8 @@ class SnapshotInSlices:
     def step(self) -> bool:
         """The next thing to do; true if the snapshot is published, or was given up for lack of space."""
         store = self.workload.store
+        if self.whole:
+            self.workload.write()  # the log is durable up to the position before the snapshot is published
         try:
             if self.file is None:
                 self.file = store.create_snapshot(self.header)
@@ -282,7 +284,6 @@ class SnapshotInSlices:
                 self.file.finish()
                 self.whole = True
                 return False
-            self.workload.write()  # the log is durable up to the position before the snapshot is published
             paths = store.published(self.header, self.file.publish())
             self.workload.seen["published"] += 1
             self.workload.seen["segments removed"] += sum(path.name.endswith(".log") for path in paths)

@@ -204,7 +204,7 @@ def open_store(
     for name in (log.DIRECTORY, snapshot.DIRECTORY):
         disk.make_directory(directory / name)
         disk.sync_directory(directory / name)
-    disk.sync_directory(directory)  # a name that a killed process gave may not be durable yet; what follows relies on it
+    disk.sync_directory(directory)  # names that a killed process gave may not be durable yet, and are relied on here
     if manifest is None:
         if disk.list(directory / log.DIRECTORY) or disk.list(directory / snapshot.DIRECTORY):
             raise StoreError(
