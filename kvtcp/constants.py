@@ -76,6 +76,13 @@ DRAIN_SLICE: Final = 64
 # values in one frame of results before a node sends it and goes on with the batch
 RESULTS_BYTES_MAX: Final = 1 * MIB
 PURGE_INTERVAL_MS: Final = 1_000
+# how far ahead of the clock the bound of all stamps is stored, and how near to it the clock comes before it is moved
+STAMP_AHEAD_MS: Final = 10_000
+STAMP_MOVE_MS: Final = 5_000
+# pause before a change of the map is sent again whose outcome is unknown
+MAP_RESEND_MS: Final = 200
+# shards that a takeover brings up to date at the same time
+RECOVERY_SHARDS_MAX: Final = 8
 TICK_MS: Final = 50
 HEARTBEAT_MS: Final = 500
 
@@ -143,6 +150,10 @@ FREEZE_ROWS: Final = 256
 MERGE_ROWS: Final = 32
 BACKUP_SLICE_MS: Final = 2
 
+# --- durability ----------------------------------------------------------------------------------
+DURABILITIES: Final = ("sync", "os", "memory")
+DURABILITY_DEFAULT: Final = "sync"
+
 # --- files ---------------------------------------------------------------------------------------
 # longest JSON line of one pair: every byte of key and value escaped as \u00xx, and the rest of the object
 JSON_LINE_BYTES_MAX: Final = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB
@@ -188,6 +199,10 @@ assert CLIENT_BACKOFF_MIN_MS < CLIENT_BACKOFF_MAX_MS < CLIENT_TIMEOUT_MS, "a cal
 assert CLIENT_CHUNK_KEYS_MAX <= MULTI_KEYS_MAX, "a chunk is one m-request"
 assert CLIENT_CHUNK_BYTES + VALUE_BYTES_MAX + KEY_BYTES_MAX < MULTI_BYTES_MAX, "a chunk with one large value fits"
 assert CLIENT_CHUNKS_MAX * CLIENT_CHUNK_BYTES <= CLIENT_OUTSTANDING_BYTES_MAX, "the chunks under way fit the bound"
+assert TICK_MS < MAP_RESEND_MS and 10 * MAP_RESEND_MS < STAMP_MOVE_MS < STAMP_AHEAD_MS, (
+    "the bound of stamps is moved long before a stamp meets it, also at the second try"
+)
+assert DURABILITY_DEFAULT in DURABILITIES, "the default is a mode"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
 assert DRAIN_MS + STOP_MS < 10_000, "a coordinator stops within 10 s"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
