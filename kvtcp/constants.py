@@ -153,6 +153,30 @@ BACKUP_SLICE_MS: Final = 2
 # --- durability ----------------------------------------------------------------------------------
 DURABILITIES: Final = ("sync", "os", "memory")
 DURABILITY_DEFAULT: Final = "sync"
+LOG_FORMAT_VERSION: Final = 1
+SNAPSHOT_FORMAT_VERSION: Final = 1
+MANIFEST_FORMAT_VERSION: Final = 1
+SEGMENT_BYTES_MAX: Final = 64 * MIB
+# what one group commit may write: the windows of a link that was lost and of the next one, and what they went over by
+LOG_RECORD_BYTES_MAX: Final = 128 * MIB
+# without a record for so long an empty one is written, whose mark covers the last
+LOG_IDLE_MS: Final = 100
+# a shard is snapshotted when the log is longer than this and than all snapshots together
+SNAPSHOT_LOG_BYTES: Final = 64 * MIB
+SNAPSHOT_FRAME_ROWS: Final = 256
+SNAPSHOT_FRAME_BYTES: Final = 256 * KIB  # a frame ends with the row that reaches it
+# bytes of a snapshot that wait for the disk before its next slice does
+SNAPSHOT_BUFFER_BYTES: Final = 8 * MIB
+# of the event loop at once for a snapshot, and how much of it all slices together may take at most
+SNAPSHOT_SLICE_MS: Final = 1
+SNAPSHOT_SHARE: Final = 0.25
+# bytes of a snapshot that are written before they are synced, so that the log's syncs never wait for much
+SNAPSHOT_SYNC_BYTES: Final = 4 * MIB
+# free space below which growing writes are refused, without the largest snapshot, which is added; below half of it all
+# writes are
+SPACE_RESERVE_BYTES: Final = 48 * MIB
+SPACE_LOOK_MS: Final = 200
+RECOVERY_PROGRESS_MS: Final = 1_000
 
 # --- files ---------------------------------------------------------------------------------------
 # longest JSON line of one pair: every byte of key and value escaped as \u00xx, and the rest of the object
@@ -202,6 +226,8 @@ assert CLIENT_CHUNKS_MAX * CLIENT_CHUNK_BYTES <= CLIENT_OUTSTANDING_BYTES_MAX, "
 assert TICK_MS < MAP_RESEND_MS and 10 * MAP_RESEND_MS < STAMP_MOVE_MS < STAMP_AHEAD_MS, (
     "the bound of stamps is moved long before a stamp meets it, also at the second try"
 )
+assert 2 * (WINDOW_BYTES_MAX + FRAME_BYTES_MAX) <= SPACE_RESERVE_BYTES, "what is in flight fits half of the reserve"
+assert 2 * (WINDOW_BYTES_MAX + LINK_FRAME_BYTES_MAX) < LOG_RECORD_BYTES_MAX, "one group commit fits a record"
 assert DURABILITY_DEFAULT in DURABILITIES, "the default is a mode"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
 assert DRAIN_MS + STOP_MS < 10_000, "a coordinator stops within 10 s"

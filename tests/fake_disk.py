@@ -22,8 +22,8 @@ class _QuickFile(OsFile):
 class QuickDisk(OsDisk):
     """The real disk without waiting for it."""
 
-    def create(self, path: Path) -> AppendFile:
-        return _QuickFile(path)
+    def create(self, path: Path, private: bool = False) -> AppendFile:
+        return _QuickFile(path, private)
 
     def sync_directory(self, directory: Path) -> None:
         if not directory.is_dir():
@@ -49,9 +49,9 @@ class FaultyDisk(QuickDisk):
         if len(self.calls) == self._fail_at or (self._dead and len(self.calls) > self._fail_at > 0):
             raise OSError(self._error_number, os.strerror(self._error_number), str(path))
 
-    def create(self, path: Path) -> AppendFile:
+    def create(self, path: Path, private: bool = False) -> AppendFile:
         self.called("create", path)
-        return _FaultyFile(self, path)
+        return _FaultyFile(self, path, private)
 
     def open_read(self, path: Path) -> IO[bytes]:
         self.called("open_read", path)
@@ -87,8 +87,8 @@ class FaultyDisk(QuickDisk):
 
 
 class _FaultyFile(_QuickFile):
-    def __init__(self, disk: FaultyDisk, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, disk: FaultyDisk, path: Path, private: bool) -> None:
+        super().__init__(path, private)
         self._disk = disk
         self._name = path
 

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from kvtcp.storage.files import OS_DISK
+from kvtcp.storage.files import OS_DISK, _sync_data
 
 
 def test_a_file_is_written_and_read(tmp_path: Path) -> None:
@@ -28,6 +29,50 @@ def test_create_does_not_replace(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         OS_DISK.create(tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"kept"
+
+
+def test_a_private_file_is_its_owners_alone(tmp_path: Path) -> None:
+    """Mode 0600 for a private file from the start, 0644 for others, whatever a common umask leaves of it."""
+    umask = os.umask(0o022)
+    try:
+        OS_DISK.create(tmp_path / "secret", private=True).close()
+        OS_DISK.create(tmp_path / "open").close()
+    finally:
+        os.umask(umask)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("secret", "open")]
+    assert modes == [0o600, 0o644]
+
+
+def test_size_and_free_space(tmp_path: Path) -> None:
+    """size tells the bytes of a file; free_bytes what anybody, not only root, may still write. Absent is an error."""
+    file = OS_DISK.create(tmp_path / "f")
+    assert OS_DISK.size(tmp_path / "f") == 0
+    file.write(b"12345")
+    assert OS_DISK.size(tmp_path / "f") == 5
+    file.close()
+    assert 0 < OS_DISK.free_bytes(tmp_path) <= shutil.disk_usage(tmp_path).total
+    for ask in (OS_DISK.size, OS_DISK.free_bytes):
+        with pytest.raises(FileNotFoundError, match="absent"):
+            ask(tmp_path / "absent")
+
+
+def test_free_space_is_that_of_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that the file system keeps for root are not free, and a block is of the fragment size."""
+    status = os.statvfs_result((65536, 4096, 1000, 500, 300, 10, 10, 10, 0, 255))
+    monkeypatch.setattr("kvtcp.storage.files.os.statvfs", lambda path: status)
+    assert OS_DISK.free_bytes(tmp_path) == 300 * 4096
+
+
+def test_a_file_is_synced_without_its_times(tmp_path: Path) -> None:
+    """A file's sync is fdatasync where there is one: data and size, not the times."""
+    assert _sync_data is getattr(os, "fdatasync", os.fsync)
+    file = OS_DISK.create(tmp_path / "f")
+    synced: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvtcp.storage.files._sync_data", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+        file.sync()
+    file.close()
+    assert synced == [str(tmp_path / "f")]
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +104,7 @@ def test_a_full_disk_is_an_error_with_the_path(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_failed_sync_is_an_error_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync of a file or directory that fails is reported, never repeated."""
+    """A sync of a file or directory that fails is reported, never repeated."""
     calls: list[int] = []
 
     def broken(fd: int) -> None:
@@ -67,6 +112,7 @@ def test_a_failed_sync_is_an_error_with_the_path(tmp_path: Path, monkeypatch: py
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     file = OS_DISK.create(tmp_path / "f")
+    monkeypatch.setattr("kvtcp.storage.files._sync_data", broken)
     monkeypatch.setattr("kvtcp.storage.files.os.fsync", broken)
     with pytest.raises(OSError, match=r"Input/output error: '.*/f'"):
         file.sync()

@@ -44,7 +44,7 @@ class FreezeMachine(RuleBasedStateMachine):
     @rule()
     def load(self) -> None:
         """The table is replaced by a load: open scans go on."""
-        self.table.load([(b"loaded", b"x", 1, None)], 0, self.table.seq + 1, self.table.chain)
+        self.table.load([([b"loaded"], [(b"x", 1, None)])], 0, self.table.seq + 1, self.table.chain)
         self.model = {b"loaded": (b"x", 1, None)}
 
     @precondition(lambda self: len(self.scans) < 4)

@@ -48,12 +48,12 @@ def test_index_is_an_ordered_dict(fresh_keys_max: int, steps: list[tuple[str, by
 def test_load_takes_ascending_rows_only() -> None:
     """Rows out of order, and a key twice, are refused."""
     index = Index(4)
-    index.load((b"%03d" % n, b"v", n, None) for n in range(50))
+    index.load(([b"%03d" % n], [(b"v", n, None)]) for n in range(50))
     index.check()
     assert (len(index), index.get(b"007")) == (50, (b"v", 7, None))
     for keys in ([b"b", b"a"], [b"a", b"a"]):
         with pytest.raises(ValueError, match="ascending"):
-            Index(4).load((key, b"", 1, None) for key in keys)
+            Index(4).load([(keys, [(b"", 1, None)] * 2)])
 
 
 def test_a_full_collection_does_not_make_the_parts_young() -> None:

@@ -25,18 +25,16 @@ from typing import Any, Final
 from kvtcp._version import __version__
 from kvtcp.constants import (
     BATCH_BYTES_MAX,
-    KEPT_BYTES_MAX,
     MGET_VALUES_BYTES_MAX,
     PAGE_BYTES_MAX,
     RESULTS_BYTES_MAX,
-    WINDOW_BYTES_MAX,
-    WINDOW_ITEMS_MAX,
 )
 from kvtcp.errors import Code, DataError
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, TTL, WRITE_OP_END
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.freeze import Frozen
+from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.pages import merge_page
 from kvtcp.storage.table import Table
 
@@ -63,17 +61,6 @@ class FreezeRequest:
         self.frozen = frozen
 
 
-class Kept:
-    """The entries of one batch that may be uncommitted."""
-
-    __slots__ = ("bytes", "entries", "ordinal")
-
-    def __init__(self, ordinal: int, entries: list[Logged]) -> None:
-        self.ordinal = ordinal  # of the batch on the present link; 0 = from before it
-        self.entries = entries
-        self.bytes = sum([len(entry[4]) for entry in entries])
-
-
 class Replica:
     """All copies of one node. `new_disk` makes the uuid of a copy that did not exist before; `copies`, `promised` and
     `coordinator` are what the node remembers from before."""
@@ -85,7 +72,7 @@ class Replica:
         new_disk: Callable[[], str],
         durability: str = "memory",
         copies: Iterable[Copy] = (),
-        kept: Iterable[Logged] = (),
+        kept: KeptEntries | None = None,
         promised: int = 0,
         coordinator: str = "",
         map_version: int = 0,
@@ -113,12 +100,9 @@ class Replica:
         self._flag_after_ms = 0  # stamp of the next look for expired keys
         self.flags: list[int] = []  # shards that hold expired keys, as of the last look
         self._logged: list[Logged] = []  # entries made and not yet taken by `take_logged`
-        self._kept: deque[Kept] = deque()  # in order; the oldest are forgotten when they are committed
-        self._kept_bytes = 0  # of the entries in _kept
-        self._kept_bytes_max = KEPT_BYTES_MAX  # above it those that cannot be uncommitted are looked for
+        self.kept = KeptEntries() if kept is None else kept  # entries that may be uncommitted
         for copy in copies:
             self._add(copy)
-        self._keep(0, list(kept))
 
     def _add(self, copy: Copy) -> None:
         self.copies[copy.shard] = copy
@@ -148,8 +132,7 @@ class Replica:
             table.epoch = epoch
         self.applied = self._batch_ordinal = self.results_bytes = 0
         self._items = iter(())
-        for kept in self._kept:
-            kept.ordinal = 0
+        self.kept.new_link()
         report = self.report()
         self.map_version = max(self.map_version, fields[b"map_version"])
         self.map = fields.get(b"map") or b""
@@ -177,54 +160,13 @@ class Replica:
         logged, self._logged = self._logged, []
         return logged
 
-    def _keep(self, ordinal: int, entries: list[Logged]) -> None:
-        if not entries:
-            return
-        kept = Kept(ordinal, entries)
-        self._kept.append(kept)
-        self._kept_bytes += kept.bytes
-        if self._kept_bytes > self._kept_bytes_max:
-            self._drop_old()
-
-    def _forget_committed(self, commit: int) -> None:
-        """Every write up to this ordinal of the link is committed."""
-        kept = self._kept
-        while kept and kept[0].ordinal <= commit:
-            done = kept.popleft()
-            self._kept_bytes -= done.bytes
-            for shard, seq in {entry[0]: entry[2] for entry in done.entries}.items():
-                self.copies[shard].commit = seq
-
-    def _drop_old(self) -> None:
-        """One shard without commits holds back the entries of all others: keep of each shard what windows may hold."""
-        room = {shard: [WINDOW_ITEMS_MAX, WINDOW_BYTES_MAX] for shard in self.copies}
-        stay: deque[Kept] = deque()
-        for kept in reversed(self._kept):
-            entries = []
-            for entry in reversed(kept.entries):
-                left = room[entry[0]]
-                if left[0] > 0 and left[1] > 0:
-                    left[0] -= 1
-                    left[1] -= len(entry[4])
-                    entries.append(entry)
-            if entries:
-                entries.reverse()
-                stay.appendleft(Kept(kept.ordinal, entries))
-        self._kept = stay
-        self._kept_bytes = sum(kept.bytes for kept in stay)
-        self._kept_bytes_max = max(KEPT_BYTES_MAX, 2 * self._kept_bytes)
-
-    def kept_entries(self, shard: int) -> list[Logged]:
-        """The entries of a shard that may be uncommitted, in order."""
-        return [entry for kept in self._kept for entry in kept.entries if entry[0] == shard]
-
     def entries_after(self, shard: int, after: int) -> tuple[int | None, list[list[Any]] | None]:
         """What ENTRIES says: the chain at number `after`, None if it is not known here any more, and the packed entries
         that follow as [chain, entry], None if they are not all here. About BATCH_BYTES_MAX at once, at least one."""
         table = self.tables.get(shard)
         if table is None or not self.copies[shard].complete or after > table.seq:
             return None, None
-        kept = self.kept_entries(shard)
+        kept = self.kept.of_shard(shard)
         chain = 0 if after == 0 else table.chain if after == table.seq else None
         entries: list[list[Any]] = []
         size = 0
@@ -253,8 +195,9 @@ class Replica:
                 error = refused.message
                 break
             applied.append((shard, table.generation, table.seq, chain, entry))
-        self._logged += applied
-        self._keep(0, applied)
+        if applied:
+            self._logged += applied
+            self.kept.add(0, applied)
         return error
 
     # --- batches ------------------------------------------------------------------------------------
@@ -262,7 +205,8 @@ class Replica:
     def begin(self, stamp_ms: int, commit: int, items: Sequence[Sequence[Any]]) -> None:
         """A batch: it is applied by `run`. `commit` as in the BATCH frame."""
         assert self.applied == self._batch_ordinal, "a batch is finished before the next one begins"
-        self._forget_committed(commit)
+        for shard, seq in self.kept.commit(commit).items():
+            self.copies[shard].commit = seq
         if stamp_ms > self.stamp_ms:
             self.stamp_ms = stamp_ms
         self._stamp_ms = stamp_ms
@@ -276,7 +220,7 @@ class Replica:
         finished = self._run(results, results_bytes_max, made)
         if made:
             self._logged += made
-            self._keep(self._batch_ordinal, made)
+            self.kept.add(self._batch_ordinal, made)
         return finished
 
     def _run(self, results: list[Any], results_bytes_max: int, made: list[Logged]) -> bool:

@@ -192,18 +192,6 @@ def settle_shape(options: argparse.Namespace, stored: ClusterMap | None, nodes: 
     return shape
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """The main port, taken but not yet listening, so that clients come when the cluster is ready. Raises StartError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise StartError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
-    return bound
-
-
 async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     """Start everything, serve until a signal, stop everything."""
     stop = asyncio.Event()
@@ -226,7 +214,7 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     ]  # fmt: skip
     local_host = next(iter(addresses.values()))[0]
     supervisor = Supervisor(local_host, local, options.data_dir, arguments, stop.set)
-    with bind(options.host, runtime.check_port(options.main_port, "--main-port")) as main_socket:
+    with runtime.bind(options.host, runtime.check_port(options.main_port, "--main-port")) as main_socket:
         if local:
             check_store(keeper, await supervisor.survey(cluster, secret))
         else:

@@ -5,7 +5,12 @@ the newest link is the only one, older ones are closed with their unread input. 
 is applied in one step and answered with one write. While the coordinator does not read, nothing more is applied (the
 transport's high-water mark), so memory stays bounded in both directions.
 
-An exception while applying ends the process: a replica that went on after it might differ from the others.
+With a disk (`Durability`) results are sent at once, and acknowledged as durable when they are: a frame of RESULTS that
+has nothing to tell but that waits for the end of the sync that is under way. A report is sent when the promise, new
+copies and everything applied are durable.
+
+An exception while applying, or an error of the disk, ends the process without another acknowledgement: a replica that
+went on after it might differ from the others.
 """
 
 from __future__ import annotations
@@ -15,11 +20,19 @@ import hmac
 import logging
 import os
 import secrets
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kvtcp.constants import LINK_FRAME_BYTES_MAX, LINK_WRITE_BUFFER_BYTES, ORPHAN_MS, RESULTS_BYTES_MAX, SHARDS_MAX
+from kvtcp.constants import (
+    LINK_FRAME_BYTES_MAX,
+    LINK_WRITE_BUFFER_BYTES,
+    ORPHAN_MS,
+    RESULTS_BYTES_MAX,
+    SHARDS_MAX,
+    SNAPSHOT_LOG_BYTES,
+)
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import (
     BACKUP,
@@ -32,11 +45,14 @@ from kvtcp.protocol.link import (
     RESULTS,
     SHIP,
     SHIPPED,
+    SPACE,
     STOP,
 )
 from kvtcp.replication.replica import Refused, Replica
 from kvtcp.server.backup_job import BackupJob
+from kvtcp.server.durability import Durability
 from kvtcp.server.transport import FramedConnection
+from kvtcp.storage.store import NodeStore
 
 log = logging.getLogger("kvtcp.node")
 
@@ -50,6 +66,7 @@ class LinkConnection(FramedConnection):
         self.accepted = False  # its HELLO was; only then anything else is looked at
         self.inbox: deque[list[Any]] = deque()  # batches not yet applied
         self.running = False  # the batch at the head of the inbox is half done
+        self.durable = 0  # ordinal up to which everything is durable
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -88,6 +105,7 @@ class LinkConnection(FramedConnection):
         replica = self.server.replica
         inbox = self.inbox
         results: list[Any] = []
+        heartbeat = False  # a batch without items wants an answer of its own
         while inbox and not self.write_paused:
             if not self.running:
                 replica.begin(*inbox[0][1:])
@@ -95,14 +113,22 @@ class LinkConnection(FramedConnection):
             finished = replica.run(results)
             if finished:
                 self.running = False
-                inbox.popleft()
+                heartbeat = not inbox.popleft()[3] or heartbeat
             if not finished or not inbox or replica.results_bytes > RESULTS_BYTES_MAX:
-                replica.take_logged()  # memory: what is applied is as durable as it gets
-                self.send((RESULTS, replica.applied, replica.applied, results, replica.take_flags()))
-                self.flush()
+                if self.server.log_applied(self) or results or heartbeat:
+                    self.send_results(results)
                 results = []
+                heartbeat = False
+        if self.server.durability is not None:
+            self.server.durability.flush()
         if replica.freezes:
             self.server.start_backups()
+
+    def send_results(self, results: list[Any]) -> None:
+        """What was applied, and what of it is durable."""
+        replica = self.server.replica
+        self.send((RESULTS, replica.applied, self.durable, results, replica.take_flags()))
+        self.flush()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -133,9 +159,15 @@ class NodeServer:
         on_stop: Callable[[], None] | None = None,
         spawned: bool = False,
         orphan_ms: int = ORPHAN_MS,
+        store: NodeStore | None = None,
+        snapshot_log_bytes: int = SNAPSHOT_LOG_BYTES,
     ) -> None:
+        """`store` None keeps everything in memory."""
         self.loop = asyncio.get_running_loop()
+        self.durability: Durability | None = None
         self.replica = Replica(node, os.getpid(), lambda: secrets.token_hex(8))
+        if store is not None:
+            self._open(node, store, snapshot_log_bytes)
         self.cluster = cluster  # None: the first coordinator that says HELLO creates the identity
         self.secret = secret
         self.connections: set[LinkConnection] = set()
@@ -152,9 +184,36 @@ class NodeServer:
         self._server: asyncio.Server | None = None
         self._jobs: set[BackupJob] = set()
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen. Raises OSError if the port is taken."""
-        self._server = await self.loop.create_server(lambda: LinkConnection(self), host, port)
+    def _open(self, node: str, store: NodeStore, snapshot_log_bytes: int) -> None:
+        """Go on with what was recovered."""
+        manifest = store.manifest
+        self.replica = Replica(
+            node,
+            os.getpid(),
+            lambda: secrets.token_hex(8),
+            manifest.durability,
+            store.copies.values(),
+            store.kept,
+            manifest.promised,
+            manifest.coordinator,
+            manifest.map_version,
+        )
+        self.durability = Durability(
+            self.loop,
+            store,
+            on_durable=self._durable,
+            on_failed=self.failed,
+            on_space=self._space_changed,
+            freeze=lambda shard: (self.replica.tables[shard].freeze(), self.replica.kept.of_shard(shard)),
+            snapshot_log_bytes=snapshot_log_bytes,
+        )
+
+    async def start(self, host: str, port: int, bound: socket.socket | None = None) -> None:
+        """Listen, on this bound socket if there is one. Raises OSError if the port is taken."""
+        if bound is None:
+            self._server = await self.loop.create_server(lambda: LinkConnection(self), host, port)
+        else:
+            self._server = await self.loop.create_server(lambda: LinkConnection(self), sock=bound)
         self.address = self._server.sockets[0].getsockname()[:2]
         log.info("event=listening node=%s address=%s:%s pid=%s", self.replica.node, *self.address, os.getpid())
         self._arm_orphan()
@@ -194,11 +253,22 @@ class NodeServer:
             older.abort()
         for job in list(self._jobs):
             job.abort("the link it was asked for on is gone")
-        connection.accepted = True
         self._disarm_orphan()
         log.info("event=linked node=%s peer=%s epoch=%s link=%s", replica.node, connection.peer, epoch, number)
-        connection.send((REPORT, report))
-        connection.flush()
+        if self.durability is None:
+            self._report(connection, report)
+        else:
+            manifest = self.durability.store.manifest
+            manifest.promised, manifest.coordinator = replica.promised, replica.coordinator
+            manifest.map_version, manifest.map = replica.map_version, replica.map
+            self.durability.write_manifest(replica.copies.values(), lambda: self._report(connection, report))
+
+    def _report(self, connection: LinkConnection, report: dict[str, Any]) -> None:
+        """What the report says is durable: send it, and take frames from now on."""
+        if connection is self._link:
+            connection.accepted = True
+            connection.send((REPORT, report))
+            connection.flush()
 
     def recovery_frame(self, connection: LinkConnection, message: list[Any]) -> None:
         """A takeover asks for entries, or brings some."""
@@ -206,13 +276,50 @@ class NodeServer:
         replica = self.replica
         if kind == FETCH:
             connection.send((ENTRIES, shard, argument, *replica.entries_after(shard, argument)))
+            connection.flush()
+            return
+        error = replica.ship(shard, argument)
+        copy = replica.copies.get(shard)
+        position = (0, 0, 0) if copy is None else copy.table.position
+
+        def shipped() -> None:
+            if connection is self._link:
+                connection.send((SHIPPED, shard, *position, error))
+                connection.flush()
+
+        self.log_applied(connection)
+        if self.durability is None:
+            shipped()
         else:
-            error = replica.ship(shard, argument)
-            replica.take_logged()
-            copy = replica.copies.get(shard)
-            position = (0, 0, 0) if copy is None else copy.table.position
-            connection.send((SHIPPED, shard, *position, error))
-        connection.flush()
+            self.durability.when_durable(shipped)
+
+    # --- the disk -----------------------------------------------------------------------------------
+
+    def log_applied(self, connection: LinkConnection) -> bool:
+        """Log what was applied; true if all of it is durable already."""
+        replica = self.replica
+        entries = replica.take_logged()
+        if self.durability is None or self.durability.append(entries, connection, replica.applied):
+            connection.durable = replica.applied
+            return True
+        return False
+
+    def _durable(self, connection: LinkConnection, ordinal: int) -> None:
+        """Everything up to this ordinal of a connection is durable."""
+        connection.durable = ordinal
+        if connection is self._link and connection.accepted:
+            connection.send_results([])
+
+    def _space_changed(self, level: int) -> None:
+        self.replica.space = level
+        if self._link is not None and self._link.accepted:
+            self._link.send((SPACE, level))
+            self._link.flush()
+
+    def snapshot_all(self) -> None:
+        """Snapshot what has changed, on demand."""
+        if self.durability is not None:
+            self.durability.snapshot_all()
 
     def connection_closed(self, connection: LinkConnection, reason: str) -> None:
         """A connection is gone; a spawned node does not outlive its coordinator for long."""
@@ -251,9 +358,15 @@ class NodeServer:
             self._link.flush()
 
     def failed(self, error: BaseException) -> None:
-        """An exception nobody expected, while applying or elsewhere: this replica might differ from the others."""
-        log.critical("event=apply-failed node=%s reason=%r", self.replica.node, error, exc_info=error)
+        """An exception nobody expected, or an error of the disk: this replica might differ from the others, or from
+        what it acknowledged. Nothing more is acknowledged."""
+        if isinstance(error, OSError):
+            log.critical("event=disk-failed node=%s reason=%s", self.replica.node, error)
+        else:
+            log.critical("event=apply-failed node=%s reason=%r", self.replica.node, error, exc_info=error)
         self.failure = error
+        for connection in list(self.connections):
+            connection.abort()
         if self._server is not None:
             self._server.close()
         self.stop_requested()
@@ -272,6 +385,8 @@ class NodeServer:
             job.abort("the node stops")
         if self._server is not None:
             self._server.close()
+        if self.durability is not None:
+            await self.durability.close()
         for connection in list(self.connections):
             connection.close()
         await asyncio.sleep(0)

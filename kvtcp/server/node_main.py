@@ -1,23 +1,43 @@
-"""`kvtcp-node`: start one node and serve until stopped.
+"""`kvtcp-node`: start one node and serve until stopped, or check the directory of a stopped one.
 
 A node has no cluster of its own: the first coordinator whose HELLO it accepts founds its identity, which is kept in the
 data directory; from then on it serves that cluster only. A coordinator that spawns nodes writes the identity for them,
 so that nobody can be faster. Port, directory and id are checked first; what is wrong is one sentence and exit code 2.
+
+Recovery comes before the event loop and before the port: whoever connects finds a node that has all it will have. A
+signal meanwhile ends the process as it stands, which is what recovery is made for.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
+import logging
+import os
 import re
+import signal
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Final
 
-from kvtcp.constants import BASE_PORT_DEFAULT, ORPHAN_MS
+from kvtcp.constants import BASE_PORT_DEFAULT, MIB, ORPHAN_MS, RECOVERY_PROGRESS_MS, SNAPSHOT_LOG_BYTES
 from kvtcp.server import runtime
-from kvtcp.server.identity import DataDirectory, IdentityError
+from kvtcp.server.identity import DataDirectory, IdentityError, lock_holder
 from kvtcp.server.node import NodeServer
+from kvtcp.storage.check import check_directory
+from kvtcp.storage.files import OS_DISK
+from kvtcp.storage.log_format import VersionError
+from kvtcp.storage.replay import Progress
+from kvtcp.storage.store import NodeStore, StoreError, open_store, read_store_manifest
+
+log = logging.getLogger("kvtcp.node")
+
+EXIT_DAMAGED: Final = 7
+BOOT_ID_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,24 +46,91 @@ def make_parser() -> argparse.ArgumentParser:
         prog="kvtcp-node",
         description="One node of a kvtcp cluster. A coordinator started with --nodes HOST:PORT,... links to it.",
     )
-    parser.add_argument(
-        "--id", required=True, help="id of the node, such as n1; the coordinator numbers them n1, n2, ..."
-    )
+    parser.add_argument("--id", help="id of the node, such as n1; the coordinator numbers them n1, n2, ...")
     parser.add_argument(
         "--port", type=int, default=BASE_PORT_DEFAULT, help="port for the coordinator's link (default: %(default)s)"
     )
-    parser.add_argument("--data-dir", type=Path, required=True, help="directory of this node; created if missing")
+    parser.add_argument("--data-dir", type=Path, help="directory of this node; created if missing")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="DIR",
+        help="verify the data directory of a stopped node (log, snapshots, tables), change nothing, and exit: 0 if all "
+        "is well, 7 if something is damaged",
+    )
+    parser.add_argument("--snapshot-log-mib", type=float, default=SNAPSHOT_LOG_BYTES / MIB, help=argparse.SUPPRESS)
     parser.add_argument("--spawned", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--orphan-ms", type=int, default=ORPHAN_MS, help=argparse.SUPPRESS)
     runtime.add_common_arguments(parser)
     return parser
 
 
-async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
+def progress_printer(what: str) -> Progress:
+    """Says how far a long recovery is: nothing within the first second, then a line every second."""
+    next_s = time.monotonic() + RECOVERY_PROGRESS_MS / 1000
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + RECOVERY_PROGRESS_MS / 1000
+            print(f"{what}: reading {phase}, {done / MIB:.1f} of {total / MIB:.1f} MiB", file=sys.stderr, flush=True)  # noqa: T201
+
+    return progress
+
+
+def boot_id() -> str:
+    """Names the boot of this machine; empty where the system does not tell: then all starts count as in one boot."""
+    try:
+        return BOOT_ID_FILE.read_text().strip()
+    except OSError:
+        return ""
+
+
+def recover(options: argparse.Namespace) -> NodeStore | None:
+    """What the data directory holds; None in mode memory. Raises StartError."""
+    directory: Path = options.data_dir
+    try:
+        if options.durability == "memory":
+            if read_store_manifest(OS_DISK, directory) is not None:
+                raise runtime.StartError(
+                    f"{directory} holds durable data, which --durability memory would leave unread: start with "
+                    "--durability sync or os, or use another directory"
+                )
+            return None
+        # what is loaded lives long and is not cyclic: the collector would only walk it again and again
+        gc.disable()
+        try:
+            began_s = time.monotonic()
+            progress = progress_printer(f"kvtcp-node {options.id}")
+            store = open_store(OS_DISK, directory, options.durability, os.urandom, boot_id(), progress)
+        finally:
+            gc.enable()
+    except StoreError as error:
+        raise runtime.StartError(str(error)) from error
+    except OSError as error:
+        raise runtime.StartError(f"the data directory {directory} cannot be used: {error}") from error
+    for damage in store.damages:
+        log.error("event=damage node=%s what=%s", options.id, damage)
+    for copy in store.copies.values():
+        if copy.reason:
+            log.error("event=shard-doubtful node=%s shard=%s complete=%s reason=%s", options.id, copy.shard,
+                      copy.complete, copy.reason)  # fmt: skip
+    if store.aside is not None:
+        log.error("event=kept-aside node=%s directory=%s", options.id, store.aside)
+    log.info("event=recovered node=%s shards=%s keys=%s entries=%s ms=%.0f", options.id, len(store.copies),
+             sum(len(copy.table) for copy in store.copies.values()), store.replayed_entries,
+             (time.monotonic() - began_s) * 1000)  # fmt: skip
+    return store
+
+
+async def serve(
+    options: argparse.Namespace,
+    directory: DataDirectory,
+    fields: dict[str, Any],
+    store: NodeStore | None,
+    bound: socket.socket,
+) -> int:
     """Serve until a signal or the coordinator says stop."""
-    fields = directory.read() or {}
-    if fields and fields["node"] != options.id:
-        raise IdentityError(f"{options.data_dir} is the data directory of node {fields['node']}, not of {options.id}")
     server = NodeServer(
         options.id,
         cluster=fields.get("cluster"),
@@ -51,17 +138,56 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
         on_identity=lambda cluster, secret: directory.write({"cluster": cluster, "secret": secret, "node": options.id}),
         spawned=options.spawned,
         orphan_ms=options.orphan_ms,
+        store=store,
+        snapshot_log_bytes=int(options.snapshot_log_mib * MIB),
     )
     runtime.on_stop_signals(server.stopped.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, server.snapshot_all)
     runtime.on_unexpected_errors(server.failed)
     try:
-        await server.start(options.host, options.port)
+        await server.start(options.host, options.port, bound)
     except OSError as error:
         raise runtime.StartError(f"port {options.port} of {options.host} cannot be used: {error.strerror}") from error
     runtime.announce(f"kvtcp-node {options.id} ready on {runtime.join_address(*server.address)}")
     await server.stopped.wait()
-    await server.close()
+    try:
+        await server.close()
+    except OSError as error:
+        server.failure = server.failure or error
+    if isinstance(server.failure, OSError):
+        print(  # noqa: T201
+            f"kvtcp-node {options.id}: the disk failed: {server.failure}; what is on it is not known any more, so the "
+            "node ends. Nothing was acknowledged after the error; a restart goes on from what can be verified",
+            file=sys.stderr,
+        )
     return runtime.EXIT_OK if server.failure is None else runtime.EXIT_FAILED
+
+
+def check(directory: Path) -> int:
+    """`--check`: print what is there and what is wrong; the exit code. Raises StartError."""
+    if not directory.is_dir():
+        raise runtime.StartError(f"{directory} is not a directory")
+    holder = lock_holder(directory)
+    if holder is not None:
+        raise runtime.StartError(f"{directory} is in use by {holder}: stop the node first")
+    try:
+        manifest = read_store_manifest(OS_DISK, directory)
+        if manifest is None:
+            raise runtime.StartError(f"{directory} has no manifest.json: no node that keeps data has used it")
+        report = check_directory(OS_DISK, directory, manifest, progress_printer("kvtcp-node"))
+    except StoreError as error:
+        print(f"kvtcp-node: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_DAMAGED
+    except VersionError as error:
+        raise runtime.StartError(f"{directory}: {error}") from error
+    except OSError as error:
+        raise runtime.StartError(f"{directory} cannot be read: {error}") from error
+    for line in report.lines:
+        print(line)  # noqa: T201
+    for finding in report.findings:
+        print(f"damaged: {finding}")  # noqa: T201
+    print("damaged" if report.findings else "ok")  # noqa: T201
+    return EXIT_DAMAGED if report.findings else runtime.EXIT_OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,13 +195,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     runtime.set_up_logging(options.log_level)
     try:
+        if options.check is not None:
+            return check(options.check)
+        if options.id is None or options.data_dir is None:
+            raise runtime.StartError("--id and --data-dir are needed to start a node (or --check DIR)")
         runtime.check_common_arguments(options)
         runtime.check_port(options.port, "--port")
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", options.id):
             raise runtime.StartError(f"--id {options.id!r} must be 1 to 32 letters, digits, _ or -")
         directory = DataDirectory(options.data_dir, "node")
         try:
-            return runtime.run(lambda: serve(options, directory), options.loop)
+            fields = directory.read() or {}
+            if fields and fields["node"] != options.id:
+                raise IdentityError(
+                    f"{options.data_dir} is the data directory of node {fields['node']}, not of {options.id}"
+                )
+            with runtime.bind(options.host, options.port) as bound:  # taken before anything is made
+                store = recover(options)
+                return runtime.run(lambda: serve(options, directory, fields, store, bound), options.loop)
         finally:
             directory.unlock()
     except (runtime.StartError, IdentityError) as error:

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
@@ -77,6 +78,19 @@ def check_port(port: int, name: str) -> int:
     if not 0 <= port <= 65535:
         raise StartError(f"{name} must be a port from 0 to 65535, not {port}")
     return port
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has the port and does not listen yet, so that nobody is let in before all is ready. Raises
+    StartError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise StartError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
+    return bound
 
 
 def set_up_logging(level: str) -> None:

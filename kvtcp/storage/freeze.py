@@ -50,9 +50,14 @@ class Frozen:
 
     def next_rows(self, limit: int) -> list[Row]:
         """The next rows (key, value, rev, deadline_ms or None), at most `limit` and at least one; empty at the end."""
+        return [(key, *cell) for key, cell in zip(*self.next_cells(limit), strict=True)]
+
+    def next_cells(self, limit: int) -> tuple[list[bytes], list[Cell]]:
+        """The next keys and their cells, at most `limit` and at least one; empty at the end."""
         assert limit >= 1, "a slice has at least one row"
-        rows: list[Row] = []
-        while self.rows_left and not rows:
+        found: list[bytes] = []
+        cells: list[Cell] = []
+        while self.rows_left and not found:
             assert self._index is not None, "a frozen shard is not read after close"
             keys = self._next_keys(self._index, limit)
             assert keys, "rows are left while there are keys"
@@ -60,14 +65,15 @@ class Frozen:
                 for key in keys:
                     cell = self._pass(key) if key in self._saved else self._index.get(key)
                     if cell is not None:
-                        rows.append((key, *cell))
+                        found.append(key)
+                        cells.append(cell)
             else:
-                rows = [(key, *cell) for key, cell in zip(keys, self._index.cells_of(keys), strict=True)]
+                found, cells = keys, self._index.cells_of(keys)
             self._lower = keys[-1] + b"\0"
-            self.rows_left -= len(rows)
+            self.rows_left -= len(found)
         if not self.rows_left:
             self.close()
-        return rows
+        return found, cells
 
     def close(self) -> None:
         """Let go of everything. Closing twice is allowed."""

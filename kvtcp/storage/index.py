@@ -17,7 +17,9 @@ tuples the first time it sees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from operator import ge
 from typing import Any, Final
 
 from kvtcp.constants import FRESH_KEYS_MAX, HASH_PARTS, LEAF_KEYS_MAX
@@ -44,17 +46,17 @@ class Index:
     def __len__(self) -> int:
         return len(self.tree) + len(self.fresh)
 
-    def load(self, rows: Iterable[Row]) -> None:
-        """Fill an empty index from rows in strictly ascending order of their keys, else ValueError is raised."""
+    def load(self, pieces: Iterable[tuple[Sequence[bytes], Sequence[Cell]]]) -> None:
+        """Fill an empty index from pieces (keys, their cells). ValueError if keys do not ascend strictly over all."""
         assert len(self) == 0, "only an empty index is loaded"
+        parts = self.parts
         keys: list[bytes] = []
-        last: bytes | None = None
-        for key, value, rev, deadline_ms in rows:
-            if last is not None and key <= last:
-                raise ValueError("rows are not in ascending order of their keys")
-            self.parts[hash(key) % PARTS][key] = (value, rev, deadline_ms)
-            keys.append(key)
-            last = key
+        for some, cells in pieces:
+            for key, cell in zip(some, cells, strict=True):
+                parts[hash(key) % PARTS][key] = cell
+            keys += some
+        if any(map(ge, keys, islice(keys, 1, None))):
+            raise ValueError("rows are not in ascending order of their keys")
         self.tree.insert_sorted_batch(keys)
 
     def get(self, key: bytes) -> Cell | None:

@@ -31,13 +31,14 @@ from kvtcp.errors import Code, DataError, ProtocolError, show_bytes
 from kvtcp.protocol import operations as op
 from kvtcp.storage.deadlines import Deadlines
 from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.index import PARTS, Cell, Index, Row
+from kvtcp.storage.index import PARTS, Cell, Index
 
 Item = Sequence[Any]  # [op, shard, seq, answer, key, *args]
 Effect = Sequence[Any]  # [kind, key, ...]
 Result = int | bool | list[Any]  # a list is an error: [code, message, details]
 LiveRow = tuple[bytes, bytes, int, int | None]  # key, value, rev, ttl_ms or None
 Evaluated = tuple[Result, list[Effect]]
+Pieces = Iterable[tuple[Sequence[bytes], Sequence[Cell]]]  # keys and their cells, in ascending order
 
 DIGEST_ROWS: Final = 256
 INTEGER_TEXT_MAX: Final = 20  # bytes of "-9223372036854775808"
@@ -147,14 +148,14 @@ class Table:
         self.last_entry = packed
         self.chain = here
 
-    def load(self, rows: Iterable[Row], epoch: int, seq: int, chain: int) -> None:
-        """Replace everything by `rows` (key, value, rev, deadline_ms or None) in ascending order of keys, as they were
-        at a position. Raises DataError if they are not in order; then nothing was changed.
+    def load(self, pieces: Pieces, epoch: int, seq: int, chain: int) -> None:
+        """Replace everything by pieces (keys, their cells), ascending over all, as they were at a position. Raises
+        DataError if they are not in order; then nothing was changed. What iterating over `pieces` raises goes on.
         """
         index = self._new_index()
         pairs: list[tuple[int, bytes]] = []
         try:
-            index.load(_noting_deadlines(rows, pairs))
+            index.load(_noting_deadlines(pieces, pairs))
         except ValueError as error:
             raise DataError(f"shard {self.shard}: {error}") from error
         self._replace_index(index, Deadlines(pairs, self._leaf_keys_max))
@@ -454,11 +455,10 @@ def _integer(text: bytes) -> int | None:
     return number if b"%d" % number == text and INTEGER_MIN <= number <= INTEGER_MAX else None
 
 
-def _noting_deadlines(rows: Iterable[Row], pairs: list[tuple[int, bytes]]) -> Iterable[Row]:
-    for row in rows:
-        if row[3] is not None:
-            pairs.append((row[3], row[0]))
-        yield row
+def _noting_deadlines(pieces: Pieces, pairs: list[tuple[int, bytes]]) -> Pieces:
+    for keys, cells in pieces:
+        pairs += [(cell[2], key) for key, cell in zip(keys, cells, strict=True) if cell[2] is not None]
+        yield keys, cells
 
 
 _EVALUATE: Final[dict[int, Callable[[Table, Item, int], Evaluated]]] = {

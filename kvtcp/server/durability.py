@@ -1,0 +1,394 @@
+"""Durability: group commit, snapshots and space of a running node.
+
+I/O shell around a NodeStore. One worker has the log, another one the snapshots and removals.
+
+**Group commit.** What a turn of the loop applied is appended; if the log is idle it is handed to the worker at once,
+otherwise it collects until the worker is back: no timer, no delay, at most one record written and not yet synced. Who
+appended is told (`on_durable`) with the connection and the highest ordinal that is durable now.
+
+**Jobs** (a promise, the report of a position, a snapshot's publication) wait for what was appended before them, and are
+done in the log's worker before anything appended later.
+
+**Snapshots** are taken one shard at a time in slices of the loop of SNAPSHOT_SLICE_MS, SNAPSHOT_SHARE of the time:
+because the log is long, on demand, or because the disk is nearly full and an old log or deleted keys can give space
+back.
+
+**Failure.** After any error of the disk nobody knows what is on it: `on_failed` is called once, nothing is acknowledged
+any more, and the process ends. Only a snapshot that finds no space is given up and taken again later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from kvtcp.constants import (
+    LOG_IDLE_MS,
+    SNAPSHOT_BUFFER_BYTES,
+    SNAPSHOT_LOG_BYTES,
+    SNAPSHOT_SHARE,
+    SNAPSHOT_SLICE_MS,
+    SPACE_LOOK_MS,
+)
+from kvtcp.server.worker import Worker
+from kvtcp.storage.copy import Copy, Logged
+from kvtcp.storage.freeze import Frozen
+from kvtcp.storage.log import Prepared
+from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot
+from kvtcp.storage.store import NodeStore
+
+log = logging.getLogger("kvtcp.durability")
+
+STOP_WAIT_S: Final = 5.0  # for a worker at the end
+SHORT_LOG_BYTES: Final = 1 << 20  # with the disk nearly full, a log beyond it is worth a snapshot of every shard
+NO_SPACE_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT}
+
+Connection = Any  # whoever appended; handed back
+
+
+class Durability:
+    """The disk of one running node. All methods belong to the loop."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        store: NodeStore,
+        *,
+        on_durable: Callable[[Connection, int], None],
+        on_failed: Callable[[BaseException], None],
+        on_space: Callable[[int], None],
+        freeze: Callable[[int], tuple[Frozen, list[Logged]]],
+        snapshot_log_bytes: int = SNAPSHOT_LOG_BYTES,
+    ) -> None:
+        self.store = store
+        self.space = 0  # level, as in the SPACE frame
+        self.failure: BaseException | None = None
+        self.synced_ms = 0.0  # how long the last record took to be written and synced
+        self._loop = loop
+        self._on_durable = on_durable
+        self._on_failed = on_failed
+        self._on_space = on_space
+        self._freeze = freeze  # a shard as it is now, and its entries that may be uncommitted
+        self._log_worker = Worker(loop, "kvtcp-log")
+        self._file_worker = Worker(loop, "kvtcp-files")
+        self._pending: list[Logged] = []  # appended and not prepared
+        self._marks: dict[Connection, int] = {}  # who waits for `_pending`, up to which ordinal
+        self._flight: dict[Connection, int] = {}  # who waits for what is being written
+        self._busy = False  # the log's worker has a record or a job
+        self._appended = 0  # entries so far
+        self._written = 0  # of them durable, or being written if `_busy`
+        self._jobs: deque[tuple[int, Callable[[], Any] | None, Callable[[Any], None]]] = deque()
+        self._marked = True  # the last record is covered by a mark, or needs none
+        self._began_s = 0.0  # when the present record was handed over
+        self._idle: asyncio.TimerHandle | None = None  # of the look whether a mark is due
+        self._snapshot_log_bytes = snapshot_log_bytes
+        self._snapshot: SnapshotJob | None = None
+        self._wanted: deque[int] = deque()  # shards to be snapshotted on demand
+        self._closing = False
+        self._drained = asyncio.Event()  # at the end: everything appended is durable, or the disk failed
+        self._look = loop.call_later(SPACE_LOOK_MS / 1000, self._look_around)
+
+    # --- group commit -------------------------------------------------------------------------------
+
+    def append(self, entries: list[Logged], connection: Connection, ordinal: int) -> bool:
+        """Log these entries, applied up to `ordinal` of a connection. True if all of it is durable already (nothing was
+        there to log, and nothing is under way); otherwise `on_durable` will tell."""
+        if entries:
+            self._pending += entries
+            self._appended += len(entries)
+        elif not self._pending:
+            if not self._busy or not self._flight:
+                return True
+            self._flight[connection] = ordinal
+            return False
+        self._marks[connection] = ordinal
+        return False
+
+    def flush(self) -> None:
+        """The turn of the loop ends: begin to write, if the log is idle."""
+        if self._busy or self._closing or self.failure is not None:
+            return
+        jobs = self._jobs
+        while jobs and jobs[0][0] <= self._written:
+            _, work, done = jobs.popleft()
+            if work is not None:
+                self._busy = True
+                self._log_worker.submit(work, partial(self._job_done, done))
+                return
+            done(None)
+            if self._busy:  # `done` began something
+                return
+        if self._pending:
+            entries, self._pending = self._pending, []
+            self._flight, self._marks = self._marks, {}
+            self._written += len(entries)
+            self._marked = False
+            self._hand_over(self.store.log.prepare(entries))
+
+    def _hand_over(self, prepared: Prepared) -> None:
+        self._busy = True
+        self._began_s = time.monotonic()
+        self._log_worker.submit(
+            lambda: self.store.log.write(prepared), lambda _, error: self._record_written(prepared, error)
+        )
+
+    def _record_written(self, prepared: Prepared, error: BaseException | None) -> None:
+        if error is not None:
+            self._fail(error)
+        if self.failure is not None:
+            return
+        self.synced_ms = (time.monotonic() - self._began_s) * 1000
+        self.store.log.written(prepared)
+        self._busy = False
+        flight, self._flight = self._flight, {}
+        for connection, ordinal in flight.items():
+            self._on_durable(connection, ordinal)
+        self.flush()
+        if not self._busy and not self._marked and self._idle is None:
+            self._idle = self._loop.call_later(LOG_IDLE_MS / 1000, self._write_mark)
+
+    def _write_mark(self) -> None:
+        """Nothing came for a while: the last record gets its mark. In mode `os` a mark would tell nothing new."""
+        self._idle = None
+        if self._busy or self._closing or self.failure is not None or self._marked:
+            return
+        idle_s = time.monotonic() - self._began_s
+        if idle_s < LOG_IDLE_MS / 1000:
+            self._idle = self._loop.call_later(LOG_IDLE_MS / 1000 - idle_s, self._write_mark)
+            return
+        self._marked = True
+        if self.store.log.durable_lsn == self.store.log.last_lsn:
+            self._hand_over(self.store.log.prepare_mark())
+
+    # --- jobs -----------------------------------------------------------------------------------------
+
+    def when_durable(self, done: Callable[[], None]) -> None:
+        """Call `done` when everything appended so far is durable."""
+        self._job(None, lambda _: done())
+
+    def write_manifest(self, copies: Iterable[Copy], done: Callable[[], None]) -> None:
+        """Write the manifest when everything appended so far is durable; then call `done`."""
+        data = self.store.encode_manifest(copies)
+        self._job(lambda: self.store.write_manifest(data), lambda _: done())
+
+    def _job(self, work: Callable[[], Any] | None, done: Callable[[Any], None]) -> None:
+        self._jobs.append((self._appended, work, done))
+        self.flush()
+
+    def _job_done(self, done: Callable[[Any], None], result: Any, error: BaseException | None) -> None:
+        if error is not None:
+            self._fail(error)
+        if self.failure is not None:
+            return
+        self._busy = False
+        done(result)
+        self.flush()
+
+    # --- snapshots ------------------------------------------------------------------------------------
+
+    def snapshot_all(self) -> None:
+        """Snapshot every shard that has something new, and let go of the log up to there."""
+        self._wanted = deque(self.store.behind())
+        self.store.log.begin_new_segment()
+        self._next_snapshot()
+
+    def _look_around(self) -> None:
+        """A few times a second: space, and whether a snapshot is due."""
+        self._look = self._loop.call_later(SPACE_LOOK_MS / 1000, self._look_around)
+        if self.failure is not None:
+            return
+        try:
+            level = self.store.space_level(self.space)
+        except OSError as error:
+            self._fail(error)
+            return
+        if level != self.space:
+            (log.warning if level > self.space else log.info)("event=disk-space level=%s", level)
+            self.space = level
+            self._on_space(level)
+        if level and not self._wanted and self._snapshot is None:
+            self._give_space_back()
+        self._next_snapshot()
+
+    def _give_space_back(self) -> None:
+        """The disk is nearly full: a log that snapshots make needless, and keys that were deleted, take space."""
+        self._wanted = deque(self.store.behind())
+        if self._wanted and self.store.log.segments[-1].size > SHORT_LOG_BYTES:
+            self.store.log.begin_new_segment()
+
+    def _next_snapshot(self) -> None:
+        if self._snapshot is not None or self._closing or self.failure is not None:
+            return
+        shard = self._wanted.popleft() if self._wanted else self.store.due_snapshot(self._snapshot_log_bytes)
+        if shard is not None:
+            frozen, kept = self._freeze(shard)
+            self._snapshot = SnapshotJob(self, frozen, kept)
+            self._snapshot.begin()
+
+    def snapshot_ended(self, paths: list[Path]) -> None:
+        """The running snapshot is published, or given up; `paths` are files that nobody needs any more."""
+        self._snapshot = None
+        if paths:
+            self.in_files(lambda: self.store.remove(paths), lambda _: self._next_snapshot())
+        else:
+            self._next_snapshot()
+
+    def in_files(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Work for the other thread. An error ends the node."""
+
+        def finished(result: Any, error: BaseException | None) -> None:
+            if error is not None:
+                self._fail(error)
+            elif self.failure is None and not self._closing:
+                done(result)
+
+        self._file_worker.submit(work, finished)
+
+    def later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call back unless the node is ending."""
+        self._loop.call_later(delay_s, lambda: None if self._closing or self.failure is not None else callback())
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None and not self._closing:
+            self.failure = error
+            self._drained.set()
+            self._stop_timers()
+            self._on_failed(error)
+
+    def _stop_timers(self) -> None:
+        self._look.cancel()
+        if self._idle is not None:
+            self._idle.cancel()
+
+    async def close(self) -> None:
+        """Write what is pending, cover it by a mark and end in order; after a failure just end. Raises OSError."""
+        self._stop_timers()
+        if self.failure is None:
+            self.when_durable(self._drained.set)
+            await self._drained.wait()
+        self._closing = True
+        if self._snapshot is not None:
+            self._snapshot.abandon()
+        files_ended = self._file_worker.stop(STOP_WAIT_S)
+        log_ended = self._log_worker.stop(STOP_WAIT_S)
+        if self.failure is None and files_ended and log_ended:
+            self.store.close_clean()
+
+
+class SnapshotJob:
+    """One snapshot of one shard, in slices."""
+
+    def __init__(self, durability: Durability, frozen: Frozen, kept: list[Logged]) -> None:
+        self._durability = durability
+        self._frozen = frozen
+        self._header: SnapshotHeader = durability.store.header_of(frozen)
+        self._pieces: Iterator[bytes] = encode_snapshot(self._header, frozen, kept)
+        self._file: SnapshotFile | None = None
+        self._waiting_bytes = 0  # handed to the worker and not written yet
+        self._whole = False  # all of it is on the disk, under its temporary name
+        self._given_up = False
+        self._ended = False  # all pieces are handed over
+        self._logged = False  # the log is durable up to the position
+        self._slice_waits = False  # the next slice waits for the disk
+
+    def begin(self) -> None:
+        """Make the file, then the first slice."""
+        self._durability.when_durable(self._log_is_durable)
+        self._durability.in_files(self._guarded(self._create), lambda _: self._slice())
+
+    def _create(self) -> None:
+        self._file = self._durability.store.create_snapshot(self._header)
+
+    def _guarded(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """In the worker: a disk without space ends this snapshot, not the node."""
+
+        def run() -> Any:
+            if self._given_up:
+                return None
+            try:
+                return work()
+            except OSError as error:
+                if error.errno not in NO_SPACE_ERRORS:
+                    raise
+                self._given_up = True
+                if self._file is not None:
+                    self._file.abort()
+                return None
+
+        return run
+
+    def _slice(self) -> None:
+        if self._given_up:
+            self._give_up()
+            return
+        begin_s = time.monotonic()
+        end_s = begin_s + SNAPSHOT_SLICE_MS / 1000
+        made: list[bytes] = []
+        for piece in self._pieces:
+            made.append(piece)
+            if time.monotonic() >= end_s:
+                break
+        else:
+            self._ended = True
+        file = self._file
+        assert file is not None, "the file is made before the first slice"
+        if made:
+            data = b"".join(made)
+            self._waiting_bytes += len(data)
+            self._durability.in_files(self._guarded(lambda: file.write(data)), lambda _: self._taken(len(data)))
+        if self._ended:
+            self._durability.in_files(self._guarded(file.finish), self._finished)
+        elif self._waiting_bytes > SNAPSHOT_BUFFER_BYTES:
+            self._slice_waits = True
+        else:
+            taken_s = time.monotonic() - begin_s
+            self._durability.later(taken_s * (1 / SNAPSHOT_SHARE - 1), self._slice)
+
+    def _taken(self, size: int) -> None:
+        self._waiting_bytes -= size
+        if self._slice_waits and self._waiting_bytes <= SNAPSHOT_BUFFER_BYTES:
+            self._slice_waits = False
+            self._slice()
+
+    def _log_is_durable(self) -> None:
+        self._logged = True
+        if self._whole and not self._given_up:
+            self._publish()
+
+    def _finished(self, _: Any) -> None:
+        self._whole = True
+        if self._given_up:
+            self._give_up()
+        elif self._logged:
+            self._publish()
+
+    def _publish(self) -> None:
+        file = self._file
+        assert file is not None, "the file is made"
+        self._durability.in_files(self._guarded(file.publish), self._published)
+
+    def _published(self, size: int | None) -> None:
+        if self._given_up or size is None:
+            self._give_up()
+            return
+        log.info("event=snapshot shard=%s seq=%s bytes=%s", self._header.shard, self._header.seq, size)
+        self._durability.snapshot_ended(self._durability.store.published(self._header, size))
+
+    def _give_up(self) -> None:
+        log.warning("event=snapshot-given-up shard=%s reason=no space left on the disk", self._header.shard)
+        self._frozen.close()
+        self._durability.snapshot_ended([])
+
+    def abandon(self) -> None:
+        """The node ends: the unfinished file is removed at the next start."""
+        self._given_up = True
+        self._frozen.close()

@@ -1,0 +1,233 @@
+"""The write-ahead log of a node: one stream of records in segments, written by group commit.
+
+I/O shell over `log_format` (bytes) and `files` (the disk). Two threads use a `LogWriter`, and share nothing but what is
+handed over: the event loop decides everything (`prepare`, `prepare_mark`: numbers, sums, when a new segment begins),
+the log thread does what was prepared (`write`), and the loop is told (`written`). A record is prepared only when the
+last one is written, so **at most one is written and not yet synced**, and a sync covers only what was written before
+it began.
+
+    sync    a record is written and synced (fdatasync), then acknowledged
+    os      a record is written, then acknowledged: it survives the process, not the machine
+
+A new segment is written under a temporary name with its header and, after a restart, the records that were above the
+durable mark; synced; renamed; then its directory is synced. So a segment that has its name is whole up to the durable
+LSN of its header, and everything before it is on the disk. Segments are deleted, oldest first, when every shard's
+snapshot has passed them.
+
+Any OSError here means that nobody knows what is on the disk: the process ends without another acknowledgement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvtcp.constants import SEGMENT_BYTES_MAX
+from kvtcp.storage.copy import Logged
+from kvtcp.storage.files import AppendFile, Disk
+from kvtcp.storage.log_format import (
+    Position,
+    Record,
+    SegmentHeader,
+    encode_entries,
+    encode_header,
+    encode_record,
+)
+
+DIRECTORY: Final = "log"
+SUFFIX: Final = ".log"
+TEMPORARY: Final = ".tmp"
+
+
+def segment_name(first_lsn: int) -> str:
+    """The file name of a segment: names sort as numbers do."""
+    return f"{first_lsn:020d}{SUFFIX}"
+
+
+def segment_lsn(name: str) -> int | None:
+    """The first LSN that a file name says, None for what is not a segment's."""
+    stem = name.removesuffix(SUFFIX)
+    return int(stem) if name.endswith(SUFFIX) and len(stem) == 20 and stem.isdigit() else None
+
+
+@dataclass(slots=True)
+class SegmentInfo:
+    """A segment on the disk."""
+
+    path: Path
+    first_lsn: int
+    positions: dict[int, Position]  # what was logged before it
+    size: int  # bytes
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What the log thread is to write."""
+
+    lsn: int  # of the last record in `data`
+    data: bytes
+    durable_lsn: int  # what is durable when it is written (mode sync: `lsn`)
+    segment: SegmentInfo  # to which it goes
+    header: bytes | None = None  # begin this segment first; None = it is the present one
+
+
+class LogWriter:
+    """The log of one data directory, open at its end. Made by `begin`."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        directory: Path,
+        directory_id: bytes,
+        new_salt: Callable[[], bytes],
+        *,
+        sync: bool = True,
+        segment_bytes_max: int = SEGMENT_BYTES_MAX,
+    ) -> None:
+        self.segments: list[SegmentInfo] = []  # oldest first; the last one is written to
+        self.durable_lsn = 0  # highest LSN known to be on the disk; <= last_lsn
+        self.last_lsn = 0  # of the last record prepared
+        self.positions: dict[int, Position] = {}  # shard -> what of it is in the records prepared so far
+        self.bytes_written = 0  # by this process, for status
+        self.records_written = 0
+        self._disk = disk
+        self._directory = directory
+        self._directory_id = directory_id
+        self._new_salt = new_salt
+        self._sync = sync
+        self._segment_bytes_max = segment_bytes_max
+        self._salt = b""  # of the present segment
+        self._under_way = False  # a record is prepared and not yet written
+        self._file: AppendFile | None = None  # the present segment; the log thread's once `begin` is done
+        self._rotate = False  # the next record begins a new segment
+
+    @property
+    def total_bytes(self) -> int:
+        """Length of all segments."""
+        return sum(segment.size for segment in self.segments)
+
+    # --- the event loop -------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        older: Iterable[SegmentInfo],
+        first_lsn: int,
+        tail: Iterable[Record],
+        positions: dict[int, Position],
+        tail_positions: dict[int, Position],
+    ) -> None:
+        """Go on after a restart with a new segment that has `tail`, the valid records above the durable mark, again.
+
+        `positions` are those before `tail`, `tail_positions` those behind it. Blocks. Raises OSError.
+        """
+        self.segments = [segment for segment in older if segment.first_lsn < first_lsn]
+        self.positions = dict(positions)
+        self.last_lsn = first_lsn - 1
+        salt = self._new_salt()
+        pieces = []
+        for record in tail:
+            assert record.lsn == self.last_lsn + 1, "the tail has no gap"
+            pieces.append(encode_record(salt, record.lsn, self.last_lsn, record.payload))
+            self.last_lsn = record.lsn
+        info, header = self._new_segment(first_lsn, self.last_lsn, salt)
+        data = b"".join(pieces)
+        info.size += len(data)
+        self._begin_file(info, header + data)
+        self.durable_lsn = self.last_lsn
+        self.positions = dict(tail_positions)
+
+    def prepare(self, entries: list[Logged]) -> Prepared:
+        """The record of these entries, as the next one of the log. `write` it in the log thread, then call `written`.
+
+        Entries have to be in the order in which they were applied.
+        """
+        payload = encode_entries(entries)
+        prepared = self._prepare(payload)
+        self.positions |= {entry[0]: entry[1:4] for entry in entries}
+        return prepared
+
+    def prepare_mark(self) -> Prepared:
+        """A record without entries, whose durable LSN covers the last one."""
+        return self._prepare(encode_entries([]))
+
+    def begin_new_segment(self) -> None:
+        """The next record goes into a new segment, so that this one can be deleted some day."""
+        self._rotate = True
+
+    def _prepare(self, payload: bytes) -> Prepared:
+        assert not self._under_way, "at most one record is written and not yet synced"
+        self._under_way = True
+        lsn = self.last_lsn + 1
+        header: bytes | None = None
+        segment = self.segments[-1]
+        if self._rotate or (segment.size + len(payload) > self._segment_bytes_max and lsn > segment.first_lsn):
+            self._rotate = False
+            segment, header = self._new_segment(lsn, lsn - 1, self._new_salt())
+        data = encode_record(self._salt, lsn, lsn - 1 if header is not None else self.durable_lsn, payload)
+        segment.size += len(data)
+        self.last_lsn = lsn
+        durable_lsn = lsn if self._sync else lsn - 1 if header is not None else self.durable_lsn
+        return Prepared(lsn, data, durable_lsn, segment, header)
+
+    def _new_segment(self, first_lsn: int, durable_lsn: int, salt: bytes) -> tuple[SegmentInfo, bytes]:
+        self._salt = salt
+        positions = dict(self.positions)
+        header = encode_header(SegmentHeader(self._directory_id, salt, first_lsn, durable_lsn, positions))
+        info = SegmentInfo(self._directory / segment_name(first_lsn), first_lsn, positions, len(header))
+        self.segments.append(info)
+        return info, header
+
+    def written(self, prepared: Prepared) -> None:
+        """The log thread is done with it."""
+        self._under_way = False
+        self.durable_lsn = prepared.durable_lsn
+        self.bytes_written += len(prepared.data) + len(prepared.header or b"")
+        self.records_written += 1
+
+    def deletable(self, is_covered: Callable[[int, Position], bool]) -> list[Path]:
+        """Take the oldest segments off the list for which `is_covered(shard, position)` says that nobody needs the
+        entries up to there any more; their paths, oldest first, to be removed in this order."""
+        paths: list[Path] = []
+        while len(self.segments) > 1:
+            behind = self.segments[1].positions
+            if not all(is_covered(shard, position) for shard, position in behind.items()):
+                break
+            paths.append(self.segments.pop(0).path)
+        return paths
+
+    # --- the log thread -------------------------------------------------------------------------------
+
+    def write(self, prepared: Prepared) -> None:
+        """Write what was prepared, and make it durable as the mode says. Raises OSError: then nothing is known."""
+        if prepared.header is not None:
+            if self._file is not None and not self._sync:
+                self._file.sync()  # the new segment's header says that all before it is on the disk
+            self._begin_file(prepared.segment, prepared.header)
+        assert self._file is not None, "the log was begun"
+        self._file.write(prepared.data)
+        if self._sync:
+            self._file.sync()
+
+    def sync_all(self) -> None:
+        """Make everything written durable, whatever the mode. Raises OSError."""
+        if self._file is not None:
+            self._file.sync()
+
+    def close(self) -> None:
+        """Give the file back; nothing is synced."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin_file(self, segment: SegmentInfo, data: bytes) -> None:
+        if self._file is not None:
+            self._file.close()
+        temporary = segment.path.with_name(segment.path.name + TEMPORARY)
+        self._disk.remove(temporary)
+        self._file = self._disk.create(temporary)
+        self._file.write(data)
+        self._file.sync()
+        self._disk.rename(temporary, segment.path)
+        self._disk.sync_directory(self._directory)

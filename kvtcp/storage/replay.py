@@ -1,0 +1,300 @@
+"""Replay: what a data directory holds, read without changing anything.
+
+I/O shell that only reads. `store.py` acts on the result, `check.py` prints it. Per shard: the newest valid snapshot,
+then the entries of the log, each verified by number and chain. The log is read oldest segment first, one at a time.
+
+**Doubt.** A copy is complete only if nothing of it can be missing. It is in doubt
+
+- if entries are missing between its table and what the log has next, or what a segment says was logged before it;
+- if a chain does not match;
+- if the log is damaged and nothing behind the damage proves that no entry of this shard was in it. Proof is a later
+  entry that follows the table's last one, or a later segment's position.
+
+A damaged snapshot alone is no doubt if an older one and the log, or the log by itself, lead to a position that is
+proven; it is reported all the same (`damages`), and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvtcp.errors import DataError
+from kvtcp.storage import log, snapshot
+from kvtcp.storage.copy import Copy, Logged
+from kvtcp.storage.files import Disk
+from kvtcp.storage.kept import KeptEntries
+from kvtcp.storage.log import SegmentInfo
+from kvtcp.storage.log_format import (
+    FormatError,
+    Position,
+    Record,
+    Segment,
+    SegmentHeader,
+    VersionError,
+    parse_header,
+    parse_records,
+)
+from kvtcp.storage.manifest import Manifest
+from kvtcp.storage.snapshot import SnapshotName, load_snapshot
+
+Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something on the disk that is not as it was written."""
+
+    path: Path
+    offset: int | None  # None: the whole file
+    reason: str
+
+    def __str__(self) -> str:
+        place = "" if self.offset is None else f" at byte {self.offset}"
+        return f"{self.path}{place}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Replayed:
+    """The content of a data directory."""
+
+    copies: dict[int, Copy] = field(default_factory=dict)
+    doubts: dict[int, str] = field(default_factory=dict)  # shards the manifest calls complete, and why they are not
+    damages: list[Damage] = field(default_factory=list)
+    snapshots: dict[int, SnapshotName] = field(default_factory=dict)  # those that were loaded
+    snapshot_bytes: dict[int, int] = field(default_factory=dict)  # their lengths
+    stale: list[Path] = field(default_factory=list)  # files that nothing needs: temporary ones, older snapshots
+    segments: list[SegmentInfo] = field(default_factory=list)  # with a valid header, oldest first
+    mark: int = 0  # the durable mark of the log
+    last_lsn: int = 0  # highest LSN seen anywhere, also in what is damaged
+    tail: list[Record] = field(default_factory=list)  # valid records above the mark, all in the last segment
+    cut: str = ""  # where the log was torn above the mark, for people; empty = it was not
+    mark_positions: dict[int, Position] = field(default_factory=dict)  # what is logged up to the mark
+    positions: dict[int, Position] = field(default_factory=dict)  # what is logged at all, `tail` included
+    kept: KeptEntries = field(default_factory=KeptEntries)
+    log_damaged: bool = False
+    entries: int = 0  # entries applied from the log
+
+
+def replay(disk: Disk, directory: Path, manifest: Manifest, progress: Progress = lambda *_: None) -> Replayed:
+    """Read everything. Raises VersionError for files of another format, OSError for a disk that cannot be read."""
+    return _Replay(disk, directory, manifest, progress).run()
+
+
+class _Replay:
+    """One reading of a directory."""
+
+    def __init__(self, disk: Disk, directory: Path, manifest: Manifest, progress: Progress) -> None:
+        self.disk = disk
+        self.log_directory = directory / log.DIRECTORY
+        self.snapshot_directory = directory / snapshot.DIRECTORY
+        self.manifest = manifest
+        self.progress = progress
+        self.found = Replayed()
+        self.positions: dict[int, Position] = {}  # what the records read so far have logged
+        self.bad_snapshots: dict[int, Damage] = {}
+        self.unproven: dict[int, str] = {}  # shards of which something may be missing since a damage, and which
+
+    def run(self) -> Replayed:
+        found = self.found
+        for shard, (disk, generation, complete, reason) in self.manifest.shards.items():
+            found.copies[shard] = Copy(shard, disk, generation=generation, complete=complete, reason=reason)
+        self._read_snapshots()
+        self._read_log()
+        for shard, reason in self.unproven.items():
+            self._doubt(shard, reason)
+        for shard in found.doubts:
+            found.kept.forget(shard)
+        found.positions = self.positions
+        if not found.tail:
+            found.mark_positions = dict(self.positions)
+        return found
+
+    # --- snapshots ------------------------------------------------------------------------------------
+
+    def _read_snapshots(self) -> None:
+        by_shard: dict[int, list[SnapshotName]] = {}
+        sizes: dict[SnapshotName, int] = {}
+        for name in self._names(self.snapshot_directory):
+            parsed = SnapshotName.parse(name)
+            if parsed is None:
+                if name.endswith(snapshot.TEMPORARY):
+                    self.found.stale.append(self.snapshot_directory / name)
+                continue
+            by_shard.setdefault(parsed.shard, []).append(parsed)
+            sizes[parsed] = self.disk.size(self.snapshot_directory / name)
+        total, done = sum(sizes.values()), 0
+        for shard, names in by_shard.items():
+            names.sort(key=lambda name: (name.generation, name.seq), reverse=True)
+            self._read_newest(shard, names)
+            done += sum(sizes[name] for name in names)
+            self.progress("snapshots", done, total)
+        self.found.snapshot_bytes = {shard: sizes[name] for shard, name in self.found.snapshots.items()}
+
+    def _read_newest(self, shard: int, names: list[SnapshotName]) -> None:
+        """Load the newest valid snapshot of a shard's present generation; the others are stale."""
+        copy = self.found.copies.get(shard)
+        for name in names:
+            path = self.snapshot_directory / name.file
+            if copy is None or not copy.complete or name.generation != copy.generation:
+                # the copy was reset or given up after it; a newer generation than the manifest's was never published
+                self.found.stale.append(path)
+                continue
+            if shard in self.found.snapshots:
+                self.found.stale.append(path)
+                continue
+            try:
+                table, kept = load_snapshot(self.disk, path, self.manifest.directory)
+            except VersionError:
+                raise
+            except (FormatError, DataError) as error:
+                damage = Damage(path, None, str(error))
+                self.found.damages.append(damage)
+                self.bad_snapshots[shard] = damage
+                continue
+            copy.table = table
+            self.found.snapshots[shard] = name
+            if kept:
+                self.found.kept.add(0, kept)
+
+    # --- the log --------------------------------------------------------------------------------------
+
+    def _read_log(self) -> None:
+        found = self.found
+        names: list[tuple[int, Path]] = []
+        for name in self._names(self.log_directory):
+            lsn = log.segment_lsn(name)
+            if lsn is not None:
+                names.append((lsn, self.log_directory / name))
+            elif name.endswith(log.TEMPORARY):
+                found.stale.append(self.log_directory / name)
+        if self.manifest.segment > max((lsn for lsn, _ in names), default=0):
+            path = self.log_directory / log.segment_name(self.manifest.segment)
+            self._damaged(Damage(path, None, "the manifest names this segment, and there is none so new"))
+        total, done = sum(self.disk.size(path) for _, path in names), 0
+        for index, (lsn, path) in enumerate(names):
+            following = names[index + 1][0] if index + 1 < len(names) else None
+            data = self.disk.read(path)
+            self._read_segment(path, lsn, data, following)
+            done += len(data)
+            self.progress("log", done, total)
+
+    def _read_segment(self, path: Path, lsn: int, data: bytes, following: int | None) -> None:
+        found = self.found
+        found.last_lsn = max(found.last_lsn, lsn - 1)
+        try:
+            header = parse_header(data)
+            if header.directory != self.manifest.directory:
+                raise FormatError("the segment belongs to another data directory")
+            if header.first_lsn != lsn:
+                raise FormatError(f"the segment begins with record {header.first_lsn} by its header")
+        except VersionError:
+            raise
+        except FormatError as error:
+            found.last_lsn = max(found.last_lsn, lsn)  # a new segment must not take its name
+            self._damaged(Damage(path, None, str(error)))
+            return
+        if found.segments and found.last_lsn < lsn - 1 and not found.log_damaged:
+            self._damaged(Damage(path, None, f"the records {found.last_lsn + 1} to {lsn - 1} before it are missing"))
+        self._check_positions(path, header)
+        found.segments.append(SegmentInfo(path, lsn, header.positions, len(data)))
+        segment = parse_records(data, header)
+        # what stands at or above the next segment's first record is void: it is there again
+        end_lsn = None if following is None else following - 1
+        records = [record for record in segment.records if end_lsn is None or record.lsn <= end_lsn]
+        found.mark = max(found.mark, header.durable_lsn, segment.mark if following is None else following - 1)
+        found.last_lsn = max(found.last_lsn, lsn - 1, *(record.lsn for record in segment.later), 0)
+        self.positions = {**self.positions, **header.positions}
+        for record in records:
+            self._read_record(path, record)
+        bad_lsn = lsn + len(segment.records)
+        if bad_lsn <= found.mark and (end_lsn is None or bad_lsn <= end_lsn):
+            self._read_behind(path, segment, bad_lsn, end_lsn)
+        elif segment.bad_offset is not None and following is None:
+            found.cut = f"{path} at byte {segment.bad_offset}: {segment.bad_reason}"
+
+    def _read_behind(self, path: Path, segment: Segment, bad_lsn: int, end_lsn: int | None) -> None:
+        """A record at or below the mark is not there: entries behind it still show which shards it did not touch."""
+        reason = segment.bad_reason or f"the file ends before record {bad_lsn}, which was on the disk"
+        offset = segment.end_offset if segment.bad_offset is None else segment.bad_offset
+        self._damaged(Damage(path, offset, reason))
+        for record in segment.later:
+            if end_lsn is None or record.lsn <= end_lsn:
+                self._read_record(path, record)
+
+    def _read_record(self, path: Path, record: Record) -> None:
+        found = self.found
+        found.last_lsn = max(found.last_lsn, record.lsn)
+        if record.lsn > found.mark and not found.log_damaged:
+            found.tail.append(record)
+            if len(found.tail) == 1:
+                found.mark_positions = dict(self.positions)
+        try:
+            entries = record.entries()
+        except FormatError as error:
+            self._damaged(Damage(path, None, str(error)))
+            return
+        for entry in entries:
+            self._apply(path, entry)
+        if entries:
+            self.positions |= {entry[0]: entry[1:4] for entry in entries}
+            found.kept.add(0, entries)
+
+    def _apply(self, path: Path, entry: Logged) -> None:
+        shard, generation, seq, chain, packed = entry
+        copy = self.found.copies.get(shard)
+        if copy is None or generation != copy.generation or not copy.complete or shard in self.found.doubts:
+            return
+        table = copy.table
+        if seq > table.seq:
+            if seq != table.seq + 1:
+                self._doubt(shard, f"the entries {table.seq + 1} to {seq - 1} are missing before one in {path}")
+                return
+            try:
+                table.apply_entry(packed, chain)
+            except DataError as error:
+                self._doubt(shard, f"{path}: {error.message}")
+                return
+            self.found.entries += 1
+        elif seq == table.seq and chain != table.chain:
+            self._doubt(shard, f"{path}: entry {seq} has another chain than the snapshot")
+            return
+        self.unproven.pop(shard, None)
+
+    def _check_positions(self, path: Path, header: SegmentHeader) -> None:
+        """What a segment says was logged before it must be here."""
+        for shard, (generation, seq, chain) in header.positions.items():
+            copy = self.found.copies.get(shard)
+            if copy is None or generation != copy.generation or not copy.complete:
+                continue
+            table = copy.table
+            if table.seq < seq:
+                why = f"the entries {table.seq + 1} to {seq} are missing before {path}"
+                self._doubt(shard, self.unproven.get(shard, why))
+            elif table.seq == seq and table.chain != chain:
+                self._doubt(shard, f"another chain than {path} has at entry {seq}")
+            else:
+                self.unproven.pop(shard, None)
+        # nothing of the others was logged before it
+        for shard in [shard for shard in self.unproven if shard not in header.positions]:
+            del self.unproven[shard]
+
+    def _damaged(self, damage: Damage) -> None:
+        """The log is damaged: from here on every copy has to prove that it misses nothing."""
+        self.found.damages.append(damage)
+        self.found.log_damaged = True
+        self.found.tail = []
+        for shard, copy in self.found.copies.items():
+            if copy.complete:
+                self.unproven[shard] = f"the log is damaged, {damage}"
+
+    def _doubt(self, shard: int, reason: str) -> None:
+        self.unproven.pop(shard, None)
+        if shard in self.bad_snapshots:
+            reason = f"{reason}; {self.bad_snapshots[shard]}"
+        self.found.doubts.setdefault(shard, reason)
+
+    def _names(self, directory: Path) -> list[str]:
+        return self.disk.list(directory) if self.disk.exists(directory) else []
+

@@ -1,0 +1,304 @@
+"""The store of a node: its data directory, from recovery to a clean stop.
+
+I/O shell over replay, log, snapshots and manifest. It decides what is written where; `server/durability.py` runs it
+with two threads, the crash tests run it step by step in one. Methods that block or raise OSError say so.
+
+    <data dir>/manifest.json        manifest.py
+    <data dir>/log/                 log.py
+    <data dir>/snapshots/           snapshot.py
+    <data dir>/aside/<n>/           what was damaged, and everything that may help to understand it
+
+**Opening** is: read everything (`replay`), settle what is in doubt, begin a new segment, write the manifest. A copy in
+doubt gets a new disk uuid and is incomplete, durably, before anything else is changed. If the log is damaged, every
+copy that is whole is snapshotted and the segments are moved aside: so a damage is met once, and by then nothing depends
+on what was damaged. Each step leaves a directory from which opening again comes to the same result.
+
+**After a power cut** in a mode that does not sync, nobody knows what is missing: every copy gets a new disk uuid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvtcp.constants import (
+    SEGMENT_BYTES_MAX,
+    SNAPSHOT_LOG_BYTES,
+    SPACE_RESERVE_BYTES,
+)
+from kvtcp.storage import log, snapshot
+from kvtcp.storage.copy import Copy, Logged
+from kvtcp.storage.files import Disk
+from kvtcp.storage.freeze import Frozen
+from kvtcp.storage.log import LogWriter
+from kvtcp.storage.log_format import DIRECTORY_BYTES, SALT_BYTES, FormatError, Position, VersionError
+from kvtcp.storage.manifest import Manifest, read_manifest, write_manifest
+from kvtcp.storage.replay import Damage, Progress, Replayed, replay
+from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, encode_snapshot
+
+ASIDE: Final = "aside"
+DISK_ID_BYTES: Final = 8
+POWER_CUT: Final = (
+    "the machine was restarted while the node ran in a mode that does not sync: what it wrote last may be lost"
+)
+
+
+class StoreError(Exception):
+    """The directory cannot be used as asked; one sentence says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A published snapshot."""
+
+    name: SnapshotName
+    size: int  # bytes
+
+
+class NodeStore:
+    """One open data directory. Made by `open_store`."""
+
+    def __init__(
+        self, disk: Disk, directory: Path, manifest: Manifest, log_writer: LogWriter, replayed: Replayed
+    ) -> None:
+        self.disk = disk
+        self.directory = directory
+        self.manifest = manifest
+        self.log = log_writer
+        self.copies: dict[int, Copy] = replayed.copies
+        self.kept = replayed.kept
+        self.damages: list[Damage] = replayed.damages
+        self.replayed_entries = replayed.entries
+        self.snapshots = {
+            shard: SnapshotInfo(name, replayed.snapshot_bytes[shard]) for shard, name in replayed.snapshots.items()
+        }
+        self.aside: Path | None = None  # where this opening moved what was damaged
+
+    # --- snapshots ------------------------------------------------------------------------------------
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Length of all snapshots."""
+        return sum(info.size for info in self.snapshots.values())
+
+    @property
+    def snapshot_directory(self) -> Path:
+        """Where they are."""
+        return self.directory / snapshot.DIRECTORY
+
+    def due_snapshot(self, log_bytes_max: int = SNAPSHOT_LOG_BYTES) -> int | None:
+        """The shard that holds the oldest segment back, if the log is longer than the snapshots are and than
+        `log_bytes_max`; None if there is nothing to do."""
+        if self.log.total_bytes <= max(log_bytes_max, self.snapshot_bytes) or len(self.log.segments) < 2:
+            return None
+        return next(iter(self.behind(self.log.segments[1].positions)), None)
+
+    def behind(self, positions: dict[int, Position] | None = None) -> list[int]:
+        """Shards whose snapshots do not reach these positions; None: the end of the log."""
+        wanted = self.log.positions if positions is None else positions
+        return [shard for shard, position in wanted.items() if not self._is_covered(shard, position)]
+
+    def _is_covered(self, shard: int, position: Position) -> bool:
+        """Whether a restart needs no entry up to this position."""
+        generation, seq, _ = position
+        copy = self.copies.get(shard)
+        if seq == 0 or copy is None or not copy.complete or copy.generation != generation:
+            return True
+        info = self.snapshots.get(shard)
+        return info is not None and info.name.generation == generation and info.name.seq >= seq
+
+    def header_of(self, frozen: Frozen) -> SnapshotHeader:
+        """The header for the rows of a frozen shard."""
+        generation = self.copies[frozen.shard].generation
+        return SnapshotHeader(
+            self.manifest.directory, frozen.shard, generation, frozen.epoch, frozen.seq, frozen.chain
+        )
+
+    def create_snapshot(self, header: SnapshotHeader) -> SnapshotFile:
+        """A file for it. Blocks, raises OSError."""
+        return SnapshotFile(self.disk, self.snapshot_directory, header.name)
+
+    def published(self, header: SnapshotHeader, size: int) -> list[Path]:
+        """The snapshot is published: the files that nobody needs any more, in the order to remove them."""
+        old = self.snapshots.get(header.shard)
+        self.snapshots[header.shard] = SnapshotInfo(header.name, size)
+        paths = [] if old is None or old.name == header.name else [self.snapshot_directory / old.name.file]
+        return paths + self.log.deletable(self._is_covered)
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Remove files, each for good before the next. Blocks, raises OSError."""
+        for path in paths:
+            self.disk.remove(path)
+            self.disk.sync_directory(path.parent)
+
+    def write_snapshot(self, copy: Copy, kept: Sequence[Logged]) -> None:
+        """Snapshot a copy at once, as it is now. Blocks, raises OSError."""
+        frozen = copy.table.freeze()
+        header = self.header_of(frozen)
+        file = self.create_snapshot(header)
+        for piece in encode_snapshot(header, frozen, kept):
+            file.write(piece)
+        file.finish()
+        self.snapshots[copy.shard] = SnapshotInfo(header.name, file.publish())
+
+    # --- space ----------------------------------------------------------------------------------------
+
+    def reserve_bytes(self) -> int:
+        """Free space that must be there before anything grows: what may be in flight, and the largest snapshot."""
+        return SPACE_RESERVE_BYTES + max((info.size for info in self.snapshots.values()), default=0)
+
+    def space_level(self, level: int = 0) -> int:
+        """How short of space the disk is, as in the SPACE frame; `level` is what it was: a level is left only when
+        there is an eighth more than what makes it. Blocks for a moment, raises OSError."""
+        free_bytes = self.disk.free_bytes(self.directory)
+        reserve_bytes = self.reserve_bytes()
+        for number, bound in ((2, reserve_bytes // 2), (1, reserve_bytes)):
+            if free_bytes < (bound + bound // 8 if level >= number else bound):
+                return number
+        return 0
+
+    # --- manifest and end -----------------------------------------------------------------------------
+
+    def encode_manifest(self, copies: Iterable[Copy]) -> bytes:
+        """The manifest with these copies, for `write_manifest`."""
+        self.copies = {copy.shard: copy for copy in copies}
+        self.manifest.shards = {
+            copy.shard: (copy.disk, copy.generation, copy.complete, copy.reason) for copy in self.copies.values()
+        }
+        return self.manifest.encode()
+
+    def write_manifest(self, data: bytes) -> None:
+        """Blocks, raises OSError."""
+        write_manifest(self.disk, self.directory, data)
+
+    def close_clean(self) -> None:
+        """Everything prepared is written: make it durable, cover it by a mark, and say that the end was in order.
+        Blocks, raises OSError."""
+        self.log.sync_all()
+        self.log.durable_lsn = self.log.last_lsn
+        mark = self.log.prepare_mark()
+        self.log.write(mark)
+        self.log.sync_all()
+        self.log.written(mark)
+        self.log.close()
+        self.manifest.clean = True
+        self.write_manifest(self.encode_manifest(self.copies.values()))
+
+
+def open_store(
+    disk: Disk,
+    directory: Path,
+    durability: str,
+    new_id: Callable[[int], bytes],
+    boot: str,
+    progress: Progress = lambda *_: None,
+    segment_bytes_max: int = SEGMENT_BYTES_MAX,
+) -> NodeStore:
+    """Recover what is in `directory`, or make a new store there. `new_id` returns that many random bytes, `boot` names
+    the boot of the machine. Blocks. Raises StoreError, OSError.
+    """
+    manifest = read_store_manifest(disk, directory)
+    for name in (log.DIRECTORY, snapshot.DIRECTORY):
+        disk.make_directory(directory / name)
+    if manifest is None:
+        if disk.list(directory / log.DIRECTORY) or disk.list(directory / snapshot.DIRECTORY):
+            raise StoreError(
+                f"{directory} has data and no manifest.json: restore the file from a copy, or move the directory away"
+            )
+        manifest = Manifest(new_id(DIRECTORY_BYTES), durability)
+    try:
+        replayed = replay(disk, directory, manifest, progress)
+    except VersionError as error:
+        raise StoreError(f"{directory}: {error}") from error
+    writer = LogWriter(
+        disk, directory / log.DIRECTORY, manifest.directory, lambda: new_id(SALT_BYTES), sync=durability == "sync",
+        segment_bytes_max=segment_bytes_max,
+    )  # fmt: skip
+    store = NodeStore(disk, directory, manifest, writer, replayed)
+    _settle(store, replayed, lambda: new_id(DISK_ID_BYTES).hex(), boot)
+    manifest.durability, manifest.boot, manifest.clean = durability, boot, False
+    manifest.segment = writer.segments[-1].first_lsn
+    store.write_manifest(store.encode_manifest(store.copies.values()))
+    store.remove(path for path in replayed.stale if disk.exists(path))
+    return store
+
+
+def read_store_manifest(disk: Disk, directory: Path) -> Manifest | None:
+    """The manifest, None if there is none. Raises StoreError, OSError."""
+    try:
+        return read_manifest(disk, directory)
+    except VersionError as error:
+        raise StoreError(f"{directory / 'manifest.json'} is of another version: {error}") from error
+    except FormatError as error:
+        raise StoreError(
+            f"{directory / 'manifest.json'} is damaged: {error}; restore it from a copy, or move the directory away"
+        ) from error
+
+
+def _settle(store: NodeStore, replayed: Replayed, new_disk: Callable[[], str], boot: str) -> None:
+    """Give up what is in doubt, then begin a segment."""
+    manifest = store.manifest
+    renamed = False
+    for shard, reason in replayed.doubts.items():
+        old = store.copies[shard]
+        store.copies[shard] = Copy(shard, new_disk(), generation=old.generation, complete=False, reason=reason)
+        store.snapshots.pop(shard, None)
+        renamed = True
+    if manifest.durability != "sync" and not manifest.clean and manifest.boot not in ("", boot):
+        for copy in store.copies.values():
+            copy.disk, copy.reason = new_disk(), copy.reason or POWER_CUT
+        renamed = bool(store.copies)
+        manifest.boot = boot  # once: a restart of the process comes to no other ids
+    if renamed:
+        store.write_manifest(store.encode_manifest(store.copies.values()))
+    positions = dict(replayed.positions)
+    for shard, copy in store.copies.items():
+        if copy.complete and copy.table.seq:
+            positions[shard] = (copy.generation, copy.table.seq, copy.table.chain)
+        elif not copy.complete:
+            positions.pop(shard, None)
+    if replayed.log_damaged:
+        for copy in store.copies.values():
+            if copy.complete and copy.table.seq:
+                store.write_snapshot(copy, store.kept.of_shard(copy.shard))
+        store.log.begin([], replayed.last_lsn + 1, [], positions, positions)
+    else:
+        store.log.begin(
+            replayed.segments, replayed.mark + 1, replayed.tail, replayed.mark_positions, positions
+        )
+    if replayed.damages or replayed.doubts:
+        _move_aside(store, replayed)
+
+
+def _move_aside(store: NodeStore, replayed: Replayed) -> None:
+    """Nothing depends any more on what was damaged: keep it, out of the way."""
+    disk, directory = store.disk, store.directory
+    disk.make_directory(directory / ASIDE)
+    number = 1 + max((int(name) for name in disk.list(directory / ASIDE) if name.isdigit()), default=0)
+    aside = store.aside = directory / ASIDE / str(number)
+    disk.make_directory(aside)
+    present = store.log.segments[-1].path.name
+    moved: list[Path] = []
+    if replayed.log_damaged:
+        names = disk.list(directory / log.DIRECTORY)
+        moved += [directory / log.DIRECTORY / name for name in names if name.endswith(log.SUFFIX) and name != present]
+    wanted = {info.name.file for info in store.snapshots.values()}
+    bad = {damage.path for damage in replayed.damages}
+    for name in disk.list(store.snapshot_directory):
+        parsed = SnapshotName.parse(name)
+        path = store.snapshot_directory / name
+        if parsed is not None and name not in wanted and (parsed.shard in replayed.doubts or path in bad):
+            moved.append(path)
+    for path in moved:
+        # newest last is no matter here: each file that is still in place is met again as what it is
+        disk.rename(path, aside / path.name)
+    for parent in {path.parent for path in moved}:
+        disk.sync_directory(parent)
+    disk.sync_directory(aside)
+    if not moved:
+        with contextlib.suppress(OSError):  # an empty directory tells nobody anything
+            disk.remove_tree(aside)
+        store.aside = None
