@@ -20,6 +20,9 @@ exceptions, in which new disks enter the map before the shard serves: a shard in
 complete in an empty copy as in any other; and if the last run kept its data in memory and all members are new and
 empty, they are what the end of that run has left, and the shard begins anew.
 
+While a member is bad, what the good ones have counts as committed and is read. That may be more than the lost copy had:
+if they are lost in their turn and it is put back, an entry may be missing that was read, never one that was answered.
+
 Simplifications: a shard is brought up to date one member after the other, RECOVERY_SHARDS_MAX shards at a time; members
 are waited for without limit, and are never removed.
 """
@@ -155,12 +158,12 @@ class Takeover:
         copy = shard.good[target]
         if after != copy.seq:
             raise LinkError(f"{node} sent entries of shard {number} after {after}, not after {copy.seq}")
-        if chain is None or not entries:
+        if not entries:
             shard.donors.remove(node)  # it does not have them any more; another one may
             return self._fetch(shard)
         if not (type(entries) is list and all(map(_is_entry, entries))):
             raise LinkError(f"{node} sent entries of shard {number} that are none")
-        if chain != copy.chain:
+        if chain is not None and chain != copy.chain:  # one that does not know it: the receiver checks the first entry
             shard.is_bad(target, f"has another history than {node}: they differ at number {after} or before")
             return self._next_target(shard)
         shard.awaited = (target, SHIP)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX
 from kvtcp.errors import Code
@@ -38,6 +38,10 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import ANSWERED, Batch, LinkError, Op, Progress
 from kvtcp.replication.recovery import LOST_DATA, Verdict, foreign_copy, incomplete_copy
 from kvtcp.replication.shard_state import AWAITED, IGNORE, LOST, PART, WRITE, ShardState, Sink
+
+# A takeover calls committed what the good members have, but a lost copy may come back without it. So the nodes are not
+# told before that; else its next takeover would hold it against that copy.
+NEVER: Final = 1 << 63
 
 
 class Sequencer(Admission, Answers):
@@ -149,9 +153,8 @@ class Sequencer(Admission, Answers):
         older: dict[int, int] = {}  # what it had before this link and may not be committed
         for shard in link.shards:
             copy = copies.get(shard.number)
-            if copy is not None and copy.seq > shard.commit:
-                older[shard.number] = copy.seq
             if not shard.serving:
+                older[shard.number] = NEVER
                 continue
             why = shard.bad.get(link, "") if judged else self._why_bad(shard, link, copy)
             if copy is None or why:
@@ -159,7 +162,11 @@ class Sequencer(Admission, Answers):
                 self._abandon(shard, link, why)
             else:
                 has[shard.number] = copy.seq
-                shard.mark(link, "")
+                self._recovered(shard, link)
+            if shard.bad:
+                older[shard.number] = NEVER
+            elif shard.number in has and has[shard.number] > shard.commit:
+                older[shard.number] = has[shard.number]
         link.connected = True
         link.reason = ""
         link.space = space
@@ -181,6 +188,16 @@ class Sequencer(Admission, Answers):
         else:
             self._filled(link)
         return bad
+
+    def _recovered(self, shard: ShardState, link: Progress) -> None:
+        """The member is good; if it was the last bad one, what the others have is on all members indeed."""
+        if link not in shard.bad:
+            return
+        shard.mark(link, "")
+        if not shard.bad:
+            for member in shard.members:
+                if member.uncommitted and member.uncommitted[0][0] < 0:
+                    member.uncommitted[0][1].pop(shard.number, None)
 
     def _why_bad(self, shard: ShardState, link: Progress, copy: CopyReport | None) -> str:
         """Why the copy that a node reported is not the member's; empty if it is."""
