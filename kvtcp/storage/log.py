@@ -162,8 +162,9 @@ class LogWriter:
         lsn = self.last_lsn + 1
         header: bytes | None = None
         segment = self.segments[-1]
-        if self._rotate or (segment.size + len(payload) > self._segment_bytes_max and lsn > segment.first_lsn):
-            self._rotate = False
+        rotate = self._rotate or segment.size + len(payload) > self._segment_bytes_max
+        self._rotate = False
+        if rotate and lsn > segment.first_lsn:  # one without records would have the same name
             segment, header = self._new_segment(lsn, lsn - 1, self._new_salt())
         data = encode_record(self._salt, lsn, lsn - 1 if header is not None else self.durable_lsn, payload)
         segment.size += len(data)

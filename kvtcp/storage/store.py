@@ -203,12 +203,15 @@ def open_store(
     manifest = read_store_manifest(disk, directory)
     for name in (log.DIRECTORY, snapshot.DIRECTORY):
         disk.make_directory(directory / name)
+        disk.sync_directory(directory / name)
+    disk.sync_directory(directory)  # names that a killed process gave may not be durable yet, and are relied on here
     if manifest is None:
         if disk.list(directory / log.DIRECTORY) or disk.list(directory / snapshot.DIRECTORY):
             raise StoreError(
                 f"{directory} has data and no manifest.json: restore the file from a copy, or move the directory away"
             )
         manifest = Manifest(new_id(DIRECTORY_BYTES), durability)
+        write_manifest(disk, directory, manifest.encode())  # first: log and snapshots carry its directory id
     try:
         replayed = replay(disk, directory, manifest, progress)
     except VersionError as error:
