@@ -5,8 +5,9 @@ Run many seeds: python -m tests.cluster_simulation [SEEDS] [FIRST]
 A run has three nodes with slow, uneven, FIFO links, tiny windows, acknowledgements that come after the results or are
 withheld, sockets that take nothing for a while, links that are cut (what was under way is lost from a random point on)
 and come back. Nodes are restarted with what was durable, perhaps with a little more; copies of one node at a time are
-lost, in memory with every restart, and the data may come back after them. Coordinators are killed, also in the middle of a takeover, and the
-next one has another clock. Clients write and read a few hot keys, by themselves and many at once.
+lost, in memory with every restart, and the data may come back after them. Coordinators are killed, also in the middle
+of a takeover, and the next one has another clock. Clients write and read a few hot keys, by themselves and many at
+once.
 
 Oracles, besides `check()` after every step:
 - a request is answered exactly once, and after healing every request is answered, or its coordinator was killed;

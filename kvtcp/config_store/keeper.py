@@ -33,7 +33,7 @@ class MapKeeper:
         self._store = store
         self._version = None if stored is None else stored.version
         self._map = None if stored is None else ClusterMap.from_json(stored.value)
-        self._waiting: list[tuple[Edit, asyncio.Future[None]]] = []  # changes that are not in flight yet
+        self._waiting: list[tuple[Edit, asyncio.Future[ClusterMap]]] = []  # changes that are not in flight yet
         self._task: asyncio.Task[None] | None = None  # makes the changes; None = there are none
         self._lost: NotOwner | None = None
         self.on_change: Callable[[ClusterMap], None] = lambda cluster_map: None  # told of every map that was stored
@@ -72,12 +72,11 @@ class MapKeeper:
         """
         if self._lost is not None:
             raise self._lost
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ClusterMap] = asyncio.get_running_loop().create_future()
         self._waiting.append((edit, future))
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work(), name="changes of the map")
-        await future
-        return self.map
+        return await future
 
     async def close(self) -> None:
         """Give up what is under way: whether it is stored the next coordinator will read."""
@@ -109,12 +108,12 @@ class MapKeeper:
                     continue
                 for _, future in taken:
                     if not future.done():
-                        future.set_result(None)
+                        future.set_result(self.map)
         finally:
             self._task = None
 
     @staticmethod
-    def _drop(waiting: list[tuple[Edit, asyncio.Future[None]]], error: BaseException) -> None:
+    def _drop(waiting: list[tuple[Edit, asyncio.Future[ClusterMap]]], error: BaseException) -> None:
         for _, future in waiting:
             if future.done():
                 continue

@@ -200,6 +200,11 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     keeper = await MapKeeper.open(FileConfigStore(directory.path / "map.json", OS_DISK))
     shape = settle_shape(options, keeper.map if keeper.is_founded else None, list(addresses))
     stored = directory.read()
+    if keeper.is_founded and stored is None:
+        raise StartError(
+            f"identity.json is missing in {directory.path}, and map.json is there: put it back, it has the secret of "
+            "the cluster"
+        )
     identity = stored or {"cluster": secrets.token_hex(8), "secret": secrets.token_hex(16)}
     cluster, secret = identity["cluster"], identity["secret"]
     if keeper.is_founded and keeper.map.cluster != cluster:

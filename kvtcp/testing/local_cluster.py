@@ -34,7 +34,8 @@ from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
 from kvtcp.server.node import NodeServer
-from kvtcp.server.ownership import found_map, own_map
+from kvtcp.server.ownership import check_store, found_map, own_map
+from kvtcp.server.supervisor import Found
 
 START_S = 10.0  # for all nodes to report
 STOP_S = 10.0  # for the thread of run_in_thread to end
@@ -109,6 +110,8 @@ class LocalCluster:
     async def _start_coordinator(self, port: int) -> None:
         cluster, secret = self._identity
         keeper = await MapKeeper.open(self.store)
+        replicas = {node: server.replica for node, server in self.nodes.items()}
+        check_store(keeper, {node: Found("ours", "", r.promised, r.map_version) for node, r in replicas.items()})
         first = found_map(
             cluster=cluster,
             shards=self.shards,
