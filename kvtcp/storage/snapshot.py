@@ -74,7 +74,8 @@ class SnapshotName:
     def parse(cls, name: str) -> SnapshotName | None:
         """None for what is not the name of a snapshot."""
         found = _NAME.fullmatch(name)
-        return None if found is None else cls(int(found[1]), int(found[2]), int(found[3]))
+        parsed = None if found is None else cls(int(found[1]), int(found[2]), int(found[3]))
+        return parsed if parsed is not None and parsed.file == name else None
 
 
 @dataclass(frozen=True, slots=True)
