@@ -89,7 +89,7 @@ class Cluster:
         self._process = Process([
             sys.executable, str(ROOT / "bin" / "kvtcp-coordinator"),
             "--num-nodes", str(nodes), "--replication-factor", str(replication_factor),
-            "--main-port", str(main_port), "--base-port", str(base_port),
+            "--main-port", str(main_port), "--base-port", str(base_port), "--durability", "memory",
             "--data-dir", self._directory.name + "/data", "--backup-dir", self._directory.name + "/backups",
         ])  # fmt: skip
         self.node_pids: list[int] = []  # filled by the suite from `nodes`

@@ -10,8 +10,10 @@ import sys
 import time
 from typing import Any
 
+from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.recovery import Verdict
 from kvtcp.replication.sequencer import Sequencer
 
 SHARDS = 64
@@ -34,15 +36,16 @@ class CountingSink:
 def make_sequencer(factor: int) -> Sequencer:
     """A sequencer with all links up and every shard at 0."""
     nodes = {f"n{n + 1}": ("127.0.0.1", 0) for n in range(NODES)}
-    sequencer = Sequencer(
-        ClusterMap.create(
-            cluster="c", epoch=1, owner="o", shards=SHARDS, factor=factor, min_insync=factor, nodes=nodes
-        )
-    )
+    cluster_map = ClusterMap.found(
+        cluster="c", owner="o", shards=SHARDS, factor=factor, min_insync=factor, durability="memory", nodes=nodes,
+        stamp_bound_ms=10**15,
+    )  # fmt: skip
+    sequencer = Sequencer(cluster_map)
     sequencer.begin(1_000, 1_000)
-    sequencer.take_over({node: {} for node in nodes})
+    sequencer.take_over([Verdict()] * SHARDS)
     for node in nodes:
-        assert sequencer.link_up(node, {}) is None
+        copies = {number: CopyReport("") for number in cluster_map.shards_of(node)}
+        assert sequencer.link_up(node, copies) == {}
     return sequencer
 
 

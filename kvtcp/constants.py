@@ -76,6 +76,13 @@ DRAIN_SLICE: Final = 64
 # values in one frame of results before a node sends it and goes on with the batch
 RESULTS_BYTES_MAX: Final = 1 * MIB
 PURGE_INTERVAL_MS: Final = 1_000
+# how far ahead of the clock the bound of all stamps is stored, and how near to it the clock comes before it is moved
+STAMP_AHEAD_MS: Final = 10_000
+STAMP_MOVE_MS: Final = 5_000
+# pause before a change of the map is sent again whose outcome is unknown
+MAP_RESEND_MS: Final = 200
+# shards that a takeover brings up to date at the same time
+RECOVERY_SHARDS_MAX: Final = 8
 TICK_MS: Final = 50
 HEARTBEAT_MS: Final = 500
 
@@ -216,6 +223,9 @@ assert CLIENT_BACKOFF_MIN_MS < CLIENT_BACKOFF_MAX_MS < CLIENT_TIMEOUT_MS, "a cal
 assert CLIENT_CHUNK_KEYS_MAX <= MULTI_KEYS_MAX, "a chunk is one m-request"
 assert CLIENT_CHUNK_BYTES + VALUE_BYTES_MAX + KEY_BYTES_MAX < MULTI_BYTES_MAX, "a chunk with one large value fits"
 assert CLIENT_CHUNKS_MAX * CLIENT_CHUNK_BYTES <= CLIENT_OUTSTANDING_BYTES_MAX, "the chunks under way fit the bound"
+assert TICK_MS < MAP_RESEND_MS and 10 * MAP_RESEND_MS < STAMP_MOVE_MS < STAMP_AHEAD_MS, (
+    "the bound of stamps is moved long before a stamp meets it, also at the second try"
+)
 assert 2 * (WINDOW_BYTES_MAX + FRAME_BYTES_MAX) <= SPACE_RESERVE_BYTES, "what is in flight fits half of the reserve"
 assert 2 * (WINDOW_BYTES_MAX + LINK_FRAME_BYTES_MAX) < LOG_RECORD_BYTES_MAX, "one group commit fits a record"
 assert DURABILITY_DEFAULT in DURABILITIES, "the default is a mode"

@@ -1,5 +1,4 @@
-"""What a disk holds, and what a power cut leaves of it: the model below `CrashDisk`. No I/O, no clock; randomness is
-passed in.
+"""What a disk holds and what a power cut leaves of it: the model below `CrashDisk`. Randomness is passed in.
 
 A `State` changes by events only, the same ones on a running disk and on a replay of its journal:
 
@@ -229,7 +228,7 @@ class File:
         image = bytearray(memoryview(self.data)[:cut])
         image.extend(bytes(size - cut))
         for block in lost:
-            start = max(block * BLOCK_BYTES + self.floor(block), 0 if block in self.limbo else kept)
+            start = max(block * BLOCK_BYTES + self.floor(block), kept)
             end = min((block + 1) * BLOCK_BYTES, size)
             if start < end:
                 image[start:end] = bytes(end - start)

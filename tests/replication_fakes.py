@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtcp.protocol.link import LINK_VERSION
+import msgpack
+
+from kvtcp.protocol.link import LINK_VERSION, CopyReport, parse_report
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.recovery import Verdict
 from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencer import Sequencer
 
@@ -30,12 +33,21 @@ class Answers:
         return token in self.ok or token in self.failed
 
 
-def make_map(nodes: int = 3, factor: int = 3, shards: int = 4) -> ClusterMap:
-    """A map with nodes n1, n2, ..."""
-    return ClusterMap.create(
-        cluster="c", epoch=1, owner="o", shards=shards, factor=factor, min_insync=1,
-        nodes={f"n{n + 1}": ("h", n) for n in range(nodes)},
+STAMP_MAX_MS = 10**15
+
+
+def make_map(nodes: int = 3, factor: int = 3, shards: int = 4, disk: str = "disk") -> ClusterMap:
+    """A map with nodes n1, n2, ... whose copies all have this disk, and a bound of stamps that is never met."""
+    founded = ClusterMap.found(
+        cluster="c", owner="o", shards=shards, factor=factor, min_insync=1, durability="sync",
+        nodes={f"n{n + 1}": ("h", n + 1) for n in range(nodes)}, stamp_bound_ms=STAMP_MAX_MS,
     )  # fmt: skip
+    return founded.with_disks({n: dict.fromkeys(founded.nodes_of(n), disk) for n in range(shards)})
+
+
+def wire(message: Any) -> Any:
+    """What arrives of a message that was sent."""
+    return msgpack.unpackb(msgpack.packb(message), raw=True)
 
 
 class Cluster:
@@ -51,7 +63,7 @@ class Cluster:
         self.begin(0)
         for node in self.map.nodes:
             self.new_process(node)
-        self.sequencer.take_over({node: {} for node in self.map.nodes})
+        self.sequencer.take_over([Verdict()] * shards)
         if link:
             for node in self.map.nodes:
                 assert self.up(node) is None
@@ -67,25 +79,25 @@ class Cluster:
         self.sequencer.tick()
         self.sequencer.check()
 
-    def new_process(self, node: str) -> None:
-        """The node is a new, empty process."""
-        self.replicas[node] = Replica(node, "disk", 1)
+    def new_process(self, node: str, disk: str = "disk") -> None:
+        """The node is a new, empty process. With the disk of the map it claims to be what it was."""
+        self.replicas[node] = Replica(node, 1, lambda: disk)
         self.hello(node)
 
-    def hello(self, node: str) -> dict[int, int]:
-        """A new link, as the node sees it; its positions."""
+    def hello(self, node: str) -> dict[int, CopyReport]:
+        """A new link, as the node sees it; its copies."""
         report = self.replicas[node].hello({
-            b"version": LINK_VERSION, b"epoch": 1, b"coordinator": b"o", b"node": node.encode(),
+            b"version": LINK_VERSION, b"epoch": 1, b"coordinator": b"o", b"node": node.encode(), b"map_version": 1,
             b"shards": self.map.shards_of(node),
         })  # fmt: skip
         self.applied[node] = (0, [])
-        return {number: seq for number, _, seq, _ in report["shards"]}
+        return parse_report(wire(report)).copies
 
     def up(self, node: str) -> str | None:
-        """Link the node again."""
-        reason = self.sequencer.link_up(node, self.hello(node))
+        """Link the node again. Returns why its first bad shard is bad, if it has one."""
+        bad = self.sequencer.link_up(node, self.hello(node))
         self.sequencer.check()
-        return reason
+        return next(iter(bad.values()), None)
 
     def down(self, node: str, reason: str = "cut") -> None:
         """Lose the link."""
@@ -99,7 +111,7 @@ class Cluster:
         items: list[Any] = []
         results = self.applied[node][1]
         while (batch := link.next_outgoing(self.now_ms)) is not None:
-            replica.begin(batch.stamp_ms, batch.items)
+            replica.begin(batch.stamp_ms, self.sequencer.committed_ordinal(link), batch.items)
             assert replica.run(results)
             items += batch.items
         self.applied[node] = (replica.applied, results)

@@ -20,6 +20,7 @@ import kvtcp
 from kvtcp.constants import LINK_FRAME_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.server.coordinator import CoordinatorServer
 from kvtcp.server.node import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
@@ -156,13 +157,15 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
     """A HELLO as the coordinator of `running` would say it next to node `to`."""
     coordinator = running.coordinator
     return {
-        "version": 1,
+        "version": LINK_VERSION,
         "cluster": coordinator.map.cluster,
         "secret": coordinator.secret,
         "epoch": coordinator.map.epoch,
         "coordinator": coordinator.map.owner,
         "link": coordinator.links[to].number + 1,
         "node": to,
+        "durability": coordinator.durability,
+        "map": coordinator.map.to_json(),
         "map_version": coordinator.map.version,
         "shards": coordinator.map.shards_of(to),
         **changed,
@@ -174,6 +177,12 @@ def cut_link(coordinator: CoordinatorServer, node: str) -> None:
     connection = coordinator.links[node].connection
     assert connection is not None, "the link is up"
     connection.abort()
+
+
+def bad_shards(coordinator: CoordinatorServer, node: str) -> dict[int, str]:
+    """The shards whose copy on a node is bad, and why."""
+    link = coordinator.sequencer.links[node]
+    return {shard.number: shard.bad[link] for shard in link.shards if link in shard.bad}
 
 
 async def linked(coordinator: CoordinatorServer, nodes: int) -> None:

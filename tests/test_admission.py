@@ -7,7 +7,21 @@ from replication_fakes import Cluster
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import ADD, DELETE, GET, MGET, PAGE, PUT, WRITE_OP_END
+from kvtcp.protocol.operations import (
+    ADD,
+    CAS,
+    CLEAR,
+    DELETE,
+    EXPIRE,
+    GET,
+    INCR,
+    MGET,
+    PAGE,
+    PERSIST,
+    PURGE,
+    PUT,
+    WRITE_OP_END,
+)
 from kvtcp.replication import admission, progress
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
 
@@ -178,7 +192,7 @@ def test_several_reads_over_shards_wait_without_blocking_others(small: None) -> 
     go when the node is back, in order."""
     cluster = Cluster(nodes=2, factor=1, shards=2)
     cluster.down("n1")
-    missing = next(n for n in range(2) if cluster.map.members[n] == ["n1"])
+    missing = next(n for n in range(2) if cluster.map.nodes_of(n) == ["n1"])
     answers, multi_read = cluster.answers, cluster.sequencer.multi_read
     multi_read(count_read([0, 1], b"", None, answers, "all"))
     multi_read(mget_read([b"k"], [1 - missing], answers, "other"))
@@ -266,3 +280,83 @@ def test_waiting_multi_reads_are_refused_together() -> None:
     assert {token: failed[0] for token, failed in cluster.answers.failed.items()} == {
         "one": Code.RESTORING, "two": Code.RESTORING,
     }  # fmt: skip
+
+
+# --- space ------------------------------------------------------------------------------------------
+
+
+def test_no_growing_writes_without_space() -> None:
+    """At level 1 what may grow is refused at once, before it is sequenced; removals, reads and purges go on. At level 2
+    no write is taken. When there is space again everything is as before."""
+    cluster = Cluster(shards=2, nodes=2, factor=2)
+    cluster.put("before")
+    cluster.pump()
+    sequencer, answers = cluster.sequencer, cluster.answers
+    sequencer.on_space("n2", 1)
+    sequencer.check()
+    for op, args in ((PUT, (b"v",)), (ADD, (b"v",)), (CAS, (b"v", b"v", None)), (INCR, (1,))):
+        cluster.write(op, op, args=args)
+        code, text, details = answers.failed[op]
+        assert (code, details) == (Code.NO_SPACE, {"shard": 0})
+        assert text == "shard 0 takes no growing writes: n2 is short of disk space; nothing was executed"
+    sequencer.on_results("n1", 1, 1, [], [0])
+    cluster.tick()
+    for op, args in ((DELETE, ()), (EXPIRE, (5,)), (PERSIST, ()), (CLEAR, (b"l", 10)), (PURGE, (10,))):
+        cluster.write(op, op, args=args)
+    cluster.get("read")
+    cluster.pump()
+    assert {DELETE, EXPIRE, PERSIST, CLEAR, PURGE, "read"} <= answers.ok.keys()
+    assert sequencer.shards[0].last_seq == 1 + 5 + 1, "and the purge of the sequencer itself"
+    sequencer.on_space("n1", 2)
+    cluster.write(DELETE, "late")
+    code, text, _ = answers.failed["late"]
+    assert code == Code.NO_SPACE
+    assert text == "shard 0 takes no writes: n1 is short of disk space; nothing was executed"
+    for node in ("n1", "n2"):
+        sequencer.on_space(node, 0)
+    sequencer.check()
+    assert all(shard.writable for shard in sequencer.shards)
+    cluster.put("after")
+    cluster.pump()
+    assert answers.ok["after"] == 8
+
+
+def test_what_waits_is_refused_when_space_ends(small: None) -> None:
+    """Growing writes that wait for a window are refused at once, the others keep their places and go when it opens."""
+    cluster = Cluster(shards=1, nodes=1, factor=1)
+    for n in range(8):
+        cluster.put(n)
+    cluster.put("grows")
+    cluster.write(DELETE, "shrinks")
+    cluster.get("read")
+    cluster.sequencer.on_space("n1", 1)
+    cluster.sequencer.check()
+    assert cluster.answers.failed["grows"][0] == Code.NO_SPACE
+    cluster.write(DELETE, "next")
+    assert cluster.sequencer.waiting_items == 3, "it waits like any other"
+    cluster.pump()
+    cluster.pump()
+    assert cluster.answers.ok["shrinks"] is True and cluster.answers.ok["read"] is None
+    assert cluster.answers.ok["next"] is False
+    for n in range(10, 18):
+        cluster.write(DELETE, n)
+    cluster.write(DELETE, "waits")
+    cluster.sequencer.on_space("n1", 2)
+    assert cluster.answers.failed["waits"][0] == Code.NO_SPACE
+    cluster.pump()
+    assert all(cluster.answers.ok[n] is False for n in range(10, 18)), "what was sequenced goes on"
+
+
+def test_space_of_a_shard_that_is_down_or_missing_a_member() -> None:
+    """The reason that will not pass by itself is the one that is told."""
+    cluster = Cluster(shards=1, nodes=2, factor=2)
+    cluster.sequencer.on_space("n1", 1)
+    cluster.down("n2", "cut")
+    cluster.put("refused")
+    assert cluster.answers.failed["refused"][0] == Code.NO_SPACE
+    cluster.write(DELETE, "waits")
+    cluster.tick(WRITE_WAIT_MS)
+    assert cluster.answers.failed["waits"][0] == Code.NOT_ENOUGH_REPLICAS
+    cluster.sequencer.shards[0].serving = False
+    cluster.put("down")
+    assert cluster.answers.failed["down"][0] == Code.SHARD_DOWN

@@ -6,16 +6,33 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, keys_of_shards, kill_node, restart_empty, until
+from server_tools import (
+    BOTH_LOOPS,
+    Wire,
+    bad_shards,
+    event_loop_policy,
+    keys_of_shards,
+    kill_node,
+    link_hello,
+    restart_empty,
+    until,
+)
 
 import kvtcp
-from kvtcp.constants import WRITE_WAIT_MS
+from kvtcp.config_store.keeper import MapKeeper
+from kvtcp.constants import STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.link import RESULTS
+from kvtcp.protocol.link import HELLO, REPORT, RESULTS
+from kvtcp.replication.progress import LinkError
+from kvtcp.replication.recovery import Takeover
+from kvtcp.server import coordinator as module
+from kvtcp.server.ownership import CannotServe
+from kvtcp.testing import local_cluster
 from kvtcp.testing.local_cluster import LocalCluster
 
 __all__ = ["event_loop_policy"]
@@ -77,9 +94,7 @@ async def test_node_restarted_empty(caplog: pytest.LogCaptureFixture) -> None:
         await kv.put_many(dict.fromkeys(keys, "v"))
         await kill_node(cluster, "n1")
         await restart_empty(cluster, "n1")
-        link = cluster.coordinator.links["n1"]
-        await until(lambda: link.bad, "the report of the empty node")
-        assert not link.progress.connected
+        await until(lambda: len(bad_shards(cluster.coordinator, "n1")) == 8, "the report of the empty node")
         for _ in range(5):
             assert await kv.get_many(keys) == [b"v"] * len(keys)
             assert [await kv.get(key) for key in keys] == [b"v"] * len(keys)
@@ -91,6 +106,23 @@ async def test_node_restarted_empty(caplog: pytest.LogCaptureFixture) -> None:
         assert {shard["state"] for shard in await kv.shards()} == {"read-only"}
         assert "event=node-not-a-member node=n1" in caplog.text
         assert not cluster.nodes["n1"].replica.operations, "it was asked nothing"
+
+
+async def test_node_restarted_with_some_empty_shards() -> None:
+    """Only the shards in which something was written are bad, and named; the others take writes."""
+    async with LocalCluster(2, shards=8) as cluster, kvtcp.connect(cluster.url, timeout=1.5) as kv:
+        keys = keys_of_shards(cluster)
+        await kv.put(keys[2], "v")
+        await kill_node(cluster, "n1")
+        await restart_empty(cluster, "n1")
+        await until(lambda: bad_shards(cluster.coordinator, "n1"), "the report of the empty node")
+        [bad] = bad_shards(cluster.coordinator, "n1")
+        sentences = (await kv.status())["degraded"]
+        assert sentences[0] == f"n1: 1 of 8 shards are bad, the first is shard {bad}: it came back without its data"
+        assert [row["state"] for row in await kv.shards()].count("read-only") == 1
+        assert "came back without its data" in (await kv.shards())[bad]["reason"]
+        await kv.put_many({key: "w" for key in keys if key != keys[2]})
+        assert await kv.get(keys[2]) == b"v"
 
 
 async def test_empty_node_of_an_empty_cluster() -> None:
@@ -167,6 +199,184 @@ async def test_core_task_that_fails_ends_the_coordinator() -> None:
         task.add_done_callback(cluster.coordinator.core_task_done)
         with pytest.raises(RuntimeError, match="a defect"):
             await cluster.coordinator.failed
+
+
+# --- takeover and ownership -------------------------------------------------------------------------
+
+
+async def test_takeover_ships_what_a_member_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that is killed while one member lags leaves members that differ; the next one makes them equal, and
+    what it finds is there for everybody."""
+    async with LocalCluster(3, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
+        await kv.put("a", "0")
+        slow = cluster.nodes["n2"]
+        assert slow._link is not None and slow._link.transport is not None
+        slow._link.transport.pause_reading()
+        writes = [asyncio.ensure_future(kv.incr(f"n{n % 20}", timeout=0.3)) for n in range(300)]
+        outcomes = await asyncio.gather(*writes, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {kvtcp.OutcomeUnknown}
+        behind = slow.replica.operations
+        await cluster.restart_coordinator()
+        assert [int(await kv.get(f"n{n}") or 0) for n in range(20)] == [15] * 20, "rolled forward"
+        assert slow.replica.operations < behind + 300, "by effects, not by operations"
+        assert (await kv.status())["state"] == "ok"
+        for number in range(2):
+            tables = [node.replica.tables[number] for node in cluster.nodes.values()]
+            assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1
+
+
+async def test_takeover_begins_anew_when_a_link_breaks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A link that is lost in the middle of it: all nodes are asked again, and then it succeeds."""
+    takeovers = []
+    on_entries = Takeover.on_entries
+
+    def broken(self: Takeover, node: str, *frame: Any) -> Any:
+        if self not in takeovers:
+            takeovers.append(self)
+        if len(takeovers) == 1:
+            raise LinkError("for the test")
+        return on_entries(self, node, *frame)
+
+    async with LocalCluster(2, shards=1) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
+        await kv.put("a", "0")
+        slow = cluster.nodes["n2"]
+        assert slow._link is not None and slow._link.transport is not None
+        slow._link.transport.pause_reading()
+        with pytest.raises(kvtcp.OutcomeUnknown):
+            await kv.put("a", "1", timeout=0.1)
+        monkeypatch.setattr(Takeover, "on_entries", broken)
+        await cluster.restart_coordinator()
+        assert len(takeovers) == 2 and "event=takeover-begins-anew" in caplog.text
+        assert await kv.get("a") == b"1"
+        await kv.put("a", "2")
+
+
+async def test_an_older_copy_of_the_map_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that does not know what the nodes know: the coordinator does not begin, and changes nothing anywhere. If
+    a node tells only in its report, the coordinator does not begin either."""
+    async with LocalCluster(2, shards=2) as cluster:
+        old = cluster.store.stored
+        await cluster.coordinator.remember_restoring(b"in/")
+        for _ in range(2):
+            number = cluster.coordinator.links["n2"].number
+            cluster.cut_link("n2")
+            await until(lambda: cluster.coordinator.links["n2"].number > number, "the next link")  # noqa: B023
+            await until(lambda: cluster.coordinator.links["n2"].progress.connected, "the next report")
+        cluster.store.stored = old
+        coordinator = cluster.coordinator
+        for _ in range(3):
+            with pytest.raises(CannotServe, match=r"n2 has seen version 3 of the cluster map, it has 2: map\.json"):
+                await cluster.restart_coordinator()
+            assert cluster.store.stored == old
+            assert {node.replica.promised for node in cluster.nodes.values()} == {1}
+            cluster._coordinator = coordinator
+        monkeypatch.setattr(local_cluster, "check_store", lambda *_: None)
+        with pytest.raises(CannotServe, match=r"n2 has seen version 3 of the cluster map, the config store has ver"):
+            await cluster.restart_coordinator()
+
+
+async def test_fenced() -> None:
+    """R13: a node that promised a higher epoch says so; the coordinator ends its clients' connections and itself."""
+    async with LocalCluster(2, shards=2) as cluster:
+        coordinator = cluster.coordinator
+        async with await Wire.open(coordinator.address) as client:
+            async with await Wire.open(cluster.nodes["n2"].address, hello=False) as other:
+                hello = link_hello(cluster, "n2", epoch=coordinator.map.epoch + 1, coordinator="another")
+                other.send([HELLO, hello])
+                assert (await other.receive())[0] == REPORT
+                with pytest.raises(CannotServe, match=r"does not own the cluster any more: n2 says: epoch 1 is over"):
+                    await coordinator.failed
+            await client.closed()
+        assert coordinator.is_deposed
+        with pytest.raises(OSError):
+            await Wire.open(coordinator.address)
+
+
+async def test_a_map_that_somebody_else_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next change of the map meets the other's: it is final."""
+    async with LocalCluster(1, shards=2) as cluster:
+        other = await MapKeeper.open(cluster.store)
+        await other.change(lambda old: replace(old, owner="another"))
+        monkeypatch.setattr(module, "STAMP_MOVE_MS", STAMP_AHEAD_MS)
+        with pytest.raises(CannotServe, match="changed by somebody else"):
+            await cluster.coordinator.failed
+        assert cluster.coordinator.is_deposed
+
+
+async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R12: stamps stop at the stored bound, status says so, and they go on when the store takes the next bound."""
+    async with LocalCluster(1, shards=2) as cluster, kvtcp.connect(cluster.url) as kv:
+        coordinator = cluster.coordinator
+
+        async def fail(*_: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cluster.store, "compare_and_set", fail)
+            patch.setattr(module, "BOUND_RETRY_MS", 0)
+            bound_ms = coordinator.map.stamp_bound_ms
+            patch.setattr(module, "wall_ms", lambda: bound_ms + 700)
+            await until(lambda: coordinator.sequencer.stamp_ms == bound_ms, "the bound")
+            await until(lambda: coordinator._bound_failed, "the failed move")
+            await kv.put("a", "1", ttl=0.5)
+            assert await kv.get("a") == b"1"
+            [sentence] = (await kv.status())["degraded"]
+            assert sentence.startswith("deadlines do not pass: the config store does not take the next bound of time")
+            assert "No space left on device" in sentence
+        monkeypatch.setattr(module, "wall_ms", lambda: bound_ms + 700)
+        await until(lambda: coordinator.sequencer.stamp_ms == bound_ms + 700, "time to go on")
+        assert await kv.get("a") is None
+        assert coordinator.map.stamp_bound_ms == bound_ms + 700 + STAMP_AHEAD_MS
+        assert (await kv.status())["degraded"] == []
+
+
+async def test_stamps_go_on_where_the_last_bound_was() -> None:
+    """The next coordinator begins with the bound of the one before, whatever the clock says; its own is no lower."""
+    async with LocalCluster(1, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
+        await kv.put("a", "1", ttl=1)
+        bound_ms = cluster.coordinator.map.stamp_bound_ms
+        await cluster.restart_coordinator()
+        assert cluster.coordinator.sequencer.stamp_ms >= bound_ms
+        assert cluster.coordinator.map.stamp_bound_ms >= bound_ms
+        assert await kv.get("a") is None
+
+
+async def test_node_short_of_space() -> None:
+    """A node that says so, in its report or later: growing writes are refused, status names it, until it has space."""
+    async with LocalCluster(2, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=0.2) as kv:
+        await kv.put("a", "1")
+        node = cluster.nodes["n2"]
+        node._space_changed(1)
+        await until(lambda: cluster.coordinator.degraded(), "the frame")
+        with pytest.raises(kvtcp.Unavailable, match="takes no growing writes: n2 is short of disk space") as refused:
+            await kv.put("a", "2")
+        assert refused.value.code == Code.NO_SPACE
+        assert (await kv.status())["degraded"] == ["2 shards refuse growing writes: too little disk space on n2"]
+        cluster.cut_link("n2")
+        await until(lambda: cluster.coordinator.links["n2"].number == 2, "the next link")
+        await until(lambda: cluster.coordinator.links["n2"].progress.connected, "the next report")
+        assert await kv.delete("a") and await kv.get("a") is None
+        node._space_changed(2)
+        await until(lambda: "refuse writes" in str(cluster.coordinator.degraded()), "the frame")
+        with pytest.raises(kvtcp.Unavailable, match="takes no writes"):
+            await kv.delete("a")
+        node._space_changed(0)
+        await until(lambda: not cluster.coordinator.degraded(), "the frame")
+        await kv.put("a", "2")
+
+
+async def test_node_of_another_durability() -> None:
+    """A node that keeps its data otherwise than the coordinator was told is not used, and named."""
+    async with LocalCluster(2, shards=2) as cluster:
+        await kill_node(cluster, "n1")
+        server = await restart_empty(cluster, "n1")
+        server.replica.durability = "os"
+        link = cluster.coordinator.links["n1"]
+        await until(lambda: "started with --durability os, the coordinator with --durability memory" in link.refused)
+        assert not link.progress.connected
+        assert any("n1 is not linked: not used: it was started with" in text for text in cluster.coordinator.degraded())
 
 
 async def test_administration_keys_are_documented() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from replication_fakes import make_map
 
-from kvtcp.server import coordinator_main
-from kvtcp.server.coordinator_main import make_parser, node_addresses, parse_nodes, settle_identity
+from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.server import coordinator_main, runtime
+from kvtcp.server.coordinator_main import Shape, make_parser, node_addresses, parse_nodes, settle_shape
 from kvtcp.server.runtime import StartError
+from kvtcp.server.supervisor import Found
 
 
 def parse(*arguments: object) -> argparse.Namespace:
@@ -18,10 +22,10 @@ def parse(*arguments: object) -> argparse.Namespace:
     return make_parser().parse_args([str(argument) for argument in arguments])
 
 
-def settle(stored: dict[str, Any] | None, *arguments: object) -> dict[str, Any]:
+def settle(stored: ClusterMap | None, *arguments: object) -> Shape:
     """The fixed values of a cluster started so."""
     options = parse(*arguments)
-    return settle_identity(options, stored, list(node_addresses(options)))
+    return settle_shape(options, stored, list(node_addresses(options)))
 
 
 def test_addresses_of_nodes() -> None:
@@ -60,13 +64,9 @@ def test_nodes_that_cannot_be(arguments: list[object], words: str) -> None:
 
 
 def test_a_new_cluster() -> None:
-    """Defaults: 64 shards, factor 3 or the number of nodes, min_insync min(2, factor), fresh id and secret."""
-    first, second = settle(None), settle(None)
-    assert (first["shards"], first["factor"], first["min_insync"], first["epoch"]) == (64, 3, 2, 0)
-    assert first["nodes"] == ["n1", "n2", "n3"]
-    assert first["cluster"] != second["cluster"] and first["secret"] != second["secret"]
-    single = settle(None, "--num-nodes", 1)
-    assert (single["factor"], single["min_insync"]) == (1, 1)
+    """Defaults: 64 shards, factor 3 or the number of nodes, min_insync min(2, factor)."""
+    assert settle(None) == Shape(shards=64, factor=3, min_insync=2)
+    assert settle(None, "--num-nodes", 1) == Shape(shards=64, factor=1, min_insync=1)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_values_that_cannot_be(arguments: list[object], words: str) -> None:
 
 
 def test_an_old_cluster() -> None:
-    """A restart takes the stored values; asking for the same ones is fine, for others not; nothing is changed."""
-    stored = {**settle(None, "--shards", 8, "--min-insync", 3), "epoch": 5}
-    before = dict(stored)
-    assert settle(stored) == stored
-    assert settle(stored, "--shards", 8, "--replication-factor", 3, "--min-insync", 3) == stored
+    """A restart takes the values of the map; asking for the same ones is fine, for others not."""
+    stored = replace(make_map(3, 3, shards=8), min_insync=3)
+    shape = Shape(shards=8, factor=3, min_insync=3)
+    assert settle(stored) == shape
+    assert settle(stored, "--shards", 8, "--replication-factor", 3, "--min-insync", 3) == shape
     for arguments, words in (
         (["--shards", 9], "--shards 8, not 9"),
         (["--replication-factor", 2], "--replication-factor 3, not 2"),
@@ -100,24 +100,11 @@ def test_an_old_cluster() -> None:
     ):
         with pytest.raises(StartError, match=words):
             settle(stored, *arguments)
-    assert stored == before
-
-
-def test_bind() -> None:
-    """The main port is taken at once; a taken or impossible one is a sentence."""
-    first = coordinator_main.bind("127.0.0.1", 0)
-    with first:
-        first.listen()
-        port = first.getsockname()[1]
-        with pytest.raises(StartError, match=f"port {port} of 127.0.0.1 cannot be used: Address already in use"):
-            coordinator_main.bind("127.0.0.1", port)
-    with pytest.raises(StartError, match="cannot be used"):
-        coordinator_main.bind("203.0.113.1", 0)
 
 
 def test_refusals_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`main` answers 2 and one sentence, and removes the directory it made."""
-    for arguments in (["--shards", "0"], ["--main-port", "70000"], ["--nodes", "x"], ["--durability", "sync"]):
+    for arguments in (["--shards", "0"], ["--main-port", "70000"], ["--nodes", "x"]):
         assert coordinator_main.main([*arguments, "--data-dir", str(tmp_path / "d")]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1
@@ -129,6 +116,7 @@ async def test_foreign_nodes_that_can_never_join(kvtcp_cluster: Any) -> None:
     """An address of --nodes with a node of another cluster is refused; one where nobody listens yet is waited for."""
     address = kvtcp_cluster.nodes["n1"].address
     with pytest.raises(StartError, match="meant for n1, is a node of another cluster"):
-        await coordinator_main.survey_foreign({"n1": address}, "other", "secret")
-    with coordinator_main.bind("127.0.0.1", 0) as silent:
-        assert await coordinator_main.survey_foreign({"n1": silent.getsockname()}, "other", "secret") == 0
+        await coordinator_main.survey({"n1": address}, "other", "secret")
+    with runtime.bind("127.0.0.1", 0) as silent:
+        found = await coordinator_main.survey({"n1": silent.getsockname()}, "other", "secret")
+        assert found == {"n1": Found("free")}

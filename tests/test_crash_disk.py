@@ -287,6 +287,22 @@ def test_a_directory_with_files_is_never_replaced_or_removed() -> None:
     }
 
 
+@pytest.mark.parametrize("follower", ["file", "directory"])
+def test_a_file_is_not_lost_to_what_took_its_name(follower: str) -> None:
+    """A file was renamed and something else has its old name: whatever survives, the file has one of its names."""
+    disk = new_disk()
+    disk.make_directory(D / "t")
+    put(disk, D / "f", b"x")
+    disk.rename(D / "f", D / "g")
+    if follower == "file":
+        put(disk, D / "f", b"y", durable=False)
+    else:
+        disk.rename(D / "t", D / "f")
+    trees = outcomes(disk)
+    assert all((tree.get("/d/f") == b"x") != (tree.get("/d/g") == b"x") for tree in trees)
+    assert {tree.get("/d/g") for tree in trees} == {None, b"x"}
+
+
 def test_a_removal_needs_the_sync_of_the_directory() -> None:
     """A removed file may come back with its bytes, until the directory is synced."""
     disk = new_disk()
@@ -512,23 +528,25 @@ def test_a_killed_process_loses_nothing_and_makes_nothing_durable() -> None:
     disk = new_disk()
     put(disk, D / "f", b"durable").write(b" pending")
     file = put(disk, D / "g", b"")
-    file.write(b"forgotten")
+    forgotten = noise(BLOCK_BYTES)
+    file.write(forgotten)
     disk.fail_at = len(disk.calls) + 1
     with pytest.raises(OSError, match="Input/output error"):
         file.sync()
     disk.rename(D / "g", D / "h")
     killed = disk.process_kill()
-    assert killed.tree() == {"/d": None, "/d/f": b"durable pending", "/d/h": b"forgotten"}
+    assert killed.tree() == {"/d": None, "/d/f": b"durable pending", "/d/h": forgotten}
     assert (killed.events, killed.calls) == ([], [])
     none = killed.power_cut(Random(0), Names.NONE, Data.NONE)
     assert none.tree() == {"/d": None, "/d/f": b"durable", "/d/g": b""}
     assert {"/d/h" in tree for tree in outcomes(killed)} == {True, False}
     killed.sync_directory(D)
     assert {"/d/h" in tree for tree in outcomes(killed)} == {True}
-    file.write(bytes(BLOCK_BYTES))
+    file.write(b"later")
     file.sync()
-    assert contents(disk, D / "h") == contents(disk.process_kill(), D / "h")
-    assert contents(disk.process_kill(), D / "h", Data.NONE) == {b"forgotten" + bytes(BLOCK_BYTES)}
+    killed = disk.process_kill()
+    assert killed.read(D / "h") == forgotten + b"later"
+    assert contents(killed, D / "h") == {forgotten + b"later", bytes(BLOCK_BYTES) + b"later"}
 
 
 def test_bits_flip() -> None:

@@ -48,9 +48,11 @@ async def test_start_serve_close() -> None:
 
 
 def test_values_that_do_not_fit() -> None:
-    """A factor larger than the nodes is refused when it is made."""
+    """A factor larger than the nodes, and a durability that it has not, are refused when it is made."""
     with pytest.raises(ValueError, match="needs at least 3 nodes, there are 2"):
         LocalCluster(nodes=2, replication_factor=3)
+    with pytest.raises(ValueError, match="durability cannot be 'sync'"):
+        LocalCluster(durability="sync")
 
 
 async def test_a_failed_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +80,7 @@ async def test_a_killed_node_and_its_return() -> None:
         with pytest.raises(kvtcp.Unavailable, match="n2"):
             await kv.put("k1", "w")
         await cluster.restart_node("n2")
-        await until(lambda: cluster.coordinator.links["n2"].bad)
-        assert "came back without its data" in cluster.coordinator.links["n2"].bad
+        await until(lambda: any("n2 serves nothing" in text for text in cluster.coordinator.degraded()))
         assert await kv.count() == 50
         with pytest.raises(KeyError):
             await cluster.kill_node("n9")
@@ -108,6 +109,29 @@ async def test_a_cut_link_heals() -> None:
         assert await kv.count() == 101
 
 
+async def test_another_coordinator() -> None:
+    """The next coordinator has the address, the epoch and the data of the one before, and goes on."""
+    async with LocalCluster(nodes=3, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
+        for n in range(3):
+            await kv.put("a", str(n))
+            await cluster.restart_coordinator()
+            assert await kv.get("a") == str(n).encode()
+        assert cluster.coordinator.map.epoch == 4
+        assert (await kv.status())["state"] == "ok"
+
+
+async def test_everything_restarted_in_memory() -> None:
+    """A cluster all of whose nodes were restarted is empty, and serves."""
+    async with LocalCluster(nodes=3, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
+        await kv.put_many({f"k{n}": b"v" for n in range(50)})
+        for node in ("n1", "n2", "n3"):
+            await cluster.restart_node(node)
+        await cluster.restart_coordinator()
+        assert await kv.count() == 0
+        await kv.put("a", "1")
+        assert (await kv.status())["state"] == "ok"
+
+
 async def test_drain_answers_what_was_read() -> None:
     """A coordinator that drains takes no new clients and answers every request it has read."""
     async with LocalCluster(nodes=3, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
@@ -123,9 +147,12 @@ def test_in_a_thread() -> None:
     """run_in_thread serves kvtcp.sync, has the same faults, and ends its thread."""
     with LocalCluster.run_in_thread(nodes=2, shards=4) as cluster:
         with kvtcp.sync.connect(cluster.url) as kv:
+            kv.put_many({f"k{n}": b"1" for n in range(50)})
             kv["a"] = b"1"
             cluster.cut_link("n1")
             kv.put("b", "2", timeout=5)
+            cluster.restart_coordinator()
+            assert kv.get("b", timeout=5) == b"2"
             cluster.kill_node("n2")
             assert kv.get("a") == b"1"
             cluster.restart_node("n2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -117,9 +118,10 @@ def test_writes_during_a_stop(cluster: ProcessCluster) -> None:
 
 
 def test_a_killed_node_comes_back_and_serves_nothing(cluster: ProcessCluster) -> None:
-    """kill -9 of a node: restarted; reads go on, writes are refused truthfully, `status` says why."""
-    cluster.start()
-    pairs = fill(cluster.url)
+    """kill -9 of a node that keeps its data in memory: restarted; reads go on, writes are refused truthfully, `status`
+    says why."""
+    cluster.start("--durability", "memory")
+    pairs = fill(cluster.url, 1_000)
     old = cluster.pid("n2")
     with kvtcp.sync.connect(cluster.url) as kv:
         os.kill(old, signal.SIGKILL)
@@ -143,14 +145,14 @@ def test_a_killed_node_comes_back_and_serves_nothing(cluster: ProcessCluster) ->
 
 def test_a_killed_coordinator_is_replaced(cluster: ProcessCluster) -> None:
     """kill -9 of the coordinator: a new one adopts the running nodes with all data, supervises and stops them."""
-    first = cluster.start()
+    first = cluster.start("--durability", "memory")
     pairs = fill(cluster.url)
     with kvtcp.sync.connect(cluster.url) as kv:
         positions = [(shard["seq"], shard["commit"]) for shard in kv.shards()]
     pids = cluster.pids()
     first.signal(signal.SIGKILL)
     first.ended()
-    second = cluster.start("--log-level", "info")
+    second = cluster.start("--log-level", "info", "--durability", "memory")
     assert cluster.pids() == pids, "adopted, not started anew"
     assert second.err.read_text().count("event=adopted") == 3
     with kvtcp.sync.connect(cluster.url) as kv:
@@ -178,22 +180,35 @@ def test_orphans_stop_by_themselves(tmp_path: Path) -> None:
         cluster.close()
 
 
-def test_an_old_copy_of_the_identity_still_takes_over(cluster: ProcessCluster) -> None:
-    """The epoch is chosen above what running nodes promised, even if the directory came from an old backup."""
-    identity = cluster.data / "coordinator" / "identity.json"
+def test_an_old_copy_of_the_map_is_refused(cluster: ProcessCluster) -> None:
+    """Nodes that know more than the map, running or not: an older copy of the map, or none, is refused, and nothing is
+    changed; with the newest one everything goes on."""
+    path = cluster.data / "coordinator" / "map.json"
     first = cluster.start()
-    old = identity.read_bytes()
+    pairs = fill(cluster.url)
+    old = path.read_bytes()
     for _ in range(2):
         first.signal(signal.SIGKILL)
         first.ended()
         first = cluster.start()
-    epoch = json.loads(identity.read_text())["epoch"]
-    assert epoch == 3
-    first.signal(signal.SIGKILL)
-    first.ended()
-    identity.write_bytes(old)
-    cluster.start()
-    assert json.loads(identity.read_text())["epoch"] == 4
+    assert json.loads(path.read_bytes())["value"]["epoch"] == 3
+    for is_running_on in (True, False):
+        first.signal(signal.SIGKILL if is_running_on else signal.SIGTERM)
+        first.ended()
+        newest = path.read_bytes()
+        for _ in range(3):
+            path.write_bytes(old)
+            command = cluster.launch()
+            sentence = command.refused()
+            assert re.search(r"node n\d promised epoch \d, the cluster map has 1: map.json .* an older copy", sentence)
+            assert path.read_bytes() == old, "it cannot catch up"
+        path.unlink()
+        missing = cluster.launch().refused()
+        assert re.search(r"node n\d promised epoch \d .* there is no cluster map: map.json is missing", missing)
+        path.write_bytes(newest)
+        first = cluster.start()
+        with kvtcp.sync.connect(cluster.url) as kv:
+            assert dict(kv.scan()) == pairs
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -215,7 +230,6 @@ def test_values_that_do_not_fit(cluster: ProcessCluster, tmp_path: Path) -> None
     """Bad flags on a fresh directory: one sentence, exit 2, and no directory is made."""
     assert "needs at least 3 nodes, there are 2" in refuse(cluster, "--num-nodes", 2, "--replication-factor", 3)
     assert "has no credentials or encryption yet" in refuse(cluster, "--host", "0.0.0.0")
-    assert "keeps data in memory only" in refuse(cluster, "--durability", "sync")
     a_file = tmp_path / "file"
     a_file.write_text("")
     assert f"{a_file}/coordinator cannot be used: Not a directory" in refuse(cluster, "--data-dir", a_file)
@@ -254,7 +268,20 @@ def test_a_directory_of_other_values_or_in_use(cluster: ProcessCluster, tmp_path
     assert "created with --replication-factor 3, not 2" in refuse(cluster, "--replication-factor", 2)
     assert "created with --min-insync 2, not 1" in refuse(cluster, "--min-insync", 1)
     assert "created with the number of nodes 3, not 4" in refuse(cluster, "--num-nodes", 4)
-    (cluster.data / "coordinator" / "identity.json").unlink()
+    directory = cluster.data / "coordinator"
+    identity = (directory / "identity.json").read_bytes()
+    (directory / "identity.json").unlink()
+    assert f"identity.json is missing in {directory}, and map.json is there" in refuse(cluster)
+    (directory / "identity.json").write_bytes(identity.replace(b'"cluster": "', b'"cluster": "x'))
+    assert "map.json and identity.json in" in refuse(cluster)
+    (directory / "identity.json").write_bytes(identity)
+    cluster_map = (directory / "map.json").read_bytes()
+    (directory / "map.json").write_bytes(cluster_map[:-1])
+    assert "map.json is damaged" in refuse(cluster)
+    (directory / "map.json").write_bytes(cluster_map.replace(b'"format": 1', b'"format": 9'))
+    assert "map.json has format 9" in refuse(cluster)
+    (directory / "map.json").unlink()
+    (directory / "identity.json").unlink()
     assert "n1 belongs to another cluster" in refuse(cluster)
 
 

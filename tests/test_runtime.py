@@ -40,10 +40,10 @@ async def test_unexpected_errors_are_told() -> None:
 
 
 def test_defaults_are_accepted() -> None:
-    """The defaults are loopback, memory, warnings, and pass the check."""
+    """The defaults are loopback, sync, warnings, and pass the check."""
     options = parse()
     runtime.check_common_arguments(options)
-    assert (options.host, options.durability, options.log_level) == ("127.0.0.1", "memory", "warning")
+    assert (options.host, options.durability, options.log_level) == ("127.0.0.1", "sync", "warning")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "::", "example.org", ""])
@@ -60,11 +60,13 @@ def test_loopback_hosts(host: str) -> None:
     runtime.check_common_arguments(parse("--host", host))
 
 
-@pytest.mark.parametrize("mode", ["sync", "os", "nonsense"])
-def test_durability_that_is_not_there(mode: str) -> None:
-    """Durability that this version does not have is refused, never silently weaker."""
-    with pytest.raises(StartError, match=f"--durability {mode} is not available"):
-        runtime.check_common_arguments(parse("--durability", mode))
+def test_durability(capsys: pytest.CaptureFixture[str]) -> None:
+    """There are three modes; another one is refused, never silently weaker."""
+    for mode in ("sync", "os", "memory"):
+        assert parse("--durability", mode).durability == mode
+    with pytest.raises(SystemExit):
+        parse("--durability", "fsync")
+    assert "invalid choice: 'fsync' (choose from 'sync', 'os', 'memory')" in capsys.readouterr().err
 
 
 def test_ports() -> None:
@@ -151,3 +153,15 @@ def test_broken_output_does_not_change_the_exit_code() -> None:
     )  # fmt: skip
     os.close(write_end)
     assert done.returncode == 3
+
+
+def test_bind() -> None:
+    """A port is taken before anybody listens on it; a taken or impossible one is a sentence."""
+    first = runtime.bind("127.0.0.1", 0)
+    with first:
+        first.listen()
+        port = first.getsockname()[1]
+        with pytest.raises(StartError, match=f"port {port} of 127.0.0.1 cannot be used: Address already in use"):
+            runtime.bind("127.0.0.1", port)
+    with pytest.raises(StartError, match="cannot be used"):
+        runtime.bind("203.0.113.1", 0)

@@ -1,7 +1,8 @@
-"""Tests of the sequencer: links lost and back, nodes that lost their data, takeover, time, and random simulations."""
+"""Tests of the sequencer: links lost and back, copies that lost their data, takeover, time, and random simulations."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from replication_fakes import Cluster
 
 from kvtcp.constants import PURGE_INTERVAL_MS, READ_RETRY_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
+from kvtcp.protocol.link import Report
 from kvtcp.protocol.operations import ADD, CHAIN_AT, DELETE, GET, INCR, PURGE, PUT
 from kvtcp.replication import progress
 from kvtcp.replication.multi_read import MultiRead, count_read, mget_read
 from kvtcp.replication.progress import Batch, LinkError, Op, Progress
-from kvtcp.replication.sequencer import Sequencer, ShardState
+from kvtcp.replication.recovery import Action, Takeover, Verdict
+from kvtcp.replication.sequencer import NEVER, Sequencer, ShardState
 
 SEEDS = range(200)
 
@@ -92,10 +95,10 @@ def test_retry_passes_over_known_results() -> None:
     assert cluster.answers.ok == {"add": 1}
 
 
-def test_node_that_lost_its_data_serves_nothing() -> None:
-    """Its pending writes are UNKNOWN, what reads saw of them is refused, and it is not linked; the process that has
-    the data may come back and everything goes on."""
-    cluster = Cluster(shards=1)
+def test_copy_that_lost_its_data_serves_nothing() -> None:
+    """Its shard's pending writes are UNKNOWN, what reads saw of them is refused, later writes are refused at once;
+    reads go to the others; other shards go on. The process that has the data may come back and everything goes on."""
+    cluster = Cluster(shards=2)
     cluster.put("committed")
     cluster.pump()
     cluster.put("pending")
@@ -103,46 +106,159 @@ def test_node_that_lost_its_data_serves_nothing() -> None:
     cluster.apply("n2")
     cluster.get("held")
     cluster.down("n3")
+    cluster.put("waiting")
     member = cluster.replicas["n3"]
     cluster.pump("n1", "n2")
     assert "held" not in cluster.answers
     cluster.new_process("n3")
-    reason = cluster.up("n3")
-    assert reason == "it has shard 0 up to 0, but acknowledged 1"
-    assert not cluster.sequencer.links["n3"].connected
-    assert cluster.answers.failed["pending"][0] == Code.UNKNOWN
+    why = "came back without its data: it has shard 0 up to 0, but acknowledged 1"
+    assert cluster.up("n3") == why
+    shard, other = cluster.sequencer.shards
+    assert shard.bad == {cluster.sequencer.links["n3"]: why} and not other.bad and other.writable
+    assert cluster.answers.failed["pending"][0] == Code.UNKNOWN and f"n3 {why}" in cluster.answers.failed["pending"][1]
     assert cluster.answers.failed["held"][0] == Code.NOT_ENOUGH_REPLICAS
-    assert "n3: it has shard 0 up to 0" in cluster.answers.failed["held"][1]
+    assert f"n3 {why}" in cluster.answers.failed["held"][1]
+    cluster.put("refused")
+    for token in ("waiting", "refused"):
+        code, text, _ = cluster.answers.failed[token]
+        assert code == Code.NOT_ENOUGH_REPLICAS
+        assert text == f"shard 0 takes no writes: n3 {why}; nothing was executed"
     cluster.get("again")
     cluster.sequencer.multi_read(count_read([0], b"", None, cluster.answers, "count"))
-    cluster.pump("n1", "n2")
+    cluster.put("elsewhere", 1)
+    assert not [item for item in cluster.apply("n3") if item[1] in (0, [0])], "a bad copy is asked nothing"
+    cluster.pump()
     assert cluster.answers.failed["again"][0] == cluster.answers.failed["count"][0] == Code.NOT_ENOUGH_REPLICAS
+    assert cluster.answers.ok["elsewhere"] == 1
+    cluster.down("n3")
     cluster.replicas["n3"] = member
+    member.tables[1].apply_entry(cluster.replicas["n1"].tables[1].last_entry)
     assert cluster.up("n3") is None
     cluster.put("after")
     cluster.get("last")
     cluster.pump()
     assert cluster.answers.ok["after"] == 3 and cluster.answers.ok["last"][1] == 3
-    assert cluster.sequencer.shards[0].stuck == ""
+    assert shard.stuck == "" and not shard.bad
 
 
-def test_node_that_is_another_member_is_refused() -> None:
-    """Whatever a node of another disk has, it is not linked, and what was under way on it is unknown."""
+def test_what_is_kept_for_a_bad_copy_survives_more_links() -> None:
+    """A bad copy is linked and lost again: its writes still wait for the one that has the data, in order."""
     cluster = Cluster(nodes=2, factor=2, shards=1)
-    cluster.put("pending")
+    first = cluster.sequencer.shards[0].members[0].node
+    cluster.put("committed")
+    cluster.pump()
+    for token in ("one", "two"):
+        cluster.begin()
+        cluster.write(INCR, token, key=b"n", args=(1,))
+    member = cluster.replicas[first]
+    for _ in range(2):
+        cluster.down(first)
+        cluster.new_process(first)
+        assert cluster.up(first) is not None
+        cluster.pump()
+    assert [cluster.answers.failed[token][0] for token in ("one", "two")] == [Code.UNKNOWN] * 2
+    cluster.down(first)
+    cluster.replicas[first] = member
+    assert cluster.up(first) is None
+    cluster.pump()
+    assert cluster.sequencer.shards[0].commit == 3
+    assert len({replica.tables[0].digest() for replica in cluster.replicas.values()}) == 1
+    cluster.write(INCR, "three", key=b"n", args=(1,))
+    cluster.pump()
+    assert cluster.answers.ok["three"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"disk": "other", "seq": 0, "chain": 0}, "came back without its data"),
+        ({"disk": "other"}, "came back without its data: what it has is not what was written to this cluster"),
+        ({"disk": "other", "damage": "segment 3 is torn"}, "came back without its data: segment 3 is torn"),
+        ({"complete": False}, "has an incomplete copy: it was never finished"),
+        ({"complete": False, "damage": "a snapshot is gone"}, "has an incomplete copy: a snapshot is gone"),
+        ({"seq": 5}, "has another history: it has shard 0 up to 5, above the last number given, 1"),
+        ({"seq": 0}, "came back without its data: it has shard 0 up to 0, but acknowledged 1"),
+        (None, "has no copy of it"),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_copies_that_are_not_the_member(changes: dict[str, Any] | None, why: str) -> None:
+    """A copy with another disk, an incomplete one, one with less than it acknowledged or more than was given is bad,
+    each for its shard alone."""
+    cluster = Cluster(nodes=2, factor=2, shards=2)
+    cluster.put("w")
+    cluster.pump()
+    cluster.down("n2")
+    copies = cluster.hello("n2")
+    if changes is None:
+        del copies[0]
+    else:
+        copies[0] = copies[0]._replace(**changes)
+    assert cluster.sequencer.link_up("n2", copies) == ({0: why} if why else {})
+    cluster.sequencer.check()
+    assert cluster.sequencer.shards[0].writable is not bool(why) and cluster.sequencer.shards[1].writable
+
+
+def test_new_disks_of_empty_shards() -> None:
+    """Where nothing was ever written a new, empty, complete copy may become the member, and is none before the map says
+    so."""
+    cluster = Cluster(nodes=2, factor=2, shards=3)
+    cluster.put("w", 2)
+    cluster.pump()
+    cluster.down("n1")
+    cluster.new_process("n1", "new")
+    copies = cluster.hello("n1")
+    copies[1] = copies[1]._replace(complete=False)
+    assert cluster.sequencer.new_disks("n1", copies) == {0: {"n1": "new"}}
+    assert set(cluster.sequencer.link_up("n1", copies)) == {0, 1, 2}
+    cluster.down("n1")
+    cluster.map = cluster.map.with_disks({0: {"n1": "new"}})
+    cluster.sequencer.map_changed(cluster.map)
+    assert cluster.sequencer.new_disks("n1", copies) == {}
+    assert set(cluster.sequencer.link_up("n1", copies)) == {1, 2}
+    assert cluster.sequencer.shards[0].writable
+
+
+def test_nodes_are_told_when_what_is_older_than_the_link_is_committed() -> None:
+    """The commit of a link is -1 while entries that the node had before it are not on all members; a heartbeat is
+    enough to tell it when they are."""
+    cluster = Cluster(nodes=2, factor=2, shards=1)
+    cluster.put("w")
     cluster.apply("n1")
     cluster.down("n1")
-    assert cluster.sequencer.link_refused("n1", "another disk") == "another disk"
-    cluster.sequencer.check()
-    assert cluster.answers.failed["pending"][0] == Code.UNKNOWN
-    assert not cluster.sequencer.links["n1"].connected
+    assert cluster.up("n1") is None
+    link = cluster.sequencer.links["n1"]
+    assert cluster.sequencer.committed_ordinal(link) == -1
+    cluster.put("next")
+    cluster.apply("n1")
+    assert cluster.replicas["n1"].copies[0].commit == 0
+    cluster.pump()
+    assert cluster.sequencer.committed_ordinal(link) == 1
+    cluster.replicas["n1"].begin(0, 1, [])
+    assert cluster.replicas["n1"].copies[0].commit == 2
 
 
-def test_node_with_more_than_was_given_is_not_linked() -> None:
-    """A position above the last number is no position of this cluster."""
-    cluster = Cluster(shards=1)
+def test_nodes_are_not_told_while_a_copy_is_bad_since_the_takeover() -> None:
+    """What the good members have is read, but the lost copy may come back without it; when it is back with it, they are
+    told."""
+    cluster = Cluster(nodes=2, factor=2, shards=1, link=False)
+    for node in ("n1", "n2"):
+        cluster.replicas[node].begin(1, 0, [(PUT, 0, 1, 0, b"k", b"v")])
+        assert cluster.replicas[node].run([])
+    copies = {node: cluster.hello(node) for node in ("n1", "n2")}
+    cluster.sequencer.take_over([Verdict(seq=1, chain=copies["n1"][0].chain, bad={"n2": "came back without its data"})])
+    for node in ("n1", "n2"):
+        cluster.sequencer.link_up(node, copies[node], judged=True)
+        cluster.sequencer.check()
+    link = cluster.sequencer.links["n1"]
+    assert cluster.sequencer.committed_ordinal(link) == -1
+    cluster.get("read")
+    cluster.pump()
+    assert cluster.answers.ok["read"][1] == 1
     cluster.down("n2")
-    assert cluster.sequencer.link_up("n2", {0: 5}) == "it has shard 0 up to 5, above the last number given, 0"
+    assert cluster.up("n2") is None
+    assert cluster.sequencer.committed_ordinal(link) == 1
 
 
 def test_control_item_of_a_lost_node_fails() -> None:
@@ -348,41 +464,30 @@ def test_reads_of_a_lost_link_wait_if_no_other_member_is_there() -> None:
         assert "shard 0 cannot be read: n1 is missing (pulled out); nothing was executed" in text
 
 
-def test_take_over_with_a_member_that_lost_everything() -> None:
-    """Where those that have something agree, the shard is read from them; the empty one serves nothing."""
-    cluster = Cluster(nodes=3, factor=3, shards=2, link=False)
-    sequencer = cluster.sequencer
-    positions = {"n1": {0: (5, 77), 1: (3, 9)}, "n2": {0: (0, 0), 1: (0, 0)}, "n3": {0: (5, 77), 1: (4, 8)}}
-    sequencer.take_over(positions)
-    assert [shard.serving for shard in sequencer.shards] == [True, False]
-    assert (sequencer.shards[0].commit, sequencer.shards[0].last_seq) == (5, 5)
-    reason = sequencer.link_up("n2", {0: 0, 1: 0})
-    assert reason == "it has shard 0 up to 0, but acknowledged 5"
-    assert sequencer.link_up("n1", {0: 5, 1: 3}) is None
-    sequencer.check()
-    assert not sequencer.shards[0].writable
-
-
 # --- takeover, time ---------------------------------------------------------------------------------
 
 
-def test_take_over_goes_on_at_the_reported_position() -> None:
-    """A new coordinator over nodes that run on: numbers go on; a shard whose members differ is down, others serve."""
-    cluster = Cluster(shards=2)
-    for number in (0, 1, 1):
+def test_take_over_goes_on_where_the_members_are() -> None:
+    """A new coordinator over nodes that run on: numbers and time go on; a shard that is down is refused with the
+    reason, one with a bad member is read."""
+    cluster = Cluster(shards=3)
+    for number in (0, 1, 1, 2):
         cluster.put(object(), number)
     cluster.pump()
     sequencer = Sequencer(cluster.map)
-    positions = {
-        name: {n: (table.seq, table.chain) for n, table in replica.tables.items()}
-        for name, replica in cluster.replicas.items()
-    }
-    positions["n2"][1] = (1, 7)
-    sequencer.take_over(positions)
+    copies = {name: cluster.hello(name) for name in cluster.replicas}
+    chains = [cluster.replicas["n1"].tables[n].chain for n in range(3)]
+    verdicts = [
+        Verdict(1, chains[0]), Verdict(down="its members differ: n1, n2"), Verdict(1, chains[2], {"n3": "is in doubt"})
+    ]  # fmt: skip
+    sequencer.take_over(verdicts, 77_000_000)
+    sequencer.begin(5, 5)
+    assert sequencer.stamp_ms == 77_000_000
     for name in cluster.replicas:
-        assert sequencer.link_up(name, {n: seq for n, (seq, _) in positions[name].items()}) is None
+        bad = sequencer.link_up(name, copies[name], judged=True)
+        assert bad == ({2: "is in doubt"} if name == "n3" else {})
         sequencer.check()
-    assert sequencer.shards[0].writable and not sequencer.shards[1].serving
+    assert sequencer.shards[0].writable and not sequencer.shards[1].serving and not sequencer.shards[2].writable
     answers = cluster.answers
     sequencer.write(PUT, 0, b"k", (b"v",), 2, answers, "ok")
     sequencer.write(PUT, 1, b"k", (b"v",), 2, answers, "down")
@@ -392,32 +497,26 @@ def test_take_over_goes_on_at_the_reported_position() -> None:
     for token in ("down", "down too", "down as well"):
         code, text, details = answers.failed[token]
         assert (code, details) == (Code.SHARD_DOWN, {"shard": 1})
-        assert "its members differ (" in text and "n2 at 1" in text
+        assert text == "shard 1 is down: its members differ: n1, n2"
+    for _ in range(9):
+        sequencer.read(GET, 2, b"k", answers, object())
+    sequencer.close_batches()
+    assert {name for name, link in sequencer.links.items() if any(b.answers for b in link.outgoing)} == {"n1", "n2"}
     with pytest.raises(AssertionError, match="before links come up"):
-        sequencer.take_over(positions)
+        sequencer.take_over(verdicts)
 
 
-def test_take_over_tells_lost_data_from_a_write_that_never_came() -> None:
-    """A node that has nothing at all lost it, and the others go on; one that lacks one shard's only write did not."""
-    cluster = Cluster(shards=2)
-    for number in (0, 1):
-        cluster.put(object(), number)
+def test_another_history_at_the_position_of_the_takeover() -> None:
+    """A member that comes back at the number where this coordinator began, with another chain, is not that member."""
+    cluster = Cluster(nodes=2, factor=2, shards=1)
+    cluster.put("w")
     cluster.pump()
-    whole = {
-        name: {n: (table.seq, table.chain) for n, table in replica.tables.items()}
-        for name, replica in cluster.replicas.items()
-    }
-    for lacks, serving, refused in (({1}, [True, False], False), ({0, 1}, [True, True], True)):
-        positions = {name: dict(rows) for name, rows in whole.items()}
-        positions["n2"].update(dict.fromkeys(lacks, (0, 0)))
-        sequencer = Sequencer(cluster.map)
-        sequencer.take_over(positions)
-        reasons = {
-            name: sequencer.link_up(name, {n: seq for n, (seq, _) in rows.items()}) for name, rows in positions.items()
-        }
-        sequencer.check()
-        assert [shard.serving for shard in sequencer.shards] == serving
-        assert {name for name, reason in reasons.items() if reason is not None} == ({"n2"} if refused else set())
+    copies = cluster.hello("n2")
+    sequencer = Sequencer(cluster.map)
+    sequencer.take_over([Verdict(1, copies[0].chain)])
+    assert sequencer.link_up("n1", copies) == {}
+    other = {0: copies[0]._replace(chain=7)}
+    assert sequencer.link_up("n2", other) == {0: "has another history: it differs at number 1 or before"}
 
 
 def test_committed_ordinal_is_bounded_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,8 +525,8 @@ def test_committed_ordinal_is_bounded_and_exact(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(progress, "UNCOMMITTED_MAX", 4)
     cluster = Cluster(nodes=3, factor=2, shards=3)
     sequencer = cluster.sequencer
-    other = next(s.number for s in sequencer.shards if "n3" not in cluster.map.members[s.number])
-    number = next(s.number for s in sequencer.shards if set(cluster.map.members[s.number]) == {"n1", "n3"})
+    other = next(s.number for s in sequencer.shards if "n3" not in cluster.map.nodes_of(s.number))
+    number = next(s.number for s in sequencer.shards if set(cluster.map.nodes_of(s.number)) == {"n1", "n3"})
     link = sequencer.links["n1"]
     cluster.put("first", other)
     cluster.pump("n1", "n2")
@@ -474,12 +573,28 @@ def test_stamps_never_decrease() -> None:
     assert cluster.sequencer.stamp_ms == 5_000_000
 
 
+def test_stamps_stop_at_the_bound() -> None:
+    """R12: time stands still at the bound that is stored, and goes on when the next one is; what a takeover began with
+    does not sink to the bound."""
+    cluster = Cluster(shards=1)
+    sequencer = cluster.sequencer
+    sequencer.map_changed(replace(cluster.map, stamp_bound_ms=5_000_000))
+    sequencer.begin(6_000_000, 1)
+    assert sequencer.stamp_ms == 5_000_000
+    sequencer.map_changed(cluster.map.with_stamp_bound(7_000_000))
+    sequencer.begin(6_000_000, 2)
+    assert sequencer.stamp_ms == 6_000_000
+    sequencer.map_changed(replace(cluster.map, stamp_bound_ms=5_000_000))
+    sequencer.begin(8_000_000, 3)
+    assert sequencer.stamp_ms == 6_000_000
+
+
 # --- simulations ------------------------------------------------------------------------------------
 
 
 def test_simulations() -> None:
     """Random runs with all faults: every oracle holds, and enough was answered for that to mean something."""
-    answered = faults = 0
+    answered = faults = takeovers = 0
     for seed in SEEDS:
         simulation = Simulation(seed)
         try:
@@ -488,7 +603,8 @@ def test_simulations() -> None:
             raise AssertionError(f"seed {seed}: {error!r}") from error
         answered += sum(request.outcome == "ok" for request in simulation.requests)
         faults += simulation.faults
-    assert answered > 200 * len(SEEDS) and faults > 3 * len(SEEDS)
+        takeovers += simulation.takeovers
+    assert answered > 200 * len(SEEDS) and faults > 3 * len(SEEDS) and takeovers > 1.5 * len(SEEDS)
 
 
 def test_simulation_repeats_itself() -> None:
@@ -567,18 +683,110 @@ class RefusesPending(Sequencer):
         self._refuse(sink, token, Code.NOT_ENOUGH_REPLICAS, why, shard)
 
 
+class AcknowledgesApplied(Sequencer):
+    """What a node has applied counts as durable."""
+
+    def on_results(self, node: str, applied: int, durable: int, results: list[Any], flags: Any) -> None:
+        super().on_results(node, applied, applied, results, flags)
+
+
+class IgnoresTheBound(Sequencer):
+    """R12 broken: a stamp follows the clock, whatever is stored."""
+
+    def begin(self, wall_ms: int, now_ms: int) -> None:
+        self.stamp_ms = max(self.stamp_ms, wall_ms)
+        super().begin(wall_ms, now_ms)
+
+
+class ReadsBadMembers(Sequencer):
+    """A bad copy is read like any other."""
+
+    def link_up(self, node: str, copies: Any, space: int = 0, *, judged: bool = False) -> dict[int, str]:
+        bad = super().link_up(node, copies, space, judged=judged)
+        for shard in self.shards:
+            shard.good = list(shard.members)
+        return bad
+
+    def check(self) -> None:
+        """What it breaks is not looked at, only what comes of it."""
+
+
+class TellsTooMuch(Sequencer):
+    """Nodes are told at once that what they had before the link is committed."""
+
+    def link_up(self, node: str, copies: Any, space: int = 0, *, judged: bool = False) -> dict[int, str]:
+        bad = super().link_up(node, copies, space, judged=judged)
+        link = self.links[node]
+        if link.uncommitted and link.uncommitted[0][0] < 0:
+            link.uncommitted.popleft()
+        return bad
+
+
+class TellsOfLostCopies(TellsTooMuch):
+    """Nodes are told that what only good members have is committed, although the lost copy may come back."""
+
+    def link_up(self, node: str, copies: Any, space: int = 0, *, judged: bool = False) -> dict[int, str]:
+        bad = Sequencer.link_up(self, node, copies, space, judged=judged)
+        uncommitted = self.links[node].uncommitted
+        if uncommitted and uncommitted[0][0] < 0:
+            for shard in self.shards:
+                if shard.serving and uncommitted[0][1].get(shard.number) == NEVER:
+                    del uncommitted[0][1][shard.number]
+        return bad
+
+
+class ServesBeforeCatchUp(Takeover):
+    """The shards are served before the members are equal."""
+
+    def _start_some(self) -> list[Action]:
+        self._waiting = []
+        return []
+
+
+class CountsIncomplete(Takeover):
+    """An incomplete copy counts as good."""
+
+    def on_report(self, report: Report, map_version_max: int) -> list[Action]:
+        copies = {number: copy._replace(complete=True) for number, copy in report.copies.items()}
+        return super().on_report(replace(report, copies=copies), map_version_max)
+
+
+class CountsNewDisks(Takeover):
+    """Whatever disk a node has is the member's."""
+
+    def on_report(self, report: Report, map_version_max: int) -> list[Action]:
+        copies = {
+            number: copy._replace(disk=self.map.disk_of(number, report.node) or copy.disk)
+            for number, copy in report.copies.items()
+        }
+        return super().on_report(replace(report, copies=copies), map_version_max)
+
+
+class TakesTheShortest(Takeover):
+    """The members are taken back to what all of them have."""
+
+    def _choose_best(self, shard: Any) -> None:
+        best = min(shard.good.values(), key=lambda copy: copy.seq)
+        shard.verdict.seq, shard.verdict.chain = best.seq, best.chain
+        shard.good = {node: copy._replace(seq=best.seq, chain=best.chain) for node, copy in shard.good.items()}
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
         ReleasesAbsent, ReleasesPresent, ReleasesMulti, AcknowledgesForAll, ForgetsKept, ForgetsReads, ForgetsUnmoved,
-        RefusesPending,
+        RefusesPending, AcknowledgesApplied, IgnoresTheBound, ReadsBadMembers, TellsTooMuch, TellsOfLostCopies,
+        ServesBeforeCatchUp, CountsIncomplete, CountsNewDisks, TakesTheShortest,
     ],
 )  # fmt: skip
-def test_planted_mistakes_are_found(mutant: type[Sequencer]) -> None:
-    """Every wrong sequencer is found by the simulation within the seeds."""
+def test_planted_mistakes_are_found(mutant: type[Sequencer] | type[Takeover]) -> None:
+    """Every wrong sequencer and every wrong takeover is found by the simulation within the seeds."""
     for seed in SEEDS:
         try:
-            Simulation(seed, mutant).run()
+            if issubclass(mutant, Takeover):
+                Simulation(seed, takeover_class=mutant).run()
+            else:
+                Simulation(seed, mutant).run()
         except Exception:  # an oracle, or a replica that refuses to go on
             return
     pytest.fail(f"{mutant.__name__} was not found")

@@ -72,7 +72,7 @@ async def test_a_running_cluster_does_not_notice() -> None:
         port, name, secret = cluster.nodes["n1"].address[1], coordinator.map.cluster, coordinator.secret
         await kv.put("a", "1")
         before = (replica.promised, replica.coordinator, coordinator.links["n1"].number)
-        assert await ask(port, "n1", name, secret) == Found("ours", promised=1)
+        assert await ask(port, "n1", name, secret) == Found("ours", promised=1, map_version=1)
         assert (await ask(port, "n2", name, secret)).what == "another node of this cluster"
         assert (await ask(port, "n1", name, "wrong")).what == "a node of another cluster"
         assert (await ask(port, "n1", "wrong", secret)).what == "a node of another cluster"
@@ -210,7 +210,7 @@ async def test_a_start_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.M
     """If the second node cannot be spawned the start is refused, and `stop` ends the first."""
     base = free_ports(2)
     supervisor = Supervisor("127.0.0.1", {"n1": base, "n2": base + 1}, tmp_path, [], lambda: None)
-    assert await supervisor.survey("c", "s") == 0
+    assert await supervisor.survey("c", "s") == {"n1": Found("free"), "n2": Found("free")}
     real, calls = asyncio.create_subprocess_exec, []
 
     async def spawn(*command: str, **options: object) -> asyncio.subprocess.Process:
@@ -243,6 +243,20 @@ async def test_a_watcher_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.
         await failed.wait()
     assert str(supervisor.failure) == "a defect"
     await supervisor.stop(set())
+
+
+async def test_nodes_that_are_left(tmp_path: Path) -> None:
+    """A coordinator that was deposed lets its nodes run on, and restarts none of them any more."""
+    supervisor = Supervisor("127.0.0.1", {"n1": free_ports(1)}, tmp_path, ["--durability", "memory"], lambda: None)
+    await supervisor.survey("c", "s")
+    await supervisor.start("c", "s")
+    process = supervisor.processes["n1"].process
+    assert process is not None
+    await supervisor.leave()
+    assert is_running(process.pid)
+    process.kill()
+    await process.wait()
+    assert supervisor.processes["n1"].restarts == 0 and supervisor.failure is None
 
 
 async def test_a_port_bound_by_nobody_listening() -> None:

@@ -64,14 +64,28 @@ REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
 ]
 
 LINK_FRAMES: list[list[Any]] = [
-    [link.HELLO, {}],
-    [link.REPORT, {}],
-    [link.BATCH, 1_700_000_000_000, 0, [[operations.PUT, 5, 7, True, b"k", b"v"], [operations.GET, 5, b"k"]]],
+    [link.HELLO, {
+        "version": link.LINK_VERSION, "cluster": "c1", "secret": "s", "epoch": 3, "coordinator": "c", "link": 1,
+        "node": "n1", "durability": "sync", "map_version": 9, "map": b"{}", "shards": [0, 5],
+    }],
+    [link.REPORT, {
+        "node": "n1", "pid": 42, "version": "0.1.0", "durability": "sync", "stamp_ms": 1_700_000_000_000,
+        "promised": 3, "map_version": 8, "space": 0,
+        "shards": [[0, "d0", 1, True, 3, 7, 12345, 6], [5, "d5", 2, False, 0, 0, 0, 0]],
+        "damage": [[5, "segment 3 is damaged"]],
+    }],
+    [link.BATCH, 1_700_000_000_000, -1, [[operations.PUT, 5, 7, True, b"k", b"v"], [operations.GET, 5, b"k"]]],
     [link.RESULTS, 2, 1, [7, [b"v", 7, None]], [5]],
     [link.BACKUP, "monday", "n1.jsonl.gz", None],
-    [link.REFUSED, int(Code.BAD_REQUEST), "another cluster"],
+    [link.REFUSED, "FENCED", "epoch 2 is over", 3, 8],
     [link.STOP],
-]
+    [link.FETCH, 5, 7],
+    [link.ENTRIES, 5, 7, 12345, [[23456, b"packed entry"]]],
+    [link.ENTRIES, 5, 7, None, None],
+    [link.SHIP, 5, [[23456, b"packed entry"]]],
+    [link.SHIPPED, 5, 3, 8, 23456, None],
+    [link.SPACE, 1],
+]  # fmt: skip
 
 
 def numbers(module: Any) -> dict[str, int]:

@@ -13,7 +13,7 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     node -> coordinator
     REPORT   [2, {node, pid, version, durability, stamp_ms, promised, map_version, space, shards, damage}]
              shards: [[shard, disk, generation, complete, epoch, seq, chain, commit], ...]; damage: [[shard, why], ...]
-    REFUSED  [6, code, message, promised]       then the node closes the link
+    REFUSED  [6, code, message, promised, map_version]      then the node closes the link
     RESULTS  [4, applied, durable, results, flags]
     BACKUP   [5, name, file or nil, error or nil]   the node's file of a backup is finished (or failed)
     ENTRIES  [9, shard, after, chain, entries]  to FETCH: the chain at `after`, nil if the node no longer knows it, and
@@ -30,7 +30,12 @@ answer bit, in order, of the items since the last RESULTS. `flags` are the shard
 Durable ordinals fall on ends of batches.
 """
 
-from typing import Final
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from kvtcp.errors import ProtocolError
 
 HELLO: Final = 1
 REPORT: Final = 2
@@ -46,3 +51,62 @@ SHIPPED: Final = 11
 SPACE: Final = 12
 
 LINK_VERSION: Final = 2
+
+
+class CopyReport(NamedTuple):
+    """What a node says of its copy of one shard. Epoch, number and chain are the position, as far as it is durable."""
+
+    disk: str
+    generation: int = 1
+    complete: bool = True
+    epoch: int = 0
+    seq: int = 0
+    chain: int = 0
+    commit: int = 0  # highest number it was told to be committed; a hint
+    damage: str = ""  # what the node found wrong with it, for people
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a node says when it accepted a HELLO."""
+
+    node: str
+    pid: int
+    durability: str
+    stamp_ms: int  # highest it has seen
+    promised: int  # the epoch of the HELLO
+    map_version: int  # highest it had seen before the HELLO; 0 = none
+    space: int
+    copies: dict[int, CopyReport]
+
+
+_REPORT_FIELDS: Final = {
+    b"node": bytes, b"pid": int, b"durability": bytes, b"stamp_ms": int, b"promised": int, b"map_version": int,
+    b"space": int, b"shards": list, b"damage": list,
+}  # fmt: skip
+_COPY_TYPES: Final = [int, bytes, int, bool, int, int, int, int]
+
+
+def parse_report(fields: Any) -> Report:
+    """The second field of a REPORT frame. Raises ProtocolError."""
+    if type(fields) is not dict:
+        raise ProtocolError("a report is a map")
+    for name, kind in _REPORT_FIELDS.items():
+        if type(fields.get(name)) is not kind:
+            raise ProtocolError(f"a report has {name.decode()} of type {kind.__name__}")
+    try:
+        damage = {shard: sentence.decode("utf-8", "replace") for shard, sentence in fields[b"damage"]}
+        copies: dict[int, CopyReport] = {}
+        for row in fields[b"shards"]:
+            if list(map(type, row)) != _COPY_TYPES or row[0] in copies:
+                raise ProtocolError("a report has a row for each copy: shard, disk, generation, complete, "
+                                    "epoch, seq, chain, commit")  # fmt: skip
+            shard, disk, *rest = row
+            copies[shard] = CopyReport._make([disk.decode(), *rest, damage.get(shard, "")])
+        node, durability = fields[b"node"].decode(), fields[b"durability"].decode()
+    except (TypeError, ValueError, AttributeError) as error:  # of other shapes, or text that is none
+        raise ProtocolError(f"a report that cannot be read: {error}") from error
+    return Report(
+        node, fields[b"pid"], durability, fields[b"stamp_ms"], fields[b"promised"], fields[b"map_version"],
+        fields[b"space"], copies,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from kvtcp.constants import (
     BATCH_BYTES_MAX,
@@ -31,7 +31,7 @@ from kvtcp.constants import (
     WRITE_WAIT_MS,
 )
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import PUT, WRITE_OP_END
+from kvtcp.protocol.operations import ADD, CAS, INCR, PUT, WRITE_OP_END
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
@@ -46,6 +46,8 @@ from kvtcp.replication.shard_state import (
     Sink,
     Waiting,
 )
+
+GROWING: Final = frozenset({PUT, ADD, CAS, INCR})  # writes that a node short of disk space cannot take
 
 
 class Admission(ClusterState):
@@ -62,8 +64,7 @@ class Admission(ClusterState):
     def write(self, op: int, number: int, key: bytes, args: Sequence[Any], size: int, sink: Sink, token: Any) -> None:
         """Sequence one write of shard `number`, or let it wait. `size` = bytes of its key and values."""
         shard = self.shards[number]
-        if not shard.writable:
-            self._wait(shard, op, key, args, size, sink, token)
+        if not shard.writable and not self._admits(shard, op, key, args, size, sink, token):
             return
         # R10: from here to the last enqueue there is nothing that could yield.
         shard.last_seq = seq = shard.last_seq + 1
@@ -107,7 +108,7 @@ class Admission(ClusterState):
                     link = other
         else:
             found = self._reader(shard, None) if shard.serving else None
-            if found is None or (shard.waiting and shard.all_connected()):
+            if found is None or (shard.waiting and shard.is_whole()):
                 self._wait(shard, op, key, None, len(key), sink, token)
                 return
             link = found
@@ -125,9 +126,9 @@ class Admission(ClusterState):
             self._filled(link)
 
     def _reader(self, shard: ShardState, avoid: Progress | None) -> Progress | None:
-        """The member with room that has the least outstanding; if one is avoided for its silence, no silent one."""
+        """The good member with room and the least outstanding; if one is avoided for its silence, no silent one."""
         best = None
-        for link in shard.members:
+        for link in shard.good:
             if avoid is not None and link.is_silent(self.now_ms):
                 continue
             if link.connected and not link.full and link is not avoid and (best is None or link.items < best.items):
@@ -197,7 +198,7 @@ class Admission(ClusterState):
             best: Progress | None = None
             best_numbers: list[int] = []
             for link in able:
-                mine = [number for number in left if link in shards[number].acked]
+                mine = [number for number in left if link in shards[number].good]
                 if len(mine) > len(best_numbers) or (
                     best is not None and len(mine) == len(best_numbers) and link.items < best.items
                 ):
@@ -226,6 +227,26 @@ class Admission(ClusterState):
         return True
 
     # --- waiting ------------------------------------------------------------------------------------
+
+    def _admits(
+        self, shard: ShardState, op: int, key: bytes, args: Any, size: int, sink: Sink, token: Any
+    ) -> bool:
+        """Whether a write of a shard that is not `writable` can be sequenced now; if not it waits, or is refused."""
+        if shard.serving and shard.bad:
+            self._refuse(sink, token, *self._why_not(shard, "writing"), shard)
+            return False
+        if shard.serving and shard.space and (shard.space > 1 or op in GROWING):
+            self._refuse(sink, token, Code.NO_SPACE, self._no_space(shard), shard)
+            return False
+        if shard.space and shard.takes_writes():
+            return True
+        self._wait(shard, op, key, args, size, sink, token)
+        return False
+
+    def _no_space(self, shard: ShardState) -> str:
+        short = ", ".join(link.node for link in shard.members if link.space == shard.space)
+        takes = "no growing writes" if shard.space == 1 else "no writes"
+        return f"shard {shard.number} takes {takes}: {short} is short of disk space; nothing was executed"
 
     def _wait(self, shard: ShardState, op: int, key: bytes, args: Any, size: int, sink: Sink, token: Any) -> None:
         if not shard.serving:
@@ -286,7 +307,7 @@ class Admission(ClusterState):
                     return False
                 self._enqueue_read(link, shard, [op, sink, token, shard, 0, key])
             else:
-                if any(link.full or not link.connected for link in shard.members):
+                if shard.bad or any(link.full or not link.connected for link in shard.members):
                     self._pass_writes(shard)
                     return False
                 shard.writable = True
@@ -298,8 +319,8 @@ class Admission(ClusterState):
         return bool(waiting)
 
     def _pass_writes(self, shard: ShardState) -> None:
-        """If a member is missing, let the reads that wait go past the writes to another member."""
-        if not shard.waiting_reads or shard.all_connected():
+        """If a member is missing or bad, let the reads that wait go past the writes to another member."""
+        if not shard.waiting_reads or shard.is_whole():
             return
         stay: deque[Waiting] = deque()
         for entry in shard.waiting:
@@ -326,14 +347,32 @@ class Admission(ClusterState):
     def refuse_waiting(self, code: Code, text: str, wanted: Callable[[bytes], bool]) -> None:
         """Refuse what waits unsequenced and whose key `wanted` says so."""
         for shard in self.shards:
-            keep: deque[Waiting] = deque()
-            for entry in shard.waiting:
-                if wanted(entry[3]):
-                    self._forget_waiting(shard, entry)
-                    self._refuse(entry[5], entry[6], code, text, shard)
-                else:
-                    keep.append(entry)
-            shard.waiting = keep
+            self._refuse_some(shard, code, text, lambda entry: wanted(entry[3]))
+
+    def _refuse_some(self, shard: ShardState, code: Code, text: str, wanted: Callable[[Waiting], bool]) -> None:
+        """Refuse what waits for `shard` and `wanted` says so."""
+        keep: deque[Waiting] = deque()
+        for entry in shard.waiting:
+            if wanted(entry):
+                self._forget_waiting(shard, entry)
+                self._refuse(entry[5], entry[6], code, text, shard)
+            else:
+                keep.append(entry)
+        shard.waiting = keep
+        shard.update_writable()
+
+    def on_space(self, node: str, level: int) -> None:
+        """The node is short of disk space, or is no more."""
+        link = self.links[node]
+        link.space = level
+        for shard in link.shards:
+            shard.update_space()
+            if shard.space and shard.waiting:
+                level = shard.space
+                self._refuse_some(
+                    shard, Code.NO_SPACE, self._no_space(shard),
+                    lambda entry: entry[2] in GROWING or (level > 1 and entry[2] < WRITE_OP_END),  # noqa: B023
+                )  # fmt: skip
             shard.update_writable()
 
     def refuse_waiting_multi(self, code: Code, text: str) -> None:
@@ -364,9 +403,10 @@ class Admission(ClusterState):
             multi.fail(*self._why_not(self.shards[blocked[0]], "reading"))
 
     def _why_not(self, shard: ShardState, what: str) -> tuple[Code, str]:
-        missing = [link for link in shard.members if not link.connected]
+        missing = [f"{link.node} {why}" for link, why in shard.bad.items()]
+        missing += [f"{link.node} is missing ({link.reason})" for link in shard.good if not link.connected]
         if missing:
-            names = ", ".join(f"{link.node} is missing ({link.reason})" for link in missing)
+            names = ", ".join(missing)
             takes = "takes no writes" if what == "writing" else "cannot be read"
             return Code.NOT_ENOUGH_REPLICAS, f"shard {shard.number} {takes}: {names}; nothing was executed"
         text = f"no room in the windows of shard {shard.number} for {WRITE_WAIT_MS} ms; nothing was executed"

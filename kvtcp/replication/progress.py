@@ -64,13 +64,13 @@ class Progress:
         "heard_ms",
         "items",
         "last_ordinal",
-        "lost",
         "next_turn",
         "node",
         "open",
         "outgoing",
         "reason",
         "shards",
+        "space",
         "uncommitted",
         "uncommitted_max",
         "written",
@@ -79,11 +79,11 @@ class Progress:
 
     def __init__(self, node: str) -> None:
         self.node = node
-        self.connected = False  # the link is up and the node is the member the map names
+        self.connected = False  # the link is up; that a copy of the node counts is another matter, see ShardState.bad
         self.reason = "not connected yet"  # why not, for people
-        self.lost = ""  # why the node, though it answers, is not the member that acknowledged; empty = it may be
         self.heard_ms = 0  # monotonic time at which bytes came from the node last
         self.full = False  # the window has no room; writes of its shards wait
+        self.space = 0  # how short of disk space the node is: 0 not, 1 no growing writes, 2 no writes
         self.items = 0
         self.bytes = 0
         self.last_ordinal = 0  # of the last closed batch

@@ -10,9 +10,10 @@ Reads go to one replica over the same FIFO link, so they see exactly the writes 
 what they saw is committed.
 
 A link that is lost: its writes are kept and sent again, with their stamps, when the node is back with the position it
-acknowledged or a later one; its reads are queued at other members. A node that comes back with less than it
-acknowledged is not linked: its pending writes are answered UNKNOWN, reads that saw them are refused. What was kept for
-it stays kept, so that the process which has the data may still come back.
+acknowledged or a later one; its reads are queued at other members. Whether a node is the member that acknowledged is a
+question for each of its shards. A copy that is another one, or has less than it acknowledged, is *bad*: it is not read,
+its shard takes no writes, pending ones are answered UNKNOWN, reads that saw them are refused. What was kept for it
+stays kept, so that the process which has the data may still come back and heal the shard.
 
 Invariants (`check`):
 - numbers of a shard have no gap; `commit <= last_seq`; `pending` are exactly the numbers (commit, last_seq];
@@ -23,18 +24,24 @@ Invariants (`check`):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import GET, PURGE
+from kvtcp.protocol.link import CopyReport
+from kvtcp.protocol.operations import GET, PURGE, WRITE_OP_END
 from kvtcp.replication.admission import Admission
 from kvtcp.replication.answers import Answers
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import ANSWERED, Batch, LinkError, Op, Progress
+from kvtcp.replication.recovery import LOST_DATA, Verdict, foreign_copy, incomplete_copy
 from kvtcp.replication.shard_state import AWAITED, IGNORE, LOST, PART, WRITE, ShardState, Sink
+
+# A takeover calls committed what the good members have, but a lost copy may come back without it. So the nodes are not
+# told before that; else its next takeover would hold it against that copy.
+NEVER: Final = 1 << 63
 
 
 class Sequencer(Admission, Answers):
@@ -42,7 +49,7 @@ class Sequencer(Admission, Answers):
 
     def __init__(self, cluster_map: ClusterMap) -> None:
         super().__init__(cluster_map)
-        self._kept: dict[Progress, list[Batch]] = {}  # of links that are down: writes to send again
+        self._kept: dict[Progress, list[Batch]] = {}  # writes to send again: of links that are down, of bad copies
         self._flagged: set[int] = set()  # shards that hold expired keys
 
     # --- batches ------------------------------------------------------------------------------------
@@ -118,72 +125,116 @@ class Sequencer(Admission, Answers):
 
     # --- links --------------------------------------------------------------------------------------
 
-    def take_over(self, positions: dict[str, dict[int, tuple[int, int]]]) -> None:
-        """All nodes reported (seq, chain) per shard, no link is up: agree where to go on, or say why not.
-
-        Every member that kept its data has every committed entry. So where those agree, the shard goes on from there. A
-        node that has nothing in any shard counts as one that lost it, and `link_up` will refuse it if others have more.
-        (One that lacks a single shard did not lose it: the first write there never reached it, and must not go on.)
-        """
+    def take_over(self, verdicts: Sequence[Verdict], stamp_ms: int = 0) -> None:
+        """The members were made equal, no link is up: go on from there, with stamps from `stamp_ms` on."""
         assert not any(link.connected for link in self.links.values()), "shards are taken over before links come up"
-        empty = {node for node, rows in positions.items() if not any(seq for seq, _ in rows.values())}
-        for shard in self.shards:
-            reports = {link.node: positions[link.node].get(shard.number, (0, 0)) for link in shard.members}
-            found = {position for node, position in reports.items() if node not in empty}
-            if len(found) <= 1:
-                seq = next(iter(found))[0] if found else 0
-                shard.last_seq = shard.commit = seq
-                shard.acked = dict.fromkeys(shard.members, seq)
-                shard.serving, shard.reason = True, ""
-            else:
-                at = ", ".join(f"{node} at {seq}" for node, (seq, _) in reports.items())
-                shard.serving, shard.reason = False, f"its members differ ({at})"
+        self.stamp_ms = max(self.stamp_ms, stamp_ms)
+        for shard, verdict in zip(self.shards, verdicts, strict=True):
+            shard.base = (verdict.seq, verdict.chain)
+            shard.last_seq = shard.commit = verdict.seq
+            shard.acked = dict.fromkeys(shard.members, verdict.seq)
+            for link in shard.members:
+                shard.mark(link, verdict.bad.get(link.node, ""))
+            shard.serving, shard.reason = not verdict.down, verdict.down
             shard.update_writable()
 
-    def link_up(self, node: str, positions: dict[int, int]) -> str | None:
-        """A node that the map names is linked and reported these numbers. Returns why it cannot serve, or None.
+    def link_up(
+        self, node: str, copies: Mapping[int, CopyReport], space: int = 0, *, judged: bool = False
+    ) -> dict[int, str]:
+        """A node is linked and reported these copies. Returns which of its shards are bad, and why.
 
-        Entries it lacks are sent again with their stamps; those it has count as acknowledged. Shards that are not
-        served are not looked at.
+        Entries that good copies lack are sent again with their stamps; those they have count as acknowledged. Shards
+        that are not served are not judged, nor is a copy that the takeover `judged` just now.
         """
         link = self.links[node]
         assert not link.connected, "link_down comes before the next link_up"
-        served = [shard for shard in link.shards if shard.serving]
-        for shard in served:
-            seq = positions.get(shard.number, 0)
-            if seq < shard.acked[link]:
-                reason = f"it has shard {shard.number} up to {seq}, but acknowledged {shard.acked[link]}"
-            elif seq > shard.last_seq:
-                reason = f"it has shard {shard.number} up to {seq}, above the last number given, {shard.last_seq}"
-            else:
+        bad: dict[int, str] = {}
+        has: dict[int, int] = {}  # good shards of the node -> number
+        older: dict[int, int] = {}  # what it had before this link and may not be committed
+        for shard in link.shards:
+            copy = copies.get(shard.number)
+            if not shard.serving:
+                older[shard.number] = NEVER
                 continue
-            self._abandon(link, reason)
-            return reason
+            why = shard.bad.get(link, "") if judged else self._why_bad(shard, link, copy)
+            if copy is None or why:
+                bad[shard.number] = why
+                self._abandon(shard, link, why)
+            else:
+                has[shard.number] = copy.seq
+                self._recovered(shard, link)
+            if shard.bad:
+                older[shard.number] = NEVER
+            elif shard.number in has and has[shard.number] > shard.commit:
+                older[shard.number] = has[shard.number]
         link.connected = True
-        link.reason = link.lost = ""
-        for old in self._kept.pop(link, ()):
-            self._send_again(link, old, positions)
-        for shard in served:
-            shard.update_stuck()
-            self._acknowledged(shard, link, positions.get(shard.number, 0))
+        link.reason = ""
+        link.space = space
+        if older:
+            link.uncommitted.append((-1, older))
+        kept = self._kept.pop(link, [])
+        stays = [old for old in (_part(batch, bad, True) for batch in kept) if old.items]
+        if stays:
+            self._kept[link] = stays
+        for old in kept:
+            self._send_again(link, _part(old, bad, False) if stays else old, has)
+        for shard in link.shards:
+            shard.update_space()
+            if shard.number in has:
+                shard.update_stuck()
+                self._acknowledged(shard, link, has[shard.number])
         if link.has_room():
             self._opened(link)
         else:
             self._filled(link)
-        return None
+        return bad
 
-    def link_refused(self, node: str, reason: str) -> str:
-        """A node answers for a member that it is not, whatever it has: it serves nothing. Returns the reason."""
-        self._abandon(self.links[node], reason)
-        return reason
+    def _recovered(self, shard: ShardState, link: Progress) -> None:
+        """The member is good; if it was the last bad one, what the others have is on all members indeed."""
+        if link not in shard.bad:
+            return
+        shard.mark(link, "")
+        if not shard.bad:
+            for member in shard.members:
+                if member.uncommitted and member.uncommitted[0][0] < 0:
+                    member.uncommitted[0][1].pop(shard.number, None)
 
-    def _send_again(self, link: Progress, old: Batch, positions: dict[int, int]) -> None:
+    def _why_bad(self, shard: ShardState, link: Progress, copy: CopyReport | None) -> str:
+        """Why the copy that a node reported is not the member's; empty if it is."""
+        if copy is None:
+            return "has no copy of it"
+        if copy.disk != self.map.disk_of(shard.number, link.node):
+            return foreign_copy(copy)
+        if not copy.complete:
+            return incomplete_copy(copy)
+        has = f"it has shard {shard.number} up to {copy.seq}"
+        if copy.seq < shard.acked[link]:
+            return f"{LOST_DATA}: {has}, but acknowledged {shard.acked[link]}"
+        if copy.seq > shard.last_seq:
+            return f"has another history: {has}, above the last number given, {shard.last_seq}"
+        if copy.seq == shard.base[0] and copy.chain != shard.base[1]:
+            return f"has another history: it differs at number {copy.seq} or before"
+        return ""
+
+    def new_disks(self, node: str, copies: Mapping[int, CopyReport]) -> dict[int, dict[str, str]]:
+        """Members that a node can be by the new, empty copies it reported, because nothing was ever written to their
+        shards: shard -> node -> disk. They count when the map says so and the node is linked after that."""
+        found: dict[int, dict[str, str]] = {}
+        for shard in self.links[node].shards:
+            copy = copies.get(shard.number)
+            if copy is None or not shard.serving or shard.last_seq or copy.seq or not copy.complete:
+                continue
+            if copy.disk != self.map.disk_of(shard.number, node):
+                found[shard.number] = {node: copy.disk}
+        return found
+
+    def _send_again(self, link: Progress, old: Batch, has: Mapping[int, int]) -> None:
         """Queue what the node lacks of a kept batch; results of what it has were lost with the link."""
         batch = Batch(old.stamp_ms)
         answers = iter(old.answers)
         for item in old.items:
             op = next(answers) if item[3] else None
-            if item[2] <= positions.get(item[1], 0):
+            if item[2] <= has.get(item[1], 0):
                 if op is not None and op is not ANSWERED and op[3] is AWAITED:
                     op[3] = LOST
                 continue
@@ -198,19 +249,20 @@ class Sequencer(Admission, Answers):
             link.bytes += batch.bytes
             link.close_batch()
 
-    def _abandon(self, link: Progress, reason: str) -> None:
-        """The node lost what it acknowledged, so nothing it says counts and its pending writes cannot commit."""
-        link.reason, link.lost = "it came back without its data", reason
-        for shard in link.shards:
-            for op in shard.pending:
-                if op[1] is not None:
-                    self._answer_unknown(shard, op[1], op[2], f"{link.node} came back without its data")
-                    op[1] = None
-            shard.update_stuck()
-            if shard.stuck:
-                held, shard.held = sorted(shard.held), []
-                for entry in held:
-                    self._refuse_held(shard, entry[3], entry[4])
+    def _abandon(self, shard: ShardState, link: Progress, why: str) -> None:
+        """The node has not what it acknowledged, so nothing it says counts and pending writes cannot commit."""
+        shard.mark(link, why)
+        for op in shard.pending:
+            if op[1] is not None:
+                self._answer_unknown(shard, op[1], op[2], f"{link.node} {why}")
+                op[1] = None
+        code, text = self._why_not(shard, "writing")
+        self._refuse_some(shard, code, text, lambda entry: entry[2] < WRITE_OP_END)
+        shard.update_stuck()
+        if shard.stuck:
+            held, shard.held = sorted(shard.held), []
+            for entry in held:
+                self._refuse_held(shard, entry[3], entry[4])
 
     def link_down(self, node: str, reason: str) -> None:
         """The link is gone: writes of its shards wait, its reads are queued at other members, its writes are kept."""
@@ -219,7 +271,7 @@ class Sequencer(Admission, Answers):
             link.reason = reason
             return
         kept, reads = link.disconnect(reason)
-        self._kept[link] = kept
+        self._kept[link] = self._kept.get(link, []) + kept
         for shard in link.shards:
             shard.writable = False
         self._move_reads(reads, None)
@@ -287,7 +339,7 @@ class Sequencer(Admission, Answers):
             shard = self.shards[number]
             if shard.purge_after_ms <= self.now_ms:
                 self._flagged.discard(number)
-                if shard.writable:
+                if shard.space < 2 and shard.takes_writes():
                     shard.purge_after_ms = self.now_ms + PURGE_INTERVAL_MS
                     self.write(PURGE, number, b"", (PURGE_KEYS_MAX,), 0, IGNORE, None)
 
@@ -298,6 +350,21 @@ class Sequencer(Admission, Answers):
             shard.check()
         for link in self.links.values():
             link.check()
+
+
+def _part(old: Batch, bad: Mapping[int, str], wanted: bool) -> Batch:
+    """Of a kept batch what belongs to bad shards (`wanted`), or what does not."""
+    part = Batch(old.stamp_ms)
+    part.bytes = old.bytes
+    answers = iter(old.answers)
+    for item in old.items:
+        op = next(answers) if item[3] else None
+        if (item[1] in bad) is wanted:
+            part.items.append(item)
+            part.last_seqs[item[1]] = item[2]
+            if op is not None:
+                part.answers.append(op)
+    return part
 
 
 __all__ = ["IGNORE", "LinkError", "Sequencer", "ShardState", "Sink"]

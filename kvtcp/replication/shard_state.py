@@ -51,13 +51,16 @@ class ShardState:
     """One shard as the coordinator sees it."""
 
     __slots__ = (
-        "acked", "commit", "held", "last_seq", "members", "number", "pending", "purge_after_ms", "reason",
-        "serving", "stuck", "waiting", "waiting_reads", "writable",
+        "acked", "bad", "base", "commit", "good", "held", "last_seq", "members", "number", "pending", "purge_after_ms",
+        "reason", "serving", "space", "stuck", "waiting", "waiting_reads", "writable",
     )  # fmt: skip
 
     def __init__(self, number: int, members: list[Progress]) -> None:
         self.number = number
         self.members = members  # first the one that answers writes
+        self.bad: dict[Progress, str] = {}  # members that do not count, and why, as the end of a sentence
+        self.good = members  # members that are not bad, in their order
+        self.base = (0, 0)  # number and chain at which this coordinator took the shard over
         self.acked: dict[Progress, int] = dict.fromkeys(members, 0)  # highest number each member has durable
         self.last_seq = 0  # highest number given
         self.commit = 0  # highest number durable on all members; <= last_seq
@@ -68,24 +71,42 @@ class ShardState:
         self.serving = False  # all members were heard of and agreed when the coordinator took the shard over
         self.reason = "its members have not reported yet"  # why not serving, for people
         self.stuck = ""  # why the pending writes can never commit, for people; empty = they can
-        self.writable = False  # serving, every member connected with room in its window, nobody waiting
+        self.space = 0  # how short of disk space the worst member is, see Progress.space
+        self.writable = False  # every write can be sequenced: see `update_writable`
         self.purge_after_ms = 0  # no purge before this time
 
-    def all_connected(self) -> bool:
-        """Whether every member has a link."""
-        return all(link.connected for link in self.members)
+    def mark(self, link: Progress, why: str) -> None:
+        """The member is bad, or (empty) it is not."""
+        if why:
+            self.bad[link] = why
+        else:
+            self.bad.pop(link, None)
+        self.good = [member for member in self.members if member not in self.bad]
 
-    def update_writable(self) -> None:
-        """Set `writable` from what it depends on."""
-        writable = self.serving and not self.waiting
+    def is_whole(self) -> bool:
+        """Whether every member has a link and counts, so that writes go on as soon as there is room."""
+        return not self.bad and all(link.connected for link in self.members)
+
+    def takes_writes(self) -> bool:
+        """Whether a write that needs no space can be sequenced now."""
+        takes = self.serving and not self.waiting and not self.bad
         for link in self.members:
             if link.full or not link.connected:
-                writable = False
-        self.writable = writable
+                takes = False
+        return takes
+
+    def update_writable(self) -> None:
+        """Set `writable` from what it depends on: serving, nobody waiting, every member good, linked, and with room in
+        its window and on its disk."""
+        self.writable = not self.space and self.takes_writes()
+
+    def update_space(self) -> None:
+        """Set `space` from the members."""
+        self.space = max([link.space for link in self.members])
 
     def update_stuck(self) -> None:
         """Set `stuck` from the members that lost what others wait for."""
-        lost = [f"{link.node}: {link.lost}" for link in self.members if link.lost and self.acked[link] < self.last_seq]
+        lost = [f"{link.node} {why}" for link, why in self.bad.items() if self.acked[link] < self.last_seq]
         self.stuck = "; ".join(lost)
 
     def check(self) -> None:
@@ -101,6 +122,8 @@ class ShardState:
         if self.writable:
             assert self.serving and not self.waiting, "a writable shard serves, and nobody waits before the next write"
             assert all(link.connected and not link.full for link in self.members), "all members can take a write"
+            assert not self.bad and not self.space, "a writable shard has no bad member, and space"
+        assert self.good == [link for link in self.members if link not in self.bad], "good is what is not bad"
 
 
 class ClusterState:
@@ -110,20 +133,27 @@ class ClusterState:
         self.map = cluster_map
         self.links = {node: Progress(node) for node in cluster_map.nodes}
         self.shards = [
-            ShardState(n, [self.links[node] for node in members]) for n, members in enumerate(cluster_map.members)
+            ShardState(n, [self.links[node] for node, _ in members]) for n, members in enumerate(cluster_map.members)
         ]
         for shard in self.shards:
             for link in shard.members:
                 link.shards.append(shard)
         self.stamp_ms = 0  # of everything queued in this tick; never decreases
+        self.stamp_bound_ms = cluster_map.stamp_bound_ms  # stamp_ms never grows beyond it
         self.now_ms = 0  # monotonic time of this tick, for deadlines only
         self.unavailable = 0  # requests refused as not executed, for status
 
     def begin(self, wall_ms: int, now_ms: int) -> None:
         """A tick begins: what is queued until `close_batches` has one stamp."""
         if wall_ms > self.stamp_ms:
-            self.stamp_ms = wall_ms
+            # R12: time stands still rather than pass what the next coordinator will begin with
+            self.stamp_ms = max(self.stamp_ms, min(wall_ms, self.stamp_bound_ms))
         self.now_ms = now_ms
+
+    def map_changed(self, cluster_map: ClusterMap) -> None:
+        """The config store holds this map now."""
+        self.map = cluster_map
+        self.stamp_bound_ms = cluster_map.stamp_bound_ms
 
     def _refuse(self, sink: Sink, token: Any, code: Code, text: str, shard: ShardState) -> None:
         self.unavailable += 1

@@ -95,9 +95,6 @@ class Pulse:
         self._timer = self._loop.call_later(PROGRESS_S, self._tell, progress)
 
 
-Remember = Callable[[bytes | None], None]  # told the prefix that is closed, None for none; raises OSError
-
-
 class Backups:
     """One per coordinator; one backup or restore at a time."""
 
@@ -106,18 +103,14 @@ class Backups:
         self.backup_dir = backup_dir.absolute()
         self.busy = ""  # what is running, for people; empty = nothing
         self.restoring: bytes | None = None  # prefix whose content is in pieces or being replaced
-        self._remember: Remember = lambda prefix: None  # keeps `restoring` for the next coordinator
         self._cleared = 0  # entries by which the running `replace` removed keys
         self._files: dict[str, asyncio.Future[Any]] = {}  # node -> its file of the running backup
         self._name = ""  # of the running backup as the nodes know it
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def resume(self, restoring: bytes | None, is_empty: bool, remember: Remember) -> None:
-        """The shards were taken over: what an earlier coordinator left in pieces stays closed, unless it is gone."""
-        self._remember = remember
-        if restoring is not None and is_empty:
-            remember(None)
-        elif restoring is not None:
+    def resume(self, restoring: bytes | None) -> None:
+        """The shards were taken over: what an earlier coordinator left in pieces stays closed."""
+        if restoring is not None:
             log.warning("event=restore-unfinished prefix=%s", show_bytes(restoring))
             self.restoring = self.server.gateway.restoring = restoring
 
@@ -234,7 +227,7 @@ class Backups:
         """node -> shards it saves: one connected replica a shard, as evenly as membership allows."""
         chosen: dict[str, list[int]] = {}
         for shard in self.server.sequencer.shards:
-            members = [link for link in shard.members if link.connected]
+            members = [link for link in shard.good if link.connected]
             if not members or not shard.serving:
                 raise Unavailable(f"no replica of shard {shard.number} can be read", Code.NOT_ENOUGH_REPLICAS)
             best = min(members, key=lambda link: len(chosen.get(link.node, ())))
@@ -311,7 +304,7 @@ class Backups:
         if not again:
             try:
                 summary["saved_as"] = await self._save(progress)
-                await self._in_thread(self._remember, prefix)
+                await self.server.remember_restoring(prefix)
             except BaseException:
                 self._open_prefix()  # nothing was changed yet
                 raise
@@ -320,10 +313,10 @@ class Backups:
             await self._clear(prefix, progress)
             await self._load(directory, prefix, wanted, progress)
             await self._compare(directory, prefix, wanted, progress)
-            await self._in_thread(self._remember, None)
+            await self.server.remember_restoring(None)
         except (KvtcpError, OSError) as error:
             if not again and not self._cleared and isinstance(error, Unavailable):
-                await self._in_thread(self._remember, None)
+                await self.server.remember_restoring(None)
                 self._open_prefix()  # the first removal was refused: nothing was changed
                 raise
             shown = f"the keys that begin with {show_bytes(prefix)} stay" if prefix else "all keys stay"
@@ -335,9 +328,14 @@ class Backups:
 
     def _check_members(self) -> None:
         """A restore writes to all shards: it is not begun while one of them takes no writes."""
-        missing = [link for link in self.server.sequencer.links.values() if link.shards and not link.connected]
+        links = [link for link in self.server.sequencer.links.values() if link.shards]
+        missing = [f"{link.node} is missing ({link.reason})" for link in links if not link.connected]
+        for link in links:
+            why = next((shard.bad[link] for shard in link.shards if link in shard.bad), "")
+            if link.connected and why:
+                missing.append(f"{link.node} {why}")
         if missing:
-            names = ", ".join(f"{link.node} is missing ({link.reason})" for link in missing)
+            names = ", ".join(missing)
             raise Unavailable(f"a restore needs all nodes: {names}; nothing was changed", Code.NOT_ENOUGH_REPLICAS)
 
     async def _save(self, progress: Progress) -> str:

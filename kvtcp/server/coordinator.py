@@ -4,8 +4,12 @@ One event loop. Clients' sockets and nodes' links bring messages; the cores queu
 (`_flush`, one `call_soon` however many messages came) every link and every client gets at most one write. No task and
 no future is made for an operation.
 
-Readiness: when every node of the map has reported, the sequencer takes the shards over; from then on a node that
-reconnects goes on where it was, and one that lost its data serves nothing (`bad`, shown by `status`).
+Readiness: when every node of the map has reported, a Takeover makes the members of each shard equal; what of it belongs
+into the map is stored there, and then the shards are served. If a link breaks before that, it begins anew with new
+reports. From then on a node that reconnects goes on where it was, and a copy that lost its data is bad (see Sequencer).
+
+The map belongs to this coordinator until somebody else changes it or a node refuses its epoch (R13). Then it is
+`deposed`: no client gets another answer, and the process ends.
 """
 
 from __future__ import annotations
@@ -14,76 +18,73 @@ import asyncio
 import logging
 import socket
 import time
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvtcp._version import __version__
+from kvtcp.config_store.keeper import MapKeeper, NotOwner
+from kvtcp.config_store.store import ConfigStoreError
 from kvtcp.constants import (
     BUFFERED_BYTES_MAX,
     CLIENT_CONNECTIONS_MAX,
     EVICT_AFTER_MS,
     HEARTBEAT_MS,
+    STAMP_AHEAD_MS,
+    STAMP_MOVE_MS,
     TICK_MS,
     WRITE_WAIT_MS,
 )
 from kvtcp.errors import show_bytes
+from kvtcp.protocol.link import Report
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.gateway import Gateway, Session
+from kvtcp.replication.recovery import Action, StaleStore, Takeover
 from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink
+from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms
 from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
 
 log = logging.getLogger("kvtcp.coordinator")
 
 HEARTBEAT_TICKS = HEARTBEAT_MS // TICK_MS
+BOUND_RETRY_MS = 1_000  # after the config store did not take the next bound of stamps
 
 
-@dataclass
+@dataclass(frozen=True)
 class ClusterConfig:
-    """What a coordinator is started with. `nodes` maps node ids to their addresses."""
+    """What a coordinator is started with, beyond the map."""
 
-    cluster: str
     secret: str
-    nodes: dict[str, tuple[str, int]]
-    shards: int
-    factor: int
-    min_insync: int
+    durability: str
     backup_dir: Path
-    epoch: int = 1
-    restoring: bytes | None = None  # prefix that a restore of an earlier coordinator left in pieces
-    remember_restoring: Callable[[bytes | None], None] = lambda prefix: None  # for the next one; raises OSError
-    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class CoordinatorServer:
-    """One coordinator: the client port, the links, the cores."""
+    """One coordinator: the client port, the links, the cores. It owns the map of `keeper` (see `own_map`)."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, keeper: MapKeeper, before: Predecessor) -> None:
         self.loop = asyncio.get_running_loop()
         self.secret = config.secret
-        self._config = config
-        self.map = ClusterMap.create(
-            cluster=config.cluster,
-            epoch=config.epoch,
-            owner=config.owner,
-            shards=config.shards,
-            factor=config.factor,
-            min_insync=config.min_insync,
-            nodes=config.nodes,
-        )
+        self.durability = config.durability
+        self.keeper = keeper
+        keeper.on_change = self._map_changed
+        keeper.on_lost = lambda error: self.deposed(str(error))
+        self._before = before
         self.sequencer = Sequencer(self.map)
         self.gateway = Gateway(self.sequencer, self)
         self.backups = Backups(self, config.backup_dir)
-        self.links = {node: NodeLink(self, node, host, port) for node, (host, port) in config.nodes.items()}
+        self.links = {node: NodeLink(self, node, host, port) for node, (host, port) in self.map.nodes.items()}
+        self.takeover = Takeover(self.map)  # the present attempt; meaningful until `ready`
+        self.progressed_at = self.loop.time()  # when the takeover last came further
         self.sessions: set[ClientSession] = set()
         self.dirty: list[ClientSession] = []  # sessions with answers to flush in this tick
         self.address = ("", 0)
-        self.ready = asyncio.Event()  # every node has reported and the shards were taken over
+        self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
+        self.is_deposed = False  # the nodes belong to another coordinator: they are not to be stopped
         self.protocol_errors = 0
         self.buffered_bytes = 0  # held for clients, as of the last tick
         self.held_bytes = 0  # held for clients by their sessions, at any time
@@ -91,34 +92,71 @@ class CoordinatorServer:
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
         self._over_total = False  # clients are not read because of the total cap
         self._over_since_ms = 0  # since when; meaningful while _over_total
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bound_task: asyncio.Task[None] | None = None  # moves the bound of stamps
+        self._bound_failed = ""  # why the config store did not take it, for people; empty = it did
+        self._bound_retry_ms = 0  # monotonic time before which that is not tried again
         self._server: asyncio.Server | None = None
         self._ticks = 0
         self._started = time.monotonic()
         self._tick_due = 0.0
         self._tick_handle: asyncio.TimerHandle | None = None
 
+    @property
+    def map(self) -> ClusterMap:
+        """The cluster map as the config store holds it."""
+        return self.keeper.map
+
     # --- life ---------------------------------------------------------------------------------------
 
     def start_links(self) -> None:
         """Dial the nodes and let time pass."""
         for link in self.links.values():
-            task = self.loop.create_task(link.run(), name=f"link to {link.node}")
-            task.add_done_callback(self.core_task_done)
-            self._tasks.append(task)
+            self._start_task(link.run(), f"link to {link.node}")
         self._schedule_tick()
+
+    def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task that must not fail."""
+        task = self.loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self.core_task_done)
+        return task
 
     def core_failed(self, error: BaseException) -> None:
         """Something unexpected happened where it must not: the process ends rather than go on with damaged state."""
         if not self.failed.done():
-            log.critical("event=core-failed reason=%r", error, exc_info=error)
+            if isinstance(error, CannotServe):
+                log.critical("event=cannot-serve reason=%s", error)
+            else:
+                log.critical("event=core-failed reason=%r", error, exc_info=error)
             self.failed.set_exception(error)
+
+    def deposed(self, reason: str) -> None:
+        """Another coordinator owns the cluster. R13: from this moment on no client is answered."""
+        for session in list(self.sessions):
+            session.abort()
+        if self._server is not None:
+            self._server.close()
+        self.is_deposed = True
+        self.core_failed(
+            CannotServe(f"this coordinator does not own the cluster any more: {reason}", not self.ready.is_set())
+        )
 
     def core_task_done(self, task: asyncio.Task[None]) -> None:
         """Done callback of tasks that must not fail: the exception of one ends the process."""
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self.core_failed(error)
+
+    async def wait_ready(self) -> None:
+        """Return when the shards are served. Raises CannotServe, and what else ends the coordinator before."""
+        waiting: asyncio.Future[Any] = self.loop.create_task(self.ready.wait())
+        failed: asyncio.Future[Any] = self.failed
+        await asyncio.wait({waiting, failed}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self.failed.done():
+            self.failed.result()
 
     async def listen(self, bound: socket.socket) -> None:
         """Accept clients on this bound socket."""
@@ -136,6 +174,16 @@ class CoordinatorServer:
         while self.loop.time() < deadline and any(s.outstanding or s.out for s in self.sessions):  # noqa: ASYNC110
             await asyncio.sleep(TICK_MS / 1000 / 5)
 
+    async def kill(self) -> None:
+        """End as a process does that is killed: nothing more is said to anybody."""
+        for session in list(self.sessions):
+            session.abort()
+        for link in self.links.values():
+            link.closing = True
+            if link.connection is not None:
+                link.connection.abort()
+        await self.close()
+
     async def close(self) -> None:
         """Stop serving: no new clients, answers flushed, links closed."""
         await self.backups.close()
@@ -146,9 +194,11 @@ class CoordinatorServer:
         self._flush()
         for session in list(self.sessions):
             session.close()
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.keeper.close()
         for link in self.links.values():
             link.close()
         self.failed.cancel()
@@ -164,7 +214,7 @@ class CoordinatorServer:
         """Something happened: this tick gets its stamp, and is flushed at its end."""
         if not self._flushing:
             self._flushing = True
-            self.sequencer.begin(time.time_ns() // 1_000_000, int(self.loop.time() * 1000))
+            self.sequencer.begin(wall_ms(), int(self.loop.time() * 1000))
             self.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
@@ -192,12 +242,44 @@ class CoordinatorServer:
         if self._ticks % HEARTBEAT_TICKS == 0:
             for link in self.links.values():
                 link.heartbeat()
+        self._watch_bound()
         now_ms = self.now_ms()
         for session in [s for s in self.sessions if s.frame_is_late(now_ms)]:
             log.warning("event=session-closed peer=%s reason=its frame was never finished", session.peer)
             session.abort()
         self._enforce_total()
         self._schedule_tick()
+
+    # --- the map ------------------------------------------------------------------------------------
+
+    def _map_changed(self, cluster_map: ClusterMap) -> None:
+        self.sequencer.map_changed(cluster_map)
+
+    def _watch_bound(self) -> None:
+        """R12: move the bound of stamps before the clock reaches it."""
+        is_near = wall_ms() + STAMP_MOVE_MS > self.map.stamp_bound_ms
+        if is_near and self.ready.is_set() and self._bound_task is None and self.now_ms() >= self._bound_retry_ms:
+            self._bound_task = self._start_task(self._move_bound(), "bound of stamps")
+
+    async def _move_bound(self) -> None:
+        try:
+            await self.keeper.change(lambda old: old.with_stamp_bound(wall_ms() + STAMP_AHEAD_MS))
+            self._bound_failed = ""
+        except NotOwner:
+            return  # `deposed` was told
+        except (OSError, ConfigStoreError) as error:
+            log.error("event=bound-not-moved reason=%s", error)
+            self._bound_failed = str(error)
+            self._bound_retry_ms = self.now_ms() + BOUND_RETRY_MS
+        finally:
+            self._bound_task = None
+
+    async def remember_restoring(self, prefix: bytes | None) -> None:
+        """The next coordinator shall know which prefix is in pieces; None for none. Raises OSError if it will not."""
+        try:
+            await self.keeper.change(lambda old: replace(old, restoring=prefix))
+        except (NotOwner, ConfigStoreError) as error:
+            raise OSError(f"the cluster map cannot be stored: {error}") from error
 
     # --- clients ------------------------------------------------------------------------------------
 
@@ -260,61 +342,122 @@ class CoordinatorServer:
 
     # --- nodes --------------------------------------------------------------------------------------
 
-    def node_reported(self, link: NodeLink) -> None:
+    def node_reported(self, link: NodeLink, report: Report) -> None:
         """A node answered HELLO."""
         self.begin()
-        report = link.report
-        disk = report[b"disk"].decode()
-        self.sequencer.stamp_ms = max(self.sequencer.stamp_ms, report[b"stamp_ms"])
-        if not self.ready.is_set():
-            self.map.join(link.node, disk)
-            if all(each.connection is not None for each in self.links.values()):
-                self._take_over()
-            return
-        positions = {number: seq for number, _, seq, _ in report[b"shards"]}
-        reason: str | None
-        if self.map.disks[link.node] != disk and any(positions.values()):
-            # another disk is another member: whatever it has, it is not what was acknowledged
-            reason = self.sequencer.link_refused(link.node, "what it has is not what was written to this cluster")
-        else:
-            reason = self.sequencer.link_up(link.node, positions)
-        if reason is None:
-            self.map.join(link.node, disk)
-            link.bad = ""
-            assert link.connection is not None
-            link.connection.live = True
-            log.info("event=link-up node=%s", link.node)
-        else:
-            link.bad = f"came back without its data: {reason}"
-            log.error("event=node-not-a-member node=%s reason=%s", link.node, reason)
-
-    def _take_over(self) -> None:
-        positions = {
-            link.node: {number: (seq, chain) for number, _, seq, chain in link.report[b"shards"]}
-            for link in self.links.values()
-        }
-        self.sequencer.take_over(positions)
-        is_empty = not any(seq for position in positions.values() for seq, _ in position.values())
-        self.backups.resume(self._config.restoring, is_empty, self._config.remember_restoring)
-        for link in self.links.values():
-            reason = self.sequencer.link_up(link.node, {n: seq for n, (seq, _) in positions[link.node].items()})
-            assert link.connection is not None
-            if reason is None:
-                link.connection.live = True
+        if self.ready.is_set():
+            disks = self.sequencer.new_disks(link.node, report.copies)
+            if disks:
+                self._start_task(self._join(link, report, disks), f"new disks of {link.node}")
             else:
-                link.bad = f"came back without its data: {reason}"
-                log.error("event=node-not-a-member node=%s reason=%s", link.node, reason)
+                self._link_up(link, report)
+            return
+        # what the store held before the first HELLO of this coordinator; then what it told the node itself
+        version_max = self._before.map_version if link.number == 1 else self.map.version
+        try:
+            actions = self.takeover.on_report(report, version_max)
+        except StaleStore as error:
+            self.core_failed(CannotServe(stale_store(str(error))))
+            return
+        self._took_over_more(actions)
+
+    def recovery_frame(self, node: str, message: list[Any]) -> None:
+        """ENTRIES or SHIPPED. Raises LinkError if it was not asked for."""
+        takeover = self.takeover
+        answer = takeover.on_entries if len(message) == 5 else takeover.on_shipped
+        self._took_over_more(answer(node, *message[1:]))
+
+    def _took_over_more(self, actions: list[Action]) -> None:
+        self.progressed_at = self.loop.time()
+        for node, frame in actions:
+            connection = self.links[node].connection
+            assert connection is not None, "a takeover ends with the first link that is lost"
+            connection.send(frame)
+            connection.flush()
+        if self.takeover.is_done:
+            self._start_task(self._finish_takeover(self.takeover), "end of the takeover")
+
+    async def _finish_takeover(self, takeover: Takeover) -> None:
+        """Store what the takeover found, then serve."""
+        for alarm in takeover.alarms:
+            log.error("event=alarm reason=%s", alarm)
+        if takeover.began_empty:
+            log.warning(
+                "event=began-empty shards=%s reason=all nodes were restarted, and the last run kept its data in memory",
+                len(takeover.began_empty),
+            )
+        stamp_ms = max([self._before.stamp_bound_ms, *(report.stamp_ms for report in takeover.reports.values())])
+
+        def edit(old: ClusterMap) -> ClusterMap:
+            restoring = None if takeover.is_empty else old.restoring
+            new = replace(old.with_disks(takeover.new_disks), durability=self.durability, restoring=restoring)
+            return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
+
+        try:
+            await self.keeper.change(edit)
+        except NotOwner:
+            return  # `deposed` was told
+        except (OSError, ConfigStoreError) as error:
+            raise CannotServe(f"the cluster map cannot be stored: {error}") from error
+        if self.takeover is not takeover:
+            return  # a link was lost meanwhile
+        self.begin()
+        self.sequencer.take_over(takeover.verdicts, stamp_ms)
+        self.backups.resume(self.map.restoring)
+        self.ready.set()
+        for link in self.links.values():
+            self._link_up(link, replace(takeover.reports[link.node], copies=takeover.copies(link.node)), judged=True)
         down = [shard for shard in self.sequencer.shards if not shard.serving]
         if down:
             log.error("event=shards-down shards=%s first=%s reason=%s", len(down), down[0].number, down[0].reason)
-        self.ready.set()
         log.info("event=ready cluster=%s nodes=%s epoch=%s", self.map.cluster, len(self.links), self.map.epoch)
+
+    def node_lost_early(self, link: NodeLink) -> None:
+        """A node was lost after its report and before the shards were served: ask all of them again."""
+        if self.ready.is_set() or link.closing:
+            return
+        log.warning("event=takeover-begins-anew reason=the link to %s was lost", link.node)
+        self.takeover = Takeover(self.map)
+        for other in self.links.values():
+            connection, other.connection = other.connection, None
+            if connection is not None:
+                connection.abort()
+
+    async def _join(self, link: NodeLink, report: Report, disks: dict[int, dict[str, str]]) -> None:
+        """Make a node's new copies members, as nothing was ever written to their shards; then link it."""
+        connection = link.connection
+        try:
+            await self.keeper.change(lambda old: old.with_disks(disks))
+        except NotOwner:
+            return  # `deposed` was told
+        except (OSError, ConfigStoreError) as error:
+            log.error("event=members-not-stored node=%s reason=%s", link.node, error)
+        if connection is not None and link.connection is connection:
+            self.begin()
+            self._link_up(link, report)
+
+    def _link_up(self, link: NodeLink, report: Report, judged: bool = False) -> None:
+        """The node serves, with those of its copies that are the map's."""
+        assert link.connection is not None, "a node is linked while its connection is up"
+        bad = self.sequencer.link_up(link.node, report.copies, link.space, judged=judged)
+        link.connection.live = True
+        log.info("event=link-up node=%s", link.node)
+        if bad:
+            number, why = next(iter(bad.items()))
+            log.error(
+                "event=node-not-a-member node=%s shards=%s first=%s reason=%s", link.node, len(bad), number, why
+            )
+
+    def fenced(self, link: NodeLink) -> None:
+        """A node refused this coordinator's epoch."""
+        if self.ready.is_set():
+            self.deposed(f"{link.node} says: {link.refused}")
 
     def link_failed(self, link: NodeLink, reason: str) -> None:
         """A node cannot be reached, or refused."""
         self.begin()
         if not link.progress.connected:
-            link.progress.reason = "it came back without its data" if link.bad else reason
+            link.progress.reason = reason
         log.debug("event=link-failed node=%s reason=%s", link.node, reason)
 
     # --- administration -----------------------------------------------------------------------------
@@ -333,34 +476,65 @@ class CoordinatorServer:
         """Everything that is not as it should be, one sentence each."""
         sentences = []
         for link in self.links.values():
-            if link.bad:
-                sentences.append(f"{link.node} serves nothing: {link.bad}")
-            elif not link.progress.connected:
-                sentences.append(f"{link.node} is not linked: {link.progress.reason}")
-            elif self._silent(link):
-                silent_ms = self.now_ms() - link.progress.heard_ms
-                sentences.append(f"{link.node} has not answered for {silent_ms} ms: writes of its shards wait for it")
-        down = [shard for shard in self.sequencer.shards if not shard.serving]
+            sentences += self._degraded_node(link)
+        shards = self.sequencer.shards
+        down = [shard for shard in shards if not shard.serving]
         if down:
             first = f"shard {down[0].number}: {down[0].reason}"
             sentences.append(f"{len(down)} shards are down, the first is {first}")
-        readonly = [s.number for s in self.sequencer.shards if s.serving and not all(m.connected for m in s.members)]
+        readonly = [shard for shard in shards if shard.serving and not shard.is_whole()]
         if readonly:
             sentences.append(f"{len(readonly)} shards refuse writes: a replica of each is missing")
+        short = [shard for shard in shards if shard.space and shard.serving]
+        if short:
+            nodes = ", ".join(link.node for link in self.sequencer.links.values() if link.space)
+            refused = "writes" if max(shard.space for shard in short) > 1 else "growing writes"
+            sentences.append(f"{len(short)} shards refuse {refused}: too little disk space on {nodes}")
+        if wall_ms() > self.map.stamp_bound_ms:
+            sentences.append(
+                "deadlines do not pass: the config store does not take the next bound of time "
+                f"({self._bound_failed or 'its answer is awaited'})"
+            )
         if self.backups.restoring is not None:
             prefix = self.backups.restoring
             shown = f"keys that begin with {show_bytes(prefix)}" if prefix else "all keys"
             sentences.append(f"{shown} are closed until a restore completes")
         return sentences
 
+    def _degraded_node(self, link: NodeLink) -> list[str]:
+        """What is wrong with a node."""
+        sentences = []
+        bad = self._bad_shards(link)
+        if bad and len(bad) == len(link.progress.shards):
+            sentences.append(f"{link.node} serves nothing: {next(iter(bad.values()))}")
+        elif bad:
+            number, why = next(iter(bad.items()))
+            sentences.append(
+                f"{link.node}: {len(bad)} of {len(link.progress.shards)} shards are bad, the first is shard {number}: "
+                f"it {why}"
+            )
+        if not link.progress.connected:
+            sentences.append(f"{link.node} is not linked: {link.progress.reason}")
+        elif self._silent(link):
+            silent_ms = self.now_ms() - link.progress.heard_ms
+            sentences.append(f"{link.node} has not answered for {silent_ms} ms: writes of its shards wait for it")
+        return sentences
+
+    def _bad_shards(self, link: NodeLink) -> dict[int, str]:
+        """The shards whose copy on this node is bad, and why."""
+        progress = link.progress
+        return {shard.number: shard.bad[progress] for shard in progress.shards if progress in shard.bad}
+
     def _silent(self, link: NodeLink) -> bool:
         """Whether a linked node does not even answer heartbeats."""
         return link.progress.connected and self.now_ms() - link.progress.heard_ms >= EVICT_AFTER_MS
 
     def _node_state(self, link: NodeLink) -> str:
-        if link.progress.connected:
-            return "silent" if self._silent(link) else "linked"
-        return "bad" if link.bad else "unreachable"
+        if not link.progress.connected:
+            return "unreachable"
+        if self._bad_shards(link):
+            return "bad"
+        return "silent" if self._silent(link) else "linked"
 
     def status(self) -> dict[str, Any]:
         """The map of `status`; docs/protocol.md explains every key."""
@@ -377,7 +551,7 @@ class CoordinatorServer:
             "shards": self.map.shards,
             "replication_factor": self.map.factor,
             "min_insync": self.map.min_insync,
-            "durability": "memory",
+            "durability": self.durability,
             "clients": len(self.sessions),
             "operations": self.gateway.operations,
             "unavailable": sequencer.unavailable,
@@ -397,12 +571,12 @@ class CoordinatorServer:
                 "node": link.node,
                 "address": f"{link.host}:{link.port}",
                 "state": self._node_state(link),
-                "reason": link.bad or link.progress.reason,
+                "reason": next(iter(self._bad_shards(link).values()), "") or link.progress.reason,
                 "shards": len(link.progress.shards),
                 "first_of": sum(shard.members[0] is link.progress for shard in link.progress.shards),
                 "outstanding": link.progress.items,
                 "outstanding_bytes": link.progress.bytes,
-                "pid": link.report.get(b"pid"),
+                "pid": None if link.report is None else link.report.pid,
             }
             for link in self.links.values()
         ]
@@ -413,7 +587,11 @@ class CoordinatorServer:
         def state(shard: ShardState) -> str:
             if not shard.serving:
                 return "down"
-            return "ok" if all(link.connected for link in shard.members) else "read-only"
+            return "ok" if shard.is_whole() else "read-only"
+
+        def reason(shard: ShardState) -> str:
+            bad = "; ".join(f"{link.node} {why}" for link, why in shard.bad.items())
+            return shard.reason or shard.stuck or bad
 
         return [
             {
@@ -423,7 +601,7 @@ class CoordinatorServer:
                 "seq": shard.last_seq,
                 "commit": shard.commit,
                 "waiting": len(shard.waiting),
-                "reason": shard.reason or shard.stuck,
+                "reason": reason(shard),
             }
             for shard in self.sequencer.shards
         ]

@@ -2,9 +2,9 @@
 
 A start has two halves. The first only looks: arguments, data directories, the main port (taken, not yet listening),
 who listens at the addresses of the nodes. Whatever is wrong there is one sentence and exit code 2, and the data
-directory is as it was. The second acts: the epoch goes up, durably, above every epoch that a running node promised;
-nodes are spawned or adopted and linked; when all have reported, clients are let in. If it fails half-way, or a signal
-comes, what was spawned is stopped again.
+directory is as it was. The second acts: nodes are spawned or adopted, and asked what they promised; the epoch goes up,
+durably; the nodes are linked and made equal; then clients are let in. If it fails half-way, or a signal comes, what was
+spawned is stopped again.
 
 A stop: no new clients, open requests answered (DRAIN_MS at most), nodes told to stop and waited for.
 """
@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final, TypeVar
 
+from kvtcp.config_store.file import FileConfigStore
+from kvtcp.config_store.keeper import MapKeeper
+from kvtcp.config_store.store import ConfigStoreError
 from kvtcp.constants import (
     BASE_PORT_DEFAULT,
     DRAIN_MS,
@@ -33,15 +38,22 @@ from kvtcp.constants import (
     SHARDS_DEFAULT,
     SHARDS_MAX,
 )
+from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.server import runtime
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
-from kvtcp.server.identity import DataDirectory, IdentityError, write_identity
+from kvtcp.server.identity import DataDirectory, IdentityError
+from kvtcp.server.ownership import CannotServe, check_store, found_map, own_map
 from kvtcp.server.runtime import StartError
-from kvtcp.server.supervisor import Supervisor, who_is_there
+from kvtcp.server.supervisor import Found, Supervisor, who_is_there
+from kvtcp.storage.files import OS_DISK
 
 log = logging.getLogger("kvtcp.coordinator")
 
-START_S = 30.0  # for all nodes to report
+T = TypeVar("T")
+# for the nodes of --nodes to answer, and then for a takeover to come further; what is spawned is waited for as long as
+# it runs, because reading its data back may take any time
+START_S = 30.0
+POLL_S: Final = 0.05
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,8 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-insync",
         type=int,
-        help="fewest copies a write may be acknowledged with; this version acknowledges with all of them only "
-        "(default: min(2, factor))",
+        help="fewest copies a write may be acknowledged with; this version acknowledges with all of them only, and "
+        "takes no writes while one is missing (default: min(2, factor))",
     )
     parser.add_argument(
         "--shards", type=int, help=f"slices of the key space, fixed for ever (default: {SHARDS_DEFAULT})"
@@ -81,7 +93,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--data-dir",
         type=Path,
         default=Path("data"),
-        help="identity of the cluster, and the directories of local nodes; created if missing (default: %(default)s)",
+        help="identity and map of the cluster, and the directories of local nodes; created if missing "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--backup-dir",
@@ -132,64 +145,51 @@ def node_addresses(options: argparse.Namespace) -> dict[str, tuple[str, int]]:
     return {f"n{number}": address for number, address in enumerate(addresses, 1)}
 
 
-def settle_identity(options: argparse.Namespace, stored: dict[str, Any] | None, nodes: Sequence[str]) -> dict[str, Any]:
-    """The cluster's fixed values: those stored if there are any, else those asked for. Raises StartError."""
+@dataclass(frozen=True)
+class Shape:
+    """The values of a cluster that are fixed when it is created."""
+
+    shards: int
+    factor: int
+    min_insync: int
+
+
+def settle_shape(options: argparse.Namespace, stored: ClusterMap | None, nodes: Sequence[str]) -> Shape:
+    """The cluster's fixed values: those of the map if there is one, else those asked for. Raises StartError."""
     if stored is None:
         factor = options.replication_factor
         if factor is None:
             factor = min(REPLICATION_FACTOR_DEFAULT, len(nodes))
-        fields = {
-            "cluster": secrets.token_hex(8),
-            "secret": secrets.token_hex(16),
-            "epoch": 0,
-            "shards": SHARDS_DEFAULT if options.shards is None else options.shards,
-            "factor": factor,
-            "min_insync": min(2, factor) if options.min_insync is None else options.min_insync,
-            "nodes": list(nodes),
-        }
+        shards = SHARDS_DEFAULT if options.shards is None else options.shards
+        shape = Shape(shards, factor, min(2, factor) if options.min_insync is None else options.min_insync)
     else:
-        fields = dict(stored)
+        shape = Shape(stored.shards, stored.factor, stored.min_insync)
         asked = (
-            ("--shards", "shards", options.shards),
-            ("--replication-factor", "factor", options.replication_factor),
-            ("--min-insync", "min_insync", options.min_insync),
-            ("the number of nodes", "nodes", list(nodes)),
+            ("--shards", stored.shards, options.shards),
+            ("--replication-factor", stored.factor, options.replication_factor),
+            ("--min-insync", stored.min_insync, options.min_insync),
+            ("the number of nodes", len(stored.nodes), len(nodes)),
         )
-        for flag, name, value in asked:
-            if value is not None and value != fields[name]:
-                was, now = fields[name], value
-                if name == "nodes":
-                    was, now = len(fields[name]), len(value)
+        for flag, was, now in asked:
+            if now is not None and now != was:
                 raise StartError(
                     f"the cluster in {options.data_dir} was created with {flag} {was}, not {now}: this is fixed; "
                     "start with the old value, or make a new cluster with another --data-dir and move the data with "
                     "export and import"
                 )
-    if not 1 <= fields["shards"] <= SHARDS_MAX:
-        raise StartError(f"--shards must be from 1 to {SHARDS_MAX}, not {fields['shards']}")
-    if not 1 <= fields["factor"] <= len(nodes):
+    if not 1 <= shape.shards <= SHARDS_MAX:
+        raise StartError(f"--shards must be from 1 to {SHARDS_MAX}, not {shape.shards}")
+    if not 1 <= shape.factor <= len(nodes):
         raise StartError(
-            f"--replication-factor {fields['factor']} needs at least {fields['factor']} nodes, there are {len(nodes)}"
-            if fields["factor"] > 0
-            else f"--replication-factor must be at least 1, not {fields['factor']}"
+            f"--replication-factor {shape.factor} needs at least {shape.factor} nodes, there are {len(nodes)}"
+            if shape.factor > 0
+            else f"--replication-factor must be at least 1, not {shape.factor}"
         )
-    if not 1 <= fields["min_insync"] <= fields["factor"]:
+    if not 1 <= shape.min_insync <= shape.factor:
         raise StartError(
-            f"--min-insync must be from 1 to the replication factor {fields['factor']}, not {fields['min_insync']}"
+            f"--min-insync must be from 1 to the replication factor {shape.factor}, not {shape.min_insync}"
         )
-    return fields
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """The main port, taken but not yet listening, so that clients come when the cluster is ready. Raises StartError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise StartError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
-    return bound
+    return shape
 
 
 async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
@@ -197,102 +197,200 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     stop = asyncio.Event()
     runtime.on_stop_signals(stop.set)
     addresses = node_addresses(options)
-    fields = settle_identity(options, directory.read(), list(addresses))
+    keeper = await MapKeeper.open(FileConfigStore(directory.path / "map.json", OS_DISK))
+    shape = settle_shape(options, keeper.map if keeper.is_founded else None, list(addresses))
+    stored = directory.read()
+    if keeper.is_founded and stored is None:
+        raise StartError(
+            f"identity.json is missing in {directory.path}, and map.json is there: put it back, it has the secret of "
+            "the cluster"
+        )
+    identity = stored or {"cluster": secrets.token_hex(8), "secret": secrets.token_hex(16)}
+    cluster, secret = identity["cluster"], identity["secret"]
+    if keeper.is_founded and keeper.map.cluster != cluster:
+        raise StartError(
+            f"map.json and identity.json in {directory.path} are of two clusters ({keeper.map.cluster}, {cluster}); "
+            "put back those that belong together"
+        )
     local = {} if options.nodes is not None else {node: port for node, (_, port) in addresses.items()}
-    arguments = ["--log-level", options.log_level, "--loop", options.loop, "--orphan-ms", str(options.orphan_ms)]
+    arguments = [
+        "--log-level", options.log_level, "--loop", options.loop, "--orphan-ms", str(options.orphan_ms),
+        "--durability", options.durability,
+    ]  # fmt: skip
     local_host = next(iter(addresses.values()))[0]
     supervisor = Supervisor(local_host, local, options.data_dir, arguments, stop.set)
-    main_socket = bind(options.host, runtime.check_port(options.main_port, "--main-port"))
-    with main_socket:
+    with runtime.bind(options.host, runtime.check_port(options.main_port, "--main-port")) as main_socket:
         if local:
-            promised = await supervisor.survey(fields["cluster"], fields["secret"])
+            check_store(keeper, await supervisor.survey(cluster, secret))
         else:
-            promised = await survey_foreign(addresses, fields["cluster"], fields["secret"])
+            check_store(keeper, await survey(addresses, cluster, secret))
         if stop.is_set():
             return runtime.EXIT_OK
         try:
             options.backup_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartError(f"the backup directory {options.backup_dir} cannot be used: {error.strerror}") from error
-        fields["epoch"] = max(fields["epoch"], promised) + 1
-        directory.write(fields)
-        restoring = None if fields.get("restoring") is None else bytes.fromhex(fields["restoring"])
-
-        def remember_restoring(prefix: bytes | None) -> None:
-            fields["restoring"] = None if prefix is None else prefix.hex()
-            write_identity(directory.path, directory.role, fields)
-
-        server = CoordinatorServer(
-            ClusterConfig(
-                cluster=fields["cluster"],
-                secret=fields["secret"],
-                nodes=addresses,
-                shards=fields["shards"],
-                factor=fields["factor"],
-                min_insync=fields["min_insync"],
-                backup_dir=options.backup_dir,
-                epoch=fields["epoch"],
-                restoring=restoring,
-                remember_restoring=remember_restoring,
-            )
+        if stored is None:
+            directory.write(identity)
+        first = found_map(
+            cluster=cluster,
+            shards=shape.shards,
+            factor=shape.factor,
+            min_insync=shape.min_insync,
+            durability=options.durability,
+            nodes=addresses,
         )
-        runtime.on_unexpected_errors(server.core_failed)
+        config = ClusterConfig(secret, options.durability, options.backup_dir)
+        coordinator = Coordinator(config, keeper, supervisor, stop)
         try:
-            await _start(server, supervisor, stop, fields)
+            await coordinator.start(first)
             if not stop.is_set():
-                await _open(server, main_socket, fields)
-            server.failed.add_done_callback(lambda _: stop.set())
-            await stop.wait()
-            if server.failed.done():
-                server.failed.result()  # raises what ended a core task
-            if supervisor.failure is not None:
-                raise supervisor.failure
-            return runtime.EXIT_OK
+                await _open(coordinator.running, main_socket)
+            return await coordinator.serve()
         finally:
-            await _stop(server, supervisor, local)
+            await coordinator.end()
 
 
-async def survey_foreign(addresses: dict[str, tuple[str, int]], cluster: str, secret: str) -> int:
-    """The highest epoch that the nodes of `--nodes` promised. Raises StartError for what can never become a member.
+async def survey(addresses: Mapping[str, tuple[str, int]], cluster: str, secret: str) -> dict[str, Found]:
+    """Who is at the addresses of the nodes. Raises StartError for what can never become a member.
 
     A node that does not answer yet is waited for later.
     """
     asked = (who_is_there(host, port, node, cluster, secret) for node, (host, port) in addresses.items())
-    promised = 0
-    for (node, (host, port)), found in zip(addresses.items(), await asyncio.gather(*asked), strict=True):
+    answers = dict(zip(addresses, await asyncio.gather(*asked), strict=True))
+    for node, found in answers.items():
         if found.kind == "foreign":
-            raise StartError(f"--nodes: at {runtime.join_address(host, port)}, meant for {node}, is {found.what}")
-        promised = max(promised, found.promised)
-    return promised
+            address = runtime.join_address(*addresses[node])
+            raise StartError(f"at {address}, meant for {node}, is {found.what}; give the right addresses with --nodes")
+    return answers
 
 
-async def _start(
-    server: CoordinatorServer, supervisor: Supervisor, stop: asyncio.Event, fields: dict[str, Any]
-) -> None:
-    """Nodes up and linked, or a stop asked for. Raises StartError."""
-    await supervisor.start(fields["cluster"], fields["secret"])
-    server.start_links()
-    deadline = server.loop.time() + START_S
-    while not server.ready.is_set() and not stop.is_set():
-        early = supervisor.early_exit()
+class Coordinator:
+    """The second half of a start, and the end."""
+
+    def __init__(
+        self, config: ClusterConfig, keeper: MapKeeper, supervisor: Supervisor, stop: asyncio.Event
+    ) -> None:
+        self._config = config
+        self._keeper = keeper
+        self._supervisor = supervisor
+        self._stop = stop
+        self._server: CoordinatorServer | None = None  # None before the map is owned
+
+    @property
+    def running(self) -> CoordinatorServer:
+        """The server, once `start` made it."""
+        assert self._server is not None, "a started coordinator has a server"
+        return self._server
+
+    async def start(self, first: ClusterMap) -> None:
+        """Nodes up, the map owned, the nodes linked and equal; or a stop asked for. Raises StartError, CannotServe."""
+        await self._supervisor.start(first.cluster, self._config.secret)
+        found = await self._answering(first)
+        if found is None:
+            return
+        check_store(self._keeper, found)
+        before = await self._unless_stopped(own_map(self._keeper, first))
+        if before is None:
+            return
+        server = self._server = CoordinatorServer(self._config, self._keeper, before)
+        runtime.on_unexpected_errors(server.core_failed)
+        server.failed.add_done_callback(lambda _: self._stop.set())
+        server.start_links()
+        await self._ready(server)
+
+    async def _answering(self, first: ClusterMap) -> dict[str, Found] | None:
+        """What every node says when it listens; None if a stop is asked for first."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + START_S
+        found: dict[str, Found] = {}
+        missing = dict(first.nodes)
+        while missing and not self._stop.is_set():
+            self._check_processes()
+            found |= await survey(missing, first.cluster, self._config.secret)
+            missing = {node: address for node, address in first.nodes.items() if found[node].kind != "ours"}
+            foreign = missing.keys() - self._supervisor.processes.keys()
+            if foreign and loop.time() > deadline:
+                said = ", ".join(f"{node} ({found[node].what or 'connection refused'})" for node in sorted(foreign))
+                raise StartError(f"after {START_S:.0f} s these nodes had not reported: {said}")
+            if missing:
+                await self._pause()
+        return None if self._stop.is_set() else found
+
+    async def _ready(self, server: CoordinatorServer) -> None:
+        """Wait until the shards are served, or a stop is asked for."""
+        while not server.ready.is_set() and not self._stop.is_set():
+            self._check_processes()
+            for link in server.links.values():
+                if link.refused:
+                    raise StartError(
+                        f"node {link.node} at {runtime.join_address(link.host, link.port)} refused: {link.refused}"
+                    )
+            if server.loop.time() > server.progressed_at + START_S:
+                missing = [f"{link.node} ({link.progress.reason})" for link in server.links.values() if not link.report]
+                raise StartError(
+                    f"after {START_S:.0f} s these nodes had not reported: {', '.join(missing)}"
+                    if missing
+                    else f"for {START_S:.0f} s no node answered the takeover"
+                )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await server.ready.wait()
+        if server.failed.done():
+            server.failed.result()  # raises
+
+    def _check_processes(self) -> None:
+        early = self._supervisor.early_exit()
         if early is not None:
             raise StartError(f"{early}; its message is above")
-        for link in server.links.values():
-            if link.refused:
-                raise StartError(
-                    f"node {link.node} at {runtime.join_address(link.host, link.port)} refused: {link.refused}"
-                )
-        if server.loop.time() > deadline:
-            missing = [f"{link.node} ({link.progress.reason})" for link in server.links.values() if not link.report]
-            raise StartError(f"after {START_S:.0f} s these nodes had not reported: {', '.join(missing)}")
-        try:
-            async with asyncio.timeout(0.05):
-                await server.ready.wait()
-        except TimeoutError:
-            continue
+
+    async def _pause(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):
+                await self._stop.wait()
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
+        """The result of `work`; None if a stop is asked for before it is there."""
+        working = asyncio.ensure_future(work)
+        stopping = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if working.done():
+            return working.result()
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        return None
+
+    async def serve(self) -> int:
+        """Wait for the end; the exit code. Raises what ended the coordinator, if that was no signal."""
+        await self._stop.wait()
+        if self._server is not None and self._server.failed.done():
+            self._server.failed.result()  # raises
+        if self._supervisor.failure is not None:
+            raise self._supervisor.failure
+        return runtime.EXIT_OK
+
+    async def end(self) -> None:
+        """Answer what is open, then end the local nodes and everything else."""
+        log.info("event=stopping")
+        server = self._server
+        asked: set[str] = set()
+        if server is not None:
+            await server.drain(DRAIN_MS)
+            if server.is_deposed:
+                await self._supervisor.leave()
+                await server.close()
+                return
+            self._supervisor.expect_stop()
+            asked = {node for node in self._supervisor.processes if server.links[node].stop_node()}
+            await server.close()
+        else:
+            await self._keeper.close()
+        await self._supervisor.stop(asked)
+        log.info("event=stopped")
 
 
-async def _open(server: CoordinatorServer, main_socket: socket.socket, fields: dict[str, Any]) -> None:
+async def _open(server: CoordinatorServer, main_socket: socket.socket) -> None:
     """Let clients in and say so. Raises StartError."""
     try:
         await server.listen(main_socket)
@@ -301,19 +399,8 @@ async def _open(server: CoordinatorServer, main_socket: socket.socket, fields: d
         raise StartError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
     runtime.announce(
         f"kvtcp-coordinator ready on kvtcp://{runtime.join_address(*server.address)} ({len(server.links)} nodes, "
-        f"{fields['shards']} shards, replication factor {fields['factor']}, durability memory)"
+        f"{server.map.shards} shards, replication factor {server.map.factor}, durability {server.durability})"
     )
-
-
-async def _stop(server: CoordinatorServer, supervisor: Supervisor, local: dict[str, int]) -> None:
-    """Answer what is open, then end the local nodes and everything else."""
-    log.info("event=stopping")
-    await server.drain(DRAIN_MS)
-    supervisor.expect_stop()
-    asked = {node for node in local if server.links[node].stop_node()}
-    await server.close()
-    await supervisor.stop(asked)
-    log.info("event=stopped")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -328,9 +415,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return runtime.run(lambda: serve(options, directory), options.loop)
         finally:
             directory.unlock()
-    except (StartError, IdentityError) as error:
+    except (StartError, IdentityError, ConfigStoreError) as error:
         print(f"kvtcp-coordinator: {error}", file=sys.stderr)  # noqa: T201
         return runtime.EXIT_USAGE
+    except CannotServe as error:
+        print(f"kvtcp-coordinator: {error}", file=sys.stderr)  # noqa: T201
+        return runtime.EXIT_USAGE if error.is_start else runtime.EXIT_FAILED
     except (KeyboardInterrupt, asyncio.CancelledError):
         return runtime.EXIT_OK
 

@@ -3,9 +3,10 @@
 `identity.json` (mode 0600: it holds the cluster's secret) lies in the data directory of the coordinator and of every
 node. It is written with temp file, fsync, rename and directory fsync, and read before anything else is started.
 
-    coordinator  {"format": 1, "role": "coordinator", "cluster", "secret", "epoch", "shards", "factor", "min_insync",
-                  "nodes": ["n1", ...], "restoring": prefix in hexadecimal that a `replace` left in pieces, or null}
+    coordinator  {"format": 1, "role": "coordinator", "cluster", "secret"}
     node         {"format": 1, "role": "node", "cluster", "secret", "node"}
+
+Everything else that a coordinator has to know of its cluster is in the cluster map, beside it in `map.json`.
 
 A directory is locked (`lock` file, flock) while a process uses it, so that two can never believe they own it. The lock
 ends with its process, however that ends, so "is it locked" is also the answer to "does the process still run"; the file
@@ -29,11 +30,9 @@ LOCK_WAIT_S: Final = 0.1
 
 # what an identity must have, by role, beyond format and role
 _FIELDS: Final[dict[str, dict[str, type]]] = {
-    "coordinator": {
-        "cluster": str, "secret": str, "epoch": int, "shards": int, "factor": int, "min_insync": int, "nodes": list,
-    },
+    "coordinator": {"cluster": str, "secret": str},
     "node": {"cluster": str, "secret": str, "node": str},
-}  # fmt: skip
+}
 
 
 class IdentityError(Exception):
@@ -153,7 +152,6 @@ def read_identity(path: Path, role: str) -> dict[str, Any] | None:
         for name, kind in _FIELDS[role].items():
             if type(fields[name]) is not kind:
                 raise TypeError(f"{name} is not of type {kind.__name__}")
-        bytes.fromhex(fields.get("restoring") or "")
     except (ValueError, KeyError, TypeError) as error:
         raise IdentityError(f"{file} is not an identity of kvtcp; move it away to start anew") from error
     return dict(fields)

@@ -30,7 +30,21 @@ from kvtcp.constants import (
     RECOVER_WAIT_MS,
 )
 from kvtcp.errors import ProtocolError
-from kvtcp.protocol.link import BACKUP, BATCH, HELLO, LINK_VERSION, REFUSED, REPORT, RESULTS, STOP
+from kvtcp.protocol.link import (
+    BACKUP,
+    BATCH,
+    ENTRIES,
+    HELLO,
+    LINK_VERSION,
+    REFUSED,
+    REPORT,
+    RESULTS,
+    SHIPPED,
+    SPACE,
+    STOP,
+    Report,
+    parse_report,
+)
 from kvtcp.replication.progress import LinkError, Progress
 from kvtcp.server.transport import FramedConnection
 
@@ -46,7 +60,7 @@ class LinkConnection(FramedConnection):
     def __init__(self, link: NodeLink) -> None:
         super().__init__(link.server.loop, LINK_FRAME_BYTES_MAX)
         self.link = link
-        self.answered: asyncio.Future[dict[bytes, Any]] = link.server.loop.create_future()  # the report
+        self.answered: asyncio.Future[Report] = link.server.loop.create_future()  # the report
         self.lost = asyncio.Event()
         self.live = False  # the report was accepted: batches flow
         self.moved_ms = 0  # monotonic time at which the node's kernel was seen to take something last
@@ -73,13 +87,26 @@ class LinkConnection(FramedConnection):
                     self.link.server.sequencer.on_results(self.link.node, *message[1:])
                 except LinkError as error:
                     raise ProtocolError(str(error)) from error
-            elif kind == REPORT and len(message) == 2 and _report_is_complete(message[1]):
+            elif kind == REPORT and len(message) == 2:
+                report = parse_report(message[1])
+                self.link.space = report.space
                 if not self.answered.done():
-                    self.answered.set_result(message[1])
+                    self.answered.set_result(report)
+            elif kind in (ENTRIES, SHIPPED) and self.link.connection is self and _is_recovery_frame(message):
+                try:
+                    self.link.server.recovery_frame(self.link.node, message)
+                except LinkError as error:
+                    raise ProtocolError(str(error)) from error
+            elif kind == SPACE and len(message) == 2 and message[1] in (0, 1, 2):
+                self.link.space = message[1]
+                if self.live:
+                    self.link.server.sequencer.on_space(self.link.node, message[1])
             elif kind == BACKUP and len(message) == 4 and type(message[1]) is bytes:
                 self.link.server.backups.file_done(self.link.node, *message[1:])
-            elif kind == REFUSED and len(message) == 4 and type(message[2]) is bytes and type(message[3]) is int:
+            elif kind == REFUSED and tuple(map(type, message)) == _REFUSED_TYPES:
                 self.link.refused = message[2].decode("utf-8", "replace")
+                if message[1] == b"FENCED":
+                    self.link.server.fenced(self.link)
                 self._refuse(f"refused: {self.link.refused}")
             else:
                 raise ProtocolError("not a frame of a kvtcp node")
@@ -113,11 +140,14 @@ class LinkConnection(FramedConnection):
             self.answered.set_exception(ConnectionError(reason))
             self.answered.exception()  # looked at: nobody may be waiting any more
         self.lost.set()
-        if self.link.connection is self:
+        is_current = self.link.connection is self
+        if is_current:
             self.link.connection = None
         if self.live:
             self.live = False
             self.link.connection_lost(reason)
+        elif is_current:
+            self.link.server.node_lost_early(self.link)
 
 
 class NodeLink:
@@ -132,9 +162,9 @@ class NodeLink:
         self.connection: LinkConnection | None = None
         self.number = 0  # of the last HELLO; only grows
         self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
-        self.report: dict[bytes, Any] = {}  # the last one
+        self.report: Report | None = None  # the last one
+        self.space = 0  # how short of disk space the node says it is, as in the SPACE frame
         self.closing = False  # the server stops: a lost connection is no event
-        self.bad = ""  # why the node may not serve though it answers, for people
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
@@ -171,18 +201,27 @@ class NodeLink:
             "coordinator": cluster_map.owner,
             "link": self.number,
             "node": self.node,
+            "durability": self.server.durability,
             "map_version": cluster_map.version,
+            "map": cluster_map.to_json(),
             "shards": cluster_map.shards_of(self.node),
         }
         connection.send((HELLO, hello))
         connection.flush()
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
-            self.report = await connection.answered
+            report = await connection.answered
         if connection.lost.is_set():
             raise ConnectionError("the connection was lost after the report")
+        if report.durability != self.server.durability:
+            self.refused = (
+                f"it was started with --durability {report.durability}, the coordinator with --durability "
+                f"{self.server.durability}"
+            )
+            raise ConnectionError(f"not used: {self.refused}")
+        self.report = report
         self.refused = ""
         self.connection = connection
-        self.server.node_reported(self)
+        self.server.node_reported(self, report)
 
     def write_batches(self) -> None:
         """Write the outgoing batches as far as the transport takes them."""
@@ -201,7 +240,8 @@ class NodeLink:
         """An empty batch on an idle link: the node looks for expired keys, and a dead link is noticed."""
         connection = self.connection
         if connection is not None and connection.live and not connection.write_paused:
-            connection.send((BATCH, self.server.sequencer.stamp_ms, 0, []))
+            sequencer = self.server.sequencer
+            connection.send((BATCH, sequencer.stamp_ms, sequencer.committed_ordinal(self.progress), []))
             connection.flush()
 
     def watch_silence(self, now_ms: int, excused: bool) -> None:
@@ -255,11 +295,12 @@ def _unacknowledged_bytes(transport: asyncio.Transport) -> int:
 
 
 _RESULTS_TYPES = (int, int, int, list, list)
-_REPORT_FIELDS = {b"node": bytes, b"disk": bytes, b"pid": int, b"stamp_ms": int, b"shards": list}
+_REFUSED_TYPES = (int, bytes, bytes, int, int)
 
 
-def _report_is_complete(report: Any) -> bool:
-    if type(report) is not dict or not all(type(report.get(name)) is kind for name, kind in _REPORT_FIELDS.items()):
-        return False
-    rows = report[b"shards"]
-    return all(type(row) is list and len(row) == 4 and all(type(field) is int for field in row) for row in rows)
+def _is_recovery_frame(message: list[Any]) -> bool:
+    """Whether an ENTRIES or a SHIPPED frame has the right types; the entries themselves are looked at later."""
+    types = tuple(map(type, message))
+    if message[0] == ENTRIES:
+        return len(message) == 5 and types[1:3] == (int, int) and types[3] in (int, type(None))
+    return len(message) == 6 and types[1:5] == (int, int, int, int) and types[5] in (bytes, type(None))

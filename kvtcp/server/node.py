@@ -242,7 +242,7 @@ class NodeServer:
             asked = type(fields) is dict and fields.get(b"epoch") == 0  # a coordinator that only asks who is here
             level = logging.DEBUG if asked else logging.WARNING
             log.log(level, "event=hello-refused peer=%s code=%s reason=%s", connection.peer, refused.code, refused)
-            connection.send((REFUSED, refused.code, str(refused), replica.promised))
+            connection.send((REFUSED, refused.code, str(refused), replica.promised, replica.map_version))
             connection.close()
             return
         self._link_number = number

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from kvtcp._version import __version__
-from kvtcp.constants import GC_THRESHOLDS, HOST_DEFAULT
+from kvtcp.constants import DURABILITIES, DURABILITY_DEFAULT, GC_THRESHOLDS, HOST_DEFAULT
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -39,9 +39,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--durability",
-        default="memory",
-        metavar="MODE",
-        help="what an acknowledged write survives; this version has memory only (default: %(default)s)",
+        default=DURABILITY_DEFAULT,
+        choices=DURABILITIES,
+        help="what an acknowledged write survives: sync a power cut, os the end of the process, memory neither "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--log-level",
@@ -55,11 +56,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_common_arguments(options: argparse.Namespace) -> None:
     """Raise StartError for values that fit the grammar but not the server."""
-    if options.durability != "memory":
-        raise StartError(
-            f"--durability {options.durability} is not available: this version keeps data in memory only "
-            "(use --durability memory, and backups for what must survive)"
-        )
     if not is_loopback(options.host) and not options.allow_insecure:
         raise StartError(
             f"--host {options.host} can be reached by other machines, and kvtcp has no credentials or encryption yet; "

@@ -52,11 +52,13 @@ _FOREIGN: Final = {
 
 @dataclass(frozen=True)
 class Found:
-    """Who listens at an address. `promised` is the epoch that a node of this cluster promised."""
+    """Who listens at an address. A node of this cluster says which epoch it promised, and the highest version of the
+    cluster map that it has seen."""
 
     kind: str  # "free", "ours", "silent" (no answer to a connection) or "foreign"
     what: str = ""  # for people
     promised: int = 0
+    map_version: int = 0
 
 
 async def who_is_there(host: str, port: int, node: str, cluster: str, secret: str) -> Found:
@@ -70,7 +72,7 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
         return Found("silent", f"something that does not answer ({error or 'time-out'})")
     hello = {
         "version": LINK_VERSION, "cluster": cluster, "secret": secret, "epoch": 0, "coordinator": "survey",
-        "link": 0, "node": node, "map_version": 0, "shards": [],
+        "link": 0, "node": node, "durability": "", "map_version": 0, "map": None, "shards": [],
     }  # fmt: skip
     stranger = Found("foreign", "something that is not a kvtcp node")
     try:
@@ -90,9 +92,9 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
     finally:
         writer.close()
     match messages[0]:
-        case [kind, bytes() as code, bytes() as reason, int() as promised] if kind == REFUSED:
+        case [kind, bytes() as code, bytes() as reason, int() as promised, int() as version] if kind == REFUSED:
             if code == b"FENCED":
-                return Found("ours", promised=promised)
+                return Found("ours", promised=promised, map_version=version)
             name, text = code.decode("utf-8", "replace"), reason.decode("utf-8", "replace")
             return Found("foreign", _FOREIGN.get(name, f"a kvtcp node that refuses ({text})"))
     return stranger
@@ -218,14 +220,15 @@ class Supervisor:
         self._adopt: set[str] = set()  # nodes that the survey found running
         self.failure: BaseException | None = None  # what ended a watcher: a defect, the coordinator must end with it
 
-    async def survey(self, cluster: str, secret: str) -> int:
-        """Look whether every node can be adopted or spawned; returns the highest epoch a running one promised.
+    async def survey(self, cluster: str, secret: str) -> dict[str, Found]:
+        """Look whether every node can be adopted or spawned; returns who is at each address, by node.
 
         Changes nothing. Raises StartError with one sentence if an address or a directory is somebody else's.
         """
         asked = (who_is_there(self.host, port, node, cluster, secret) for node, port in self.ports.items())
-        promised = 0
-        for (node, port), found in zip(self.ports.items(), await asyncio.gather(*asked), strict=True):
+        answers = dict(zip(self.ports, await asyncio.gather(*asked), strict=True))
+        for node, found in answers.items():
+            port = self.ports[node]
             path = self.data_dir / node
             if found.kind not in ("free", "ours"):
                 raise StartError(
@@ -250,8 +253,7 @@ class Supervisor:
                         f"other than {path}; stop it, or list it with --nodes"
                     )
                 self._adopt.add(node)
-            promised = max(promised, found.promised)
-        return promised
+        return answers
 
     def _look_at(self, path: Path) -> tuple[dict[str, Any] | None, str | None]:
         """Identity and user of a node's data directory. Raises StartError if it cannot be one."""
@@ -308,6 +310,12 @@ class Supervisor:
         """The nodes are about to be told to stop."""
         for process in self.processes.values():
             process.expect_stop()
+
+    async def leave(self) -> None:
+        """Let the local nodes run on: they are not this coordinator's any more."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
 
     async def stop(self, asked: set[str]) -> None:
         """Wait until all local nodes have ended; `asked` are those that were told to, on their links."""

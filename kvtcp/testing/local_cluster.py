@@ -13,6 +13,7 @@ memory; only the process boundary is missing. Everything is ready when `start` r
 
 A node is killed as a process would be: port and link gone at once, data gone with it. One that is restarted has the
 same address and is empty, which is all that memory leaves; the coordinator then says what it makes of it (`status`).
+A coordinator that is restarted takes the nodes over as they are.
 """
 
 from __future__ import annotations
@@ -28,16 +29,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from kvtcp.config_store.keeper import MapKeeper
+from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
 from kvtcp.server.node import NodeServer
+from kvtcp.server.ownership import check_store, found_map, own_map
+from kvtcp.server.supervisor import Found
 
 START_S = 10.0  # for all nodes to report
 STOP_S = 10.0  # for the thread of run_in_thread to end
 
 
 class LocalCluster:
-    """A cluster of `nodes` nodes in this process. `replication_factor` defaults to min(3, nodes)."""
+    """A cluster of `nodes` nodes in this process. `replication_factor` defaults to min(3, nodes).
+
+    `durability` can be "memory" only.
+    """
 
     def __init__(
         self,
@@ -46,8 +54,11 @@ class LocalCluster:
         replication_factor: int | None = None,
         shards: int = SHARDS_DEFAULT,
         min_insync: int | None = None,
+        durability: str = "memory",
         backup_dir: Path | str | None = None,
     ) -> None:
+        if durability != "memory":
+            raise ValueError(f"a LocalCluster keeps its data in memory, durability cannot be {durability!r}")
         factor = min(3, nodes) if replication_factor is None else replication_factor
         if not 1 <= factor <= nodes:
             raise ValueError(f"a replication factor of {factor} needs at least {factor} nodes, there are {nodes}")
@@ -55,7 +66,9 @@ class LocalCluster:
         self.factor = factor
         self.shards = shards
         self.min_insync = min(2, factor) if min_insync is None else min_insync
+        self.durability = durability
         self.nodes: dict[str, NodeServer] = {}
+        self.store = MemoryConfigStore()
         self._temporary = tempfile.TemporaryDirectory(prefix="kvtcp-") if backup_dir is None else None
         self.backup_dir = Path(self._temporary.name if self._temporary is not None else str(backup_dir))
         self._coordinator: CoordinatorServer | None = None  # None before `start` and after `close`
@@ -90,26 +103,32 @@ class LocalCluster:
         return self
 
     async def _start(self) -> None:
-        cluster, secret = self._identity
         for number in range(1, self.node_count + 1):
             await self._start_node(f"n{number}", 0)
-        self._coordinator = CoordinatorServer(
-            ClusterConfig(
-                cluster=cluster,
-                secret=secret,
-                nodes=dict(self._addresses),
-                shards=self.shards,
-                factor=self.factor,
-                min_insync=self.min_insync,
-                backup_dir=self.backup_dir,
-            )
+        await self._start_coordinator(0)
+
+    async def _start_coordinator(self, port: int) -> None:
+        cluster, secret = self._identity
+        keeper = await MapKeeper.open(self.store)
+        replicas = {node: server.replica for node, server in self.nodes.items()}
+        check_store(keeper, {node: Found("ours", "", r.promised, r.map_version) for node, r in replicas.items()})
+        first = found_map(
+            cluster=cluster,
+            shards=self.shards,
+            factor=self.factor,
+            min_insync=self.min_insync,
+            durability=self.durability,
+            nodes=self._addresses,
         )
+        before = await own_map(keeper, first)
+        self._coordinator = CoordinatorServer(ClusterConfig(secret, self.durability, self.backup_dir), keeper, before)
         self._coordinator.start_links()
         async with asyncio.timeout(START_S):
-            await self._coordinator.ready.wait()
+            await self._coordinator.wait_ready()
         bound = socket.socket()
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            bound.bind((HOST_DEFAULT, 0))
+            bound.bind((HOST_DEFAULT, port))
             await self._coordinator.listen(bound)
         except BaseException:
             bound.close()
@@ -148,6 +167,16 @@ class LocalCluster:
         if node in self.nodes:
             await self.kill_node(node)
         await self._start_node(node, self._addresses[node][1])
+
+    async def restart_coordinator(self) -> None:
+        """End the coordinator at once and start the next one at the same address, over the nodes that run on.
+
+        Its clients lose their connections; what they had under way has an unknown outcome.
+        """
+        port = self.coordinator.address[1]
+        coordinator, self._coordinator = self.coordinator, None
+        await coordinator.kill()
+        await self._start_coordinator(port)
 
     def cut_link(self, node: str) -> None:
         """Break the connection between coordinator and node; the coordinator dials again. KeyError if unknown."""
@@ -205,6 +234,10 @@ class ThreadCluster:
     def restart_node(self, node: str) -> None:
         """See LocalCluster."""
         self._run(self._cluster.restart_node(node))
+
+    def restart_coordinator(self) -> None:
+        """See LocalCluster."""
+        self._run(self._cluster.restart_coordinator())
 
     def cut_link(self, node: str) -> None:
         """See LocalCluster."""

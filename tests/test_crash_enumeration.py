@@ -1,0 +1,144 @@
+"""Crashes of a node's store between any two calls of the disk, and planted mistakes that must be found."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtcp.storage import store as store_module
+from kvtcp.storage.log import LogWriter, Prepared
+from kvtcp.storage.replay import Replayed
+from kvtcp.storage.snapshot import SnapshotFile
+from kvtcp.storage.store import NodeStore
+from tests import crash_enumeration
+from tests.crash_enumeration import Lost, enumerate_crashes, enumerate_errors
+
+STATES_MIN = 2_000
+
+
+@pytest.mark.parametrize("durability", ["sync", "os"])
+def test_no_crash_loses_anything(durability: str) -> None:
+    """Thousands of recovered states; the workload rotates, publishes snapshots and removes segments. None is wrong."""
+    states, workload = enumerate_crashes(4, 130, samples=20 if durability == "sync" else 8, durability=durability)
+    assert states >= STATES_MIN
+    assert workload.seen["rotated"] >= 3, workload.seen
+    assert workload.seen["published"] >= 3, workload.seen
+    assert workload.seen["segments removed"] >= 2, workload.seen
+    assert workload.seen["opened"] >= 2, workload.seen
+
+
+@pytest.mark.parametrize("error_number", [errno.EIO, errno.ENOSPC])
+def test_an_error_at_every_call(error_number: int) -> None:
+    """Whichever call of the disk fails, what was acknowledged before is there afterwards."""
+    assert enumerate_errors(4, 60, error_number) > 200
+
+
+# --- planted mistakes -----------------------------------------------------------------------------------
+
+
+def without_sync(self: LogWriter, prepared: Prepared) -> None:
+    """The record is acknowledged before it is synced."""
+    if prepared.header is not None:
+        self._begin_file(prepared.segment, prepared.header)
+    assert self._file is not None
+    self._file.write(prepared.data)
+
+
+def without_directory_sync(self: LogWriter, segment: Any, data: bytes) -> None:
+    """A new segment has no durable name."""
+    temporary = segment.path.with_name(segment.path.name + ".tmp")
+    self._disk.remove(temporary)
+    self._file = self._disk.create(temporary)
+    self._file.write(data)
+    self._file.sync()
+    self._disk.rename(temporary, segment.path)
+
+
+def named_before_it_is_whole(self: LogWriter, segment: Any, data: bytes) -> None:
+    """A new segment gets its name before its content is on the disk."""
+    temporary = segment.path.with_name(segment.path.name + ".tmp")
+    self._disk.remove(temporary)
+    self._file = self._disk.create(temporary)
+    self._file.write(data)
+    self._disk.rename(temporary, segment.path)
+    self._disk.sync_directory(self._directory)
+    self._file.sync()
+
+
+def unordered_removal(self: NodeStore, paths: Iterable[Path]) -> None:
+    """Files are removed, and nobody waits for one removal before the next."""
+    for path in paths:
+        self.disk.remove(path)
+
+
+def removes_too_early(self: LogWriter, is_covered: Any) -> list[Path]:
+    """All older segments are removed as soon as any snapshot was published."""
+    paths = [segment.path for segment in self.segments[:-1]]
+    del self.segments[:-1]
+    return paths
+
+
+def publish_unsynced(self: SnapshotFile) -> None:
+    """A snapshot gets its name before its bytes are on the disk."""
+    assert self._file is not None
+    self._file.close()
+    self._file = None
+
+
+def tail_stays_where_it_is(store: NodeStore, replayed: Replayed, new_disk: Callable[[], str], boot: str) -> None:
+    """After a restart the records above the mark count as durable though nobody synced them."""
+    store.log.begin(replayed.segments, replayed.last_lsn + 1, [], replayed.positions, replayed.positions)
+
+
+def manifest_in_place(disk: Any, directory: Path, data: bytes) -> None:
+    """The manifest is replaced without a temporary file."""
+    disk.remove(directory / "manifest.json")
+    file = disk.create(directory / "manifest.json")
+    file.write(data)
+    file.sync()
+    disk.sync_directory(directory)
+
+
+def manifest_unsynced(disk: Any, directory: Path, data: bytes) -> None:
+    """The promise is reported before its rename is durable."""
+    temporary = directory / "manifest.json.tmp"
+    disk.remove(temporary)
+    file = disk.create(temporary)
+    file.write(data)
+    file.sync()
+    disk.rename(temporary, directory / "manifest.json")
+
+
+# mistake -> what is replaced by what, and a seed that finds it
+MISTAKES: dict[str, tuple[Any, str, Any, int]] = {
+    "acknowledged before the sync": (LogWriter, "write", without_sync, 1),
+    "segment without a durable name": (LogWriter, "_begin_file", without_directory_sync, 1),
+    "segment named before it is whole": (LogWriter, "_begin_file", named_before_it_is_whole, 1),
+    "removals in any order": (NodeStore, "remove", unordered_removal, 21),
+    "log removed too early": (LogWriter, "deletable", removes_too_early, 2),
+    "snapshot published unsynced": (SnapshotFile, "finish", publish_unsynced, 3),
+    "tail counted as durable": (store_module, "_settle", tail_stays_where_it_is, 2),
+    "manifest replaced in place": (store_module, "write_manifest", manifest_in_place, 1),
+    "manifest without a durable name": (store_module, "write_manifest", manifest_unsynced, 1),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to be careless with a disk leads to a wrong recovered state."""
+    holder, attribute, wrong, seed = MISTAKES[mistake]
+    monkeypatch.setattr(holder, attribute, wrong)
+    with pytest.raises((Lost, store_module.StoreError)):
+        enumerate_crashes(seed, 90, samples=6)
+
+
+def test_entries_kept_only_in_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot without the entries that may be uncommitted is found: the log they were in is gone."""
+    plain = crash_enumeration.encode_snapshot
+    monkeypatch.setattr(crash_enumeration, "encode_snapshot", lambda header, frozen, kept: plain(header, frozen, []))
+    with pytest.raises(Lost, match="not kept"):
+        enumerate_crashes(6, 90, samples=3)
