@@ -1,8 +1,8 @@
 """Chaos: a cluster of real processes, clients that write down what they saw, faults at random, and a judge at the end.
 
-`make chaos MINUTES=N [SEED=K]` runs rounds until the time is over. A round is a new cluster: three nodes that keep their
-data in memory, a coordinator that reaches them through misbehaving proxies, client processes under load. Faults come
-one after another: processes stopped (SIGSTOP) and going on, links cut, stalled, delayed and half-open, backups and
+`make chaos MINUTES=N [SEED=K]` runs rounds until the time is over. A round is a new cluster: three nodes that keep
+their data in memory, a coordinator that reaches them through misbehaving proxies, client processes under load. Faults
+come one after another: processes stopped (SIGSTOP) and going on, links cut, stalled, delayed and half-open, backups and
 restores, crowds of connections. After each everything has to answer again within HEAL_S and `status` has to say what is
 so. A round ends with a clean stop, or with a coordinator or a node killed (SIGKILL) under load and started again: all
 shards must serve with the next coordinator, and the node, which is empty, must serve nothing. Then each node is asked

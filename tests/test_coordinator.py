@@ -343,6 +343,26 @@ async def test_stamps_go_on_where_the_last_bound_was() -> None:
         assert await kv.get("a") is None
 
 
+async def test_time_after_a_clean_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that stops in peace leaves its last stamp, so that the next one's clock is not ahead; if the store
+    does not take it in time it stops all the same."""
+    async with LocalCluster(1, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
+        await kv.put("a", "1", ttl=60)
+        port, stamp_ms = cluster.coordinator.address[1], cluster.coordinator.sequencer.stamp_ms
+        await cluster.coordinator.close()
+        await cluster._start_coordinator(port)
+        assert stamp_ms <= cluster.coordinator.sequencer.stamp_ms <= module.wall_ms()
+        assert await kv.get("a") == b"1"
+
+        async def never(*_: Any) -> Any:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(cluster.store, "compare_and_set", never)
+        bound_ms = cluster.coordinator.map.stamp_bound_ms
+        await cluster.coordinator.close()
+        assert cluster.coordinator.map.stamp_bound_ms == bound_ms
+
+
 async def test_node_short_of_space() -> None:
     """A node that says so, in its report or later: growing writes are refused, status names it, until it has space."""
     async with LocalCluster(2, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=0.2) as kv:

@@ -31,6 +31,7 @@ from kvtcp.constants import (
     CLIENT_CONNECTIONS_MAX,
     EVICT_AFTER_MS,
     HEARTBEAT_MS,
+    LEAVE_TIME_MS,
     STAMP_AHEAD_MS,
     STAMP_MOVE_MS,
     TICK_MS,
@@ -84,6 +85,7 @@ class CoordinatorServer:
         self.address = ("", 0)
         self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
+        self._killed = False  # it ends without another word
         self.is_deposed = False  # the nodes belong to another coordinator: they are not to be stopped
         self.protocol_errors = 0
         self.buffered_bytes = 0  # held for clients, as of the last tick
@@ -176,6 +178,7 @@ class CoordinatorServer:
 
     async def kill(self) -> None:
         """End as a process does that is killed: nothing more is said to anybody."""
+        self._killed = True
         for session in list(self.sessions):
             session.abort()
         for link in self.links.values():
@@ -198,9 +201,11 @@ class CoordinatorServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.keeper.close()
         for link in self.links.values():
             link.close()
+        if self.ready.is_set() and not self.failed.done() and not self._killed:
+            await self._leave_time()
+        await self.keeper.close()
         self.failed.cancel()
         await asyncio.sleep(0)
 
@@ -273,6 +278,15 @@ class CoordinatorServer:
             self._bound_retry_ms = self.now_ms() + BOUND_RETRY_MS
         finally:
             self._bound_task = None
+
+    async def _leave_time(self) -> None:
+        """Nothing gets a stamp any more: the next coordinator need not begin with the bound, seconds ahead."""
+        self.sequencer.stamp_bound_ms = stamp_ms = self.sequencer.stamp_ms
+        try:
+            async with asyncio.timeout(LEAVE_TIME_MS / 1000):
+                await self.keeper.change(lambda old: old.with_last_stamp(stamp_ms))
+        except (OSError, NotOwner, ConfigStoreError) as error:  # a TimeoutError is an OSError
+            log.warning("event=time-not-left reason=%s", error or "no answer in time")
 
     async def remember_restoring(self, prefix: bytes | None) -> None:
         """The next coordinator shall know which prefix is in pieces; None for none. Raises OSError if it will not."""
