@@ -8,7 +8,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit fuzz crash chaos bench clean
+.PHONY: run test lint types unit fuzz crash kills chaos bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -40,6 +40,10 @@ fuzz: $(READY)
 # STATES=<recovered states to check> and SEED=<seed> of a failure to repeat it
 crash: $(READY)
 	$(BIN)/python -m tests.crash_enumeration $(or $(STATES),50000) $(SEED)
+
+# KILLS=<number for each mode and factor> and SEED=<seed> of a run to repeat its kills
+kills: $(READY)
+	$(BIN)/python -m tests.kill_run --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 
 # MINUTES=<duration> and SEED=<seed> of a round to repeat its faults
 chaos: $(READY)

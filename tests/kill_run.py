@@ -29,6 +29,7 @@ from tests.process_cluster import Command, ProcessCluster, free_ports, is_runnin
 
 WRITERS = 16
 CHUNK = 8  # puts of one writer at once
+PAUSE_S = 0.04  # of a writer after each of them: what was written is read back often, and must not become too much
 HEAL_S = 30.0
 SHARDS = 16
 
@@ -112,6 +113,7 @@ class KillRun:
             for key, _ in pairs:
                 if key in self.acknowledged:
                     del self.possible[key]
+            await asyncio.sleep(PAUSE_S)
 
     async def _kill(self, number: int) -> None:
         kinds = ("node", "node", "coordinator", "all")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtcp.storage.index import Cell, Index
+from kvtcp.storage.index import Cell, Index, OrderError
 
 KEYS = st.binary(min_size=1, max_size=2)
 STEPS = ["set", "set", "set", "delete", "delete all", "read", "merge"]
@@ -52,7 +52,7 @@ def test_load_takes_ascending_rows_only() -> None:
     index.check()
     assert (len(index), index.get(b"007")) == (50, (b"v", 7, None))
     for keys in ([b"b", b"a"], [b"a", b"a"]):
-        with pytest.raises(ValueError, match="ascending"):
+        with pytest.raises(OrderError, match="ascending"):
             Index(4).load([(keys, [(b"", 1, None)] * 2)])
 
 

@@ -1,7 +1,8 @@
-"""Tests of the replica: HELLO, batches in order, results in pieces, flags, freezes."""
+"""Tests of the replica: HELLO, batches in order, results in pieces, flags, freezes, entries kept and shipped."""
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from kvtcp.protocol.operations import (
     ADD,
     CHAIN_AT,
     COUNT,
+    DELETE,
     EXISTS,
     FREEZE,
     GET,
@@ -22,30 +24,39 @@ from kvtcp.protocol.operations import (
 )  # fmt: skip
 from kvtcp.replication import replica as replica_module
 from kvtcp.replication.replica import FLAG_INTERVAL_MS, Refused, Replica
-from kvtcp.storage.table import SequenceError
+from kvtcp.storage.copy import Copy
+from kvtcp.storage.kept import KeptEntries
+from kvtcp.storage.table import SequenceError, Table
 
 
 def hello(epoch: int = 1, coordinator: bytes = b"c", **changes: Any) -> dict[bytes, Any]:
     """The fields of a HELLO."""
     fields = {
         b"version": LINK_VERSION, b"epoch": epoch, b"coordinator": coordinator, b"node": b"n1", b"shards": [0, 1],
+        b"map_version": 3,
     }  # fmt: skip
     return fields | {name.encode(): value for name, value in changes.items()}
+
+
+def make(**options: Any) -> Replica:
+    """A replica that makes the disks d1, d2, ..."""
+    numbers = count(1)
+    return Replica("n1", 42, lambda: f"d{next(numbers)}", **options)
 
 
 @pytest.fixture
 def replica() -> Replica:
     """A replica that said HELLO, with `a` in shard 0 and `b`, living until stamp 150, in shard 1."""
-    node = Replica("n1", "d", 42)
+    node = make()
     node.hello(hello())
     batch(node, 100, (PUT, 0, 1, 0, b"a", b"va"), (PUT, 1, 1, 0, b"b", b"vb", 50))
     return node
 
 
-def batch(node: Replica, stamp_ms: int, *items: Any) -> list[Any]:
+def batch(node: Replica, stamp_ms: int, *items: Any, commit: int = -1) -> list[Any]:
     """Apply a batch whole; its results."""
     results: list[Any] = []
-    node.begin(stamp_ms, items)
+    node.begin(stamp_ms, commit, items)
     assert node.run(results)
     node.check()
     return results
@@ -55,11 +66,36 @@ def test_report(replica: Replica) -> None:
     """What a node has: positions, the highest stamp, its promise."""
     report = replica.report()
     chains = [replica.tables[n].chain for n in (0, 1)]
-    assert report["shards"] == [[0, 1, 1, chains[0]], [1, 1, 1, chains[1]]]
-    assert (report["node"], report["disk"], report["pid"], report["stamp_ms"], report["promised"]) == (
-        "n1", "d", 42, 100, 1,
-    )  # fmt: skip
-    assert report["durability"] == "memory" and report["version"]
+    assert report["shards"] == [[0, "d1", 1, True, 1, 1, chains[0], 0], [1, "d2", 1, True, 1, 1, chains[1], 0]]
+    assert (report["node"], report["pid"], report["stamp_ms"], report["promised"]) == ("n1", 42, 100, 1)
+    assert (report["durability"], report["map_version"], report["space"], report["damage"]) == ("memory", 3, 0, [])
+    assert report["version"]
+
+
+def test_the_report_of_a_hello_is_of_before(replica: Replica) -> None:
+    """It says what the node had: its map version is the highest seen before this HELLO. New shards are in it."""
+    report = replica.hello(hello(epoch=2, map_version=9, shards=[0, 1, 5], map=b"{}"))
+    assert report["map_version"] == 3 and report["shards"][2] == [5, "d3", 1, True, 0, 0, 0, 0]
+    assert replica.map_version == 9 and replica.map == b"{}"
+    assert replica.hello(hello(epoch=3, map_version=7))["map_version"] == 9 and replica.map_version == 9
+
+
+def test_what_was_recovered() -> None:
+    """Copies, promise and entries of before a restart; an incomplete copy is reported with its reason and not used."""
+    table = Table(0)
+    table.apply((PUT, 0, 1, 0, b"a", b"v"), 5)
+    whole, lost = Copy(0, "x", table=table, generation=4), Copy(1, "y", complete=False, reason="the log is damaged")
+    node = make(durability="sync", copies=[whole, lost], promised=6, coordinator="c", map_version=8)
+    for fields in (hello(epoch=5), hello(epoch=6, coordinator=b"other")):
+        with pytest.raises(Refused):
+            node.hello(fields)
+    report = node.hello(hello(epoch=6))
+    assert report["shards"][0] == [0, "x", 4, True, 0, 1, table.chain, 0]
+    assert report["shards"][1] == [1, "y", 1, False, 0, 0, 0, 0] and report["damage"] == [[1, "the log is damaged"]]
+    assert list(node.tables) == [0] and report["durability"] == "sync" and report["map_version"] == 8
+    node.begin(10, -1, [(PUT, 1, 1, 0, b"b", b"v")])
+    with pytest.raises(KeyError):
+        node.run([])
 
 
 @pytest.mark.parametrize(
@@ -128,7 +164,7 @@ def test_results_in_pieces(replica: Replica) -> None:
         (PAGE, [0], b"", None, 1, False, False), (PAGE, [0], b"", None, 1, False, True), (EXISTS, 0, b"a"),
         (GET, 0, b"a"),
     ]  # fmt: skip
-    replica.begin(102, items)
+    replica.begin(102, -1, items)
     pieces = []
     finished = False
     while not finished:
@@ -137,16 +173,16 @@ def test_results_in_pieces(replica: Replica) -> None:
         pieces.append(len(piece))
     assert pieces == [1, 2, 1, 3, 0]
     assert replica.applied == 3 + len(items)
-    replica.begin(103, [(PAGE, [0, 1], b"", None, 9, False, True)] * 3)
+    replica.begin(103, -1, [(PAGE, [0, 1], b"", None, 9, False, True)] * 3)
     assert not replica.run([], 1), "a page of several rows counts as a whole one"
 
 
 def test_batch_before_the_last_is_finished(replica: Replica) -> None:
     """Its items would be lost: a defect. A new link drops them on purpose."""
-    replica.begin(101, [(GET, 0, b"a"), (GET, 0, b"a")])
+    replica.begin(101, -1, [(GET, 0, b"a"), (GET, 0, b"a")])
     assert not replica.run([], 0)
     with pytest.raises(AssertionError, match="is finished before"):
-        replica.begin(102, [])
+        replica.begin(102, -1, [])
     replica.hello(hello())
     assert batch(replica, 103, (EXISTS, 0, b"a")) == [[1]] and replica.applied == 1
 
@@ -155,7 +191,7 @@ def test_gap_stops_the_node(replica: Replica) -> None:
     """I1: a number that is not the next one raises, and so does an operation or a shard that is not known."""
     for error, item in ((SequenceError, (PUT, 0, 3, 0, b"a", b"v")), (ValueError, (99, 0)), (KeyError, (GET, 5, b"a"))):
         replica.hello(hello())
-        replica.begin(101, [item])
+        replica.begin(101, -1, [item])
         with pytest.raises(error):
             replica.run([])
 
@@ -183,3 +219,170 @@ def test_freeze(replica: Replica) -> None:
     request = replica.freezes.popleft()
     assert (request.name, request.directory, request.stamp_ms) == ("name", "/dir", 120)
     assert [row[0] for row in request.frozen[0].next_rows(10)] == [b"a"]
+
+
+# --- entries: logged, kept, shipped -----------------------------------------------------------------
+
+
+def put(shard: int, seq: int, value: bytes = b"v") -> tuple[Any, ...]:
+    """An item."""
+    return (PUT, shard, seq, 0, b"k%d" % seq, value)
+
+
+def test_entries_are_handed_over_once(replica: Replica) -> None:
+    """What a batch wrote, in the order in which it was applied, also if it was applied in pieces."""
+    first = replica.take_logged()
+    assert [(shard, generation, seq) for shard, generation, seq, _, _ in first] == [(0, 1, 1), (1, 1, 1)]
+    assert first[0][3:] == (replica.tables[0].chain, replica.tables[0].last_entry) and replica.take_logged() == []
+    replica.begin(101, -1, [put(1, 2), (GET, 0, b"a"), put(0, 2), put(1, 3)])
+    assert not replica.run([], 0)
+    assert [entry[:3] for entry in replica.take_logged()] == [(1, 1, 2)]
+    assert replica.run([])
+    assert [entry[:3] for entry in replica.take_logged()] == [(0, 1, 2), (1, 1, 3)]
+
+
+def test_what_is_committed_is_forgotten(replica: Replica) -> None:
+    """By the ordinal of the link; the hint of the commit grows."""
+    batch(replica, 101, put(0, 2), put(1, 2))  # ordinals 3 and 4
+    batch(replica, 102, put(0, 3), commit=2)
+    assert [entry[2] for entry in replica.kept.of_shard(0)] == [2, 3]
+    assert [copy.commit for copy in replica.copies.values()] == [1, 1]
+    batch(replica, 103, commit=3)
+    assert [entry[2] for entry in replica.kept.of_shard(0)] == [2, 3], "a batch is committed as a whole"
+    batch(replica, 103, commit=5)
+    assert replica.kept.bytes == 0 and [copy.commit for copy in replica.copies.values()] == [3, 2]
+    assert replica.report()["shards"][0][-1] == 3
+
+
+def test_what_is_from_before_the_link_is_kept(replica: Replica) -> None:
+    """-1 commits nothing of it, whatever its ordinal was; 0 all of it."""
+    replica.hello(hello(epoch=2))
+    batch(replica, 101, put(0, 2), commit=-1)
+    assert [entry[2] for entry in replica.kept.of_shard(0)] == [1, 2] and replica.copies[0].commit == 0
+    batch(replica, 102, commit=0)
+    assert [entry[2] for entry in replica.kept.of_shard(0)] == [2] and replica.copies[0].commit == 1
+
+
+def test_a_half_done_batch_is_kept_over_a_new_link(replica: Replica) -> None:
+    """What was applied of it stays; the items that were not are dropped."""
+    replica.begin(101, -1, [put(0, 2), (GET, 0, b"a"), put(0, 3)])
+    assert not replica.run([], 0)
+    replica.hello(hello(epoch=2))
+    assert replica.tables[0].seq == 2 and [entry[2] for entry in replica.kept.of_shard(0)] == [1, 2]
+    batch(replica, 102, put(0, 3, b"other"))
+    assert replica.tables[0].position[:2] == (2, 3)
+
+
+def chains(entries: list[list[Any]] | None) -> list[int]:
+    """Of what `entries_after` returned."""
+    assert entries is not None
+    return [chain for chain, _ in entries]
+
+
+def test_entries_after(replica: Replica) -> None:
+    """The chain at a number and what follows; nothing of what is not known or not complete."""
+    batch(replica, 101, put(0, 2), put(0, 3))
+    kept = replica.kept.of_shard(0)
+    assert replica.entries_after(0, 0) == (0, [[entry[3], entry[4]] for entry in kept])
+    chain, entries = replica.entries_after(0, 2)
+    assert chain == kept[1][3] and chains(entries) == [kept[2][3]]
+    assert replica.entries_after(0, 3) == (replica.tables[0].chain, [])
+    assert replica.entries_after(0, 4) == (None, None) and replica.entries_after(9, 0) == (None, None)
+    batch(replica, 102, commit=3)  # forgets number 1
+    assert replica.entries_after(0, 0) == (0, None) and replica.entries_after(0, 1)[0] is None
+    assert chains(replica.entries_after(0, 1)[1]) == [kept[1][3], kept[2][3]]
+    batch(replica, 102, commit=4)
+    assert replica.entries_after(0, 2) == (None, None) and replica.entries_after(0, 3) == (kept[2][3], [])
+    replica.copies[0].complete = False
+    assert replica.entries_after(0, 3) == (None, None)
+
+
+def test_entries_after_in_pieces(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About a batch at once, and at least one entry however large."""
+    monkeypatch.setattr(replica_module, "BATCH_BYTES_MAX", 200)
+    batch(replica, 101, *(put(0, seq, b"v" * size) for seq, size in enumerate([60, 60, 500, 60, 60], 2)))
+    pieces = []
+    after = 0
+    while after < replica.tables[0].seq:
+        _, entries = replica.entries_after(0, after)
+        assert entries
+        pieces.append(len(entries))
+        after += len(entries)
+    assert pieces == [3, 1, 2]
+
+
+def test_entries_that_are_kept_twice() -> None:
+    """A snapshot keeps entries that the log has too: they are shipped once, in order."""
+    kept = KeptEntries()
+    table = Table(0)
+    logged = []
+    for seq in range(1, 7):
+        table.apply(put(0, seq), 5)
+        logged.append((0, 1, seq, table.chain, table.last_entry))
+    kept.add(0, logged[3:5])  # of a snapshot at 5
+    kept.add(0, logged)
+    node = make(copies=[Copy(0, "x", table=table)], kept=kept)
+    for after in range(7):
+        chain, entries = node.entries_after(0, after)
+        assert chain == (logged[after - 1][3] if after else 0) and chains(entries) == [e[3] for e in logged[after:]]
+
+
+def shipped(source: Replica, target: Replica, shard: int, after: int) -> str | None:
+    """Move entries from one member to another as a takeover does."""
+    _, entries = source.entries_after(shard, after)
+    assert entries is not None
+    return target.ship(shard, entries)
+
+
+def test_ship(replica: Replica) -> None:
+    """The other member has the same afterwards, logs it, and can ship it further; epoch and stamp are the old ones."""
+    other = make()
+    other.hello(hello(epoch=5))
+    batch(replica, 150, put(0, 2), (DELETE, 0, 3, 0, b"a"), (PUT, 0, 4, 0, b"t", b"v", 1000))
+    assert shipped(replica, other, 0, 0) is None
+    assert other.tables[0].position == replica.tables[0].position and other.tables[0].position[0] == 1
+    assert other.tables[0].digest() == replica.tables[0].digest()
+    assert [entry[:4] for entry in other.take_logged()] == [entry[:4] for entry in replica.kept.of_shard(0)]
+    assert other.kept.of_shard(0) == replica.kept.of_shard(0)
+    batch(other, 160, put(0, 5), commit=-1)
+    assert other.tables[0].position[:2] == (5, 5)
+    batch(other, 160, commit=0)
+    assert [entry[2] for entry in other.kept.of_shard(0)] == [5]
+
+
+def test_ship_what_does_not_follow(replica: Replica) -> None:
+    """A gap, another chain or damage: what came before is applied, the rest is not, and it says why."""
+    batch(replica, 101, *(put(0, seq) for seq in range(2, 6)))
+    _, entries = replica.entries_after(0, 0)
+    assert entries is not None
+    for index, wrong, reason in (
+        (2, entries[3], "entry 4 does not follow entry 2"),
+        (1, [entries[1][0] ^ 1, entries[1][1]], "the chain of entry 2 is"),
+        (3, [entries[3][0], entries[3][1][:-2]], "what should be entry 4 is damaged"),
+        (0, entries[1], "entry 2 does not follow entry 0"),
+    ):
+        other = make()
+        other.hello(hello())
+        error = other.ship(0, [*entries[:index], wrong, *entries[index + 1 :]])
+        assert error is not None and reason in error
+        assert other.tables[0].seq == index == len(other.take_logged()) == len(other.kept.of_shard(0))
+        other.check()
+
+
+def test_ship_to_another_history(replica: Replica) -> None:
+    """R7: a member with other entries takes none of these."""
+    batch(replica, 101, put(0, 2))
+    other = make()
+    other.hello(hello())
+    batch(other, 100, put(0, 1, b"another"))
+    error = shipped(replica, other, 0, 1)
+    assert error is not None and "chain" in error and other.tables[0].seq == 1
+
+
+def test_ship_to_no_copy(replica: Replica) -> None:
+    """A copy that is not complete takes no entries, and one that is not there neither."""
+    replica.copies[1].complete = False
+    for shard in (1, 7):
+        assert replica.ship(shard, [[1, b""]]) == f"this node has no complete copy of shard {shard}"
+    replica.take_logged()
+    assert replica.ship(0, []) is None and replica.take_logged() == []

@@ -2,12 +2,12 @@
 
 I/O shell around a NodeStore. One worker has the log, another one the snapshots and removals.
 
-**Group commit.** What a turn of the loop applied is appended; if the log is idle it is handed to the worker at once,
-otherwise it collects until the worker is back: no timer, no delay, at most one record written and not yet synced. Who
-appended is told (`on_durable`) with the connection and the highest ordinal that is durable now.
+**Group commit.** What a turn of the loop applied is appended to a group; if the log is idle it is handed to the worker
+at once, otherwise it collects until the worker is back: no timer, no delay, at most one record written and not yet
+synced. Who appended is told (`on_durable`) with the connection and the highest ordinal that is durable now.
 
 **Jobs** (a promise, the report of a position, a snapshot's publication) wait for what was appended before them, and are
-done in the log's worker before anything appended later.
+done in the log's worker before anything appended later: groups and jobs are one queue.
 
 **Snapshots** are taken one shard at a time in slices of the loop of SNAPSHOT_SLICE_MS, SNAPSHOT_SHARE of the time:
 because the log is long, on demand, or because the disk is nearly full and an old log or deleted keys can give space
@@ -20,6 +20,7 @@ any more, and the process ends. Only a snapshot that finds no space is given up 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import time
@@ -27,10 +28,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from kvtcp.constants import (
     LOG_IDLE_MS,
+    LOG_RECORD_BYTES_MAX,
     SNAPSHOT_BUFFER_BYTES,
     SNAPSHOT_LOG_BYTES,
     SNAPSHOT_SHARE,
@@ -46,11 +48,31 @@ from kvtcp.storage.store import NodeStore
 
 log = logging.getLogger("kvtcp.durability")
 
-STOP_WAIT_S: Final = 5.0  # for a worker at the end
-SHORT_LOG_BYTES: Final = 1 << 20  # with the disk nearly full, a log beyond it is worth a snapshot of every shard
+STOP_WAIT_S: Final = 5.0  # for both workers together at the end
+GROUP_BYTES_MAX: Final = LOG_RECORD_BYTES_MAX // 2  # a group that has more takes no further entries
+RETRY_S: Final = 5.0  # between two attempts to snapshot, or to make room, on a disk that is full
+SHORT_LOG_BYTES: Final = 1 << 20  # with the disk nearly full, a segment beyond it is worth being ended
 NO_SPACE_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT}
 
 Connection = Any  # whoever appended; handed back
+
+
+class _Group:
+    """Entries that will be one record."""
+
+    __slots__ = ("bytes", "entries", "marks")
+
+    def __init__(self) -> None:
+        self.entries: list[Logged] = []
+        self.bytes = 0  # of the packed entries
+        self.marks: dict[Connection, int] = {}  # who waits for it, up to which ordinal
+
+
+class _Job(NamedTuple):
+    """Work for the log's worker, or only a place in the queue."""
+
+    work: Callable[[], Any] | None
+    done: Callable[[Any], None]
 
 
 class Durability:
@@ -78,19 +100,18 @@ class Durability:
         self._freeze = freeze  # a shard as it is now, and its entries that may be uncommitted
         self._log_worker = Worker(loop, "kvtcp-log")
         self._file_worker = Worker(loop, "kvtcp-files")
-        self._pending: list[Logged] = []  # appended and not prepared
-        self._marks: dict[Connection, int] = {}  # who waits for `_pending`, up to which ordinal
+        self._queue: deque[_Group | _Job] = deque()  # for the log's worker, in order
+        self._groups = 0  # of them in the queue
         self._flight: dict[Connection, int] = {}  # who waits for what is being written
         self._busy = False  # the log's worker has a record or a job
-        self._appended = 0  # entries so far
-        self._written = 0  # of them durable, or being written if `_busy`
-        self._jobs: deque[tuple[int, Callable[[], Any] | None, Callable[[Any], None]]] = deque()
         self._marked = True  # the last record is covered by a mark, or needs none
         self._began_s = 0.0  # when the present record was handed over
         self._idle: asyncio.TimerHandle | None = None  # of the look whether a mark is due
         self._snapshot_log_bytes = snapshot_log_bytes
         self._snapshot: SnapshotJob | None = None
+        self._snapshot_after_s = 0.0  # no snapshot before, because the last one found no space
         self._wanted: deque[int] = deque()  # shards to be snapshotted on demand
+        self._give_back_after_s = 0.0  # the next round for the sake of space
         self._closing = False
         self._drained = asyncio.Event()  # at the end: everything appended is durable, or the disk failed
         self._look = loop.call_later(SPACE_LOOK_MS / 1000, self._look_around)
@@ -99,38 +120,44 @@ class Durability:
 
     def append(self, entries: list[Logged], connection: Connection, ordinal: int) -> bool:
         """Log these entries, applied up to `ordinal` of a connection. True if all of it is durable already (nothing was
-        there to log, and nothing is under way); otherwise `on_durable` will tell."""
-        if entries:
-            self._pending += entries
-            self._appended += len(entries)
-        elif not self._pending:
-            if not self._busy or not self._flight:
-                return True
-            self._flight[connection] = ordinal
+        there to log, and nothing is under way); otherwise `on_durable` will tell. At the end, and after a failure,
+        nothing is logged any more and nobody told."""
+        if self._closing or self.failure is not None:
             return False
-        self._marks[connection] = ordinal
+        if entries:
+            group = self._queue[-1] if self._queue else None
+            if not isinstance(group, _Group) or group.bytes > GROUP_BYTES_MAX:
+                group = _Group()
+                self._queue.append(group)
+                self._groups += 1
+            group.entries += entries
+            group.bytes += sum([len(entry[4]) for entry in entries])
+            group.marks[connection] = ordinal
+            return False
+        if self._groups:
+            next(each for each in reversed(self._queue) if isinstance(each, _Group)).marks[connection] = ordinal
+            return False
+        if not self._flight:
+            return True
+        self._flight[connection] = ordinal
         return False
 
     def flush(self) -> None:
         """The turn of the loop ends: begin to write, if the log is idle."""
-        if self._busy or self._closing or self.failure is not None:
-            return
-        jobs = self._jobs
-        while jobs and jobs[0][0] <= self._written:
-            _, work, done = jobs.popleft()
-            if work is not None:
+        while self._queue and not self._busy and self.failure is None:
+            first = self._queue.popleft()
+            if isinstance(first, _Group):
+                self._groups -= 1
+                self._flight = first.marks
+                self._marked = False
+                self._hand_over(self.store.log.prepare(first.entries))
+            elif first.work is not None:
                 self._busy = True
-                self._log_worker.submit(work, partial(self._job_done, done))
-                return
-            done(None)
-            if self._busy:  # `done` began something
-                return
-        if self._pending:
-            entries, self._pending = self._pending, []
-            self._flight, self._marks = self._marks, {}
-            self._written += len(entries)
-            self._marked = False
-            self._hand_over(self.store.log.prepare(entries))
+                self._log_worker.submit(first.work, partial(self._job_done, first.done))
+            else:
+                first.done(None)  # which may call here again
+        if not self._busy and not self._marked and self._idle is None and self.failure is None and not self._closing:
+            self._idle = self._loop.call_later(LOG_IDLE_MS / 1000, self._write_mark)
 
     def _hand_over(self, prepared: Prepared) -> None:
         self._busy = True
@@ -151,8 +178,6 @@ class Durability:
         for connection, ordinal in flight.items():
             self._on_durable(connection, ordinal)
         self.flush()
-        if not self._busy and not self._marked and self._idle is None:
-            self._idle = self._loop.call_later(LOG_IDLE_MS / 1000, self._write_mark)
 
     def _write_mark(self) -> None:
         """Nothing came for a while: the last record gets its mark. In mode `os` a mark would tell nothing new."""
@@ -179,8 +204,9 @@ class Durability:
         self._job(lambda: self.store.write_manifest(data), lambda _: done())
 
     def _job(self, work: Callable[[], Any] | None, done: Callable[[Any], None]) -> None:
-        self._jobs.append((self._appended, work, done))
-        self.flush()
+        if not self._closing:
+            self._queue.append(_Job(work, done))
+            self.flush()
 
     def _job_done(self, done: Callable[[Any], None], result: Any, error: BaseException | None) -> None:
         if error is not None:
@@ -196,6 +222,7 @@ class Durability:
     def snapshot_all(self) -> None:
         """Snapshot every shard that has something new, and let go of the log up to there."""
         self._wanted = deque(self.store.behind())
+        self._snapshot_after_s = 0.0
         self.store.log.begin_new_segment()
         self._next_snapshot()
 
@@ -213,18 +240,24 @@ class Durability:
             (log.warning if level > self.space else log.info)("event=disk-space level=%s", level)
             self.space = level
             self._on_space(level)
-        if level and not self._wanted and self._snapshot is None:
+        if level and not self._wanted and self._snapshot is None and time.monotonic() >= self._give_back_after_s:
             self._give_space_back()
+        paths = self.store.needless_segments()
+        if paths:
+            self.in_files(lambda: self.store.remove(paths), lambda _: None)
         self._next_snapshot()
 
     def _give_space_back(self) -> None:
         """The disk is nearly full: a log that snapshots make needless, and keys that were deleted, take space."""
+        self._give_back_after_s = time.monotonic() + RETRY_S
         self._wanted = deque(self.store.behind())
-        if self._wanted and self.store.log.segments[-1].size > SHORT_LOG_BYTES:
+        if self.store.log.segments[-1].size > SHORT_LOG_BYTES:
             self.store.log.begin_new_segment()
 
     def _next_snapshot(self) -> None:
         if self._snapshot is not None or self._closing or self.failure is not None:
+            return
+        if time.monotonic() < self._snapshot_after_s:
             return
         shard = self._wanted.popleft() if self._wanted else self.store.due_snapshot(self._snapshot_log_bytes)
         if shard is not None:
@@ -233,20 +266,29 @@ class Durability:
             self._snapshot.begin()
 
     def snapshot_ended(self, paths: list[Path]) -> None:
-        """The running snapshot is published, or given up; `paths` are files that nobody needs any more."""
+        """The running snapshot is published; `paths` are files that nobody needs any more."""
         self._snapshot = None
         if paths:
             self.in_files(lambda: self.store.remove(paths), lambda _: self._next_snapshot())
         else:
             self._next_snapshot()
 
+    def snapshot_given_up(self) -> None:
+        """The running snapshot found no space: the next ones would not either."""
+        self._snapshot = None
+        self._wanted.clear()
+        self._snapshot_after_s = time.monotonic() + RETRY_S
+
     def in_files(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Work for the other thread. An error ends the node."""
 
         def finished(result: Any, error: BaseException | None) -> None:
-            if error is not None:
+            if self._closing:  # what was not finished is removed or done again at the next start
+                if error is not None:
+                    log.warning("event=file-error-at-the-end reason=%r", error)
+            elif error is not None:
                 self._fail(error)
-            elif self.failure is None and not self._closing:
+            elif self.failure is None:
                 done(result)
 
         self._file_worker.submit(work, finished)
@@ -258,7 +300,7 @@ class Durability:
     # --- the end --------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException) -> None:
-        if self.failure is None and not self._closing:
+        if self.failure is None:
             self.failure = error
             self._drained.set()
             self._stop_timers()
@@ -269,19 +311,29 @@ class Durability:
         if self._idle is not None:
             self._idle.cancel()
 
-    async def close(self) -> None:
-        """Write what is pending, cover it by a mark and end in order; after a failure just end. Raises OSError."""
+    async def close(self, wait_s: float = STOP_WAIT_S) -> None:
+        """Write what was appended so far, cover it by a mark and end in order. After a failure, or if the disk does not
+        answer for `wait_s`, just end: the next start is one after a crash. Raises OSError."""
+        if self._closing:
+            return
+        end_s = time.monotonic() + wait_s
         self._stop_timers()
         if self.failure is None:
-            self.when_durable(self._drained.set)
-            await self._drained.wait()
+            self._job(None, lambda _: self._drained.set())
+            self._closing = True
+            with contextlib.suppress(TimeoutError):  # told below
+                await asyncio.wait_for(self._drained.wait(), wait_s)
         self._closing = True
         if self._snapshot is not None:
             self._snapshot.abandon()
-        files_ended = self._file_worker.stop(STOP_WAIT_S)
-        log_ended = self._log_worker.stop(STOP_WAIT_S)
-        if self.failure is None and files_ended and log_ended:
+        files_ended = self._file_worker.stop(end_s - time.monotonic())
+        log_ended = self._log_worker.stop(end_s - time.monotonic())
+        if self.failure is not None:
+            return
+        if self._drained.is_set() and files_ended and log_ended:
             self.store.close_clean()
+        else:
+            log.error("event=not-stopped-in-order reason=the disk did not answer for %s s", wait_s)
 
 
 class SnapshotJob:
@@ -386,7 +438,7 @@ class SnapshotJob:
     def _give_up(self) -> None:
         log.warning("event=snapshot-given-up shard=%s reason=no space left on the disk", self._header.shard)
         self._frozen.close()
-        self._durability.snapshot_ended([])
+        self._durability.snapshot_given_up()
 
     def abandon(self) -> None:
         """The node ends: the unfinished file is removed at the next start."""

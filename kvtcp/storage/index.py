@@ -32,6 +32,10 @@ PARTS: Final = HASH_PARTS
 _TRACKED: Final[list[Any]] = []  # what every part holds under None, which is no key
 
 
+class OrderError(ValueError):
+    """Rows to be loaded do not ascend."""
+
+
 class Index:
     """Ordered map of keys to cells. `fresh_keys_max` = 1 merges every new key at once."""
 
@@ -47,7 +51,7 @@ class Index:
         return len(self.tree) + len(self.fresh)
 
     def load(self, pieces: Iterable[tuple[Sequence[bytes], Sequence[Cell]]]) -> None:
-        """Fill an empty index from pieces (keys, their cells). ValueError if keys do not ascend strictly over all."""
+        """Fill an empty index from pieces (keys, their cells). OrderError if keys do not ascend strictly over all."""
         assert len(self) == 0, "only an empty index is loaded"
         parts = self.parts
         keys: list[bytes] = []
@@ -56,7 +60,7 @@ class Index:
                 parts[hash(key) % PARTS][key] = cell
             keys += some
         if any(map(ge, keys, islice(keys, 1, None))):
-            raise ValueError("rows are not in ascending order of their keys")
+            raise OrderError("rows are not in ascending order of their keys")
         self.tree.insert_sorted_batch(keys)
 
     def get(self, key: bytes) -> Cell | None:

@@ -49,7 +49,7 @@ def segment_name(first_lsn: int) -> str:
 def segment_lsn(name: str) -> int | None:
     """The first LSN that a file name says, None for what is not a segment's."""
     stem = name.removesuffix(SUFFIX)
-    return int(stem) if name.endswith(SUFFIX) and len(stem) == 20 and stem.isdigit() else None
+    return int(stem) if name.endswith(SUFFIX) and len(stem) == 20 and stem.isascii() and stem.isdigit() else None
 
 
 @dataclass(slots=True)
@@ -60,6 +60,7 @@ class SegmentInfo:
     first_lsn: int
     positions: dict[int, Position]  # what was logged before it
     size: int  # bytes
+    is_written: bool = True  # it has its name on the disk
 
 
 @dataclass(slots=True)
@@ -135,6 +136,7 @@ class LogWriter:
         data = b"".join(pieces)
         info.size += len(data)
         self._begin_file(info, header + data)
+        info.is_written = True
         self.durable_lsn = self.last_lsn
         self.positions = dict(tail_positions)
 
@@ -162,9 +164,9 @@ class LogWriter:
         lsn = self.last_lsn + 1
         header: bytes | None = None
         segment = self.segments[-1]
-        rotate = self._rotate or segment.size + len(payload) > self._segment_bytes_max
+        wanted = self._rotate or segment.size + len(payload) > self._segment_bytes_max
         self._rotate = False
-        if rotate and lsn > segment.first_lsn:  # one without records would have the same name
+        if wanted and lsn > segment.first_lsn:  # one without a record is as good as a new one, and has its name
             segment, header = self._new_segment(lsn, lsn - 1, self._new_salt())
         data = encode_record(self._salt, lsn, lsn - 1 if header is not None else self.durable_lsn, payload)
         segment.size += len(data)
@@ -176,22 +178,25 @@ class LogWriter:
         self._salt = salt
         positions = dict(self.positions)
         header = encode_header(SegmentHeader(self._directory_id, salt, first_lsn, durable_lsn, positions))
-        info = SegmentInfo(self._directory / segment_name(first_lsn), first_lsn, positions, len(header))
+        path = self._directory / segment_name(first_lsn)
+        info = SegmentInfo(path, first_lsn, positions, len(header), is_written=False)
         self.segments.append(info)
         return info, header
 
     def written(self, prepared: Prepared) -> None:
         """The log thread is done with it."""
         self._under_way = False
+        prepared.segment.is_written = True
         self.durable_lsn = prepared.durable_lsn
         self.bytes_written += len(prepared.data) + len(prepared.header or b"")
         self.records_written += 1
 
     def deletable(self, is_covered: Callable[[int, Position], bool]) -> list[Path]:
         """Take the oldest segments off the list for which `is_covered(shard, position)` says that nobody needs the
-        entries up to there any more; their paths, oldest first, to be removed in this order."""
+        entries up to there any more; their paths, oldest first, to be removed in this order. A segment goes only when
+        the next one is on the disk: there is never none."""
         paths: list[Path] = []
-        while len(self.segments) > 1:
+        while len(self.segments) > 1 and self.segments[1].is_written:
             behind = self.segments[1].positions
             if not all(is_covered(shard, position) for shard, position in behind.items()):
                 break

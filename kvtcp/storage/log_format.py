@@ -25,7 +25,8 @@ A record is the entries of one group commit, in the order in which they were app
 **Torn or corrupt** is decided by the durable mark alone: the highest durable LSN of any valid record or header. (A
 segment gets its name only after all before it is on the disk.) A record at or below the mark that is not valid is
 corruption: it had been on the disk, and was perhaps acknowledged. A bad record above it was never acknowledged as
-durable, so the log ends before it.
+durable, so the log ends before it. Without a power cut that can only be the last record: a process that is killed
+leaves no valid one behind a bad one.
 
 What a segment has at or above the first LSN of the next segment is void: a restart writes the records above the mark
 again, into a new segment, because nobody knows whether the kernel will ever write what it still holds of them.
@@ -201,7 +202,7 @@ def _parse_record(data: bytes, offset: int, salt: bytes) -> tuple[Record, int]:
 def _find_later(data: bytes, offset: int, salt: bytes, lsn: int) -> list[Record]:
     """Valid records behind a bad place, where record `lsn` belongs: the salt is searched, the sums decide."""
     later: list[Record] = []
-    place = data.find(salt, offset + 1)
+    place = data.find(salt, offset)
     while place >= 0:
         try:
             record, size = _parse_record(data, place, salt)

@@ -9,7 +9,7 @@ I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fs
         "clean"         whether that process ended in order, everything written
         "promised", "coordinator"       highest epoch accepted, and whose it is
         "map_version", "map"            highest version of the cluster map seen, and that map as its coordinator sent it
-        "segment"       first LSN of the segment that the process began with: there is one at least as new
+        "segment"       first LSN of the newest segment when this was written: there is one at least as new
         "shards"        {number: [disk, generation, complete, reason]}      the copies; see copy.py
     }}
 
@@ -48,6 +48,11 @@ class Manifest:
     map: bytes = b""
     segment: int = 0
     shards: dict[int, CopyRow] = field(default_factory=dict)
+
+    def power_failed(self, boot: str) -> bool:
+        """Whether the machine was restarted (its present boot is `boot`) while a process ran in a mode that does not
+        sync: then nobody knows what of its last writes is on the disk."""
+        return self.durability != "sync" and not self.clean and self.boot not in ("", boot)
 
     def encode(self) -> bytes:
         """The file's content."""

@@ -65,6 +65,7 @@ class Replayed:
     snapshots: dict[int, SnapshotName] = field(default_factory=dict)  # those that were loaded
     snapshot_bytes: dict[int, int] = field(default_factory=dict)  # their lengths
     stale: list[Path] = field(default_factory=list)  # files that nothing needs: temporary ones, older snapshots
+    given_up: list[Path] = field(default_factory=list)  # snapshots of copies that are not complete any more
     segments: list[SegmentInfo] = field(default_factory=list)  # with a valid header, oldest first
     mark: int = 0  # the durable mark of the log
     last_lsn: int = 0  # highest LSN seen anywhere, also in what is damaged
@@ -77,16 +78,26 @@ class Replayed:
     entries: int = 0  # entries applied from the log
 
 
-def replay(disk: Disk, directory: Path, manifest: Manifest, progress: Progress = lambda *_: None) -> Replayed:
-    """Read everything. Raises VersionError for files of another format, OSError for a disk that cannot be read."""
-    return _Replay(disk, directory, manifest, progress).run()
+def replay(
+    disk: Disk,
+    directory: Path,
+    manifest: Manifest,
+    progress: Progress = lambda *_: None,
+    power_failed: bool = False,
+) -> Replayed:
+    """Read everything. `power_failed`: what was not synced may be on the disk in any part, see `Manifest.power_failed`.
+    Raises VersionError for files of another format, OSError for a disk that cannot be read."""
+    return _Replay(disk, directory, manifest, progress, power_failed).run()
 
 
 class _Replay:
     """One reading of a directory."""
 
-    def __init__(self, disk: Disk, directory: Path, manifest: Manifest, progress: Progress) -> None:
+    def __init__(
+        self, disk: Disk, directory: Path, manifest: Manifest, progress: Progress, power_failed: bool
+    ) -> None:
         self.disk = disk
+        self.power_failed = power_failed
         self.log_directory = directory / log.DIRECTORY
         self.snapshot_directory = directory / snapshot.DIRECTORY
         self.manifest = manifest
@@ -94,6 +105,7 @@ class _Replay:
         self.found = Replayed()
         self.positions: dict[int, Position] = {}  # what the records read so far have logged
         self.bad_snapshots: dict[int, Damage] = {}
+        self.bad_seqs: dict[int, int] = {}  # how far the damaged snapshots went, by their names
         self.unproven: dict[int, str] = {}  # shards of which something may be missing since a damage, and which
 
     def run(self) -> Replayed:
@@ -102,8 +114,11 @@ class _Replay:
             found.copies[shard] = Copy(shard, disk, generation=generation, complete=complete, reason=reason)
         self._read_snapshots()
         self._read_log()
-        for shard, reason in self.unproven.items():
+        for shard, reason in list(self.unproven.items()):
             self._doubt(shard, reason)
+        for shard, seq in self.bad_seqs.items():
+            if found.copies[shard].table.seq < seq:
+                self._doubt(shard, f"the entries up to {seq} are not in the log")
         for shard in found.doubts:
             found.kept.forget(shard)
         found.positions = self.positions
@@ -137,9 +152,12 @@ class _Replay:
         copy = self.found.copies.get(shard)
         for name in names:
             path = self.snapshot_directory / name.file
-            if copy is None or not copy.complete or name.generation != copy.generation:
-                # the copy was reset or given up after it; a newer generation than the manifest's was never published
+            if copy is None or name.generation != copy.generation:
+                # the copy was reset after it; a newer generation than the manifest's was never published
                 self.found.stale.append(path)
+                continue
+            if not copy.complete:
+                self.found.given_up.append(path)
                 continue
             if shard in self.found.snapshots:
                 self.found.stale.append(path)
@@ -152,6 +170,7 @@ class _Replay:
                 damage = Damage(path, None, str(error))
                 self.found.damages.append(damage)
                 self.bad_snapshots[shard] = damage
+                self.bad_seqs[shard] = max(self.bad_seqs.get(shard, 0), name.seq)
                 continue
             copy.table = table
             self.found.snapshots[shard] = name
@@ -169,9 +188,6 @@ class _Replay:
                 names.append((lsn, self.log_directory / name))
             elif name.endswith(log.TEMPORARY):
                 found.stale.append(self.log_directory / name)
-        if self.manifest.segment > max((lsn for lsn, _ in names), default=0):
-            path = self.log_directory / log.segment_name(self.manifest.segment)
-            self._damaged(Damage(path, None, "the manifest names this segment, and there is none so new"))
         total, done = sum(self.disk.size(path) for _, path in names), 0
         for index, (lsn, path) in enumerate(names):
             following = names[index + 1][0] if index + 1 < len(names) else None
@@ -179,6 +195,10 @@ class _Replay:
             self._read_segment(path, lsn, data, following)
             done += len(data)
             self.progress("log", done, total)
+        if self.manifest.segment > max((lsn for lsn, _ in names), default=0):  # last: what is there proves nothing
+            path = self.log_directory / log.segment_name(self.manifest.segment)
+            found.last_lsn = max(found.last_lsn, self.manifest.segment)
+            self._damaged(Damage(path, None, "the manifest names this segment, and there is none so new"))
 
     def _read_segment(self, path: Path, lsn: int, data: bytes, following: int | None) -> None:
         found = self.found
@@ -195,8 +215,6 @@ class _Replay:
             found.last_lsn = max(found.last_lsn, lsn)  # a new segment must not take its name
             self._damaged(Damage(path, None, str(error)))
             return
-        if found.segments and found.last_lsn < lsn - 1 and not found.log_damaged:
-            self._damaged(Damage(path, None, f"the records {found.last_lsn + 1} to {lsn - 1} before it are missing"))
         self._check_positions(path, header)
         found.segments.append(SegmentInfo(path, lsn, header.positions, len(data)))
         segment = parse_records(data, header)
@@ -209,19 +227,33 @@ class _Replay:
         for record in records:
             self._read_record(path, record)
         bad_lsn = lsn + len(segment.records)
-        if bad_lsn <= found.mark and (end_lsn is None or bad_lsn <= end_lsn):
-            self._read_behind(path, segment, bad_lsn, end_lsn)
+        last_lsn = found.mark if end_lsn is None else end_lsn  # of what must be here
+        if end_lsn is None and segment.later and not self.power_failed:
+            last_lsn = max(last_lsn, segment.later[-1].lsn)  # a process that is killed leaves no holes
+        if bad_lsn <= last_lsn:
+            self._read_behind(path, segment, bad_lsn, last_lsn, end_lsn)
         elif segment.bad_offset is not None and following is None:
             found.cut = f"{path} at byte {segment.bad_offset}: {segment.bad_reason}"
 
-    def _read_behind(self, path: Path, segment: Segment, bad_lsn: int, end_lsn: int | None) -> None:
+    def _read_behind(self, path: Path, segment: Segment, bad_lsn: int, last_lsn: int, end_lsn: int | None) -> None:
         """A record at or below the mark is not there: entries behind it still show which shards it did not touch."""
         reason = segment.bad_reason or f"the file ends before record {bad_lsn}, which was on the disk"
         offset = segment.end_offset if segment.bad_offset is None else segment.bad_offset
-        self._damaged(Damage(path, offset, reason))
+        damage = Damage(path, offset, reason)
+        self._damaged(damage)
+        self.found.last_lsn = max(self.found.last_lsn, bad_lsn)  # a new segment must not take the name of this one
+        next_lsn: int | None = None
         for record in segment.later:
-            if end_lsn is None or record.lsn <= end_lsn:
-                self._read_record(path, record)
+            if end_lsn is not None and record.lsn > end_lsn:
+                break
+            if next_lsn is not None and record.lsn != next_lsn:  # another hole
+                if next_lsn > last_lsn:
+                    break  # above the mark: a torn end
+                self._unprove(damage)
+            self._read_record(path, record)
+            next_lsn = record.lsn + 1
+        if next_lsn is not None and next_lsn <= last_lsn:
+            self._unprove(damage)
 
     def _read_record(self, path: Path, record: Record) -> None:
         found = self.found
@@ -235,16 +267,22 @@ class _Replay:
         except FormatError as error:
             self._damaged(Damage(path, None, str(error)))
             return
-        for entry in entries:
+        present = [entry for entry in entries if self._is_present(entry)]
+        for entry in present:
             self._apply(path, entry)
-        if entries:
-            self.positions |= {entry[0]: entry[1:4] for entry in entries}
-            found.kept.add(0, entries)
+        self.positions |= {entry[0]: entry[1:4] for entry in entries}
+        if present:
+            found.kept.add(0, present)
+
+    def _is_present(self, entry: Logged) -> bool:
+        """Whether an entry is one of the copy that the shard has now."""
+        copy = self.found.copies.get(entry[0])
+        return copy is not None and copy.complete and entry[1] == copy.generation
 
     def _apply(self, path: Path, entry: Logged) -> None:
-        shard, generation, seq, chain, packed = entry
-        copy = self.found.copies.get(shard)
-        if copy is None or generation != copy.generation or not copy.complete or shard in self.found.doubts:
+        shard, _, seq, chain, packed = entry
+        copy = self.found.copies[shard]
+        if shard in self.found.doubts:
             return
         table = copy.table
         if seq > table.seq:
@@ -285,6 +323,9 @@ class _Replay:
         self.found.damages.append(damage)
         self.found.log_damaged = True
         self.found.tail = []
+        self._unprove(damage)
+
+    def _unprove(self, damage: Damage) -> None:
         for shard, copy in self.found.copies.items():
             if copy.complete:
                 self.unproven[shard] = f"the log is damaged, {damage}"

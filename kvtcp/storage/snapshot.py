@@ -74,7 +74,8 @@ class SnapshotName:
     def parse(cls, name: str) -> SnapshotName | None:
         """None for what is not the name of a snapshot."""
         found = _NAME.fullmatch(name)
-        return None if found is None else cls(int(found[1]), int(found[2]), int(found[3]))
+        parsed = None if found is None else cls(int(found[1]), int(found[2]), int(found[3]))
+        return parsed if parsed is not None and parsed.file == name else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ def read_frames(data: bytes) -> Iterator[tuple[int, Any]]:
         if kind == END:
             if content != (rows, frames):
                 raise FormatError(f"the last frame counts {content}, the file has {rows} rows in {frames} frames")
-            return
+            continue  # to the end of the file, where nothing may be
         if kind == ROWS:
             rows += len(content[0])
         yield kind, content
@@ -264,7 +265,8 @@ def read_header(data: bytes, name: SnapshotName, directory_id: bytes) -> Snapsho
 
 
 def load_snapshot(disk: Disk, path: Path, directory_id: bytes) -> tuple[Table, list[Logged]]:
-    """The table of a snapshot, and the entries it keeps. Raises FormatError, VersionError, OSError."""
+    """The table of a snapshot, and the entries it keeps. Raises FormatError, VersionError, DataError for rows out of
+    order, OSError."""
     name = SnapshotName.parse(path.name)
     assert name is not None, "the caller looked at the name"
     data = disk.read(path)

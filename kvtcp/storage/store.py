@@ -123,10 +123,17 @@ class NodeStore:
 
     def published(self, header: SnapshotHeader, size: int) -> list[Path]:
         """The snapshot is published: the files that nobody needs any more, in the order to remove them."""
+        copy = self.copies.get(header.shard)
+        if copy is None or not copy.complete or copy.generation != header.generation:
+            return [self.snapshot_directory / header.name.file]  # the copy was begun anew meanwhile
         old = self.snapshots.get(header.shard)
         self.snapshots[header.shard] = SnapshotInfo(header.name, size)
         paths = [] if old is None or old.name == header.name else [self.snapshot_directory / old.name.file]
-        return paths + self.log.deletable(self._is_covered)
+        return paths + self.needless_segments()
+
+    def needless_segments(self) -> list[Path]:
+        """Segments of the log that no restart needs any more, in the order to remove them. Each is named once."""
+        return self.log.deletable(self._is_covered)
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove files, each for good before the next. Blocks, raises OSError."""
@@ -164,6 +171,8 @@ class NodeStore:
 
     def encode_manifest(self, copies: Iterable[Copy]) -> bytes:
         """The manifest with these copies, for `write_manifest`."""
+        written = [segment.first_lsn for segment in self.log.segments if segment.is_written]
+        self.manifest.segment = max(written, default=self.manifest.segment)
         self.copies = {copy.shard: copy for copy in copies}
         self.manifest.shards = {
             copy.shard: (copy.disk, copy.generation, copy.complete, copy.reason) for copy in self.copies.values()
@@ -204,7 +213,7 @@ def open_store(
     for name in (log.DIRECTORY, snapshot.DIRECTORY):
         disk.make_directory(directory / name)
         disk.sync_directory(directory / name)
-    disk.sync_directory(directory)  # names that a killed process gave may not be durable yet, and are relied on here
+    disk.sync_directory(directory)  # names that a killed process gave may not be durable yet, and are relied on now
     if manifest is None:
         if disk.list(directory / log.DIRECTORY) or disk.list(directory / snapshot.DIRECTORY):
             raise StoreError(
@@ -213,7 +222,7 @@ def open_store(
         manifest = Manifest(new_id(DIRECTORY_BYTES), durability)
         write_manifest(disk, directory, manifest.encode())  # first: log and snapshots carry its directory id
     try:
-        replayed = replay(disk, directory, manifest, progress)
+        replayed = replay(disk, directory, manifest, progress, manifest.power_failed(boot))
     except VersionError as error:
         raise StoreError(f"{directory}: {error}") from error
     writer = LogWriter(
@@ -223,7 +232,6 @@ def open_store(
     store = NodeStore(disk, directory, manifest, writer, replayed)
     _settle(store, replayed, lambda: new_id(DISK_ID_BYTES).hex(), boot)
     manifest.durability, manifest.boot, manifest.clean = durability, boot, False
-    manifest.segment = writer.segments[-1].first_lsn
     store.write_manifest(store.encode_manifest(store.copies.values()))
     store.remove(path for path in replayed.stale if disk.exists(path))
     return store
@@ -250,7 +258,7 @@ def _settle(store: NodeStore, replayed: Replayed, new_disk: Callable[[], str], b
         store.copies[shard] = Copy(shard, new_disk(), generation=old.generation, complete=False, reason=reason)
         store.snapshots.pop(shard, None)
         renamed = True
-    if manifest.durability != "sync" and not manifest.clean and manifest.boot not in ("", boot):
+    if manifest.power_failed(boot):
         for copy in store.copies.values():
             copy.disk, copy.reason = new_disk(), copy.reason or POWER_CUT
         renamed = bool(store.copies)
@@ -266,13 +274,16 @@ def _settle(store: NodeStore, replayed: Replayed, new_disk: Callable[[], str], b
     if replayed.log_damaged:
         for copy in store.copies.values():
             if copy.complete and copy.table.seq:
+                older = store.snapshots.get(copy.shard)
                 store.write_snapshot(copy, store.kept.of_shard(copy.shard))
+                if older is not None and older.name != store.snapshots[copy.shard].name:
+                    replayed.stale.append(store.snapshot_directory / older.name.file)
         store.log.begin([], replayed.last_lsn + 1, [], positions, positions)
     else:
         store.log.begin(
             replayed.segments, replayed.mark + 1, replayed.tail, replayed.mark_positions, positions
         )
-    if replayed.damages or replayed.doubts:
+    if replayed.damages or replayed.doubts or replayed.given_up:
         _move_aside(store, replayed)
 
 
@@ -289,14 +300,14 @@ def _move_aside(store: NodeStore, replayed: Replayed) -> None:
         names = disk.list(directory / log.DIRECTORY)
         moved += [directory / log.DIRECTORY / name for name in names if name.endswith(log.SUFFIX) and name != present]
     wanted = {info.name.file for info in store.snapshots.values()}
-    bad = {damage.path for damage in replayed.damages}
+    bad = {damage.path for damage in replayed.damages}.union(replayed.given_up)
     for name in disk.list(store.snapshot_directory):
         parsed = SnapshotName.parse(name)
         path = store.snapshot_directory / name
         if parsed is not None and name not in wanted and (parsed.shard in replayed.doubts or path in bad):
             moved.append(path)
-    for path in moved:
-        # newest last is no matter here: each file that is still in place is met again as what it is
+    for path in sorted(moved, key=lambda path: path in bad):
+        # the damaged ones last: as long as they are in their place, the next start moves what is left
         disk.rename(path, aside / path.name)
     for parent in {path.parent for path in moved}:
         disk.sync_directory(parent)

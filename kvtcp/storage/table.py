@@ -31,7 +31,7 @@ from kvtcp.errors import Code, DataError, ProtocolError, show_bytes
 from kvtcp.protocol import operations as op
 from kvtcp.storage.deadlines import Deadlines
 from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.index import PARTS, Cell, Index
+from kvtcp.storage.index import PARTS, Cell, Index, OrderError
 
 Item = Sequence[Any]  # [op, shard, seq, answer, key, *args]
 Effect = Sequence[Any]  # [kind, key, ...]
@@ -156,7 +156,7 @@ class Table:
         pairs: list[tuple[int, bytes]] = []
         try:
             index.load(_noting_deadlines(pieces, pairs))
-        except ValueError as error:
+        except OrderError as error:
             raise DataError(f"shard {self.shard}: {error}") from error
         self._replace_index(index, Deadlines(pairs, self._leaf_keys_max))
         self.epoch = self._loaded_epoch = epoch
