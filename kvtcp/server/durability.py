@@ -36,6 +36,7 @@ from kvtcp.constants import (
     SNAPSHOT_BUFFER_BYTES,
     SNAPSHOT_LOG_BYTES,
     SNAPSHOT_SHARE,
+    SNAPSHOT_SHARE_URGENT,
     SNAPSHOT_SLICE_MS,
     SPACE_LOOK_MS,
 )
@@ -283,6 +284,12 @@ class Durability:
         self._snapshot = SnapshotJob(self, *self._freeze(shard))
         self._snapshot.begin()
 
+    def snapshot_share(self) -> float:
+        """Share of the loop that a snapshot may take now."""
+        log_bytes_max = max(self._snapshot_log_bytes, self.store.snapshot_bytes)
+        urgent = self.space > 0 or self.store.log.total_bytes > 2 * log_bytes_max
+        return SNAPSHOT_SHARE_URGENT if urgent else SNAPSHOT_SHARE
+
     def snapshot_ended(self, paths: list[Path]) -> None:
         """The running snapshot is published; `paths` are files that nobody needs any more."""
         self._snapshot = None
@@ -421,7 +428,7 @@ class SnapshotJob:
             self._slice_waits = True
         else:
             taken_s = time.monotonic() - begin_s
-            self._durability.later(taken_s * (1 / SNAPSHOT_SHARE - 1), self._slice)
+            self._durability.later(taken_s * (1 / self._durability.snapshot_share() - 1), self._slice)
 
     def _taken(self, size: int) -> None:
         self._waiting_bytes -= size
