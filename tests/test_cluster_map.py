@@ -47,6 +47,15 @@ def test_taken_over() -> None:
         new.taken_over(owner="q", epoch=6, nodes={"n1": ("h", 1)}, stamp_bound_ms=0)
 
 
+def test_the_bound_of_stamps() -> None:
+    """It moves up while a coordinator is at work, and down to its last stamp when it ends in peace."""
+    cluster_map = replace(make_map(), stamp_bound_ms=100)
+    assert cluster_map.with_stamp_bound(200).stamp_bound_ms == 200
+    assert cluster_map.with_stamp_bound(50).stamp_bound_ms == 100
+    assert cluster_map.with_last_stamp(50).stamp_bound_ms == 50
+    assert cluster_map.with_last_stamp(200).stamp_bound_ms == 100
+
+
 def test_other_disks() -> None:
     """A member by another copy keeps its place; nobody else changes."""
     old = make_map(3, 2, shards=3)

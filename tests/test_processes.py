@@ -19,6 +19,8 @@ import pytest
 
 import kvtcp
 from kvtcp.errors import Code
+from kvtcp.protocol.framing import FrameEncoder
+from kvtcp.protocol.link import HELLO, LINK_VERSION
 from tests.process_cluster import ROOT, ProcessCluster, free_ports, is_running, wait_for
 
 
@@ -167,6 +169,27 @@ def test_a_killed_coordinator_is_replaced(cluster: ProcessCluster) -> None:
     assert cluster.running() == set()
 
 
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_deposed_coordinator(cluster: ProcessCluster, loop: str) -> None:
+    """A node that promised a higher epoch: the coordinator says that it is not the owner any more and exits with 1. Its
+    nodes run on, they are the other one's now."""
+    command = cluster.start("--loop", loop)
+    fill(cluster.url, 10)
+    identity = json.loads((cluster.data / "coordinator" / "identity.json").read_text())
+    hello = {
+        "version": LINK_VERSION, "cluster": identity["cluster"], "secret": identity["secret"], "epoch": 7,
+        "coordinator": "another", "link": 1, "node": "n2", "durability": "sync", "map_version": 0, "map": None,
+        "shards": list(range(64)),
+    }  # fmt: skip
+    with socket.create_connection(("127.0.0.1", cluster.base_port + 1)) as link:
+        link.sendall(FrameEncoder().encode((HELLO, hello)))
+        assert command.ended(10) == 1
+    last = command.err.read_text().splitlines()[-1]
+    assert last.startswith("kvtcp-coordinator: this coordinator does not own the cluster any more: n2 says: epoch 1 is")
+    assert "Traceback" not in command.err.read_text()
+    assert all(cluster.pids().values()), "the nodes run on"
+
+
 def test_orphans_stop_by_themselves(tmp_path: Path) -> None:
     """Spawned nodes whose coordinator was killed end after the orphan time."""
     cluster = ProcessCluster(tmp_path, orphan_ms=2_000)  # longer than a start takes on a loaded machine
@@ -300,6 +323,21 @@ def test_a_node_that_dies_while_starting(cluster: ProcessCluster) -> None:
 
 
 # --- nodes started elsewhere ----------------------------------------------------------------------------
+
+
+def test_adopted_nodes_survive_a_start_that_fails(cluster: ProcessCluster) -> None:
+    """A coordinator started with another durability than the running nodes is refused; they run on with all data."""
+    first = cluster.start("--durability", "memory")
+    pairs = fill(cluster.url)
+    pids = cluster.pids()
+    first.signal(signal.SIGKILL)
+    first.ended()
+    sentence = cluster.launch().refused()
+    assert "it was started with --durability memory, the coordinator with --durability sync" in sentence
+    assert cluster.pids() == pids
+    cluster.start("--durability", "memory")
+    with kvtcp.sync.connect(cluster.url) as kv:
+        assert dict(kv.scan()) == pairs
 
 
 def test_nodes_started_by_hand(cluster: ProcessCluster) -> None:

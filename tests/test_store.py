@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvtcp.constants import SPACE_RESERVE_BYTES
 from kvtcp.storage import log_format, snapshot
 from kvtcp.storage.manifest import Manifest, read_manifest
 from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
@@ -479,19 +480,26 @@ def test_a_snapshot_of_a_copy_that_was_begun_anew(disk: CrashDisk) -> None:
 def test_levels_of_space(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A level is left only when there is an eighth more than what makes it."""
     store = open_small(disk)
-    reserve = store.reserve_bytes()
+    reserve, half = store.reserve_bytes(), SPACE_RESERVE_BYTES // 2
+    assert reserve == SPACE_RESERVE_BYTES + store.log.total_bytes, "what is in flight, and what the log may give back"
     free = [0]
     monkeypatch.setattr(disk, "free_bytes", lambda _: free[0])
     level = 0
-    steps = [(reserve, 0), (reserve - 1, 1), (reserve + reserve // 8 - 1, 1), (reserve + reserve // 8, 0),
-             (reserve // 2 - 1, 2), (reserve // 2 + reserve // 16 - 1, 2), (reserve // 2 + reserve // 16 + 1, 1),
-             (0, 2), (reserve * 2, 0)]  # fmt: skip
-    for bytes_free, expected in steps:
+    steps = [(reserve * 2, 0, False), (reserve, 0, True), (reserve - 1, 1, True), (reserve + reserve // 8 - 1, 1, True),
+             (reserve + reserve // 8, 0, True), (half - 1, 2, True), (half + half // 8 - 1, 2, True),
+             (half + half // 8, 1, True), (0, 2, True), (reserve * 2, 0, False)]  # fmt: skip
+    for bytes_free, expected, tight in steps:
         free[0] = bytes_free
-        level = store.space_level(level)
-        assert level == expected, bytes_free
+        assert store.space_level(level) == (expected, tight), bytes_free
+        level = expected
     work(store)
-    assert store.reserve_bytes() == reserve + max(info.size for info in store.snapshots.values())
+    largest = max(map(store.snapshot_estimate, store.copies))
+    assert largest >= max(info.size for info in store.snapshots.values())
+    assert store.reserve_bytes() == SPACE_RESERVE_BYTES + store.log.total_bytes + largest
+    free[0] = half + largest
+    assert store.has_room_for(0)
+    free[0] = half
+    assert not store.has_room_for(0), "deletions need this space"
 
 
 def test_a_full_disk_at_the_start(disk: CrashDisk) -> None:

@@ -87,7 +87,7 @@ class ClusterMap:
     def taken_over(
         self, *, owner: str, epoch: int, nodes: Mapping[str, tuple[str, int]], stamp_bound_ms: int
     ) -> ClusterMap:
-        """The map of the next coordinator: a higher epoch, the addresses that it uses, a bound that never sinks."""
+        """The map of the next coordinator: a higher epoch, the addresses that it uses, a bound that is no lower."""
         assert epoch > self.epoch, "the epoch only grows"
         assert set(nodes) == set(self.nodes), "the nodes of a cluster are fixed"
         bound_ms = max(self.stamp_bound_ms, stamp_bound_ms)
@@ -103,6 +103,10 @@ class ClusterMap:
     def with_stamp_bound(self, stamp_bound_ms: int) -> ClusterMap:
         """The bound moves up."""
         return replace(self, stamp_bound_ms=max(self.stamp_bound_ms, stamp_bound_ms))
+
+    def with_last_stamp(self, stamp_ms: int) -> ClusterMap:
+        """The coordinator ends in peace: it gave no stamp above this one, and the next one may begin there."""
+        return replace(self, stamp_bound_ms=min(self.stamp_bound_ms, stamp_ms))
 
     # --- JSON ---------------------------------------------------------------------------------------
 

@@ -17,31 +17,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvtcp._version import __version__
 from kvtcp.config_store.keeper import MapKeeper, NotOwner
 from kvtcp.config_store.store import ConfigStoreError
 from kvtcp.constants import (
     BUFFERED_BYTES_MAX,
     CLIENT_CONNECTIONS_MAX,
-    EVICT_AFTER_MS,
     HEARTBEAT_MS,
+    LEAVE_TIME_MS,
     STAMP_AHEAD_MS,
     STAMP_MOVE_MS,
     TICK_MS,
     WRITE_WAIT_MS,
 )
-from kvtcp.errors import show_bytes
 from kvtcp.protocol.link import Report
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.recovery import Action, StaleStore, Takeover
-from kvtcp.replication.sequencer import Sequencer, ShardState
+from kvtcp.replication.sequencer import Sequencer
+from kvtcp.server import status
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms
@@ -84,6 +82,7 @@ class CoordinatorServer:
         self.address = ("", 0)
         self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
+        self._killed = False  # it ends without another word
         self.is_deposed = False  # the nodes belong to another coordinator: they are not to be stopped
         self.protocol_errors = 0
         self.buffered_bytes = 0  # held for clients, as of the last tick
@@ -94,11 +93,11 @@ class CoordinatorServer:
         self._over_since_ms = 0  # since when; meaningful while _over_total
         self._tasks: set[asyncio.Task[None]] = set()
         self._bound_task: asyncio.Task[None] | None = None  # moves the bound of stamps
-        self._bound_failed = ""  # why the config store did not take it, for people; empty = it did
+        self.bound_failed = ""  # why the config store did not take it, for people; empty = it did
         self._bound_retry_ms = 0  # monotonic time before which that is not tried again
         self._server: asyncio.Server | None = None
         self._ticks = 0
-        self._started = time.monotonic()
+        self._started_at = self.loop.time()
         self._tick_due = 0.0
         self._tick_handle: asyncio.TimerHandle | None = None
 
@@ -176,6 +175,7 @@ class CoordinatorServer:
 
     async def kill(self) -> None:
         """End as a process does that is killed: nothing more is said to anybody."""
+        self._killed = True
         for session in list(self.sessions):
             session.abort()
         for link in self.links.values():
@@ -198,13 +198,19 @@ class CoordinatorServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.keeper.close()
         for link in self.links.values():
             link.close()
+        if self.ready.is_set() and not self.failed.done() and not self._killed:
+            await self._leave_time()
+        await self.keeper.close()
         self.failed.cancel()
         await asyncio.sleep(0)
 
     # --- ticks --------------------------------------------------------------------------------------
+
+    def uptime_s(self) -> float:
+        """How long the coordinator runs."""
+        return self.loop.time() - self._started_at
 
     def now_ms(self) -> int:
         """Monotonic milliseconds, for deadlines."""
@@ -264,15 +270,24 @@ class CoordinatorServer:
     async def _move_bound(self) -> None:
         try:
             await self.keeper.change(lambda old: old.with_stamp_bound(wall_ms() + STAMP_AHEAD_MS))
-            self._bound_failed = ""
+            self.bound_failed = ""
         except NotOwner:
             return  # `deposed` was told
         except (OSError, ConfigStoreError) as error:
             log.error("event=bound-not-moved reason=%s", error)
-            self._bound_failed = str(error)
+            self.bound_failed = str(error)
             self._bound_retry_ms = self.now_ms() + BOUND_RETRY_MS
         finally:
             self._bound_task = None
+
+    async def _leave_time(self) -> None:
+        """Nothing gets a stamp any more: the next coordinator need not begin with the bound, seconds ahead."""
+        self.sequencer.stamp_bound_ms = stamp_ms = self.sequencer.stamp_ms
+        try:
+            async with asyncio.timeout(LEAVE_TIME_MS / 1000):
+                await self.keeper.change(lambda old: old.with_last_stamp(stamp_ms))
+        except (OSError, NotOwner, ConfigStoreError) as error:  # a TimeoutError is an OSError
+            log.warning("event=time-not-left reason=%s", error or "no answer in time")
 
     async def remember_restoring(self, prefix: bytes | None) -> None:
         """The next coordinator shall know which prefix is in pieces; None for none. Raises OSError if it will not."""
@@ -474,134 +489,16 @@ class CoordinatorServer:
 
     def degraded(self) -> list[str]:
         """Everything that is not as it should be, one sentence each."""
-        sentences = []
-        for link in self.links.values():
-            sentences += self._degraded_node(link)
-        shards = self.sequencer.shards
-        down = [shard for shard in shards if not shard.serving]
-        if down:
-            first = f"shard {down[0].number}: {down[0].reason}"
-            sentences.append(f"{len(down)} shards are down, the first is {first}")
-        readonly = [shard for shard in shards if shard.serving and not shard.is_whole()]
-        if readonly:
-            sentences.append(f"{len(readonly)} shards refuse writes: a replica of each is missing")
-        short = [shard for shard in shards if shard.space and shard.serving]
-        if short:
-            nodes = ", ".join(link.node for link in self.sequencer.links.values() if link.space)
-            refused = "writes" if max(shard.space for shard in short) > 1 else "growing writes"
-            sentences.append(f"{len(short)} shards refuse {refused}: too little disk space on {nodes}")
-        if wall_ms() > self.map.stamp_bound_ms:
-            sentences.append(
-                "deadlines do not pass: the config store does not take the next bound of time "
-                f"({self._bound_failed or 'its answer is awaited'})"
-            )
-        if self.backups.restoring is not None:
-            prefix = self.backups.restoring
-            shown = f"keys that begin with {show_bytes(prefix)}" if prefix else "all keys"
-            sentences.append(f"{shown} are closed until a restore completes")
-        return sentences
-
-    def _degraded_node(self, link: NodeLink) -> list[str]:
-        """What is wrong with a node."""
-        sentences = []
-        bad = self._bad_shards(link)
-        if bad and len(bad) == len(link.progress.shards):
-            sentences.append(f"{link.node} serves nothing: {next(iter(bad.values()))}")
-        elif bad:
-            number, why = next(iter(bad.items()))
-            sentences.append(
-                f"{link.node}: {len(bad)} of {len(link.progress.shards)} shards are bad, the first is shard {number}: "
-                f"it {why}"
-            )
-        if not link.progress.connected:
-            sentences.append(f"{link.node} is not linked: {link.progress.reason}")
-        elif self._silent(link):
-            silent_ms = self.now_ms() - link.progress.heard_ms
-            sentences.append(f"{link.node} has not answered for {silent_ms} ms: writes of its shards wait for it")
-        return sentences
-
-    def _bad_shards(self, link: NodeLink) -> dict[int, str]:
-        """The shards whose copy on this node is bad, and why."""
-        progress = link.progress
-        return {shard.number: shard.bad[progress] for shard in progress.shards if progress in shard.bad}
-
-    def _silent(self, link: NodeLink) -> bool:
-        """Whether a linked node does not even answer heartbeats."""
-        return link.progress.connected and self.now_ms() - link.progress.heard_ms >= EVICT_AFTER_MS
-
-    def _node_state(self, link: NodeLink) -> str:
-        if not link.progress.connected:
-            return "unreachable"
-        if self._bad_shards(link):
-            return "bad"
-        return "silent" if self._silent(link) else "linked"
+        return status.degraded(self)
 
     def status(self) -> dict[str, Any]:
-        """The map of `status`; docs/protocol.md explains every key."""
-        sequencer = self.sequencer
-        degraded = self.degraded()
-        return {
-            "cluster": self.map.cluster,
-            "server": f"kvtcp {__version__}",
-            "state": "degraded" if degraded else "ok",
-            "degraded": degraded,
-            "epoch": self.map.epoch,
-            "nodes": len(self.links),
-            "nodes_linked": sum(link.progress.connected for link in self.links.values()),
-            "shards": self.map.shards,
-            "replication_factor": self.map.factor,
-            "min_insync": self.map.min_insync,
-            "durability": self.durability,
-            "clients": len(self.sessions),
-            "operations": self.gateway.operations,
-            "unavailable": sequencer.unavailable,
-            "outcome_unknown": sequencer.unknown,
-            "protocol_errors": self.protocol_errors,
-            "waiting": sequencer.waiting_items,
-            "buffered_bytes": self.buffered_bytes,
-            "loop_lag_ms": round(self.lag_ms, 1),
-            "running": self.backups.busy,
-            "uptime_s": int(time.monotonic() - self._started),
-        }
+        """The map of `status`; docs/administration.md explains every key."""
+        return status.status(self)
 
     def nodes(self) -> list[dict[str, Any]]:
         """The list of `nodes`."""
-        return [
-            {
-                "node": link.node,
-                "address": f"{link.host}:{link.port}",
-                "state": self._node_state(link),
-                "reason": next(iter(self._bad_shards(link).values()), "") or link.progress.reason,
-                "shards": len(link.progress.shards),
-                "first_of": sum(shard.members[0] is link.progress for shard in link.progress.shards),
-                "outstanding": link.progress.items,
-                "outstanding_bytes": link.progress.bytes,
-                "pid": None if link.report is None else link.report.pid,
-            }
-            for link in self.links.values()
-        ]
+        return status.nodes(self)
 
     def shards(self) -> list[dict[str, Any]]:
         """The list of `shards`."""
-
-        def state(shard: ShardState) -> str:
-            if not shard.serving:
-                return "down"
-            return "ok" if shard.is_whole() else "read-only"
-
-        def reason(shard: ShardState) -> str:
-            bad = "; ".join(f"{link.node} {why}" for link, why in shard.bad.items())
-            return shard.reason or shard.stuck or bad
-
-        return [
-            {
-                "shard": shard.number,
-                "state": state(shard),
-                "nodes": [link.node for link in shard.members],
-                "seq": shard.last_seq,
-                "commit": shard.commit,
-                "waiting": len(shard.waiting),
-                "reason": reason(shard),
-            }
-            for shard in self.sequencer.shards
-        ]
+        return status.shards(self)

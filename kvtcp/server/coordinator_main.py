@@ -3,8 +3,8 @@
 A start has two halves. The first only looks: arguments, data directories, the main port (taken, not yet listening),
 who listens at the addresses of the nodes. Whatever is wrong there is one sentence and exit code 2, and the data
 directory is as it was. The second acts: nodes are spawned or adopted, and asked what they promised; the epoch goes up,
-durably; the nodes are linked and made equal; then clients are let in. If it fails half-way, or a signal comes, what was
-spawned is stopped again.
+durably; the nodes are linked and made equal; then clients are let in. If it fails half-way what was spawned is stopped
+again, and what was adopted runs on, for it may have the only copy of something; a signal stops all.
 
 A stop: no new clients, open requests answered (DRAIN_MS at most), nodes told to stop and waited for.
 """
@@ -246,6 +246,7 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             await coordinator.start(first)
             if not stop.is_set():
                 await _open(coordinator.running, main_socket)
+            coordinator.has_begun = True
             return await coordinator.serve()
         finally:
             await coordinator.end()
@@ -276,6 +277,7 @@ class Coordinator:
         self._supervisor = supervisor
         self._stop = stop
         self._server: CoordinatorServer | None = None  # None before the map is owned
+        self.has_begun = False  # the start did not fail: all local nodes are this coordinator's to stop
 
     @property
     def running(self) -> CoordinatorServer:
@@ -381,12 +383,13 @@ class Coordinator:
                 await self._supervisor.leave()
                 await server.close()
                 return
-            self._supervisor.expect_stop()
-            asked = {node for node in self._supervisor.processes if server.links[node].stop_node()}
+            if self.has_begun:
+                self._supervisor.expect_stop()
+                asked = {node for node in self._supervisor.processes if server.links[node].stop_node()}
             await server.close()
         else:
             await self._keeper.close()
-        await self._supervisor.stop(asked)
+        await self._supervisor.stop(asked, only_spawned=not self.has_begun)
         log.info("event=stopped")
 
 

@@ -208,7 +208,7 @@ class NodeLink:
         }
         connection.send((HELLO, hello))
         connection.flush()
-        async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
+        async with asyncio.timeout(LINK_SILENCE_MS / 1000):  # what the node has must be durable first
             report = await connection.answered
         if connection.lost.is_set():
             raise ConnectionError("the connection was lost after the report")

@@ -317,10 +317,12 @@ class Supervisor:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
-    async def stop(self, asked: set[str]) -> None:
-        """Wait until all local nodes have ended; `asked` are those that were told to, on their links."""
+    async def stop(self, asked: set[str], only_spawned: bool = False) -> None:
+        """Wait until all local nodes have ended; `asked` are those that were told to, on their links. With
+        `only_spawned` those that were adopted are left alone."""
         self.expect_stop()
-        await asyncio.gather(*(process.stop(node in asked) for node, process in self.processes.items()))
+        stopped = {n: process for n, process in self.processes.items() if not (only_spawned and n in self._adopt)}
+        await asyncio.gather(*(process.stop(node in asked) for node, process in stopped.items()))
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from kvtcp.constants import (
+    KIB,
     SEGMENT_BYTES_MAX,
     SNAPSHOT_LOG_BYTES,
     SPACE_RESERVE_BYTES,
@@ -97,9 +98,12 @@ class NodeStore:
         return next(iter(self.behind(self.log.segments[1].positions)), None)
 
     def behind(self, positions: dict[int, Position] | None = None) -> list[int]:
-        """Shards whose snapshots do not reach these positions; None: the end of the log."""
-        wanted = self.log.positions if positions is None else positions
-        return [shard for shard, position in wanted.items() if not self._is_covered(shard, position)]
+        """Shards whose snapshots do not reach these positions. None: the end of the log; then those that hold the
+        oldest segment back come first."""
+        if positions is not None:
+            return [shard for shard, position in positions.items() if not self._is_covered(shard, position)]
+        first = self.behind(self.log.segments[1].positions) if len(self.log.segments) > 1 else []
+        return list(dict.fromkeys(first + self.behind(self.log.positions)))
 
     def _is_covered(self, shard: int, position: Position) -> bool:
         """Whether a restart needs no entry up to this position."""
@@ -153,19 +157,33 @@ class NodeStore:
 
     # --- space ----------------------------------------------------------------------------------------
 
-    def reserve_bytes(self) -> int:
-        """Free space that must be there before anything grows: what may be in flight, and the largest snapshot."""
-        return SPACE_RESERVE_BYTES + max((info.size for info in self.snapshots.values()), default=0)
+    def snapshot_estimate(self, shard: int) -> int:
+        """About the length of the next snapshot of a shard."""
+        copy = self.copies.get(shard)
+        return 0 if copy is None else copy.table.bytes_estimate() * 9 // 8 + 4 * KIB
 
-    def space_level(self, level: int = 0) -> int:
-        """How short of space the disk is, as in the SPACE frame; `level` is what it was: a level is left only when
-        there is an eighth more than what makes it. Blocks for a moment, raises OSError."""
+    def reserve_bytes(self) -> int:
+        """Free space that must be there before anything grows: what may be in flight, and what it takes to snapshot all
+        that is in the log, which is how the log gives its space back."""
+        largest_bytes = max(map(self.snapshot_estimate, self.log.positions), default=0)
+        return SPACE_RESERVE_BYTES + self.log.total_bytes + largest_bytes
+
+    def space_level(self, level: int = 0) -> tuple[int, bool]:
+        """How short of space the disk is, as in the SPACE frame, and whether the log should give some back. `level` is
+        what it was: a level is left only when there is an eighth more than what makes it. Blocks for a moment, raises
+        OSError."""
         free_bytes = self.disk.free_bytes(self.directory)
         reserve_bytes = self.reserve_bytes()
-        for number, bound in ((2, reserve_bytes // 2), (1, reserve_bytes)):
+        now = 0
+        for number, bound in ((1, reserve_bytes), (2, SPACE_RESERVE_BYTES // 2)):
             if free_bytes < (bound + bound // 8 if level >= number else bound):
-                return number
-        return 0
+                now = number
+        return now, free_bytes < reserve_bytes + reserve_bytes // 2
+
+    def has_room_for(self, shard: int) -> bool:
+        """Whether a snapshot of the shard leaves the space that deletions need. Blocks for a moment, raises OSError."""
+        needed_bytes = SPACE_RESERVE_BYTES // 2 + self.snapshot_estimate(shard)
+        return self.disk.free_bytes(self.directory) >= needed_bytes
 
     # --- manifest and end -----------------------------------------------------------------------------
 
