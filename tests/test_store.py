@@ -550,3 +550,23 @@ def test_a_manifest_is_not_behind_its_log(disk: CrashDisk) -> None:
     store.log.write(prepared)
     store.log.written(prepared)
     assert Manifest.parse(store.encode_manifest(store.copies.values())).segment == prepared.lsn
+
+
+def test_estimates_are_made_in_turn(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look for space costs the same however many shards there are; after some of them every shard was looked at."""
+    store = open_small(disk, segment_bytes=10**6)
+    add_copies(store, 50)
+    before = store.reserve_bytes() - store.log.total_bytes
+    commit(store, [put(copy, b"k", b"v" * (9000 if shard == 49 else 10)) for shard, copy in store.copies.items()])
+    looked: list[int] = []
+    original = store.snapshot_estimate
+
+    def snapshot_estimate(shard: int) -> int:
+        looked.append(shard)
+        return original(shard)
+
+    monkeypatch.setattr(store, "snapshot_estimate", snapshot_estimate)
+    for calls in range(1, 5):
+        reserve = store.reserve_bytes() - store.log.total_bytes
+        assert len(looked) == 16 * calls
+    assert set(looked) == set(range(50)) and reserve - before > 9000

@@ -42,6 +42,7 @@ from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, e
 
 ASIDE: Final = "aside"
 DISK_ID_BYTES: Final = 8
+ESTIMATES_AT_ONCE: Final = 16
 POWER_CUT: Final = (
     "the machine was restarted while the node ran in a mode that does not sync: what it wrote last may be lost"
 )
@@ -77,6 +78,8 @@ class NodeStore:
             shard: SnapshotInfo(name, replayed.snapshot_bytes[shard]) for shard, name in replayed.snapshots.items()
         }
         self.aside: Path | None = None  # where this opening moved what was damaged
+        self._estimates: dict[int, int] = {}  # shard -> length of its next snapshot, as of its last turn
+        self._estimate_turn = 0
 
     # --- snapshots ------------------------------------------------------------------------------------
 
@@ -165,8 +168,16 @@ class NodeStore:
     def reserve_bytes(self) -> int:
         """Free space that must be there before anything grows: what may be in flight, and what it takes to snapshot all
         that is in the log, which is how the log gives its space back."""
-        largest_bytes = max(map(self.snapshot_estimate, self.log.positions), default=0)
-        return SPACE_RESERVE_BYTES + self.log.total_bytes + largest_bytes
+        return SPACE_RESERVE_BYTES + self.log.total_bytes + self._largest_estimate()
+
+    def _largest_estimate(self) -> int:
+        """Of the shards in the log. A few are looked at anew at each call, in turn: all at once take milliseconds."""
+        shards = list(self.log.positions)
+        for _ in range(min(len(shards), ESTIMATES_AT_ONCE)):
+            self._estimate_turn = (self._estimate_turn + 1) % len(shards)
+            shard = shards[self._estimate_turn]
+            self._estimates[shard] = self.snapshot_estimate(shard)
+        return max(self._estimates.values(), default=0)
 
     def space_level(self, level: int = 0) -> tuple[int, bool]:
         """How short of space the disk is, as in the SPACE frame, and whether the log should give some back. `level` is
