@@ -492,7 +492,8 @@ async def test_a_long_log_is_snapshotted() -> None:
         node.put(ordinal, shard=ordinal % 3, key=b"k%d" % (ordinal % 5))
         await until(lambda ordinal=ordinal: node.told[-1:] == [("c", ordinal)])  # type: ignore[misc]
     await until(lambda: store.log.total_bytes <= max(800, store.snapshot_bytes) and node.durability._snapshot is None)
-    assert len(names(disk)) == len(store.log.segments) < 5
+    await until(lambda: len(names(disk)) == len(store.log.segments), "the files to be removed")
+    assert len(store.log.segments) < 5
     assert state_of(node.reopened().copies) == state_of(store.copies)
     await node.durability.close()
 
