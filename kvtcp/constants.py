@@ -176,8 +176,8 @@ SNAPSHOT_SHARE: Final = 0.05
 SNAPSHOT_SHARE_URGENT: Final = 0.25
 # bytes of a snapshot that are written before they are synced, so that the log's syncs never wait for much
 SNAPSHOT_SYNC_BYTES: Final = 4 * MIB
-# free space below which growing writes are refused; the length of the log and of the largest snapshot are added, so that
-# the log can still be snapshotted. Below half of it all writes are refused.
+# free space below which growing writes are refused; the length of the log and of the largest snapshot are added, so
+# that the log can still be snapshotted. Below half of it all writes are refused.
 SPACE_RESERVE_BYTES: Final = 48 * MIB
 SPACE_LOOK_MS: Final = 200
 RECOVERY_PROGRESS_MS: Final = 1_000

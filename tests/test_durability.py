@@ -65,14 +65,14 @@ class GatedFile(CrashFile):
     def sync(self) -> None:
         disk = self._disk
         assert isinstance(disk, GatedDisk)
-        (disk.log_gate if "log" in self._path.parts else disk.file_gate).passed()
+        (disk.file_gate if "snapshots" in self._path.parts else disk.log_gate).passed()
         if disk.broken and disk.broken in self._path.parts:
             raise OSError(disk.broken_number, "broken", str(self._path))
         super().sync()
 
 
 class GatedDisk(CrashDisk):
-    """A disk in memory whose syncs wait at a gate, one for the log and one for other files."""
+    """A disk in memory whose syncs wait at a gate, one for log and manifest and one for snapshots."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

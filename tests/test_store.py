@@ -126,6 +126,16 @@ def test_a_lost_last_segment_after_a_clean_stop(disk: CrashDisk) -> None:
     assert again.log.segments[-1].first_lsn > store.log.segments[-1].first_lsn
 
 
+def test_a_lost_last_segment_after_a_kill(disk: CrashDisk) -> None:
+    """The manifest is written with each new segment, so the newest one cannot get lost unnoticed."""
+    store = open_small(disk)
+    work(store)
+    assert len(store.log.segments) > 2, "it rotated"
+    disk.remove(store.log.segments[-1].path)
+    again = open_small(disk, seed=1)
+    assert not any(copy.complete for copy in again.copies.values())
+
+
 def test_stale_files_are_removed(disk: CrashDisk) -> None:
     """Temporary files and older snapshots go when everything is settled."""
     store = open_small(disk)

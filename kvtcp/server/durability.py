@@ -163,8 +163,10 @@ class Durability:
     def _hand_over(self, prepared: Prepared) -> None:
         self._busy = True
         self._began_s = time.monotonic()
+        manifest = self.store.manifest_for(prepared)
         self._log_worker.submit(
-            lambda: self.store.log.write(prepared), lambda _, error: self._record_written(prepared, error)
+            lambda: self.store.write_record(prepared, manifest),
+            lambda _, error: self._record_written(prepared, error),
         )
 
     def _record_written(self, prepared: Prepared, error: BaseException | None) -> None:
@@ -241,7 +243,8 @@ class Durability:
             (log.warning if level > self.space else log.info)("event=disk-space level=%s", level)
             self.space = level
             self._on_space(level)
-        if tight and not self._wanted and self._snapshot is None and time.monotonic() >= self._give_back_after_s:
+        worth_it = level > 0 or self.store.log.total_bytes > SHORT_LOG_BYTES
+        if tight and worth_it and not self._wanted and self._snapshot is None:
             self._give_space_back()
         paths = self.store.needless_segments()
         if paths:
@@ -250,6 +253,8 @@ class Durability:
 
     def _give_space_back(self) -> None:
         """The disk is nearly full: a log that snapshots make needless, and keys that were deleted, take space."""
+        if time.monotonic() < self._give_back_after_s:
+            return
         self._give_back_after_s = time.monotonic() + RETRY_S
         self._wanted = deque(self.store.behind())
         if self.store.log.segments[-1].size > SHORT_LOG_BYTES:

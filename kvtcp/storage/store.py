@@ -34,7 +34,7 @@ from kvtcp.storage import log, snapshot
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.files import Disk
 from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.log import LogWriter
+from kvtcp.storage.log import LogWriter, Prepared
 from kvtcp.storage.log_format import DIRECTORY_BYTES, SALT_BYTES, FormatError, Position, VersionError
 from kvtcp.storage.manifest import Manifest, read_manifest, write_manifest
 from kvtcp.storage.replay import Damage, Progress, Replayed, replay
@@ -197,6 +197,23 @@ class NodeStore:
         return self.disk.free_bytes(self.directory) >= needed_bytes
 
     # --- manifest and end -----------------------------------------------------------------------------
+
+    def write_record(self, prepared: Prepared, manifest: bytes | None) -> None:
+        """Write what the log prepared, and the manifest that names the segment which it begins. Blocks, raises OSError:
+        then nothing is known."""
+        self.log.write(prepared)
+        if manifest is not None:
+            self.write_manifest(manifest)
+
+    def manifest_for(self, prepared: Prepared) -> bytes | None:
+        """The manifest to write with a record: None unless it begins a segment, which must not get lost unnoticed."""
+        if prepared.header is None:
+            return None
+        self.encode_manifest(self.copies.values())
+        self.manifest.segment, present = prepared.segment.first_lsn, self.manifest.segment
+        data = self.manifest.encode()
+        self.manifest.segment = present  # until it is written
+        return data
 
     def encode_manifest(self, copies: Iterable[Copy]) -> bytes:
         """The manifest with these copies, for `write_manifest`."""
