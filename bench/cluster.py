@@ -80,17 +80,18 @@ class Process:
 class Cluster:
     """A coordinator with its nodes."""
 
-    def __init__(self, nodes: int, replication_factor: int) -> None:
+    def __init__(self, nodes: int, replication_factor: int, durability: str = "memory") -> None:
         self.replication_factor = replication_factor
         self._directory = tempfile.TemporaryDirectory(prefix="kvtcp-bench-")
+        self.data = Path(self._directory.name) / "data"
         main_port = free_ports(nodes + 1)
         base_port = main_port + 1
         self.url = f"kvtcp://127.0.0.1:{main_port}"
         self._process = Process([
             sys.executable, str(ROOT / "bin" / "kvtcp-coordinator"),
             "--num-nodes", str(nodes), "--replication-factor", str(replication_factor),
-            "--main-port", str(main_port), "--base-port", str(base_port), "--durability", "memory",
-            "--data-dir", self._directory.name + "/data", "--backup-dir", self._directory.name + "/backups",
+            "--main-port", str(main_port), "--base-port", str(base_port), "--durability", durability,
+            "--data-dir", str(self.data), "--backup-dir", self._directory.name + "/backups",
         ])  # fmt: skip
         self.node_pids: list[int] = []  # filled by the suite from `nodes`
 
@@ -104,6 +105,10 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it and remove its data."""
         self._process.stop()
         self._directory.cleanup()
 

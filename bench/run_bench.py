@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The benchmark suite: how fast the ordered index is, and a running cluster with its client.
+"""The benchmark suite: how fast the ordered index is, a running cluster with its client, and what durability costs.
 
-    bench/run_bench.py [btree] [network] [--quick] [--json FILE] [--seed N] [--runs N] [--keys N]
+    bench/run_bench.py [btree] [network] [durability] [--quick] [--json FILE] [--seed N] [--runs N] [--keys N]
 
 Figures are medians over the runs with their minimum and maximum. Machines differ and are shared: compare the columns
 of one run, not two runs. The ratios below a table are those of the same run.
@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SUITES = ("btree", "network")
+SUITES = ("btree", "network", "durability")
 Result = dict[str, Any]
 
 
@@ -143,6 +143,27 @@ def run_network(options: argparse.Namespace) -> tuple[list[Result], str]:
     return results, report + ratios(results, "target", wanted)
 
 
+def run_durability(options: argparse.Namespace) -> tuple[list[Result], str]:
+    """The durability suite and its report."""
+    from bench import durability_suite
+
+    runs = options.runs or (1 if options.quick else 5)
+    if options.quick:
+        results = durability_suite.run(16_000, 50_000, 200_000, 3.0, runs, options.seed)
+    else:
+        results = durability_suite.run(runs=runs, recovery_keys=options.keys or 1_000_000, seed=options.seed)
+    rows = [
+        [
+            f"{result['target']}: {result['workload']}, {result['unit']}",
+            f"{number(result['median'])} ({number(result['min'])}-{number(result['max'])})",
+            *(f"{result['cpu_us'][role]:.1f}" if "cpu_us" in result else "" for role in ("coordinator", "nodes")),
+        ]
+        for result in results
+    ]
+    report = "Durability: modes never share a cluster; puts of 128 bytes\n\n"
+    return results, report + table(["", "median (min-max)", "CPU-us coordinator", "CPU-us nodes"], rows)
+
+
 def main() -> int:
     """Run the chosen suites, print their tables, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,8 +171,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small and short: an indication, no measurement")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure with versions and machine")
     parser.add_argument("--seed", type=int, default=1, help="of keys and order (default: %(default)s)")
-    parser.add_argument("--runs", type=int, help="how often everything is measured (default: btree 3, network 5)")
-    parser.add_argument("--keys", type=int, help="number of keys (default: btree 1,000,000, network 100,000)")
+    parser.add_argument("--runs", type=int, help="how often everything is measured (default: btree 3, others 5)")
+    parser.add_argument("--keys", type=int, help="of btree and restarts (default: 1,000,000) or network (100,000)")
     options = parser.parse_args()
     unknown = set(options.suites) - set(SUITES)
     if unknown:
@@ -161,7 +182,7 @@ def main() -> int:
     print(f"kvtcp {about['commit']}, Python {about['python']}, {about['cpu']}, {about['cores']} cores, {packages}")
     if options.quick:
         print("quick: an indication only")
-    runners = {"btree": run_btree, "network": run_network}
+    runners = {"btree": run_btree, "network": run_network, "durability": run_durability}
     everything: list[Result] = []
     for suite in SUITES:
         if options.suites and suite not in options.suites:

@@ -169,13 +169,15 @@ SNAPSHOT_FRAME_ROWS: Final = 256
 SNAPSHOT_FRAME_BYTES: Final = 256 * KIB  # a frame ends with the row that reaches it
 # bytes of a snapshot that wait for the disk before its next slice does
 SNAPSHOT_BUFFER_BYTES: Final = 8 * MIB
-# of the event loop at once for a snapshot, and how much of it all slices together may take at most
+# of the event loop at once for a snapshot, and what share of it all slices together may take: little, so that clients
+# hardly notice; more when the log grows faster than snapshots let go of it, or the disk is nearly full
 SNAPSHOT_SLICE_MS: Final = 1
-SNAPSHOT_SHARE: Final = 0.25
+SNAPSHOT_SHARE: Final = 0.05
+SNAPSHOT_SHARE_URGENT: Final = 0.25
 # bytes of a snapshot that are written before they are synced, so that the log's syncs never wait for much
 SNAPSHOT_SYNC_BYTES: Final = 4 * MIB
-# free space below which growing writes are refused, without the largest snapshot, which is added; below half of it all
-# writes are
+# free space below which growing writes are refused; the length of the log and of the largest snapshot are added, so
+# that the log can still be snapshotted. Below half of it all writes are refused.
 SPACE_RESERVE_BYTES: Final = 48 * MIB
 SPACE_LOOK_MS: Final = 200
 RECOVERY_PROGRESS_MS: Final = 1_000

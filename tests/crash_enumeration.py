@@ -198,7 +198,7 @@ class Workload:
         log = self.store.log
         segments = len(log.segments)
         prepared = log.prepare(entries)
-        log.write(prepared)
+        self.store.write_record(prepared, self.store.manifest_for(prepared))
         log.written(prepared)
         self.seen["rotated"] += len(log.segments) > segments
         for shard, _, seq, _, _ in entries:
@@ -208,7 +208,7 @@ class Workload:
     def mark(self) -> None:
         """A pause: the empty record."""
         prepared = self.store.log.prepare_mark()
-        self.store.log.write(prepared)
+        self.store.write_record(prepared, self.store.manifest_for(prepared))
         self.store.log.written(prepared)
 
     def commit(self) -> None:

@@ -58,7 +58,7 @@ def put(copy: Copy, key: bytes, value: bytes, epoch: int = 1) -> Logged:
 def commit(store: NodeStore, entries: list[Logged]) -> None:
     """One group commit, as the server does it with its two threads."""
     prepared = store.log.prepare(entries)
-    store.log.write(prepared)
+    store.write_record(prepared, store.manifest_for(prepared))
     store.log.written(prepared)
     store.kept.add(0, entries)
 
@@ -66,7 +66,7 @@ def commit(store: NodeStore, entries: list[Logged]) -> None:
 def mark(store: NodeStore) -> None:
     """What a log that is idle gets."""
     prepared = store.log.prepare_mark()
-    store.log.write(prepared)
+    store.write_record(prepared, store.manifest_for(prepared))
     store.log.written(prepared)
 
 

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
 
 from kvtcp.constants import MIB
-from kvtcp.protocol.link import BATCH, HELLO, REFUSED, REPORT, RESULTS, STOP
+from kvtcp.protocol.link import (
+    BATCH,
+    ENTRIES,
+    FETCH,
+    HELLO,
+    LINK_VERSION,
+    REFUSED,
+    REPORT,
+    RESULTS,
+    SHIP,
+    SHIPPED,
+    SPACE,
+    STOP,
+)
 from kvtcp.protocol.operations import GET, MGET, PUT
 from kvtcp.server import node as node_module
 from kvtcp.server.node import NodeServer
+from kvtcp.storage.manifest import read_manifest
+from tests.crash_disk import CrashDisk
+from tests.storage_tools import DIRECTORY, open_small
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
@@ -21,8 +39,8 @@ pytestmark = BOTH_LOOPS
 def hello(**changed: Any) -> list[Any]:
     """A HELLO for node n1 with shards 0 and 1."""
     fields = {
-        "version": 1, "cluster": "c", "secret": "s", "epoch": 1, "coordinator": "k", "link": 1, "node": "n1",
-        "map_version": 1, "shards": [0, 1],
+        "version": LINK_VERSION, "cluster": "c", "secret": "s", "epoch": 1, "coordinator": "k", "link": 1, "node": "n1",
+        "map_version": 1, "shards": [0, 1], "durability": "memory", "map": None,
     }  # fmt: skip
     return [HELLO, {**fields, **changed}]
 
@@ -151,3 +169,173 @@ async def test_orphan() -> None:
         assert server._orphan is None
     await until(server.stopped.is_set, "the stop of the orphan")
     await server.close()
+
+
+async def test_fields_of_a_hello(node: NodeServer) -> None:
+    """A HELLO that lacks a field, or has one of another type, closes the connection and changes nothing."""
+    wrong = [{"shards": [5000]}, {"epoch": "1"}, {"map": 7}, {"map": b"\xff"}, {"durability": None}, {"node": b"\xff"}]
+    for changed in wrong:
+        async with await Wire.open(node.address, hello=False) as wire:
+            wire.send(hello(**changed))
+            await wire.closed()
+    assert node.secret is None and node.replica.promised == 0
+
+
+# --- with a disk ------------------------------------------------------------------------------------
+
+
+class SlowDisk(CrashDisk):
+    """A disk in memory whose syncs wait until they may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.go.set()
+        self.waiting = threading.Event()  # a sync is waiting
+
+    def sync_until(self, node: int, path: Path, until_bytes: int) -> None:
+        if not self.go.is_set():
+            self.waiting.set()
+            assert self.go.wait(10)
+        super().sync_until(node, path, until_bytes)
+
+
+@pytest.fixture
+async def stored() -> AsyncIterator[NodeServer]:
+    """A node with a disk."""
+    server = NodeServer("n1", store=open_small(SlowDisk()))
+    await server.start("127.0.0.1", 0)
+    yield server
+    disk_of(server).go.set()
+    await server.close()
+
+
+def disk_of(server: NodeServer) -> SlowDisk:
+    """The disk of a node."""
+    assert server.durability is not None
+    disk = server.durability.store.disk
+    assert isinstance(disk, SlowDisk)
+    return disk
+
+
+async def test_results_before_they_are_durable(stored: NodeServer) -> None:
+    """Results are sent at once, and acknowledged in a frame of their own when the sync is done."""
+    async with await link(stored) as wire:
+        disk = disk_of(stored)
+        disk.go.clear()
+        wire.send([BATCH, 1, -1, [[PUT, 0, 1, 1, "a", "v"]]])
+        assert (await wire.receive())[1:4] == [1, 0, [1]]
+        await until(disk.waiting.is_set, "the sync")
+        wire.send([BATCH, 2, -1, [[GET, 0, "a"]]], [BATCH, 3, -1, [[PUT, 0, 2, 1, "a", "w"]]])
+        results: list[Any] = []
+        while len(results) < 2:
+            _, applied, durable, more, _ = await wire.receive()
+            assert durable == 0
+            results += more
+        assert results == [[b"v", 1, None], 2] and applied == 3
+        disk.go.set()
+        frames = []
+        while not frames or frames[-1][2] < 3:
+            frames.append(await wire.receive())
+        assert all(frame[0] == RESULTS and frame[1] == 3 and frame[3] == [] for frame in frames)
+        wire.send([BATCH, 4, 3, [[GET, 0, "a"]]])
+        assert (await wire.receive())[1:4] == [4, 4, [[b"w", 2, None]]], "a read alone is durable at once"
+
+
+async def test_a_report_is_durable(stored: NodeServer) -> None:
+    """Promise, map and new copies are on the disk before the report; what was reported is there again."""
+    disk = disk_of(stored)
+    async with await Wire.open(stored.address, hello=False) as wire:
+        wire.send(hello(epoch=7, map_version=4, map="{}"))
+        kind, report = await wire.receive()
+        assert kind == REPORT
+        manifest = read_manifest(disk, DIRECTORY)
+        assert manifest is not None
+        assert (manifest.promised, manifest.coordinator, manifest.map_version, manifest.map) == (7, "k", 4, b"{}")
+        assert [row[1].decode() for row in report[b"shards"]] == [manifest.shards[shard][0] for shard in (0, 1)]
+    again = open_small(disk.process_kill(), seed=1)
+    assert {shard: copy.disk for shard, copy in again.copies.items()} == {
+        shard: copy.disk for shard, copy in stored.replica.copies.items()
+    }
+
+
+async def test_a_report_waits_for_what_was_applied(stored: NodeServer) -> None:
+    """A new link is told a position only when it is durable, and nothing of the older link afterwards."""
+    disk = disk_of(stored)
+    async with await link(stored) as older, await Wire.open(stored.address, hello=False) as newer:
+        disk.go.clear()
+        older.send([BATCH, 1, -1, [[PUT, 0, 1, 0, "a", "v"]]])
+        await until(disk.waiting.is_set, "the sync")
+        newer.send(hello(epoch=2))
+        await until(lambda: stored.replica.promised == 2)
+        newer.send([BATCH, 1, -1, [[GET, 0, "a"]]])
+        await newer.closed()  # before the report no other frame is accepted
+    async with await Wire.open(stored.address, hello=False) as newest:
+        newest.send(hello(epoch=2, link=3))
+        await until(lambda: stored._link_number == 3)
+        disk.go.set()
+        kind, report = await newest.receive()
+        assert kind == REPORT and report[b"shards"][0][5] == 1
+        assert open_small(disk.process_kill(), seed=1).copies[0].table.seq == 1
+
+
+async def test_takeover_frames(stored: NodeServer) -> None:
+    """Entries are fetched, and shipped ones acknowledged when they are durable; no empty frame of results is sent."""
+    disk = disk_of(stored)
+    async with await link(stored) as wire:
+        other = NodeServer("n1")
+        other.replica.hello({**{k.encode(): v for k, v in hello()[1].items()}, b"node": b"n1", b"coordinator": b"k"})
+        other.replica.begin(5, -1, [[PUT, 0, 1, 0, b"a", b"v"], [PUT, 0, 2, 0, b"b", b"v"]])
+        assert other.replica.run([])
+        _, entries = other.replica.entries_after(0, 0)
+        wire.send([FETCH, 0, 0])
+        assert await wire.receive() == [ENTRIES, 0, 0, 0, []]
+        disk.go.clear()
+        wire.send([SHIP, 0, entries])
+        await until(disk.waiting.is_set, "the sync")
+        disk.go.set()
+        epoch, seq, chain = other.replica.tables[0].position
+        assert await wire.receive() == [SHIPPED, 0, epoch, seq, chain, None]
+        assert open_small(disk.process_kill(), seed=1).copies[0].table.position == (epoch, seq, chain)
+        wire.send([SHIP, 0, [[1, b"nonsense"]]], [FETCH, 0, 1])
+        kind, _, _, at, _, error = await wire.receive()
+        assert (kind, at) == (SHIPPED, 2) and b"damaged" in error
+        assert (await wire.receive())[4] == entries[1:]
+        wire.send([BATCH, 6, -1, [[GET, 0, "b"]]])
+        assert (await wire.receive())[1:4] == [1, 1, [[b"v", 2, None]]]
+
+
+async def test_a_failed_disk_ends_the_node(stored: NodeServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is acknowledged, the links are closed and nobody is let in any more."""
+    disk = disk_of(stored)
+    async with await link(stored) as wire:
+        disk.fail_at, disk.dead = len(disk.calls) + 2, True  # the sync of the record
+        wire.send([BATCH, 1, -1, [[PUT, 0, 1, 1, "a", "v"]]])
+        assert (await wire.receive())[1:4] == [1, 0, [1]]
+        await wire.closed()
+    assert stored.stopped.is_set() and isinstance(stored.failure, OSError)
+    assert "event=disk-failed" in caplog.text
+    with pytest.raises(OSError):
+        await Wire.open(stored.address, hello=False)
+
+
+async def test_space_on_the_link(stored: NodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the level is sent, and is in the report of the next link."""
+    async with await link(stored) as wire:
+        monkeypatch.setattr(disk_of(stored), "free_bytes", lambda _: 0)
+        assert await wire.receive() == [SPACE, 2]
+    async with await Wire.open(stored.address, hello=False) as wire:
+        wire.send(hello(epoch=2))
+        assert (await wire.receive())[1][b"space"] == 2
+
+
+async def test_stopped_in_order(stored: NodeServer) -> None:
+    """What was applied is written and covered, and the manifest says so."""
+    disk = disk_of(stored)
+    async with await link(stored) as wire:
+        wire.send([BATCH, 1, -1, [[PUT, 0, n, 0, "a", "v"] for n in range(1, 9)]])
+        assert (await wire.receive())[1] == 8
+        await stored.close()
+    manifest = read_manifest(disk, DIRECTORY)
+    assert manifest is not None and manifest.clean
+    assert open_small(disk, seed=1).copies[0].table.seq == 8

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvtcp.constants import SPACE_RESERVE_BYTES
 from kvtcp.storage import log_format, snapshot
 from kvtcp.storage.manifest import Manifest, read_manifest
 from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
@@ -123,6 +124,16 @@ def test_a_lost_last_segment_after_a_clean_stop(disk: CrashDisk) -> None:
     again = open_small(disk, seed=1)
     assert not any(copy.complete for copy in again.copies.values())
     assert again.log.segments[-1].first_lsn > store.log.segments[-1].first_lsn
+
+
+def test_a_lost_last_segment_after_a_kill(disk: CrashDisk) -> None:
+    """The manifest is written with each new segment, so the newest one cannot get lost unnoticed."""
+    store = open_small(disk)
+    work(store)
+    assert len(store.log.segments) > 2, "it rotated"
+    disk.remove(store.log.segments[-1].path)
+    again = open_small(disk, seed=1)
+    assert not any(copy.complete for copy in again.copies.values())
 
 
 def test_stale_files_are_removed(disk: CrashDisk) -> None:
@@ -479,19 +490,26 @@ def test_a_snapshot_of_a_copy_that_was_begun_anew(disk: CrashDisk) -> None:
 def test_levels_of_space(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A level is left only when there is an eighth more than what makes it."""
     store = open_small(disk)
-    reserve = store.reserve_bytes()
+    reserve, half = store.reserve_bytes(), SPACE_RESERVE_BYTES // 2
+    assert reserve == SPACE_RESERVE_BYTES + store.log.total_bytes, "what is in flight, and what the log may give back"
     free = [0]
     monkeypatch.setattr(disk, "free_bytes", lambda _: free[0])
     level = 0
-    steps = [(reserve, 0), (reserve - 1, 1), (reserve + reserve // 8 - 1, 1), (reserve + reserve // 8, 0),
-             (reserve // 2 - 1, 2), (reserve // 2 + reserve // 16 - 1, 2), (reserve // 2 + reserve // 16 + 1, 1),
-             (0, 2), (reserve * 2, 0)]  # fmt: skip
-    for bytes_free, expected in steps:
+    steps = [(reserve * 2, 0, False), (reserve, 0, True), (reserve - 1, 1, True), (reserve + reserve // 8 - 1, 1, True),
+             (reserve + reserve // 8, 0, True), (half - 1, 2, True), (half + half // 8 - 1, 2, True),
+             (half + half // 8, 1, True), (0, 2, True), (reserve * 2, 0, False)]  # fmt: skip
+    for bytes_free, expected, tight in steps:
         free[0] = bytes_free
-        level = store.space_level(level)
-        assert level == expected, bytes_free
+        assert store.space_level(level) == (expected, tight), bytes_free
+        level = expected
     work(store)
-    assert store.reserve_bytes() == reserve + max(info.size for info in store.snapshots.values())
+    largest = max(map(store.snapshot_estimate, store.copies))
+    assert largest >= max(info.size for info in store.snapshots.values())
+    assert store.reserve_bytes() == SPACE_RESERVE_BYTES + store.log.total_bytes + largest
+    free[0] = half + largest
+    assert store.has_room_for(0)
+    free[0] = half
+    assert not store.has_room_for(0), "deletions need this space"
 
 
 def test_a_full_disk_at_the_start(disk: CrashDisk) -> None:
@@ -542,3 +560,23 @@ def test_a_manifest_is_not_behind_its_log(disk: CrashDisk) -> None:
     store.log.write(prepared)
     store.log.written(prepared)
     assert Manifest.parse(store.encode_manifest(store.copies.values())).segment == prepared.lsn
+
+
+def test_estimates_are_made_in_turn(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look for space costs the same however many shards there are; after some of them every shard was looked at."""
+    store = open_small(disk, segment_bytes=10**6)
+    add_copies(store, 50)
+    before = store.reserve_bytes() - store.log.total_bytes
+    commit(store, [put(copy, b"k", b"v" * (9000 if shard == 49 else 10)) for shard, copy in store.copies.items()])
+    looked: list[int] = []
+    original = store.snapshot_estimate
+
+    def snapshot_estimate(shard: int) -> int:
+        looked.append(shard)
+        return original(shard)
+
+    monkeypatch.setattr(store, "snapshot_estimate", snapshot_estimate)
+    for calls in range(1, 5):
+        reserve = store.reserve_bytes() - store.log.total_bytes
+        assert len(looked) == 16 * calls
+    assert set(looked) == set(range(50)) and reserve - before > 9000

@@ -36,6 +36,7 @@ from kvtcp.constants import (
     SNAPSHOT_BUFFER_BYTES,
     SNAPSHOT_LOG_BYTES,
     SNAPSHOT_SHARE,
+    SNAPSHOT_SHARE_URGENT,
     SNAPSHOT_SLICE_MS,
     SPACE_LOOK_MS,
 )
@@ -50,7 +51,7 @@ log = logging.getLogger("kvtcp.durability")
 
 STOP_WAIT_S: Final = 5.0  # for both workers together at the end
 GROUP_BYTES_MAX: Final = LOG_RECORD_BYTES_MAX // 2  # a group that has more takes no further entries
-RETRY_S: Final = 5.0  # between two attempts to snapshot, or to make room, on a disk that is full
+RETRY_S: Final = 2.0  # between two attempts to snapshot, or to make room, on a disk that is full
 SHORT_LOG_BYTES: Final = 1 << 20  # with the disk nearly full, a segment beyond it is worth being ended
 NO_SPACE_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT}
 
@@ -162,8 +163,10 @@ class Durability:
     def _hand_over(self, prepared: Prepared) -> None:
         self._busy = True
         self._began_s = time.monotonic()
+        manifest = self.store.manifest_for(prepared)
         self._log_worker.submit(
-            lambda: self.store.log.write(prepared), lambda _, error: self._record_written(prepared, error)
+            lambda: self.store.write_record(prepared, manifest),
+            lambda _, error: self._record_written(prepared, error),
         )
 
     def _record_written(self, prepared: Prepared, error: BaseException | None) -> None:
@@ -189,7 +192,7 @@ class Durability:
             self._idle = self._loop.call_later(LOG_IDLE_MS / 1000 - idle_s, self._write_mark)
             return
         self._marked = True
-        if self.store.log.durable_lsn == self.store.log.last_lsn:
+        if self.store.log.durable_lsn == self.store.log.last_lsn or self.store.log.wants_segment:
             self._hand_over(self.store.log.prepare_mark())
 
     # --- jobs -----------------------------------------------------------------------------------------
@@ -223,7 +226,7 @@ class Durability:
         """Snapshot every shard that has something new, and let go of the log up to there."""
         self._wanted = deque(self.store.behind())
         self._snapshot_after_s = 0.0
-        self.store.log.begin_new_segment()
+        self._begin_segment()
         self._next_snapshot()
 
     def _look_around(self) -> None:
@@ -232,7 +235,7 @@ class Durability:
         if self.failure is not None:
             return
         try:
-            level = self.store.space_level(self.space)
+            level, tight = self.store.space_level(self.space)
         except OSError as error:
             self._fail(error)
             return
@@ -240,7 +243,8 @@ class Durability:
             (log.warning if level > self.space else log.info)("event=disk-space level=%s", level)
             self.space = level
             self._on_space(level)
-        if level and not self._wanted and self._snapshot is None and time.monotonic() >= self._give_back_after_s:
+        worth_it = level > 0 or self.store.log.total_bytes > SHORT_LOG_BYTES
+        if tight and worth_it and not self._wanted and self._snapshot is None:
             self._give_space_back()
         paths = self.store.needless_segments()
         if paths:
@@ -249,21 +253,47 @@ class Durability:
 
     def _give_space_back(self) -> None:
         """The disk is nearly full: a log that snapshots make needless, and keys that were deleted, take space."""
+        if time.monotonic() < self._give_back_after_s:
+            return
         self._give_back_after_s = time.monotonic() + RETRY_S
         self._wanted = deque(self.store.behind())
         if self.store.log.segments[-1].size > SHORT_LOG_BYTES:
-            self.store.log.begin_new_segment()
+            self._begin_segment()
+
+    def _begin_segment(self) -> None:
+        """A new segment with the next record, or, if none comes, with a mark."""
+        self.store.log.begin_new_segment()
+        self._marked = False
+        self.flush()
 
     def _next_snapshot(self) -> None:
         if self._snapshot is not None or self._closing or self.failure is not None:
             return
         if time.monotonic() < self._snapshot_after_s:
             return
-        shard = self._wanted.popleft() if self._wanted else self.store.due_snapshot(self._snapshot_log_bytes)
-        if shard is not None:
-            frozen, kept = self._freeze(shard)
-            self._snapshot = SnapshotJob(self, frozen, kept)
-            self._snapshot.begin()
+        due = self.store.due_snapshot(self._snapshot_log_bytes)
+        shards = [*self._wanted] or ([] if due is None else [due])
+        if not shards:
+            return
+        try:
+            shard = next((each for each in shards if self.store.has_room_for(each)), None)
+        except OSError as error:
+            self._fail(error)
+            return
+        if shard is None:
+            log.warning("event=snapshot-waits shard=%s reason=too little space on the disk", shards[0])
+            self.snapshot_given_up()
+            return
+        if shard in self._wanted:
+            self._wanted.remove(shard)
+        self._snapshot = SnapshotJob(self, *self._freeze(shard))
+        self._snapshot.begin()
+
+    def snapshot_share(self) -> float:
+        """Share of the loop that a snapshot may take now."""
+        log_bytes_max = max(self._snapshot_log_bytes, self.store.snapshot_bytes)
+        urgent = self.space > 0 or self.store.log.total_bytes > 2 * log_bytes_max
+        return SNAPSHOT_SHARE_URGENT if urgent else SNAPSHOT_SHARE
 
     def snapshot_ended(self, paths: list[Path]) -> None:
         """The running snapshot is published; `paths` are files that nobody needs any more."""
@@ -403,7 +433,7 @@ class SnapshotJob:
             self._slice_waits = True
         else:
             taken_s = time.monotonic() - begin_s
-            self._durability.later(taken_s * (1 / SNAPSHOT_SHARE - 1), self._slice)
+            self._durability.later(taken_s * (1 / self._durability.snapshot_share() - 1), self._slice)
 
     def _taken(self, size: int) -> None:
         self._waiting_bytes -= size

@@ -306,6 +306,8 @@ class NodeServer:
 
     def _durable(self, connection: LinkConnection, ordinal: int) -> None:
         """Everything up to this ordinal of a connection is durable."""
+        if ordinal == connection.durable:
+            return  # entries that were shipped, or those of half a batch
         connection.durable = ordinal
         if connection is self._link and connection.accepted:
             connection.send_results([])
@@ -401,10 +403,13 @@ _HELLO_FIELDS = {
 def _hello_is_complete(fields: dict[bytes, Any]) -> bool:
     if not all(type(fields.get(name)) is kind for name, kind in _HELLO_FIELDS.items()):
         return False
+    if type(fields.get(b"map")) not in (bytes, type(None)):
+        return False
     try:
         for name, kind in _HELLO_FIELDS.items():
             if kind is bytes:
                 fields[name].decode()
+        (fields.get(b"map") or b"").decode()
     except UnicodeDecodeError:
         return False
     return all(type(shard) is int and 0 <= shard < SHARDS_MAX for shard in fields[b"shards"])

@@ -174,7 +174,7 @@ def check(directory: Path) -> int:
         manifest = read_store_manifest(OS_DISK, directory)
         if manifest is None:
             raise runtime.StartError(f"{directory} has no manifest.json: no node that keeps data has used it")
-        report = check_directory(OS_DISK, directory, manifest, progress_printer("kvtcp-node"))
+        report = check_directory(OS_DISK, directory, manifest, progress_printer("kvtcp-node"), boot_id())
     except StoreError as error:
         print(f"kvtcp-node: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_DAMAGED

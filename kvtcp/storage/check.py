@@ -25,10 +25,15 @@ class CheckReport:
 
 
 def check_directory(
-    disk: Disk, directory: Path, manifest: Manifest, progress: Progress = lambda *_: None
+    disk: Disk,
+    directory: Path,
+    manifest: Manifest,
+    progress: Progress = lambda *_: None,
+    boot: str = "",
 ) -> CheckReport:
-    """Verify everything. Raises VersionError for files of another format, OSError for a disk that cannot be read."""
-    found = replay(disk, directory, manifest, progress)
+    """Verify everything, in this boot of the machine. Raises VersionError for files of another format, OSError for a
+    disk that cannot be read."""
+    found = replay(disk, directory, manifest, progress, manifest.power_failed(boot))
     report = CheckReport()
     keys = 0
     for shard, copy in sorted(found.copies.items()):

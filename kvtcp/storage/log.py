@@ -158,6 +158,11 @@ class LogWriter:
         """The next record goes into a new segment, so that this one can be deleted some day."""
         self._rotate = True
 
+    @property
+    def wants_segment(self) -> bool:
+        """Whether the next record begins a segment on demand."""
+        return self._rotate and self.last_lsn >= self.segments[-1].first_lsn
+
     def _prepare(self, payload: bytes) -> Prepared:
         assert not self._under_way, "at most one record is written and not yet synced"
         self._under_way = True

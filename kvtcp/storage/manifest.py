@@ -51,8 +51,9 @@ class Manifest:
 
     def power_failed(self, boot: str) -> bool:
         """Whether the machine was restarted (its present boot is `boot`) while a process ran in a mode that does not
-        sync: then nobody knows what of its last writes is on the disk."""
-        return self.durability != "sync" and not self.clean and self.boot not in ("", boot)
+        sync: then nobody knows what of its last writes is on the disk. A system that does not tell (`boot` empty) may
+        have been."""
+        return self.durability != "sync" and not self.clean and (not boot or self.boot != boot)
 
     def encode(self) -> bytes:
         """The file's content."""

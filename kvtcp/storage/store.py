@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from kvtcp.constants import (
+    KIB,
     SEGMENT_BYTES_MAX,
     SNAPSHOT_LOG_BYTES,
     SPACE_RESERVE_BYTES,
@@ -33,7 +34,7 @@ from kvtcp.storage import log, snapshot
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.files import Disk
 from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.log import LogWriter
+from kvtcp.storage.log import LogWriter, Prepared
 from kvtcp.storage.log_format import DIRECTORY_BYTES, SALT_BYTES, FormatError, Position, VersionError
 from kvtcp.storage.manifest import Manifest, read_manifest, write_manifest
 from kvtcp.storage.replay import Damage, Progress, Replayed, replay
@@ -41,6 +42,7 @@ from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, e
 
 ASIDE: Final = "aside"
 DISK_ID_BYTES: Final = 8
+ESTIMATES_AT_ONCE: Final = 16
 POWER_CUT: Final = (
     "the machine was restarted while the node ran in a mode that does not sync: what it wrote last may be lost"
 )
@@ -76,6 +78,8 @@ class NodeStore:
             shard: SnapshotInfo(name, replayed.snapshot_bytes[shard]) for shard, name in replayed.snapshots.items()
         }
         self.aside: Path | None = None  # where this opening moved what was damaged
+        self._estimates: dict[int, int] = {}  # shard -> length of its next snapshot, as of its last turn
+        self._estimate_turn = 0
 
     # --- snapshots ------------------------------------------------------------------------------------
 
@@ -97,9 +101,12 @@ class NodeStore:
         return next(iter(self.behind(self.log.segments[1].positions)), None)
 
     def behind(self, positions: dict[int, Position] | None = None) -> list[int]:
-        """Shards whose snapshots do not reach these positions; None: the end of the log."""
-        wanted = self.log.positions if positions is None else positions
-        return [shard for shard, position in wanted.items() if not self._is_covered(shard, position)]
+        """Shards whose snapshots do not reach these positions. None: the end of the log; then those that hold the
+        oldest segment back come first."""
+        if positions is not None:
+            return [shard for shard, position in positions.items() if not self._is_covered(shard, position)]
+        first = self.behind(self.log.segments[1].positions) if len(self.log.segments) > 1 else []
+        return list(dict.fromkeys(first + self.behind(self.log.positions)))
 
     def _is_covered(self, shard: int, position: Position) -> bool:
         """Whether a restart needs no entry up to this position."""
@@ -153,21 +160,60 @@ class NodeStore:
 
     # --- space ----------------------------------------------------------------------------------------
 
-    def reserve_bytes(self) -> int:
-        """Free space that must be there before anything grows: what may be in flight, and the largest snapshot."""
-        return SPACE_RESERVE_BYTES + max((info.size for info in self.snapshots.values()), default=0)
+    def snapshot_estimate(self, shard: int) -> int:
+        """About the length of the next snapshot of a shard."""
+        copy = self.copies.get(shard)
+        return 0 if copy is None else copy.table.bytes_estimate() * 9 // 8 + 4 * KIB
 
-    def space_level(self, level: int = 0) -> int:
-        """How short of space the disk is, as in the SPACE frame; `level` is what it was: a level is left only when
-        there is an eighth more than what makes it. Blocks for a moment, raises OSError."""
+    def reserve_bytes(self) -> int:
+        """Free space that must be there before anything grows: what may be in flight, and what it takes to snapshot all
+        that is in the log, which is how the log gives its space back."""
+        return SPACE_RESERVE_BYTES + self.log.total_bytes + self._largest_estimate()
+
+    def _largest_estimate(self) -> int:
+        """Of the shards in the log. A few are looked at anew at each call, in turn: all at once take milliseconds."""
+        shards = list(self.log.positions)
+        for _ in range(min(len(shards), ESTIMATES_AT_ONCE)):
+            self._estimate_turn = (self._estimate_turn + 1) % len(shards)
+            shard = shards[self._estimate_turn]
+            self._estimates[shard] = self.snapshot_estimate(shard)
+        return max(self._estimates.values(), default=0)
+
+    def space_level(self, level: int = 0) -> tuple[int, bool]:
+        """How short of space the disk is, as in the SPACE frame, and whether the log should give some back. `level` is
+        what it was: a level is left only when there is an eighth more than what makes it. Blocks for a moment, raises
+        OSError."""
         free_bytes = self.disk.free_bytes(self.directory)
         reserve_bytes = self.reserve_bytes()
-        for number, bound in ((2, reserve_bytes // 2), (1, reserve_bytes)):
+        now = 0
+        for number, bound in ((1, reserve_bytes), (2, SPACE_RESERVE_BYTES // 2)):
             if free_bytes < (bound + bound // 8 if level >= number else bound):
-                return number
-        return 0
+                now = number
+        return now, free_bytes < reserve_bytes + reserve_bytes // 2
+
+    def has_room_for(self, shard: int) -> bool:
+        """Whether a snapshot of the shard leaves the space that deletions need. Blocks for a moment, raises OSError."""
+        needed_bytes = SPACE_RESERVE_BYTES // 2 + self.snapshot_estimate(shard)
+        return self.disk.free_bytes(self.directory) >= needed_bytes
 
     # --- manifest and end -----------------------------------------------------------------------------
+
+    def write_record(self, prepared: Prepared, manifest: bytes | None) -> None:
+        """Write what the log prepared, and the manifest that names the segment which it begins. Blocks, raises OSError:
+        then nothing is known."""
+        self.log.write(prepared)
+        if manifest is not None:
+            self.write_manifest(manifest)
+
+    def manifest_for(self, prepared: Prepared) -> bytes | None:
+        """The manifest to write with a record: None unless it begins a segment, which must not get lost unnoticed."""
+        if prepared.header is None:
+            return None
+        self.encode_manifest(self.copies.values())
+        self.manifest.segment, present = prepared.segment.first_lsn, self.manifest.segment
+        data = self.manifest.encode()
+        self.manifest.segment = present  # until it is written
+        return data
 
     def encode_manifest(self, copies: Iterable[Copy]) -> bytes:
         """The manifest with these copies, for `write_manifest`."""

@@ -1,0 +1,315 @@
+"""The `durability` suite: what keeping data costs, in CPU, in latency while snapshots run, and at a restart.
+
+`run` returns a list of results and prints nothing; a result is a dict:
+
+    target      "RF 1 memory" | "RF 1 os" | "RF 1 sync" | "RF 3 ..." | "no snapshots" | "snapshots" | "recovery"
+    workload    "put 50x16" | "open loop put p50" ... "p99.9" | "restart from log" | "restart from snapshots" | ...
+    unit        "ops/s" | "ms" | "s" | "ratio"
+    median, min, max, runs      over the runs
+    cpu_us      {"coordinator", "nodes", "client"}: CPU per operation, of the closed loop only
+
+**Cost**: closed loop, 50 connections with 16 coroutines each in one client process, puts of 128 bytes under 16-byte
+keys; the clusters of all modes are up during the suite and take turns in random order.
+
+**Snapshots**: `sync`, RF 3, 200,000 keys. The capacity is found by a closed loop; then an open loop at half of it,
+timed from the intended send, with no snapshot, and with snapshots of all shards of all nodes one after the other all
+the time. The two take turns.
+
+**Recovery**: one node with 64 shards and a million keys of 16 bytes with values of 128, written through the storage
+itself; the time from the start of the process to its ready line, from the log alone and from snapshots. The page cache
+is warm. Every put is there afterwards: `--check` counts the keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+import kvtcp
+from bench.cluster import ROOT, Cluster, Process, cpu_s, free_ports
+from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.operations import PUT
+from kvtcp.storage.copy import Copy
+from kvtcp.storage.files import OS_DISK
+from kvtcp.storage.store import open_store
+
+CONNECTIONS = 50
+DEPTH = 16
+VALUE = b"v" * 128
+SHARDS = 64
+MODES = ("memory", "os", "sync")
+Result = dict[str, Any]
+
+
+def key_of(number: int) -> bytes:
+    """16 bytes."""
+    return b"key:%012d" % number
+
+
+def result(target: str, workload: str, unit: str, values: list[float], **more: Any) -> Result:
+    """One row."""
+    return {
+        "target": target, "workload": workload, "unit": unit, "median": statistics.median(values),
+        "min": min(values), "max": max(values), "runs": values, **more,
+    }  # fmt: skip
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+class Target:
+    """A cluster with its connections."""
+
+    def __init__(self, name: str, cluster: Cluster, clients: list[Any], node_pids: list[int]) -> None:
+        self.name = name
+        self.cluster = cluster
+        self.clients = clients
+        self.node_pids = node_pids
+
+    @classmethod
+    async def open(cls, name: str, cluster: Cluster) -> Target:
+        """Connect."""
+        clients = [await kvtcp.connect(cluster.url, timeout=60) for _ in range(CONNECTIONS)]
+        return cls(name, cluster, clients, [node["pid"] for node in await clients[0].nodes()])
+
+    def cpu(self) -> dict[str, float]:
+        """CPU seconds so far, by role."""
+        return {
+            "coordinator": cpu_s(self.cluster.coordinator_pid),
+            "nodes": sum(cpu_s(pid) for pid in self.node_pids),
+            "client": cpu_s(os.getpid()),
+        }
+
+    async def put(self, count: int, keys: int, seed: int) -> dict[str, float]:
+        """`count` puts in a closed loop: rate, and CPU-us per operation by role."""
+
+        async def worker(number: int) -> None:
+            client = self.clients[number % CONNECTIONS]
+            randrange = random.Random(seed * 1000 + number).randrange
+            for _ in range(count // (CONNECTIONS * DEPTH)):
+                await client.put(key_of(randrange(keys)), VALUE)
+
+        before, began = self.cpu(), time.perf_counter()
+        await asyncio.gather(*map(worker, range(CONNECTIONS * DEPTH)))
+        took_s = time.perf_counter() - began
+        after = self.cpu()
+        return {"rate": count / took_s, **{role: (after[role] - before[role]) / count * 1e6 for role in before}}
+
+    async def close(self) -> None:
+        """Disconnect."""
+        for client in self.clients:
+            await client.close()
+
+
+async def _cost(clusters: dict[str, Cluster], count: int, keys: int, runs: int, seed: int) -> list[Result]:
+    targets = [await Target.open(name, cluster) for name, cluster in clusters.items()]
+    figures: dict[str, list[dict[str, float]]] = {target.name: [] for target in targets}
+    chooser = random.Random(seed)
+    for run in range(runs + 1):
+        for target in chooser.sample(targets, len(targets)):
+            row = await target.put(count, keys, seed + run)
+            if run:  # the first one warms up
+                figures[target.name].append(row)
+    for target in targets:
+        await target.close()
+    results = []
+    for name, rows in figures.items():
+        cpu_us = {role: statistics.median(row[role] for row in rows) for role in ("coordinator", "nodes", "client")}
+        results.append(result(name, "put 50x16", "ops/s", [row["rate"] for row in rows], cpu_us=cpu_us))
+    for factor in (1, 3):
+        for mode in ("os", "sync"):
+            pairs = zip(figures[f"RF {factor} {mode}"], figures[f"RF {factor} memory"], strict=True)
+            ratios = [(a["coordinator"] + a["nodes"]) / (b["coordinator"] + b["nodes"]) for a, b in pairs]
+            results.append(result(f"RF {factor} {mode}", "server CPU per put / memory", "ratio", ratios))
+    return results
+
+
+# --- snapshots --------------------------------------------------------------------------------------------
+
+
+async def _open_loop(clients: list[Any], rate: float, seconds: float, keys: int, seed: int) -> list[float]:
+    """Puts at this rate, each timed from when it should have been sent; latencies in ms, ascending."""
+    loop = asyncio.get_running_loop()
+    rng = random.Random(seed)
+    count = int(rate * seconds)
+    latencies: list[float] = []
+    tasks: set[asyncio.Task[None]] = set()
+    began = loop.time()
+
+    async def one(number: int) -> None:
+        await clients[number % len(clients)].put(key_of(rng.randrange(keys)), VALUE)
+        latencies.append((loop.time() - began - number / rate) * 1000)
+
+    number = 0
+    while number < count:
+        due = min(count, int((loop.time() - began) * rate) + 1)
+        while number < due:
+            task = loop.create_task(one(number))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            number += 1
+        await asyncio.sleep(0.001)
+    await asyncio.gather(*tasks)
+    return sorted(latencies)
+
+
+async def _snapshotting(pids: list[int], stop: asyncio.Event) -> int:
+    """Snapshots all the time; how many rounds were asked for."""
+    rounds = 0
+    while not stop.is_set():
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+        rounds += 1
+        try:
+            await asyncio.wait_for(stop.wait(), 0.5)
+        except TimeoutError:
+            continue
+    return rounds
+
+
+def _published(directory: Path) -> set[str]:
+    return {path.name for path in directory.rglob("*.snapshot")}
+
+
+async def _latency(cluster: Cluster, keys: int, seconds: float, runs: int, seed: int) -> list[Result]:
+    target = await Target.open("latency", cluster)
+    await target.clients[0].put_many([(key_of(number), VALUE) for number in range(keys)])
+    await target.put(20_000, keys, seed)
+    capacity = statistics.median([(await target.put(40_000, keys, seed + n))["rate"] for n in range(3)])
+    figures: dict[tuple[str, str], list[float]] = {}
+    shares = []
+    chooser = random.Random(seed)
+    for run in range(runs):
+        for with_snapshots in chooser.sample((False, True), 2):
+            before = _published(cluster.data)
+            stop = asyncio.Event()
+            task = asyncio.ensure_future(_snapshotting(target.node_pids, stop)) if with_snapshots else None
+            latencies = await _open_loop(target.clients, capacity / 2, seconds, keys, seed + run)
+            if task is not None:
+                stop.set()
+                await task
+                shares.append(len(_published(cluster.data) - before) / seconds)
+                await asyncio.sleep(1.0)  # what was asked for last is finished
+            name = "snapshots" if with_snapshots else "no snapshots"
+            for quantile in (0.5, 0.99, 0.999):
+                value = latencies[min(len(latencies) - 1, int(len(latencies) * quantile))]
+                figures.setdefault((name, f"open loop put p{quantile * 100:g}"), []).append(value)
+    await target.close()
+    results = [result(name, workload, "ms", values) for (name, workload), values in figures.items()]
+    p99 = "open loop put p99"
+    ratios = [a / b for a, b in zip(figures["snapshots", p99], figures["no snapshots", p99], strict=True)]
+    results.append(result("snapshots", "p99 / without", "ratio", ratios))
+    results.append(result("snapshots", "files published in a second", "1/s", shares))
+    results.append(result("no snapshots", "capacity, put 50x16", "ops/s", [capacity]))
+    return results
+
+
+# --- recovery ---------------------------------------------------------------------------------------------
+
+
+def _make_node(directory: Path, keys: int) -> float:
+    """A data directory with `keys` random keys, all of them in the log; log bytes per byte of key and value."""
+    store = open_store(OS_DISK, directory, "os", os.urandom, "")
+    copies = [Copy(shard, f"{shard:016x}") for shard in range(SHARDS)]
+    store.write_manifest(store.encode_manifest(copies))
+    tables = [copy.table for copy in copies]
+    numbers = list(range(keys))
+    random.Random(keys).shuffle(numbers)
+    entries = []
+    for count, number in enumerate(numbers, 1):
+        key = key_of(number)
+        shard = shard_of(key, SHARDS)
+        table = tables[shard]
+        table.epoch = 1
+        table.apply((PUT, shard, table.seq + 1, 0, key, VALUE), 1_700_000_000_000 + count)
+        entries.append((shard, 1, table.seq, table.chain, table.last_entry))
+        if len(entries) == 500 or count == keys:
+            prepared = store.log.prepare(entries)
+            store.log.write(prepared)
+            store.log.written(prepared)
+            entries = []
+    ratio = store.log.total_bytes / (keys * (16 + len(VALUE)))
+    store.close_clean()
+    return ratio
+
+
+@contextmanager
+def _node(directory: Path) -> Iterator[tuple[Process, float]]:
+    """A running node, and the seconds until it was ready."""
+    began = time.perf_counter()
+    process = Process([
+        sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--id", "n1", "--port", str(free_ports(1)),
+        "--data-dir", str(directory),
+    ])  # fmt: skip
+    took_s = time.perf_counter() - began
+    try:
+        yield process, took_s
+    finally:
+        process.stop()
+
+
+def _check_keys(directory: Path, keys: int) -> None:
+    command = [sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--check", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if f" {keys} keys" not in done.stdout:
+        raise AssertionError(f"the node should hold {keys} keys: {done.stdout}")
+
+
+def _recovery(keys: int, runs: int) -> list[Result]:
+    with tempfile.TemporaryDirectory(prefix="kvtcp-bench-") as name:
+        directory = Path(name) / "n1"
+        log_ratio = _make_node(directory, keys)
+        from_log, from_snapshots = [], []
+        for _ in range(runs):
+            copy = Path(name) / "copy"
+            shutil.copytree(directory, copy)
+            with _node(copy) as (_, took_s):
+                from_log.append(took_s)
+            shutil.rmtree(copy)
+        with _node(directory) as (process, _):
+            os.kill(process.pid, signal.SIGUSR1)
+            until = time.monotonic() + 120
+            while len(_published(directory)) < SHARDS or sum(1 for _ in (directory / "log").iterdir()) > 1:
+                if time.monotonic() > until:
+                    raise TimeoutError("the snapshots were not finished in two minutes")
+                time.sleep(0.1)
+        for _ in range(runs):
+            with _node(directory) as (_, took_s):
+                from_snapshots.append(took_s)
+        _check_keys(directory, keys)
+    return [
+        result("recovery", "restart from log", "s", from_log),
+        result("recovery", "restart from snapshots", "s", from_snapshots),
+        result("recovery", "log bytes / key and value", "ratio", [log_ratio]),
+    ]
+
+
+def run(
+    operations: int = 48_000, keys: int = 200_000, recovery_keys: int = 1_000_000, seconds: float = 10.0, runs: int = 5,
+    seed: int = 1,
+) -> list[Result]:  # fmt: skip
+    """The results; takes about six minutes with the defaults."""
+    results: list[Result] = []
+    clusters = {f"RF {factor} {mode}": Cluster(3, factor, mode) for factor in (1, 3) for mode in MODES}
+    try:
+        results += uvloop.run(_cost(clusters, operations, min(keys, 100_000), runs, seed))
+    finally:
+        for cluster in clusters.values():
+            cluster.stop()
+    with Cluster(3, 3, "sync") as cluster:
+        results += uvloop.run(_latency(cluster, keys, seconds, runs, seed))
+    return results + _recovery(recovery_keys, runs)
