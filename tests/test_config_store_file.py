@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 from fake_disk import FaultyDisk, QuickDisk
 
 from kvtcp.config_store.file import FileConfigStore, form, parse
 from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
+from tests.crash_disk import CrashDisk, Crashes
 
 OLD, NEW = b'{"old": 1}', b'{"new": 2}'
 
@@ -111,3 +113,28 @@ async def test_a_rename_that_fails_and_happens(tmp_path: Path) -> None:
     assert await store.read() == Stored(1, NEW)
     disk.fails = False
     assert await store.compare_and_set(1, OLD) is Outcome.DONE
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_power_cut_at_every_moment(seed: int) -> None:
+    """Whenever the power is cut, the file holds the last value whose change was told to be done, or one that was under
+    way or unknown, whole; and the next change goes on from there."""
+    disk = CrashDisk()
+    disk.make_directory(Path("/coordinator"))
+    path = Path("/coordinator/map.json")
+    store = FileConfigStore(path, disk)
+    values = [b"[%s0]" % (b"%d, " % number * 400) for number in range(4)]
+    done = []  # events after which each change was done
+    for number, value in enumerate(values):
+        assert store._compare_and_set(number or None, value) is Outcome.DONE
+        done.append(len(disk.events))
+    crashes = Crashes(disk)
+    for boundary in crashes.walk():
+        after = crashes.sample(Random(f"{seed} {boundary}"))
+        made = sum(at <= boundary for at in done)
+        found = FileConfigStore(path, after)._read() if after.exists(path) else None
+        version = 0 if found is None else found.version
+        assert made <= version <= made + 1, (boundary, made, version)
+        assert found is None or found.value == values[version - 1]
+        if after.is_directory(path.parent):
+            assert FileConfigStore(path, after)._compare_and_set(version or None, NEW) is Outcome.DONE

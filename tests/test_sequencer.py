@@ -95,7 +95,7 @@ def test_retry_passes_over_known_results() -> None:
     assert cluster.answers.ok == {"add": 1}
 
 
-def test_copy_that_lost_its_data_serves_nothing() -> None:
+def test_node_that_lost_its_data_serves_nothing() -> None:
     """Its shard's pending writes are UNKNOWN, what reads saw of them is refused, later writes are refused at once;
     reads go to the others; other shards go on. The process that has the data may come back and everything goes on."""
     cluster = Cluster(shards=2)
