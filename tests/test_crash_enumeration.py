@@ -23,7 +23,7 @@ STATES_MIN = 2_000
 @pytest.mark.parametrize("durability", ["sync", "os"])
 def test_no_crash_loses_anything(durability: str) -> None:
     """Thousands of recovered states; the workload rotates, publishes snapshots and removes segments. None is wrong."""
-    states, workload = enumerate_crashes(4, 130, samples=20 if durability == "sync" else 8, durability=durability)
+    states, workload = enumerate_crashes(4, 130, samples=10 if durability == "sync" else 6, durability=durability)
     assert states >= STATES_MIN
     assert workload.seen["rotated"] >= 3, workload.seen
     assert workload.seen["published"] >= 3, workload.seen

@@ -209,7 +209,7 @@ def test_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
         with kvtcp.sync.connect(cluster.url, timeout=5.0) as kv:
             with pytest.raises(kvtcp.Unavailable) as refused:
                 for number in range(5_000):
-                    kv.put(f"k{number:04d}", value, timeout=10.0)
+                    kv.put(f"k{number:04d}", value, timeout=4.0)
                     written.append(f"k{number:04d}")
             assert refused.value.code == Code.NO_SPACE, refused.value
             assert "n1" in str(refused.value)
