@@ -51,8 +51,12 @@ def cpu_s(pid: int) -> float:
 class Process:
     """A child that prints a line when it is ready."""
 
-    def __init__(self, command: list[str]) -> None:
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    def __init__(self, command: list[str], quiet: bool = False) -> None:
+        """`quiet`: what it says on stderr is dropped."""
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            stderr=subprocess.DEVNULL if quiet else None,
+        )  # fmt: skip
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], START_S)
         self.line = self.process.stdout.readline() if ready else ""

@@ -16,6 +16,7 @@ went on after it might differ from the others.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import logging
 import os
@@ -32,6 +33,7 @@ from kvtcp.constants import (
     RESULTS_BYTES_MAX,
     SHARDS_MAX,
     SNAPSHOT_LOG_BYTES,
+    YOUNG_CELLS_MAX,
 )
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import (
@@ -179,6 +181,7 @@ class NodeServer:
         self._spawned = spawned
         self._orphan_ms = orphan_ms  # a spawned node without a coordinator for so long stops
         self._link: LinkConnection | None = None  # the newest accepted link
+        self._young_cells = 0  # made since the last young collection, at most
         self._link_number = 0  # of the newest accepted link; only grows
         self._orphan: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
@@ -299,6 +302,10 @@ class NodeServer:
         """Log what was applied; true if all of it is durable already."""
         replica = self.replica
         entries = replica.take_logged()
+        self._young_cells += len(entries)
+        if self._young_cells > YOUNG_CELLS_MAX:
+            self._young_cells = 0
+            gc.collect(0)
         if self.durability is None or self.durability.append(entries, connection, replica.applied):
             connection.durable = replica.applied
             return True
