@@ -130,3 +130,33 @@ def test_against_a_model() -> None:
         assert kept.bytes == sum(len(each[4]) for _, each in model)
         for shard in range(4):
             assert kept.of_shard(shard) == [each for _, each in model if each[0] == shard], (seed, step)
+
+
+def test_questions_between_changes() -> None:
+    """Whatever happens between two questions, the answer is what the batches hold, in order."""
+    for seed in range(20):
+        rng = Random(seed)
+        kept = KeptEntries()
+        model: list[tuple[int, Logged]] = []  # ordinal, entry
+        ordinal = 0
+        for step in range(200):
+            kind = rng.randrange(6)
+            if kind < 2:
+                ordinal += 1
+                entries = [entry(rng.randrange(3), 10 * step + n) for n in range(rng.randrange(4))]
+                kept.add(ordinal, entries)
+                model += [(ordinal, each) for each in entries]
+            elif kind == 2:
+                until = rng.randrange(ordinal + 1)
+                kept.commit(until)
+                model = [each for each in model if each[0] > until]
+            elif kind == 3 and rng.random() < 0.2:
+                kept.new_link()
+                model = [(0, each) for _, each in model]
+                ordinal = 0
+            elif kind == 4 and rng.random() < 0.1:
+                kept.forget(1)
+                model = [each for each in model if each[1][0] != 1]
+            else:
+                shard = rng.randrange(3)
+                assert kept.of_shard(shard) == [each for _, each in model if each[0] == shard], f"seed {seed}"

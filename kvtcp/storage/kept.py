@@ -6,6 +6,9 @@ Entries from before the present link have ordinal 0.
 
 The windows of the links bound what may be uncommitted. A shard that cannot commit holds back the ordinal of all others,
 so when `bytes_max` is exceeded, of each shard only as much is kept as a window can hold.
+
+After a restart the end of the log is here, hundreds of thousands of entries, and a takeover asks for many shards: the
+first question sorts all of them by shard (30 ms), and that is kept until something is forgotten.
 """
 
 from __future__ import annotations
@@ -27,12 +30,16 @@ class KeptEntries:
         self._batches: deque[Batch] = deque()  # in the order of `add`; ordinals never decrease
         self._bytes_max = bytes_max  # as asked for
         self._look_bytes = bytes_max  # above it old entries are looked for
+        self._by_shard: dict[int, list[Logged]] | None = None  # the same entries; None = nobody asked lately
 
     def add(self, ordinal: int, entries: list[Logged]) -> None:
         """The entries of a batch, in order."""
         size = sum([len(entry[4]) for entry in entries])
         self._batches.append((ordinal, size, entries))
         self.bytes += size
+        if self._by_shard is not None:
+            for entry in entries:
+                self._by_shard.setdefault(entry[0], []).append(entry)
         if self.bytes > self._look_bytes:
             self._drop_old()
 
@@ -44,6 +51,8 @@ class KeptEntries:
             _, size, entries = batches.popleft()
             self.bytes -= size
             last |= {entry[0]: entry[2] for entry in entries}
+        if last:
+            self._by_shard = None
         return last
 
     def new_link(self) -> None:
@@ -56,7 +65,13 @@ class KeptEntries:
 
     def of_shard(self, shard: int) -> list[Logged]:
         """The entries of a shard, in order."""
-        return [entry for _, _, entries in self._batches for entry in entries if entry[0] == shard]
+        if self._by_shard is None:
+            by_shard: dict[int, list[Logged]] = {}
+            for _, _, entries in self._batches:
+                for entry in entries:
+                    by_shard.setdefault(entry[0], []).append(entry)
+            self._by_shard = by_shard
+        return list(self._by_shard.get(shard, ()))
 
     def _drop_old(self) -> None:
         room: dict[int, list[int]] = {}
@@ -76,6 +91,7 @@ class KeptEntries:
 
     def _replace(self, batches: Iterable[tuple[int, list[Logged]]]) -> None:
         made = list(batches)
+        self._by_shard = None
         self._batches = deque()
         self.bytes = 0
         for ordinal, entries in made:
