@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -76,6 +77,27 @@ def test_the_bound_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     for seq in range(1, 6):
         kept.add(seq, [entry(0, seq, 60)])
     assert numbers(kept, 0) == [3, 4, 5]
+
+
+def test_a_takeover_looks_up_many_shards() -> None:
+    """All entries are walked through once, not for every shard; what is shipped meanwhile is found too."""
+    kept = KeptEntries()
+    walks = 0
+    original = kept._all
+
+    def walk() -> Iterator[tuple[int, int, list[Logged]]]:
+        nonlocal walks
+        walks += 1
+        return original()
+
+    kept._all = walk  # type: ignore[method-assign]
+    for seq in range(1, 4):
+        kept.add(seq, [entry(shard, seq) for shard in range(100)])
+    for shard in range(100):
+        assert [each[2] for each in kept.look_up(shard)] == [1, 2, 3]
+        kept.add(0, [entry(shard, 4)])
+        assert [each[2] for each in kept.look_up(shard)] == [1, 2, 3, 4]
+    assert walks == 1
 
 
 def test_a_window_that_ends_with_the_largest_value() -> None:
@@ -172,4 +194,7 @@ def test_against_a_model() -> None:
             model = [(number, each) for number, each in model if each[0] != shard]
         assert kept.bytes == sum(len(each[4]) for _, each in model)
         for shard in range(4):
-            assert kept.of_shard(shard) == [each for _, each in model if each[0] == shard], (seed, step)
+            expected_entries = [each for _, each in model if each[0] == shard]
+            assert kept.of_shard(shard) == expected_entries, (seed, step)
+            if step % 3 == 0:  # so the index meets everything that may change it
+                assert kept.look_up(shard) == expected_entries, (seed, step)

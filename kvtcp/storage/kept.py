@@ -34,6 +34,7 @@ class KeptEntries:
         self._looked_at: deque[Batch] = deque()  # what it let stay
         self._batches: deque[Batch] = deque()
         self._room: dict[int, list[int]] = {}  # of the pass: shard -> items and bytes that may still be uncommitted
+        self._index: dict[int, list[Logged]] | None = None  # of `look_up`: shard -> its entries
         self._bytes_max = bytes_max  # as asked for
         self._look_bytes = bytes_max  # above it a pass begins
 
@@ -42,6 +43,9 @@ class KeptEntries:
         size = sum([len(entry[4]) for entry in entries])
         self._batches.append((ordinal, size, entries))
         self.bytes += size
+        if self._index is not None:
+            for entry in entries:
+                self._index.setdefault(entry[0], []).append(entry)
         if self._older:
             self._go_on(len(entries))
         elif self.bytes > self._look_bytes:
@@ -52,6 +56,7 @@ class KeptEntries:
     def commit(self, ordinal: int) -> dict[int, int]:
         """Forget what is committed up to this ordinal; shard -> its last number among that."""
         last: dict[int, int] = {}
+        self._index = None
         for batches in (self._older, self._looked_at, self._batches):
             while batches and batches[0][0] <= ordinal:
                 _, size, entries = batches.popleft()
@@ -74,12 +79,23 @@ class KeptEntries:
         """The entries of a shard, in order."""
         return [entry for _, _, entries in self._all() for entry in entries if entry[0] == shard]
 
+    def look_up(self, shard: int) -> list[Logged]:
+        """`of_shard` for a takeover, which asks for many shards: an index is made, and lasts until the next batch. What
+        a pass has dropped meanwhile may still be in it."""
+        if self._index is None:
+            self._index = {}
+            for _, _, entries in self._all():
+                for entry in entries:
+                    self._index.setdefault(entry[0], []).append(entry)
+        return self._index.get(shard, [])
+
     def _all(self) -> Iterator[Batch]:
         return chain(self._older, self._looked_at, self._batches)
 
     def _replace(self, batches: list[Batch]) -> None:
         """From now on it has these, and no pass is under way."""
         self._older, self._looked_at, self._batches = deque(), deque(), deque(batches)
+        self._index = None
         self.bytes = sum([size for _, size, _ in batches])
 
     def _go_on(self, added: int) -> None:
