@@ -65,6 +65,10 @@ WINDOW_BYTES_MAX: Final = 8 * MIB
 BATCH_BYTES_MAX: Final = 256 * KIB
 # entries that a node keeps because they may be uncommitted; more only if so many really may be
 KEPT_BYTES_MAX: Final = 64 * MIB
+# of one shard then: a window, with the item that crosses its bytes, which may be any (a purge is small, its entry not)
+KEPT_SHARD_BYTES_MAX: Final = WINDOW_BYTES_MAX + FRAME_BYTES_MAX
+# entries looked at together for those that need not be kept: 1 ms
+KEPT_PASS_ENTRIES: Final = 4_096
 # operations of one shard that may wait, not yet sequenced, for a link or for room in a window
 WAITING_ITEMS_MAX: Final = 65_536
 # keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
@@ -220,7 +224,8 @@ assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_
 )
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
 assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
-assert 2 * WINDOW_BYTES_MAX < KEPT_BYTES_MAX, "what a window holds is kept without being looked for"
+assert 2 * KEPT_SHARD_BYTES_MAX < KEPT_BYTES_MAX, "what a window holds is kept without being looked for"
+assert WINDOW_BYTES_MAX + KEY_BYTES_MAX + VALUE_BYTES_MAX < KEPT_SHARD_BYTES_MAX, "a window with any item at its end"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"
 assert 2 * HEARTBEAT_MS <= EVICT_AFTER_MS < LINK_SILENCE_MS, "an idle link is heard of before it counts as silent"
 assert READ_RETRY_MS < WRITE_WAIT_MS < CLIENT_TIMEOUT_MS, "a client learns the cluster's answer before it gives up"

@@ -64,7 +64,7 @@ SMALL = {
     sequencer: {"PURGE_INTERVAL_MS": 60},
     recovery: {"RECOVERY_SHARDS_MAX": 2},
     replica_module: {"BATCH_BYTES_MAX": 150},
-    kept: {"WINDOW_ITEMS_MAX": 30, "WINDOW_BYTES_MAX": 3_000},
+    kept: {"WINDOW_ITEMS_MAX": 30, "KEPT_SHARD_BYTES_MAX": 3_000, "KEPT_PASS_ENTRIES": 5},
 }  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
 
+from kvtcp.constants import MIB, VALUE_BYTES_MAX, WINDOW_BYTES_MAX
 from kvtcp.storage import kept as kept_module
 from kvtcp.storage.copy import Logged
 from kvtcp.storage.kept import KeptEntries
@@ -58,7 +60,7 @@ def test_a_copy_that_was_reset() -> None:
 def test_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over it, as much of each shard stays as a window holds, the newest; memory is bounded by that."""
     monkeypatch.setattr(kept_module, "WINDOW_ITEMS_MAX", 4)
-    monkeypatch.setattr(kept_module, "WINDOW_BYTES_MAX", 100)
+    monkeypatch.setattr(kept_module, "KEPT_SHARD_BYTES_MAX", 100)
     kept = KeptEntries(bytes_max=200)
     for seq in range(1, 41):
         kept.add(seq, [entry(0, seq)])
@@ -70,30 +72,93 @@ def test_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_bound_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry that crosses a window's bytes is still kept."""
-    monkeypatch.setattr(kept_module, "WINDOW_BYTES_MAX", 100)
+    monkeypatch.setattr(kept_module, "KEPT_SHARD_BYTES_MAX", 100)
     kept = KeptEntries(bytes_max=200)
     for seq in range(1, 6):
         kept.add(seq, [entry(0, seq, 60)])
     assert numbers(kept, 0) == [3, 4, 5]
 
 
+def test_a_takeover_looks_up_many_shards() -> None:
+    """All entries are walked through once, not for every shard; what is shipped meanwhile is found too."""
+    kept = KeptEntries()
+    walks = 0
+    original = kept._all
+
+    def walk() -> Iterator[tuple[int, int, list[Logged]]]:
+        nonlocal walks
+        walks += 1
+        return original()
+
+    kept._all = walk  # type: ignore[method-assign]
+    for seq in range(1, 4):
+        kept.add(seq, [entry(shard, seq) for shard in range(100)])
+    for shard in range(100):
+        assert [each[2] for each in kept.look_up(shard)] == [1, 2, 3]
+        kept.add(0, [entry(shard, 4)])
+        assert [each[2] for each in kept.look_up(shard)] == [1, 2, 3, 4]
+    assert walks == 1
+
+
+def test_a_window_that_ends_with_the_largest_value() -> None:
+    """It has more than its bytes: what was queued before that value may be uncommitted as well."""
+    kept = KeptEntries()
+    for seq in range(1, 8):
+        kept.add(seq, [entry(0, seq, MIB)])
+    kept.add(8, [entry(0, 8, VALUE_BYTES_MAX + 100)])
+    assert sum(len(each[4]) for each in kept.of_shard(0)[:-1]) < WINDOW_BYTES_MAX, "the window took the last one"
+    for seq in range(1, 80):
+        kept.add(8 + seq, [entry(1, seq, MIB)])
+    assert numbers(kept, 0) == list(range(1, 9)) and len(numbers(kept, 1)) < 79
+
+
 def test_many_shards_over_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """If so much really may be uncommitted it is kept, and not looked for at every batch."""
     monkeypatch.setattr(kept_module, "WINDOW_ITEMS_MAX", 10)
     kept = KeptEntries(bytes_max=100)
-    looks = [0]
-    original = kept._drop_old
-
-    def drop_old() -> None:
-        looks[0] += 1
-        original()
-
-    kept._drop_old = drop_old  # type: ignore[method-assign]
+    looks = 0
     for seq in range(1, 9):
         for shard in range(20):
+            before = kept._look_bytes
             kept.add(seq, [entry(shard, seq)])
+            looks += kept._look_bytes != before
     assert all(numbers(kept, shard) == list(range(1, 9)) for shard in range(20)) and kept.bytes == 800
-    assert looks[0] <= 4, "doubling"
+    assert looks <= 4, "doubling"
+
+
+def test_a_pass_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `add` looks at more than a slice, and what is committed or added meanwhile is gone, or there, at the end."""
+    monkeypatch.setattr(kept_module, "WINDOW_ITEMS_MAX", 8)
+    monkeypatch.setattr(kept_module, "KEPT_PASS_ENTRIES", 20)
+    kept = KeptEntries(bytes_max=1000)
+    for seq in range(1, 202):
+        kept.add(seq, [entry(0, seq)])
+    newest = list(range(194, 202))
+    assert numbers(kept, 0) == list(range(1, 182)) + newest, "the pass began"
+    assert kept.commit(100) == {0: 100}
+    added = 0
+    while kept._older:
+        added += 1
+        newest.append(201 + added)
+        kept.add(201 + added, [entry(0, 201 + added)])
+    assert added == 5, "81 entries, 20 at a time"
+    assert numbers(kept, 0) == newest and kept.bytes == 5 * len(newest)
+    assert kept.commit(500) == {0: 201 + added} and kept.bytes == 0
+
+
+def test_a_pass_whose_rest_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends there, and the next one begins in order."""
+    monkeypatch.setattr(kept_module, "KEPT_PASS_ENTRIES", 4)
+    kept = KeptEntries(bytes_max=100)
+    for seq in range(1, 24):
+        kept.add(seq, [entry(0, seq)])
+    assert kept._older
+    kept.commit(20)
+    for seq in range(24, 60):
+        kept.add(seq, [entry(0, seq)])
+        assert numbers(kept, 0) == list(range(21, seq + 1)), "in order, though the pass had nothing left to look at"
+    kept.commit(99)
+    assert numbers(kept, 0) == [] and kept.bytes == 0 and not kept._older
 
 
 def test_against_a_model() -> None:
@@ -129,7 +194,10 @@ def test_against_a_model() -> None:
             model = [(number, each) for number, each in model if each[0] != shard]
         assert kept.bytes == sum(len(each[4]) for _, each in model)
         for shard in range(4):
-            assert kept.of_shard(shard) == [each for _, each in model if each[0] == shard], (seed, step)
+            expected_entries = [each for _, each in model if each[0] == shard]
+            assert kept.of_shard(shard) == expected_entries, (seed, step)
+            if step % 3 == 0:  # so the index meets everything that may change it
+                assert kept.look_up(shard) == expected_entries, (seed, step)
 
 
 def test_questions_between_changes() -> None:

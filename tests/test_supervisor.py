@@ -18,7 +18,7 @@ import kvtcp
 from kvtcp.server import supervisor as module
 from kvtcp.server.identity import DataDirectory, write_identity
 from kvtcp.server.node import NodeServer
-from kvtcp.server.runtime import StartError
+from kvtcp.server.runtime import StartError, bind
 from kvtcp.server.supervisor import Found, NodeProcess, Supervisor, who_is_there
 from kvtcp.testing import LocalCluster
 from tests.process_cluster import free_ports, is_running
@@ -59,7 +59,9 @@ async def test_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RECOVER_WAIT_MS", 100)
     async with listener(None) as port:
         assert (await ask(port)).kind == "silent", "it may be a node that is stopped, or a stranger: nobody knows"
-    for answer in (b"", b"HTTP/1.1 400 Bad Request\r\n", b"\xce\x00\x00\x00\x01\x01", b"\xce\xff\xff\xff\xff"):
+    async with listener(b"") as port:
+        assert (await ask(port)).kind == "silent", "or one that was killed just now"
+    for answer in (b"HTTP/1.1 400 Bad Request\r\n", b"\xce\x00\x00\x00\x01\x01", b"\xce\xff\xff\xff\xff"):
         async with listener(answer) as port:
             assert (await ask(port)).kind == "foreign"
 
@@ -121,6 +123,40 @@ async def test_a_node_with_another_directory(tmp_path: Path) -> None:
             await supervisor.survey("c", "s")
     finally:
         await server.close()
+
+
+async def test_a_node_that_ends_during_the_survey(tmp_path: Path) -> None:
+    """It has no port any more and still its directory: a moment later it can be spawned."""
+    (tmp_path / "n1").mkdir()
+    directory = DataDirectory(tmp_path / "n1", "node")
+    supervisor = Supervisor("127.0.0.1", {"n1": free_ports(1)}, tmp_path, [], lambda: None)
+    asyncio.get_running_loop().call_later(0.3, directory.unlock)
+    assert await supervisor.survey("c", "s") == {"n1": Found("free")}
+    assert supervisor._adopt == set()
+
+
+async def test_a_node_that_is_killed_during_the_survey(tmp_path: Path) -> None:
+    """It takes a connection and never answers: a moment later it can be spawned."""
+    (tmp_path / "n1").mkdir()
+    async with contextlib.AsyncExitStack() as stack:
+        port = await stack.enter_async_context(listener(b""))
+        supervisor = Supervisor("127.0.0.1", {"n1": port}, tmp_path, [], lambda: None)
+        survey = asyncio.create_task(supervisor.survey("c", "s"))
+        await asyncio.sleep(0)
+        assert (await ask(port)).kind == "silent"
+        await stack.aclose()
+        assert await survey == {"n1": Found("free")}
+
+
+async def test_a_node_that_reads_its_data_back(tmp_path: Path) -> None:
+    """It has its directory and its port, and does not listen yet, for as long as that takes: it is adopted."""
+    (tmp_path / "n1").mkdir()
+    directory = DataDirectory(tmp_path / "n1", "node")
+    with bind("127.0.0.1", 0) as bound:
+        supervisor = Supervisor("127.0.0.1", {"n1": bound.getsockname()[1]}, tmp_path, [], lambda: None)
+        assert await supervisor.survey("c", "s") == {"n1": Found("free")}
+        assert supervisor._adopt == {"n1"}
+    directory.unlock()
 
 
 # --- life of a process ----------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class Replica:
         table = self.tables.get(shard)
         if table is None or not self.copies[shard].complete or after > table.seq:
             return None, None
-        kept = self.kept.of_shard(shard)
+        kept = self.kept.look_up(shard)
         chain = 0 if after == 0 else table.chain if after == table.seq else None
         entries: list[list[Any]] = []
         size = 0

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from kvtcp.server.runtime import StartError
 log = logging.getLogger("kvtcp.supervisor")
 
 ADOPTED_POLL_S: Final = 0.05  # how often the lock of an adopted node is looked at
+SETTLE_S: Final = 2.0  # how long a survey waits for a node that is just coming or going
 
 # what a node says of a coordinator that is not its own -> what it means to the one who starts the cluster
 _FOREIGN: Final = {
@@ -83,11 +85,13 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
             while not messages:
                 data = await reader.read(READ_CHUNK_BYTES_MAX)
                 if not data:
-                    return stranger
+                    return Found("silent", "something that closes connections without a word")
                 messages = decoder.feed(data)
     except TimeoutError:
         return Found("silent", "something that takes connections and does not answer")
-    except (ProtocolError, OSError):
+    except OSError as error:
+        return Found("silent", f"something that breaks connections ({error.strerror or error})")
+    except ProtocolError:
         return stranger
     finally:
         writer.close()
@@ -98,6 +102,21 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
             name, text = code.decode("utf-8", "replace"), reason.decode("utf-8", "replace")
             return Found("foreign", _FOREIGN.get(name, f"a kvtcp node that refuses ({text})"))
     return stranger
+
+
+def _is_bound(host: str, port: int) -> bool:
+    """Whether somebody has the port, listening or not: a node takes it before it reads its data back."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:  # without SO_REUSEADDR
+        try:
+            probe.bind(address)
+        except OSError:
+            return True
+    return False
+
+
+class _NotSettledError(StartError):
+    """A node seems to come or go: port and directory do not tell the same."""
 
 
 class NodeProcess:
@@ -223,37 +242,50 @@ class Supervisor:
     async def survey(self, cluster: str, secret: str) -> dict[str, Found]:
         """Look whether every node can be adopted or spawned; returns who is at each address, by node.
 
-        Changes nothing. Raises StartError with one sentence if an address or a directory is somebody else's.
+        Changes nothing. Raises StartError with one sentence if an address or a directory is somebody else's. A node
+        that is killed, stops or begins just now has its port without its directory, or the other way round, for a
+        moment: that is waited for. One that reads its data back has both for as long as it takes, and does not listen:
+        it is adopted as it is.
         """
-        asked = (who_is_there(self.host, port, node, cluster, secret) for node, port in self.ports.items())
-        answers = dict(zip(self.ports, await asyncio.gather(*asked), strict=True))
-        for node, found in answers.items():
-            port = self.ports[node]
-            path = self.data_dir / node
-            if found.kind not in ("free", "ours"):
-                raise StartError(
-                    f"port {port} of {self.host}, meant for node {node}, is in use by {found.what}; "
-                    "stop it or choose another --base-port"
-                )
-            fields, holder = self._look_at(path)
-            if fields is not None and fields["cluster"] != cluster:
-                raise StartError(
-                    f"the data directory {path} belongs to another cluster ({fields['cluster']}, this one is "
-                    f"{cluster}); use another --data-dir, or move {path} away"
-                )
-            if found.kind == "free" and holder is not None:
-                raise StartError(
-                    f"the data directory {path} is in use by {holder}, which does not listen on port {port}; start "
-                    "with the --base-port that it was started with, or stop it"
-                )
-            if found.kind == "ours":
-                if holder is None:
-                    raise StartError(
-                        f"port {port} of {self.host} is in use by node {node} of this cluster with a data directory "
-                        f"other than {path}; stop it, or list it with --nodes"
-                    )
-                self._adopt.add(node)
-        return answers
+        until = asyncio.get_running_loop().time() + SETTLE_S
+        while True:
+            asked = (who_is_there(self.host, port, node, cluster, secret) for node, port in self.ports.items())
+            answers = dict(zip(self.ports, await asyncio.gather(*asked), strict=True))
+            try:
+                self._adopt = {node for node, found in answers.items() if self._runs(node, found, cluster)}
+                return answers
+            except _NotSettledError:
+                if asyncio.get_running_loop().time() > until:
+                    raise
+            await asyncio.sleep(ADOPTED_POLL_S)
+
+    def _runs(self, node: str, found: Found, cluster: str) -> bool:
+        """Whether the node runs and can be adopted; else it can be spawned. Raises StartError."""
+        port = self.ports[node]
+        path = self.data_dir / node
+        if found.kind not in ("free", "ours"):
+            kind = StartError if found.kind == "foreign" else _NotSettledError
+            raise kind(
+                f"port {port} of {self.host}, meant for node {node}, is in use by {found.what}; "
+                "stop it or choose another --base-port"
+            )
+        fields, holder = self._look_at(path)
+        if fields is not None and fields["cluster"] != cluster:
+            raise StartError(
+                f"the data directory {path} belongs to another cluster ({fields['cluster']}, this one is "
+                f"{cluster}); use another --data-dir, or move {path} away"
+            )
+        if found.kind == "free" and holder is not None and not _is_bound(self.host, port):
+            raise _NotSettledError(
+                f"the data directory {path} is in use by {holder}, which does not listen on port {port}; start "
+                "with the --base-port that it was started with, or stop it"
+            )
+        if found.kind == "ours" and holder is None:
+            raise _NotSettledError(
+                f"port {port} of {self.host} is in use by node {node} of this cluster with a data directory "
+                f"other than {path}; stop it, or list it with --nodes"
+            )
+        return holder is not None
 
     def _look_at(self, path: Path) -> tuple[dict[str, Any] | None, str | None]:
         """Identity and user of a node's data directory. Raises StartError if it cannot be one."""

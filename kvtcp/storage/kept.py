@@ -5,18 +5,20 @@ the coordinator says that it is committed: in batches, in order, each with the o
 Entries from before the present link have ordinal 0.
 
 The windows of the links bound what may be uncommitted. A shard that cannot commit holds back the ordinal of all others,
-so when `bytes_max` is exceeded, of each shard only as much is kept as a window can hold.
+so when `bytes_max` is exceeded, of each shard only as much is kept as a window can hold: its items, and its bytes with
+the item that crosses them, which may be the last one and the largest there is.
 
-After a restart the end of the log is here, hundreds of thousands of entries, and a takeover asks for many shards: the
-first question sorts all of them by shard (30 ms), and that is kept until something is forgotten.
+What is too old is looked for in passes over all batches, newest first, a slice with each `add`: a million entries at
+once would hold the node up for a quarter of a second.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import chain
 
-from kvtcp.constants import KEPT_BYTES_MAX, WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
+from kvtcp.constants import KEPT_BYTES_MAX, KEPT_PASS_ENTRIES, KEPT_SHARD_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.storage.copy import Logged
 
 Batch = tuple[int, int, list[Logged]]  # ordinal, bytes, entries
@@ -27,75 +29,99 @@ class KeptEntries:
 
     def __init__(self, bytes_max: int = KEPT_BYTES_MAX) -> None:
         self.bytes = 0
-        self._batches: deque[Batch] = deque()  # in the order of `add`; ordinals never decrease
+        # In the order of `add`, over all three; ordinals never decrease. The first two are empty but during a pass.
+        self._older: deque[Batch] = deque()  # that the pass did not look at yet
+        self._looked_at: deque[Batch] = deque()  # what it let stay
+        self._batches: deque[Batch] = deque()
+        self._room: dict[int, list[int]] = {}  # of the pass: shard -> items and bytes that may still be uncommitted
+        self._index: dict[int, list[Logged]] | None = None  # of `look_up`: shard -> its entries
         self._bytes_max = bytes_max  # as asked for
-        self._look_bytes = bytes_max  # above it old entries are looked for
-        self._by_shard: dict[int, list[Logged]] | None = None  # the same entries; None = nobody asked lately
+        self._look_bytes = bytes_max  # above it a pass begins
 
     def add(self, ordinal: int, entries: list[Logged]) -> None:
         """The entries of a batch, in order."""
         size = sum([len(entry[4]) for entry in entries])
         self._batches.append((ordinal, size, entries))
         self.bytes += size
-        if self._by_shard is not None:
+        if self._index is not None:
             for entry in entries:
-                self._by_shard.setdefault(entry[0], []).append(entry)
-        if self.bytes > self._look_bytes:
-            self._drop_old()
+                self._index.setdefault(entry[0], []).append(entry)
+        if self._older:
+            self._go_on(len(entries))
+        elif self.bytes > self._look_bytes:
+            self._older, self._batches = self._batches, self._older
+            self._room = {}
+            self._go_on(len(entries))
 
     def commit(self, ordinal: int) -> dict[int, int]:
         """Forget what is committed up to this ordinal; shard -> its last number among that."""
-        batches = self._batches
         last: dict[int, int] = {}
-        while batches and batches[0][0] <= ordinal:
-            _, size, entries = batches.popleft()
-            self.bytes -= size
-            last |= {entry[0]: entry[2] for entry in entries}
-        if last:
-            self._by_shard = None
+        self._index = None
+        for batches in (self._older, self._looked_at, self._batches):
+            while batches and batches[0][0] <= ordinal:
+                _, size, entries = batches.popleft()
+                self.bytes -= size
+                last |= {entry[0]: entry[2] for entry in entries}
+        if self._looked_at and not self._older:
+            self._end_pass()
         return last
 
     def new_link(self) -> None:
         """Ordinals begin anew: all that is here is from before."""
-        self._batches = deque((0, size, entries) for _, size, entries in self._batches)
+        self._replace([(0, size, entries) for _, size, entries in self._all()])
 
     def forget(self, shard: int) -> None:
         """The copy of a shard is not what it was."""
-        self._replace((ordinal, [e for e in entries if e[0] != shard]) for ordinal, _, entries in self._batches)
+        stay = [(ordinal, [e for e in entries if e[0] != shard]) for ordinal, _, entries in self._all()]
+        self._replace([(ordinal, sum([len(e[4]) for e in entries]), entries) for ordinal, entries in stay if entries])
 
     def of_shard(self, shard: int) -> list[Logged]:
         """The entries of a shard, in order."""
-        if self._by_shard is None:
-            by_shard: dict[int, list[Logged]] = {}
-            for _, _, entries in self._batches:
+        return [entry for _, _, entries in self._all() for entry in entries if entry[0] == shard]
+
+    def look_up(self, shard: int) -> list[Logged]:
+        """`of_shard` for a takeover, which asks for many shards: an index is made, and lasts until the next batch. What
+        a pass has dropped meanwhile may still be in it."""
+        if self._index is None:
+            self._index = {}
+            for _, _, entries in self._all():
                 for entry in entries:
-                    by_shard.setdefault(entry[0], []).append(entry)
-            self._by_shard = by_shard
-        return list(self._by_shard.get(shard, ()))
+                    self._index.setdefault(entry[0], []).append(entry)
+        return self._index.get(shard, [])
 
-    def _drop_old(self) -> None:
-        room: dict[int, list[int]] = {}
-        stay: list[tuple[int, list[Logged]]] = []
-        for ordinal, _, entries in reversed(self._batches):
-            kept = []
+    def _all(self) -> Iterator[Batch]:
+        return chain(self._older, self._looked_at, self._batches)
+
+    def _replace(self, batches: list[Batch]) -> None:
+        """From now on it has these, and no pass is under way."""
+        self._older, self._looked_at, self._batches = deque(), deque(), deque(batches)
+        self._index = None
+        self.bytes = sum([size for _, size, _ in batches])
+
+    def _go_on(self, added: int) -> None:
+        """A slice of the pass, several times what was `added` meanwhile."""
+        older, room = self._older, self._room
+        left = max(KEPT_PASS_ENTRIES, 4 * added)
+        while older and left > 0:
+            ordinal, size, entries = older.pop()
+            left -= len(entries)
+            self.bytes -= size
+            stay = []
             for entry in reversed(entries):
-                left = room.setdefault(entry[0], [WINDOW_ITEMS_MAX, WINDOW_BYTES_MAX])
-                if left[0] > 0 and left[1] > 0:
-                    left[0] -= 1
-                    left[1] -= len(entry[4])
-                    kept.append(entry)
-            kept.reverse()
-            stay.append((ordinal, kept))
-        self._replace(reversed(stay))
-        self._look_bytes = max(self._bytes_max, 2 * self.bytes)
-
-    def _replace(self, batches: Iterable[tuple[int, list[Logged]]]) -> None:
-        made = list(batches)
-        self._by_shard = None
-        self._batches = deque()
-        self.bytes = 0
-        for ordinal, entries in made:
-            if entries:
-                size = sum([len(entry[4]) for entry in entries])
-                self._batches.append((ordinal, size, entries))
+                mine = room.setdefault(entry[0], [WINDOW_ITEMS_MAX, KEPT_SHARD_BYTES_MAX])
+                if mine[0] > 0 and mine[1] > 0:
+                    mine[0] -= 1
+                    mine[1] -= len(entry[4])
+                    stay.append(entry)
+            if stay:
+                stay.reverse()
+                size = sum([len(entry[4]) for entry in stay])
+                self._looked_at.appendleft((ordinal, size, stay))
                 self.bytes += size
+        if not older:
+            self._end_pass()
+
+    def _end_pass(self) -> None:
+        self._looked_at += self._batches
+        self._batches, self._looked_at = self._looked_at, deque()
+        self._look_bytes = max(self._bytes_max, 2 * self.bytes)
