@@ -46,10 +46,11 @@ def test_golden() -> None:
     small = Manifest(b"DIRECTRY", "sync", shards={3: ("d", 2, True, "")})
     assert json.loads(small.encode()) == {
         "format": 1,
-        "crc32": 1936859915,
+        "crc32": 3290981604,
         "node": {
             "directory": "4449524543545259", "durability": "sync", "boot": "", "clean": False, "promised": 0,
-            "coordinator": "", "map_version": 0, "map": "", "segment": 0, "shards": {"3": ["d", 2, True, ""]},
+            "coordinator": "", "map_version": 0, "map": "", "segment": 0, "durable_lsn": 0,
+            "shards": {"3": ["d", 2, True, ""]},
         },
     }  # fmt: skip
 

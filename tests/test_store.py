@@ -12,6 +12,7 @@ import pytest
 
 from kvtcp.constants import SPACE_RESERVE_BYTES
 from kvtcp.storage import log_format, snapshot
+from kvtcp.storage.log_format import RECORD_BYTES, parse_header, parse_records
 from kvtcp.storage.manifest import Manifest, read_manifest
 from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
 from tests.crash_disk import CrashDisk
@@ -134,6 +135,37 @@ def test_a_lost_last_segment_after_a_kill(disk: CrashDisk) -> None:
     disk.remove(store.log.segments[-1].path)
     again = open_small(disk, seed=1)
     assert not any(copy.complete for copy in again.copies.values())
+
+
+@pytest.mark.parametrize("cut", ["within the last record of data", "before the last record of data"])
+def test_a_log_that_was_cut_off_after_a_clean_stop(disk: CrashDisk, cut: str) -> None:
+    """It is damage, also where it ends with a whole record: the manifest knows how far it went."""
+    store = open_small(disk)
+    add_copies(store)
+    fill(store, 2)
+    store.close_clean()
+    path = store.log.segments[-1].path
+    data = disk.read(path)
+    found = parse_records(data, parse_header(data))
+    sizes = [RECORD_BYTES + len(record.payload) for record in found.records]
+    assert len(sizes) >= 2 and not found.records[-1].entries(), "the mark of the end"
+    end = len(data) - sizes[-1] - (sizes[-2] if cut.startswith("before") else 3)
+    replace_file(disk, path, data[:end])
+    again = open_small(disk, seed=1)
+    assert again.damages and not all(copy.complete for copy in again.copies.values())
+
+
+def test_the_mark_of_a_clean_stop_may_be_missing(disk: CrashDisk) -> None:
+    """It has no entry: without it nothing is missing."""
+    store = open_small(disk)
+    work(store)
+    store.close_clean()
+    path = store.log.segments[-1].path
+    data = disk.read(path)
+    found = parse_records(data, parse_header(data))
+    replace_file(disk, path, data[: len(data) - RECORD_BYTES - len(found.records[-1].payload)])
+    again = open_small(disk, seed=1)
+    assert verdict(again) == verdict(store) and not again.damages
 
 
 def test_stale_files_are_removed(disk: CrashDisk) -> None:

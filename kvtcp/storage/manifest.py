@@ -10,6 +10,7 @@ I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fs
         "promised", "coordinator"       highest epoch accepted, and whose it is
         "map_version", "map"            highest version of the cluster map seen, and that map as its coordinator sent it
         "segment"       first LSN of the newest segment when this was written: there is one at least as new
+        "durable_lsn"   highest LSN known to be on the disk then: a log that ends before it was cut
         "shards"        {number: [disk, generation, complete, reason]}      the copies; see copy.py
     }}
 
@@ -47,6 +48,7 @@ class Manifest:
     map_version: int = 0
     map: bytes = b""
     segment: int = 0
+    durable_lsn: int = 0
     shards: dict[int, CopyRow] = field(default_factory=dict)
 
     def power_failed(self, boot: str) -> bool:
@@ -67,6 +69,7 @@ class Manifest:
             "map_version": self.map_version,
             "map": self.map.decode(),
             "segment": self.segment,
+            "durable_lsn": self.durable_lsn,
             "shards": {str(shard): list(row) for shard, row in sorted(self.shards.items())},
         }
         content = {"format": MANIFEST_FORMAT_VERSION, "crc32": _sum(node), "node": node}
@@ -98,6 +101,7 @@ class Manifest:
                 map_version=node["map_version"],
                 map=node["map"].encode(),
                 segment=node["segment"],
+                durable_lsn=node["durable_lsn"],
                 shards={int(shard): (row[0], row[1], row[2], row[3]) for shard, row in node["shards"].items()},
             )
         except FormatError:

@@ -188,6 +188,7 @@ class _Replay:
                 names.append((lsn, self.log_directory / name))
             elif name.endswith(log.TEMPORARY):
                 found.stale.append(self.log_directory / name)
+        found.mark = self.manifest.durable_lsn
         total, done = sum(self.disk.size(path) for _, path in names), 0
         for index, (lsn, path) in enumerate(names):
             following = names[index + 1][0] if index + 1 < len(names) else None
@@ -199,6 +200,7 @@ class _Replay:
             path = self.log_directory / log.segment_name(self.manifest.segment)
             found.last_lsn = max(found.last_lsn, self.manifest.segment)
             self._damaged(Damage(path, None, "the manifest names this segment, and there is none so new"))
+        found.last_lsn = max(found.last_lsn, self.manifest.durable_lsn)  # numbers that were given are not given again
 
     def _read_segment(self, path: Path, lsn: int, data: bytes, following: int | None) -> None:
         found = self.found

@@ -219,6 +219,7 @@ class NodeStore:
         """The manifest with these copies, for `write_manifest`."""
         written = [segment.first_lsn for segment in self.log.segments if segment.is_written]
         self.manifest.segment = max(written, default=self.manifest.segment)
+        self.manifest.durable_lsn = max(self.manifest.durable_lsn, self.log.durable_lsn)
         self.copies = {copy.shard: copy for copy in copies}
         self.manifest.shards = {
             copy.shard: (copy.disk, copy.generation, copy.complete, copy.reason) for copy in self.copies.values()
@@ -234,13 +235,17 @@ class NodeStore:
         Blocks, raises OSError."""
         self.log.sync_all()
         self.log.durable_lsn = self.log.last_lsn
+        # without the mark that follows: it has no entry, and its loss is none
+        data_lsn = self.manifest.durable_lsn = max(self.manifest.durable_lsn, self.log.last_lsn)
         mark = self.log.prepare_mark()
         self.log.write(mark)
         self.log.sync_all()
         self.log.written(mark)
         self.log.close()
         self.manifest.clean = True
-        self.write_manifest(self.encode_manifest(self.copies.values()))
+        self.encode_manifest(self.copies.values())
+        self.manifest.durable_lsn = data_lsn
+        self.write_manifest(self.manifest.encode())
 
 
 def open_store(
