@@ -426,7 +426,7 @@ async def _dump(
     hello = {
         "version": LINK_VERSION, "cluster": cluster_map["cluster"], "secret": secret,
         "epoch": cluster_map["epoch"] + 1000, "coordinator": "judge", "link": 1, "node": node, "durability": "memory",
-        "map_version": 0, "map": None, "shards": shards,
+        "map_version": 0, "heard_version": 0, "map": None, "shards": shards,
     }  # fmt: skip
     wire.send((HELLO, hello))
     kind, fields = await wire.receive()

@@ -146,7 +146,7 @@ class Node:
         """A new link: unread input is dropped; the report."""
         fields = {
             "version": LINK_VERSION, "epoch": cluster_map.epoch, "coordinator": cluster_map.owner, "node": self.name,
-            "map_version": cluster_map.version, "map": b"", "shards": self.shards,
+            "map_version": cluster_map.version, "heard_version": 0, "map": b"", "shards": self.shards,
         }  # fmt: skip
         report = self.replica.hello(wire(fields))
         self.promised, self.coordinator = cluster_map.epoch, cluster_map.owner

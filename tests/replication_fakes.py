@@ -88,6 +88,7 @@ class Cluster:
         """A new link, as the node sees it; its copies."""
         report = self.replicas[node].hello({
             b"version": LINK_VERSION, b"epoch": 1, b"coordinator": b"o", b"node": node.encode(), b"map_version": 1,
+            b"heard_version": 0,
             b"shards": self.map.shards_of(node),
         })  # fmt: skip
         self.applied[node] = (0, [])

@@ -167,6 +167,7 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
         "durability": coordinator.durability,
         "map": coordinator.map.to_json(),
         "map_version": coordinator.map.version,
+        "heard_version": 0,
         "shards": coordinator.map.shards_of(to),
         **changed,
     }

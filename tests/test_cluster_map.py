@@ -116,6 +116,7 @@ ROW = [["n1", "d"], ["n2", "d"]]
         (damaged(stamp_bound_ms=-1), "stamp_bound_ms of the cluster map cannot be -1"),
         (damaged(restoring="xy"), "restoring of the cluster map cannot be 'xy'"),
         (damaged(restoring=1), "restoring of the cluster map cannot be 1"),
+        (damaged(heard_version=-1), "heard_version of the cluster map cannot be -1"),
         (damaged(version=0), "version of the cluster map cannot be 0"),
     ],
 )

@@ -265,6 +265,32 @@ def test_damage_is_named_and_kept(cluster: ProcessCluster) -> None:
     assert check(cluster.data / "n2")[0] == 0
 
 
+def test_an_older_copy_of_a_node(cluster: ProcessCluster) -> None:
+    """The directory of a node is put back as it was before: it is no member, now and after restarts, and alone it
+    serves nothing rather than something old."""
+    stop(cluster.start("--shards", 4))
+    old = cluster.directory / "old"
+    shutil.copytree(cluster.data / "n1", old)
+    command = cluster.start()
+    pairs = fill(cluster.url)
+    stop(command)
+    shutil.rmtree(cluster.data / "n1")
+    shutil.copytree(old, cluster.data / "n1")
+    for _ in range(2):
+        command = cluster.start("--log-level", "error")
+        with kvtcp.sync.connect(cluster.url, timeout=5.0) as kv:
+            assert dict(kv.scan()) == pairs, "the others have everything"
+            assert "n1" in kv.status()["degraded"][0] and "older copy" in kv.status()["degraded"][0]
+        stop(command)
+    for node in ("n2", "n3"):
+        shutil.rmtree(cluster.data / node)
+    cluster.start("--log-level", "error")
+    with kvtcp.sync.connect(cluster.url, timeout=1.0) as kv:
+        with pytest.raises(kvtcp.Unavailable) as refused:
+            kv.get("k00001")
+        assert refused.value.code == Code.SHARD_DOWN
+
+
 # --- refusals -------------------------------------------------------------------------------------------
 
 

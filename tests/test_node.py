@@ -40,7 +40,7 @@ def hello(**changed: Any) -> list[Any]:
     """A HELLO for node n1 with shards 0 and 1."""
     fields = {
         "version": LINK_VERSION, "cluster": "c", "secret": "s", "epoch": 1, "coordinator": "k", "link": 1, "node": "n1",
-        "map_version": 1, "shards": [0, 1], "durability": "memory", "map": None,
+        "map_version": 1, "heard_version": 0, "shards": [0, 1], "durability": "memory", "map": None,
     }  # fmt: skip
     return [HELLO, {**fields, **changed}]
 

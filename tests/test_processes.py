@@ -178,7 +178,8 @@ def test_a_deposed_coordinator(cluster: ProcessCluster, loop: str) -> None:
     identity = json.loads((cluster.data / "coordinator" / "identity.json").read_text())
     hello = {
         "version": LINK_VERSION, "cluster": identity["cluster"], "secret": identity["secret"], "epoch": 7,
-        "coordinator": "another", "link": 1, "node": "n2", "durability": "sync", "map_version": 0, "map": None,
+        "coordinator": "another", "link": 1, "node": "n2", "durability": "sync", "map_version": 0,
+        "heard_version": 0, "map": None,
         "shards": list(range(64)),
     }  # fmt: skip
     with socket.create_connection(("127.0.0.1", cluster.base_port + 1)) as link:

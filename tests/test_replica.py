@@ -23,7 +23,7 @@ from kvtcp.protocol.operations import (
     TTL,
 )  # fmt: skip
 from kvtcp.replication import replica as replica_module
-from kvtcp.replication.replica import FLAG_INTERVAL_MS, Refused, Replica
+from kvtcp.replication.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replica
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.table import SequenceError, Table
@@ -33,7 +33,7 @@ def hello(epoch: int = 1, coordinator: bytes = b"c", **changes: Any) -> dict[byt
     """The fields of a HELLO."""
     fields = {
         b"version": LINK_VERSION, b"epoch": epoch, b"coordinator": coordinator, b"node": b"n1", b"shards": [0, 1],
-        b"map_version": 3,
+        b"map_version": 3, b"heard_version": 0,
     }  # fmt: skip
     return fields | {name.encode(): value for name, value in changes.items()}
 
@@ -78,6 +78,20 @@ def test_the_report_of_a_hello_is_of_before(replica: Replica) -> None:
     assert report["map_version"] == 3 and report["shards"][2] == [5, "d3", 1, True, 0, 0, 0, 0]
     assert replica.map_version == 9 and replica.map == b"{}"
     assert replica.hello(hello(epoch=3, map_version=7))["map_version"] == 9 and replica.map_version == 9
+
+
+def test_an_older_copy_of_the_directory() -> None:
+    """A node that does not know the map which it once stored is another one: all its copies get new disks, once."""
+    copies = [Copy(0, "old-0"), Copy(1, "old-1", complete=False, reason="damaged")]
+    node = make(copies=copies, map_version=6)
+    rows = node.hello(hello(epoch=2, map_version=9, heard_version=6))["shards"]
+    assert [row[1] for row in rows] == ["old-0", "old-1"]
+    node = make(copies=copies, map_version=5)
+    report = node.hello(hello(epoch=2, map_version=9, heard_version=6))
+    assert [row[1] for row in report["shards"]] == ["d1", "d2"]
+    assert [row[1] for row in report["damage"]] == [OLDER_COPY, "damaged"]
+    rows = node.hello(hello(epoch=3, map_version=10, heard_version=9))["shards"]
+    assert [row[1] for row in rows] == ["d1", "d2"]
 
 
 def test_what_was_recovered() -> None:

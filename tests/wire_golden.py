@@ -66,7 +66,7 @@ REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
 LINK_FRAMES: list[list[Any]] = [
     [link.HELLO, {
         "version": link.LINK_VERSION, "cluster": "c1", "secret": "s", "epoch": 3, "coordinator": "c", "link": 1,
-        "node": "n1", "durability": "sync", "map_version": 9, "map": b"{}", "shards": [0, 5],
+        "node": "n1", "durability": "sync", "map_version": 9, "heard_version": 7, "map": b"{}", "shards": [0, 5],
     }],
     [link.REPORT, {
         "node": "n1", "pid": 42, "version": "0.1.0", "durability": "sync", "stamp_ms": 1_700_000_000_000,

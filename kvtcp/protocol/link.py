@@ -3,8 +3,9 @@
 Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for something else.
 
     coordinator -> node
-    HELLO    [1, {version, cluster, secret, epoch, coordinator, link, node, durability, map_version, map, shards}]
-             first frame of a link; map is the cluster map as JSON, nil before there is one; shards the node's numbers
+    HELLO    [1, {version, cluster, secret, epoch, coordinator, link, node, durability, map_version, heard_version, map,
+             shards}]   first frame of a link; map is the cluster map as JSON; heard_version the version of it that this
+             node has stored, or its directory is an older copy; shards the node's numbers
     BATCH    [3, stamp_ms, commit, items]       the items of one tick; operations.py has their layout
     STOP     [7]                                stop the process cleanly
     FETCH    [8, shard, after]                  send the entries after number `after`

@@ -46,6 +46,7 @@ class ClusterMap:
     members: tuple[tuple[Member, ...], ...]
     stamp_bound_ms: int
     restoring: bytes | None = None  # prefix that a restore is replacing, or left in pieces
+    heard_version: int = 0  # version that every node stored before the shards were served last
     version: int = 1
 
     @classmethod
@@ -204,5 +205,6 @@ _FIELDS = {
     "members": lambda value: type(value) is list and all(type(r) is list and all(map(_is_member, r)) for r in value),
     "stamp_bound_ms": lambda value: type(value) is int and value >= 0,
     "restoring": lambda value: value is None or _is_hexadecimal(value),
+    "heard_version": lambda value: type(value) is int and value >= 0,
     "version": _is_count,
 }

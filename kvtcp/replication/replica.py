@@ -38,6 +38,7 @@ from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.pages import merge_page
 from kvtcp.storage.table import Table
 
+OLDER_COPY: Final = "its node was started on an older copy of its data directory, what was written since is missing"
 FLAG_INTERVAL_MS: Final = 250  # between two looks for expired keys, by stamps
 
 
@@ -128,6 +129,8 @@ class Replica:
         for shard in fields[b"shards"]:
             if shard not in self.copies:
                 self._add(Copy(shard, self._new_disk()))
+        if 0 < self.map_version < fields[b"heard_version"]:  # one that stored none has no copies from before
+            self._forget_identity()
         for table in self.tables.values():
             table.epoch = epoch
         self.applied = self._batch_ordinal = self.results_bytes = 0
@@ -137,6 +140,13 @@ class Replica:
         self.map_version = max(self.map_version, fields[b"map_version"])
         self.map = fields.get(b"map") or b""
         return report
+
+    def _forget_identity(self) -> None:
+        """This node once stored a newer map than it knows: it goes on from an older copy of its directory, and nobody
+        knows what is missing. Its copies are other ones from now on."""
+        for copy in self.copies.values():
+            copy.disk = self._new_disk()
+            copy.reason = copy.reason or OLDER_COPY
 
     def report(self) -> dict[str, Any]:
         """What this node has."""

@@ -405,7 +405,12 @@ class CoordinatorServer:
 
         def edit(old: ClusterMap) -> ClusterMap:
             restoring = None if takeover.is_empty else old.restoring
-            new = replace(old.with_disks(takeover.new_disks), durability=self.durability, restoring=restoring)
+            new = replace(
+                old.with_disks(takeover.new_disks),
+                durability=self.durability,
+                restoring=restoring,
+                heard_version=takeover.map.version,
+            )
             return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
 
         try:

@@ -203,6 +203,7 @@ class NodeLink:
             "node": self.node,
             "durability": self.server.durability,
             "map_version": cluster_map.version,
+            "heard_version": cluster_map.heard_version,
             "map": cluster_map.to_json(),
             "shards": cluster_map.shards_of(self.node),
         }

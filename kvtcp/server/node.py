@@ -403,7 +403,8 @@ class NodeServer:
 
 _HELLO_FIELDS = {
     b"version": int, b"cluster": bytes, b"secret": bytes, b"epoch": int, b"coordinator": bytes, b"link": int,
-    b"node": bytes, b"shards": list, b"map_version": int, b"durability": bytes,
+    b"node": bytes, b"shards": list, b"map_version": int, b"heard_version": int,
+    b"durability": bytes,
 }  # fmt: skip
 
 

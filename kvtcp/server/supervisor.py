@@ -74,7 +74,7 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
         return Found("silent", f"something that does not answer ({error or 'time-out'})")
     hello = {
         "version": LINK_VERSION, "cluster": cluster, "secret": secret, "epoch": 0, "coordinator": "survey",
-        "link": 0, "node": node, "durability": "", "map_version": 0, "map": None, "shards": [],
+        "link": 0, "node": node, "durability": "", "map_version": 0, "heard_version": 0, "map": None, "shards": [],
     }  # fmt: skip
     stranger = Found("foreign", "something that is not a kvtcp node")
     try:
