@@ -298,7 +298,7 @@ def test_no_growing_writes_without_space() -> None:
         cluster.write(op, op, args=args)
         code, text, details = answers.failed[op]
         assert (code, details) == (Code.NO_SPACE, {"shard": 0})
-        assert text == "shard 0 takes no growing writes: n2 is short of disk space; nothing was executed"
+        assert text == "shard 0 takes no growing writes: too little disk space on n2; nothing was executed"
     sequencer.on_results("n1", 1, 1, [], [0])
     cluster.tick()
     for op, args in ((DELETE, ()), (EXPIRE, (5,)), (PERSIST, ()), (CLEAR, (b"l", 10)), (PURGE, (10,))):
@@ -311,7 +311,7 @@ def test_no_growing_writes_without_space() -> None:
     cluster.write(DELETE, "late")
     code, text, _ = answers.failed["late"]
     assert code == Code.NO_SPACE
-    assert text == "shard 0 takes no writes: n1 is short of disk space; nothing was executed"
+    assert text == "shard 0 takes no writes: too little disk space on n1; nothing was executed"
     for node in ("n1", "n2"):
         sequencer.on_space(node, 0)
     sequencer.check()

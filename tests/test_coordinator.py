@@ -370,7 +370,7 @@ async def test_node_short_of_space() -> None:
         node = cluster.nodes["n2"]
         node._space_changed(1)
         await until(lambda: cluster.coordinator.degraded(), "the frame")
-        with pytest.raises(kvtcp.Unavailable, match="takes no growing writes: n2 is short of disk space") as refused:
+        with pytest.raises(kvtcp.Unavailable, match="takes no growing writes: too little disk space on n2") as refused:
             await kv.put("a", "2")
         assert refused.value.code == Code.NO_SPACE
         assert (await kv.status())["degraded"] == ["2 shards refuse growing writes: too little disk space on n2"]

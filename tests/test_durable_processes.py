@@ -113,8 +113,7 @@ def test_snapshots_on_demand(cluster: ProcessCluster) -> None:
     command = cluster.start("--shards", 8)
     pairs = fill(cluster.url, 2_000)
     first = {node: sorted(os.listdir(cluster.data / node / "log"))[0] for node in cluster.nodes}
-    for pid in cluster.pids().values():
-        os.kill(pid, signal.SIGUSR1)
+    command.signal(signal.SIGUSR1)  # which passes it on
     for node in cluster.nodes:
         snapshots = cluster.data / node / "snapshots"
         wait_for(lambda s=snapshots: len(list(s.glob("*.snapshot"))) == 8, f"the snapshots of {node}")
@@ -321,6 +320,8 @@ def test_directories_that_a_node_refuses(cluster: ProcessCluster) -> None:
     assert "manifest.json is damaged" in node_refuses(cluster, "--id", "n1", "--data-dir", directory)
     manifest.unlink()
     assert "has data and no manifest.json" in node_refuses(cluster, "--id", "n1", "--data-dir", directory)
+    code, text = check(directory)
+    assert code == 7 and "has data and no manifest.json" in text
     manifest.write_text(whole)
     assert len(content_after_start(cluster)) == 0
 
@@ -329,6 +330,20 @@ def content_after_start(cluster: ProcessCluster) -> dict[bytes, bytes]:
     """Everything is as it was."""
     cluster.start()
     return content(cluster.url)
+
+
+def test_directories_that_a_coordinator_refuses(cluster: ProcessCluster) -> None:
+    """The directory of one node; a cluster whose nodes are elsewhere: one sentence, and nothing is made."""
+    stop(cluster.start())
+    text = cluster.launch("--data-dir", cluster.data / "n1").refused()
+    assert "is the data directory of a node" in text and not (cluster.data / "n1" / "coordinator").exists()
+    for node in cluster.nodes:
+        (cluster.data / node).rename(cluster.directory / node)
+    assert "list them with --nodes" in cluster.launch().refused()
+    assert not any((cluster.data / node).exists() for node in cluster.nodes)
+    for node in cluster.nodes:
+        (cluster.directory / node).rename(cluster.data / node)
+    assert content_after_start(cluster) == {}
 
 
 def test_a_coordinator_and_nodes_of_different_modes(cluster: ProcessCluster) -> None:

@@ -210,7 +210,7 @@ def test_a_position_that_cannot_be(seq: int) -> None:
     [
         (copy(disk="new"), "came back without its data"),
         (copy(9, disk="new"), "came back without its data: what it has is not what was written to this cluster"),
-        (copy(3, disk="new", damage="the log is torn"), "came back without its data: the log is torn"),
+        (copy(3, disk="new", damage="the log is torn"), "has a damaged copy: the log is torn"),
         (copy(9, complete=False), "has an incomplete copy: it was never finished"),
         (None, "has no copy of it"),
     ],

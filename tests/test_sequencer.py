@@ -173,7 +173,7 @@ def test_what_is_kept_for_a_bad_copy_survives_more_links() -> None:
     [
         ({"disk": "other", "seq": 0, "chain": 0}, "came back without its data"),
         ({"disk": "other"}, "came back without its data: what it has is not what was written to this cluster"),
-        ({"disk": "other", "damage": "segment 3 is torn"}, "came back without its data: segment 3 is torn"),
+        ({"disk": "other", "damage": "segment 3 is torn"}, "has a damaged copy: segment 3 is torn"),
         ({"complete": False}, "has an incomplete copy: it was never finished"),
         ({"complete": False, "damage": "a snapshot is gone"}, "has an incomplete copy: a snapshot is gone"),
         ({"seq": 5}, "has another history: it has shard 0 up to 5, above the last number given, 1"),

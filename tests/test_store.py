@@ -203,7 +203,7 @@ def test_data_without_a_manifest(disk: CrashDisk) -> None:
     work(open_small(disk))
     disk.remove(DIRECTORY / "manifest.json")
     before = disk.tree()
-    with pytest.raises(StoreError, match="/node has data and no manifest.json: restore"):
+    with pytest.raises(StoreError, match="/node has data and no manifest.json: put back"):
         open_small(disk, seed=1)
     assert disk.tree() == before
 

@@ -246,7 +246,7 @@ class Admission(ClusterState):
     def _no_space(self, shard: ShardState) -> str:
         short = ", ".join(link.node for link in shard.members if link.space == shard.space)
         takes = "no growing writes" if shard.space == 1 else "no writes"
-        return f"shard {shard.number} takes {takes}: {short} is short of disk space; nothing was executed"
+        return f"shard {shard.number} takes {takes}: too little disk space on {short}; nothing was executed"
 
     def _wait(self, shard: ShardState, op: int, key: bytes, args: Any, size: int, sink: Sink, token: Any) -> None:
         if not shard.serving:

@@ -60,7 +60,7 @@ class Verdict:
 def foreign_copy(copy: CopyReport) -> str:
     """Why a copy whose disk is not the member's is bad."""
     if copy.damage:
-        return f"{LOST_DATA}: {copy.damage}"
+        return f"has a damaged copy: {copy.damage}"
     return f"{LOST_DATA}: what it has is not what was written to this cluster" if copy.seq else LOST_DATA
 
 

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Awaitable, Mapping, Sequence
@@ -41,6 +42,7 @@ from kvtcp.constants import (
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.server import runtime
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
+from kvtcp.server.identity import FILE as IDENTITY_FILE
 from kvtcp.server.identity import DataDirectory, IdentityError
 from kvtcp.server.ownership import CannotServe, check_store, found_map, own_map
 from kvtcp.server.runtime import StartError
@@ -205,6 +207,7 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             f"identity.json is missing in {directory.path}, and map.json is there: put it back, it has the secret of "
             "the cluster"
         )
+    is_new = not keeper.is_founded
     identity = stored or {"cluster": secrets.token_hex(8), "secret": secrets.token_hex(16)}
     cluster, secret = identity["cluster"], identity["secret"]
     if keeper.is_founded and keeper.map.cluster != cluster:
@@ -220,6 +223,8 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     local_host = next(iter(addresses.values()))[0]
     supervisor = Supervisor(local_host, local, options.data_dir, arguments, stop.set)
     with runtime.bind(options.host, runtime.check_port(options.main_port, "--main-port")) as main_socket:
+        if local and not is_new and keeper.map.durability != "memory":
+            supervisor.check_directories()
         if local:
             check_store(keeper, await supervisor.survey(cluster, secret))
         else:
@@ -242,10 +247,11 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
         )
         config = ClusterConfig(secret, options.durability, options.backup_dir)
         coordinator = Coordinator(config, keeper, supervisor, stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, supervisor.snapshot_all)
         try:
             await coordinator.start(first)
             if not stop.is_set():
-                await _open(coordinator.running, main_socket)
+                await _open(coordinator.running, main_socket, is_new)
             coordinator.has_begun = True
             return await coordinator.serve()
         finally:
@@ -393,7 +399,7 @@ class Coordinator:
         log.info("event=stopped")
 
 
-async def _open(server: CoordinatorServer, main_socket: socket.socket) -> None:
+async def _open(server: CoordinatorServer, main_socket: socket.socket, is_new: bool) -> None:
     """Let clients in and say so. Raises StartError."""
     try:
         await server.listen(main_socket)
@@ -402,7 +408,8 @@ async def _open(server: CoordinatorServer, main_socket: socket.socket) -> None:
         raise StartError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
     runtime.announce(
         f"kvtcp-coordinator ready on kvtcp://{runtime.join_address(*server.address)} ({len(server.links)} nodes, "
-        f"{server.map.shards} shards, replication factor {server.map.factor}, durability {server.durability})"
+        f"{server.map.shards} shards, replication factor {server.map.factor}, durability {server.durability}"
+        + (", a new cluster)" if is_new else ")")
     )
 
 
@@ -410,9 +417,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = make_parser().parse_args(argv)
     runtime.set_up_logging(options.log_level)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it is known which nodes it is for
     try:
         runtime.check_common_arguments(options)
         node_addresses(options)
+        if (options.data_dir / IDENTITY_FILE).exists():
+            raise StartError(f"{options.data_dir} is the data directory of a node: take the one above it")
         directory = DataDirectory(options.data_dir / "coordinator", "coordinator")
         try:
             return runtime.run(lambda: serve(options, directory), options.loop)

@@ -240,7 +240,10 @@ class Durability:
             self._fail(error)
             return
         if level != self.space:
-            (log.warning if level > self.space else log.info)("event=disk-space level=%s", level)
+            (log.warning if level > self.space else log.info)(
+                "event=disk-space level=%s directory=%s reserve_bytes=%s", level, self.store.directory,
+                self.store.reserve_bytes(),
+            )  # fmt: skip
             self.space = level
             self._on_space(level)
         worth_it = level > 0 or self.store.log.total_bytes > SHORT_LOG_BYTES

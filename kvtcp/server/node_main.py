@@ -28,11 +28,11 @@ from kvtcp.constants import BASE_PORT_DEFAULT, MIB, ORPHAN_MS, RECOVERY_PROGRESS
 from kvtcp.server import runtime
 from kvtcp.server.identity import DataDirectory, IdentityError, lock_holder
 from kvtcp.server.node import NodeServer
-from kvtcp.storage.check import check_directory
+from kvtcp.storage.check import by_reason, check_directory
 from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.log_format import VersionError
 from kvtcp.storage.replay import Progress
-from kvtcp.storage.store import NodeStore, StoreError, open_store, read_store_manifest
+from kvtcp.storage.store import NO_MANIFEST, NodeStore, StoreError, has_data, open_store, read_store_manifest
 
 log = logging.getLogger("kvtcp.node")
 
@@ -112,10 +112,9 @@ def recover(options: argparse.Namespace) -> NodeStore | None:
         raise runtime.StartError(f"the data directory {directory} cannot be used: {error}") from error
     for damage in store.damages:
         log.error("event=damage node=%s what=%s", options.id, damage)
-    for copy in store.copies.values():
-        if copy.reason:
-            log.error("event=shard-doubtful node=%s shard=%s complete=%s reason=%s", options.id, copy.shard,
-                      copy.complete, copy.reason)  # fmt: skip
+    reasons = {copy.shard: copy.reason for copy in store.copies.values() if copy.reason}
+    for shards, reason in by_reason(reasons):
+        log.error("event=shards-doubtful node=%s shards=%s reason=%s", options.id, shards, reason)
     if store.aside is not None:
         log.error("event=kept-aside node=%s directory=%s", options.id, store.aside)
     log.info("event=recovered node=%s shards=%s keys=%s entries=%s ms=%.0f", options.id, len(store.copies),
@@ -175,6 +174,8 @@ def check(directory: Path) -> int:
         raise runtime.StartError(f"{directory} is in use by {holder}: stop the node first")
     try:
         manifest = read_store_manifest(OS_DISK, directory)
+        if manifest is None and has_data(OS_DISK, directory):
+            raise StoreError(NO_MANIFEST.format(directory=directory))
         if manifest is None:
             raise runtime.StartError(f"{directory} has no manifest.json: no node that keeps data has used it")
         report = check_directory(OS_DISK, directory, manifest, progress_printer("kvtcp-node"), boot_id())
@@ -197,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = make_parser().parse_args(argv)
     runtime.set_up_logging(options.log_level)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to snapshot before the recovery is done
     try:
         if options.check is not None:
             return check(options.check)

@@ -13,6 +13,7 @@ alone, which stops them in order: a STOP on the link, then SIGTERM, then SIGKILL
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -197,7 +198,7 @@ class NodeProcess:
         steps: list[tuple[int, float]] = [(0, 0.4)] if asked else []
         for number, share in (*steps, (signal.SIGTERM, 0.4), (signal.SIGKILL, 0.15)):
             if number:
-                pid = self._pid()
+                pid = self.pid()
                 if pid is None:
                     return
                 if asked:
@@ -212,9 +213,9 @@ class NodeProcess:
                     return
             except TimeoutError:
                 continue
-        log.error("event=node-runs-on node=%s pid=%s", self.node, self._pid())
+        log.error("event=node-runs-on node=%s pid=%s", self.node, self.pid())
 
-    def _pid(self) -> int | None:
+    def pid(self) -> int | None:
         """Whom to signal; None if the process has ended."""
         if self.process is not None:
             return self.process.pid if self.process.returncode is None else None
@@ -238,6 +239,24 @@ class Supervisor:
         self._watchers: list[asyncio.Task[None]] = []
         self._adopt: set[str] = set()  # nodes that the survey found running
         self.failure: BaseException | None = None  # what ended a watcher: a defect, the coordinator must end with it
+
+    def check_directories(self) -> None:
+        """The cluster has data: raises StartError if none of its nodes has a directory here."""
+        if not any((self.data_dir / node / FILE).exists() for node in self.ports):
+            first = self.data_dir / next(iter(self.ports))
+            raise StartError(
+                f"this cluster has data, and none of its nodes has a directory here ({first} and so on): if they were "
+                "started elsewhere, list them with --nodes; if their directories were moved, put them back; to begin a "
+                "new cluster use another --data-dir"
+            )
+
+    def snapshot_all(self) -> None:
+        """Have every local node that runs take snapshots now."""
+        for process in self.processes.values():
+            pid = process.pid()
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    os.kill(pid, signal.SIGUSR1)
 
     async def survey(self, cluster: str, secret: str) -> dict[str, Found]:
         """Look whether every node can be adopted or spawned; returns who is at each address, by node.
@@ -278,7 +297,8 @@ class Supervisor:
         if found.kind == "free" and holder is not None and not _is_bound(self.host, port):
             raise _NotSettledError(
                 f"the data directory {path} is in use by {holder}, which does not listen on port {port}; start "
-                "with the --base-port that it was started with, or stop it"
+                "with the --base-port that it was started with, or stop it (one whose coordinator is gone stops by "
+                "itself after a minute)"
             )
         if found.kind == "ours" and holder is None:
             raise _NotSettledError(

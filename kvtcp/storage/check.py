@@ -7,13 +7,17 @@ acknowledged is in it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from kvtcp.errors import KvtcpError
 from kvtcp.storage.files import Disk
 from kvtcp.storage.manifest import Manifest
 from kvtcp.storage.replay import Progress, Replayed, replay
+
+SHARDS_SHOWN: Final = 8  # of those with one reason
 
 
 @dataclass(slots=True)
@@ -22,6 +26,19 @@ class CheckReport:
 
     lines: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+
+
+def by_reason(reasons: Mapping[int, str]) -> list[tuple[str, str]]:
+    """Shards with the same reason together: ("shard 3", reason), ("64 shards (0, 1, 2, ...)", reason)."""
+    shards: dict[str, list[int]] = {}
+    for shard, reason in sorted(reasons.items()):
+        shards.setdefault(reason, []).append(shard)
+    named = []
+    for reason, numbers in shards.items():
+        first = ", ".join(map(str, numbers[:SHARDS_SHOWN]))
+        more = ", ..." if len(numbers) > SHARDS_SHOWN else ""
+        named.append((f"shard {first}" if len(numbers) == 1 else f"{len(numbers)} shards ({first}{more})", reason))
+    return named
 
 
 def check_directory(
@@ -34,19 +51,18 @@ def check_directory(
     """Verify everything, in this boot of the machine. Raises VersionError for files of another format, OSError for a
     disk that cannot be read."""
     found = replay(disk, directory, manifest, progress, manifest.power_failed(boot))
-    report = CheckReport()
+    report = CheckReport(findings=[str(damage) for damage in found.damages])
+    incomplete = {shard: copy.reason for shard, copy in found.copies.items() if not copy.complete}
+    report.findings += [f"incomplete: {shards}: {reason}" for shards, reason in by_reason(incomplete)]
+    report.findings += [f"would be incomplete: {shards}: {reason}" for shards, reason in by_reason(found.doubts)]
     keys = 0
     for shard, copy in sorted(found.copies.items()):
-        if not copy.complete:
-            report.findings.append(f"shard {shard} is incomplete: {copy.reason}")
-        elif shard not in found.doubts:
+        if copy.complete and shard not in found.doubts:
             keys += len(copy.table)
             try:
                 copy.table.check()
             except (AssertionError, KvtcpError) as error:
                 report.findings.append(f"shard {shard}: {error}")
-    report.findings += [f"shard {shard} would be incomplete: {reason}" for shard, reason in found.doubts.items()]
-    report.findings += [str(damage) for damage in found.damages]
     report.lines = _describe(manifest, found, keys)
     return report
 

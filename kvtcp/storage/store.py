@@ -48,6 +48,12 @@ POWER_CUT: Final = (
 )
 
 
+NO_MANIFEST: Final = (
+    "{directory} has data and no manifest.json: put back the file that belongs to this data, or the whole directory; "
+    "without it the node begins anew, as one that lost its data (move the directory away)"
+)
+
+
 class StoreError(Exception):
     """The directory cannot be used as asked; one sentence says why and what to do."""
 
@@ -266,10 +272,8 @@ def open_store(
         disk.sync_directory(directory / name)
     disk.sync_directory(directory)  # names that a killed process gave may not be durable yet, and are relied on now
     if manifest is None:
-        if disk.list(directory / log.DIRECTORY) or disk.list(directory / snapshot.DIRECTORY):
-            raise StoreError(
-                f"{directory} has data and no manifest.json: restore the file from a copy, or move the directory away"
-            )
+        if has_data(disk, directory):
+            raise StoreError(NO_MANIFEST.format(directory=directory))
         manifest = Manifest(new_id(DIRECTORY_BYTES), durability)
         write_manifest(disk, directory, manifest.encode())  # first: log and snapshots carry its directory id
     try:
@@ -288,6 +292,12 @@ def open_store(
     return store
 
 
+def has_data(disk: Disk, directory: Path) -> bool:
+    """Whether there is a log or a snapshot. Raises OSError."""
+    parts = (directory / log.DIRECTORY, directory / snapshot.DIRECTORY)
+    return any(disk.exists(part) and disk.list(part) for part in parts)
+
+
 def read_store_manifest(disk: Disk, directory: Path) -> Manifest | None:
     """The manifest, None if there is none. Raises StoreError, OSError."""
     try:
@@ -296,7 +306,8 @@ def read_store_manifest(disk: Disk, directory: Path) -> Manifest | None:
         raise StoreError(f"{directory / 'manifest.json'} is of another version: {error}") from error
     except FormatError as error:
         raise StoreError(
-            f"{directory / 'manifest.json'} is damaged: {error}; restore it from a copy, or move the directory away"
+            f"{directory / 'manifest.json'} is damaged: {error}; put back the file that belongs to this data, or the "
+            "whole directory; without it the node begins anew, as one that lost its data (move the directory away)"
         ) from error
 
 
