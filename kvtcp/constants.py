@@ -73,6 +73,8 @@ KEPT_PASS_ENTRIES: Final = 4_096
 WAITING_ITEMS_MAX: Final = 65_536
 # keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
 PURGE_KEYS_MAX: Final = 500
+# shards that are purged in one tick: those of 4,096 at once would be seconds of work, and gigabytes of entries
+PURGE_SHARDS_MAX: Final = 8
 # reads over several shards that may wait for a link or for room in a window
 WAITING_MULTI_MAX: Final = 1_024
 # requests of one shard that are sequenced in its turn when several shards waited for the same window
