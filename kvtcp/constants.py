@@ -73,6 +73,8 @@ KEPT_PASS_ENTRIES: Final = 4_096
 WAITING_ITEMS_MAX: Final = 65_536
 # keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
 PURGE_KEYS_MAX: Final = 500
+# shards that are purged in one tick: those of 4,096 at once would be seconds of work, and gigabytes of entries
+PURGE_SHARDS_MAX: Final = 8
 # reads over several shards that may wait for a link or for room in a window
 WAITING_MULTI_MAX: Final = 1_024
 # requests of one shard that are sequenced in its turn when several shards waited for the same window
@@ -225,6 +227,7 @@ assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_
 assert BATCH_BYTES_MAX < WINDOW_BYTES_MAX <= BUFFERED_BYTES_MAX, "a window holds several batches"
 assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
 assert 2 * KEPT_SHARD_BYTES_MAX < KEPT_BYTES_MAX, "what a window holds is kept without being looked for"
+assert WINDOW_ITEMS_MAX < 2 * KEPT_PASS_ENTRIES, "more kept entries are forgotten with a batch than it adds"
 assert WINDOW_BYTES_MAX + KEY_BYTES_MAX + VALUE_BYTES_MAX < KEPT_SHARD_BYTES_MAX, "a window with any item at its end"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"
 assert 2 * HEARTBEAT_MS <= EVICT_AFTER_MS < LINK_SILENCE_MS, "an idle link is heard of before it counts as silent"

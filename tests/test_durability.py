@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.constants import LOG_IDLE_MS
+from kvtcp.constants import LOG_IDLE_MS, LOG_RECORD_BYTES_MAX
 from kvtcp.server import durability as durability_module
 from kvtcp.server.durability import Durability
 from kvtcp.storage.copy import Logged
@@ -616,3 +616,20 @@ async def test_space_comes_back_from_a_log_that_is_covered(node: Node, monkeypat
     node.put(4)
     await until(lambda: not node.disk.exists(first), "the segment to go")
     assert node.reopened().copies[0].table.seq == 4
+
+
+async def test_entries_that_are_too_much_for_a_record() -> None:
+    """Small items with large entries, as purges are: several records, told when the last is durable, and read back."""
+    disk = GatedDisk()
+    store = open_small(disk)
+    add_copies(store)
+    node = Node(disk, store)
+    value = bytes(4 << 20)
+    entries = [put(store.copies[0], b"k%d" % (seq % 3), value) for seq in range(LOG_RECORD_BYTES_MAX // len(value) + 2)]
+    assert not node.durability.append(entries, "c", 7)
+    node.durability.flush()
+    await until(lambda: node.told or node.failures)
+    assert node.told == [("c", 7)] and node.failures == []
+    await node.durability.close()
+    copy = open_small(disk).copies[0]
+    assert copy.complete and copy.table.position == store.copies[0].table.position

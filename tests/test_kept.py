@@ -36,6 +36,18 @@ def test_commit_forgets_in_order() -> None:
     assert kept.commit(5) == {1: 2} and kept.bytes == 0 and kept.commit(99) == {}
 
 
+def test_very_much_is_forgotten_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a shard commits at last that held all others back: some with each call, more than a batch adds."""
+    monkeypatch.setattr(kept_module, "KEPT_PASS_ENTRIES", 10)
+    kept = KeptEntries()
+    for seq in range(1, 101):
+        kept.add(seq, [entry(0, seq)])
+    hints = []
+    while kept.bytes:
+        hints.append(kept.commit(100)[0])
+    assert hints == [20, 40, 60, 80, 100]
+
+
 def test_what_is_from_before_the_link() -> None:
     """It has ordinal 0: -1 keeps it, 0 forgets it."""
     kept = KeptEntries()
@@ -135,7 +147,7 @@ def test_a_pass_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.add(seq, [entry(0, seq)])
     newest = list(range(194, 202))
     assert numbers(kept, 0) == list(range(1, 182)) + newest, "the pass began"
-    assert kept.commit(100) == {0: 100}
+    assert [kept.commit(100)[0] for _ in range(3)] == [40, 80, 100]
     added = 0
     while kept._older:
         added += 1
@@ -153,11 +165,14 @@ def test_a_pass_whose_rest_is_committed(monkeypatch: pytest.MonkeyPatch) -> None
     for seq in range(1, 24):
         kept.add(seq, [entry(0, seq)])
     assert kept._older
-    kept.commit(20)
+    for _ in range(3):
+        kept.commit(20)
+    assert numbers(kept, 0) == [21, 22, 23]
     for seq in range(24, 60):
         kept.add(seq, [entry(0, seq)])
         assert numbers(kept, 0) == list(range(21, seq + 1)), "in order, though the pass had nothing left to look at"
-    kept.commit(99)
+    while kept.commit(99):
+        pass
     assert numbers(kept, 0) == [] and kept.bytes == 0 and not kept._older
 
 

@@ -9,7 +9,7 @@ import pytest
 from cluster_simulation import Simulation
 from replication_fakes import Cluster
 
-from kvtcp.constants import PURGE_INTERVAL_MS, READ_RETRY_MS, WRITE_WAIT_MS
+from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_SHARDS_MAX, READ_RETRY_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.link import Report
 from kvtcp.protocol.operations import ADD, CHAIN_AT, DELETE, GET, INCR, PURGE, PUT
@@ -563,6 +563,23 @@ def test_purge_follows_a_flag() -> None:
     cluster.down("n3")
     cluster.tick(PURGE_INTERVAL_MS)  # a purge is no reason to wait for a missing node
     assert cluster.apply("n2") == [] and cluster.sequencer.waiting_items == 0
+
+
+def test_many_shards_are_purged_in_turn() -> None:
+    """A few in each tick, in the order in which they were told, and none twice before all were."""
+    shards = 3 * PURGE_SHARDS_MAX
+    cluster = Cluster(shards=shards)
+    cluster.sequencer.on_results("n1", 0, 0, [], list(range(shards)))
+    turns = []
+    for _ in range(3):
+        cluster.tick()
+        turns.append([item[1] for item in cluster.apply("n2")])
+        cluster.pump()
+        cluster.sequencer.on_results("n1", sum(map(len, turns)), sum(map(len, turns)), [], list(range(shards)))
+    assert [len(turn) for turn in turns] == [PURGE_SHARDS_MAX] * 3
+    assert sorted(number for turn in turns for number in turn) == list(range(shards))
+    cluster.tick()
+    assert cluster.apply("n2") == [], "the interval"
 
 
 def test_stamps_never_decrease() -> None:

@@ -10,6 +10,7 @@ from zlib import crc32
 import msgpack
 import pytest
 
+from kvtcp.constants import SNAPSHOT_FRAME_BYTES, SNAPSHOT_FRAME_ROWS
 from kvtcp.errors import DataError
 from kvtcp.protocol import operations as op
 from kvtcp.storage import snapshot
@@ -51,7 +52,7 @@ KEPT: list[Logged] = [(3, 2, 301, 0x01020304, b"entry")]
 def golden() -> bytes:
     """The snapshot above."""
     encoder = SnapshotEncoder(HEADER)
-    return encoder.begin() + encoder.add_rows(*ROWS) + encoder.end(KEPT)
+    return encoder.begin() + encoder.add_rows(*ROWS) + encoder.add_kept(KEPT) + encoder.end()
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_counts_are_checked() -> None:
     data = encoder.begin() + encoder.add_rows(*ROWS)
     encoder.rows += 1
     with pytest.raises(FormatError, match="the last frame counts"):
-        list(read_frames(data + encoder.end([])))
+        list(read_frames(data + encoder.end()))
 
 
 def test_a_frame_that_was_written_wrong() -> None:
@@ -171,7 +172,7 @@ def test_rows_out_of_order(disk: CrashDisk) -> None:
     encoder = SnapshotEncoder(HEADER)
     data = encoder.begin() + encoder.add_rows([b"b"], [(b"", 1, None)]) + encoder.add_rows([b"a"], [(b"", 1, None)])
     with pytest.raises(DataError, match="ascending"):
-        load_snapshot(disk, store(disk, data + encoder.end([])), ID)
+        load_snapshot(disk, store(disk, data + encoder.end()), ID)
 
 
 def test_other_versions(disk: CrashDisk) -> None:
@@ -259,6 +260,19 @@ def write(disk: CrashDisk, data: bytes, name: SnapshotName = HEADER.name) -> Sna
         file.write(data[start : start + 20])
     file.finish()
     return file
+
+
+def test_many_kept_entries(disk: CrashDisk) -> None:
+    """A shard that cannot commit keeps many: they are encoded in pieces too, and read in order."""
+    table = small_table()
+    frozen = table.freeze()
+    header = SnapshotHeader(ID, 3, table.generation, frozen.epoch, frozen.seq, frozen.chain)
+    kept: list[Logged] = [(3, table.generation, seq, seq, b"e" * 40) for seq in range(1, 2001)]
+    kept += [(3, table.generation, seq, seq, b"e" * 100_000) for seq in range(2001, 2021)]
+    pieces = list(encode_snapshot(header, frozen, kept))
+    assert max(map(len, pieces)) < SNAPSHOT_FRAME_BYTES + 200_000
+    assert sum(piece[0] == snapshot.KEPT for piece in pieces[1:]) == 2000 // SNAPSHOT_FRAME_ROWS + 7
+    assert load_snapshot(disk, store(disk, b"".join(pieces), header.name.file), ID)[1] == kept
 
 
 def test_publication(disk: CrashDisk) -> None:

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
-from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX
+from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, PURGE_SHARDS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PURGE, WRITE_OP_END
@@ -50,7 +50,7 @@ class Sequencer(Admission, Answers):
     def __init__(self, cluster_map: ClusterMap) -> None:
         super().__init__(cluster_map)
         self._kept: dict[Progress, list[Batch]] = {}  # writes to send again: of links that are down, of bad copies
-        self._flagged: set[int] = set()  # shards that hold expired keys
+        self._flagged: dict[int, None] = {}  # shards that hold expired keys, in the order in which that was told
 
     # --- batches ------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class Sequencer(Admission, Answers):
                     self._read_done(op, result)
         for number in flags:
             if type(number) is int and 0 <= number < len(shards):
-                self._flagged.add(number)
+                self._flagged[number] = None
         if link.full and link.has_room(0.75):
             self._opened(link)
 
@@ -334,11 +334,16 @@ class Sequencer(Admission, Answers):
                 batch.unmoved = self._move_reads(batch.unmoved, link)
 
     def _purge(self) -> None:
-        """Sequence the removal of expired keys, once per shard and interval."""
+        """Sequence the removal of expired keys, once per shard and interval, of a few shards at a time: all at once
+        would hold the nodes up."""
+        left = PURGE_SHARDS_MAX
         for number in list(self._flagged):
             shard = self.shards[number]
             if shard.purge_after_ms <= self.now_ms:
-                self._flagged.discard(number)
+                if not left:
+                    break
+                left -= 1
+                del self._flagged[number]
                 if shard.space < 2 and shard.takes_writes():
                     shard.purge_after_ms = self.now_ms + PURGE_INTERVAL_MS
                     self.write(PURGE, number, b"", (PURGE_KEYS_MAX,), 0, IGNORE, None)

@@ -126,13 +126,13 @@ class Durability:
         if self._closing or self.failure is not None:
             return False
         if entries:
-            group = self._queue[-1] if self._queue else None
-            if not isinstance(group, _Group) or group.bytes > GROUP_BYTES_MAX:
-                group = _Group()
-                self._queue.append(group)
-                self._groups += 1
-            group.entries += entries
-            group.bytes += sum([len(entry[4]) for entry in entries])
+            size = sum([len(entry[4]) for entry in entries])
+            group = self._open_group()
+            if size > GROUP_BYTES_MAX // 2:
+                group = self._append_much(entries)
+            else:
+                group.entries += entries
+                group.bytes += size
             group.marks[connection] = ordinal
             return False
         if self._groups:
@@ -142,6 +142,24 @@ class Durability:
             return True
         self._flight[connection] = ordinal
         return False
+
+    def _open_group(self) -> _Group:
+        """The last group, or a new one if that is full."""
+        group = self._queue[-1] if self._queue else None
+        if not isinstance(group, _Group) or group.bytes > GROUP_BYTES_MAX:
+            group = _Group()
+            self._queue.append(group)
+            self._groups += 1
+        return group
+
+    def _append_much(self, entries: list[Logged]) -> _Group:
+        """What a turn applied may be more than a record can have: small items make large entries, as purges do. Returns
+        the group with the last one."""
+        for entry in entries:
+            group = self._open_group()
+            group.entries.append(entry)
+            group.bytes += len(entry[4])
+        return group
 
     def flush(self) -> None:
         """The turn of the loop ends: begin to write, if the log is idle."""

@@ -8,8 +8,8 @@ The windows of the links bound what may be uncommitted. A shard that cannot comm
 so when `bytes_max` is exceeded, of each shard only as much is kept as a window can hold: its items, and its bytes with
 the item that crosses them, which may be the last one and the largest there is.
 
-What is too old is looked for in passes over all batches, newest first, a slice with each `add`: a million entries at
-once would hold the node up for a quarter of a second.
+What is too old is looked for in passes over all batches, newest first, a slice with each `add`, and what is committed
+is forgotten in slices too: a million entries at once would hold the node up for a quarter of a second.
 """
 
 from __future__ import annotations
@@ -54,13 +54,16 @@ class KeptEntries:
             self._go_on(len(entries))
 
     def commit(self, ordinal: int) -> dict[int, int]:
-        """Forget what is committed up to this ordinal; shard -> its last number among that."""
+        """Forget what is committed up to this ordinal; shard -> its last number among that. What is left of very much
+        is forgotten with the next calls."""
         last: dict[int, int] = {}
         self._index = None
+        left = 2 * KEPT_PASS_ENTRIES  # more than a batch adds
         for batches in (self._older, self._looked_at, self._batches):
-            while batches and batches[0][0] <= ordinal:
+            while batches and batches[0][0] <= ordinal and left > 0:
                 _, size, entries = batches.popleft()
                 self.bytes -= size
+                left -= len(entries)
                 last |= {entry[0]: entry[2] for entry in entries}
         if self._looked_at and not self._older:
             self._end_pass()

@@ -150,7 +150,8 @@ def parse_header(data: bytes) -> SegmentHeader:
 
 
 def encode_record(salt: bytes, lsn: int, durable_lsn: int, payload: bytes) -> bytes:
-    """One record."""
+    """One record. One that `parse_records` would refuse must never be acknowledged."""
+    assert len(payload) <= LOG_RECORD_BYTES_MAX, f"a record of {len(payload)} bytes is more than can be read back"
     total = crc32(payload, crc32(_RECORD_SUMMED.pack(len(payload), lsn, durable_lsn), _seed(salt)))
     return _RECORD.pack(salt, len(payload), total, lsn, durable_lsn) + payload
 

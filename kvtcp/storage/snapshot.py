@@ -141,10 +141,13 @@ class SnapshotEncoder:
         self.rows += len(keys)
         return self._frame(ROWS, (keys, cells))
 
-    def end(self, kept: Sequence[Logged]) -> bytes:
-        """The last frames. `kept` are the entries of the shard up to the position that may be uncommitted, in order."""
-        data = self._frame(KEPT, [(seq, chain, entry) for _, _, seq, chain, entry in kept]) if kept else b""
-        return data + self._frame(END, (self.rows, self._frames))
+    def add_kept(self, kept: Sequence[Logged]) -> bytes:
+        """A frame of entries of the shard up to the position that may be uncommitted, in order."""
+        return self._frame(KEPT, [(seq, chain, entry) for _, _, seq, chain, entry in kept])
+
+    def end(self) -> bytes:
+        """The last frame."""
+        return self._frame(END, (self.rows, self._frames))
 
     def _frame(self, kind: int, content: Any) -> bytes:
         body: bytes = _pack(content)
@@ -154,8 +157,9 @@ class SnapshotEncoder:
 
 
 def encode_snapshot(header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logged]) -> Iterator[bytes]:
-    """The bytes of the snapshot of a frozen shard, in pieces of some hundred rows or about SNAPSHOT_FRAME_BYTES. Writes
-    to the shard meanwhile change nothing. `frozen` is read to its end, or has to be closed."""
+    """The bytes of the snapshot of a frozen shard, in pieces of some hundred rows or entries, or about
+    SNAPSHOT_FRAME_BYTES. Writes to the shard meanwhile change nothing. `frozen` is read to its end, or has to be
+    closed."""
     encoder = SnapshotEncoder(header)
     yield encoder.begin()
     while frozen.rows_left:
@@ -166,7 +170,13 @@ def encode_snapshot(header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logge
             if size >= SNAPSHOT_FRAME_BYTES or end == len(cells):
                 yield encoder.add_rows(keys[start:end], cells[start:end])
                 start, size = end, 0
-    yield encoder.end(kept)
+    start = size = 0
+    for end, entry in enumerate(kept, 1):
+        size += len(entry[4])
+        if size >= SNAPSHOT_FRAME_BYTES or end - start == SNAPSHOT_FRAME_ROWS or end == len(kept):
+            yield encoder.add_kept(kept[start:end])
+            start, size = end, 0
+    yield encoder.end()
 
 
 class SnapshotFile:
