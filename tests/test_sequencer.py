@@ -19,7 +19,7 @@ from kvtcp.replication.progress import Batch, LinkError, Op, Progress
 from kvtcp.replication.recovery import Action, Takeover, Verdict
 from kvtcp.replication.sequencer import NEVER, Sequencer, ShardState
 
-SEEDS = range(120)
+SEEDS = range(200)
 
 
 # --- links ------------------------------------------------------------------------------------------
