@@ -44,9 +44,9 @@ def test_whole(disk: CrashDisk, store: NodeStore) -> None:
     keys = sum(len(copy.table) for copy in store.copies.values())
     report = check(disk)
     assert report.findings == [] and report.lines[1] == f"3 shards, 3 of them whole, {keys} keys"
-    assert "not stopped in order" in report.lines[0] and report.lines[2] == f"1 snapshots, {store.snapshot_bytes} bytes"
+    assert "not stopped in order" in report.lines[0] and report.lines[2] == f"1 snapshot, {store.snapshot_bytes} bytes"
     assert f"log: {len(store.log.segments)} segments, {store.log.total_bytes} bytes" in report.lines[3]
-    assert report.lines[3].endswith("durable up to record 14, 1 records above it")
+    assert report.lines[3].endswith("durable up to record 14, 1 record with data above it")
     store.close_clean()
     report = check(disk)
     assert report.findings == [] and report.lines[0].endswith(", stopped in order")

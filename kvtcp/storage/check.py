@@ -71,14 +71,22 @@ def _describe(manifest: Manifest, found: Replayed, keys: int) -> list[str]:
     whole = sum(copy.complete and shard not in found.doubts for shard, copy in found.copies.items())
     log_bytes = sum(segment.size for segment in found.segments)
     snapshot_bytes = sum(found.snapshot_bytes.values())
+    above = sum(bool(record.entries()) for record in found.tail)  # the mark of a clean stop is above itself
     lines = [
         f"durability {manifest.durability}, promised epoch {manifest.promised}, map version {manifest.map_version}, "
         + ("stopped in order" if manifest.clean else "not stopped in order"),
         f"{len(found.copies)} shards, {whole} of them whole, {keys} keys",
-        f"{len(found.snapshots)} snapshots, {snapshot_bytes} bytes",
-        f"log: {len(found.segments)} segments, {log_bytes} bytes, {found.entries} entries beyond the snapshots, "
-        f"durable up to record {found.mark}, {len(found.tail)} records above it",
+        f"{_counted(len(found.snapshots), 'snapshot')}, {snapshot_bytes} bytes",
+        f"log: {_counted(len(found.segments), 'segment')}, {log_bytes} bytes, {_counted(found.entries, 'entry')} "
+        f"beyond the snapshots, durable up to record {found.mark}, {_counted(above, 'record')} with data above it",
     ]
     if found.cut:
         lines.append(f"the log ends torn, above everything acknowledged: {found.cut}")
     return lines
+
+
+def _counted(count: int, what: str) -> str:
+    """As people say it: no segments, 1 segment, 2 segments; 3 entries."""
+    if count == 1:
+        return f"1 {what}"
+    return f"{count or 'no'} {what.removesuffix('y')}{'ies' if what.endswith('y') else 's'}"
