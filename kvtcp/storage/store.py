@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -215,22 +215,23 @@ class NodeStore:
         """The manifest to write with a record: None unless it begins a segment, which must not get lost unnoticed."""
         if prepared.header is None:
             return None
-        self.encode_manifest(self.copies.values())
-        self.manifest.segment, present = prepared.segment.first_lsn, self.manifest.segment
-        data = self.manifest.encode()
-        self.manifest.segment = present  # until it is written
-        return data
+        self._fill_manifest()
+        return replace(self.manifest, segment=prepared.segment.first_lsn).encode()
 
     def encode_manifest(self, copies: Iterable[Copy]) -> bytes:
         """The manifest with these copies, for `write_manifest`."""
+        self.copies = {copy.shard: copy for copy in copies}
+        self._fill_manifest()
+        return self.manifest.encode()
+
+    def _fill_manifest(self) -> None:
+        """Copies and log as they are now."""
         written = [segment.first_lsn for segment in self.log.segments if segment.is_written]
         self.manifest.segment = max(written, default=self.manifest.segment)
         self.manifest.durable_lsn = max(self.manifest.durable_lsn, self.log.durable_lsn)
-        self.copies = {copy.shard: copy for copy in copies}
         self.manifest.shards = {
             copy.shard: (copy.disk, copy.generation, copy.complete, copy.reason) for copy in self.copies.values()
         }
-        return self.manifest.encode()
 
     def write_manifest(self, data: bytes) -> None:
         """Blocks, raises OSError."""
@@ -242,15 +243,14 @@ class NodeStore:
         self.log.sync_all()
         self.log.durable_lsn = self.log.last_lsn
         # without the mark that follows: it has no entry, and its loss is none
-        data_lsn = self.manifest.durable_lsn = max(self.manifest.durable_lsn, self.log.last_lsn)
+        data_lsn = max(self.manifest.durable_lsn, self.log.last_lsn)
         mark = self.log.prepare_mark()
         self.log.write(mark)
         self.log.sync_all()
         self.log.written(mark)
         self.log.close()
-        self.manifest.clean = True
-        self.encode_manifest(self.copies.values())
-        self.manifest.durable_lsn = data_lsn
+        self._fill_manifest()
+        self.manifest.clean, self.manifest.durable_lsn = True, data_lsn
         self.write_manifest(self.manifest.encode())
 
 
