@@ -25,6 +25,8 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     LEARNED  [15, shard, disk, generation, epoch, seq, chain]   a copy that was being learned is complete, live, and
              durable up to this position
     LEARN_FAILED  [16, shard, reason]           it cannot be learned; items of it are passed over from here on
+    LEAVE    [19]                               the node is about to stop: it is let go from the in-sync sets, then told
+             STOP
     STATS    [17, {operations, keys, log_bytes, syncs, sync_p99_ms, lag_ms, memory_bytes}]     once a second
 
     node -> node, on a connection of its own
@@ -70,6 +72,7 @@ LEARNED: Final = 15
 LEARN_FAILED: Final = 16
 STATS: Final = 17
 CHUNK: Final = 18
+LEAVE: Final = 19
 
 LINK_VERSION: Final = 3
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from kvtcp.constants import DURABILITIES, NODES_MAX, SHARDS_MAX
@@ -55,7 +55,7 @@ class ClusterMap:
     destroyed: tuple[str, ...] = ()  # sorted; declared destroyed: their copies count as fenced for ever
     stamp_bound_ms: int
     restoring: bytes | None = None  # prefix that a restore is replacing, or left in pieces
-    heard_version: int = 0  # version that every node stored before the shards were served last
+    heard: dict[str, int] = field(default_factory=dict)  # node -> version of the map that it is known to have stored
     version: int = 1
 
     @classmethod
@@ -125,6 +125,11 @@ class ClusterMap:
     def with_last_stamp(self, stamp_ms: int) -> ClusterMap:
         """The coordinator ends in peace: it gave no stamp above this one, and the next one may begin there."""
         return replace(self, stamp_bound_ms=min(self.stamp_bound_ms, stamp_ms))
+
+    def with_heard(self, heard: Mapping[str, int]) -> ClusterMap:
+        """These nodes stored these versions: who knows less goes on from an older copy of its directory."""
+        known = {node: max(version, self.heard.get(node, 0)) for node, version in heard.items() if node in self.nodes}
+        return self if known.items() <= self.heard.items() else replace(self, heard={**self.heard, **known})
 
     def with_min_insync(self, min_insync: int) -> ClusterMap:
         """Another number of members that must acknowledge; part of a takeover (R3). Raises ValueError if a shard has
@@ -203,7 +208,9 @@ class ClusterMap:
         assert not self.shards_of(node), f"{node} is a member of {len(self.shards_of(node))} shards"
         assert not any(node in row for row in self.wanted), f"{node} shall hold shards"
         nodes = {each: address for each, address in self.nodes.items() if each != node}
-        return replace(self, nodes=nodes, draining=tuple(each for each in self.draining if each != node))
+        heard = {each: version for each, version in self.heard.items() if each != node}
+        draining = tuple(each for each in self.draining if each != node)
+        return replace(self, nodes=nodes, draining=draining, heard=heard)
 
     def with_draining(self, node: str, on: bool) -> ClusterMap:
         """Whether `node` shall hold nothing. `wanted` is not changed by that."""
@@ -257,13 +264,14 @@ class ClusterMap:
         is_older = not found.keys() & _SINCE_LEARNERS
         for name in sorted(names - found.keys() - (_SINCE_LEARNERS if is_older else set())):
             raise MapError(f"the cluster map has no {name}")
-        for name in sorted(found.keys() - names):
+        for name in sorted(found.keys() - names - ({"heard_version"} if is_older else set())):
             raise MapError(f"the cluster map has {name}, which this version does not know")
         for name, is_right in _FIELDS.items():
             if name in found and not is_right(found[name]):
                 raise MapError(f"{name} of the cluster map cannot be {_shown(found[name])}")
         if is_older:
             found |= _before_learners(found)
+            found.pop("heard_version", None)
         nodes = {node: (host, port) for node, (host, port) in found["nodes"].items()}
         members = tuple(tuple((node, disk) for node, disk in row) for row in found["members"])
         restoring = found["restoring"]
@@ -298,7 +306,7 @@ class ClusterMap:
 
 
 # fields that maps of the versions without learners do not have
-_SINCE_LEARNERS: Final = frozenset(("wanted", "draining", "destroyed", "last_node"))
+_SINCE_LEARNERS: Final = frozenset(("wanted", "draining", "destroyed", "last_node", "heard"))
 _NUMBERED: Final = re.compile("n([1-9][0-9]*)")
 
 
@@ -310,7 +318,9 @@ def _last_number(nodes: Iterable[str]) -> int:
 def _before_learners(found: Mapping[str, Any]) -> dict[str, Any]:
     """Those fields of a map that has none of them."""
     wanted = [[node for node, _ in row] for row in found["members"]]
-    return {"wanted": wanted, "draining": [], "destroyed": [], "last_node": _last_number(found["nodes"])}
+    heard = dict.fromkeys(found["nodes"], found.get("heard_version", 0))
+    last_node = _last_number(found["nodes"])
+    return {"wanted": wanted, "draining": [], "destroyed": [], "last_node": last_node, "heard": heard}
 
 
 def _is_text(value: Any) -> bool:
@@ -365,6 +375,6 @@ _FIELDS: Final[dict[str, Callable[[Any], bool]]] = {
     "destroyed": _is_sorted_set,
     "stamp_bound_ms": lambda value: type(value) is int and value >= 0,
     "restoring": lambda value: value is None or _is_hexadecimal(value),
-    "heard_version": lambda value: type(value) is int and value >= 0,
+    "heard": lambda value: type(value) is dict and all(type(v) is int and v >= 0 for v in value.values()),
     "version": _is_count,
 }

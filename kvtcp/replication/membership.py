@@ -3,10 +3,11 @@
 Pure. Looks at the sequencer's shards and links once per tick and whenever something changed, compares them with where
 the copies shall be (`wanted` of the map), and takes one step per shard at a time:
 
-- a node whose link closed and did not return within LINK_GRACE_MS leaves all its shards by one change of the map (R14);
+- a node whose link closed and did not return within LINK_GRACE_MS leaves all its shards by one change of the map
+  (R14);
 - so does one whose oldest unacknowledged item is older than EVICT_AFTER_MS while its peers acknowledged (slow is not
-  dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and it
-  learns again after the same time;
+  dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and
+  it learns again after the same time;
 - a bad copy leaves at once; if it has to stay it is replaced whole in its place;
 - a wanted node that is no member learns; a member that is not wanted leaves when there are enough without it, and then
   drops its copy.
@@ -18,9 +19,9 @@ known to be good, that is good and linked). A shard with a change of its row on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from kvtcp.constants import (
     BACKOFF_MAX_MS,
@@ -341,9 +342,8 @@ class Membership:
         state.failures += 1
         wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
         state.learns_after_ms = max(state.learns_after_ms, self._now_ms + wait_ms)
-        self._around.event(
-            "warning", "learner-failed", shard=learner.shard.number, node=learner.link.node, reason=why, again_in_ms=wait_ms
-        )
+        number, node = learner.shard.number, learner.link.node
+        self._around.event("warning", "learner-failed", shard=number, node=node, reason=why, again_in_ms=wait_ms)
         self._around.sequencer.detach(learner.shard, learner.link)
 
     def learner_is_live(self, learner: Learner) -> None:

@@ -58,9 +58,12 @@ class StaleStore(Exception):
 class Surroundings(Protocol):
     """What a recovery needs of the controller."""
 
-    map: ClusterMap
     now_ms: int
-    reports: Mapping[str, Report]  # of the nodes that are linked, with what changed since
+    reports: dict[str, Report]  # of the nodes that are linked, with what changed since
+
+    @property
+    def map(self) -> ClusterMap:
+        """As the config store holds it."""
 
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map; `done` when that is stored."""
@@ -321,7 +324,7 @@ class Recovery:
             return
         if not self._choose_best(shard):
             return
-        gone = [node for node in shard.silent] + [node for node in shard.bad if node in around.map.destroyed]
+        gone = shard.silent + [node for node in shard.bad if node in around.map.destroyed]
         gone += [node for node in shard.bad if node not in gone]
         gone = gone[: len(row) - around.map.min_insync]
         if gone:

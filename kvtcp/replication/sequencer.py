@@ -2,7 +2,8 @@
 
 Pure: no sockets, clock or files; events in (requests, results, links up and down, time), batches for the links and
 answers to the sinks out. The coordinator's server is a thin shell around it; the same class runs in tests without I/O.
-It is put together from `Admission` (requests in) and `Answers` (answers out); here are the links and time.
+It is put together from `Admission` (requests in), `Answers` (answers out) and `Members` (who takes part); here are the
+links and time.
 
 Per shard a write passes: waiting (unsequenced, only if a link is missing or a window full) -> pending (numbered and
 queued to every replica in the same step) -> committed (every replica acknowledged it) -> answered.
@@ -14,9 +15,6 @@ acknowledged or a later one; its reads are queued at other members. Whether a no
 question for each of its shards. A copy that is another one, or has less than it acknowledged, is *bad*: it is not read,
 and its shard takes no writes. What was kept for it stays kept, as the process which has the data may still come back.
 
-Members come and go (`attach`, `join`, `leave`, `swap`), when `Membership` says so: here is only what follows from it.
-A result that was lost with its member is asked for at another one, which evaluated the same operation (`_hand_over`).
-
 Invariants (`check`):
 - numbers of a shard have no gap; `commit <= last_seq`; `pending` are exactly the numbers (commit, last_seq];
 - `commit` is the smallest number acknowledged by all members, and never decreases;
@@ -26,17 +24,16 @@ Invariants (`check`):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, PURGE_SHARDS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
-from kvtcp.protocol.operations import GET, PURGE, RESULTS_OF, WRITE_OP_END
-from kvtcp.replication.admission import Admission
-from kvtcp.replication.answers import Answers
+from kvtcp.protocol.operations import GET, PURGE
 from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.members import Members, part_of
 from kvtcp.replication.progress import ANSWERED, Batch, LinkError, Op, Progress
 from kvtcp.replication.recovery import LOST_DATA, foreign_copy, incomplete_copy
 from kvtcp.replication.shard_state import (
@@ -45,7 +42,6 @@ from kvtcp.replication.shard_state import (
     DUE,
     IGNORE,
     LINK_LOST,
-    LOST,
     PART,
     WRITE,
     ShardState,
@@ -56,17 +52,16 @@ from kvtcp.replication.shard_state import (
 NEVER: Final = 1 << 63
 
 
-class Sequencer(Admission, Answers):
+class Sequencer(Members):
     """The write and read path of all shards. Every public method is one synchronous step."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:
         super().__init__(cluster_map)
-        self._kept: dict[Progress, list[Batch]] = {}  # writes to send again: of links that are down, of bad copies
         self._flagged: dict[int, None] = {}  # shards that hold expired keys, in the order in which that was told
 
     # --- batches ------------------------------------------------------------------------------------
 
-    def close_batches(self) -> Iterable[Progress]:
+    def close_batches(self) -> list[Progress]:
         """The tick ends: every link with something to send, its batches closed."""
         ready = []
         for link in self.links.values():
@@ -173,160 +168,6 @@ class Sequencer(Admission, Answers):
         for entry in held:
             self._refuse_held(shard, entry[3], entry[4])
 
-    # --- members ------------------------------------------------------------------------------------
-
-    def add_link(self, node: str) -> Progress:
-        """A node that was not there before."""
-        link = self.links[node] = Progress(node)
-        return link
-
-    def remove_link(self, node: str) -> None:
-        """The node belongs to the cluster no more, and holds nothing."""
-        link = self.links.pop(node)
-        assert not link.shards and not link.connected, "a node that is removed holds nothing"
-        self._kept.pop(link, None)
-
-    def set_members(self, number: int, nodes: Sequence[str]) -> None:
-        """The members of a shard that is not served."""
-        shard = self.shards[number]
-        assert not shard.serving, "members of a shard in service come and go one by one"
-        members = [self.links[node] for node in nodes]
-        for link in shard.members:
-            if link not in members and link not in shard.learners:
-                link.shards.remove(shard)
-        for link in members:
-            if shard not in link.shards:
-                link.shards.append(shard)
-        shard.members = members
-        shard.bad = {link: why for link, why in shard.bad.items() if link in members}
-        shard.acked = {link: shard.acked.get(link, shard.commit) for link in members}
-        self._retarget([shard])
-
-    def _retarget(self, shards: Iterable[ShardState]) -> None:
-        """Members or learners of these changed: set what depends on them."""
-        for shard in shards:
-            shard.update_targets()
-            shard.update_space()
-            shard.update_stuck()
-            shard.update_writable()
-
-    def attach(self, shard: ShardState, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
-        """Queue a LEARN to the link of a learner, and from there on every write of the shard (R10: in this one step)."""
-        self._enqueue(link, item, [CALL, then], ITEM_OVERHEAD_BYTES)
-        if link in shard.targets:
-            return  # attached anew: the writes flow already, and the node drops what it had set aside
-        if shard not in link.shards:
-            link.shards.append(shard)
-        shard.update_targets()
-        shard.update_writable()
-
-    def detach(self, shard: ShardState, link: Progress) -> None:
-        """It is no learner any more, and gets no writes from here on."""
-        del shard.learners[link]
-        if link not in shard.acked:
-            link.shards.remove(shard)
-        self._retarget([shard])
-        self._resume([shard])
-
-    def call(self, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
-        """Queue a control item; `then` gets its result, or LINK_LOST."""
-        self._enqueue(link, item, [CALL, then], ITEM_OVERHEAD_BYTES)
-
-    def join(self, shard: ShardState, link: Progress) -> None:
-        """R2: a learner that acknowledged everything committed is one of E from this step on."""
-        learner = shard.learners.pop(link)
-        assert link not in shard.acked and learner.acked >= shard.commit, "it acknowledged everything committed"
-        shard.members = [*shard.members, link]
-        shard.acked[link] = learner.acked
-        self._retarget([shard])
-
-    def leave(self, shards: Sequence[ShardState], link: Progress) -> None:
-        """R2: the map does not name this member any more, so it leaves E."""
-        for shard in shards:
-            shard.members = [member for member in shard.members if member is not link]
-            shard.bad.pop(link, None)
-            del shard.acked[link]
-        self._retarget(shards)
-        gone = {shard.number for shard in shards}
-        link.shards = [shard for shard in link.shards if shard.number not in gone or link in shard.learners]
-        self._forget_kept(link, gone)
-        for shard in shards:
-            commit = min(shard.acked.values())
-            if commit > shard.commit:
-                self._commit(shard, commit)
-        self._resume(shards)
-
-    def swap(self, shard: ShardState, old: Progress, link: Progress) -> None:
-        """The map names the learner `link` in the place of the member `old`, which may be the same node with the disk
-        it had before."""
-        learner = shard.learners.pop(link)
-        assert learner.acked >= shard.commit, "it acknowledged everything committed"
-        self._forget_kept(old, {shard.number})
-        shard.bad.pop(old, None)
-        shard.members = [link if member is old else member for member in shard.members]
-        acked = {**shard.acked, link: learner.acked}
-        shard.acked = {member: acked[member] for member in shard.members}
-        self._retarget([shard])
-        if old is not link:
-            old.shards.remove(shard)
-        if shard.serving:
-            commit = min(shard.acked.values())
-            if commit > shard.commit:
-                self._commit(shard, commit)
-            self._resume([shard])
-
-    def _resume(self, shards: Iterable[ShardState]) -> None:
-        """What waited for these may go on now, in turns as when a window opens."""
-        for shard in shards:
-            while shard.waiting and self._drain(shard):
-                pass
-            shard.update_writable()
-        self._start_waiting_multi()
-
-    def _forget_kept(self, link: Progress, numbers: Container[int]) -> None:
-        """The link is no member of these shards any more: nothing of theirs is sent to it again."""
-        stays: list[Batch] = []
-        for batch in self._kept.pop(link, []):
-            self._take_orphans(batch, numbers)
-            part = _part(batch, numbers, False)
-            if part.items:
-                stays.append(part)
-        if stays:
-            self._kept[link] = stays
-        for shard in self.shards:
-            if shard.orphans:
-                self._hand_over(shard)
-
-    def _take_orphans(self, batch: Batch, numbers: Container[int]) -> None:
-        """Writes of these shards that wait for a result of this batch are orphans."""
-        answers = iter(batch.answers)
-        for item in batch.items:
-            if item[3]:
-                op = next(answers)
-                if op is not ANSWERED and item[1] in numbers and op[1] is not None and op[3] in (AWAITED, DUE):
-                    self.shards[item[1]].orphans.append((item[2], op))
-
-    def _hand_over(self, shard: ShardState) -> None:
-        """Ask another member for the results of writes that lost theirs; all members evaluate the same."""
-        link = next((each for each in shard.good if each.connected), None)
-        if link is None or not shard.orphans:
-            return
-        orphans, shard.orphans = shard.orphans, []
-
-        def take(results: Any) -> None:
-            if results is LINK_LOST:
-                shard.orphans += orphans
-                self._hand_over(shard)
-                return
-            for (_, op), found in zip(orphans, results, strict=True):
-                result = found[0] if found is not None else LOST
-                if op[3] is AWAITED:
-                    op[3] = result
-                elif op[3] is DUE and op[1] is not None:
-                    self._answer_write(shard, op, result)
-
-        self.call(link, (RESULTS_OF, shard.number, [seq for seq, _ in orphans]), take)
-
     # --- links up and down --------------------------------------------------------------------------
 
     def link_up(self, node: str, copies: Mapping[int, CopyReport], space: int = 0) -> dict[int, str]:
@@ -360,11 +201,11 @@ class Sequencer(Admission, Answers):
         if older:
             link.uncommitted.append((-1, older))
         kept = self._kept.pop(link, [])
-        stays = [old for old in (_part(batch, bad, True) for batch in kept) if old.items]
+        stays = [old for old in (part_of(batch, bad, True) for batch in kept) if old.items]
         if stays:
             self._kept[link] = stays
         for old in kept:
-            self._send_again(link, _part(old, bad, False) if stays else old, has)
+            self._send_again(link, part_of(old, bad, False) if stays else old, has)
         for shard in link.shards:
             shard.update_space()
             if shard.number in has:
@@ -530,21 +371,6 @@ class Sequencer(Admission, Answers):
             shard.check()
         for link in self.links.values():
             link.check()
-
-
-def _part(old: Batch, bad: Container[int], wanted: bool) -> Batch:
-    """Of a kept batch what belongs to bad shards (`wanted`), or what does not."""
-    part = Batch(old.stamp_ms)
-    part.bytes = old.bytes
-    answers = iter(old.answers)
-    for item in old.items:
-        op = next(answers) if item[3] else None
-        if (item[1] in bad) is wanted:
-            part.items.append(item)
-            part.last_seqs[item[1]] = item[2]
-            if op is not None:
-                part.answers.append(op)
-    return part
 
 
 __all__ = ["IGNORE", "LinkError", "Sequencer", "ShardState", "Sink"]

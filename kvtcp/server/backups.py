@@ -339,7 +339,8 @@ class Backups:
                     missing[f"{link.node} is missing ({link.reason})"] = None
         if missing:
             names = ", ".join(missing)
-            raise Unavailable(f"a restore needs shards that take writes: {names}; nothing was changed", Code.NOT_ENOUGH_REPLICAS)
+            text = f"a restore needs shards that take writes: {names}; nothing was changed"
+            raise Unavailable(text, Code.NOT_ENOUGH_REPLICAS)
 
     async def _save(self, progress: Progress) -> str:
         """Back up what is there under a name that is free; returns it."""

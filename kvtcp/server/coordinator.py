@@ -36,14 +36,15 @@ from kvtcp.constants import (
 )
 from kvtcp.protocol.link import Report
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.controller import Controller
+from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.recovery import StaleStore
 from kvtcp.server import status
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms
 from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
+from kvtcp.server.write_times import WriteTimes
 
 log = logging.getLogger("kvtcp.coordinator")
 
@@ -80,6 +81,7 @@ class CoordinatorServer:
         self.sequencer = self.controller.sequencer
         keeper.on_change = self._map_changed
         keeper.on_crash = self.core_failed
+        self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.gateway = Gateway(self.sequencer, self)
         self.backups = Backups(self, config.backup_dir)
         self.links = {node: NodeLink(self, node) for node in self.map.nodes}
@@ -241,7 +243,9 @@ class CoordinatorServer:
         controller = self.controller
         if controller.is_talkative:
             self._act()
-        for progress in self.sequencer.close_batches():
+        ready = self.sequencer.close_batches()
+        self.write_times.look(ready)
+        for progress in ready:
             self.links[progress.node].write_batches()
         dirty = self.dirty
         if dirty:

@@ -238,8 +238,8 @@ def settle_shape(options: argparse.Namespace, stored: ClusterMap | None, nodes: 
     short = [] if stored is None else [n for n, row in enumerate(stored.members) if len(row) < shape.min_insync]
     if short:
         raise StartError(
-            f"--min-insync {shape.min_insync} needs as many in-sync copies of every shard, and {len(short)} have fewer; "
-            "start with the old value, and wait until they have"
+            f"--min-insync {shape.min_insync} needs as many in-sync copies of every shard, and {len(short)} have "
+            "fewer; start with the old value, and wait until they have"
         )
     return shape
 
