@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from kvtcp.constants import (
     TICK_MS,
     WRITE_WAIT_MS,
 )
+from kvtcp.errors import AdminError
 from kvtcp.protocol.link import Report
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.gateway import Gateway, Session
+from kvtcp.replication.gateway import ClusterChanges, Gateway, Session
 from kvtcp.replication.recovery import Action, StaleStore, Takeover
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.server import status
@@ -74,6 +75,7 @@ class CoordinatorServer:
         self.sequencer = Sequencer(self.map)
         self.gateway = Gateway(self.sequencer, self)
         self.backups = Backups(self, config.backup_dir)
+        self.controller: ClusterChanges | None = None  # None: nobody here can change the cluster
         self.links = {node: NodeLink(self, node, host, port) for node, (host, port) in self.map.nodes.items()}
         self.takeover = Takeover(self.map)  # the present attempt; meaningful until `ready`
         self.progressed_at = self.loop.time()  # when the takeover last came further
@@ -491,6 +493,41 @@ class CoordinatorServer:
     ) -> None:
         """See Backups."""
         self.backups.start_restore(session, ident, name, mode, prefix, dry_run)
+
+    def node_add(self, session: Session, ident: int, host: str, port: int) -> None:
+        """A node at this address becomes one of the cluster."""
+        self._change(session, ident, lambda controller: controller.add_node(host, port))
+
+    def node_drain(self, session: Session, ident: int, node: str) -> None:
+        """Everything a node holds is to be moved to others."""
+        self._change(session, ident, lambda controller: controller.drain(node))
+
+    def node_remove(self, session: Session, ident: int, node: str) -> None:
+        """A node that holds nothing leaves the cluster."""
+        self._change(session, ident, lambda controller: controller.remove(node))
+
+    def node_forget(self, session: Session, ident: int, node: str) -> None:
+        """A node is destroyed: it will never come back with what it held."""
+        self._change(session, ident, lambda controller: controller.forget(node))
+
+    def rebalance(self, session: Session, ident: int, dry_run: bool) -> None:
+        """Spread the shards evenly over the nodes, by the fewest moves."""
+        self._change(session, ident, lambda controller: controller.rebalance(dry_run))
+
+    def shard_accept_loss(self, session: Session, ident: int, shard: int) -> None:
+        """A shard that is down goes on with what is left of it."""
+        self._change(session, ident, lambda controller: controller.accept_loss(shard))
+
+    def _change(self, session: Session, ident: int, change: Callable[[ClusterChanges], dict[str, Any]]) -> None:
+        """Answer with what the controller says; its refusal is an answer too."""
+        try:
+            if self.controller is None:
+                raise AdminError("the nodes of this cluster are fixed: nothing here can change them")
+            answer = change(self.controller)
+        except AdminError as error:
+            session.fail(ident, error.code, error.message, error.details)
+        else:
+            session.reply(ident, answer)
 
     def degraded(self) -> list[str]:
         """Everything that is not as it should be, one sentence each."""
