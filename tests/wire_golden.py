@@ -61,6 +61,13 @@ REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
     (["restore", "monday"], [{}]),
     (["restore", "monday", {"mode": "replace", "dry_run": True}], [{}]),
     (["restore", "monday", {"mode": "merge", "prefix": b"user:"}], [{}]),
+    (["node_add", "10.0.0.4", 5000], [{"node": "n4"}]),
+    (["node_drain", "n1"], [{"node": "n1", "shards": 21}]),
+    (["node_remove", "n1"], [{"node": "n1"}]),
+    (["node_forget", "n1"], [{"node": "n1"}]),
+    (["rebalance"], [{"moves": [[5, "n1", "n4"]], "left": 1}]),
+    (["rebalance", {"dry_run": True}], [{"moves": [[5, "n1", "n4"]], "left": 1}]),
+    (["shard_accept_loss", 5], [{"shard": 5}]),
 ]
 
 LINK_FRAMES: list[list[Any]] = [

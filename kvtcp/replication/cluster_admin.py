@@ -14,7 +14,7 @@ changed; or it is answered through `done` when its change is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.constants import NODES_MAX
@@ -28,7 +28,7 @@ from kvtcp.replication.recovery import DOWN
 if TYPE_CHECKING:
     from kvtcp.replication.controller import Controller
 
-Done = Callable[[dict[str, Any]], None]
+Done = Callable[[dict[str, Any] | AdminError], None]
 
 
 class ClusterAdmin:
@@ -59,66 +59,140 @@ class ClusterAdmin:
         if self._losses.pop(number, None) is not None:
             self._core.event("warning", "loss-accepted", shard=number)
 
-    def usable_nodes(self) -> list[str]:
-        """The nodes that may hold shards."""
-        out = {*self._core.map.draining, *self._core.map.destroyed}
-        return [node for node in self._core.map.nodes if node not in out]
+    # --- requests -----------------------------------------------------------------------------------
 
     def add_node(self, host: str, port: int, done: Done) -> None:
-        """A node more. It holds nothing before the next rebalance, unless shards have too few copies as it is."""
-        if (host, port) in self._core.map.nodes.values():
-            node = next(node for node, address in self._core.map.nodes.items() if address == (host, port))
-            raise AdminError(f"{host}:{port} is the address of node {node} already")
-        if len(self._core.map.nodes) >= NODES_MAX:
-            raise AdminError(f"a cluster has at most {NODES_MAX} nodes")
+        """A node more."""
         added: list[str] = []
 
         def edit(old: ClusterMap) -> ClusterMap:
+            for node, address in old.nodes.items():
+                if address == (host, port):
+                    raise ValueError(f"{host}:{port} is the address of node {node} already")
+            if len(old.nodes) >= NODES_MAX:
+                raise ValueError(f"a cluster has at most {NODES_MAX} nodes")
             new, node = old.with_node(host, port)
             added.append(node)
             if any(len(row) < new.factor for row in new.wanted):
-                out = {*new.draining, *new.destroyed}
-                new = new.with_wanted(plan(new.wanted, [each for each in new.nodes if each not in out], new.factor))
+                new = new.with_wanted(plan(new.wanted, usable_nodes(new), new.factor))
             return new
 
-        def stored(_: ClusterMap) -> None:
+        def stored() -> dict[str, Any]:
             node = added[-1]
             self._core.sequencer.add_link(node)
             self._core.membership.nodes[node] = NodeState()
             self._core.add_action("add", node)
             self._core.event("info", "node-added", node=node, address=f"{host}:{port}")
-            done({"node": node})
+            return {"node": node}
 
-        self._core.propose(edit, stored)
+        self._request(edit, stored, done)
 
     def drain(self, node: str, done: Done) -> None:
         """Move everything off a node."""
-        self._check_node(node)
-        usable = [each for each in self.usable_nodes() if each != node]
-        if len(usable) < self._core.map.factor:
-            raise AdminError(
-                f"without {node} there are {len(usable)} nodes for a replication factor of {self._core.map.factor}; "
-                "add a node first"
-            )
-        shards = len(self._core.map.shards_of(node))
 
         def edit(old: ClusterMap) -> ClusterMap:
+            _check_node(old, node)
+            usable = [each for each in usable_nodes(old) if each != node]
+            if len(usable) < old.factor:
+                raise ValueError(
+                    f"without {node} there are {len(usable)} nodes for a replication factor of {old.factor}; "
+                    "add a node first"
+                )
             return old.with_draining(node, True).with_wanted(plan(old.wanted, usable, old.factor))
 
-        self._core.propose(edit, lambda _: done({"node": node, "shards": shards}))
+        self._request(edit, lambda: {"node": node, "shards": len(self._core.map.shards_of(node))}, done)
 
     def remove(self, node: str, done: Done) -> None:
         """A node that holds nothing leaves the cluster."""
-        self._check_node(node)
-        held = len(self._core.map.shards_of(node)) or len(self._core.copies_of(node))
-        if held or any(node in row for row in self._core.map.wanted):
-            raise AdminError(f"{node} holds {held} shards; drain it first, and wait until it holds none")
 
-        def stored(_: ClusterMap) -> None:
+        def edit(old: ClusterMap) -> ClusterMap:
+            _check_node(old, node)
+            held = len(old.shards_of(node)) or len(self._core.copies_of(node))
+            if held or any(node in row for row in old.wanted):
+                raise ValueError(f"{node} holds {held} shards; drain it first, and wait until it holds none")
+            if len(old.nodes) == 1:
+                raise ValueError(f"{node} is the only node")
+            return old.without_node(node)
+
+        def stored() -> dict[str, Any]:
             self._forget_node(node)
-            done({"node": node})
+            return {"node": node}
 
-        self._core.propose(lambda old: old.without_node(node), stored)
+        self._request(edit, stored, done)
+
+    def forget(self, node: str, done: Done) -> None:
+        """An operator declares that a node, and what it had, is destroyed (R9)."""
+
+        def edit(old: ClusterMap) -> ClusterMap:
+            _check_node(old, node)
+            if node in self._core.reports:
+                raise ValueError(f"{node} is linked: a node that answers is not destroyed; drain it instead")
+            usable = [each for each in usable_nodes(old) if each != node]
+            if len(usable) < old.min_insync:
+                raise ValueError(
+                    f"without {node} there are {len(usable)} nodes, and every shard needs {old.min_insync}; "
+                    "add a node first"
+                )
+            return old.with_destroyed(node).with_wanted(plan(old.wanted, usable, old.factor))
+
+        def stored() -> dict[str, Any]:
+            shards = len(self._core.map.shards_of(node))
+            self._core.event("warning", "node-destroyed", node=node, shards=shards)
+            for number, shard in list(self._core.recovery.shards.items()):
+                if shard.state == DOWN:
+                    self._core.recovery.begin(number)
+            self._core.recovery.tick()
+            self._core.membership.work()
+            return {"node": node, "shards": shards}
+
+        self._request(edit, stored, done)
+
+    def rebalance(self, dry_run: bool, done: Done) -> None:
+        """Place the shards evenly, with the fewest moves."""
+        moves: list[list[Any]] = []
+
+        def edit(old: ClusterMap) -> ClusterMap:
+            rows = plan(old.wanted, usable_nodes(old), old.factor)
+            moves[:] = _moves(old.wanted, rows)
+            return old.with_wanted(rows)
+
+        def answer() -> dict[str, Any]:
+            self._core.membership.work()
+            return {"moves": moves, "left": len(self._core.membership.unsettled)}
+
+        if dry_run:
+            edit(self._core.map)
+            done(answer())
+        else:
+            self._request(edit, answer, done)
+
+    def accept_loss(self, number: int, done: Done) -> None:
+        """A shard without a good member goes on with the best copy there is (R9)."""
+        try:
+            done(self._accept_loss(number))
+        except ValueError as error:
+            done(AdminError(str(error)))
+
+    # --- doing it -----------------------------------------------------------------------------------
+
+    def _request(
+        self, edit: Callable[[ClusterMap], ClusterMap], stored: Callable[[], dict[str, Any]], done: Done
+    ) -> None:
+        """Change the map, then answer; an edit that raises ValueError, now or when its turn comes, is refused."""
+
+        def refused(error: Exception) -> None:
+            done(AdminError(str(error)))
+
+        try:
+            edit(self._core.map)
+        except ValueError as error:
+            refused(error)
+        else:
+            self._core.propose(edit, lambda _: done(stored()), refused)
+
+    def _remove_destroyed(self, node: str) -> None:
+        self._leaving.add(node)
+        self._core.propose(lambda old: old.without_node(node), lambda _: self._forget_node(node))
 
     def _forget_node(self, node: str) -> None:
         if node in self._core.reports:
@@ -128,87 +202,54 @@ class ClusterAdmin:
         self._core.add_action("remove", node)
         self._core.event("info", "node-removed", node=node)
 
-    def forget(self, node: str, done: Done) -> None:
-        """An operator declares that a node, and what it had, is destroyed (R9)."""
-        self._check_node(node)
-        if node in self._core.reports:
-            raise AdminError(f"{node} is linked: a node that answers is not destroyed; drain it instead")
-        usable = [each for each in self.usable_nodes() if each != node]
-        if len(usable) < self._core.map.min_insync:
-            raise AdminError(
-                f"without {node} there are {len(usable)} nodes, and every shard needs {self._core.map.min_insync}; "
-                "add a node first"
-            )
-        shards = len(self._core.map.shards_of(node))
-
-        def edit(old: ClusterMap) -> ClusterMap:
-            return old.with_destroyed(node).with_wanted(plan(old.wanted, usable, old.factor))
-
-        def stored(_: ClusterMap) -> None:
-            self._core.event("warning", "node-destroyed", node=node, shards=shards)
-            for number, shard in list(self._core.recovery.shards.items()):
-                if shard.state == DOWN:
-                    self._core.recovery.begin(number)
-            self._core.recovery.tick()
-            self._core.membership.work()
-            done({"node": node, "shards": shards})
-
-        self._core.propose(edit, stored)
-
-    def _remove_destroyed(self, node: str) -> None:
-        self._leaving.add(node)
-        self._core.propose(lambda old: old.without_node(node), lambda _: self._forget_node(node))
-
-    def rebalance(self, dry_run: bool, done: Done) -> None:
-        """Place the shards evenly, with the fewest moves."""
-        cluster_map = self._core.map
-        rows = plan(cluster_map.wanted, self.usable_nodes(), cluster_map.factor)
-        moves = []
-        for number, (old, new) in enumerate(zip(cluster_map.wanted, rows, strict=True)):
-            leave = [node for node in old if node not in new]
-            come = [node for node in new if node not in old]
-            for at, node in enumerate(come):
-                moves.append([number, leave[at] if at < len(leave) else "", node])
-        answer = {"moves": moves, "left": len(self._core.membership.unsettled)}
-        if dry_run or not moves:
-            done(answer)
-        else:
-            self._core.propose(lambda old: old.with_wanted(rows), lambda _: done(answer))
-
-    def accept_loss(self, number: int, done: Done) -> None:
-        """A shard without a good member goes on with the best copy there is (R9); numbers begin above all others."""
-        if not 0 <= number < self._core.map.shards:
-            raise AdminError(f"there is no shard {number}; the last one is {self._core.map.shards - 1}")
-        found = self._core.recovery.shards.get(number)
+    def _accept_loss(self, number: int) -> dict[str, Any]:
+        core = self._core
+        if not 0 <= number < core.map.shards:
+            raise ValueError(f"there is no shard {number}; the last one is {core.map.shards - 1}")
+        found = core.recovery.shards.get(number)
         if found is None or found.state != DOWN:
-            raise AdminError(f"shard {number} is not down: nothing is lost")
+            raise ValueError(f"shard {number} is not down: nothing is lost")
         if found.good:
-            why = self._core.sequencer.shards[number].reason
-            raise AdminError(
-                f"shard {number} has a good copy on {', '.join(found.good)}: {why}; "
+            raise ValueError(
+                f"shard {number} has a good copy on {', '.join(found.good)}: {core.sequencer.shards[number].reason}; "
                 "if a node will never come back, say so with: node forget ID destroyed"
             )
         if number in self._losses:
-            raise AdminError(f"the loss of shard {number} is being accepted already")
+            raise ValueError(f"the loss of shard {number} is being accepted already")
         copies = {
             node: report.copies[number]
-            for node, report in self._core.reports.items()
+            for node, report in core.reports.items()
             if number in report.copies and report.copies[number].complete
         }
         if not copies:
-            raise AdminError(f"no linked node has a complete copy of shard {number}; start its nodes first")
-        row = self._core.map.nodes_of(number)
+            raise ValueError(f"no linked node has a complete copy of shard {number}; start its nodes first")
+        row = core.map.nodes_of(number)
         node = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row))
-        replaces = node if node in row else next((each for each in row if each not in self._core.reports), row[0])
-        link = self._core.sequencer.links[node]
-        highest = max(copy.seq for copy in copies.values())
+        replaces = node if node in row else next((each for each in row if each not in core.reports), row[0])
+        link = core.sequencer.links[node]
         # no shard takes a thousand writes in every millisecond since 1970
-        seq_min = max(self._core.map.stamp_bound_ms * 1_000, highest + 1)
-        self._losses[number] = self._core.membership.learn(
-            self._core.sequencer.shards[number], link, link, replaces, seq_min
-        )
-        done({"shard": number, "node": node, "seq": copies[node].seq, "goes_on_at": seq_min})
+        seq_min = max(core.map.stamp_bound_ms * 1_000, max(copy.seq for copy in copies.values()) + 1)
+        shard = core.sequencer.shards[number]
+        self._losses[number] = core.membership.learn(shard, link, link, replaces, seq_min)
+        return {"shard": number, "node": node, "seq": copies[node].seq, "goes_on_at": seq_min}
 
-    def _check_node(self, node: str) -> None:
-        if node not in self._core.map.nodes:
-            raise AdminError(f"there is no node {node}; the nodes are {', '.join(self._core.map.nodes)}")
+
+def usable_nodes(cluster_map: ClusterMap) -> list[str]:
+    """The nodes that may hold shards."""
+    out = {*cluster_map.draining, *cluster_map.destroyed}
+    return [node for node in cluster_map.nodes if node not in out]
+
+
+def _check_node(cluster_map: ClusterMap, node: str) -> None:
+    if node not in cluster_map.nodes:
+        raise ValueError(f"there is no node {node}; the nodes are {', '.join(cluster_map.nodes)}")
+
+
+def _moves(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """[shard, from, to] of every copy that moves; from is empty if it comes in addition."""
+    moves = []
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        leave = [node for node in old if node not in new]
+        come = [node for node in new if node not in old]
+        moves += [[number, leave[at] if at < len(leave) else "", node] for at, node in enumerate(come)]
+    return moves

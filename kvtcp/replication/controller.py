@@ -260,9 +260,11 @@ class Controller:
         """Change these rows of the map."""
         self.changes.propose(self._with_heard(edit), lambda _: done())
 
-    def propose(self, edit: Edit, done: Callable[[ClusterMap], None] = lambda _: None) -> None:
-        """Change something else in the map."""
-        self.changes.propose(self._with_heard(edit), done)
+    def propose(
+        self, edit: Edit, done: Callable[[ClusterMap], None], failed: Callable[[Exception], None] | None = None
+    ) -> None:
+        """Change something else in the map; see MapChanges.propose."""
+        self.changes.propose(self._with_heard(edit), done, failed)
 
     def _with_heard(self, edit: Edit) -> Edit:
         """With every change of the map goes which version each node is known to have stored."""

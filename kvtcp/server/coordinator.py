@@ -34,7 +34,9 @@ from kvtcp.constants import (
     TICK_MS,
     WRITE_WAIT_MS,
 )
+from kvtcp.errors import AdminError
 from kvtcp.protocol.link import Report
+from kvtcp.replication.cluster_admin import ClusterAdmin, Done
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import Gateway, Session
@@ -477,6 +479,42 @@ class CoordinatorServer:
     ) -> None:
         """See Backups."""
         self.backups.start_restore(session, ident, name, mode, prefix, dry_run)
+
+    def node_add(self, session: Session, ident: int, host: str, port: int) -> None:
+        """A node at this address becomes one of the cluster."""
+        self._change(session, ident, lambda admin, done: admin.add_node(host, port, done))
+
+    def node_drain(self, session: Session, ident: int, node: str) -> None:
+        """Everything a node holds is to be moved to others."""
+        self._change(session, ident, lambda admin, done: admin.drain(node, done))
+
+    def node_remove(self, session: Session, ident: int, node: str) -> None:
+        """A node that holds nothing leaves the cluster."""
+        self._change(session, ident, lambda admin, done: admin.remove(node, done))
+
+    def node_forget(self, session: Session, ident: int, node: str) -> None:
+        """A node is destroyed: it will never come back with what it held."""
+        self._change(session, ident, lambda admin, done: admin.forget(node, done))
+
+    def rebalance(self, session: Session, ident: int, dry_run: bool) -> None:
+        """Spread the shards evenly over the nodes, by the fewest moves."""
+        self._change(session, ident, lambda admin, done: admin.rebalance(dry_run, done))
+
+    def shard_accept_loss(self, session: Session, ident: int, shard: int) -> None:
+        """A shard that is down goes on with what is left of it."""
+        self._change(session, ident, lambda admin, done: admin.accept_loss(shard, done))
+
+    def _change(self, session: Session, ident: int, change: Callable[[ClusterAdmin, Done], None]) -> None:
+        """Answer when the change is stored; its refusal is an answer too."""
+
+        def done(answer: dict[str, Any] | AdminError) -> None:
+            if isinstance(answer, AdminError):
+                session.fail(ident, answer.code, answer.message, answer.details)
+            else:
+                session.reply(ident, answer)
+
+        change(self.controller.admin, done)
+        self._act()
 
     def degraded(self) -> list[str]:
         """Everything that is not as it should be, one sentence each."""
