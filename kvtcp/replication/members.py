@@ -100,6 +100,8 @@ class Members(Admission, Answers):
         shard.members = [*shard.members, link]
         shard.acked[link] = learner.acked
         self._retarget([shard])
+        if learner.hurry:
+            self._resume([shard])
 
     def leave(self, shards: Sequence[ShardState], link: Progress) -> None:
         """R2: the map does not name this member any more, so it leaves E."""
