@@ -43,7 +43,7 @@ a serving coordinator may replace any member in one CAS. That is safe too, as al
 it is in recovery that the declaration is needed. Not modelled: R8 (effects), R12 (time), several shards in one map,
 results of writes, incomplete snapshots (a copy arrives entry by entry, always from a member that holds it), the commit
 hint (by property 1 a member with the right disk is never below it: a tripwire for faults outside the model), an
-accepted loss, loss of the map, unknown outcomes of the map changes made during recovery.
+accepted loss, loss of the map, unknown outcomes of the map changes made during recovery (it waits for them).
 
 Properties: 1 every stored member with its disk holds every answered entry; 2 the active coordinator of the map's epoch
 has everything answered or shown by a read; 3 no two different entries are answered at one number; 4 a read is not older
@@ -215,6 +215,7 @@ MUTANTS = {  # name: (rule, scope)
     "serve_before_catchup": ("R6", Scope(1, 3, X, reads=1, nodes=2, members=2)),
     "swap_in_recovery": ("R6", Scope(2, 2, X, reads=1, members=2)),
     "remove_last_good": ("R6", PAIR_WIPE),
+    "removed_before_map": ("R6", Scope(1, 3, X, nodes=2, members=2)),
     "seq_only": ("R7", Scope(1, 2, XX, nodes=2, members=2)),
     "amnesia": ("R9", Scope(2, 1, X, faults=TAIL)),
     "wiped_member_is_good": ("R9", PAIR_WIPE),

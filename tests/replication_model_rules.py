@@ -312,7 +312,10 @@ class Rules:
             if owns_map and n not in good and self.may_remove(members, good):
                 label = f"c{i}.cas_remove(n{n})"
                 self.keep_last_good(state, n, [m for m in members if m != n], good, heard, label)
-                yield label, state.set_node(n, node.viewed(i, NO_VIEW)._replace(member=NONE))
+                left = node.viewed(i, NO_VIEW)
+                if self.mutant != "removed_before_map":
+                    left = left._replace(member=NONE)
+                yield label, state.set_node(n, left)
         if self.mutant == "swap_in_recovery" and owns_map and heard:
             yield from self.swap_silent(state, i, own, members, heard)
         # a destroyed one that may be removed is removed, like any that is silent: afterwards it would be in the way
