@@ -8,7 +8,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit fuzz crash kills chaos bench clean
+.PHONY: run test lint types unit model fuzz crash kills chaos bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -32,6 +32,10 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest -q
+
+# all scopes of the model of the replication rules, for about half an hour; `make test` has the smaller ones
+model: $(READY)
+	$(BIN)/python -m tests.replication_model $(if $(JOBS),--jobs $(JOBS))
 
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
