@@ -33,6 +33,7 @@ from chaos_checks import Availability, History, blame
 from chaos_cluster import Broken, ChaosCluster, Shape
 from chaos_disks import read_members
 from chaos_faults import CALM_S, KEPT, Faults
+from chaos_operator import Operator
 from process_cluster import ROOT, Command
 
 import kvtcp
@@ -42,6 +43,15 @@ HEAL_S: Final = 60.0
 GAP_MAX_S: Final = 60.0  # every shard is written in every minute
 STALL_S: Final = 0.25  # gaps of a shard from here on are told
 ANSWERED_MIN: Final = {2: 0.90, 1: 0.60}  # share of calls answered with a result, by min_insync
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a round has besides its cluster."""
+
+    clients: int = 2  # processes
+    only: tuple[str, ...] = ()  # these faults again and again, without a pause; empty: all, at their pace
+    with_operator: bool = True
 
 
 @dataclass
@@ -59,6 +69,8 @@ class Report:
     kills: dict[str, int] = field(default_factory=dict)
     kills_per_minute: float = 0.0
     skipped_wipes: int = 0
+    operator: dict[str, int] = field(default_factory=dict)  # steps
+    refusals: dict[str, int] = field(default_factory=dict)  # what the operator was told instead
     longest_stall_s: float = 0.0  # without any write of any shard
     worst_gap_s: list[float] = field(default_factory=list)  # of each shard
     stalls_s: dict[str, list[float]] = field(default_factory=dict)  # longest gap of a shard after each fault
@@ -82,7 +94,7 @@ class Report:
             f"  {self.calls} calls {self.outcomes}, {self.answered:.1%} answered; shards were written in "
             f"{self.served:.1%} of their seconds",
             f"  kills {self.kills}, {self.kills_per_minute:.1f} a minute; faults {self.faults}, "
-            f"{self.skipped_wipes} wipes not possible",
+            f"{self.skipped_wipes} wipes not possible; operator {self.operator}",
             f"  longest time without any write {self.longest_stall_s:.2f} s; worst gap of each shard, s: "
             + " ".join(f"{gap:.1f}" for gap in self.worst_gap_s),
             f"  gaps of a shard by fault, median/max s: {', '.join(stalls)}",
@@ -92,6 +104,7 @@ class Report:
         ]
         if self.refused_starts:
             lines.append(f"  starts refused: {dict(Counter(self.refused_starts))}")
+        lines += [f"  operator was refused {count} times: {why}" for why, count in self.refusals.items()]
         lines += [f"  MISSED {sentence}" for sentence in self.missed]
         lines += [f"  BROKEN {sentence[:4000]}" for sentence in self.broken]
         if self.directory:
@@ -102,16 +115,18 @@ class Report:
 class Round:
     """One cluster, its clients, its faults, its judge."""
 
-    def __init__(self, directory: Path, seed: int, shape: Shape, clients: int, only: list[str] | None) -> None:
+    def __init__(self, directory: Path, seed: int, shape: Shape, options: Options) -> None:
         self.directory = directory
         self.shape = shape
-        self.only = only
+        self.only = options.only
+        self.with_operator = options.with_operator
         self.random = random.Random(seed)
-        self.clients = clients
+        self.clients = options.clients
         self.cluster = ChaosCluster(directory, shape)
         self.workers: list[Command] = []
         self.kv: Any = None
         self.faults: Faults
+        self.operator: asyncio.Task[None] | None = None
         self.begun: list[tuple[float, str]] = []  # faults
         self.report = Report(seed, asdict(shape))
 
@@ -120,10 +135,13 @@ class Round:
         watch = asyncio.ensure_future(self._watch_memory())
         try:
             await self._start()
+            operator = Operator(self.cluster, self.kv, self.random.randrange(2**32))
+            if self.with_operator:
+                self.operator = asyncio.ensure_future(operator.run())
             began = time.monotonic()
             await self._faults(began, seconds)
             ended = time.monotonic()
-            await self._heal()
+            await self._heal(operator)
             await self._stop_clients()
             history = History()
             for number in range(self.clients):
@@ -154,7 +172,7 @@ class Round:
         pause_s = 0.0
         while time.monotonic() < began + seconds:
             if not deck:
-                deck = self.only[::-1] * 10 if self.only else self.faults.deck()
+                deck = list(self.only[::-1]) * 10 if self.only else self.faults.deck()
                 pause_s = 0.0 if self.only else 60.0 / len(deck)
             next_at = time.monotonic() + self.random.uniform(0.6, 1.2) * pause_s
             if self.random.random() < 0.75:  # else whatever goes on from the one before meets this one
@@ -169,14 +187,20 @@ class Round:
     def _check_processes(self) -> None:
         """Nothing that should run has ended. Raises Broken."""
         self.cluster.check_coordinator()
+        if self.operator is not None and self.operator.done():
+            self.operator.result()  # raises
         for command in self.workers:
             if command.process.poll() is not None:
                 raise Broken(f"a client met an error that no promise allows:\n{command.err.read_text()}")
 
-    async def _heal(self) -> None:
-        """No faults any more: `status` finds nothing wrong soon."""
+    async def _heal(self, operator: Operator) -> None:
+        """No faults any more: the operator comes to an end, and `status` finds nothing wrong soon."""
         began = time.monotonic()
         self.cluster.calm()
+        operator.finish(HEAL_S)
+        if self.operator is not None:
+            await self.operator
+        self.report.operator, self.report.refusals = dict(operator.steps), dict(operator.refusals)
         if not await self.faults.wait_whole(HEAL_S):
             status = await self.kv.status()
             rows = [row for row in await self.kv.shards() if row["state"] != "ok" or row["reason"]]
@@ -265,6 +289,9 @@ class Round:
     async def close(self) -> None:
         """End everything."""
         self.cluster.calm()
+        if self.operator is not None:
+            self.operator.cancel()
+            await asyncio.wait([self.operator])
         if self.kv is not None:
             await self.kv.close()
         for command in self.workers:
@@ -282,12 +309,10 @@ def rss_bytes(pid: int) -> int:
         return 0
 
 
-async def run_round(
-    seed: int, seconds: float, shape: Shape, clients: int = 2, only: list[str] | None = None
-) -> Report:
+async def run_round(seed: int, seconds: float, shape: Shape, options: Options) -> Report:
     """One round. The directory with all data and output is kept, and named in the report, when something is wrong."""
     directory = Path(tempfile.mkdtemp(prefix="kvtcp-chaos-"))
-    running = Round(directory, seed, shape, clients, only)
+    running = Round(directory, seed, shape, options)
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # nothing is left running
@@ -318,6 +343,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--durability", choices=("sync", "os"), default="sync")
     parser.add_argument("--clients", type=int, default=2, help="processes")
     parser.add_argument("--only", metavar="FAULT,...", help="these faults again and again, without a pause")
+    parser.add_argument(
+        "--operator", action=argparse.BooleanOptionalAction, default=True, help="add, drain and remove nodes"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the reports of all rounds")
     return parser.parse_args()
 
@@ -328,14 +356,15 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     min_insync = options.min_insync or (1 if options.factor == 2 else min(2, options.factor))
     kinds = [options.kind] if options.kind else ["local", "linked"]
-    only = options.only.split(",") if options.only else None
+    only = tuple(options.only.split(",")) if options.only else ()
+    wanted = Options(options.clients, only, options.operator)
     reports: list[Report] = []
     left_s = options.minutes * 60
     while left_s > options.round_s / 2 or not reports:
         kind = kinds[seed % len(kinds)]
         shape = Shape(kind, options.factor, min_insync, options.nodes, durability=options.durability)
         print(f"round {len(reports) + 1}, seed {seed}", flush=True)
-        report = asyncio.run(run_round(seed, min(options.round_s, left_s), shape, options.clients, only))
+        report = asyncio.run(run_round(seed, min(options.round_s, left_s), shape, wanted))
         reports.append(report)
         print(report.text(), flush=True)
         if options.json is not None:

@@ -35,6 +35,11 @@ CALM_S: Final = 4.0  # most faults wait so long for the one before to be healed
 WIPE_WAIT_S: Final = 15.0
 
 
+def insync(row: dict[str, Any]) -> set[str]:
+    """The nodes that hold everything that was acknowledged of a shard."""
+    return set(row.get("insync", row["nodes"]))
+
+
 class Faults:
     """What can happen to a cluster."""
 
@@ -87,16 +92,15 @@ class Faults:
         return self.random.choice((0.05, 0.2, 1.0, 3.0))
 
     async def is_whole(self) -> bool:
-        """Whether `status` finds nothing wrong, and every shard has all its copies."""
+        """Whether `status` finds nothing wrong, and every shard is where it shall be."""
         try:
             status = await self.kv.status(timeout=1.0)
-            if status["state"] != "ok":
+            if status["state"] != "ok" or status.get("moving") or status.get("learning"):
                 return False
             rows = await self.kv.shards(timeout=1.0)
         except KvtcpError:
             return False
-        factor = min(self.cluster.shape.factor, status["nodes"])
-        return all(len(row["nodes"]) >= factor for row in rows)
+        return all(insync(row) == set(row.get("wanted", row["nodes"])) for row in rows)
 
     async def wait_whole(self, wait_s: float) -> bool:
         """Wait until nothing is wrong any more; whether that came to be."""
@@ -141,8 +145,8 @@ class Faults:
             shards: Rows = await self.kv.shards(timeout=1.0)
         except KvtcpError:
             return False
-        linked = {row["node"] for row in nodes if row["state"] == "linked"}
-        return all(row["state"] == "ok" and len(linked & set(row["nodes"])) >= 2 for row in shards)
+        up = {row["node"] for row in nodes if row["state"] in ("linked", "up", "learning", "draining")}
+        return all(row["state"] in ("ok", "under-replicated") and len(up & insync(row)) >= 2 for row in shards)
 
     # --- the coordinator ----------------------------------------------------------------------------
 

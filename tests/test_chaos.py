@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos import run_round
+from chaos import Options, run_round
 from chaos_checks import Availability, Gap, History, blame
 from chaos_cluster import Shape
 from chaos_disks import read_members
@@ -20,12 +20,13 @@ from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.store import open_store
 
 ROUND_S = 3.0
-FAULTS = ["kill_node", "kill_coordinator", "cut"]
+FAULTS = ("kill_node", "kill_coordinator", "cut")
 
 
 async def test_a_short_run() -> None:
     """One round of faults on real processes breaks no promise."""
-    report = await run_round(seed=8, seconds=ROUND_S, shape=Shape("linked"), clients=1, only=FAULTS)
+    options = Options(clients=1, only=FAULTS, with_operator=False)
+    report = await run_round(seed=8, seconds=ROUND_S, shape=Shape("linked"), options=options)
     assert report.broken == [], report.text()
     assert report.kills["node"] > 0 and report.kills["coordinator"] > 0 and report.calls > 200, report.text()
 
