@@ -19,6 +19,7 @@ from process_cluster import ROOT
 import kvtcp
 from kvtcp.errors import Unavailable
 from kvtcp.storage.files import OS_DISK
+from kvtcp.storage.snapshot import DIRECTORY as SNAPSHOTS
 from kvtcp.storage.store import read_store_manifest
 
 SHARDS = 16
@@ -116,7 +117,7 @@ async def empty_disk(directory: Path) -> None:
     async with asyncio.timeout(STEP_S):
         while True:
             manifest = read_store_manifest(OS_DISK, directory)
-            if manifest is not None and not manifest.shards and not any(directory.rglob("*.snapshot")):
+            if manifest is not None and not manifest.shards and not OS_DISK.list(directory / SNAPSHOTS):
                 return
             await asyncio.sleep(0.02)
 
