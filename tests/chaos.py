@@ -31,7 +31,7 @@ from typing import Any, Final
 
 from chaos_checks import Availability, History, blame
 from chaos_cluster import Broken, ChaosCluster, Shape
-from chaos_disks import read_members
+from chaos_disks import read_map, read_members
 from chaos_faults import CALM_S, KEPT, Faults
 from chaos_operator import Operator
 from process_cluster import ROOT, Command
@@ -255,10 +255,11 @@ class Round:
         """All versions of what the members hold."""
         if self.shape.durability == "memory":
             return []
-        versions, broken = read_members(self.cluster.data)
+        versions, broken = read_members(read_map(self.cluster.data), self.cluster.directory_of)
         self.report.broken += broken
         for node in self.cluster.names:
-            command = [sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--check", str(self.cluster.data / node)]
+            directory = self.cluster.directory_of(node)
+            command = [sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--check", str(directory)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 self.report.broken.append(f"--check of {node}: {done.stdout}{done.stderr}")

@@ -3,9 +3,8 @@
 Two kinds. In a *local* one the coordinator spawns and supervises its nodes, adopts them when it was killed, and stops
 them when it is told to stop. In a *linked* one the nodes are started here, each behind a proxy that can misbehave
 (`chaos_proxy`), and the coordinator is given the addresses of the proxies; a node that ends is started again here,
-after a pause. Nodes that are added later are always of this second sort.
-
-The data of every node is in `data/<node>`, so that the lock file there names its process in both kinds.
+after a pause. Nodes that are added later are always of this second sort; the coordinator must not take them for its
+own, so their data is not in its directory.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from chaos_disks import read_map
 from chaos_proxy import Proxy
 from process_cluster import Command, free_ports, is_running
 
@@ -94,9 +94,13 @@ class ChaosCluster:
 
     def _node_process(self, node: str, port: int) -> Command:
         return Command(
-            self.directory, "kvtcp-node", "--id", node, "--port", port, "--data-dir", self.data / node,
+            self.directory, "kvtcp-node", "--id", node, "--port", port, "--data-dir", self.directory_of(node, True),
             "--durability", self.shape.durability, "--log-level", "info",
         )  # fmt: skip
+
+    def directory_of(self, node: str, is_own: bool | None = None) -> Path:
+        """Where the data of a node is."""
+        return (self.directory / "nodes" if is_own or node in self.own else self.data) / node
 
     async def _keep(self, node: str, own: OwnNode) -> None:
         """Start a node again whenever it ends."""
@@ -109,19 +113,20 @@ class ChaosCluster:
             await asyncio.sleep(own.pause_s)
             own.command = self._node_process(node, own.port)
 
-    def addresses(self) -> str:
-        """Of the nodes that are started here, as `--nodes` takes them."""
-        return ",".join(f"127.0.0.1:{own.proxy.port}" for own in self.own.values())
+    def _nodes_arguments(self) -> list[object]:
+        """The nodes, for a coordinator that begins a cluster, or that finds some in its map."""
+        is_new = not (self.data / "coordinator" / "map.json").exists()
+        if self.shape.kind == "local":
+            return ["--base-port", self._base, *(["--num-nodes", self.shape.nodes] if is_new else [])]
+        nodes = self.names if is_new else sorted(read_map(self.data)["nodes"], key=lambda node: int(node[1:]))
+        return ["--nodes", ",".join(f"127.0.0.1:{self.own[node].proxy.port}" for node in nodes)]
 
     def _coordinator_arguments(self) -> list[object]:
         shape = self.shape
-        nodes: list[object] = ["--nodes", self.addresses()]
-        if shape.kind == "local":
-            nodes = ["--num-nodes", shape.nodes, "--base-port", self._base]
         return [
-            *nodes, "--replication-factor", shape.factor, "--min-insync", shape.min_insync, "--shards", shape.shards,
-            "--main-port", self._base + shape.nodes, "--data-dir", self.data, "--durability", shape.durability,
-            "--backup-dir", self.directory / "backups", "--log-level", "info",
+            *self._nodes_arguments(), "--replication-factor", shape.factor, "--min-insync", shape.min_insync,
+            "--shards", shape.shards, "--main-port", self._base + shape.nodes, "--data-dir", self.data,
+            "--durability", shape.durability, "--backup-dir", self.directory / "backups", "--log-level", "info",
         ]  # fmt: skip
 
     async def start_coordinator(self) -> None:
@@ -180,7 +185,7 @@ class ChaosCluster:
         if node in self.own:
             process = self.own[node].command.process
             return process.pid if process.poll() is None else 0
-        path = self.data / node
+        path = self.directory_of(node)
         text = ((lock_holder(path) if path.exists() else None) or "").split()[-1:]
         return int(text[0]) if text and text[0].isdigit() else 0
 
@@ -204,7 +209,7 @@ class ChaosCluster:
         """SIGKILL, and all its data is gone when it comes back."""
         if not self.signal_node(node, signal.SIGSTOP):
             return False
-        for path in (self.data / node).iterdir():
+        for path in self.directory_of(node).iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != LOCK:  # by which a supervisor sees that the process lives

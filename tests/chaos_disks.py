@@ -8,6 +8,7 @@ is nobody's business.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,11 +37,12 @@ def rows_of(copy: Copy) -> dict[str, str]:
     return {row[0].decode(): row[1].decode() for row in copy.table.rows(b"", None, None, False, FAR_MS)}
 
 
-def read_members(data: Path) -> tuple[list[dict[str, str]], list[str]]:
+def read_members(
+    cluster_map: dict[str, Any], directory_of: Callable[[str], Path]
+) -> tuple[list[dict[str, str]], list[str]]:
     """What the members hold in all, in each version that there is, and what is broken: one version and nothing if
     all is well."""
-    cluster_map = read_map(data)
-    copies = {node: read_copies(data / node) for node in cluster_map["nodes"]}
+    copies = {node: read_copies(directory_of(node)) for node in cluster_map["nodes"]}
     broken: list[str] = []
     by_shard: list[list[dict[str, str]]] = []  # the different contents of each shard
     for shard, members in enumerate(cluster_map["members"]):

@@ -161,9 +161,7 @@ def test_members_that_differ(tmp_path: Path, values: list[str], disk: str, said:
     make_node(tmp_path / "n1", ["a", "b"])
     make_node(tmp_path / "n2", values)
     value = {"nodes": {"n1": [], "n2": []}, "members": [[["n1", "n1"], ["n2", disk]]]}
-    (tmp_path / "coordinator").mkdir()
-    (tmp_path / "coordinator" / "map.json").write_text(json.dumps({"value": value}))
-    versions, broken = read_members(tmp_path)
+    versions, broken = read_members(value, lambda node: tmp_path / node)
     assert versions[0] == {"key-1": "a", "key-2": "b"}
     assert len(versions) == (2 if said == "members differ" else 1)
     assert said in "\n".join(broken) and bool(broken) == bool(said), broken

@@ -146,7 +146,7 @@ async def test_three_nodes_become_five_and_three(tmp_path: Path) -> None:
                 assert (await held(kv))[node] == 0
             await settled(kv)
             for node in gone:
-                await empty_disk(cluster.data / node)
+                await empty_disk(cluster.directory_of(node))
                 await shell(cluster.url, "node", "remove", node)
                 await cluster.end_process(node)
             assert await held(kv) == {"n1": SHARDS, "n3": SHARDS, "n5": SHARDS}
@@ -155,8 +155,9 @@ async def test_three_nodes_become_five_and_three(tmp_path: Path) -> None:
             found = {key.decode(): value.decode() async for key, value in kv.scan()}
         assert found == load.values, "every key has its last value"
         await cluster.stop()
-        assert set(read_map(cluster.data)["nodes"]) == {"n1", "n3", "n5"}
-        versions, broken = read_members(cluster.data)
+        cluster_map = read_map(cluster.data)
+        assert set(cluster_map["nodes"]) == {"n1", "n3", "n5"}
+        versions, broken = read_members(cluster_map, cluster.directory_of)
         assert (versions, broken) == ([load.values], [])
     finally:
         await cluster.close()
