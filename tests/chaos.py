@@ -204,7 +204,10 @@ class Round:
         if not await self.faults.wait_whole(HEAL_S):
             status = await self.kv.status()
             rows = [row for row in await self.kv.shards() if row["state"] != "ok" or row["reason"]]
-            self.report.broken.append(f"{HEAL_S:.0f} s after the last fault: {status['degraded']}, {rows}")
+            self.report.broken.append(
+                f"{HEAL_S:.0f} s after the last fault: {status['degraded']}, {len(rows)} shards, first {rows[:2]}, "
+                f"nodes {await self.kv.nodes()}"
+            )
         self.report.heal_s = time.monotonic() - began
 
     async def _stop_clients(self) -> None:
