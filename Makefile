@@ -49,9 +49,10 @@ crash: $(READY)
 kills: $(READY)
 	$(BIN)/python -m tests.kill_run --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 
-# MINUTES=<duration> and SEED=<seed> of a round to repeat its faults
+# MINUTES=<duration>, SEED=<seed> of a round to repeat its faults, FACTOR=<copies>, MIN_INSYNC=<fewest copies>
 chaos: $(READY)
-	$(BIN)/python tests/chaos.py --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/chaos.py --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
+		--factor $(or $(FACTOR),3) $(if $(MIN_INSYNC),--min-insync $(MIN_INSYNC)) --json chaos.json
 
 bench: $(READY)
 	$(BIN)/python bench/run_bench.py
