@@ -1,6 +1,6 @@
 """The whole cluster in one thread, from one seed: the product's own cores, and everything around them that can fail.
 
-    python -m tests.simulation [SEEDS] [--first SEED] [--jobs N] [--only]        also `make sim SEEDS=N SEED=K`
+    python -m tests.simulation [SEEDS] [--first SEED] [--jobs N] [--traces]        also `make sim SEEDS=N SEED=K`
 
 Coordinators (`Controller`, `Sequencer`, `MapChanges`), nodes (`Replica`, `Table`) and the map are those of the product.
 The shells around them, the clock, the network, the disks, the config store and the clients are those of the
@@ -36,8 +36,9 @@ from tests.simulation_world import Violation, World, require, small_limits
 
 SEED_OPERATIONS = 500
 SEED_FAULTS = 5
-FIRST_MS = 600  # a run is at least so long
-LAST_MS = 9_000  # and at most
+FIRST_MS = 1_500  # a run is at least so long
+LAST_MS = 14_000  # and at most
+QUIET_MS = 150  # before the first fault
 CHECK_MS = 60  # between two checks of the cores
 SURVIVORS_MS = 400  # between two looks at what would be left
 
@@ -116,7 +117,7 @@ class Simulation:
         self.clients.start()
         self._check_cores()
         world.at(SURVIVORS_MS, self._look_at_survivors)
-        world.run(world.now_ms + FIRST_MS // 2)
+        world.run(world.now_ms + QUIET_MS)
         self.faults.start()
         end_ms = world.now_ms + LAST_MS
         while world.now_ms < end_ms and not self._is_enough():
@@ -133,7 +134,7 @@ class Simulation:
         done = self.clients.completed
         if len(self.clients.requests) > OPERATIONS_MAX:
             return True
-        return self.world.now_ms > FIRST_MS and done >= SEED_OPERATIONS + 20 and self.faults.count > SEED_FAULTS
+        return self.world.now_ms > 1_000 + FIRST_MS and done >= SEED_OPERATIONS + 20 and self.faults.count > SEED_FAULTS
 
     # --- oracles --------------------------------------------------------------------------------------
 
@@ -225,6 +226,7 @@ def main() -> int:
     options.add_argument("--first", type=int, default=0, help="the first seed")
     options.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options.add_argument("--stories", type=int, default=3, help="violations whose stories are told")
+    options.add_argument("--traces", action="store_true", help="tell the trace and the faults of each seed")
     chosen = options.parse_args()
     began = time.monotonic()
     results, failed = [], []
@@ -235,8 +237,8 @@ def main() -> int:
             print(f"seed {result.seed}: {result.violation}", flush=True)
             if len(failed) <= chosen.stories:
                 print("\n".join(f"    {line}" for line in result.story), flush=True)
-        if chosen.seeds == 1:
-            print(f"trace {result.trace}; {result.kinds}")
+        if chosen.traces or chosen.seeds == 1:
+            print(f"seed {result.seed}: trace {result.trace}, {result.operations} operations, {result.kinds}")
     counted = [result for result in results if result.counts]
     spent = time.monotonic() - began
     print(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.simulation_oracles import Oracles
 
 CLIENTS_MAX = 8  # so at most so many operations of a key are under way, but for those of unknown outcome
-OPERATIONS_MAX = 900  # of one key
+OPERATIONS_MAX = 1_800  # of all keys together, so of each hot key less than a thousand
 PATIENCE_MS = 700  # a client waits so long
 REFUSED = {Code.OVERLOADED, Code.NOT_ENOUGH_REPLICAS, Code.SHARD_DOWN}
 COUNTER = b"n"
@@ -144,11 +144,12 @@ class Client:
         self.busy: Request | None = None
 
     def next(self) -> None:
-        """It has its answer, or none: the next request is soon."""
+        """It has its answer, or none: the next request is soon, or a little later if this one was refused."""
+        clients, request = self.clients, self.busy
         self.busy = None
-        clients = self.clients
         if not clients.stopped:
-            clients.world.at(clients.think(), self.act)
+            was_refused = request is not None and request.outcome == "refused"
+            clients.world.at(clients.think() + (clients.world.rng.randrange(60) if was_refused else 0), self.act)
 
     def act(self) -> None:
         """Ask for something."""
@@ -183,7 +184,7 @@ class Clients:
         self.hot = [(key, rng.randrange(shards)) for key in keys] + [(COUNTER, rng.randrange(shards))]
         self.shards = shards
         self.clients = [Client(self, n) for n in range(rng.randint(4, CLIENTS_MAX))]
-        self.think_ms = rng.choice((4, 10, 25))  # upper bound between an answer and the next request
+        self.think_ms = rng.choice((6, 15, 40))  # upper bound between an answer and the next request
         self.reads_share = rng.choice((0.3, 0.5, 0.7))
         self.many_share = rng.choice((0.02, 0.1))
         self.stopped = False

@@ -300,17 +300,14 @@ class SimCoordinator(Process):
         self.look()
         for link in controller.sequencer.close_batches():
             self.links[link.node].write()
-        for action in controller.take_actions():
-            kind, node, what = action
+        for kind, node, *what in controller.take_actions():
             link = self.links.get(node)
-            if link is None:
-                continue
-            if kind == "send":
-                if link.connection is not None and link.live:
-                    link.connection.send(TO_SERVER, what)
+            if kind == "send" and link is not None and link.connection is not None and link.live:
+                link.connection.send(TO_SERVER, what[0])
+            elif kind == "close" and link is not None:
+                link.close(what[0])
             else:
-                assert kind == "close"
-                link.close(what)
+                assert kind in ("send", "close", "add", "remove"), kind
         for level, word, fields in controller.take_events():
             self.world.note(f"{self.name} {level} {word} {fields}", fields.get("shard", fields.get("first")))
             require(word != "alarm", f"{self.name}: alarm: {fields}", fields.get("shard"))

@@ -145,6 +145,7 @@ class Manifest:
         self.coordinator = ""
         self.map_version = 0
         self.copies: dict[int, Stored] = {}
+        self.generations: dict[int, int] = {}  # highest that was given for each shard
 
 
 class _Group:
@@ -207,10 +208,10 @@ class NodeDisk:
         self.manifest.copies[stored.shard] = stored
         self._written[stored.shard, stored.generation] = stored
 
-    def publish(self, copy: Copy, base: Base, chains: list[int]) -> None:
+    def publish(self, copy: Copy, base: Base, chains: list[int], kept: list[Logged]) -> None:
         """A copy that was learned as a whole takes the place of the one that was there. Part of a job."""
         stored = Stored(self.node.name, copy.shard, copy.disk, copy.generation)
-        stored.base, stored.chains = base, chains
+        stored.base, stored.chains, stored.kept = base, chains, kept
         self._adopt(stored)
 
     def dropped(self, shard: int) -> None:

@@ -46,8 +46,8 @@ class Faults:
         self.kinds = [kind for kind in kinds if rng.random() < 0.5]
         if simulation.shared and self.rival not in self.kinds and rng.random() < 0.5:
             self.kinds.append(self.rival)
-        self.mean_ms = rng.choice((30, 70, 150))  # between two faults
-        self.long = rng.choice((1.0, 1.0, 3.0))  # how long troubles last
+        self.mean_ms = rng.choice((40, 80, 160))  # between two faults
+        self.long = rng.choice((0.5, 1.0, self.mean_ms / 80))  # how long troubles last
         self.stopped = False
 
     @property

@@ -34,7 +34,7 @@ from kvtcp.storage.table import Table
 from tests.simulation_disk import MEMORY, Base, NodeDisk
 from tests.simulation_network import TO_CLIENT, TO_SERVER, Connection, Network
 from tests.simulation_oracles import Oracles
-from tests.simulation_world import Process, World
+from tests.simulation_world import SMALL, Process, World
 
 CHUNK_ROWS = 4  # of a transfer in one frame
 IDLE_MS = 400  # a transfer on which nothing moves for so long is given up
@@ -98,7 +98,7 @@ class SimNode(Process):
         self.born()
         self.starts += 1
         manifest = self.disk.manifest
-        kept = KeptEntries()
+        kept = KeptEntries(SMALL["KEPT_BYTES_MAX"], SMALL["RECENT_BYTES_MAX"])  # its defaults are those of the product
         copies = []
         for shard in sorted(manifest.copies):
             stored = manifest.copies[shard]
@@ -107,7 +107,7 @@ class SimNode(Process):
                 kept.add(0, stored.kept + stored.entries)
         self.replica = self.replica_class(
             self.name, self.starts, self.disk.new_disk, self.mode, copies, kept, manifest.promised,
-            manifest.coordinator, manifest.map_version,
+            manifest.coordinator, manifest.map_version, 0, dict(manifest.generations),
         )  # fmt: skip
         self._link = None
         self._link_number = 0
@@ -180,12 +180,14 @@ class SimNode(Process):
         self._log(end)
         promise = (replica.promised, replica.coordinator, replica.map_version)
         copies = [_Named(copy) for copy in replica.copies.values()]
-        self.disk.job(partial(self._remember, promise, copies), partial(self._report, end, report))
+        remember = partial(self._remember, promise, copies, dict(replica.generations))
+        self.disk.job(remember, partial(self._report, end, report))
 
-    def _remember(self, promise: tuple[int, str, int], copies: list[Any]) -> None:
+    def _remember(self, promise: tuple[int, str, int], copies: list[Any], generations: dict[int, int]) -> None:
         """Part of a job: promise and new copies are durable."""
         manifest = self.disk.manifest
         manifest.promised, manifest.coordinator, manifest.map_version = promise
+        manifest.generations = generations
         self.disk.found(copies)
 
     def _report(self, end: _End, report: dict[str, Any]) -> None:
@@ -317,25 +319,27 @@ class SimNode(Process):
 
     def _give(self, connection: Connection, fields: dict[bytes, Any]) -> None:
         """Another node comes for a copy."""
-        assert self.replica is not None
-        frozen = self.replica.donations.pop(fields[b"token"], None)
-        if frozen is None:
+        replica = self.replica
+        assert replica is not None
+        donation = replica.donations.pop(fields[b"token"], None)
+        if donation is None:
             connection.send(TO_CLIENT, (REFUSED, "TOKEN", "nothing is donated under this token", 0, 0))
             connection.close(TO_SERVER)
             return
-        connection.on_end[TO_SERVER] = lambda reason: frozen.close()
-        self._give_more(connection, frozen, (frozen.epoch, frozen.seq, frozen.chain))
+        kept = [entry for entry in replica.kept.of_shard(donation.shard) if entry[2] <= donation.position[1]]
+        connection.on_end[TO_SERVER] = lambda reason: donation.close()
+        self._give_more(connection, donation, kept)
 
-    def _give_more(self, connection: Connection, frozen: Any, position: tuple[int, int, int]) -> None:
+    def _give_more(self, connection: Connection, donation: Any, kept: Any) -> None:
+        frozen = donation.frozen
         if not connection.open[TO_SERVER]:
-            frozen.close()
-            return
-        if frozen.rows_left:
+            donation.close()
+        elif frozen.rows_left:
             keys, cells = frozen.next_cells(CHUNK_ROWS)
             connection.send(TO_CLIENT, (CHUNK, keys, cells))
-            self.later(1, self._give_more, connection, frozen, position)
+            self.later(1, self._give_more, connection, donation, kept)
         else:
-            connection.send(TO_CLIENT, (CHUNK, None, position))
+            connection.send(TO_CLIENT, (CHUNK, None, donation.position, kept))
 
     def _pull(self, end: _End, shard: int, port: int, token: bytes) -> None:
         """Fetch a copy."""
@@ -371,9 +375,9 @@ class SimNode(Process):
             pull.keys += frame[1]
             pull.cells += [tuple(cell) for cell in frame[2]]
         else:
-            self._loaded(pull, *frame[2])
+            self._loaded(pull, *frame[2], [tuple(entry) for entry in frame[3]])
 
-    def _loaded(self, pull: _Pull, epoch: int, seq: int, chain: int) -> None:
+    def _loaded(self, pull: _Pull, epoch: int, seq: int, chain: int, kept: list[Any]) -> None:
         """All of it is here: publish it, and only then it is the copy of this node."""
         replica, shard = self.replica, pull.shard
         assert replica is not None
@@ -382,10 +386,12 @@ class SimNode(Process):
         table = Table(shard)
         table.load(base.pieces(), epoch, seq, chain)
         self.oracles.sample(shard, table)
-        copy = replica.loaded(shard, table)
+        copy = replica.loaded(shard, table, kept)
         if copy is None:
-            del self._pulls[shard]
+            self._pulls.pop(shard, None)
+            self._settle(pull.end)
             return
+        kept = [(shard, copy.generation, *entry[2:]) for entry in kept]
         chains = self.oracles.history(shard, seq, chain)
         named = _Named(copy)
 
@@ -395,7 +401,12 @@ class SimNode(Process):
                 replica.published(shard)
                 self._settle(pull.end)
 
-        self.disk.job(partial(self.disk.publish, named, base, chains), published)
+        def publish() -> None:
+            if self._pulls.get(shard) is pull:
+                self.disk.publish(named, base, chains, kept)
+                self.disk.manifest.generations[shard] = named.generation
+
+        self.disk.job(publish, published)
 
     def _lost_pull(self, pull: _Pull) -> None:
         if self._pulls.get(pull.shard) is pull:

@@ -100,6 +100,8 @@ class Oracles:
 
     def history(self, shard: int, seq: int, chain: int) -> list[int]:
         """The chains of the history that ends in this entry, by number."""
+        if chain == 0 and seq and (seq, chain) not in self.ledger[shard]:  # after an accepted loss
+            return [-1] * seq + [0]
         chains = [0] * (seq + 1)
         for number in range(seq, 0, -1):
             chains[number] = chain

@@ -136,17 +136,21 @@ class World:
         return f"{self.order}-{self._hash.hexdigest()}"
 
     def story(self, shard: int | None) -> list[str]:
-        """The last events that touch the shard, oldest first."""
-        lines: deque[str] = deque(maxlen=STORY_TOLD)
-        for now_ms, what, detail in self._story:
-            if detail is None or type(detail) is int:
-                if shard is None or detail is None or detail == shard:
-                    lines.append(f"{now_ms:6} {what}")
-                continue
-            told = _tell(detail, shard)
-            if told:
-                lines.append(f"{now_ms:6} {what}: {told}")
-        return list(lines)
+        """The last events that touch the shard, oldest first, with the acknowledgements between them."""
+        lines: list[str] = []
+        told = 0
+        for now_ms, what, detail in reversed(self._story):
+            if told == STORY_TOLD:
+                break
+            line = what
+            if detail is not None and type(detail) is not int:
+                line = f"{what}: {text}" if (text := _tell(detail, shard)) else ""
+            elif detail is not None and shard is not None and detail != shard:
+                line = ""
+            if line:
+                lines.append(f"{now_ms:6} {line}")
+                told += detail is None or type(detail) is int or detail[0] != RESULTS
+        return lines[::-1]
 
 
 def _tell(frame: Any, shard: int | None) -> str:
