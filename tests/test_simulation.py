@@ -212,7 +212,7 @@ def disk_of(mode: str, seed: int) -> tuple[World, Owner, NodeDisk, Table]:
     table = Table(0)
 
     class Named:
-        shard, disk, generation = 0, "n1/1", 1
+        shard, disk, generation = 0, disk.new_disk(), 1
 
     Named.table = table  # type: ignore[attr-defined]
     disk.found([Named])  # type: ignore[list-item]
