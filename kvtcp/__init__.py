@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtcp._version import __version__
 from kvtcp.errors import (
+    AdminError,
     BatchError,
     ConditionFailed,
     DataError,
@@ -37,6 +38,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdminError",
     "AsyncClient",
     "BatchError",
     "ConditionFailed",

@@ -87,6 +87,12 @@ STAMP_AHEAD_MS: Final = 10_000
 STAMP_MOVE_MS: Final = 5_000
 # pause before a change of the map is sent again whose outcome is unknown
 MAP_RESEND_MS: Final = 200
+# a node that was let go for its slowness learns again after this time, and no other one is let go before
+SLOW_INTERVAL_MS: Final = 10_000
+# learners that one node gives entries to at the same time; whole copies it gives one after the other
+LEARNERS_PER_DONOR_MAX: Final = 4
+# all links are asked in one step for the chains of their shards, to be compared
+AUDIT_INTERVAL_MS: Final = 10_000
 # shards that a takeover brings up to date at the same time
 RECOVERY_SHARDS_MAX: Final = 8
 TICK_MS: Final = 50
@@ -230,6 +236,7 @@ assert 2 * KEPT_SHARD_BYTES_MAX < KEPT_BYTES_MAX, "what a window holds is kept w
 assert WINDOW_ITEMS_MAX < 2 * KEPT_PASS_ENTRIES, "more kept entries are forgotten with a batch than it adds"
 assert WINDOW_BYTES_MAX + KEY_BYTES_MAX + VALUE_BYTES_MAX < KEPT_SHARD_BYTES_MAX, "a window with any item at its end"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"
+assert 4 * EVICT_AFTER_MS < SLOW_INTERVAL_MS, "a slow node is not let go and taken back all the time"
 assert 2 * HEARTBEAT_MS <= EVICT_AFTER_MS < LINK_SILENCE_MS, "an idle link is heard of before it counts as silent"
 assert READ_RETRY_MS < WRITE_WAIT_MS < CLIENT_TIMEOUT_MS, "a client learns the cluster's answer before it gives up"
 assert CLIENT_OUTPUT_BYTES_MAX < CLIENT_INPUT_BYTES_MAX < BUFFERED_BYTES_MAX, "one client cannot use up the total"

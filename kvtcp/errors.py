@@ -6,6 +6,7 @@ that `CLASS_OF` names for the code. Codes are assigned once here and never used 
 | class            | the caller                                                        |
 |------------------|-------------------------------------------------------------------|
 | RequestError     | fixes the request; nothing was changed                            |
+| AdminError       | makes the cluster ready for the change first; nothing was changed |
 | ConditionFailed  | decides; the condition was false and nothing was changed          |
 | Unavailable      | may repeat: the request was *not executed*                        |
 | OutcomeUnknown   | must look before repeating: the write may or may not have happened |
@@ -34,6 +35,7 @@ class Code(IntEnum):
     RANGE = 13
     UNKNOWN_OP = 14
     VERSION = 15
+    REFUSED = 16  # a change of the cluster; the sentence says why, and what to do
 
     EXISTS = 20
     MISMATCH = 21
@@ -63,6 +65,15 @@ class KvtcpError(Exception):
 
 class RequestError(KvtcpError):
     """The request is wrong as it stands. Nothing was changed; fix the request."""
+
+
+class AdminError(RequestError):
+    """A change of the cluster is refused as the cluster is now. Nothing was changed; the sentence says what to do."""
+
+    def __init__(
+        self, message: str, code: Code = Code.REFUSED, details: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, code, details)
 
 
 class ConditionFailed(KvtcpError):
@@ -124,6 +135,7 @@ CLASS_OF: dict[Code, type[KvtcpError]] = {
     Code.RANGE: RequestError,
     Code.UNKNOWN_OP: RequestError,
     Code.VERSION: RequestError,
+    Code.REFUSED: AdminError,
     Code.EXISTS: KeyExists,
     Code.MISMATCH: Mismatch,
     Code.OVERLOADED: Unavailable,

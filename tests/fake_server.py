@@ -16,7 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from kvtcp.errors import Code, KvtcpError, RequestError
+from kvtcp.errors import AdminError, Code, KvtcpError, RequestError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.messages import REQUESTS, make_cursor
 
@@ -281,6 +281,24 @@ class FakeServer:
 
     def do_restore(self, name: str, mode: str, prefix: bytes, dry_run: bool) -> dict[str, Any]:
         return {"name": name, "mode": mode, "prefix": prefix, "dry_run": dry_run}
+
+    def do_node_add(self, host: str, port: int) -> dict[str, Any]:
+        return {"node": b"n4", "address": f"{host}:{port}"}
+
+    def do_node_drain(self, node: str) -> dict[str, Any]:
+        return {"node": node, "shards": 21}
+
+    def do_node_remove(self, node: str) -> dict[str, Any]:
+        raise AdminError(f"{node} still holds 21 shards: drain it first", details={"node": node})
+
+    def do_node_forget(self, node: str) -> dict[str, Any]:
+        return {"node": node}
+
+    def do_rebalance(self, dry_run: bool) -> dict[str, Any]:
+        return {"moves": [[5, b"n1", b"n4"], [6, b"n2", b"n4"]], "left": 0 if dry_run else 2}
+
+    def do_shard_accept_loss(self, shard: int) -> dict[str, Any]:
+        return {"shard": shard, "from": b"n2"}
 
 
 def ttl_ms_of(cell: Cell) -> int | None:

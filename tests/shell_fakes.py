@@ -9,6 +9,7 @@ import shlex
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from kvtcp.client.administration import LossAccepted, Move, NodeChange, Rebalance
 from kvtcp.errors import Code, KeyExists, Mismatch, RequestError, show_bytes
 from kvtcp.protocol.messages import check_key, check_value, prefix_bounds
 from kvtcp.shell.context import Streams
@@ -217,6 +218,58 @@ class FakeClient:
     ) -> dict[str, Any]:
         await self._enter()
         return {"name": name, "mode": mode, "prefix": prefix or b"", "dry_run": dry_run}
+
+    async def node_add(self, host: str, port: int) -> NodeChange:
+        await self._enter()
+        self.calls.append(("node_add", host, port))
+        return NodeChange("n4")
+
+    async def node_drain(self, node: str) -> NodeChange:
+        await self._enter()
+        self.calls.append(("node_drain", node))
+        return NodeChange(node, 21)
+
+    async def node_remove(self, node: str) -> NodeChange:
+        await self._enter()
+        self.calls.append(("node_remove", node))
+        return NodeChange(node)
+
+    async def node_forget(self, node: str) -> NodeChange:
+        await self._enter()
+        self.calls.append(("node_forget", node))
+        return NodeChange(node, None, {"under_replicated": 3})
+
+    async def rebalance(self, dry_run: bool = False) -> Rebalance:
+        await self._enter()
+        self.calls.append(("rebalance", dry_run))
+        return Rebalance((Move(5, "n1", "n4"), Move(6, "n2", "n4")), 0 if dry_run else 2)
+
+    async def shard_accept_loss(self, shard: int) -> LossAccepted:
+        await self._enter()
+        self.calls.append(("shard_accept_loss", shard))
+        return LossAccepted(shard, {"from": "n2"})
+
+
+class Moving(FakeClient):
+    """A cluster whose shards move: each answer to `status` and `nodes` tells the next of `polls`, or raises it."""
+
+    def __init__(self, *polls: int | BaseException) -> None:
+        super().__init__()
+        self.polls = list(polls)
+
+    def _poll(self) -> int:
+        poll = self.polls.pop(0) if len(self.polls) > 1 else self.polls[0]
+        if isinstance(poll, BaseException):
+            raise poll
+        return poll
+
+    async def status(self) -> dict[str, Any]:
+        await self._enter()
+        return {"state": "ok", "moving": self._poll()}
+
+    async def nodes(self) -> list[dict[str, Any]]:
+        await self._enter()
+        return [{"node": "n1", "member_of": self._poll()}, {"node": "n2", "member_of": 64}]
 
 
 class Shell:

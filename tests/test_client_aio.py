@@ -28,6 +28,7 @@ from kvtcp import (
     Unavailable,
     codecs,
 )
+from kvtcp.client.administration import LossAccepted, Move, NodeChange, Rebalance
 from kvtcp.client.channel import backoff_s
 from kvtcp.constants import (
     CLIENT_BACKOFF_MAX_MS,
@@ -165,6 +166,24 @@ async def test_administration(kv: AsyncClient[bytes], server: FakeServer) -> Non
     }  # fmt: skip
     assert (kv.info.cluster, kv.info.shards, kv.info.limits) == ("c-1", 64, {"key_bytes_max": 4096})
     assert server.seen(b"hello")[0][2:] == [1, f"kvtcp-python/{kvtcp.__version__}".encode()]
+
+
+async def test_changes_of_the_cluster(kv: AsyncClient[bytes], server: FakeServer) -> None:
+    """They have typed results with what else the server said, are writes, and a refusal is AdminError."""
+    assert await kv.node_add("10.0.0.4", 5000) == NodeChange("n4", None, {"address": "10.0.0.4:5000"})
+    assert await kv.node_drain("n1") == NodeChange("n1", 21)
+    assert await kv.node_forget("n1") == NodeChange("n1")
+    moves = (Move(5, "n1", "n4"), Move(6, "n2", "n4"))
+    assert await kv.rebalance() == Rebalance(moves, 2)
+    assert await kv.rebalance(dry_run=True) == Rebalance(moves, 0)
+    assert await kv.shard_accept_loss(5) == LossAccepted(5, {"from": "n2"})
+    with pytest.raises(kvtcp.AdminError, match="n1 still holds 21 shards: drain it first") as caught:
+        await kv.node_remove("n1")
+    assert (caught.value.code, caught.value.details) == (Code.REFUSED, {"node": b"n1"})
+    server.on(b"node_drain", fake_server.close_after)
+    with pytest.raises(kvtcp.OutcomeUnknown):
+        await kv.node_drain("n2")
+    assert len(server.seen(b"node_drain")) == 2, "it was not repeated"
 
 
 async def test_connect_by_await(server: FakeServer) -> None:

@@ -19,7 +19,7 @@ from kvtcp.errors import (
     Unavailable,
 )
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
-from kvtcp.protocol.messages import REQUESTS, WRITES
+from kvtcp.protocol.messages import CHANGES, REQUESTS, WRITES
 
 TICK_S = 1 / TICKS_PER_S
 encode = FrameEncoder().encode
@@ -54,7 +54,7 @@ class Harness:
 def test_every_request_has_a_kind() -> None:
     """The table of kinds knows every request, and its writes are the protocol's."""
     assert set(KIND_OF) == set(REQUESTS)
-    assert {op for op, kind in KIND_OF.items() if kind is Kind.WRITE} == WRITES
+    assert {op for op, kind in KIND_OF.items() if kind is Kind.WRITE} == WRITES | CHANGES
 
 
 def test_answers_in_any_order() -> None:

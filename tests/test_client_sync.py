@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import kvtcp
-from kvtcp import BatchError, Entry, KeyExists, OutcomeUnknown, SyncClient, Unavailable, codecs
+from kvtcp import AdminError, BatchError, Entry, KeyExists, OutcomeUnknown, SyncClient, Unavailable, codecs
 from kvtcp.client import loop_thread
 from kvtcp.errors import Code
 from tests import fake_server
@@ -106,6 +106,13 @@ def test_every_method(kv: SyncClient[bytes]) -> None:
     assert kv.nodes()[0]["id"] == "n1"
     assert kv.shards()[0]["replicas"] == ["n1"]
     assert kv.restore("b", dry_run=True)["dry_run"] is True
+    assert kv.node_add("h", 5000).node == "n4"
+    assert kv.node_drain("n1").shards == 21
+    with pytest.raises(AdminError):
+        kv.node_remove("n1")
+    assert kv.node_forget("n1").node == "n1"
+    assert kv.rebalance(dry_run=True).left == 0
+    assert kv.shard_accept_loss(5).shard == 5
     assert kv.info.cluster == "c-1"
     assert kv.url.startswith("kvtcp://127.0.0.1:")
 

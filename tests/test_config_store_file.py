@@ -115,6 +115,40 @@ async def test_a_rename_that_fails_and_happens(tmp_path: Path) -> None:
     assert await store.compare_and_set(1, OLD) is Outcome.DONE
 
 
+async def test_a_rename_that_fails_and_cannot_be_looked_at(tmp_path: Path) -> None:
+    """Neither file is known to be there: the outcome is unknown, and the same change sent again settles it."""
+
+    class BlindDisk(FaultyDisk):
+        is_blind = False
+        fails = True
+        happens = True
+
+        def rename(self, old: Path, new: Path) -> None:
+            if self.happens:
+                super().rename(old, new)
+            if self.fails:
+                self.is_blind = True
+                raise OSError(5, "Input/output error", str(new))
+
+        def read(self, path: Path) -> bytes:
+            if self.is_blind:
+                raise OSError(5, "Input/output error", str(path))
+            return super().read(path)
+
+    for happens in (False, True):
+        path = tmp_path / f"map{happens}.json"
+        path.write_bytes(form(Stored(1, OLD)))
+        disk = BlindDisk()
+        disk.happens = happens
+        store = FileConfigStore(path, disk)
+        assert await store.compare_and_set(1, NEW) is Outcome.UNKNOWN
+        with pytest.raises(ConfigStoreError, match="cannot be read"):
+            await store.compare_and_set(1, NEW)
+        disk.is_blind, disk.fails, disk.happens = False, False, True
+        assert await store.compare_and_set(1, NEW) is Outcome.DONE
+        assert await store.read() == Stored(2, NEW)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_power_cut_at_every_moment(seed: int) -> None:
     """Whenever the power is cut, the file holds the last value whose change was told to be done, or one that was under

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from replication_fakes import Answers
 from server_tools import (
     BOTH_LOOPS,
     Wire,
@@ -25,7 +26,7 @@ from server_tools import (
 import kvtcp
 from kvtcp.config_store.keeper import MapKeeper
 from kvtcp.constants import STAMP_AHEAD_MS, WRITE_WAIT_MS
-from kvtcp.errors import Code
+from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import Takeover
@@ -397,3 +398,48 @@ async def test_node_of_another_durability() -> None:
         await until(lambda: "started with --durability os, the coordinator with --durability memory" in link.refused)
         assert not link.progress.connected
         assert any("n1 is not linked: not used: it was started with" in text for text in cluster.coordinator.degraded())
+
+
+class Changes:
+    """A controller that remembers what it was asked, and refuses to remove a node."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def _accept(self, *call: Any) -> dict[str, Any]:
+        self.calls.append(call)
+        return {"number": len(self.calls)}
+
+    def add_node(self, host: str, port: int) -> dict[str, Any]:
+        return self._accept("add", host, port)
+
+    def drain(self, node: str) -> dict[str, Any]:
+        return self._accept("drain", node)
+
+    def remove(self, node: str) -> dict[str, Any]:
+        raise AdminError(f"{node} holds 21 shards: drain it first", details={"node": node})
+
+    def forget(self, node: str) -> dict[str, Any]:
+        return self._accept("forget", node)
+
+    def rebalance(self, dry_run: bool) -> dict[str, Any]:
+        return self._accept("rebalance", dry_run)
+
+    def accept_loss(self, shard: int) -> dict[str, Any]:
+        return self._accept("accept", shard)
+
+
+async def test_changes_of_the_cluster_are_the_controllers() -> None:
+    """Each is handed to the controller, and its answer or its refusal is the client's."""
+    server = object.__new__(module.CoordinatorServer)
+    changes, session = Changes(), Answers()
+    server.controller = changes
+    server.node_add(session, 1, "h", 5000)  # type: ignore[arg-type]
+    server.node_drain(session, 2, "n1")  # type: ignore[arg-type]
+    server.node_remove(session, 3, "n1")  # type: ignore[arg-type]
+    server.node_forget(session, 4, "n2")  # type: ignore[arg-type]
+    server.rebalance(session, 5, True)  # type: ignore[arg-type]
+    server.shard_accept_loss(session, 6, 7)  # type: ignore[arg-type]
+    assert changes.calls == [("add", "h", 5000), ("drain", "n1"), ("forget", "n2"), ("rebalance", True), ("accept", 7)]
+    assert session.ok == {1: {"number": 1}, 2: {"number": 2}, 4: {"number": 3}, 5: {"number": 4}, 6: {"number": 5}}
+    assert session.failed == {3: (Code.REFUSED, "n1 holds 21 shards: drain it first", {"node": "n1"})}

@@ -10,6 +10,7 @@ def test_every_code_keeps_its_number() -> None:
     assert {code.name: int(code) for code in Code} == {
         "OK": 0, "PROGRESS": 1,
         "BAD_REQUEST": 10, "TOO_LARGE": 11, "NOT_A_NUMBER": 12, "RANGE": 13, "UNKNOWN_OP": 14, "VERSION": 15,
+        "REFUSED": 16,
         "EXISTS": 20, "MISMATCH": 21,
         "OVERLOADED": 30, "NOT_ENOUGH_REPLICAS": 31, "NO_SPACE": 32, "RECOVERING": 33, "SHARD_DOWN": 34,
         "RESTORING": 35, "UNREACHABLE": 36, "UNKNOWN": 40, "BAD_DATA": 50,

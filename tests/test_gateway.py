@@ -10,7 +10,7 @@ from replication_fakes import Answers, Cluster
 from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.protocol.messages import REQUESTS
+from kvtcp.protocol.messages import CHANGES, REQUESTS
 from kvtcp.replication.gateway import LIMITS, Gateway, Gather
 
 
@@ -46,6 +46,24 @@ class Administration:
 
     def start_restore(self, *args: Any) -> None:
         self.calls.append(("restore", *args))
+
+    def node_add(self, *args: Any) -> None:
+        self.calls.append(("node_add", *args))
+
+    def node_drain(self, *args: Any) -> None:
+        self.calls.append(("node_drain", *args))
+
+    def node_remove(self, *args: Any) -> None:
+        self.calls.append(("node_remove", *args))
+
+    def node_forget(self, *args: Any) -> None:
+        self.calls.append(("node_forget", *args))
+
+    def rebalance(self, *args: Any) -> None:
+        self.calls.append(("rebalance", *args))
+
+    def shard_accept_loss(self, *args: Any) -> None:
+        self.calls.append(("shard_accept_loss", *args))
 
 
 class Served:
@@ -146,6 +164,29 @@ def test_administration(served: Served) -> None:
     assert served.administration.calls == [
         ("backup", session, 90, None), ("restore", session, 91, "b1", "merge", b"p", False),
     ]  # fmt: skip
+
+
+def test_changes_of_the_cluster(served: Served) -> None:
+    """Each is the server's, with its checked arguments, also while a restore runs; a shard that is not is refused."""
+    served.gateway.restoring = b""
+    requests = [
+        [1, b"node_add", b"h", 5000], [2, b"node_drain", b"n1"], [3, b"node_remove", b"n2"],
+        [4, b"node_forget", b"n3"], [5, b"rebalance"], [6, b"rebalance", {b"dry_run": True}],
+        [7, b"shard_accept_loss", 7],
+    ]  # fmt: skip
+    session = served.session
+    served.gateway.handle(session, requests)
+    assert served.administration.calls == [
+        ("node_add", session, 1, "h", 5000), ("node_drain", session, 2, "n1"), ("node_remove", session, 3, "n2"),
+        ("node_forget", session, 4, "n3"), ("rebalance", session, 5, False), ("rebalance", session, 6, True),
+        ("shard_accept_loss", session, 7, 7),
+    ]  # fmt: skip
+    assert {request[1] for request in requests} == CHANGES
+    served.ident = 7
+    assert served.ask(b"shard_accept_loss", 8) == (
+        Code.BAD_REQUEST, "shard must be from 0 to 7, not 8", {"shard": 8}
+    )  # fmt: skip
+    assert len(served.administration.calls) == 7
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from replication_fakes import make_map
 from server_tools import until
 
-from kvtcp.config_store import keeper as module
 from kvtcp.config_store.keeper import MapKeeper, NotOwner
 from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
+from kvtcp.replication import map_changes as module
 from kvtcp.replication.cluster_map import ClusterMap
 
 
@@ -25,10 +25,19 @@ class ScriptedStore(MemoryConfigStore):
         super().__init__()
         self.script = deque(script)
         self.calls = 0
+        self.expected: list[int | None] = []
+        self.bad_reads = 0  # reads that will fail
         self.go_on = asyncio.Event()
+
+    async def read(self) -> Stored | None:
+        if self.bad_reads:
+            self.bad_reads -= 1
+            raise ConfigStoreError("it cannot be read") if self.bad_reads else OSError(5, "Input/output error")
+        return await super().read()
 
     async def compare_and_set(self, expected_version: int | None, value: bytes) -> Outcome:
         self.calls += 1
+        self.expected.append(expected_version)
         step = self.script.popleft() if self.script else ""
         if step == "error":
             raise OSError(28, "No space left on device")
@@ -53,7 +62,7 @@ async def founded(*script: str) -> tuple[MapKeeper, ScriptedStore]:
     await keeper.found(make_map())
     assert keeper.is_founded and keeper.map.version == 1
     store.script.extend(script)
-    store.calls = 0
+    store.calls, store.expected = 0, []
     return keeper, store
 
 
@@ -168,3 +177,58 @@ async def test_a_store_with_something_else() -> None:
     store.stored = Stored(1, b"{}")
     with pytest.raises(ConfigStoreError, match="the config store holds something else than it should: the cluster map"):
         await MapKeeper.open(store)
+
+
+async def test_propose() -> None:
+    """Who proposes is told the map after `on_change`, and is not asked again; an error of the disk is tried again."""
+    keeper, store = await founded("error", "lost")
+    told: list[object] = []
+    keeper.on_change = lambda stored: told.append(stored.version)
+    keeper.propose(lambda old: replace(old, restoring=b"p"), lambda stored: told.append(stored.restoring))
+    keeper.propose(lambda old: replace(old, factor=9), told.append, told.append)
+    await until(lambda: not keeper.is_busy, "the change")
+    assert [type(each) for each in told] == [OSError, int, bytes] and told[1:] == [2, b"p"]
+    assert store.calls == 3 and await held(store) == keeper.map
+    assert store.expected == [1, 1, 1] and keeper.changes.trouble == ""
+
+
+async def test_wake() -> None:
+    """What was proposed to the core itself is taken up."""
+    keeper, store = await founded()
+    keeper.wake()
+    assert not keeper.is_busy
+    keeper.changes.propose(lambda old: replace(old, restoring=b"p"), lambda stored: None)
+    assert store.calls == 0 and not keeper.is_busy
+    keeper.wake()
+    await until(lambda: not keeper.is_busy, "the change")
+    assert (await held(store)).restoring == b"p"
+
+
+async def test_an_edit_that_does_not_fit() -> None:
+    """Its caller alone is told; those beside it are made."""
+    keeper, _ = await founded()
+    good = asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=b"p")))
+    with pytest.raises(ValueError, match="from 1 to the replication factor 3, not 7"):
+        await keeper.change(lambda old: old.with_min_insync(7))
+    assert (await good).restoring == b"p"
+
+
+async def test_an_edit_that_is_wrong() -> None:
+    """An error of the program is told to all who wait, and to whoever ends the process."""
+    keeper, store = await founded()
+    crashes: list[BaseException] = []
+    keeper.on_crash = crashes.append
+    changes = [
+        keeper.change(lambda old: replace(old, restoring=b"p")), keeper.change(lambda old: old.without([0], "n9"))
+    ]  # fmt: skip
+    errors = await asyncio.gather(*changes, return_exceptions=True)
+    assert [type(error) for error in errors] == [AssertionError, AssertionError] and len(crashes) == 1
+    assert store.calls == 0 and not keeper.is_busy
+
+
+async def test_a_read_that_fails_after_a_conflict() -> None:
+    """It tells nothing; the change is sent again, and the next read settles it."""
+    keeper, store = await founded("lost")
+    store.bad_reads = 2
+    new = await keeper.change(lambda old: replace(old, restoring=b"p"))
+    assert new.version == 2 and store.calls == 4 and store.bad_reads == 0

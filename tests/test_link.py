@@ -25,7 +25,7 @@ def test_kinds_are_unique_and_small() -> None:
 
 def test_every_kind_is_in_the_header_with_its_number() -> None:
     """The layout in the module's header names each kind once, with the number of the code."""
-    documented = dict(re.findall(r"^    ([A-Z]+)\s+\[(\d+)", link.__doc__ or "", re.M))
+    documented = dict(re.findall(r"^    ([A-Z_]+)\s+\[(\d+)", link.__doc__ or "", re.M))
     assert {name: int(number) for name, number in documented.items()} == KINDS
 
 

@@ -19,12 +19,14 @@ from kvtcp.constants import (
     NAME_BYTES_MAX,
     PAGE_ITEMS_MAX,
     REQUEST_ID_MAX,
+    SHARDS_MAX,
     TTL_MS_MAX,
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.messages import (
+    CHANGES,
     REQUESTS,
     WRITES,
     make_cursor,
@@ -108,6 +110,17 @@ def parse(*request: Any) -> tuple[Any, ...]:
         (["restore", "monday"], ("monday", "merge", b"", False)),
         (["restore", "m", {"mode": "replace", "prefix": b"p", "dry_run": True}], ("m", "replace", b"p", True)),
         (["restore", "m", {"prefix": None}], ("m", "merge", b"", False)),
+        (["node_add", "db-4.example", 1], ("db-4.example", 1)),
+        (["node_add", "fe80::1%eth0", 65535], ("fe80::1%eth0", 65535)),
+        (["node_add", "h" * NAME_BYTES_MAX, 5000], ("h" * NAME_BYTES_MAX, 5000)),
+        (["node_drain", "n1"], ("n1",)),
+        (["node_remove", NAME], (NAME,)),
+        (["node_forget", "n1"], ("n1",)),
+        (["rebalance"], (False,)),
+        (["rebalance", {}], (False,)),
+        (["rebalance", {"dry_run": True}], (True,)),
+        (["shard_accept_loss", 0], (0,)),
+        (["shard_accept_loss", SHARDS_MAX - 1], (SHARDS_MAX - 1,)),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
@@ -225,6 +238,22 @@ LARGE = Code.TOO_LARGE
         (["restore", "m", {"dry_run": 1}], BAD, "dry_run must be true or false"),
         (["restore", "m", {"prefix": 1}], BAD, "prefix must be bytes, text or nil"),
         (["restore", "m", {"force": True}], BAD, 'unknown option "force"; known are dry_run, mode, prefix'),
+        (["node_add", "", 5000], BAD, "host must be a text of 1 to 255 bytes"),
+        (["node_add", "h" * (NAME_BYTES_MAX + 1), 5000], BAD, "host must be a text of 1 to 255 bytes"),
+        (["node_add", "kvtcp://h", 5000], BAD, 'host must be a name or an address, not "kvtcp://h"'),
+        (["node_add", "h\n", 5000], BAD, r'host must be a name or an address, not "h\x0a"'),
+        (["node_add", "h", 0], BAD, "port must be from 1 to 65535, not 0"),
+        (["node_add", "h", 65536], BAD, "port must be from 1 to 65535, not 65536"),
+        (["node_add", "h", "5000"], BAD, "port must be an integer, not bytes"),
+        (["node_drain", 1], BAD, "the node's id must be a text of 1 to 255 bytes"),
+        (["node_remove", NAME + "n"], BAD, "the node's id must be a text of 1 to 255 bytes"),
+        (["node_forget", b"\xff"], BAD, "the node's id must be UTF-8 text"),
+        (["rebalance", {"dry_run": 1}], BAD, "dry_run must be true or false"),
+        (["rebalance", {"wait": True}], BAD, 'unknown option "wait"; known are dry_run'),
+        (["rebalance", None], BAD, "the options must be a map, not nil"),
+        (["shard_accept_loss", -1], BAD, "shard must be from 0 to 4095, not -1"),
+        (["shard_accept_loss", SHARDS_MAX], BAD, "shard must be from 0 to 4095, not 4096"),
+        (["shard_accept_loss", True], BAD, "shard must be an integer, not a boolean"),
         (["GET", b"k"], Code.UNKNOWN_OP, 'unknown operation "GET"'),
         (["", b"k"], Code.UNKNOWN_OP, 'unknown operation ""'),
     ],
@@ -243,7 +272,8 @@ ARITIES = {
     "hello": (2, 2), "get": (1, 1), "put": (2, 3), "add": (2, 3), "delete": (1, 2), "cas": (3, 3), "incr": (2, 2),
     "exists": (1, 1), "mget": (1, 1), "mput": (1, 1), "mdelete": (1, 1), "expire": (2, 2), "persist": (1, 1),
     "ttl": (1, 1), "scan": (3, 4), "count": (2, 3), "status": (0, 0), "nodes": (0, 0), "shards": (0, 0),
-    "backup": (0, 1), "restore": (1, 2),
+    "backup": (0, 1), "restore": (1, 2), "node_add": (2, 2), "node_drain": (1, 1), "node_remove": (1, 1),
+    "node_forget": (1, 1), "rebalance": (0, 1), "shard_accept_loss": (1, 1),
 }  # fmt: skip
 
 
@@ -251,7 +281,8 @@ def test_the_table_is_complete() -> None:
     """Each operation is in the tests' table, in the golden file's, and writes are operations."""
     assert {op.decode() for op in REQUESTS} == set(ARITIES)
     assert {form[0] for form, _ in wire_golden.REQUEST_FORMS} == set(ARITIES)
-    assert WRITES.issubset(REQUESTS)
+    assert set(REQUESTS) > WRITES | CHANGES
+    assert not WRITES & CHANGES
 
 
 @pytest.mark.parametrize("op", ARITIES)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.shell.commands import Command, find, parse_error_text, table, take_form
+from kvtcp.shell.commands import Command, find, group, parse_error_text, table, take_command, take_form
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import ParseError, split_line
@@ -89,6 +89,41 @@ def test_find() -> None:
         find("putt")
 
 
+def test_commands_of_two_words() -> None:
+    """Small letters in front are the name; what follows it is bound; half a name says what may follow."""
+    command, rest = take_command(split_line("node forget n1 destroyed yes"))
+    assert (command.name, [word.raw for word in rest]) == ("node forget", ["n1", "destroyed", "yes"])
+    assert command.required == ("ID", "destroyed") and command.bind(rest).flags == {"yes"}
+    command, rest = take_command(split_line("get node"))
+    assert (command.name, [word.raw for word in rest]) == ("get", ["node"])
+    assert [member.name for member in group("shard")] == ["shard accept-loss"] and group("get") == []
+    for line, sentence in (
+        ("node", "there is no command 'node'; node is followed by add or drain or remove or forget; "
+                 "or did you mean nodes?"),
+        ("node ad h:1", "there is no command 'node ad'; node is followed by add or drain or remove or forget"),
+        ('node "add"', "there is no command 'node \"add\"'; node is followed by add or drain or remove or forget"),
+        ("shard", "there is no command 'shard'; shard is followed by accept-loss; or did you mean shards?"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError) as caught:
+            take_command(split_line(line))
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("n1", "destroyed is missing; usage: node forget ID destroyed [yes]"),
+        ("n1 yes", "the word destroyed must stand in the place of 'yes'; usage: node forget ID destroyed [yes]"),
+        ('n1 "destroyed"', "the word destroyed must stand in the place of '\"destroyed\"'; usage: node forget"),
+    ],
+)
+def test_words_that_must_stand(line: str, text: str) -> None:
+    """A word in small letters stands for itself and nothing else."""
+    with pytest.raises(UsageError) as caught:
+        table()["node forget"].bind(split_line(line))
+    assert text in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("word", "url"),
     [
@@ -115,9 +150,11 @@ def test_table_names_every_command_of_the_contract() -> None:
     """No command is missing, and each is under its own name."""
     names = (
         "add put get delete exists cas incr expire persist ttl all_values scan count delete-prefix status nodes shards "
-        "where backup verify restore import export help exit quit"
+        "where node-add node-drain node-remove node-forget rebalance shard-accept-loss "
+        "backup verify restore import export help exit quit"
     )
-    assert list(table()) == names.split()
+    of_two_words = {"node-add", "node-drain", "node-remove", "node-forget", "shard-accept-loss"}
+    assert list(table()) == [name.replace("-", " ", 1) if name in of_two_words else name for name in names.split()]
     assert all(command.name == name for name, command in table().items())
 
 

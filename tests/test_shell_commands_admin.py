@@ -30,13 +30,13 @@ GOLDEN: list[tuple[list[str], str]] = [
     (
         ["status", "-o", "table"],
         "version           0.1.0\nkeys              0\nready             yes\n"
-        "memory.rss_bytes  7\nmemory.peak       -\n",
+        "memory.rss_bytes  7 B\nmemory.peak       -\n",
     ),
     (["nodes"], "node\taddress\tup\tlag_ms\nn1\t127.0.0.1:5000\tyes\t0.5\nn2\t127.0.0.1:5001\tno\t-\n"),
     (
         ["nodes", "-o", "table"],
         "node  address         up   lag_ms\n----  --------------  ---  ------\n"
-        "n1    127.0.0.1:5000  yes  0.5\nn2    127.0.0.1:5001  no   -\n",
+        "n1    127.0.0.1:5000  yes  0.5 ms\nn2    127.0.0.1:5001  no   -\n",
     ),
     (
         ["nodes", "-o", "jsonl"],

@@ -20,6 +20,7 @@ EXPECTED = {
     Code.RANGE: 6,
     Code.UNKNOWN_OP: 6,
     Code.VERSION: 6,
+    Code.REFUSED: 6,
     Code.EXISTS: 6,
     Code.MISMATCH: 1,
     Code.OVERLOADED: 3,

@@ -10,7 +10,7 @@ import pytest
 from shell_fakes import Shell
 
 from kvtcp import __version__
-from kvtcp.shell.commands import table
+from kvtcp.shell.commands import group, table
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.main import parse_arguments
 
@@ -74,23 +74,30 @@ def test_version_and_help() -> None:
 def test_help_of_every_command(name: str) -> None:
     """`help COMMAND` and `COMMAND --help` show usage and an example, which is a call that can be bound."""
     shell = Shell()
-    assert shell.run("help", name) == 0
+    assert shell.run("help", *name.split()) == 0
     text = shell.out.decode()
     assert text.startswith(f"usage: {name}") and "\nexample:\n  " + name in text
     if name != "help":
-        assert (shell.run(name, "--help"), shell.out.decode()) == (0, text)
-    from kvtcp.shell.commands import take_form
+        assert (shell.run(*name.split(), "--help"), shell.out.decode()) == (0, text)
+    from kvtcp.shell.commands import take_command, take_form
     from kvtcp.shell.parser import split_line
 
     words, _ = take_form(split_line(table()[name].example.splitlines()[0]))
-    table()[name].bind(words[1:])
+    command, rest = take_command(words)
+    assert command.name == name
+    command.bind(rest)
 
 
 def test_help_lists_all_and_suggests() -> None:
     """`help` has a line for each command; help for none of them is a mistake."""
     shell = Shell()
     assert shell.run("help") == 0
-    assert [line.split()[0] for line in shell.out.decode().splitlines()] == list(table())
+    usages = [line.split("\t")[0] for line in shell.out.decode().splitlines()]
+    assert usages == [command.usage for command in table().values()]
+    for arguments in (["help", "node"], ["node", "--help"]):
+        assert shell.run(*arguments) == 0
+        starts = [line for line in shell.out.decode().splitlines() if line.startswith("usage: ")]
+        assert starts == [f"usage: {command.usage}" for command in group("node")] and len(starts) == 4
     assert shell.run("help", "exprot") == 2
     assert "did you mean export?" in shell.err
 

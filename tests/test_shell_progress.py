@@ -46,3 +46,22 @@ def test_reports_of_servers() -> None:
         bar.report(report)
     first, second = stderr.getvalue().split("\r\x1b[K")[1:]
     assert " 25% [" in first and "1 files" in first and second == "backup 0 pairs, 0/s"
+
+
+def test_what_is_left() -> None:
+    """Of the most that was ever left; with nothing to do there is no bar."""
+    stderr, clock = io.StringIO(), Clock()
+    with ProgressBar(stderr, "node drain", shown=True, clock=clock) as bar:
+        for left in (0, 20, 1200, 300, 0):
+            clock.now += 1.0
+            bar.left(left)
+    drawn = stderr.getvalue().split("\r\x1b[K")
+    assert drawn == [
+        "",
+        "node drain 0 shards left",
+        f"node drain   0% [{'.' * 30}] 20 shards left",
+        f"node drain   0% [{'.' * 30}] 1,200 shards left",
+        f"node drain  75% [{'#' * 22}{'.' * 8}] 300 shards left",
+        f"node drain 100% [{'#' * 30}] 0 shards left",
+        "",
+    ]

@@ -61,6 +61,13 @@ REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
     (["restore", "monday"], [{}]),
     (["restore", "monday", {"mode": "replace", "dry_run": True}], [{}]),
     (["restore", "monday", {"mode": "merge", "prefix": b"user:"}], [{}]),
+    (["node_add", "10.0.0.4", 5000], [{"node": "n4"}]),
+    (["node_drain", "n1"], [{"node": "n1", "shards": 21}]),
+    (["node_remove", "n1"], [{"node": "n1"}]),
+    (["node_forget", "n1"], [{"node": "n1"}]),
+    (["rebalance"], [{"moves": [[5, "n1", "n4"]], "left": 1}]),
+    (["rebalance", {"dry_run": True}], [{"moves": [[5, "n1", "n4"]], "left": 1}]),
+    (["shard_accept_loss", 5], [{"shard": 5}]),
 ]
 
 LINK_FRAMES: list[list[Any]] = [
@@ -75,6 +82,13 @@ LINK_FRAMES: list[list[Any]] = [
         "damage": [[5, "segment 3 is damaged"]],
     }],
     [link.BATCH, 1_700_000_000_000, -1, [[operations.PUT, 5, 7, True, b"k", b"v"], [operations.GET, 5, b"k"]]],
+    [link.BATCH, 1_700_000_000_000, 2, [
+        [operations.LEARN, 5, 1, 7, 3], [operations.UNLEARN, 5], [operations.DROP, 5],
+        [operations.DONATE, 5, b"token", 0], [operations.RESULTS_OF, 5, [7, 8]], [operations.AUDIT, [0, 5]],
+    ]],
+    [link.RESULTS, 8, 2, [
+        ["d6", 3, False, 0, 0, 0], None, None, [3, 8, 23456, 500], [[True], None], [[8, 23456], None],
+    ], []],
     [link.RESULTS, 2, 1, [7, [b"v", 7, None]], [5]],
     [link.BACKUP, "monday", "n1.jsonl.gz", None],
     [link.REFUSED, "FENCED", "epoch 2 is over", 3, 8],
@@ -85,6 +99,19 @@ LINK_FRAMES: list[list[Any]] = [
     [link.SHIP, 5, [[23456, b"packed entry"]]],
     [link.SHIPPED, 5, 3, 8, 23456, None],
     [link.SPACE, 1],
+    [link.PULL, 5, "127.0.0.1", 5001, b"token"],
+    [link.GIVE, {
+        "version": link.LINK_VERSION, "cluster": "c1", "secret": "s", "token": b"token", "directory": b"12345678",
+        "generation": 3,
+    }],
+    [link.LEARNED, 5, "d6", 3, 3, 9, 34567],
+    [link.LEARN_FAILED, 5, "the donor is gone"],
+    [link.STATS, {
+        "operations": 1000, "keys": 500, "log_bytes": 65536, "syncs": 40, "sync_p99_ms": 1.5, "lag_ms": 0.2,
+        "memory_bytes": 50_000_000,
+    }],
+    [link.CHUNK, b"bytes of a snapshot"],
+    [link.CHUNK, b""],
 ]  # fmt: skip
 
 

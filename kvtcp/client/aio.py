@@ -25,6 +25,17 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, overload
 
 from kvtcp.client import codecs
+from kvtcp.client.administration import (
+    LossAccepted,
+    NodeChange,
+    Rebalance,
+    loss_accepted,
+    node_add_request,
+    node_change,
+    node_request,
+    rebalance_request,
+    rebalance_result,
+)
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, decode_tree, may_repeat
 from kvtcp.client.codecs import Codec
 from kvtcp.client.core import READ, WRITE, Kind
@@ -43,6 +54,7 @@ from kvtcp.client.requests import (
     put_items,
     request,
     seconds,
+    text_bytes,
     ttl_options,
 )
 from kvtcp.client.url import URL_DEFAULT, parse_url
@@ -349,7 +361,7 @@ class AsyncClient(Generic[V]):
 
         `progress` is called with a dict now and then; `timeout` is how long there may be no progress.
         """
-        message = request(b"backup", *([] if name is None else [_text(name, "the backup's name")]))
+        message = request(b"backup", *([] if name is None else [text_bytes(name, "the backup's name")]))
         return await self._administer_long(message, progress, timeout)
 
     async def restore(
@@ -366,11 +378,39 @@ class AsyncClient(Generic[V]):
 
         `dry_run` only counts. `progress` and `timeout` as for `backup`.
         """
-        options: dict[bytes, Any] = {b"mode": _text(mode, "mode"), b"dry_run": dry_run}
+        options: dict[bytes, Any] = {b"mode": text_bytes(mode, "mode"), b"dry_run": dry_run}
         if prefix:
             options[b"prefix"] = key_bytes(prefix)
-        message = request(b"restore", _text(name, "the backup's name"), options)
+        message = request(b"restore", text_bytes(name, "the backup's name"), options)
         return await self._administer_long(message, progress, timeout)
+
+    async def node_add(self, host: str, port: int, *, timeout: float | None = None) -> NodeChange:
+        """Make the node that listens at `host`:`port` one of the cluster; it holds nothing until a `rebalance`.
+
+        This and the other changes of the cluster raise AdminError if the cluster cannot be changed so as it is now.
+        They return when the change is accepted; moving data takes its time (`moving` of `status`).
+        """
+        return node_change(await self._change(node_add_request(host, port), timeout))
+
+    async def node_drain(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Have everything that a node holds moved to others; `shards` of the result is how much that is."""
+        return node_change(await self._change(node_request(b"node_drain", node), timeout))
+
+    async def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Take a node that holds nothing out of the cluster."""
+        return node_change(await self._change(node_request(b"node_remove", node), timeout))
+
+    async def node_forget(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Declare a node destroyed: nobody waits for what it held any more, and it must never come back."""
+        return node_change(await self._change(node_request(b"node_forget", node), timeout))
+
+    async def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> Rebalance:
+        """Spread the shards evenly over the nodes by the fewest moves; `dry_run` only returns them."""
+        return rebalance_result(await self._change(rebalance_request(dry_run), timeout))
+
+    async def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> LossAccepted:
+        """Let a shard that is down go on with what is left of it. Acknowledged writes may be lost."""
+        return loss_accepted(await self._change(request(b"shard_accept_loss", shard), timeout))
 
     # --- for the synchronous client ---------------------------------------------------------------
 
@@ -489,18 +529,15 @@ class AsyncClient(Generic[V]):
             raise DataError(f"the answer to {op.decode()} is not a {shape.__name__}")
         return answer
 
+    async def _change(self, message: list[Any], timeout: float | None) -> Any:
+        return decode_tree(await self._call(message, WRITE, timeout))
+
     async def _administer_long(
         self, message: list[Any], progress: ProgressCallback | None, idle_s: float
     ) -> dict[str, Any]:
         callback = None if progress is None else lambda fields: progress(decode_tree(fields))
         result: dict[str, Any] = decode_tree(await self._channel.call_long(message, idle_s, callback))
         return result
-
-
-def _text(text: str, what: str) -> bytes:
-    if not isinstance(text, str):
-        raise RequestError(f"{what} must be text, not {type(text).__name__}")
-    return text.encode("utf-8")
 
 
 class Connecting(Generic[V]):

@@ -30,7 +30,7 @@ from typing import Any, Final, Generic, TypeVar
 from kvtcp.constants import CLIENT_SILENCE_MS, CLIENT_TICK_MS, REQUEST_ID_MAX
 from kvtcp.errors import Code, KvtcpError, OutcomeUnknown, ProtocolError, Unavailable, error_from_wire
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
-from kvtcp.protocol.messages import WRITES, Message
+from kvtcp.protocol.messages import CHANGES, WRITES, Message
 
 W = TypeVar("W")
 Progress = Callable[[Any], None]
@@ -51,7 +51,7 @@ READ, WRITE, ADMIN = Kind.READ, Kind.WRITE, Kind.ADMIN
 KIND_OF: Final = {
     **dict.fromkeys((b"hello", b"get", b"exists", b"mget", b"ttl", b"scan", b"count"), Kind.READ),
     **dict.fromkeys((b"status", b"nodes", b"shards"), Kind.READ),
-    **dict.fromkeys(WRITES, Kind.WRITE),
+    **dict.fromkeys(WRITES | CHANGES, Kind.WRITE),
     **dict.fromkeys((b"backup", b"restore"), Kind.ADMIN),
 }
 

@@ -52,6 +52,13 @@ def bound_bytes(bound: Key | None, name: str) -> bytes | None:
     return None if bound is None else _octets(bound, name)
 
 
+def text_bytes(text: str, what: str) -> bytes:
+    """A text as UTF-8. Raises RequestError for anything else."""
+    if not isinstance(text, str):
+        raise RequestError(f"{what} must be text, not {type(text).__name__}")
+    return _octets(text, what)
+
+
 def _octets(data: object, what: str) -> bytes:
     if isinstance(data, str):
         try:

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, cast, overload
 
 from kvtcp.client import codecs, loop_thread
+from kvtcp.client.administration import LossAccepted, NodeChange, Rebalance
 from kvtcp.client.aio import ADMIN_IDLE_S, AsyncClient, ProgressCallback
 from kvtcp.client.aio import connect as connect_async
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, ServerInfo
@@ -300,6 +301,30 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
             ),
             progress,
         )
+
+    def node_add(self, host: str, port: int, *, timeout: float | None = None) -> NodeChange:
+        """Make the node that listens at `host`:`port` one of the cluster. See AsyncClient.node_add."""
+        return self._run(self._live().node_add(host, port, timeout=timeout))
+
+    def node_drain(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Have everything that a node holds moved to others."""
+        return self._run(self._live().node_drain(node, timeout=timeout))
+
+    def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Take a node that holds nothing out of the cluster."""
+        return self._run(self._live().node_remove(node, timeout=timeout))
+
+    def node_forget(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Declare a node destroyed: nobody waits for what it held any more, and it must never come back."""
+        return self._run(self._live().node_forget(node, timeout=timeout))
+
+    def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> Rebalance:
+        """Spread the shards evenly over the nodes by the fewest moves; `dry_run` only returns them."""
+        return self._run(self._live().rebalance(dry_run, timeout=timeout))
+
+    def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> LossAccepted:
+        """Let a shard that is down go on with what is left of it. Acknowledged writes may be lost."""
+        return self._run(self._live().shard_accept_loss(shard, timeout=timeout))
 
     # --- the mapping ----------------------------------------------------------------------------
 

@@ -71,7 +71,9 @@ class FileConfigStore:
             is_again = stored == new and self._unsure == new.version
             if version != expected_version and not is_again:
                 return Outcome.CONFLICT
-            self._write(new)
+            if not self._write(new):
+                self._unsure = new.version
+                return Outcome.UNKNOWN
             try:
                 self._disk.sync_directory(self.path.parent)
             except OSError:
@@ -80,8 +82,8 @@ class FileConfigStore:
             self._unsure = 0
             return Outcome.DONE
 
-    def _write(self, new: Stored) -> None:
-        """Everything up to the rename."""
+    def _write(self, new: Stored) -> bool:
+        """Everything up to the rename; returns whether it is known to be done. Raises OSError if it was not."""
         disk = self._disk
         temporary = self.path.with_name(self.path.name + ".tmp")
         disk.remove(temporary)  # of a crash
@@ -94,9 +96,14 @@ class FileConfigStore:
         try:
             disk.rename(temporary, self.path)
         except OSError:
-            if self._read() != new:
+            try:
+                is_done = self._read() == new
+            except ConfigStoreError:
+                return False
+            if not is_done:
                 raise
             self._unsure = new.version  # the call failed, and did it all the same
+        return True
 
 
 def form(stored: Stored) -> bytes:

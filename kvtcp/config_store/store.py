@@ -10,29 +10,15 @@ moved, which is safe: it can be applied once only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
+from kvtcp.replication.map_changes import Outcome, Stored
 
-class Outcome(Enum):
-    """Of a compare-and-set."""
-
-    DONE = "done"  # the value is stored; its version is the expected one + 1
-    CONFLICT = "conflict"  # the version is not the expected one; nothing was changed
-    UNKNOWN = "unknown"  # the value may be stored, now or later
+__all__ = ["ConfigStore", "ConfigStoreError", "Outcome", "Stored"]  # those of the core belong to this contract
 
 
 class ConfigStoreError(Exception):
     """The store cannot be used; the sentence says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a store holds."""
-
-    version: int
-    value: bytes
 
 
 class ConfigStore(Protocol):

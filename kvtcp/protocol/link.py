@@ -10,6 +10,7 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     STOP     [7]                                stop the process cleanly
     FETCH    [8, shard, after]                  send the entries after number `after`
     SHIP     [10, shard, entries]               apply these entries of another member, by their effects
+    PULL     [13, shard, host, port, token]     fetch the copy that the node at this address donates under this token
 
     node -> coordinator
     REPORT   [2, {node, pid, version, durability, stamp_ms, promised, map_version, space, shards, damage}]
@@ -21,14 +22,29 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
              [[chain, packed entry], ...] from there on, as many as fit a batch; nil if the node does not have them
     SHIPPED  [11, shard, epoch, seq, chain, error]  to SHIP, when durable: the position, and nil or why not all
     SPACE    [12, level]                        disk space: 0 enough, 1 no growing writes, 2 no writes at all
+    LEARNED  [15, shard, disk, generation, epoch, seq, chain]   a copy that was being learned is complete, live, and
+             durable up to this position
+    LEARN_FAILED  [16, shard, reason]           it cannot be learned; items of it are passed over from here on
+    LEAVE    [19]                               the node is about to stop: it is let go from the in-sync sets, then told
+             STOP
+    STATS    [17, {operations, keys, log_bytes, syncs, sync_p99_ms, lag_ms, memory_bytes}]     once a second
 
-What a report says is durable, and nothing older than the link changes it any more. FETCH and SHIP come only between the
-report and the first BATCH.
+    node -> node, on a connection of its own
+    GIVE     [14, {version, cluster, secret, token, directory, generation}]     first frame, to the node that donates;
+             directory and generation are those of the copy that is to be made: they stand in the snapshot's header
+    CHUNK    [18, bytes]                        answer: the bytes of a snapshot file in pieces; an empty one is the end
+    REFUSED  as above                           instead of chunks
+
+What a report says is durable, and nothing older than the link changes it any more. The frames of a link are worked off
+in their order, batches and others alike.
 Every item of a link has an ordinal 1, 2, 3... since HELLO. `commit` is the ordinal up to which every write of the link
 is committed; -1 while anything that the node had before the link is not. `applied` and `durable` are ordinals: all
 items up to them are applied, and durable by the chosen mode. `results` has one result per read and per write with the
 answer bit, in order, of the items since the last RESULTS. `flags` are the shards that hold keys past their deadline.
 Durable ordinals fall on ends of batches.
+
+While a shard is *learned* (LEARN in operations.py) its items are buffered and their ordinals acknowledged as if they
+were applied; only what LEARNED says, and what is durable after it, counts.
 """
 
 from __future__ import annotations
@@ -50,8 +66,15 @@ ENTRIES: Final = 9
 SHIP: Final = 10
 SHIPPED: Final = 11
 SPACE: Final = 12
+PULL: Final = 13
+GIVE: Final = 14
+LEARNED: Final = 15
+LEARN_FAILED: Final = 16
+STATS: Final = 17
+CHUNK: Final = 18
+LEAVE: Final = 19
 
-LINK_VERSION: Final = 2
+LINK_VERSION: Final = 3
 
 
 class CopyReport(NamedTuple):

@@ -11,6 +11,7 @@ Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from kvtcp.constants import (
     PAGE_ITEMS_MAX,
     PROTOCOL_VERSION,
     REQUEST_ID_MAX,
+    SHARDS_MAX,
     TTL_MS_MAX,
     VALUE_BYTES_MAX,
 )
@@ -33,6 +35,7 @@ Message = list[Any]
 Checker = Callable[[Message], tuple[Any, ...]]
 
 BACKUP_MODES: Final = ("merge", "replace")
+_HOST: Final = re.compile(r"[A-Za-z0-9._:%-]+")  # a name, an IPv4 or an IPv6 address
 
 
 def request_id(message: object) -> int:
@@ -354,6 +357,35 @@ def _restore(m: Message) -> tuple[str, str, bytes, bool]:  # name, mode, prefix 
     return name, mode, _bound(options.get(b"prefix"), "prefix") or b"", _boolean(options, b"dry_run")
 
 
+def _node_add(m: Message) -> tuple[str, int]:  # host, port
+    _arity(m, 2, 2, "node_add host port")
+    host = _name(m[2], "host")
+    if not _HOST.fullmatch(host):
+        raise _refuse(f"host must be a name or an address, not {show_bytes(m[2])}")
+    return host, _integer(m[3], "port", 1, 65535)
+
+
+def _node_only(usage: str) -> Checker:
+    def check(m: Message) -> tuple[str]:  # node
+        _arity(m, 1, 1, usage)
+        return (_name(m[2], "the node's id"),)
+
+    return check
+
+
+_REBALANCE_OPTIONS = frozenset({b"dry_run"})
+
+
+def _rebalance(m: Message) -> tuple[bool]:  # dry_run
+    _arity(m, 0, 1, "rebalance {dry_run}")
+    return (_boolean(_options(m, 2, _REBALANCE_OPTIONS), b"dry_run"),)
+
+
+def _shard_accept_loss(m: Message) -> tuple[int]:  # shard
+    _arity(m, 1, 1, "shard_accept_loss shard")
+    return (_integer(m[2], "shard", 0, SHARDS_MAX - 1),)
+
+
 REQUESTS: Final[dict[bytes, Checker]] = {
     b"hello": _hello,
     b"get": _key_only("get key"),
@@ -376,8 +408,18 @@ REQUESTS: Final[dict[bytes, Checker]] = {
     b"shards": _nothing("shards"),
     b"backup": _backup,
     b"restore": _restore,
+    b"node_add": _node_add,
+    b"node_drain": _node_only("node_drain node"),
+    b"node_remove": _node_only("node_remove node"),
+    b"node_forget": _node_only("node_forget node"),
+    b"rebalance": _rebalance,
+    b"shard_accept_loss": _shard_accept_loss,
 }
 WRITES: Final = frozenset({b"put", b"add", b"delete", b"cas", b"incr", b"mput", b"mdelete", b"expire", b"persist"})
+# they change the cluster and no key
+CHANGES: Final = frozenset(
+    {b"node_add", b"node_drain", b"node_remove", b"node_forget", b"rebalance", b"shard_accept_loss"}
+)
 
 
 def parse_request(message: Message) -> tuple[bytes, tuple[Any, ...]]:

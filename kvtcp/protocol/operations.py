@@ -20,6 +20,21 @@ Arguments of the writes (trailing ones may be left out; nil = not given):
     CLEAR    lower, upper, limit               result: keys deleted in [lower, upper); upper nil = no bound
 
 The result of a write is an int or a bool; an error is the array [code, message, details].
+
+Control items stand in the link's order too and have one result each:
+
+    LEARN        the node's copy is to become one of the members'. From this item on, items of the shard are buffered.
+                 fresh 0: the node's own copy is completed by SHIP up to number `last_seq`; then the buffer is applied
+                 and the copy is live (LEARNED). nil: there is no complete copy, or it ends above `last_seq`.
+                 fresh 1: the copy is replaced by one that is pulled (PULL), of a new disk and generation, which the
+                 result tells; the old one stays on the disk until then and is neither read nor written.
+                 `last_seq` is the last number before the items that follow here. A second LEARN begins anew.
+    UNLEARN      given up: the buffer is dropped, the copy is where it was
+    DROP         the copy is removed for good
+    DONATE       the shard is frozen here, to be pulled under `token`. With `seq_min`, after an accepted loss, whatever
+                 copy there is counts (none: as an empty one), its position is (epoch of the promise, seq_min, chain 0)
+    RESULTS_OF   results of writes that may be uncommitted, PUT excepted; nil = not known here
+    AUDIT        positions at this place in the link's order; nil = no live copy
 """
 
 from typing import Final
@@ -47,7 +62,13 @@ PAGE: Final = 68
 MGET: Final = 69  # [op, [[shard, key], ...]] -> [cell or nil, ...] as GET
 # control items, also in the link's order
 FREEZE: Final = 80  # [op, shards, backup name, directory] -> nil; the file is reported by a BACKUP frame later
-CHAIN_AT: Final = 81  # [op, shard] -> [seq, chain]: the position here in the link's order
+CHAIN_AT: Final = 81  # [op, shard] -> [seq, chain]: the position here in the link's order; nil = no live copy
+LEARN: Final = 82  # [op, shard, fresh, last_seq, epoch] -> [disk, generation, complete, epoch, seq, chain] or nil
+UNLEARN: Final = 83  # [op, shard] -> nil
+DROP: Final = 84  # [op, shard] -> nil
+DONATE: Final = 85  # [op, shard, token, seq_min] -> [epoch, seq, chain, keys]; nil = no live copy
+RESULTS_OF: Final = 86  # [op, shard, [seq, ...]] -> [[result] or nil, ...]
+AUDIT: Final = 87  # [op, [shard, ...]] -> [[seq, chain] or nil, ...]
 
 # effects of an entry: [kind, key, ...]
 SET: Final = 1  # [SET, key, value, deadline_ms or nil]; the revision is the entry's number

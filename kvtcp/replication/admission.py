@@ -80,7 +80,7 @@ class Admission(ClusterState):
             answering = (op, number, seq, 1, key, *args)
             item = (op, number, seq, 0, key, *args)
         stamp_ms = self.stamp_ms
-        for link in shard.members:
+        for link in shard.targets:
             batch = link.open
             if batch is None or batch.bytes > BATCH_BYTES_MAX or batch.stamp_ms != stamp_ms:
                 batch = link.new_batch(stamp_ms)
@@ -232,9 +232,6 @@ class Admission(ClusterState):
         self, shard: ShardState, op: int, key: bytes, args: Any, size: int, sink: Sink, token: Any
     ) -> bool:
         """Whether a write of a shard that is not `writable` can be sequenced now; if not it waits, or is refused."""
-        if shard.serving and shard.bad:
-            self._refuse(sink, token, *self._why_not(shard, "writing"), shard)
-            return False
         if shard.serving and shard.space and (shard.space > 1 or op in GROWING):
             self._refuse(sink, token, Code.NO_SPACE, self._no_space(shard), shard)
             return False
@@ -307,7 +304,7 @@ class Admission(ClusterState):
                     return False
                 self._enqueue_read(link, shard, [op, sink, token, shard, 0, key])
             else:
-                if shard.bad or any(link.full or not link.connected for link in shard.members):
+                if shard.is_blocked():
                     self._pass_writes(shard)
                     return False
                 shard.writable = True

@@ -23,7 +23,18 @@ from kvtcp.protocol.operations import EXISTS, GET
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
-from kvtcp.replication.shard_state import AWAITED, LOST, NUMBER, PART, ClusterState, Held, ShardState, Sink
+from kvtcp.replication.shard_state import (
+    AWAITED,
+    CALL,
+    DUE,
+    LOST,
+    NUMBER,
+    PART,
+    ClusterState,
+    Held,
+    ShardState,
+    Sink,
+)
 
 
 class Answers(ClusterState):
@@ -36,30 +47,34 @@ class Answers(ClusterState):
 
     def _acknowledged(self, shard: ShardState, link: Progress, seq: int) -> None:
         """`link` has the entries of `shard` up to `seq`."""
+        if shard.learners and link in shard.learners:
+            shard.learners[link].acknowledged(seq)
+            return
         acked = shard.acked
-        if seq <= acked[link]:
+        if seq <= acked.get(link, seq):  # nothing new, or the link left the members meanwhile
             return
         acked[link] = seq
         commit = seq if len(acked) == 1 else min(acked.values())
+        if commit > shard.commit:
+            self._commit(shard, commit)
+
+    def _commit(self, shard: ShardState, commit: int) -> None:
+        """Everything up to `commit` is on all members (R1)."""
         number = shard.commit
-        if commit <= number:
-            return
         shard.commit = commit
         take = shard.pending.popleft
         while number < commit:
             number += 1
-            _, sink, token, result = take()
+            op = take()
+            _, sink, token, result = op
             if sink is None:
                 continue
             if result is NUMBER:
                 sink.reply(token, number)
-            elif type(result) is list:
-                sink.fail(token, result[0], *text_of(result[1], result[2]))
-            elif result is LOST:
-                self._answer_unknown(shard, sink, token, "its answer was lost with the connection to a node")
+            elif result is AWAITED:  # the member that was to answer is gone; another one was asked, or will be
+                op[3] = DUE
             else:
-                assert result is not AWAITED, "the member that answers acknowledged, so its result came before"
-                sink.reply(token, result)
+                self._answer_write(shard, op, result)
         held = shard.held
         while held and held[0][0] <= commit:
             _, _, _, sink, token, value = heappop(held)
@@ -68,14 +83,29 @@ class Answers(ClusterState):
             else:
                 sink.reply(token, value)
 
+    def _answer_write(self, shard: ShardState | None, op: Op, result: Any) -> None:
+        """The write is committed, and its result is here; or lost for good, which only the shard is asked about."""
+        _, sink, token, _ = op
+        op[1] = None
+        if type(result) is list:
+            sink.fail(token, result[0], *text_of(result[1], result[2]))
+        elif result is LOST:
+            assert shard is not None, "who knows of a lost result knows the shard"
+            self._answer_unknown(shard, sink, token, "its answer was lost with the connection to a node")
+        else:
+            sink.reply(token, result)
+
     def _answer_unknown(self, shard: ShardState, sink: Sink, token: Any, why: str) -> None:
         self.unknown += 1
         text = f"the write to shard {shard.number} may or may not have happened: {why}"
         sink.fail(token, Code.UNKNOWN, text, {"shard": shard.number})
 
     def _read_done(self, op: Op, result: Any) -> None:
-        """The result of a read or of a part is here."""
+        """The result of a read, of a part or of a control item is here."""
         kind = op[0]
+        if kind == CALL:
+            op[1](result)
+            return
         if kind == PART:
             if op[1].take(op[2], op[3], result):
                 self._release_multi(op[1])
@@ -121,7 +151,7 @@ class Answers(ClusterState):
             text = f"shard {shard.number} cannot commit what this read saw: {shard.stuck}"
         else:
             behind = "; ".join(
-                f"{link.node}: {link.reason or 'slow'}" for link in shard.members if shard.acked[link] < shard.last_seq
+                f"{link.node}: {link.reason or 'slow'}" for link, seq in shard.acked.items() if seq < shard.last_seq
             )
             text = f"what this read saw of shard {shard.number} was not committed in {WRITE_WAIT_MS} ms ({behind})"
         if sink is None:

@@ -27,7 +27,7 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code, RequestError, show_bytes
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.protocol.messages import REQUESTS, Message, check_key, check_value, prefix_bounds, request_id
+from kvtcp.protocol.messages import CHANGES, REQUESTS, Message, check_key, check_value, prefix_bounds, request_id
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
 from kvtcp.replication.sequencer import Sequencer, Sink
@@ -41,6 +41,8 @@ LIMITS = {
     "page_items_max": PAGE_ITEMS_MAX,
     "page_bytes_max": PAGE_BYTES_MAX,
 }
+# what is answered while a restore keeps everybody out of all keys
+_TOUCHES_NO_KEY = frozenset({b"hello", b"status", b"nodes", b"shards", b"backup", b"restore"}) | CHANGES
 
 
 class Session(Sink, Protocol):
@@ -69,6 +71,12 @@ class Administration(Protocol):
     def start_restore(
         self, session: Session, ident: int, name: str, mode: str, prefix: bytes, dry_run: bool
     ) -> None: ...
+    def node_add(self, session: Session, ident: int, host: str, port: int) -> None: ...
+    def node_drain(self, session: Session, ident: int, node: str) -> None: ...
+    def node_remove(self, session: Session, ident: int, node: str) -> None: ...
+    def node_forget(self, session: Session, ident: int, node: str) -> None: ...
+    def rebalance(self, session: Session, ident: int, dry_run: bool) -> None: ...
+    def shard_accept_loss(self, session: Session, ident: int, shard: int) -> None: ...
 
 
 class Gather:
@@ -126,6 +134,12 @@ class Gateway:
             b"shards": self._shards,
             b"backup": self._backup,
             b"restore": self._restore,
+            b"node_add": self._change(administration.node_add),
+            b"node_drain": self._change(administration.node_drain),
+            b"node_remove": self._change(administration.node_remove),
+            b"node_forget": self._change(administration.node_forget),
+            b"rebalance": self._change(administration.rebalance),
+            b"shard_accept_loss": self._shard_accept_loss,
         }
         assert set(self._handlers) == set(REQUESTS), "every request of the table has a handler"
 
@@ -275,12 +289,25 @@ class Gateway:
     def _restore(self, session: Session, ident: int, message: Message) -> None:
         self.administration.start_restore(session, ident, *REQUESTS[b"restore"](message))
 
+    def _change(self, carry_out: Callable[..., None]) -> Callable[[Session, int, Message], None]:
+        def handle(session: Session, ident: int, message: Message) -> None:
+            carry_out(session, ident, *REQUESTS[message[1]](message))
+
+        return handle
+
+    def _shard_accept_loss(self, session: Session, ident: int, message: Message) -> None:
+        (shard,) = REQUESTS[b"shard_accept_loss"](message)
+        if shard >= self.shards:
+            text = f"shard must be from 0 to {self.shards - 1}, not {shard}"
+            raise RequestError(text, Code.BAD_REQUEST, {"shard": shard})
+        self.administration.shard_accept_loss(session, ident, shard)
+
     # --- restoring ----------------------------------------------------------------------------------
 
     def _guard(self, op: bytes, message: Message) -> None:
         """Refuse what touches the prefix being restored; nothing of the request is executed."""
         assert self.restoring is not None
-        if op in (b"hello", b"status", b"nodes", b"shards", b"backup", b"restore"):
+        if op in _TOUCHES_NO_KEY:
             return
         arguments = REQUESTS[op](message)
         if op in (b"scan", b"count"):

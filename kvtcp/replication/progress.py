@@ -109,6 +109,10 @@ class Progress:
         last = () if self.open is None else (self.open,)
         return chain(self.applied, self.written, self.outgoing, last)
 
+    def oldest_unacknowledged(self) -> Batch | None:
+        """The first batch that was written and is not durable there; None if there is none."""
+        return self.applied[0] if self.applied else self.written[0] if self.written else None
+
     def new_batch(self, stamp_ms: int) -> Batch:
         """Close the open batch, if any, and open one."""
         if self.open is not None:

@@ -1,60 +1,93 @@
-"""Takeover: a coordinator that begins an epoch finds out what the members have, and makes them equal.
+"""Recovery: a coordinator finds out what the members of a shard have, and makes them equal before the shard is served.
 
-Pure. The reports of all nodes and their answers in, frames for the nodes out, a Verdict for every shard in the end.
-Nobody reads or writes a shard before. One Takeover is for one set of links: if one of them breaks, it is thrown away
-and all nodes are asked again. That loses nothing, because what was shipped stays shipped.
+Pure. Every shard begins here with a coordinator's epoch, each for itself, and goes to the sequencer when it is through;
+one that is down stays here and is judged again when a node comes. The controller brings reports and answers in, and
+does what is asked for: frames, changes of the map, learners.
 
-For each shard, when all its members have reported:
+    WAITING    for reports of its members, RECOVER_WAIT_MS at most; without limit while the cluster is being founded
+    CHANGING   a change of its row in the map is on its way
+    SHIPPING   good members that lag get the entries they lack
+    REPAIRING  bad members that have to stay are replaced whole, each by a learner
+    DOWN       too few members that could be made good; judged again when one of its nodes reports
 
 1. A member is *bad* if its copy has another disk than the map says, or is not complete, or ends below a number that any
    member was told to be committed (R9). Whatever it holds is not looked at.
 2. The best position is the highest (epoch, seq) of the good ones. Two good members with that position and different
    chains: the shard is down.
-3. A good member that ends earlier gets the entries that follow, fetched from one at the best position, if that one's
+3. Silent and bad members are removed from the map, never below `min_insync`, and none before a good one has answered
+   (R6). A silent one that has to stay keeps the shard down, unless an operator declared its node destroyed.
+4. A good member that ends earlier gets the entries that follow, fetched from one at the best position, if that one's
    chain at the place where they join is the same; else it is bad. They keep their epoch and stamp. What nobody was ever
-   answered about may so become committed, which is right: it may have happened (R6).
-4. Committed is what the best has.
+   answered about may so become committed, which is right: it may have happened.
+5. A bad member that has to stay is brought whole to the best copy, and enters the map under its new disk; only then the
+   shard is served. Committed is what the best has.
 
-A shard with a good member and a bad one can be read and not written. Without a good member it is down. There are two
-exceptions, in which new disks enter the map before the shard serves: a shard in which nothing was ever written is as
-complete in an empty copy as in any other; and if the last run kept its data in memory and all members are new and
-empty, they are what the end of that run has left, and the shard begins anew.
+Two exceptions, in which new disks enter the map at once: a shard in which nothing was ever written is as complete in an
+empty copy as in any other; and if the last run kept its data in memory and all members are new and empty, they are what
+the end of that run has left, and the shard begins anew.
 
-While a member is bad, what the good ones have counts as committed and is read. That may be more than the lost copy had:
-if they are lost in their turn and it is put back, an entry may be missing that was read, never one that was answered.
-
-Simplifications: a shard is brought up to date one member after the other, RECOVERY_SHARDS_MAX shards at a time; members
-are waited for without limit, and are never removed.
+If the link of a member breaks, its shard starts over; what was shipped stays shipped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Protocol
 
-from kvtcp.constants import RECOVERY_SHARDS_MAX
+from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
-from kvtcp.replication.cluster_map import ClusterMap, Member
+from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.learner import is_entry
 from kvtcp.replication.progress import LinkError
 
-Action = tuple[str, tuple[Any, ...]]  # node, frame for it
-
 LOST_DATA: Final = "came back without its data"
+
+WAITING: Final = "waiting"
+CHANGING: Final = "changing"
+SHIPPING: Final = "shipping"
+REPAIRING: Final = "repairing"
+DOWN: Final = "down"
+
+Edit = Callable[[ClusterMap], ClusterMap]
 
 
 class StaleStore(Exception):
     """The config store does not know what the nodes know: it was lost, or replaced by an older copy."""
 
 
-@dataclass
-class Verdict:
-    """How one shard goes on."""
+class Surroundings(Protocol):
+    """What a recovery needs of the controller."""
 
-    seq: int = 0  # last number, and committed
-    chain: int = 0  # of it
-    bad: dict[str, str] = field(default_factory=dict)  # member -> why it is bad, as the end of a sentence
-    down: str = ""  # why the shard is not served; empty = it is
-    disks: dict[str, str] = field(default_factory=dict)  # members that count by another disk as soon as the map says so
+    now_ms: int
+    reports: dict[str, Report]  # of the nodes that are linked, with what changed since
+
+    @property
+    def map(self) -> ClusterMap:
+        """As the config store holds it."""
+
+    def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
+        """Change these rows of the map; `done` when that is stored."""
+
+    def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
+        """Send a frame to a node that reported."""
+
+    def recovered(self, number: int, seq: int, chain: int) -> None:
+        """All members are equal: serve the shard."""
+
+    def repair(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
+        """Replace these members by learners, then call `repaired`, or `begin` if a link broke meanwhile."""
+
+    def repair_in_flight(self, number: int) -> bool:
+        """Whether a change of the map for such a member is on its way."""
+
+    def is_down(self, number: int, why: str) -> None:
+        """The shard cannot be served now."""
+
+    def alarm(self, sentence: str) -> None:
+        """What should never be seen."""
+
+    def began_empty(self, number: int) -> None:
+        """The data of a run in memory is gone."""
 
 
 def foreign_copy(copy: CopyReport) -> str:
@@ -72,221 +105,312 @@ def incomplete_copy(copy: CopyReport) -> str:
 class _Shard:
     """A shard whose members are being made equal."""
 
-    def __init__(self, number: int, members: tuple[Member, ...]) -> None:
+    def __init__(self, number: int, now_ms: int) -> None:
         self.number = number
-        self.members = members
-        self.verdict = Verdict()
-        self.good: dict[str, CopyReport] = {}  # members as they are now, shipped entries included
+        self.state = WAITING
+        self.since_ms = now_ms  # when the wait for reports began
+        self.again = False  # while CHANGING: a link broke, start over after it
+        self.found: dict[str, str] = {}  # members found bad while shipping, and why
+        self.good: dict[str, CopyReport] = {}
+        self.bad: dict[str, str] = {}
+        self.silent: list[str] = []
         self.donors: list[str] = []  # members at the best position that were not found unable to ship
+        self.seq = 0  # the best position
+        self.chain = 0
         self.target = ""  # member that is being brought up to date; empty = none
         self.awaited: tuple[str, int] = ("", 0)  # who has to answer, and the kind of frame it was sent
 
     def lagging(self) -> str:
         """A good member that is not at the best position, empty if there is none."""
-        return next((node for node, copy in self.good.items() if copy.seq != self.verdict.seq), "")
-
-    def is_bad(self, node: str, why: str) -> None:
-        """This member does not count."""
-        self.verdict.bad[node] = why
-        self.good.pop(node, None)
+        return next((node for node, copy in self.good.items() if copy.seq != self.seq), "")
 
 
-class Takeover:
-    """One attempt to take over all shards of a map."""
+class Recovery:
+    """The shards that are not served."""
 
-    def __init__(self, cluster_map: ClusterMap) -> None:
-        self.map = cluster_map
-        self.reports: dict[str, Report] = {}
-        self.alarms: list[str] = []  # what should never be seen, as sentences
-        self.began_empty: list[int] = []  # shards of a run in memory whose data is gone
-        self._shards = [_Shard(number, members) for number, members in enumerate(cluster_map.members)]
-        self._waiting: list[_Shard] = []  # to be brought up to date when others are
-        self._running = 0  # shards that are
+    def __init__(self, around: Surroundings, numbers: Iterable[int]) -> None:
+        self._around = around
+        self.shards = {number: _Shard(number, around.now_ms) for number in numbers}
+        self._queue: list[_Shard] = []  # SHIPPING, and waiting for their turn
+        self._running = 0  # SHIPPING, and in their turn
 
     @property
-    def is_done(self) -> bool:
-        """Whether all shards have their verdict."""
-        return len(self.reports) == len(self.map.nodes) and not self._running and not self._waiting
+    def is_settled(self) -> bool:
+        """Whether every shard that is not served waits for something that may take long."""
+        return all(shard.state in (DOWN, REPAIRING) for shard in self.shards.values())
 
-    @property
-    def verdicts(self) -> list[Verdict]:
-        """One for each shard, when it is done."""
-        assert self.is_done, "the verdicts are there when all members have reported and are equal"
-        return [shard.verdict for shard in self._shards]
-
-    @property
-    def new_disks(self) -> dict[int, dict[str, str]]:
-        """What has to be in the map before anything is served: shard -> node -> disk."""
-        return {shard.number: shard.verdict.disks for shard in self._shards if shard.verdict.disks}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no shard has a single entry, and none is down."""
-        return not any(verdict.seq or verdict.down for verdict in self.verdicts)
-
-    def copies(self, node: str) -> dict[int, CopyReport]:
-        """What the node has now, entries that were shipped to it included."""
-        copies = dict(self.reports[node].copies)
-        for shard in self._shards:
-            if node in shard.good:
-                copies[shard.number] = shard.good[node]
-        return copies
+    def begin(self, number: int) -> None:
+        """A shard that was served starts over, or one that is down is judged anew."""
+        shard = self.shards.setdefault(number, _Shard(number, self._around.now_ms))
+        self._restart(shard)
 
     # --- events -------------------------------------------------------------------------------------
 
-    def on_report(self, report: Report, map_version_max: int) -> list[Action]:
-        """A node reported; it may know the map up to this version. Raises StaleStore; then nothing is to be changed."""
-        if report.map_version > map_version_max:
-            raise StaleStore(
-                f"node {report.node} has seen version {report.map_version} of the cluster map, the config store has "
-                f"version {map_version_max}"
-            )
-        assert report.node not in self.reports, "a node that reports again begins another takeover"
-        self.reports[report.node] = report
-        if len(self.reports) < len(self.map.nodes):
-            return []
-        for shard in self._shards:
+    def on_report(self, node: str) -> None:
+        """A node was linked."""
+        for shard in self._of(node):
+            if shard.state == DOWN:
+                shard.state = WAITING
+                shard.since_ms = self._around.now_ms
+            shard.found.pop(node, None)
             self._judge(shard)
-            if not shard.verdict.down and shard.lagging():
-                self._waiting.append(shard)
-        return self._start_some()
 
-    def on_entries(self, node: str, number: int, after: int, chain: int | None, entries: Any) -> list[Action]:
-        """An ENTRIES frame. Raises LinkError if it was not asked for."""
-        shard = self._asked(node, number, FETCH)
+    def on_lost(self, node: str) -> None:
+        """A node that had reported was lost."""
+        for shard in self._of(node):
+            self._restart(shard)
+
+    def tick(self) -> None:
+        """Time passed."""
+        for shard in list(self.shards.values()):
+            if shard.state == WAITING:
+                self._judge(shard)
+
+    def repaired(self, number: int) -> None:
+        """All members that were to be replaced are."""
+        shard = self.shards[number]
+        assert shard.state == REPAIRING, "only a shard under repair is repaired"
+        if shard.again:
+            self._restart(shard)
+        else:
+            self._finish(shard)
+
+    def on_entries(self, node: str, number: int, after: int, chain: int | None, entries: Any) -> None:
+        """An ENTRIES frame. What was not asked for is not looked at. Raises LinkError if it is none."""
+        shard = self.shards[number]
+        if shard.state != SHIPPING or shard.awaited != (node, FETCH):
+            return
         target = shard.target
         copy = shard.good[target]
         if after != copy.seq:
-            raise LinkError(f"{node} sent entries of shard {number} after {after}, not after {copy.seq}")
+            return
         if not entries:
             shard.donors.remove(node)  # it does not have them any more; another one may
-            return self._fetch(shard)
-        if not (type(entries) is list and all(map(_is_entry, entries))):
+            self._fetch(shard)
+            return
+        if not (type(entries) is list and all(map(is_entry, entries))):
             raise LinkError(f"{node} sent entries of shard {number} that are none")
         if chain is not None and chain != copy.chain:  # one that does not know it: the receiver checks the first entry
-            shard.is_bad(target, f"has another history than {node}: they differ at number {after} or before")
-            return self._next_target(shard)
+            self._found_bad(shard, f"has another history than {node}: they differ at number {after} or before")
+            return
         shard.awaited = (target, SHIP)
-        return [(target, (SHIP, number, entries))]
+        self._around.send_to(target, (SHIP, number, entries))
 
-    def on_shipped(
-        self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None
-    ) -> list[Action]:
+    def on_shipped(self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None) -> None:
         """A SHIPPED frame. Raises LinkError if it cannot be true."""
-        shard = self._asked(node, number, SHIP)
-        verdict = shard.verdict
+        shard = self.shards[number]
+        if shard.state != SHIPPING or shard.awaited != (node, SHIP):
+            return
         if error is not None:
-            shard.is_bad(node, f"cannot take what it lacks: {error.decode('utf-8', 'replace')}")
-        elif not shard.good[node].seq < seq <= verdict.seq:
+            self._found_bad(shard, f"cannot take what it lacks: {error.decode('utf-8', 'replace')}")
+        elif not shard.good[node].seq < seq <= shard.seq:
             raise LinkError(f"{node} has shard {number} up to {seq}, which it was not sent")
-        elif seq == verdict.seq and chain != verdict.chain:
-            shard.is_bad(node, f"has another history than {shard.donors[0]}: they differ at number {seq} or before")
+        elif seq == shard.seq and chain != shard.chain:
+            self._found_bad(
+                shard, f"has another history than {shard.donors[0]}: they differ at number {seq} or before"
+            )
         else:
-            shard.good[node] = shard.good[node]._replace(epoch=epoch, seq=seq, chain=chain)
-            if seq < verdict.seq:
-                return self._fetch(shard)
-        return self._next_target(shard)
+            copy = shard.good[node]._replace(epoch=epoch, seq=seq, chain=chain)
+            shard.good[node] = self._around.reports[node].copies[number] = copy
+            if seq < shard.seq:
+                self._fetch(shard)
+            else:
+                self._next_target(shard)
 
     # --- judging ------------------------------------------------------------------------------------
 
+    def _of(self, node: str) -> list[_Shard]:
+        members = self._around.map.members
+        return [
+            shard for shard in list(self.shards.values()) if any(each == node for each, _ in members[shard.number])
+        ]
+
+    def _restart(self, shard: _Shard) -> None:
+        if shard.state == CHANGING or (shard.state == REPAIRING and self._around.repair_in_flight(shard.number)):
+            shard.again = True
+            return
+        shard.again = False
+        self._leave_shipping(shard)
+        shard.state = WAITING
+        shard.since_ms = self._around.now_ms
+        shard.found.clear()
+
+    def _leave_shipping(self, shard: _Shard) -> None:
+        if shard.state == SHIPPING:
+            if shard in self._queue:
+                self._queue.remove(shard)
+            else:
+                self._running -= 1
+            shard.awaited = ("", 0)
+
     def _judge(self, shard: _Shard) -> None:
-        """Everything of the verdict but what shipping will show."""
-        verdict = shard.verdict
-        empty: dict[str, str] = {}  # members with another, empty and complete copy -> its disk
-        hint = 0
-        for node, disk in shard.members:
-            copy = self.reports[node].copies.get(shard.number)
-            if copy is None:
-                shard.is_bad(node, "has no copy of it")
+        """Look at the reports of a shard that is WAITING, and go on as far as they allow."""
+        if shard.state != WAITING:
+            return
+        around = self._around
+        row = around.map.members[shard.number]
+        reports, destroyed = around.reports, around.map.destroyed
+        shard.silent = [node for node, _ in row if node not in reports and node not in destroyed]
+        is_founding = any(not disk for _, disk in row)
+        if shard.silent and (is_founding or around.now_ms < shard.since_ms + RECOVER_WAIT_MS):
+            return
+        shard.good, shard.bad, empty, hint = {}, {}, {}, 0
+        for node, disk in row:
+            copy = reports[node].copies.get(shard.number) if node in reports else None
+            if node in destroyed:
+                shard.bad[node] = "was declared destroyed"
+            elif node in shard.silent:
                 continue
-            if copy.disk != disk:
+            elif copy is None:
+                shard.bad[node] = "has no copy of it"
+            elif copy.disk != disk:
                 if copy.complete and not copy.seq:
                     empty[node] = copy.disk
                 elif not disk:
                     raise StaleStore(f"node {node} has data of shard {shard.number}, the cluster map knows of none")
-                shard.is_bad(node, foreign_copy(copy))
-                continue
-            hint = max(hint, copy.commit)
-            if copy.complete:
-                shard.good[node] = copy
+                shard.bad[node] = foreign_copy(copy)
             else:
-                shard.is_bad(node, incomplete_copy(copy))
+                hint = max(hint, copy.commit)
+                if node in shard.found:
+                    shard.bad[node] = shard.found[node]
+                elif copy.complete:
+                    shard.good[node] = copy
+                else:
+                    shard.bad[node] = incomplete_copy(copy)
         for node, copy in list(shard.good.items()):
             if copy.seq < hint:
-                shard.is_bad(node, f"ends at number {copy.seq}, but number {hint} was committed")
-                self.alarms.append(f"{node} {verdict.bad[node]} in shard {shard.number}")
-        if shard.good:
-            self._choose_best(shard)
-        elif len(empty) == len(shard.members) and (self.map.durability == "memory" or not shard.members[0][1]):
-            if shard.members[0][1]:
-                self.began_empty.append(shard.number)
-        else:
-            whys = "; ".join(f"{node} {why}" for node, why in verdict.bad.items())
-            verdict.down = f"none of its members has its data: {whys}"
-            return
-        if not verdict.seq and not verdict.down:
-            for node, disk in empty.items():
-                verdict.disks[node] = disk
-                del verdict.bad[node]
-                shard.good[node] = self.reports[node].copies[shard.number]
+                self._is_bad(shard, node, f"ends at number {copy.seq}, but number {hint} was committed")
+                around.alarm(f"{node} {shard.bad[node]} in shard {shard.number}")
+        if not self._adopt_empty(shard, empty, len(row)):
+            self._go_on(shard)
 
-    def _choose_best(self, shard: _Shard) -> None:
-        verdict = shard.verdict
+    def _is_bad(self, shard: _Shard, node: str, why: str) -> None:
+        shard.bad[node] = why
+        shard.good.pop(node, None)
+
+    def _adopt_empty(self, shard: _Shard, empty: Mapping[str, str], size: int) -> bool:
+        """The exceptions for empty copies; true if a change of the map is on its way."""
+        around = self._around
+        is_founding = any(not disk for _, disk in around.map.members[shard.number])
+        never_written = bool(shard.good) and all(copy.seq == 0 for copy in shard.good.values())
+        ended = len(empty) == size and not is_founding and around.map.durability == "memory"
+        if not empty or not (never_written or ended or (is_founding and len(empty) == size)):
+            return False
+        if ended:
+            around.began_empty(shard.number)
+        disks = {shard.number: dict(empty)}
+        self._change(shard, lambda old: old.with_disks(disks))
+        return True
+
+    def _change(self, shard: _Shard, edit: Edit) -> None:
+        shard.state = CHANGING
+
+        def done() -> None:
+            shard.state = WAITING
+            if shard.again:
+                self._restart(shard)
+            self._judge(shard)
+
+        self._around.propose_rows([shard.number], edit, done)
+
+    def _go_on(self, shard: _Shard) -> None:
+        """Who is good is known: remove, ship, repair or serve."""
+        around = self._around
+        row = around.map.members[shard.number]
+        if not shard.good:
+            whys = [f"{node} {why}" for node, why in shard.bad.items()]
+            whys += [f"{node} is missing" for node in shard.silent]
+            self._down(shard, f"none of its members has its data: {'; '.join(whys)}")
+            return
+        if not self._choose_best(shard):
+            return
+        gone = shard.silent + [node for node in shard.bad if node in around.map.destroyed]
+        gone += [node for node in shard.bad if node not in gone]
+        gone = gone[: len(row) - around.map.min_insync]
+        if gone:
+            def edit(old: ClusterMap) -> ClusterMap:
+                for node in gone:
+                    old = old.without([shard.number], node)
+                return old
+
+            self._change(shard, edit)
+        elif shard.silent:
+            names = ", ".join(shard.silent)
+            self._down(
+                shard, f"{names} may have writes that the others lack, or not: it is waited for, as {len(row)} of its "
+                "members are the fewest allowed",
+            )  # fmt: skip
+        elif shard.lagging():
+            shard.state = SHIPPING
+            self._queue.append(shard)
+            self._start_some()
+        else:
+            self._repair_or_finish(shard)
+
+    def _choose_best(self, shard: _Shard) -> bool:
         best = max(shard.good.values(), key=_order)
         shard.donors = [node for node, copy in shard.good.items() if _order(copy) == _order(best)]
         if len({shard.good[node].chain for node in shard.donors}) > 1:
             names = ", ".join(shard.donors)
-            verdict.down = f"its members differ: {names} end at number {best.seq} with different histories"
-            return
-        verdict.seq, verdict.chain = best.seq, best.chain
+            why = f"its members differ: {names} end at number {best.seq} with different histories"
+            self._around.alarm(f"shard {shard.number}: {why}")
+            self._down(shard, why)
+            return False
+        shard.seq, shard.chain = best.seq, best.chain
         for node, copy in list(shard.good.items()):
             if node not in shard.donors and copy.seq >= best.seq:
-                shard.is_bad(node, f"has another history than {shard.donors[0]}: it ends in an older epoch")
+                self._is_bad(shard, node, f"has another history than {shard.donors[0]}: it ends in an older epoch")
+        return True
+
+    def _repair_or_finish(self, shard: _Shard) -> None:
+        if shard.bad:
+            shard.state = REPAIRING
+            self._around.repair(shard.number, shard.seq, shard.bad)
+        else:
+            self._finish(shard)
+
+    def _finish(self, shard: _Shard) -> None:
+        del self.shards[shard.number]
+        self._around.recovered(shard.number, shard.seq, shard.chain)
+
+    def _down(self, shard: _Shard, why: str) -> None:
+        shard.state = DOWN
+        self._around.is_down(shard.number, why)
 
     # --- shipping -----------------------------------------------------------------------------------
 
-    def _start_some(self) -> list[Action]:
-        actions: list[Action] = []
-        while self._waiting and self._running < RECOVERY_SHARDS_MAX:
+    def _start_some(self) -> None:
+        while self._queue and self._running < RECOVERY_SHARDS_MAX:
             self._running += 1
-            actions += self._next_target(self._waiting.pop(0))
-        return actions
+            self._next_target(self._queue.pop(0))
 
-    def _next_target(self, shard: _Shard) -> list[Action]:
-        """Bring the next member up to date, or be done with the shard."""
+    def _next_target(self, shard: _Shard) -> None:
+        """Bring the next member up to date, or be done with shipping."""
         shard.target = shard.lagging()
         if shard.target:
-            return self._fetch(shard)
-        shard.awaited = ("", 0)
-        self._running -= 1
-        return self._start_some()
+            self._fetch(shard)
+            return
+        self._leave_shipping(shard)
+        self._repair_or_finish(shard)
+        self._start_some()
 
-    def _fetch(self, shard: _Shard) -> list[Action]:
+    def _fetch(self, shard: _Shard) -> None:
         after = shard.good[shard.target].seq
         if not shard.donors:
-            shard.donors = [node for node, copy in shard.good.items() if copy.seq == shard.verdict.seq]
-            shard.is_bad(
-                shard.target,
-                f"lacks what follows number {after}, and no member can ship it any more: it needs a full "
-                "synchronization, which this version does not do",
-            )
-            return self._next_target(shard)
+            self._found_bad(shard, f"lacks what follows number {after}, and no member can ship it any more")
+            return
         shard.awaited = (shard.donors[0], FETCH)
-        return [(shard.donors[0], (FETCH, shard.number, after))]
+        self._around.send_to(shard.donors[0], (FETCH, shard.number, after))
 
-    def _asked(self, node: str, number: Any, kind: int) -> _Shard:
-        if type(number) is not int or not 0 <= number < len(self._shards):
-            raise LinkError(f"{node} answers for a shard {number!r}")
-        shard = self._shards[number]
-        if shard.awaited != (node, kind):
-            raise LinkError(f"{node} sent for shard {number} what it was not asked for")
-        return shard
+    def _found_bad(self, shard: _Shard, why: str) -> None:
+        """The target cannot be brought up to date: judge the shard again with that."""
+        shard.found[shard.target] = why
+        self._leave_shipping(shard)
+        shard.state = WAITING
+        self._judge(shard)
+        self._start_some()
 
 
 def _order(copy: CopyReport) -> tuple[int, int]:
     """Which of two good copies is the better one. The epoch counts first: what an older one left behind may be long."""
     return copy.epoch, copy.seq
-
-
-def _is_entry(entry: Any) -> bool:
-    return type(entry) is list and len(entry) == 2 and type(entry[0]) is int and type(entry[1]) is bytes

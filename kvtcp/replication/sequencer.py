@@ -2,7 +2,8 @@
 
 Pure: no sockets, clock or files; events in (requests, results, links up and down, time), batches for the links and
 answers to the sinks out. The coordinator's server is a thin shell around it; the same class runs in tests without I/O.
-It is put together from `Admission` (requests in) and `Answers` (answers out); here are the links and time.
+It is put together from `Admission` (requests in), `Answers` (answers out) and `Members` (who takes part); here are the
+links and time.
 
 Per shard a write passes: waiting (unsequenced, only if a link is missing or a window full) -> pending (numbered and
 queued to every replica in the same step) -> committed (every replica acknowledged it) -> answered.
@@ -12,8 +13,7 @@ what they saw is committed.
 A link that is lost: its writes are kept and sent again, with their stamps, when the node is back with the position it
 acknowledged or a later one; its reads are queued at other members. Whether a node is the member that acknowledged is a
 question for each of its shards. A copy that is another one, or has less than it acknowledged, is *bad*: it is not read,
-its shard takes no writes, pending ones are answered UNKNOWN, reads that saw them are refused. What was kept for it
-stays kept, so that the process which has the data may still come back and heal the shard.
+and its shard takes no writes. What was kept for it stays kept, as the process which has the data may still come back.
 
 Invariants (`check`):
 - numbers of a shard have no gap; `commit <= last_seq`; `pending` are exactly the numbers (commit, last_seq];
@@ -31,30 +31,37 @@ from typing import Any, Final
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, PURGE_SHARDS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
-from kvtcp.protocol.operations import GET, PURGE, WRITE_OP_END
-from kvtcp.replication.admission import Admission
-from kvtcp.replication.answers import Answers
+from kvtcp.protocol.operations import GET, PURGE
 from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.members import Members, part_of
 from kvtcp.replication.progress import ANSWERED, Batch, LinkError, Op, Progress
-from kvtcp.replication.recovery import LOST_DATA, Verdict, foreign_copy, incomplete_copy
-from kvtcp.replication.shard_state import AWAITED, IGNORE, LOST, PART, WRITE, ShardState, Sink
+from kvtcp.replication.recovery import LOST_DATA, foreign_copy, incomplete_copy
+from kvtcp.replication.shard_state import (
+    AWAITED,
+    CALL,
+    DUE,
+    IGNORE,
+    LINK_LOST,
+    PART,
+    WRITE,
+    ShardState,
+    Sink,
+)
 
-# A takeover calls committed what the good members have, but a lost copy may come back without it. So the nodes are not
-# told before that; else its next takeover would hold it against that copy.
+# what a node has of a shard that is not served yet is not committed, whatever the number
 NEVER: Final = 1 << 63
 
 
-class Sequencer(Admission, Answers):
+class Sequencer(Members):
     """The write and read path of all shards. Every public method is one synchronous step."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:
         super().__init__(cluster_map)
-        self._kept: dict[Progress, list[Batch]] = {}  # writes to send again: of links that are down, of bad copies
         self._flagged: dict[int, None] = {}  # shards that hold expired keys, in the order in which that was told
 
     # --- batches ------------------------------------------------------------------------------------
 
-    def close_batches(self) -> Iterable[Progress]:
+    def close_batches(self) -> list[Progress]:
         """The tick ends: every link with something to send, its batches closed."""
         ready = []
         for link in self.links.values():
@@ -96,7 +103,11 @@ class Sequencer(Admission, Answers):
         if answers:
             for op, result in zip(answers, results, strict=True):
                 if op[0] == WRITE:
-                    op[3] = result
+                    if op[3] is DUE and op[1] is not None:  # committed before, with another member's help
+                        op[3] = result
+                        self._answer_write(None, op, result)
+                    else:
+                        op[3] = result
         # Commits first: a read in the same frame then finds what it saw committed and need not be held.
         shards = self.shards
         for batch in link.on_durable(durable):
@@ -125,26 +136,45 @@ class Sequencer(Admission, Answers):
 
     # --- links --------------------------------------------------------------------------------------
 
-    def take_over(self, verdicts: Sequence[Verdict], stamp_ms: int = 0) -> None:
-        """The members were made equal, no link is up: go on from there, with stamps from `stamp_ms` on."""
-        assert not any(link.connected for link in self.links.values()), "shards are taken over before links come up"
-        self.stamp_ms = max(self.stamp_ms, stamp_ms)
-        for shard, verdict in zip(self.shards, verdicts, strict=True):
-            shard.base = (verdict.seq, verdict.chain)
-            shard.last_seq = shard.commit = verdict.seq
-            shard.acked = dict.fromkeys(shard.members, verdict.seq)
-            for link in shard.members:
-                shard.mark(link, verdict.bad.get(link.node, ""))
-            shard.serving, shard.reason = not verdict.down, verdict.down
-            shard.update_writable()
+    def serve(self, number: int, seq: int, chain: int) -> None:
+        """The members of the shard, as `set_members` said, are equal: go on from there."""
+        shard = self.shards[number]
+        assert not shard.serving and not shard.pending, "a shard that is served is not taken over"
+        shard.base = (seq, chain)
+        shard.last_seq = shard.commit = seq
+        shard.acked = dict.fromkeys(shard.members, seq)
+        shard.bad = {}
+        shard.serving, shard.reason = True, ""
+        for link in shard.members:
+            if link.uncommitted and link.uncommitted[0][0] < 0:
+                link.uncommitted[0][1].pop(number, None)
+        shard.update_targets()
+        shard.update_space()
+        shard.update_stuck()
+        shard.update_writable()
 
-    def link_up(
-        self, node: str, copies: Mapping[int, CopyReport], space: int = 0, *, judged: bool = False
-    ) -> dict[int, str]:
+    def stop_serving(self, number: int, reason: str) -> None:
+        """Nothing more is read or written; what is pending is answered UNKNOWN, what waits is refused."""
+        shard = self.shards[number]
+        shard.serving, shard.reason = False, reason
+        shard.writable = False
+        for op in [*shard.pending, *(op for _, op in shard.orphans)]:
+            if op[1] is not None:
+                self._answer_unknown(shard, op[1], op[2], reason)
+                op[1] = None
+        shard.orphans = []
+        self._refuse_some(shard, Code.SHARD_DOWN, f"shard {number} is down: {reason}", lambda entry: True)
+        held, shard.held = sorted(shard.held), []
+        for entry in held:
+            self._refuse_held(shard, entry[3], entry[4])
+
+    # --- links up and down --------------------------------------------------------------------------
+
+    def link_up(self, node: str, copies: Mapping[int, CopyReport], space: int = 0) -> dict[int, str]:
         """A node is linked and reported these copies. Returns which of its shards are bad, and why.
 
         Entries that good copies lack are sent again with their stamps; those they have count as acknowledged. Shards
-        that are not served are not judged, nor is a copy that the takeover `judged` just now.
+        that are not served are not judged.
         """
         link = self.links[node]
         assert not link.connected, "link_down comes before the next link_up"
@@ -156,48 +186,38 @@ class Sequencer(Admission, Answers):
             if not shard.serving:
                 older[shard.number] = NEVER
                 continue
-            why = shard.bad.get(link, "") if judged else self._why_bad(shard, link, copy)
+            why = self._why_bad(shard, link, copy)
             if copy is None or why:
                 bad[shard.number] = why
                 self._abandon(shard, link, why)
-            else:
-                has[shard.number] = copy.seq
-                self._recovered(shard, link)
-            if shard.bad:
-                older[shard.number] = NEVER
-            elif shard.number in has and has[shard.number] > shard.commit:
-                older[shard.number] = has[shard.number]
+                continue
+            has[shard.number] = copy.seq
+            shard.mark(link, "")
+            if copy.seq > shard.commit:
+                older[shard.number] = copy.seq
         link.connected = True
         link.reason = ""
         link.space = space
         if older:
             link.uncommitted.append((-1, older))
         kept = self._kept.pop(link, [])
-        stays = [old for old in (_part(batch, bad, True) for batch in kept) if old.items]
+        stays = [old for old in (part_of(batch, bad, True) for batch in kept) if old.items]
         if stays:
             self._kept[link] = stays
         for old in kept:
-            self._send_again(link, _part(old, bad, False) if stays else old, has)
+            self._send_again(link, part_of(old, bad, False) if stays else old, has)
         for shard in link.shards:
             shard.update_space()
             if shard.number in has:
                 shard.update_stuck()
                 self._acknowledged(shard, link, has[shard.number])
+            if shard.orphans:
+                self._hand_over(shard)
         if link.has_room():
             self._opened(link)
         else:
             self._filled(link)
         return bad
-
-    def _recovered(self, shard: ShardState, link: Progress) -> None:
-        """The member is good; if it was the last bad one, what the others have is on all members indeed."""
-        if link not in shard.bad:
-            return
-        shard.mark(link, "")
-        if not shard.bad:
-            for member in shard.members:
-                if member.uncommitted and member.uncommitted[0][0] < 0:
-                    member.uncommitted[0][1].pop(shard.number, None)
 
     def _why_bad(self, shard: ShardState, link: Progress, copy: CopyReport | None) -> str:
         """Why the copy that a node reported is not the member's; empty if it is."""
@@ -216,18 +236,6 @@ class Sequencer(Admission, Answers):
             return f"has another history: it differs at number {copy.seq} or before"
         return ""
 
-    def new_disks(self, node: str, copies: Mapping[int, CopyReport]) -> dict[int, dict[str, str]]:
-        """Members that a node can be by the new, empty copies it reported, because nothing was ever written to their
-        shards: shard -> node -> disk. They count when the map says so and the node is linked after that."""
-        found: dict[int, dict[str, str]] = {}
-        for shard in self.links[node].shards:
-            copy = copies.get(shard.number)
-            if copy is None or not shard.serving or shard.last_seq or copy.seq or not copy.complete:
-                continue
-            if copy.disk != self.map.disk_of(shard.number, node):
-                found[shard.number] = {node: copy.disk}
-        return found
-
     def _send_again(self, link: Progress, old: Batch, has: Mapping[int, int]) -> None:
         """Queue what the node lacks of a kept batch; results of what it has were lost with the link."""
         batch = Batch(old.stamp_ms)
@@ -235,8 +243,8 @@ class Sequencer(Admission, Answers):
         for item in old.items:
             op = next(answers) if item[3] else None
             if item[2] <= has.get(item[1], 0):
-                if op is not None and op is not ANSWERED and op[3] is AWAITED:
-                    op[3] = LOST
+                if op is not None and op is not ANSWERED and op[1] is not None and op[3] in (AWAITED, DUE):
+                    self.shards[item[1]].orphans.append((item[2], op))
                 continue
             batch.items.append(item)
             batch.last_seqs[item[1]] = item[2]
@@ -250,14 +258,16 @@ class Sequencer(Admission, Answers):
             link.close_batch()
 
     def _abandon(self, shard: ShardState, link: Progress, why: str) -> None:
-        """The node has not what it acknowledged, so nothing it says counts and pending writes cannot commit."""
+        """The node has not what it acknowledged, so nothing it says counts. If it cannot be removed either, pending
+        writes do not commit before it is replaced, which takes longer than anybody waits."""
         shard.mark(link, why)
+        shard.writable = False
+        if len(shard.members) > self.min_insync and shard.good:
+            return
         for op in shard.pending:
             if op[1] is not None:
                 self._answer_unknown(shard, op[1], op[2], f"{link.node} {why}")
                 op[1] = None
-        code, text = self._why_not(shard, "writing")
-        self._refuse_some(shard, code, text, lambda entry: entry[2] < WRITE_OP_END)
         shard.update_stuck()
         if shard.stuck:
             held, shard.held = sorted(shard.held), []
@@ -285,6 +295,12 @@ class Sequencer(Admission, Answers):
         """
         stay = []
         for op in reads:
+            if op[0] == CALL:
+                if avoid is None:
+                    op[1](LINK_LOST)
+                else:
+                    stay.append(op)
+                continue
             if op[0] == PART:
                 _, multi, attempt, _ = op
                 if attempt != multi.attempt or multi.done:
@@ -355,21 +371,6 @@ class Sequencer(Admission, Answers):
             shard.check()
         for link in self.links.values():
             link.check()
-
-
-def _part(old: Batch, bad: Mapping[int, str], wanted: bool) -> Batch:
-    """Of a kept batch what belongs to bad shards (`wanted`), or what does not."""
-    part = Batch(old.stamp_ms)
-    part.bytes = old.bytes
-    answers = iter(old.answers)
-    for item in old.items:
-        op = next(answers) if item[3] else None
-        if (item[1] in bad) is wanted:
-            part.items.append(item)
-            part.last_seqs[item[1]] = item[2]
-            if op is not None:
-                part.answers.append(op)
-    return part
 
 
 __all__ = ["IGNORE", "LinkError", "Sequencer", "ShardState", "Sink"]

@@ -9,6 +9,8 @@ Ops are lists, not objects, and one list is all that a request costs here (makin
     write  [WRITE, sink, token, result]                                            sink None = answered already
     read   [op, sink, token, shard state, last number queued before it, key]       sink None = answered already
     part   [PART, multi read, attempt, index]
+    call   [CALL, function]                                                        of a control item: called once with
+                                                                                   its result, or LINK_LOST
 
 Simplification: a sink must not raise. Its methods only append to buffers, and an exception from one of them is a
 defect after which the state here is not to be trusted: whoever runs the sequencer ends the process.
@@ -17,19 +19,25 @@ defect after which the state here is not to be trusted: whoever runs the sequenc
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvtcp.errors import Code
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import Op, Progress
 
+if TYPE_CHECKING:
+    from kvtcp.replication.learner import Learner
+
 WRITE: Final = 0
 PART: Final = -1
+CALL: Final = -3  # -2 is ANSWERED, see progress.py
 ITEM_OVERHEAD_BYTES: Final = 32  # what an item counts in a window beyond its key and value
 
 NUMBER: Final = object()  # result of a write that is its own number (put)
 AWAITED: Final = object()  # result that has not arrived
-LOST: Final = object()  # result that died with a link: the entry is applied, nobody here knows what it gave
+LOST: Final = object()  # result that died with a link: the entry is applied, nobody knows any more what it gave
+DUE: Final = object()  # result that has not arrived of a write that is committed
+LINK_LOST: Final = object()  # what a call gets instead of a result
 
 # unsequenced: (deadline_ms, bytes, op, key, args or None for a read, sink, token)
 Waiting = tuple[int, int, int, bytes, Any, Any, Any]
@@ -51,13 +59,16 @@ class ShardState:
     """One shard as the coordinator sees it."""
 
     __slots__ = (
-        "acked", "bad", "base", "commit", "good", "held", "last_seq", "members", "number", "pending", "purge_after_ms",
-        "reason", "serving", "space", "stuck", "waiting", "waiting_reads", "writable",
+        "acked", "bad", "base", "commit", "good", "held", "last_seq", "learners", "members", "number", "orphans",
+        "pending", "purge_after_ms", "reason", "serving", "space", "stuck", "targets", "waiting", "waiting_reads",
+        "writable",
     )  # fmt: skip
 
     def __init__(self, number: int, members: list[Progress]) -> None:
         self.number = number
-        self.members = members  # first the one that answers writes
+        self.members = members  # E: all of them must have an entry before it is committed; the first answers writes
+        self.learners: dict[Progress, Learner] = {}  # nodes whose copies are being brought up to date
+        self.targets = members  # to whom writes are queued: good members, then learners
         self.bad: dict[Progress, str] = {}  # members that do not count, and why, as the end of a sentence
         self.good = members  # members that are not bad, in their order
         self.base = (0, 0)  # number and chain at which this coordinator took the shard over
@@ -65,12 +76,13 @@ class ShardState:
         self.last_seq = 0  # highest number given
         self.commit = 0  # highest number durable on all members; <= last_seq
         self.pending: deque[Op] = deque()  # writes (commit, last_seq], in order
+        self.orphans: list[tuple[int, Op]] = []  # writes whose result was lost, to be asked for when a member is linked
         self.held: list[Held] = []  # heap of answers whose first field is above commit
         self.waiting: deque[Waiting] = deque()  # not sequenced yet, in order of arrival
         self.waiting_reads = 0  # reads in `waiting`
-        self.serving = False  # all members were heard of and agreed when the coordinator took the shard over
+        self.serving = False  # its members are equal, and it may be read
         self.reason = "its members have not reported yet"  # why not serving, for people
-        self.stuck = ""  # why the pending writes can never commit, for people; empty = they can
+        self.stuck = ""  # why the pending writes cannot commit now, for people; empty = they can
         self.space = 0  # how short of disk space the worst member is, see Progress.space
         self.writable = False  # every write can be sequenced: see `update_writable`
         self.purge_after_ms = 0  # no purge before this time
@@ -81,19 +93,30 @@ class ShardState:
             self.bad[link] = why
         else:
             self.bad.pop(link, None)
+        self.update_targets()
+
+    def update_targets(self) -> None:
+        """Set `good` and `targets` from what they depend on."""
         self.good = [member for member in self.members if member not in self.bad]
+        self.targets = self.good + [link for link in self.learners if link not in self.good]
 
     def is_whole(self) -> bool:
         """Whether every member has a link and counts, so that writes go on as soon as there is room."""
         return not self.bad and all(link.connected for link in self.members)
 
+    def is_blocked(self) -> bool:
+        """Whether a member or a learner cannot take a write now."""
+        if self.bad:
+            return True
+        blocked = False
+        for link in self.targets:
+            if link.full or not link.connected:
+                blocked = True
+        return blocked
+
     def takes_writes(self) -> bool:
         """Whether a write that needs no space can be sequenced now."""
-        takes = self.serving and not self.waiting and not self.bad
-        for link in self.members:
-            if link.full or not link.connected:
-                takes = False
-        return takes
+        return self.serving and not self.waiting and not self.is_blocked()
 
     def update_writable(self) -> None:
         """Set `writable` from what it depends on: serving, nobody waiting, every member good, linked, and with room in
@@ -102,7 +125,7 @@ class ShardState:
 
     def update_space(self) -> None:
         """Set `space` from the members."""
-        self.space = max([link.space for link in self.members])
+        self.space = max([link.space for link in self.members], default=0)
 
     def update_stuck(self) -> None:
         """Set `stuck` from the members that lost what others wait for."""
@@ -111,19 +134,24 @@ class ShardState:
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
-        assert self.commit <= self.last_seq, "commit is at most the last number"
-        assert len(self.pending) == self.last_seq - self.commit, "pending are the numbers above commit"
-        assert self.commit == min(self.acked.values()), "commit is what all members have"
-        assert max(self.acked.values()) <= self.last_seq, "nobody acknowledged a number that was not given"
+        assert list(self.acked) == self.members, "what members acknowledged is known of members, in their order"
+        if self.serving:
+            assert self.commit <= self.last_seq, "commit is at most the last number"
+            assert len(self.pending) == self.last_seq - self.commit, "pending are the numbers above commit"
+            assert self.commit == min(self.acked.values()), "commit is what all members have"
+            assert max(self.acked.values()) <= self.last_seq, "nobody acknowledged a number that was not given"
         assert not self.held or self.held[0][0] > self.commit, "what is committed is not held"
         assert not self.held or not self.stuck, "nothing is held for a commit that cannot come"
         reads = sum(entry[4] is None for entry in self.waiting)
         assert self.waiting_reads == reads, "waiting reads are counted"
         if self.writable:
             assert self.serving and not self.waiting, "a writable shard serves, and nobody waits before the next write"
-            assert all(link.connected and not link.full for link in self.members), "all members can take a write"
+            assert all(link.connected and not link.full for link in self.targets), "all members can take a write"
             assert not self.bad and not self.space, "a writable shard has no bad member, and space"
         assert self.good == [link for link in self.members if link not in self.bad], "good is what is not bad"
+        assert self.bad.keys() <= set(self.members), "only a member is bad"
+        learning = [link for link in self.learners if link not in self.good]
+        assert self.targets == self.good + learning, "writes go to good members and learners"
 
 
 class ClusterState:
@@ -138,6 +166,7 @@ class ClusterState:
         for shard in self.shards:
             for link in shard.members:
                 link.shards.append(shard)
+        self.min_insync = cluster_map.min_insync
         self.stamp_ms = 0  # of everything queued in this tick; never decreases
         self.stamp_bound_ms = cluster_map.stamp_bound_ms  # stamp_ms never grows beyond it
         self.now_ms = 0  # monotonic time of this tick, for deadlines only
@@ -153,6 +182,7 @@ class ClusterState:
     def map_changed(self, cluster_map: ClusterMap) -> None:
         """The config store holds this map now."""
         self.map = cluster_map
+        self.min_insync = cluster_map.min_insync
         self.stamp_bound_ms = cluster_map.stamp_bound_ms
 
     def _refuse(self, sink: Sink, token: Any, code: Code, text: str, shard: ShardState) -> None:

@@ -328,15 +328,19 @@ class Backups:
 
     def _check_members(self) -> None:
         """A restore writes to all shards: it is not begun while one of them takes no writes."""
-        links = [link for link in self.server.sequencer.links.values() if link.shards]
-        missing = [f"{link.node} is missing ({link.reason})" for link in links if not link.connected]
-        for link in links:
-            why = next((shard.bad[link] for shard in link.shards if link in shard.bad), "")
-            if link.connected and why:
-                missing.append(f"{link.node} {why}")
+        missing: dict[str, None] = {}  # in order, each once
+        for shard in self.server.sequencer.shards:
+            if not shard.serving:
+                missing[f"shard {shard.number} is down ({shard.reason})"] = None
+            for link, why in shard.bad.items():
+                missing[f"{link.node} {why}"] = None
+            for link in shard.good:
+                if not link.connected:
+                    missing[f"{link.node} is missing ({link.reason})"] = None
         if missing:
             names = ", ".join(missing)
-            raise Unavailable(f"a restore needs all nodes: {names}; nothing was changed", Code.NOT_ENOUGH_REPLICAS)
+            text = f"a restore needs shards that take writes: {names}; nothing was changed"
+            raise Unavailable(text, Code.NOT_ENOUGH_REPLICAS)
 
     async def _save(self, progress: Progress) -> str:
         """Back up what is there under a name that is free; returns it."""

@@ -4,9 +4,9 @@ One event loop. Clients' sockets and nodes' links bring messages; the cores queu
 (`_flush`, one `call_soon` however many messages came) every link and every client gets at most one write. No task and
 no future is made for an operation.
 
-Readiness: when every node of the map has reported, a Takeover makes the members of each shard equal; what of it belongs
-into the map is stored there, and then the shards are served. If a link breaks before that, it begins anew with new
-reports. From then on a node that reconnects goes on where it was, and a copy that lost its data is bad (see Sequencer).
+Everything that is decided is decided in the Controller; here its frames are sent, its links closed and dialled, its
+changes of the map stored, its events logged (`_act`). Clients are let in when every shard is served, or known to be
+down, and what the takeover found is in the map.
 
 The map belongs to this coordinator until somebody else changes it or a node refuses its epoch (R13). Then it is
 `deposed`: no client gets another answer, and the process ends.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,24 @@ from kvtcp.constants import (
     TICK_MS,
     WRITE_WAIT_MS,
 )
+from kvtcp.errors import AdminError
 from kvtcp.protocol.link import Report
+from kvtcp.replication.cluster_admin import ClusterAdmin, Done
 from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import Gateway, Session
-from kvtcp.replication.recovery import Action, StaleStore, Takeover
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.recovery import StaleStore
 from kvtcp.server import status
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms
 from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
+from kvtcp.server.write_times import WriteTimes
 
 log = logging.getLogger("kvtcp.coordinator")
 
 HEARTBEAT_TICKS = HEARTBEAT_MS // TICK_MS
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 BOUND_RETRY_MS = 1_000  # after the config store did not take the next bound of stamps
 
 
@@ -68,15 +72,24 @@ class CoordinatorServer:
         self.secret = config.secret
         self.durability = config.durability
         self.keeper = keeper
-        keeper.on_change = self._map_changed
         keeper.on_lost = lambda error: self.deposed(str(error))
         self._before = before
-        self.sequencer = Sequencer(self.map)
+        self.controller = Controller(
+            keeper.changes,
+            durability=config.durability,
+            map_version_before=before.map_version,
+            stamp_before_ms=before.stamp_bound_ms,
+        )
+        self.sequencer = self.controller.sequencer
+        keeper.on_change = self._map_changed
+        keeper.on_crash = self.core_failed
+        self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.gateway = Gateway(self.sequencer, self)
         self.backups = Backups(self, config.backup_dir)
-        self.links = {node: NodeLink(self, node, host, port) for node, (host, port) in self.map.nodes.items()}
-        self.takeover = Takeover(self.map)  # the present attempt; meaningful until `ready`
-        self.progressed_at = self.loop.time()  # when the takeover last came further
+        self.links = {node: NodeLink(self, node) for node in self.map.nodes}
+        self.progressed_at = self.loop.time()  # when a node last reported
+        self.on_node_added: Callable[[str], None] = lambda node: None
+        self.on_node_removed: Callable[[str], None] = lambda node: None
         self.sessions: set[ClientSession] = set()
         self.dirty: list[ClientSession] = []  # sessions with answers to flush in this tick
         self.address = ("", 0)
@@ -89,6 +102,7 @@ class CoordinatorServer:
         self.held_bytes = 0  # held for clients by their sessions, at any time
         self.lag_ms = 0.0  # how late the last tick was
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
+        self._is_opening = False  # the takeover is over: what it found is being stored
         self._over_total = False  # clients are not read because of the total cap
         self._over_since_ms = 0  # since when; meaningful while _over_total
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,8 +125,11 @@ class CoordinatorServer:
     def start_links(self) -> None:
         """Dial the nodes and let time pass."""
         for link in self.links.values():
-            self._start_task(link.run(), f"link to {link.node}")
+            self._start_link(link)
         self._schedule_tick()
+
+    def _start_link(self, link: NodeLink) -> None:
+        link.task = self._start_task(link.run(), f"link to {link.node}")
 
     def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """A task that must not fail."""
@@ -220,12 +237,17 @@ class CoordinatorServer:
         """Something happened: this tick gets its stamp, and is flushed at its end."""
         if not self._flushing:
             self._flushing = True
-            self.sequencer.begin(wall_ms(), int(self.loop.time() * 1000))
+            self.controller.begin(wall_ms(), int(self.loop.time() * 1000))
             self.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
-        for progress in self.sequencer.close_batches():
+        controller = self.controller
+        if controller.is_talkative:
+            self._act()
+        ready = self.sequencer.close_batches()
+        self.write_times.look(ready)
+        for progress in ready:
             self.links[progress.node].write_batches()
         dirty = self.dirty
         if dirty:
@@ -241,7 +263,8 @@ class CoordinatorServer:
         self.lag_ms = max(0.0, (self.loop.time() - self._tick_due) * 1000)
         self._ticks += 1
         self.begin()
-        self.sequencer.tick()
+        self.controller.tick()
+        self._act()
         for link in self.links.values():
             # after a stall of this process nobody can be called silent: what they said may still lie in the sockets
             link.watch_silence(self.sequencer.now_ms, self.lag_ms >= HEARTBEAT_MS)
@@ -259,7 +282,9 @@ class CoordinatorServer:
     # --- the map ------------------------------------------------------------------------------------
 
     def _map_changed(self, cluster_map: ClusterMap) -> None:
-        self.sequencer.map_changed(cluster_map)
+        """A change was stored; who proposed it is told next, in this step."""
+        self.begin()
+        self.controller.map_changed(cluster_map)
 
     def _watch_bound(self) -> None:
         """R12: move the bound of stamps before the clock reaches it."""
@@ -358,115 +383,79 @@ class CoordinatorServer:
     # --- nodes --------------------------------------------------------------------------------------
 
     def node_reported(self, link: NodeLink, report: Report) -> None:
-        """A node answered HELLO."""
+        """A node answered HELLO: from now on batches flow."""
         self.begin()
-        if self.ready.is_set():
-            disks = self.sequencer.new_disks(link.node, report.copies)
-            if disks:
-                self._start_task(self._join(link, report, disks), f"new disks of {link.node}")
-            else:
-                self._link_up(link, report)
-            return
-        # what the store held before the first HELLO of this coordinator; then what it told the node itself
-        version_max = self._before.map_version if link.number == 1 else self.map.version
-        try:
-            actions = self.takeover.on_report(report, version_max)
-        except StaleStore as error:
-            self.core_failed(CannotServe(stale_store(str(error))))
-            return
-        self._took_over_more(actions)
-
-    def recovery_frame(self, node: str, message: list[Any]) -> None:
-        """ENTRIES or SHIPPED. Raises LinkError if it was not asked for."""
-        takeover = self.takeover
-        answer = takeover.on_entries if len(message) == 5 else takeover.on_shipped
-        self._took_over_more(answer(node, *message[1:]))
-
-    def _took_over_more(self, actions: list[Action]) -> None:
+        assert link.connection is not None, "a node reports on its connection"
+        link.connection.live = True
         self.progressed_at = self.loop.time()
-        for node, frame in actions:
-            connection = self.links[node].connection
-            assert connection is not None, "a takeover ends with the first link that is lost"
-            connection.send(frame)
-            connection.flush()
-        if self.takeover.is_done:
-            self._start_task(self._finish_takeover(self.takeover), "end of the takeover")
+        try:
+            self.controller.node_up(link.node, report)
+        except StaleStore as error:
+            self.core_failed(CannotServe(stale_store(str(error)), not self.ready.is_set()))
+            return
+        self._act()
 
-    async def _finish_takeover(self, takeover: Takeover) -> None:
+    def node_frame(self, node: str, message: list[Any]) -> None:
+        """A frame for the core. Raises LinkError if it cannot be true."""
+        self.progressed_at = self.loop.time()
+        self.controller.on_frame(node, message)
+        self._act()
+
+    def node_lost(self, node: str, reason: str) -> None:
+        """The link of a node that had reported is gone."""
+        self.backups.node_lost(node)
+        self.begin()
+        self.controller.node_down(node, reason)
+        self._act()
+
+    def _act(self) -> None:
+        """Do what the core wants."""
+        controller = self.controller
+        for level, word, fields in controller.take_events():
+            text = " ".join(f"{name}={value}" for name, value in fields.items())
+            log.log(_LEVELS[level], "event=%s %s", word, text)
+        for kind, node, *rest in controller.take_actions():
+            if kind == "send":
+                connection = self.links[node].connection
+                if connection is not None:
+                    connection.send(rest[0])
+                    connection.flush()
+            elif kind == "close":
+                self.links[node].give_up(rest[0])
+            elif kind == "add":
+                link = self.links[node] = NodeLink(self, node)
+                self._start_link(link)
+                self.on_node_added(node)
+            else:
+                link = self.links.pop(node)
+                link.stop_node()
+                link.end()
+                self.on_node_removed(node)
+        self.keeper.wake()
+        if controller.is_ready and not self._is_opening:
+            self._is_opening = True
+            self._start_task(self._open_shards(), "end of the takeover")
+
+    async def _open_shards(self) -> None:
         """Store what the takeover found, then serve."""
-        for alarm in takeover.alarms:
-            log.error("event=alarm reason=%s", alarm)
-        if takeover.began_empty:
-            log.warning(
-                "event=began-empty shards=%s reason=all nodes were restarted, and the last run kept its data in memory",
-                len(takeover.began_empty),
-            )
-        stamp_ms = max([self._before.stamp_bound_ms, *(report.stamp_ms for report in takeover.reports.values())])
+        shards = self.sequencer.shards
+        reports = self.controller.reports.values()
+        stamp_ms = max([self._before.stamp_bound_ms, *(report.stamp_ms for report in reports)])
 
         def edit(old: ClusterMap) -> ClusterMap:
-            restoring = None if takeover.is_empty else old.restoring
-            new = replace(
-                old.with_disks(takeover.new_disks),
-                durability=self.durability,
-                restoring=restoring,
-                heard_version=takeover.map.version,
-            )
+            is_empty = not any(shard.last_seq or not shard.serving for shard in shards)
+            new = replace(old, durability=self.durability, restoring=None if is_empty else old.restoring)
             return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
 
-        try:
-            await self.keeper.change(edit)
-        except NotOwner:
-            return  # `deposed` was told
-        except (OSError, ConfigStoreError) as error:
-            raise CannotServe(f"the cluster map cannot be stored: {error}") from error
-        if self.takeover is not takeover:
-            return  # a link was lost meanwhile
+        stored: asyncio.Future[ClusterMap] = self.loop.create_future()
+        self.controller.propose(edit, stored.set_result)
+        self.keeper.wake()
+        await stored
         self.begin()
-        self.sequencer.take_over(takeover.verdicts, stamp_ms)
+        self.sequencer.stamp_ms = max(self.sequencer.stamp_ms, stamp_ms)
         self.backups.resume(self.map.restoring)
         self.ready.set()
-        for link in self.links.values():
-            self._link_up(link, replace(takeover.reports[link.node], copies=takeover.copies(link.node)), judged=True)
-        down = [shard for shard in self.sequencer.shards if not shard.serving]
-        if down:
-            log.error("event=shards-down shards=%s first=%s reason=%s", len(down), down[0].number, down[0].reason)
         log.info("event=ready cluster=%s nodes=%s epoch=%s", self.map.cluster, len(self.links), self.map.epoch)
-
-    def node_lost_early(self, link: NodeLink) -> None:
-        """A node was lost after its report and before the shards were served: ask all of them again."""
-        if self.ready.is_set() or link.closing:
-            return
-        log.warning("event=takeover-begins-anew reason=the link to %s was lost", link.node)
-        self.takeover = Takeover(self.map)
-        for other in self.links.values():
-            connection, other.connection = other.connection, None
-            if connection is not None:
-                connection.abort()
-
-    async def _join(self, link: NodeLink, report: Report, disks: dict[int, dict[str, str]]) -> None:
-        """Make a node's new copies members, as nothing was ever written to their shards; then link it."""
-        connection = link.connection
-        try:
-            await self.keeper.change(lambda old: old.with_disks(disks))
-        except NotOwner:
-            return  # `deposed` was told
-        except (OSError, ConfigStoreError) as error:
-            log.error("event=members-not-stored node=%s reason=%s", link.node, error)
-        if connection is not None and link.connection is connection:
-            self.begin()
-            self._link_up(link, report)
-
-    def _link_up(self, link: NodeLink, report: Report, judged: bool = False) -> None:
-        """The node serves, with those of its copies that are the map's."""
-        assert link.connection is not None, "a node is linked while its connection is up"
-        bad = self.sequencer.link_up(link.node, report.copies, link.space, judged=judged)
-        link.connection.live = True
-        log.info("event=link-up node=%s", link.node)
-        if bad:
-            number, why = next(iter(bad.items()))
-            log.error(
-                "event=node-not-a-member node=%s shards=%s first=%s reason=%s", link.node, len(bad), number, why
-            )
 
     def fenced(self, link: NodeLink) -> None:
         """A node refused this coordinator's epoch."""
@@ -476,8 +465,7 @@ class CoordinatorServer:
     def link_failed(self, link: NodeLink, reason: str) -> None:
         """A node cannot be reached, or refused."""
         self.begin()
-        if not link.progress.connected:
-            link.progress.reason = reason
+        self.controller.node_down(link.node, reason)
         log.debug("event=link-failed node=%s reason=%s", link.node, reason)
 
     # --- administration -----------------------------------------------------------------------------
@@ -491,6 +479,42 @@ class CoordinatorServer:
     ) -> None:
         """See Backups."""
         self.backups.start_restore(session, ident, name, mode, prefix, dry_run)
+
+    def node_add(self, session: Session, ident: int, host: str, port: int) -> None:
+        """A node at this address becomes one of the cluster."""
+        self._change(session, ident, lambda admin, done: admin.add_node(host, port, done))
+
+    def node_drain(self, session: Session, ident: int, node: str) -> None:
+        """Everything a node holds is to be moved to others."""
+        self._change(session, ident, lambda admin, done: admin.drain(node, done))
+
+    def node_remove(self, session: Session, ident: int, node: str) -> None:
+        """A node that holds nothing leaves the cluster."""
+        self._change(session, ident, lambda admin, done: admin.remove(node, done))
+
+    def node_forget(self, session: Session, ident: int, node: str) -> None:
+        """A node is destroyed: it will never come back with what it held."""
+        self._change(session, ident, lambda admin, done: admin.forget(node, done))
+
+    def rebalance(self, session: Session, ident: int, dry_run: bool) -> None:
+        """Spread the shards evenly over the nodes, by the fewest moves."""
+        self._change(session, ident, lambda admin, done: admin.rebalance(dry_run, done))
+
+    def shard_accept_loss(self, session: Session, ident: int, shard: int) -> None:
+        """A shard that is down goes on with what is left of it."""
+        self._change(session, ident, lambda admin, done: admin.accept_loss(shard, done))
+
+    def _change(self, session: Session, ident: int, change: Callable[[ClusterAdmin, Done], None]) -> None:
+        """Answer when the change is stored; its refusal is an answer too."""
+
+        def done(answer: dict[str, Any] | AdminError) -> None:
+            if isinstance(answer, AdminError):
+                session.fail(ident, answer.code, answer.message, answer.details)
+            else:
+                session.reply(ident, answer)
+
+        change(self.controller.admin, done)
+        self._act()
 
     def degraded(self) -> list[str]:
         """Everything that is not as it should be, one sentence each."""

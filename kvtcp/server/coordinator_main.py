@@ -35,6 +35,7 @@ from kvtcp.constants import (
     NODES_DEFAULT,
     NODES_MAX,
     ORPHAN_MS,
+    RECOVER_WAIT_MS,
     REPLICATION_FACTOR_DEFAULT,
     SHARDS_DEFAULT,
     SHARDS_MAX,
@@ -64,7 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="kvtcp-coordinator",
         description="The coordinator of a kvtcp cluster: routes and orders requests, and supervises local nodes.",
     )
-    parser.add_argument("--num-nodes", type=int, help=f"local nodes to spawn (default: {NODES_DEFAULT})")
+    parser.add_argument(
+        "--num-nodes",
+        type=int,
+        help=f"local nodes to spawn (default: {NODES_DEFAULT}, or those that the cluster has); more than it has adds "
+        "nodes, which hold nothing before a rebalance",
+    )
     parser.add_argument(
         "--nodes", metavar="HOST:PORT,...", help="use nodes started elsewhere with kvtcp-node, as n1, n2, ..."
     )
@@ -76,8 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-insync",
         type=int,
-        help="fewest copies a write may be acknowledged with; this version acknowledges with all of them only, and "
-        "takes no writes while one is missing (default: min(2, factor))",
+        help="fewest in-sync copies a shard may have: a write is acknowledged when all in-sync copies have it, and "
+        "refused while there are fewer than this (default: min(2, factor))",
     )
     parser.add_argument(
         "--shards", type=int, help=f"slices of the key space, fixed for ever (default: {SHARDS_DEFAULT})"
@@ -122,29 +128,68 @@ def parse_nodes(text: str) -> list[tuple[str, int]]:
     return addresses
 
 
-def node_addresses(options: argparse.Namespace) -> dict[str, tuple[str, int]]:
-    """node id -> address, for local or foreign nodes. Raises StartError."""
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of the cluster: those of its map, and those that are added with this start."""
+
+    addresses: dict[str, tuple[str, int]]
+    local: dict[str, int]  # those that are spawned and watched here -> port
+
+
+def check_nodes(options: argparse.Namespace) -> None:
+    """Raise StartError for values of --nodes and --num-nodes that fit no cluster."""
     if options.nodes is not None:
         if options.num_nodes is not None:
             raise StartError("give --nodes (started elsewhere) or --num-nodes (spawned here), not both")
-        addresses = parse_nodes(options.nodes)
+        if len(parse_nodes(options.nodes)) > NODES_MAX:
+            raise StartError(f"there are {len(parse_nodes(options.nodes))} nodes, the limit is {NODES_MAX}")
     else:
         count = NODES_DEFAULT if options.num_nodes is None else options.num_nodes
         if not 1 <= count <= NODES_MAX:
             raise StartError(f"--num-nodes must be from 1 to {NODES_MAX}, not {count}")
-        if not 1 <= options.base_port <= 65536 - count:
-            raise StartError(f"--base-port {options.base_port} leaves no room for {count} ports up to 65535")
-        ports = range(options.base_port, options.base_port + count)
-        if options.main_port in ports:
-            raise StartError(
-                f"--main-port {options.main_port} is also the port of node n{ports.index(options.main_port) + 1}"
-            )
-        # only this coordinator talks to them, so they stay on this machine whatever --host says
-        host = options.host if runtime.is_loopback(options.host) else HOST_DEFAULT
-        addresses = [(host, port) for port in ports]
-    if len(addresses) > NODES_MAX:
-        raise StartError(f"there are {len(addresses)} nodes, the limit is {NODES_MAX}")
-    return {f"n{number}": address for number, address in enumerate(addresses, 1)}
+        _check_ports(options, [f"n{number}" for number in range(1, count + 1)])
+
+
+def _check_ports(options: argparse.Namespace, nodes: Sequence[str]) -> dict[str, int]:
+    """The ports of local nodes, by their numbers from --base-port on. Raises StartError."""
+    ports = {node: options.base_port + int(node[1:]) - 1 for node in nodes}
+    if not 1 <= options.base_port <= 65536 - max((port - options.base_port + 1 for port in ports.values()), default=0):
+        raise StartError(f"--base-port {options.base_port} leaves no room for {len(ports)} ports up to 65535")
+    for node, port in ports.items():
+        if port == options.main_port:
+            raise StartError(f"--main-port {options.main_port} is also the port of node {node}")
+    return ports
+
+
+def settle_nodes(options: argparse.Namespace, stored: ClusterMap | None) -> Nodes:
+    """Who the nodes are and where. Raises StartError.
+
+    Nodes of the map keep their ids. A node is local if --nodes is not given and it has a directory here, or the address
+    that a local one has; others are those of `node add`, and stay where the map says.
+    """
+    known = {} if stored is None else dict(stored.nodes)
+    next_number = 1 if stored is None else stored.last_node + 1
+    if options.nodes is not None:
+        given = parse_nodes(options.nodes)
+        ids = sorted(known, key=lambda node: int(node[1:]))[: len(given)]
+        ids += [f"n{next_number + at}" for at in range(len(given) - len(ids))]
+        return Nodes({**known, **dict(zip(ids, given, strict=True))}, {})
+    # only this coordinator talks to them, so they stay on this machine whatever --host says
+    host = options.host if runtime.is_loopback(options.host) else HOST_DEFAULT
+    count = options.num_nodes or (NODES_DEFAULT if stored is None else len(known))
+    if count < len(known):
+        raise StartError(
+            f"the cluster in {options.data_dir} has {len(known)} nodes, not {count}: to have fewer, start it as it is, "
+            "then drain and remove nodes in the shell"
+        )
+    nodes = [
+        node
+        for node, (at, port) in known.items()
+        if (options.data_dir / node).is_dir() or (at, port) == (host, options.base_port + int(node[1:]) - 1)
+    ]
+    nodes += [f"n{next_number + at}" for at in range(count - len(known))]
+    ports = _check_ports(options, nodes)
+    return Nodes({**known, **{node: (host, port) for node, port in ports.items()}}, ports)
 
 
 @dataclass(frozen=True)
@@ -165,12 +210,11 @@ def settle_shape(options: argparse.Namespace, stored: ClusterMap | None, nodes: 
         shards = SHARDS_DEFAULT if options.shards is None else options.shards
         shape = Shape(shards, factor, min(2, factor) if options.min_insync is None else options.min_insync)
     else:
-        shape = Shape(stored.shards, stored.factor, stored.min_insync)
+        minimum = stored.min_insync if options.min_insync is None else options.min_insync
+        shape = Shape(stored.shards, stored.factor, minimum)
         asked = (
             ("--shards", stored.shards, options.shards),
             ("--replication-factor", stored.factor, options.replication_factor),
-            ("--min-insync", stored.min_insync, options.min_insync),
-            ("the number of nodes", len(stored.nodes), len(nodes)),
         )
         for flag, was, now in asked:
             if now is not None and now != was:
@@ -191,6 +235,12 @@ def settle_shape(options: argparse.Namespace, stored: ClusterMap | None, nodes: 
         raise StartError(
             f"--min-insync must be from 1 to the replication factor {shape.factor}, not {shape.min_insync}"
         )
+    short = [] if stored is None else [n for n, row in enumerate(stored.members) if len(row) < shape.min_insync]
+    if short:
+        raise StartError(
+            f"--min-insync {shape.min_insync} needs as many in-sync copies of every shard, and {len(short)} have "
+            "fewer; start with the old value, and wait until they have"
+        )
     return shape
 
 
@@ -198,9 +248,11 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     """Start everything, serve until a signal, stop everything."""
     stop = asyncio.Event()
     runtime.on_stop_signals(stop.set)
-    addresses = node_addresses(options)
     keeper = await MapKeeper.open(FileConfigStore(directory.path / "map.json", OS_DISK))
-    shape = settle_shape(options, keeper.map if keeper.is_founded else None, list(addresses))
+    known = keeper.map if keeper.is_founded else None
+    nodes = settle_nodes(options, known)
+    addresses, local = nodes.addresses, nodes.local
+    shape = settle_shape(options, known, list(addresses))
     stored = directory.read()
     if keeper.is_founded and stored is None:
         raise StartError(
@@ -215,20 +267,18 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             f"map.json and identity.json in {directory.path} are of two clusters ({keeper.map.cluster}, {cluster}); "
             "put back those that belong together"
         )
-    local = {} if options.nodes is not None else {node: port for node, (_, port) in addresses.items()}
     arguments = [
         "--log-level", options.log_level, "--loop", options.loop, "--orphan-ms", str(options.orphan_ms),
         "--durability", options.durability,
     ]  # fmt: skip
-    local_host = next(iter(addresses.values()))[0]
+    local_host = addresses[next(iter(local))][0] if local else HOST_DEFAULT
     supervisor = Supervisor(local_host, local, options.data_dir, arguments, stop.set)
     with runtime.bind(options.host, runtime.check_port(options.main_port, "--main-port")) as main_socket:
         if local and not is_new and keeper.map.durability != "memory":
             supervisor.check_directories()
-        if local:
-            check_store(keeper, await supervisor.survey(cluster, secret))
-        else:
-            check_store(keeper, await survey(addresses, cluster, secret))
+        found = await supervisor.survey(cluster, secret)
+        found |= await survey({n: at for n, at in addresses.items() if n not in local}, cluster, secret)
+        check_store(keeper, found)
         if stop.is_set():
             return runtime.EXIT_OK
         try:
@@ -304,13 +354,18 @@ class Coordinator:
         server = self._server = CoordinatorServer(self._config, self._keeper, before)
         runtime.on_unexpected_errors(server.core_failed)
         server.failed.add_done_callback(lambda _: self._stop.set())
+        server.on_node_removed = self._supervisor.release
         server.start_links()
         await self._ready(server)
 
     async def _answering(self, first: ClusterMap) -> dict[str, Found] | None:
-        """What every node says when it listens; None if a stop is asked for first."""
+        """What the nodes say when they listen; None if a stop is asked for first. Raises StartError.
+
+        Local nodes are waited for as long as they run, as they read their data back. A new cluster needs all nodes. One
+        that has data begins without those that ended again, and without foreign ones that are silent for a while.
+        """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + START_S
+        began = loop.time()
         found: dict[str, Found] = {}
         missing = dict(first.nodes)
         while missing and not self._stop.is_set():
@@ -318,9 +373,13 @@ class Coordinator:
             found |= await survey(missing, first.cluster, self._config.secret)
             missing = {node: address for node, address in first.nodes.items() if found[node].kind != "ours"}
             foreign = missing.keys() - self._supervisor.processes.keys()
-            if foreign and loop.time() > deadline:
+            if foreign and loop.time() > began + START_S and len(missing) == len(first.nodes):
                 said = ", ".join(f"{node} ({found[node].what or 'connection refused'})" for node in sorted(foreign))
                 raise StartError(f"after {START_S:.0f} s these nodes had not reported: {said}")
+            if self._keeper.is_founded and len(missing) < len(first.nodes):
+                local = missing.keys() - foreign - self._supervisor.early_exits().keys()
+                if not local and loop.time() > began + 2 * RECOVER_WAIT_MS / 1000:
+                    break
             if missing:
                 await self._pause()
         return None if self._stop.is_set() else found
@@ -332,7 +391,7 @@ class Coordinator:
             for link in server.links.values():
                 if link.refused:
                     raise StartError(
-                        f"node {link.node} at {runtime.join_address(link.host, link.port)} refused: {link.refused}"
+                        f"node {link.node} at {runtime.join_address(*link.address)} refused: {link.refused}"
                     )
             if server.loop.time() > server.progressed_at + START_S:
                 missing = [f"{link.node} ({link.progress.reason})" for link in server.links.values() if not link.report]
@@ -348,9 +407,15 @@ class Coordinator:
             server.failed.result()  # raises
 
     def _check_processes(self) -> None:
-        early = self._supervisor.early_exit()
-        if early is not None:
-            raise StartError(f"{early}; its message is above")
+        """Raise StartError if nodes ended again, and those that are left cannot serve."""
+        ended = self._supervisor.early_exits()
+        if not ended:
+            return
+        if self._keeper.is_founded:
+            left = len(self._keeper.map.nodes) - len(ended)
+            if left >= self._keeper.map.min_insync:
+                return
+        raise StartError(f"{next(iter(ended.values()))}; its message is above")
 
     async def _pause(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -420,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it is known which nodes it is for
     try:
         runtime.check_common_arguments(options)
-        node_addresses(options)
+        check_nodes(options)
         if (options.data_dir / IDENTITY_FILE).exists():
             raise StartError(f"{options.data_dir} is the data directory of a node: take the one above it")
         directory = DataDirectory(options.data_dir / "coordinator", "coordinator")

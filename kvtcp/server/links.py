@@ -18,6 +18,7 @@ import logging
 import random
 import struct
 import termios
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.constants import (
@@ -35,12 +36,16 @@ from kvtcp.protocol.link import (
     BATCH,
     ENTRIES,
     HELLO,
+    LEARN_FAILED,
+    LEARNED,
+    LEAVE,
     LINK_VERSION,
     REFUSED,
     REPORT,
     RESULTS,
     SHIPPED,
     SPACE,
+    STATS,
     STOP,
     Report,
     parse_report,
@@ -92,11 +97,13 @@ class LinkConnection(FramedConnection):
                 self.link.space = report.space
                 if not self.answered.done():
                     self.answered.set_result(report)
-            elif kind in (ENTRIES, SHIPPED) and self.link.connection is self and _is_recovery_frame(message):
+            elif kind in _CORE_FRAMES and self.link.connection is self and _CORE_FRAMES[kind](message):
                 try:
-                    self.link.server.recovery_frame(self.link.node, message)
+                    self.link.server.node_frame(self.link.node, message)
                 except LinkError as error:
                     raise ProtocolError(str(error)) from error
+            elif kind == STATS and len(message) == 2 and type(message[1]) is dict:
+                self.link.stats = {name.decode(): value for name, value in message[1].items() if type(name) is bytes}
             elif kind == SPACE and len(message) == 2 and message[1] in (0, 1, 2):
                 self.link.space = message[1]
                 if self.live:
@@ -146,25 +153,27 @@ class LinkConnection(FramedConnection):
         if self.live:
             self.live = False
             self.link.connection_lost(reason)
-        elif is_current:
-            self.link.server.node_lost_early(self.link)
 
 
 class NodeLink:
     """The link to one node: dials, and dials again."""
 
-    def __init__(self, server: CoordinatorServer, node: str, host: str, port: int) -> None:
+    def __init__(self, server: CoordinatorServer, node: str) -> None:
         self.server = server
         self.node = node
-        self.host = host
-        self.port = port
+        self.task: asyncio.Task[None] | None = None  # of `run`
+        self.stats: dict[str, Any] = {}  # what the node says of itself once a second
         self.progress: Progress = server.sequencer.links[node]
         self.connection: LinkConnection | None = None
-        self.number = 0  # of the last HELLO; only grows
         self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: Report | None = None  # the last one
         self.space = 0  # how short of disk space the node says it is, as in the SPACE frame
         self.closing = False  # the server stops: a lost connection is no event
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the node listens."""
+        return self.server.map.nodes[self.node]
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
@@ -189,23 +198,13 @@ class NodeLink:
 
     async def _connect(self, connection: LinkConnection) -> None:
         loop = self.server.loop
-        cluster_map = self.server.map
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
-            await loop.create_connection(lambda: connection, self.host, self.port)
-        self.number += 1
+            await loop.create_connection(lambda: connection, *self.address)
         hello = {
             "version": LINK_VERSION,
-            "cluster": cluster_map.cluster,
             "secret": self.server.secret,
-            "epoch": cluster_map.epoch,
-            "coordinator": cluster_map.owner,
-            "link": self.number,
-            "node": self.node,
             "durability": self.server.durability,
-            "map_version": cluster_map.version,
-            "heard_version": cluster_map.heard_version,
-            "map": cluster_map.to_json(),
-            "shards": cluster_map.shards_of(self.node),
+            **self.server.controller.hello_fields(self.node),
         }
         connection.send((HELLO, hello))
         connection.flush()
@@ -264,10 +263,19 @@ class NodeLink:
         """The live connection is gone."""
         if self.closing:
             return
-        log.warning("event=link-down node=%s reason=%s", self.node, reason)
-        self.server.backups.node_lost(self.node)
-        self.server.begin()
-        self.server.sequencer.link_down(self.node, f"connection lost: {reason}")
+        self.server.node_lost(self.node, f"connection lost: {reason}")
+
+    def give_up(self, reason: str) -> None:
+        """Close the connection; it is dialled again."""
+        if self.connection is not None:
+            self.connection.given_up = reason
+            self.connection.abort()
+
+    def end(self) -> None:
+        """The node belongs to the cluster no more."""
+        self.closing = True
+        if self.task is not None:
+            self.task.cancel()
 
     def stop_node(self) -> bool:
         """Ask the node to stop its process; false if there is no connection to ask on."""
@@ -299,9 +307,11 @@ _RESULTS_TYPES = (int, int, int, list, list)
 _REFUSED_TYPES = (int, bytes, bytes, int, int)
 
 
-def _is_recovery_frame(message: list[Any]) -> bool:
-    """Whether an ENTRIES or a SHIPPED frame has the right types; the entries themselves are looked at later."""
-    types = tuple(map(type, message))
-    if message[0] == ENTRIES:
-        return len(message) == 5 and types[1:3] == (int, int) and types[3] in (int, type(None))
-    return len(message) == 6 and types[1:5] == (int, int, int, int) and types[5] in (bytes, type(None))
+_OPTIONAL_INT = (int, type(None))
+_CORE_FRAMES: dict[int, Callable[[list[Any]], bool]] = {
+    ENTRIES: lambda m: len(m) == 5 and type(m[1]) is type(m[2]) is int and type(m[3]) in _OPTIONAL_INT,
+    SHIPPED: lambda m: tuple(map(type, m[:5])) == (int,) * 5 and len(m) == 6 and type(m[5]) in (bytes, type(None)),
+    LEARNED: lambda m: tuple(map(type, m)) == (int, int, bytes, int, int, int, int),
+    LEARN_FAILED: lambda m: tuple(map(type, m)) == (int, int, bytes),
+    LEAVE: lambda m: len(m) == 1,
+}

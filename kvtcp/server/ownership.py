@@ -47,16 +47,25 @@ async def own_map(keeper: MapKeeper, first: ClusterMap) -> Predecessor:
             await keeper.found(first)
             return Predecessor()
         before = Predecessor(keeper.map.version, keeper.map.stamp_bound_ms)
-        await keeper.change(
-            lambda old: old.taken_over(
-                owner=first.owner, epoch=old.epoch + 1, nodes=first.nodes, stamp_bound_ms=first.stamp_bound_ms
-            )
-        )
+        await keeper.change(lambda old: _next_epoch(old, first))
         return before
     except OSError as error:
         raise CannotServe(f"the cluster map cannot be stored: {error}") from error
     except (NotOwner, ConfigStoreError) as error:
         raise CannotServe(str(error)) from error
+
+
+def _next_epoch(old: ClusterMap, first: ClusterMap) -> ClusterMap:
+    """The map of the next epoch: with the owner, the bound, the addresses and the `min_insync` of `first`, and with
+    those of its nodes that the old one does not have."""
+    known = {node: address for node, address in first.nodes.items() if node in old.nodes}
+    new = old.taken_over(
+        owner=first.owner, epoch=old.epoch + 1, nodes=known, stamp_bound_ms=first.stamp_bound_ms
+    )
+    for node in sorted(first.nodes.keys() - known.keys(), key=lambda each: int(each[1:])):
+        new, given = new.with_node(*first.nodes[node])
+        assert given == node, "new nodes have the next ids"
+    return new if new.min_insync == first.min_insync else new.with_min_insync(first.min_insync)
 
 
 def found_map(

@@ -351,12 +351,19 @@ class Supervisor:
             self.failure = watcher.exception()
             self._on_failure()
 
-    def early_exit(self) -> str | None:
-        """Which node ended before the cluster was ready, for people."""
-        for process in self.processes.values():
-            if process.first_exit is not None:
-                return f"node {process.node} ended with code {process.first_exit} while starting"
-        return None
+    def early_exits(self) -> dict[str, str]:
+        """Nodes that ended without being asked to, since the start; for people."""
+        return {
+            process.node: f"node {process.node} ended with code {process.first_exit} while starting"
+            for process in self.processes.values()
+            if process.first_exit is not None
+        }
+
+    def release(self, node: str) -> None:
+        """The node was removed from the cluster and told to stop: it is not started again."""
+        process = self.processes.get(node)
+        if process is not None:
+            process.expect_stop()
 
     def expect_stop(self) -> None:
         """The nodes are about to be told to stop."""

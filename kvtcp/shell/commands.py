@@ -4,7 +4,8 @@ A command is described by one usage line, from which its arguments are bound, so
 
     add K V [ttl=60]               required words in capitals, options with `=`
     scan [PREFIX] [limit=N] [keys] optional words in capitals, flags in small letters
-    restore NAME [merge|replace]    flags of which one may be given
+    restore NAME [merge|replace]   flags of which one may be given
+    node forget ID destroyed       small letters in front belong to the name; further on they must stand as they are
 
 Required words take what stands there, whatever it looks like (`put k ttl=60` stores the text); behind them, an
 unquoted word that is a known option or flag is that, any other fills the next optional word.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from kvtcp.constants import MAIN_PORT_DEFAULT, TTL_MS_MAX
@@ -81,7 +83,7 @@ class Command:
         optional: list[str] = []
         options: set[str] = set()
         choices: list[tuple[str, ...]] = []
-        for token in self.usage.split()[1:]:
+        for token in self.usage.split()[len(self.name.split()) :]:
             inner = token.strip("[]")
             if not token.startswith("["):
                 required.append(inner)
@@ -101,8 +103,8 @@ class Command:
 
     @property
     def name(self) -> str:
-        """The first word of the usage line."""
-        return self.usage.split()[0]
+        """The words in small letters with which the usage line begins."""
+        return " ".join(takewhile(_is_literal, self.usage.split()))
 
     @property
     def flags(self) -> frozenset[str]:
@@ -115,6 +117,9 @@ class Command:
             missing = self.required[len(words)]
             raise UsageError(f"{missing} is missing; usage: {self.usage}")
         bound = Arguments(dict(zip(self.required, words, strict=False)))
+        for name, word in bound.words.items():
+            if _is_literal(name) and word.raw != name:
+                raise UsageError(f"the word {name} must stand in the place of {word.raw!r}; usage: {self.usage}")
         free = list(self.optional)
         for word in words[len(self.required) :]:
             option = word.option()
@@ -148,6 +153,11 @@ class Command:
         return word.raw.startswith("--") or (bool(self.options) and word.option() is not None)
 
 
+def _is_literal(token: str) -> bool:
+    """A token of a usage line that stands for itself."""
+    return token[0].isalpha() and token.islower()
+
+
 def take_form(words: Sequence[Word]) -> tuple[list[Word], str | None]:
     """Take `-o FORM` out of the words, wherever it stands. The first `--` ends that: what follows is left as it is."""
     kept: list[Word] = []
@@ -176,11 +186,10 @@ def check_form(name: str) -> str:
 
 
 def _load() -> Mapping[str, Command]:
-    from kvtcp.shell import commands_admin, commands_data
+    from kvtcp.shell import commands_admin, commands_cluster, commands_data
 
-    table = {command.name: command for command in (*commands_data.COMMANDS, *commands_admin.COMMANDS)}
-    table.update({command.name: command for command in _SESSION})
-    return table
+    commands = (*commands_data.COMMANDS, *commands_cluster.COMMANDS, *commands_admin.COMMANDS, *_SESSION)
+    return {command.name: command for command in commands}
 
 
 async def _leave(context: Context, arguments: Arguments, output: Output) -> Exit:
@@ -191,9 +200,16 @@ async def _help(context: Context, arguments: Arguments, output: Output) -> Exit:
     if "COMMAND" not in arguments.words:
         output.texts(("usage", "what it does"), [(command.usage, command.summary) for command in table().values()])
         return Exit.OK
-    for line in help_text(find(arguments.words["COMMAND"].raw)).splitlines():
-        output.line(line)
+    output.line(help_of([arguments.words[name] for name in ("COMMAND", "WORD") if name in arguments.words]))
     return Exit.OK
+
+
+def help_of(words: Sequence[Word]) -> str:
+    """Help for the command that the words begin with, or for all whose first word is theirs. Raises UsageError."""
+    members = group(words[0].raw)
+    if members and (len(words) == 1 or words[1].raw == "--help"):
+        return "\n\n".join(map(help_text, members))
+    return help_text(take_command(words)[0])
 
 
 def help_text(command: Command) -> str:
@@ -205,7 +221,8 @@ def help_text(command: Command) -> str:
 
 
 _SESSION: Final = (
-    Command("help [COMMAND]", "the commands, or one of them with an example", "help scan", _help, "`?` is the same."),
+    Command("help [COMMAND] [WORD]", "the commands, or one of them with an example", "help scan", _help,
+            "`?` is the same. `help node add` shows one command of two words, `help node` all that begin so."),
     Command("exit", "leave the interactive session", "exit", _leave, "Ctrl-D and `quit` are the same."),
     Command("quit", "leave the interactive session", "quit", _leave, "Ctrl-D and `exit` are the same."),
 )
@@ -219,11 +236,30 @@ def table() -> Mapping[str, Command]:
     return _TABLE
 
 
+def group(word: str) -> list[Command]:
+    """The commands of two words whose first one is this."""
+    return [command for name, command in table().items() if name.startswith(word + " ")]
+
+
+def take_command(words: Sequence[Word]) -> tuple[Command, Sequence[Word]]:
+    """The command that the words begin with, and what follows its name. Raises UsageError."""
+    first = words[0].raw
+    if len(words) > 1 and group(first):
+        name = f"{first} {words[1].raw}"
+        return table().get(name) or find(name), words[2:]
+    return find(first), words[1:]
+
+
 def find(name: str) -> Command:
     """The command of that name. Raises UsageError that names one that is spelt alike."""
     command = table().get("help" if name == "?" else name)
     if command is not None:
         return command
+    first = name.split(" ")[0]
+    members = [command.name.removeprefix(first + " ") for command in group(first)]
+    if members:
+        plural = f"; or did you mean {first}s?" if first + "s" in table() and first == name else ""
+        raise UsageError(f"there is no command {name!r}; {first} is followed by {' or '.join(members)}{plural}")
     address = _ADDRESS.fullmatch(name)
     if address is not None and (address[1] or address[3]):
         url = f"kvtcp://{address[2]}{address[3] or f':{MAIN_PORT_DEFAULT}'}"

@@ -1,4 +1,4 @@
-"""Commands for the cluster as a whole: status, placement, backups, import and export.
+"""Commands for everything that is stored: backups, import and export.
 
 `verify` needs no server: it reads the backup's directory from here. `backup` and `restore` are done by the servers in
 their own backup directory, which the shell does not know. So `restore` takes a backup's name and refuses a path: a
@@ -8,70 +8,18 @@ nothing else keep backups, may stand before the name, and `verify` looks there f
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from kvtcp.errors import DataError
-from kvtcp.protocol.hashing import shard_of
 from kvtcp.shell.client_api import Mode
 from kvtcp.shell.commands import Arguments, Command
+from kvtcp.shell.commands_cluster import record_of
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, UsageError
 from kvtcp.shell.output import Output
 from kvtcp.shell.transfer import export_file, import_file
-
-
-def _record_of(answer: Any) -> dict[str, Any]:
-    """An answer as a map: dataclasses and named tuples by their fields."""
-    if isinstance(answer, Mapping):
-        return dict(answer)
-    if hasattr(answer, "_asdict"):
-        return dict(answer._asdict())
-    if dataclasses.is_dataclass(answer) and not isinstance(answer, type):
-        return dataclasses.asdict(answer)
-    return {"result": answer}
-
-
-def _rows_of(answer: Any, name: str) -> list[dict[str, Any]]:
-    """An answer as rows: a list of maps, a map of maps by `name`, or a map that holds one of these as its only list."""
-    if isinstance(answer, Mapping):
-        if answer and all(isinstance(row, Mapping) for row in answer.values()):
-            return [{name: key, **row} for key, row in answer.items()]
-        lists = [value for value in answer.values() if isinstance(value, list | tuple)]
-        if len(lists) != 1:
-            return [dict(answer)]
-        answer = lists[0]
-    return [_record_of(row) for row in answer]
-
-
-async def _status(context: Context, arguments: Arguments, output: Output) -> Exit:
-    output.record(_record_of(await (await context.client()).status()))
-    return Exit.OK
-
-
-async def _nodes(context: Context, arguments: Arguments, output: Output) -> Exit:
-    output.rows(_rows_of(await (await context.client()).nodes(), "node"))
-    return Exit.OK
-
-
-async def _shards(context: Context, arguments: Arguments, output: Output) -> Exit:
-    output.rows(_rows_of(await (await context.client()).shards(), "shard"))
-    return Exit.OK
-
-
-async def _where(context: Context, arguments: Arguments, output: Output) -> Exit:
-    key = context.content(arguments.words["K"])
-    client = await context.client()
-    shard = shard_of(key, client.info.shards)
-    for row in _rows_of(await client.shards(), "shard"):
-        if row.get("shard") in (shard, str(shard)):
-            output.rows([row])
-            return Exit.OK
-    raise DataError(f"the server's list of shards has no shard {shard}")
-    return Exit.OK
 
 
 async def _backup(context: Context, arguments: Arguments, output: Output) -> Exit:
@@ -79,7 +27,7 @@ async def _backup(context: Context, arguments: Arguments, output: Output) -> Exi
     client = await context.client()
     with context.progress_bar("backup") as bar:
         answer = await client.backup(name, progress=bar.report)
-    output.record(_record_of(answer))
+    output.record(record_of(answer))
     return Exit.OK
 
 
@@ -103,13 +51,13 @@ async def _restore(context: Context, arguments: Arguments, output: Output) -> Ex
     client = await (context.client() if dry_run else context.writer())
     with context.progress_bar("restore") as bar:
         answer = await client.restore(name, mode, prefix=prefix, dry_run=dry_run, progress=bar.report)
-    output.record(_record_of(answer))
+    output.record(record_of(answer))
     return Exit.OK
 
 
 async def _verify(context: Context, arguments: Arguments, output: Output) -> Exit:
     text = arguments.words["DIR"].text()
-    output.record(_record_of(_verified(text, Path(os.path.expanduser(text)))))  # noqa: ASYNC240 - nothing else runs
+    output.record(record_of(_verified(text, Path(os.path.expanduser(text)))))  # noqa: ASYNC240 - nothing else runs
     return Exit.OK
 
 
@@ -147,11 +95,6 @@ BACKUPS: Final = "backups"
 _JSON_LINES: Final = 'JSON lines as of `scan -o jsonl`: {"key": "user:1", "value": "Ada", "ttl_ms": 60000}.'
 
 COMMANDS: Final = (
-    Command("status", "the state of the cluster", "status -o json", _status),
-    Command("nodes", "the nodes and how they are", "nodes", _nodes),
-    Command("shards", "the shards and which nodes hold them", "shards", _shards),
-    Command("where K", "the shard of a key and the nodes that hold it", "where user:1", _where,
-            "If the key contains a {tag}, only the tag decides: {user:1}:name and {user:1}:mail are in one shard."),
     Command("backup [NAME]", "write a backup of one point in time", "backup before-upgrade", _backup,
             "The servers write JSON lines and a manifest to their backup directory."),
     Command("verify DIR", "check every hash and count of a backup, without a server",

@@ -43,7 +43,8 @@ MEANINGS: Final = {
     Exit.USAGE: "wrong command line, or a local file that cannot be read or written",
     Exit.UNREACHABLE: "unreachable, not ready or timed out; nothing was applied, so it may be repeated",
     Exit.UNKNOWN: "a write was sent and its outcome is not known: look before repeating",
-    Exit.REFUSED: "refused: the key exists, too large, not a number, not enough replicas, no space, more than max=",
+    Exit.REFUSED: "refused: the key exists, too large, not a number, not enough replicas, no space, more than max=, "
+    "a change that the cluster is not ready for",
     Exit.BAD_DATA: "damaged or foreign data in an import or a backup",
     Exit.BUG: "a bug of the shell, with a traceback",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",

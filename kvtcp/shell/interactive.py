@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from kvtcp.shell.commands import parse_error_text, table
+from kvtcp.shell.commands import group, parse_error_text, table
 from kvtcp.shell.context import Context, ctrl_c_raises
 from kvtcp.shell.exits import Exit
 from kvtcp.shell.output import FORMATS
@@ -110,18 +110,24 @@ def completions(before: str) -> list[str]:
     """The words that can stand at the end of `before`, which is the line up to the cursor."""
     words = before.split()
     current = "" if not before or before[-1].isspace() else words.pop()
-    if not words:
-        return [name for name in table() if name.startswith(current)]
-    if words[-1] == "-o":
+    if words and words[-1] == "-o":
         return [form for form in FORMATS if form.startswith(current)]
-    if words[0] == "help":
-        return [name for name in table() if name.startswith(current)]
-    command = table().get(words[0])
-    if command is None:
-        return []
-    candidates = [*(f"{name}=" for name in sorted(command.options)), *sorted(command.flags), "-o"]
-    if len(words) <= len(command.required):
-        candidates = []
+    if words[:1] == ["help"]:
+        del words[0]
+        command = None
+    else:
+        command = table().get(" ".join(words[:2])) or table().get(" ".join(words[:1]))
+    candidates: Iterable[str] = ()
+    if command is not None:
+        given = len(words) - len(command.name.split())
+        if given >= len(command.required):
+            candidates = [*(f"{name}=" for name in sorted(command.options)), *sorted(command.flags), "-o"]
+        elif command.required[given].islower():
+            candidates = [command.required[given]]
+    elif not words:
+        candidates = dict.fromkeys(name.split()[0] for name in table())
+    elif len(words) == 1:
+        candidates = [member.name.split()[1] for member in group(words[0])]
     return [word for word in candidates if word.startswith(current) and word not in words]
 
 

@@ -139,7 +139,7 @@ class Output:
         elif self.form == "jsonl":
             self.line(json.dumps(decoded(fields), ensure_ascii=False))
         elif self.form == "table":
-            self._table(("", ""), list(_flat(fields)), header_shown=False)
+            self.table(("", ""), list(_flat(fields)), header_shown=False)
         else:
             self._plain_lines("\t".join(row) for row in _flat(fields))
 
@@ -155,7 +155,7 @@ class Output:
         names = list(dict.fromkeys(str(decoded(name)) for row in rows for name in row))
         lines = [tuple(cell(decoded(dict(row)).get(name)) for name in names) for row in rows]
         if self.form == "table":
-            self._table(names, lines)
+            self.table(names, lines)
         else:
             self._plain_lines("\t".join(line) for line in [tuple(names), *lines])
 
@@ -174,7 +174,8 @@ class Output:
         elif text:
             self.line(text)
 
-    def _table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_shown: bool = True) -> None:
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_shown: bool = True) -> None:
+        """Aligned columns of cells that are text already; nothing if there are no rows."""
         if rows:
             Table(self, header, header_shown=header_shown).rows(rows)
 

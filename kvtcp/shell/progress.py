@@ -1,6 +1,7 @@
-"""A progress bar on a terminal's stderr, for import, export, backup and restore.
+"""A progress bar on a terminal's stderr, for import, export, backup and restore, and for moves of shards.
 
     import  45% [#############.................] 120,034 pairs, 61,200/s
+    node drain  75% [######################........] 5 shards left
 
 It is drawn at most ten times a second, on one line that it clears when it ends, and not at all where stderr is no
 terminal. The time comes from a clock that can be passed in.
@@ -30,21 +31,30 @@ class ProgressBar:
         self._started = clock()
         self._drawn_at = -_INTERVAL_S + self._started
         self._is_drawn = False  # there is a line to clear
+        self._left_max = 0  # the most that was ever left
 
     def update(self, items: int, fraction: float | None = None, noun: str = "pairs") -> None:
         """`items` of `noun` are done, which is `fraction` (0..1, None = not known) of the work."""
+        rate = items / max(self._clock() - self._started, _INTERVAL_S)
+        self._draw(fraction, f"{items:,} {noun}, {rate:,.0f}/s")
+
+    def left(self, items: int, noun: str = "shards") -> None:
+        """So many of `noun` are left of the most that ever were."""
+        self._left_max = max(self._left_max, items)
+        self._draw(1 - items / self._left_max if self._left_max else None, f"{items:,} {noun} left")
+
+    def _draw(self, fraction: float | None, text: str) -> None:
         if not self._shown:
             return
         now = self._clock()
         if now - self._drawn_at < _INTERVAL_S:
             return
         self._drawn_at = now
-        rate = items / max(now - self._started, _INTERVAL_S)
         bar = ""
         if fraction is not None:
             filled = round(min(max(fraction, 0.0), 1.0) * _BAR_COLUMNS)
             bar = f" {min(max(fraction, 0.0), 1.0):4.0%} [{'#' * filled}{'.' * (_BAR_COLUMNS - filled)}]"
-        self._stderr.write(f"{_CLEAR}{self._label}{bar} {items:,} {noun}, {rate:,.0f}/s")
+        self._stderr.write(f"{_CLEAR}{self._label}{bar} {text}")
         self._stderr.flush()
         self._is_drawn = True
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from kvtcp.errors import BatchError, KvtcpError
-from kvtcp.shell.commands import find, help_text, parse_error_text, take_form
+from kvtcp.shell.commands import help_of, parse_error_text, take_command, take_form
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, Refused, UsageError, exit_of
 from kvtcp.shell.parser import ParseError, Word
@@ -32,14 +32,14 @@ async def run_words(context: Context, words: Sequence[Word], line: str | None = 
         words, form = take_form(words)
         if not words:
             raise UsageError("a command is missing; `help` lists the commands")
-        command = find(words[0].raw)
-        context.command = command.name
         output = context.output(form)
         if help_asked:
-            output.line(help_text(command))
+            output.line(help_of(words))
             code = Exit.OK
         else:
-            code = await command.handler(context, command.bind(words[1:]), output)
+            command, rest = take_command(words)
+            context.command = command.name
+            code = await command.handler(context, command.bind(rest), output)
         context.streams.stdout.flush()
         return code
     except ParseError as error:

@@ -1,0 +1,289 @@
+"""The learner: one node's copy of one shard on its way into the in-sync set.
+
+Pure. Rejoin after a crash, replacement of a lost copy and a move to another node are all this one mechanism. The
+controller owns the learners; a learner asks through it for items and frames, and is told what came back.
+
+    ASKED      the item LEARN is queued: from there on the node gets, and sets aside, every write of the shard
+    FETCHING   a member is asked for the entries that the node lacks
+    SHIPPING   the node has to apply them, by their effects
+    FREEZING   they are not to be had, so a member freezes its whole copy
+    PULLING    and the node fetches that
+    LIVE       the node has everything, what was set aside included, and acknowledges like a member
+
+A copy that goes on where it was is compared first: the donor's chain at its position must be the copy's own (R7). What
+does not match, or cannot be shipped, is replaced whole, under a new disk. Nothing that a learner acknowledges counts
+before LIVE (`acknowledged`), and it joins only when that is everything committed (R2).
+
+Requests of an attempt that is over may still be answered; what is not awaited is not looked at.
+
+Invariants: `acked` is 0 before LIVE; a copy that was not replaced whole is LIVE only after its chain was compared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport
+from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
+from kvtcp.replication.progress import LinkError, Progress
+from kvtcp.replication.shard_state import LINK_LOST
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvtcp.replication.shard_state import ShardState
+
+ASKED: Final = "asked"
+FETCHING: Final = "fetching"
+SHIPPING: Final = "shipping"
+FREEZING: Final = "freezing"
+PULLING: Final = "pulling"
+LIVE: Final = "live"
+
+
+class Surroundings(Protocol):
+    """What a learner needs of the controller."""
+
+    def attach(self, shard: ShardState, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        """Queue the item, and from it on every write of the shard, to the link, in one step."""
+
+    def call(self, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        """Queue a control item; `then` gets its result or LINK_LOST."""
+
+    def send(self, link: Progress, frame: tuple[Any, ...]) -> None:
+        """Send a frame."""
+
+    def address_of(self, node: str) -> tuple[str, int]:
+        """Where the node listens."""
+
+    def new_token(self) -> bytes:
+        """A name for a transfer that nobody can guess."""
+
+    def may_transfer(self, learner: Learner) -> bool:
+        """Whether its donor is free to give a whole copy."""
+
+    def learner_failed(self, learner: Learner, why: str) -> None:
+        """It will not become a member; try again later."""
+
+    def learner_is_live(self, learner: Learner) -> None:
+        """It acknowledged more: perhaps everything committed."""
+
+
+class Learner:
+    """One attempt. `replaces` is the member whose place it takes at the end: the same node with the disk that it had,
+    or one that was declared destroyed; None if it comes in addition."""
+
+    def __init__(
+        self, shard: ShardState, link: Progress, donor: Progress, around: Surroundings, replaces: str | None,
+        seq_min: int = 0,
+    ) -> None:  # fmt: skip
+        self.shard = shard
+        self.link = link
+        self.donor = donor
+        self.replaces = replaces
+        self.phase = ASKED
+        self.fresh = False  # the copy is replaced whole
+        self.disk = ""  # of the copy that it will be a member by
+        self.seq = 0  # how far its own copy was when it was last heard of
+        self.acked = 0  # number up to which it has everything, durably; 0 before LIVE
+        self.proposed = False  # the change of the map that makes it a member is on its way
+        self.entries_shipped = 0
+        self.keys_total = 0  # of the copy that is transferred
+        self._around = around
+        self._chain = 0  # of `seq`
+        self.token = b""  # of the transfer that was asked for; empty = none was
+        self._seq_min = seq_min  # numbers up to it were lost with an accepted loss; 0 = nothing was
+        self._attempt = 0  # counts attachments: results of earlier ones are not looked at
+        self._attach_seq = 0  # last number given before the writes that are queued to the learner
+        self._compared = False  # the copy's chain is that of the donor, or the copy is a transferred one
+        self._learned = -1  # number up to which the node says that it is live; -1 = not yet
+        self._fetches = False  # FETCH was sent and not answered
+        self._over = False
+
+    @property
+    def entries_left(self) -> int:
+        """Numbers that it does not have yet, as far as is known."""
+        return self.shard.last_seq - max(self.seq, self.acked)
+
+    def start(self, copy: CopyReport | None) -> None:
+        """Attach it. `copy` is what its node reported."""
+        if self.donor is self.link:
+            self._give_itself()
+            return
+        usable = copy is not None and copy.complete and copy.seq <= self.shard.last_seq
+        self._attach(fresh=not usable)
+
+    def _attach(self, fresh: bool) -> None:
+        self.phase = ASKED
+        self.fresh = self._compared = fresh
+        self._fetches = False
+        self._learned = -1
+        self.token = b""
+        self._attempt += 1
+        shard = self.shard
+        self._attach_seq = shard.last_seq
+        item = (LEARN, shard.number, int(fresh), shard.last_seq)
+        self._around.attach(shard, self.link, item, self._guarded(self._on_learn))
+
+    def _give_itself(self) -> None:
+        """After an accepted loss: a copy begins anew from what it has, with higher numbers."""
+        self.phase = FREEZING
+        self.token = token = self._around.new_token()
+
+        def frozen(result: Any) -> None:
+            if result is None:
+                self.fail("its node has no copy to give")
+                return
+            self.keys_total = result[3]
+            self._attach(fresh=True)
+            self.token = token
+
+        self._around.call(self.donor, (DONATE, self.shard.number, token, self._seq_min), self._guarded(frozen))
+
+    def _guarded(self, then: Callable[[Any], None]) -> Callable[[Any], None]:
+        """`then`, unless this attempt is over when the result comes."""
+        attempt = self._attempt
+
+        def guarded(result: Any) -> None:
+            if self._over or attempt != self._attempt:
+                return
+            if result is LINK_LOST:
+                self.fail("a link was lost")
+            else:
+                then(result)
+
+        return guarded
+
+    def give_up(self) -> None:
+        """Nothing that still comes is looked at."""
+        self._over = True
+
+    def fail(self, why: str) -> None:
+        """End this attempt; the node forgets what it set aside."""
+        if not self._over:
+            self._over = True
+            if self.link.connected:
+                self._around.call(self.link, (UNLEARN, self.shard.number), lambda _: None)
+            self._around.learner_failed(self, why)
+
+    def tick(self) -> None:
+        """Ask again a donor that was behind, or gave to another one."""
+        if self.phase == FETCHING and not self._fetches:
+            self._fetch()
+        elif self.phase == FREEZING and not self.token:
+            self._freeze()
+
+    # --- what comes back ----------------------------------------------------------------------------
+
+    def _on_learn(self, result: Any) -> None:
+        """The node sets writes aside from now on; this is its copy."""
+        if result is None:
+            if self.fresh:
+                self.fail("its node refused to begin a new copy")
+            else:
+                self._attach(fresh=True)
+            return
+        disk, _, _, _, seq, chain = result
+        self.disk, self.seq, self._chain = disk.decode(), seq, chain
+        if self.donor is self.link:
+            self._pull()
+        elif self.fresh:
+            self._freeze()
+        else:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        self.phase = FETCHING
+        self._fetches = True
+        self._around.send(self.donor, (FETCH, self.shard.number, self.seq))
+
+    def on_entries(self, node: str, after: int, chain: int | None, entries: Any) -> None:
+        """ENTRIES of the donor. Raises LinkError if they are none."""
+        if self.phase != FETCHING or node != self.donor.node or after != self.seq:
+            return
+        self._fetches = False
+        if chain is None and self.shard.acked.get(self.donor, 0) < after:
+            return  # the donor is behind: it is asked again
+        if chain is None or chain != self._chain or entries is None:
+            self._attach(fresh=True)  # another history, or too old: it is replaced whole
+            return
+        if not (type(entries) is list and all(map(is_entry, entries))):
+            raise LinkError(f"{node} sent entries of shard {self.shard.number} that are none")
+        self._compared = True
+        if entries and after < self._attach_seq:
+            self.phase = SHIPPING
+            self.entries_shipped += len(entries)
+            self._around.send(self.link, (SHIP, self.shard.number, entries))
+        elif after >= self._attach_seq:
+            self.phase = SHIPPING  # it has all, and says so when it is durable
+            self._look_whether_live()
+
+    def on_shipped(self, node: str, seq: int, chain: int, error: bytes | None) -> None:
+        """SHIPPED of the learner."""
+        if self.phase != SHIPPING or node != self.link.node:
+            return
+        if error is not None:
+            self._attach(fresh=True)
+            return
+        self.seq, self._chain = seq, chain
+        if seq < self._attach_seq:
+            self._fetch()
+
+    def _freeze(self) -> None:
+        self.phase = FREEZING
+        if not self._around.may_transfer(self):
+            return  # `tick` tries again
+        self.token = self._around.new_token()
+        item = (DONATE, self.shard.number, self.token, self._seq_min)
+        self._around.call(self.donor, item, self._guarded(self._on_frozen))
+
+    def _on_frozen(self, result: Any) -> None:
+        """The donor has everything that was queued before the learner was attached, and more."""
+        if result is None:
+            self.fail(f"{self.donor.node} has no copy to give")
+            return
+        self.keys_total = result[3]
+        self._pull()
+
+    def _pull(self) -> None:
+        self.phase = PULLING
+        host, port = self._around.address_of(self.donor.node)
+        self._around.send(self.link, (PULL, self.shard.number, host, port, self.token))
+
+    def on_learned(self, node: str, disk: bytes, seq: int) -> None:
+        """LEARNED: the copy is complete and live, up to this number."""
+        if self.phase in (ASKED, LIVE) or node != self.link.node or disk.decode() != self.disk:
+            return  # of an attempt that is over
+        self._learned = seq
+        self._look_whether_live()
+
+    def _look_whether_live(self) -> None:
+        if self._learned >= 0 and self._compared:
+            self.phase = LIVE
+            self.seq = self.acked = self._learned
+            self._around.learner_is_live(self)
+
+    def on_failed(self, node: str, why: str) -> None:
+        """LEARN_FAILED: the node is as it was before."""
+        if self.phase == ASKED or node != self.link.node:
+            return  # of an attempt that is over
+        if self.fresh:
+            self._over = True
+            self._around.learner_failed(self, why)
+        else:
+            self._attach(fresh=True)
+
+    def acknowledged(self, seq: int) -> None:
+        """An ordinal of the link covers the entries up to this number. Counts only when the copy is live: before, the
+        node had set them aside."""
+        if self.phase == LIVE:
+            if seq > self.acked:
+                self.seq = self.acked = seq
+                self._around.learner_is_live(self)
+        elif 0 <= self._learned < seq:
+            self._learned = seq  # live as far as the node knows, but not compared yet
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether this is [chain, packed entry], as in ENTRIES."""
+    return type(entry) is list and len(entry) == 2 and type(entry[0]) is int and type(entry[1]) is bytes

@@ -1,0 +1,204 @@
+"""Members: who takes part in a shard, as the sequencer sees it.
+
+Pure. Whether a node is to become a member or to leave is decided elsewhere (membership.py, recovery.py) and stored in
+the map; here is what follows for batches, acknowledgements and answers. A learner gets every write from `attach` on and
+counts for nothing, until it `join`s or `swap`s in. What was kept for a link that is no member any more is forgotten,
+and a result that only it could have given is asked for at another member, which evaluated the same operation.
+
+Invariants: see ShardState.check. A link's `shards` are those of which it is a member or a learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+from kvtcp.protocol.operations import RESULTS_OF
+from kvtcp.replication.admission import Admission
+from kvtcp.replication.answers import Answers
+from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.progress import ANSWERED, Batch, Progress
+from kvtcp.replication.shard_state import (
+    AWAITED,
+    CALL,
+    DUE,
+    ITEM_OVERHEAD_BYTES,
+    LINK_LOST,
+    LOST,
+    ShardState,
+)
+
+
+class Members(Admission, Answers):
+    """Members and learners of all shards."""
+
+    def __init__(self, cluster_map: ClusterMap) -> None:
+        super().__init__(cluster_map)
+        self._kept: dict[Progress, list[Batch]] = {}  # writes to send again: of links that are down, of bad copies
+
+    def add_link(self, node: str) -> Progress:
+        """A node that was not there before."""
+        link = self.links[node] = Progress(node)
+        return link
+
+    def remove_link(self, node: str) -> None:
+        """The node belongs to the cluster no more, and holds nothing."""
+        link = self.links.pop(node)
+        assert not link.shards and not link.connected, "a node that is removed holds nothing"
+        self._kept.pop(link, None)
+
+    def set_members(self, number: int, nodes: Sequence[str]) -> None:
+        """The members of a shard that is not served."""
+        shard = self.shards[number]
+        assert not shard.serving, "members of a shard in service come and go one by one"
+        members = [self.links[node] for node in nodes]
+        for link in shard.members:
+            if link not in members and link not in shard.learners:
+                link.shards.remove(shard)
+        for link in members:
+            if shard not in link.shards:
+                link.shards.append(shard)
+        shard.members = members
+        shard.bad = {link: why for link, why in shard.bad.items() if link in members}
+        shard.acked = {link: shard.acked.get(link, shard.commit) for link in members}
+        self._retarget([shard])
+
+    def _retarget(self, shards: Iterable[ShardState]) -> None:
+        """Members or learners of these changed: set what depends on them."""
+        for shard in shards:
+            shard.update_targets()
+            shard.update_space()
+            shard.update_stuck()
+            shard.update_writable()
+
+    def attach(self, shard: ShardState, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        """Queue a LEARN to the link of a learner, and from there on every write of the shard, in one step (R10)."""
+        self._enqueue(link, item, [CALL, then], ITEM_OVERHEAD_BYTES)
+        if link in shard.targets:
+            return  # attached anew: the writes flow already, and the node drops what it had set aside
+        if shard not in link.shards:
+            link.shards.append(shard)
+        shard.update_targets()
+        shard.update_writable()
+
+    def detach(self, shard: ShardState, link: Progress) -> None:
+        """It is no learner any more, and gets no writes from here on."""
+        del shard.learners[link]
+        if link not in shard.acked:
+            link.shards.remove(shard)
+        self._retarget([shard])
+        self._resume([shard])
+
+    def call(self, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        """Queue a control item; `then` gets its result, or LINK_LOST."""
+        self._enqueue(link, item, [CALL, then], ITEM_OVERHEAD_BYTES)
+
+    def join(self, shard: ShardState, link: Progress) -> None:
+        """R2: a learner that acknowledged everything committed is one of E from this step on."""
+        learner = shard.learners.pop(link)
+        assert link not in shard.acked and learner.acked >= shard.commit, "it acknowledged everything committed"
+        shard.members = [*shard.members, link]
+        shard.acked[link] = learner.acked
+        self._retarget([shard])
+
+    def leave(self, shards: Sequence[ShardState], link: Progress) -> None:
+        """R2: the map does not name this member any more, so it leaves E."""
+        for shard in shards:
+            shard.members = [member for member in shard.members if member is not link]
+            shard.bad.pop(link, None)
+            del shard.acked[link]
+        self._retarget(shards)
+        gone = {shard.number for shard in shards}
+        link.shards = [shard for shard in link.shards if shard.number not in gone or link in shard.learners]
+        self._forget_kept(link, gone)
+        for shard in shards:
+            commit = min(shard.acked.values())
+            if commit > shard.commit:
+                self._commit(shard, commit)
+        self._resume(shards)
+
+    def swap(self, shard: ShardState, old: Progress, link: Progress) -> None:
+        """The map names the learner `link` in the place of the member `old`, which may be the same node with the disk
+        it had before."""
+        learner = shard.learners.pop(link)
+        assert learner.acked >= shard.commit, "it acknowledged everything committed"
+        self._forget_kept(old, {shard.number})
+        shard.bad.pop(old, None)
+        shard.members = [link if member is old else member for member in shard.members]
+        acked = {**shard.acked, link: learner.acked}
+        shard.acked = {member: acked[member] for member in shard.members}
+        self._retarget([shard])
+        if old is not link:
+            old.shards.remove(shard)
+        if shard.serving:
+            commit = min(shard.acked.values())
+            if commit > shard.commit:
+                self._commit(shard, commit)
+            self._resume([shard])
+
+    def _resume(self, shards: Iterable[ShardState]) -> None:
+        """What waited for these may go on now, in turns as when a window opens."""
+        for shard in shards:
+            while shard.waiting and self._drain(shard):
+                pass
+            shard.update_writable()
+        self._start_waiting_multi()
+
+    def _forget_kept(self, link: Progress, numbers: Container[int]) -> None:
+        """The link is no member of these shards any more: nothing of theirs is sent to it again."""
+        stays: list[Batch] = []
+        for batch in self._kept.pop(link, []):
+            self._take_orphans(batch, numbers)
+            part = part_of(batch, numbers, False)
+            if part.items:
+                stays.append(part)
+        if stays:
+            self._kept[link] = stays
+        for shard in self.shards:
+            if shard.orphans:
+                self._hand_over(shard)
+
+    def _take_orphans(self, batch: Batch, numbers: Container[int]) -> None:
+        """Writes of these shards that wait for a result of this batch are orphans."""
+        answers = iter(batch.answers)
+        for item in batch.items:
+            if item[3]:
+                op = next(answers)
+                if op is not ANSWERED and item[1] in numbers and op[1] is not None and op[3] in (AWAITED, DUE):
+                    self.shards[item[1]].orphans.append((item[2], op))
+
+    def _hand_over(self, shard: ShardState) -> None:
+        """Ask another member for the results of writes that lost theirs; all members evaluate the same."""
+        link = next((each for each in shard.good if each.connected), None)
+        if link is None or not shard.orphans:
+            return
+        orphans, shard.orphans = shard.orphans, []
+
+        def take(results: Any) -> None:
+            if results is LINK_LOST:
+                shard.orphans += orphans
+                self._hand_over(shard)
+                return
+            for (_, op), found in zip(orphans, results, strict=True):
+                result = found[0] if found is not None else LOST
+                if op[3] is AWAITED:
+                    op[3] = result
+                elif op[3] is DUE and op[1] is not None:
+                    self._answer_write(shard, op, result)
+
+        self.call(link, (RESULTS_OF, shard.number, [seq for seq, _ in orphans]), take)
+
+
+def part_of(old: Batch, bad: Container[int], wanted: bool) -> Batch:
+    """Of a kept batch what belongs to bad shards (`wanted`), or what does not."""
+    part = Batch(old.stamp_ms)
+    part.bytes = old.bytes
+    answers = iter(old.answers)
+    for item in old.items:
+        op = next(answers) if item[3] else None
+        if (item[1] in bad) is wanted:
+            part.items.append(item)
+            part.last_seqs[item[1]] = item[2]
+            if op is not None:
+                part.answers.append(op)
+    return part

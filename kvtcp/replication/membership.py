@@ -1,0 +1,376 @@
+"""Membership: who is in sync, who is let go, and who learns.
+
+Pure. Looks at the sequencer's shards and links once per tick and whenever something changed, compares them with where
+the copies shall be (`wanted` of the map), and takes one step per shard at a time:
+
+- a node whose link closed and did not return within LINK_GRACE_MS leaves all its shards by one change of the map
+  (R14);
+- so does one whose oldest unacknowledged item is older than EVICT_AFTER_MS while its peers acknowledged (slow is not
+  dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and
+  it learns again after the same time;
+- a bad copy leaves at once; if it has to stay it is replaced whole in its place;
+- a wanted node that is no member learns; a member that is not wanted leaves when there are enough without it, and then
+  drops its copy.
+
+Rules kept here: R2 (shrink: change the map, then drop; grow: the learner joins in the step in which it has everything
+committed, then the map is changed), R4 (never fewer than `min_insync` members), R6 (no change removes the last member
+known to be good, that is good and linked). A shard with a change of its row on its way is left alone (`changing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kvtcp.constants import (
+    BACKOFF_MAX_MS,
+    BACKOFF_MIN_MS,
+    EVICT_AFTER_MS,
+    LEARNERS_PER_DONOR_MAX,
+    LINK_GRACE_MS,
+    SLOW_INTERVAL_MS,
+)
+from kvtcp.protocol.link import CopyReport
+from kvtcp.protocol.operations import DROP
+from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.learner import FREEZING, PULLING, Learner
+from kvtcp.replication.progress import Batch, Progress
+from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.shard_state import ShardState
+
+Edit = Callable[[ClusterMap], ClusterMap]
+
+
+class Surroundings(Protocol):
+    """What membership needs of the controller, beyond what its learners need."""
+
+    map: ClusterMap
+    sequencer: Sequencer
+
+    def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
+        """Change these rows of the map; `done` when that is stored."""
+
+    def close_link(self, link: Progress, reason: str) -> None:
+        """Close the connection; it is dialled again."""
+
+    def replaced(self, number: int) -> None:
+        """A member of a shard that is not served was replaced in the map."""
+
+    def copies_of(self, node: str) -> dict[int, CopyReport]:
+        """The copies of a linked node, as far as is known."""
+
+    def event(self, level: str, word: str, **fields: Any) -> None:
+        """For the log."""
+
+
+@dataclass
+class NodeState:
+    """What is remembered of a node beyond its link."""
+
+    lost_ms: int | None = None  # when its link was lost; None = it is up
+    learns_after_ms: int = 0  # no learner on it before
+    failures: int = 0  # of its learners, one after the other
+    leaves: bool = False  # it asked to leave the in-sync sets, as it is about to stop
+    dropping: set[int] = field(default_factory=set)  # shards whose copy it was told to drop
+
+
+class Membership:
+    """All decisions about members and learners. `around` is the controller."""
+
+    def __init__(self, around: Any) -> None:
+        self._around = around
+        self.nodes: dict[str, NodeState] = {node: NodeState() for node in around.map.nodes}
+        self.changing: set[int] = set()  # shards with a change of their row on its way
+        self.repairing: set[int] = set()  # shards that are not served before their bad members are replaced
+        self.unsettled: set[int] = set()  # shards whose members are not what is wanted, or not all good
+        self.evictions = 0
+        self.joins = 0
+        self._last_slow_ms = -SLOW_INTERVAL_MS
+        self._last_tick_ms = 0
+
+    @property
+    def _now_ms(self) -> int:
+        return int(self._around.now_ms)
+
+    @property
+    def _shards(self) -> list[ShardState]:
+        shards: list[ShardState] = self._around.sequencer.shards
+        return shards
+
+    def learners(self) -> list[Learner]:
+        """All of them."""
+        return [learner for number in self.unsettled for learner in self._shards[number].learners.values()]
+
+    # --- events -------------------------------------------------------------------------------------
+
+    def node_up(self, node: str) -> None:
+        """Its link is up."""
+        state = self.nodes[node]
+        state.lost_ms = None
+        state.leaves = False
+        state.dropping.clear()
+
+    def node_down(self, node: str) -> None:
+        """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
+        state = self.nodes[node]
+        if state.lost_ms is None:
+            state.lost_ms = self._now_ms
+        for learner in self.learners():
+            if learner.proposed:
+                continue  # it counts when the map says so, linked or not
+            if learner.link.node == node:
+                learner.give_up()
+                self._around.sequencer.detach(learner.shard, learner.link)
+            elif learner.donor.node == node:
+                learner.fail(f"the link to {node}, which gave it its data, was lost")
+
+    def tick(self, stalled: bool) -> None:
+        """Time passed. `stalled`: this process did not run for a while, so nobody else can be called slow."""
+        if stalled:
+            self._last_slow_ms = max(self._last_slow_ms, self._now_ms - SLOW_INTERVAL_MS + EVICT_AFTER_MS)
+        for learner in self.learners():
+            learner.tick()
+        self._evict_lost()
+        self._evict_slow()
+        self.work()
+        self._drop_copies()
+
+    def work(self) -> None:
+        """Take the next steps."""
+        self._settle_unsettled()
+        for number in sorted(self.unsettled):
+            shard = self._shards[number]
+            if number in self.changing:
+                continue
+            if shard.serving:
+                self._evict_bad(shard)
+                self._shrink_moved(shard)
+            if number not in self.changing and (shard.serving or number in self.repairing) and not shard.learners:
+                self._start_learner(shard)
+
+    def _settle_unsettled(self) -> None:
+        wanted = self._around.map.wanted
+        self.unsettled = {
+            shard.number
+            for shard in self._shards
+            if shard.bad or shard.learners or {link.node for link in shard.members} != set(wanted[shard.number])
+        }
+
+    # --- leaving ------------------------------------------------------------------------------------
+
+    def may_leave(self, shard: ShardState, link: Progress) -> bool:
+        """Whether the map can be changed so that `link` is no member, with M members and a good one left."""
+        return (
+            shard.serving
+            and shard.number not in self.changing
+            and link in shard.acked
+            and len(shard.members) > self._around.map.min_insync
+            and any(other is not link and other.connected for other in shard.good)
+        )
+
+    def evict(self, link: Progress, shards: Iterable[ShardState], why: str) -> int:
+        """R2, R14: propose that `link` leaves those of the shards that it can leave; how many they are."""
+        leaving = [shard for shard in shards if self.may_leave(shard, link)]
+        if leaving:
+            numbers = [shard.number for shard in leaving]
+            self.evictions += 1
+
+            def left() -> None:
+                self.changing.difference_update(numbers)
+                self._around.sequencer.leave(leaving, link)
+                self._around.event(
+                    "warning", "left-in-sync", node=link.node, shards=len(numbers), first=numbers[0], reason=why
+                )
+                self.work()
+
+            self.changing.update(numbers)
+            self._around.propose_rows(numbers, lambda old: old.without(numbers, link.node), left)
+        return len(leaving)
+
+    def _evict_lost(self) -> None:
+        for node, state in self.nodes.items():
+            link = self._around.sequencer.links[node]
+            if state.leaves:
+                self.evict(link, list(link.shards), "it is about to stop")
+            elif state.lost_ms is not None and self._now_ms - state.lost_ms >= LINK_GRACE_MS:
+                self.evict(link, list(link.shards), link.reason)
+
+    def _evict_slow(self) -> None:
+        now_ms = self._now_ms
+        if now_ms - self._last_slow_ms < SLOW_INTERVAL_MS:
+            return
+        for node, state in self.nodes.items():
+            link = self._around.sequencer.links[node]
+            if not link.connected:
+                continue
+            oldest = link.oldest_unacknowledged()
+            if oldest is None or now_ms - oldest.written_ms < EVICT_AFTER_MS or not self._peers_have(link, oldest):
+                continue
+            self._last_slow_ms = now_ms
+            state.learns_after_ms = now_ms + SLOW_INTERVAL_MS
+            why = f"it acknowledged nothing for {now_ms - oldest.written_ms} ms while others did"
+            self._around.event("warning", "slow-node", node=node, reason=why)
+            self.evict(link, list(link.shards), why)
+            self._around.close_link(link, why)
+            return
+
+    def _peers_have(self, link: Progress, batch: Batch) -> bool:
+        """Whether for some shard every other member acknowledged what this batch has of it."""
+        for number, seq in batch.last_seqs.items():
+            others = [acked for other, acked in self._shards[number].acked.items() if other is not link]
+            if others and min(others) >= seq:
+                return True
+        return False
+
+    def _evict_bad(self, shard: ShardState) -> None:
+        for link, why in list(shard.bad.items()):
+            if self.evict(link, [shard], f"it {why}"):
+                return
+
+    def _shrink_moved(self, shard: ShardState) -> None:
+        """A member that is not wanted leaves when there are enough wanted ones."""
+        wanted = self._around.map.wanted[shard.number]
+        if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
+            return
+        for link in shard.members:
+            if link.node not in wanted:
+                self.evict(link, [shard], "it is not wanted there any more")
+                return
+
+    def _drop_copies(self) -> None:
+        """Copies of shards that are as they are wanted, on nodes that are not: they are let go."""
+        around = self._around
+        for node, state in self.nodes.items():
+            link = around.sequencer.links[node]
+            if not link.connected:
+                continue
+            for number in list(around.copies_of(node)):
+                shard = self._shards[number]
+                is_settled = shard.serving and number not in self.unsettled and shard.is_whole()
+                if is_settled and link not in shard.acked and number not in state.dropping:
+                    state.dropping.add(number)
+                    around.call(link, (DROP, number), self._dropped(node, number))
+
+    def _dropped(self, node: str, number: int) -> Callable[[Any], None]:
+        def done(result: Any) -> None:
+            state = self.nodes.get(node)
+            if state is not None and result is None:
+                state.dropping.discard(number)
+                self._around.copies_of(node).pop(number, None)
+
+        return done
+
+    # --- learning -----------------------------------------------------------------------------------
+
+    def _start_learner(self, shard: ShardState) -> None:
+        found = self._candidate(shard)
+        if found is None:
+            return
+        link, replaces = found
+        donor = self._donor(shard, link)
+        if donor is not None:
+            self.learn(shard, link, donor, replaces)
+
+    def learn(
+        self, shard: ShardState, link: Progress, donor: Progress, replaces: str | None, seq_min: int = 0
+    ) -> Learner:
+        """Begin to bring a copy up to date."""
+        learner = Learner(shard, link, donor, self._around, replaces, seq_min)
+        shard.learners[link] = learner
+        self.unsettled.add(shard.number)
+        learner.start(self._around.copies_of(link.node).get(shard.number))
+        self._around.event("info", "learner-begins", shard=shard.number, node=link.node, donor=donor.node)
+        return learner
+
+    def _candidate(self, shard: ShardState) -> tuple[Progress, str | None] | None:
+        """Who shall learn the shard next, and whose place it takes."""
+        around = self._around
+        links: dict[str, Progress] = around.sequencer.links
+        for link in shard.bad:  # those that could leave have left, or are about to
+            if link.node in around.map.destroyed:
+                return self._substitute(shard, link)
+            if self._can_learn(link):
+                return link, link.node
+        if shard.bad or not shard.serving:
+            return None
+        for link in shard.members:
+            if link.node in around.map.destroyed and len(shard.members) <= around.map.min_insync:
+                return self._substitute(shard, link)
+        if len(shard.members) > around.map.factor:
+            return None
+        for node in around.map.wanted[shard.number]:
+            if links[node] not in shard.acked and self._can_learn(links[node]):
+                return links[node], None
+        return None
+
+    def _substitute(self, shard: ShardState, gone: Progress) -> tuple[Progress, str | None] | None:
+        """Another node for a member that was declared destroyed and cannot just leave."""
+        around = self._around
+        out = {*around.map.draining, *around.map.destroyed}
+        wanted = around.map.wanted[shard.number]
+        nodes = [*wanted, *(node for node in around.map.nodes if node not in wanted and node not in out)]
+        for node in nodes:
+            link = around.sequencer.links[node]
+            if link not in shard.acked and self._can_learn(link):
+                return link, gone.node
+        return None
+
+    def _can_learn(self, link: Progress) -> bool:
+        state = self.nodes[link.node]
+        return link.connected and not state.leaves and state.learns_after_ms <= self._now_ms
+
+    def _donor(self, shard: ShardState, link: Progress) -> Progress | None:
+        """The good member that gives to fewest learners."""
+        gives: dict[Progress, int] = {}
+        for learner in self.learners():
+            gives[learner.donor] = gives.get(learner.donor, 0) + 1
+        able = [each for each in shard.good if each.connected and each is not link]
+        able = [each for each in able if gives.get(each, 0) < LEARNERS_PER_DONOR_MAX]
+        return min(able, key=lambda each: (gives.get(each, 0), each.node), default=None)
+
+    def may_transfer(self, learner: Learner) -> bool:
+        """Whole copies leave a donor one after the other."""
+        return not any(
+            other is not learner and other.donor is learner.donor and other.phase in (FREEZING, PULLING) and other.token
+            for other in self.learners()
+        )
+
+    def learner_failed(self, learner: Learner, why: str) -> None:
+        """Try again after a while."""
+        state = self.nodes[learner.link.node]
+        state.failures += 1
+        wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
+        state.learns_after_ms = max(state.learns_after_ms, self._now_ms + wait_ms)
+        number, node = learner.shard.number, learner.link.node
+        self._around.event("warning", "learner-failed", shard=number, node=node, reason=why, again_in_ms=wait_ms)
+        self._around.sequencer.detach(learner.shard, learner.link)
+
+    def learner_is_live(self, learner: Learner) -> None:
+        """R2: if it acknowledged everything committed, it joins in this step, and then the map is changed; one that
+        takes the place of another joins when the map says so (R9)."""
+        shard = learner.shard
+        number = shard.number
+        if learner.proposed or number in self.changing or learner.acked < shard.commit:
+            return
+        learner.proposed = True
+        link, node, disk, replaces = learner.link, learner.link.node, learner.disk, learner.replaces
+        self.nodes[node].failures = 0
+        self.changing.add(number)
+        if replaces is None:
+            self._around.sequencer.join(shard, link)
+
+        def stored() -> None:
+            self.changing.discard(number)
+            self.joins += 1
+            if replaces is not None:
+                self._around.sequencer.swap(shard, self._around.sequencer.links[replaces], link)
+            self._around.event("info", "joined-in-sync", node=node, shard=number, seq=learner.acked)
+            if not shard.serving:
+                self._around.replaced(number)
+            self.work()
+
+        if replaces is None:
+            self._around.propose_rows([number], lambda old: old.with_member(number, node, disk), stored)
+        else:
+            self._around.propose_rows([number], lambda old: old.replaced(number, replaces, node, disk), stored)
