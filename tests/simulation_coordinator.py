@@ -335,7 +335,7 @@ class SimCoordinator(Process):
     def check(self) -> None:
         """The core's own invariants."""
         if self.controller is not None and not self.silent:
-            self.controller.sequencer.check()
+            self.controller.check()
             self.controller.changes.check()
 
     def serves(self, shard: int, epoch: int) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvtcp.errors import AdminError
 from kvtcp.replication.cluster_map import ClusterMap
 from tests.simulation_disk import MEMORY, OS, SYNC_MS
 from tests.simulation_network import DELAY_MS, TO_CLIENT, TO_SERVER, Path
@@ -311,26 +310,25 @@ class Faults:
         controller = coordinator.controller
         assert controller is not None
         draining, nodes = controller.map.draining, controller.map.nodes
+        admin = controller.admin
         what = self.rng.choice(("add", "drain", "rebalance", "remove", "rebalance"))
-        try:
-            if what == "add":
-                free = [node for node in self.sim.nodes if ("h", node.port) not in nodes.values()]
-                if not free or len(nodes) >= 6:
-                    return False
-                coordinator.step(controller.add_node, "h", free[0].port, _ignore)
-            elif what == "drain":
-                if len(nodes) - len(draining) <= max(controller.map.factor, 2):
-                    return False
-                coordinator.step(controller.drain, self.rng.choice(list(nodes)), _ignore)
-            elif what == "remove":
-                if not draining:
-                    return False
-                coordinator.step(controller.remove, self.rng.choice(draining), _ignore)
-            else:
-                coordinator.step(controller.rebalance, False, _ignore)
-        except AdminError as error:
-            self.world.note(f"{what} is refused: {error}")
-            return False
+
+        def done(answer: Any) -> None:
+            self.world.note(f"the operator hears {answer}")
+
+        if what == "add":
+            free = [node for node in self.sim.nodes if ("h", node.port) not in nodes.values()]
+            if not free or len(nodes) >= 6:
+                return False
+            coordinator.step(admin.add_node, "h", free[0].port, done)
+        elif what == "drain":
+            coordinator.step(admin.drain, self.rng.choice(list(nodes)), done)
+        elif what == "remove":
+            if not draining:
+                return False
+            coordinator.step(admin.remove, self.rng.choice(draining), done)
+        else:
+            coordinator.step(admin.rebalance, False, done)
         self.world.note(f"an operator asks {coordinator.name} to {what}")
         return True
 
@@ -401,7 +399,3 @@ class Faults:
                 return f"shard {number} has commit {shard.commit} of {shard.last_seq}"
         open_requests = [client.busy.told() for client in sim.clients.clients if client.busy is not None]
         return f"no answer to {open_requests}" if open_requests else ""
-
-
-def _ignore(_: Any) -> None:
-    """Nobody waits for it."""
