@@ -69,6 +69,9 @@ KEPT_BYTES_MAX: Final = 64 * MIB
 KEPT_SHARD_BYTES_MAX: Final = WINDOW_BYTES_MAX + FRAME_BYTES_MAX
 # entries looked at together for those that need not be kept: 1 ms
 KEPT_PASS_ENTRIES: Final = 4_096
+# committed entries that a node keeps for nodes that were away, each counted with so much for itself
+RECENT_BYTES_MAX: Final = 64 * MIB
+RECENT_ENTRY_BYTES: Final = 200
 # operations of one shard that may wait, not yet sequenced, for a link or for room in a window
 WAITING_ITEMS_MAX: Final = 65_536
 # keys that one purge deletes: 1 ms in a shard of 15,000 keys, 3 ms of cache misses in one of a million
@@ -97,6 +100,24 @@ AUDIT_INTERVAL_MS: Final = 10_000
 RECOVERY_SHARDS_MAX: Final = 8
 TICK_MS: Final = 50
 HEARTBEAT_MS: Final = 500
+
+# --- learning and donating ----------------------------------------------------------------------
+# items that a node buffers for all shards it is learning, each counted with so much for itself; and how many of them
+# are applied at once (1 ms)
+LEARN_BUFFER_BYTES_MAX: Final = 32 * MIB
+LEARN_ITEM_BYTES: Final = 200
+LEARN_APPLY_ITEMS: Final = 512
+# what a donor sends in a second, of all its donations, and what share of its event loop that may take
+BULK_BYTES_PER_S: Final = 32 * MIB
+BULK_SLICE_MS: Final = 1
+BULK_SHARE: Final = 0.25
+BULK_CHUNK_BYTES: Final = 64 * KIB
+BULK_WRITE_BUFFER_BYTES: Final = 2 * MIB
+# a donation of which nothing is taken for so long is let go; a transfer of which nothing comes for so long is given up
+DONATION_IDLE_MS: Final = 10_000
+# a node tells its figures so often, and looks so often how late its loop is
+STATS_MS: Final = 1_000
+LAG_LOOK_MS: Final = 50
 
 # --- server buffers ------------------------------------------------------------------------------
 CLIENT_OUTPUT_BYTES_MAX: Final = 1 * MIB
@@ -235,6 +256,11 @@ assert VALUE_BYTES_MAX <= WINDOW_BYTES_MAX, "the largest value fits a window"
 assert 2 * KEPT_SHARD_BYTES_MAX < KEPT_BYTES_MAX, "what a window holds is kept without being looked for"
 assert WINDOW_ITEMS_MAX < 2 * KEPT_PASS_ENTRIES, "more kept entries are forgotten with a batch than it adds"
 assert WINDOW_BYTES_MAX + KEY_BYTES_MAX + VALUE_BYTES_MAX < KEPT_SHARD_BYTES_MAX, "a window with any item at its end"
+assert WINDOW_BYTES_MAX + FRAME_BYTES_MAX + WINDOW_ITEMS_MAX * LEARN_ITEM_BYTES < LEARN_BUFFER_BYTES_MAX, (
+    "a window of items fits the buffer of a learner"
+)
+assert BULK_CHUNK_BYTES < BULK_WRITE_BUFFER_BYTES < BULK_BYTES_PER_S, "a donor writes a little at a time"
+assert LAG_LOOK_MS < STATS_MS < DONATION_IDLE_MS, "figures are of many looks"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"
 assert 4 * EVICT_AFTER_MS < SLOW_INTERVAL_MS, "a slow node is not let go and taken back all the time"
 assert 2 * HEARTBEAT_MS <= EVICT_AFTER_MS < LINK_SILENCE_MS, "an idle link is heard of before it counts as silent"

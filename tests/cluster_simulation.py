@@ -36,8 +36,7 @@ from replication_fakes import wire
 from kvtcp.errors import Code
 from kvtcp.protocol.link import BATCH, ENTRIES, FETCH, LINK_VERSION, RESULTS, SHIPPED, Report, parse_report
 from kvtcp.protocol.operations import ADD, CAS, CHAIN_AT, DELETE, EXISTS, GET, INCR, PUT, TTL
-from kvtcp.replication import admission, answers, progress, recovery, sequencer
-from kvtcp.replication import replica as replica_module
+from kvtcp.replication import admission, answers, copy_set, progress, recovery, sequencer
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
 from kvtcp.replication.recovery import Action, Takeover
@@ -63,7 +62,7 @@ SMALL = {
     answers: {"WRITE_WAIT_MS": 150},
     sequencer: {"PURGE_INTERVAL_MS": 60},
     recovery: {"RECOVERY_SHARDS_MAX": 2},
-    replica_module: {"BATCH_BYTES_MAX": 150},
+    copy_set: {"BATCH_BYTES_MAX": 150},
     kept: {"WINDOW_ITEMS_MAX": 30, "KEPT_SHARD_BYTES_MAX": 3_000, "KEPT_PASS_ENTRIES": 5},
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from kvtcp.constants import MIB, VALUE_BYTES_MAX, WINDOW_BYTES_MAX
+from kvtcp.constants import MIB, RECENT_ENTRY_BYTES, VALUE_BYTES_MAX, WINDOW_BYTES_MAX
 from kvtcp.storage import kept as kept_module
 from kvtcp.storage.copy import Logged
 from kvtcp.storage.kept import KeptEntries
@@ -92,7 +92,7 @@ def test_the_bound_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_takeover_looks_up_many_shards() -> None:
-    """All entries are walked through once, not for every shard; what is shipped meanwhile is found too."""
+    """All entries are walked through once, not for every shard; what is added meanwhile is found too."""
     kept = KeptEntries()
     walks = 0
     original = kept._all
@@ -106,10 +106,104 @@ def test_a_takeover_looks_up_many_shards() -> None:
     for seq in range(1, 4):
         kept.add(seq, [entry(shard, seq) for shard in range(100)])
     for shard in range(100):
-        assert [each[2] for each in kept.look_up(shard)] == [1, 2, 3]
-        kept.add(0, [entry(shard, 4)])
-        assert [each[2] for each in kept.look_up(shard)] == [1, 2, 3, 4]
+        assert list(kept.look_up(shard)) == [1, 2, 3]
+        kept.add_shipped(shard, [entry(shard, 4)])
+        kept.add(3, [entry(shard, 5)])
+        assert list(kept.look_up(shard)) == [1, 2, 3, 4, 5]
+        kept.commit(2)
     assert walks == 1
+
+
+def test_committed_entries_are_recent() -> None:
+    """They are looked up, and not among those that may be uncommitted; the oldest go when they are too much."""
+    kept = KeptEntries(recent_bytes_max=4 * (RECENT_ENTRY_BYTES + 5))
+    for seq in range(1, 8):
+        kept.add(seq, [entry(0, seq)])
+    assert kept.commit(3) == {0: 3}
+    assert numbers(kept, 0) == [4, 5, 6, 7] and list(kept.look_up(0)) == [1, 2, 3, 4, 5, 6, 7]
+    kept.commit(6)
+    assert numbers(kept, 0) == [7] and list(kept.look_up(0)) == [3, 4, 5, 6, 7]
+    assert kept.recent_bytes == 4 * (RECENT_ENTRY_BYTES + 5) and kept.bytes == 5
+    assert kept.look_up(0)[3] == entry(0, 3)
+    kept.add(8, [entry(0, 8, 2000)])
+    kept.commit(8)
+    assert kept.recent_bytes == 0 and not kept.look_up(0), "one that is too large is not recent at all"
+
+
+def test_recent_entries_of_a_copy_that_was_reset() -> None:
+    """They are gone for whoever asks, with and without an index, and with one half made."""
+    for indexed in (0, 1, 100):
+        kept = KeptEntries()
+        for seq in range(1, 6):
+            kept.add(seq, [entry(0, seq), entry(1, seq)])
+        kept.commit(4)
+        assert not indexed or kept.index_some(indexed) == (indexed == 100)
+        kept.forget(0)
+        kept.add(6, [entry(0, 1, 9)])
+        kept.commit(6)
+        assert kept.look_up(0) == {1: entry(0, 1, 9)} and list(kept.look_up(1)) == [1, 2, 3, 4, 5]
+
+
+def test_an_index_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question may be prepared a little at a time, while entries are added, committed and dropped."""
+    monkeypatch.setattr(kept_module, "KEPT_PASS_ENTRIES", 4)
+    kept = KeptEntries(recent_bytes_max=30 * (RECENT_ENTRY_BYTES + 5))
+    for seq in range(1, 41):
+        kept.add(seq, [entry(0, seq)])
+    while kept.commit(35):
+        pass
+    seq = 40
+    while not kept.index_some(4):
+        seq += 1
+        kept.add(seq, [entry(0, seq)])
+        kept.commit(seq - 5)
+    assert seq > 44
+    assert sorted(kept.look_up(0)) == list(range(seq - 34, seq + 1))
+
+
+def test_an_index_that_nobody_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is dropped after some batches, and made again when it is wanted."""
+    monkeypatch.setattr(kept_module, "INDEX_IDLE_COMMITS", 3)
+    kept = KeptEntries()
+    kept.add(1, [entry(0, 1)])
+    assert list(kept.look_up(0)) == [1]
+    for ordinal in range(2, 6):
+        assert kept._index is not None
+        kept.add(ordinal, [entry(0, ordinal)])
+        kept.commit(ordinal)
+    assert kept._index is None
+    assert list(kept.look_up(0)) == [1, 2, 3, 4, 5]
+
+
+def test_what_was_shipped() -> None:
+    """No ordinal commits it, but that of a later entry of its shard; at a new link it is as all from before."""
+    kept = KeptEntries()
+    kept.add(3, [entry(0, 1), entry(1, 1)])
+    kept.add_shipped(1, [entry(1, 2), entry(1, 3)])
+    assert kept.commit(9) == {0: 1, 1: 1}
+    assert numbers(kept, 1) == [2, 3] and list(kept.look_up(1)) == [1, 2, 3]
+    kept.add_shipped(1, [entry(1, 4)])
+    kept.add(10, [entry(0, 2), entry(1, 5)])
+    assert numbers(kept, 1) == [2, 3, 4, 5] and kept.bytes == 25
+    assert kept.commit(9) == {} and kept.commit(10) == {0: 2, 1: 5} and kept.bytes == 0
+    kept.add_shipped(0, [entry(0, 3)])
+    kept.new_link()
+    assert kept.bytes == 5 and kept.commit(-1) == {} and kept.commit(0) == {0: 3}
+    kept.add_shipped(0, [entry(0, 4)])
+    kept.forget(0)
+    assert numbers(kept, 0) == [] and not kept.look_up(0)
+
+
+def test_more_is_shipped_than_a_window_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is older than a window is committed, hence only recent."""
+    monkeypatch.setattr(kept_module, "WINDOW_ITEMS_MAX", 4)
+    monkeypatch.setattr(kept_module, "KEPT_SHARD_BYTES_MAX", 100)
+    kept = KeptEntries()
+    kept.add_shipped(0, [entry(0, seq) for seq in range(1, 8)])
+    assert numbers(kept, 0) == [4, 5, 6, 7]
+    kept.add_shipped(0, [entry(0, 8, 90)])
+    assert numbers(kept, 0) == [6, 7, 8] and list(kept.look_up(0)) == list(range(1, 9))
+    assert kept.recent_bytes == 5 * (RECENT_ENTRY_BYTES + 5)
 
 
 def test_a_window_that_ends_with_the_largest_value() -> None:
@@ -182,6 +276,7 @@ def test_against_a_model() -> None:
     rng = Random(seed)
     kept = KeptEntries()
     model: list[tuple[int, Logged]] = []
+    recent: list[tuple[int, Logged]] = []
     seqs, ordinal = [0] * 4, 0
     for step in range(2000):
         what = rng.random()
@@ -198,6 +293,7 @@ def test_against_a_model() -> None:
             upto = rng.randint(-1, ordinal + 1)
             expected = {each[0]: each[2] for number, each in model if number <= upto}
             assert kept.commit(upto) == expected, (seed, step)
+            recent += [(number, each) for number, each in model if number <= upto]
             model = [(number, each) for number, each in model if number > upto]
         elif what < 0.98:
             ordinal = 0
@@ -207,12 +303,17 @@ def test_against_a_model() -> None:
             shard = rng.randrange(4)
             kept.forget(shard)
             model = [(number, each) for number, each in model if each[0] != shard]
+            recent = [(number, each) for number, each in recent if each[0] != shard]
         assert kept.bytes == sum(len(each[4]) for _, each in model)
         for shard in range(4):
             expected_entries = [each for _, each in model if each[0] == shard]
             assert kept.of_shard(shard) == expected_entries, (seed, step)
             if step % 3 == 0:  # so the index meets everything that may change it
-                assert kept.look_up(shard) == expected_entries, (seed, step)
+                expected_numbers = {each[2]: each for _, each in recent if each[0] == shard}
+                expected_numbers |= {each[2]: each for each in expected_entries}
+                assert kept.look_up(shard) == expected_numbers, (seed, step)
+            elif step % 100 == 1:
+                kept._index = None
 
 
 def test_questions_between_changes() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import count
 from typing import Any
 
 import pytest
 
 from kvtcp.errors import Code
-from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import (
     ADD,
     CHAIN_AT,
@@ -22,26 +20,13 @@ from kvtcp.protocol.operations import (
     PUT,
     TTL,
 )  # fmt: skip
+from kvtcp.replication import copy_set
 from kvtcp.replication import replica as replica_module
 from kvtcp.replication.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replica
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.table import SequenceError, Table
-
-
-def hello(epoch: int = 1, coordinator: bytes = b"c", **changes: Any) -> dict[bytes, Any]:
-    """The fields of a HELLO."""
-    fields = {
-        b"version": LINK_VERSION, b"epoch": epoch, b"coordinator": coordinator, b"node": b"n1", b"shards": [0, 1],
-        b"map_version": 3, b"heard_version": 0,
-    }  # fmt: skip
-    return fields | {name.encode(): value for name, value in changes.items()}
-
-
-def make(**options: Any) -> Replica:
-    """A replica that makes the disks d1, d2, ..."""
-    numbers = count(1)
-    return Replica("n1", 42, lambda: f"d{next(numbers)}", **options)
+from tests.replica_tools import batch, hello, make, put
 
 
 @pytest.fixture
@@ -51,15 +36,6 @@ def replica() -> Replica:
     node.hello(hello())
     batch(node, 100, (PUT, 0, 1, 0, b"a", b"va"), (PUT, 1, 1, 0, b"b", b"vb", 50))
     return node
-
-
-def batch(node: Replica, stamp_ms: int, *items: Any, commit: int = -1) -> list[Any]:
-    """Apply a batch whole; its results."""
-    results: list[Any] = []
-    node.begin(stamp_ms, commit, items)
-    assert node.run(results)
-    node.check()
-    return results
 
 
 def test_report(replica: Replica) -> None:
@@ -238,11 +214,6 @@ def test_freeze(replica: Replica) -> None:
 # --- entries: logged, kept, shipped -----------------------------------------------------------------
 
 
-def put(shard: int, seq: int, value: bytes = b"v") -> tuple[Any, ...]:
-    """An item."""
-    return (PUT, shard, seq, 0, b"k%d" % seq, value)
-
-
 def test_entries_are_handed_over_once(replica: Replica) -> None:
     """What a batch wrote, in the order in which it was applied, also if it was applied in pieces."""
     first = replica.take_logged()
@@ -302,18 +273,30 @@ def test_entries_after(replica: Replica) -> None:
     assert chain == kept[1][3] and chains(entries) == [kept[2][3]]
     assert replica.entries_after(0, 3) == (replica.tables[0].chain, [])
     assert replica.entries_after(0, 4) == (None, None) and replica.entries_after(9, 0) == (None, None)
-    batch(replica, 102, commit=3)  # forgets number 1
-    assert replica.entries_after(0, 0) == (0, None) and replica.entries_after(0, 1)[0] is None
-    assert chains(replica.entries_after(0, 1)[1]) == [kept[1][3], kept[2][3]]
     batch(replica, 102, commit=4)
-    assert replica.entries_after(0, 2) == (None, None) and replica.entries_after(0, 3) == (kept[2][3], [])
+    assert chains(replica.entries_after(0, 0)[1]) == [entry[3] for entry in kept], "committed entries are recent"
     replica.copies[0].complete = False
     assert replica.entries_after(0, 3) == (None, None)
 
 
+def test_entries_after_of_what_is_not_recent_any_more() -> None:
+    """The oldest committed entries are gone: what follows them is not shipped, what follows the others is."""
+    node = make(kept=KeptEntries(recent_bytes_max=600))
+    node.hello(hello())
+    batch(node, 100, put(0, 1))
+    batch(node, 101, put(0, 2), put(0, 3))
+    kept = node.kept.of_shard(0)
+    batch(node, 102, put(0, 4), commit=3)  # number 1 is too old
+    assert node.entries_after(0, 0) == (0, None) and node.entries_after(0, 1)[0] is None
+    assert chains(node.entries_after(0, 1)[1])[:2] == [kept[1][3], kept[2][3]]
+    batch(node, 103, put(0, 5), put(0, 6), commit=6)
+    assert node.entries_after(0, 2) == (None, None)
+    assert node.entries_after(0, 6) == (node.tables[0].chain, [])
+
+
 def test_entries_after_in_pieces(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     """About a batch at once, and at least one entry however large."""
-    monkeypatch.setattr(replica_module, "BATCH_BYTES_MAX", 200)
+    monkeypatch.setattr(copy_set, "BATCH_BYTES_MAX", 200)
     batch(replica, 101, *(put(0, seq, b"v" * size) for seq, size in enumerate([60, 60, 500, 60, 60], 2)))
     pieces = []
     after = 0
@@ -358,10 +341,12 @@ def test_ship(replica: Replica) -> None:
     assert other.tables[0].digest() == replica.tables[0].digest()
     assert [entry[:4] for entry in other.take_logged()] == [entry[:4] for entry in replica.kept.of_shard(0)]
     assert other.kept.of_shard(0) == replica.kept.of_shard(0)
-    batch(other, 160, put(0, 5), commit=-1)
-    assert other.tables[0].position[:2] == (5, 5)
     batch(other, 160, commit=0)
-    assert [entry[2] for entry in other.kept.of_shard(0)] == [5]
+    assert [entry[2] for entry in other.kept.of_shard(0)] == [1, 2, 3, 4], "no ordinal of the link commits them"
+    batch(other, 160, put(0, 5), commit=0)
+    assert other.tables[0].position[:2] == (5, 5) and other.copies[0].commit == 0
+    batch(other, 160, commit=1)
+    assert other.kept.of_shard(0) == [] and other.copies[0].commit == 5
 
 
 def test_ship_what_does_not_follow(replica: Replica) -> None:

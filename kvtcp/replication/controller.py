@@ -294,9 +294,6 @@ class Controller:
         """All members of the shard are equal."""
         self.sequencer.set_members(number, self.map.nodes_of(number))
         self.sequencer.serve(number, seq, chain)
-        for link in self.sequencer.shards[number].members:
-            if not link.connected and self.membership.nodes[link.node].lost_ms is None:
-                self.membership.nodes[link.node].lost_ms = self.now_ms
 
     def repair(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
         """Replace these members; the others are equal, up to `seq`."""

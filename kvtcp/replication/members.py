@@ -103,6 +103,8 @@ class Members(Admission, Answers):
         shard.acked[link] = learner.acked
         shard.joining[link] = learner.disk
         self._retarget([shard])
+        if learner.hurry:
+            self._resume([shard])
 
     def leave(self, shards: Sequence[ShardState], link: Progress) -> None:
         """R2: the map does not name this member any more, so it leaves E."""

@@ -31,7 +31,7 @@ from kvtcp.constants import (
     LINK_GRACE_MS,
     SLOW_INTERVAL_MS,
 )
-from kvtcp.protocol.link import CopyReport
+from kvtcp.protocol.link import STOP, CopyReport
 from kvtcp.protocol.operations import DROP
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, PULLING, Learner
@@ -50,6 +50,9 @@ class Surroundings(Protocol):
 
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map; `done` when that is stored."""
+
+    def send(self, link: Progress, frame: tuple[Any, ...]) -> None:
+        """Send a frame."""
 
     def close_link(self, link: Progress, reason: str) -> None:
         """Close the connection; it is dialled again."""
@@ -131,6 +134,8 @@ class Membership:
             self._last_slow_ms = max(self._last_slow_ms, self._now_ms - SLOW_INTERVAL_MS + EVICT_AFTER_MS)
         for learner in self.learners():
             learner.tick()
+            if learner.hurry:
+                learner.shard.writable = False
         self._evict_lost()
         self._evict_slow()
         self.work()
@@ -192,7 +197,12 @@ class Membership:
         for node, state in self.nodes.items():
             link = self._around.sequencer.links[node]
             if state.leaves:
-                self.evict(link, list(link.shards), "it is about to stop")
+                if not self.evict(link, list(link.shards), "it is about to stop") and not any(
+                    shard.number in self.changing for shard in link.shards
+                ):
+                    state.leaves = False
+                    state.learns_after_ms = self._now_ms + SLOW_INTERVAL_MS
+                    self._around.send(link, (STOP,))
             elif state.lost_ms is not None and self._now_ms - state.lost_ms >= LINK_GRACE_MS:
                 self.evict(link, list(link.shards), link.reason)
 

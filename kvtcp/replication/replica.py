@@ -1,16 +1,16 @@
 """The replica: the core of a node. Batches in, results and log entries out.
 
-Pure: the node's server feeds it frames and writes what it returns. It owns one Copy (a Table and its identity) per
-shard and applies the items of a batch strictly in order, writes and reads alike, which is what makes a read see exactly
-the writes queued before it. What a batch wrote is handed over as log entries (`take_logged`): the server makes them
-durable before it acknowledges the batch. Entries are also kept here until the coordinator says that they are committed:
-a takeover ships them from the member that has them to those that lack them (`entries_after`, `ship`).
+Pure: the node's server feeds it frames and writes what it returns. On top of the copies of the node (copy_set.py) it
+applies the items of a batch strictly in order, writes and reads alike, which is what makes a read see exactly the
+writes queued before it. What a batch wrote is handed over as log entries (`take_logged`): the server makes them durable
+before it acknowledges the batch. Entries are also kept here until the coordinator says that they are committed, and for
+a while after that: they are shipped to nodes that lack them.
 
 Invariants:
 - the numbers of a shard have no gap: an item whose number is not the table's next one stops the node (SequenceError);
 - an epoch below the promised one, or another coordinator in the same epoch, is refused;
 - the items of one batch all carry its stamp; a node never looks at a clock to decide what a table contains;
-- every entry that may be uncommitted is kept: of each shard at least as many as a link's window may hold.
+- a node that learns nothing pays one look at each batch for the possibility.
 
 Results of one batch may be large (values of many reads), so they are handed over in pieces: `run` returns when about
 `results_bytes_max` bytes of values are ready and goes on where it stopped at the next call.
@@ -19,24 +19,41 @@ Results of one batch may be large (values of many reads), so they are handed ove
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from kvtcp._version import __version__
 from kvtcp.constants import (
-    BATCH_BYTES_MAX,
+    LEARN_APPLY_ITEMS,
     MGET_VALUES_BYTES_MAX,
     PAGE_BYTES_MAX,
     RESULTS_BYTES_MAX,
 )
-from kvtcp.errors import Code, DataError
+from kvtcp.errors import Code
 from kvtcp.protocol.link import LINK_VERSION
-from kvtcp.protocol.operations import CHAIN_AT, COUNT, EXISTS, FREEZE, GET, MGET, PAGE, TTL, WRITE_OP_END
-from kvtcp.storage.copy import Copy, Logged
+from kvtcp.protocol.operations import (
+    AUDIT,
+    CHAIN_AT,
+    COUNT,
+    DONATE,
+    DROP,
+    EXISTS,
+    FREEZE,
+    GET,
+    LEARN,
+    MGET,
+    PAGE,
+    PUT,
+    RESULTS_OF,
+    TTL,
+    UNLEARN,
+    WRITE_OP_END,
+)
+from kvtcp.replication.copy_set import CopySet
+from kvtcp.storage.copy import Copy
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.pages import merge_page
-from kvtcp.storage.table import Table
 
 OLDER_COPY: Final = "its node was started on an older copy of its data directory, what was written since is missing"
 FLAG_INTERVAL_MS: Final = 250  # between two looks for expired keys, by stamps
@@ -62,9 +79,10 @@ class FreezeRequest:
         self.frozen = frozen
 
 
-class Replica:
-    """All copies of one node. `new_disk` makes the uuid of a copy that did not exist before; `copies`, `promised` and
-    `coordinator` are what the node remembers from before."""
+class Replica(CopySet):
+    """All copies of one node. `new_disk` makes the uuid of a copy that did not exist before; `copies`, `promised`,
+    `coordinator` and `generations` are what the node remembers from before. `retire` is called with copies that are
+    replaced or removed, which may take a while to be let go."""
 
     def __init__(
         self,
@@ -78,14 +96,14 @@ class Replica:
         coordinator: str = "",
         map_version: int = 0,
         stamp_ms: int = 0,
+        generations: dict[int, int] | None = None,
+        retire: Callable[[Copy], None] = lambda _: None,
     ) -> None:
+        super().__init__(new_disk, copies, kept, promised, generations, retire)
         self.node = node
         self.pid = pid
         self.durability = durability
-        self.copies: dict[int, Copy] = {}
-        self.tables: dict[int, Table] = {}  # those of the complete copies, for the path of every operation
-        self.promised = promised  # highest epoch accepted
-        self.coordinator = coordinator  # uuid of the coordinator of that epoch
+        self.coordinator = coordinator  # uuid of the coordinator of the promised epoch
         self.map_version = map_version  # highest seen
         self.map = b""  # the cluster map of the last HELLO as its coordinator sent it; empty = it had none
         self.stamp_ms = stamp_ms  # highest stamp seen
@@ -94,21 +112,8 @@ class Replica:
         self.freezes: deque[FreezeRequest] = deque()  # for the server to work off
         self.results_bytes = 0  # of values in the list of results that `run` was given last
         self.operations = 0  # items applied since the start, for status
-        self._new_disk = new_disk
-        self._items: Iterator[Sequence[Any]] = iter(())  # the rest of the batch being run
-        self._stamp_ms = 0  # of that batch
-        self._batch_ordinal = 0  # ordinal that will be applied when it is finished
         self._flag_after_ms = 0  # stamp of the next look for expired keys
         self.flags: list[int] = []  # shards that hold expired keys, as of the last look
-        self._logged: list[Logged] = []  # entries made and not yet taken by `take_logged`
-        self.kept = KeptEntries() if kept is None else kept  # entries that may be uncommitted
-        for copy in copies:
-            self._add(copy)
-
-    def _add(self, copy: Copy) -> None:
-        self.copies[copy.shard] = copy
-        if copy.complete:
-            self.tables[copy.shard] = copy.table
 
     # --- link ---------------------------------------------------------------------------------------
 
@@ -125,16 +130,18 @@ class Replica:
             raise Refused("FENCED", f"epoch {epoch} is over: this node promised {self.promised}")
         if epoch == self.promised and coordinator != self.coordinator:
             raise Refused("FENCED", f"epoch {epoch} belongs to another coordinator")
+        self.link_lost()
         self.promised, self.coordinator = epoch, coordinator
         for shard in fields[b"shards"]:
             if shard not in self.copies:
-                self._add(Copy(shard, self._new_disk()))
+                self._add(Copy(shard, self._new_disk(), generation=self._next_generation(shard)))
         if 0 < self.map_version < fields[b"heard_version"]:  # one that stored none has no copies from before
             self._forget_identity()
         for table in self.tables.values():
             table.epoch = epoch
         self.applied = self._batch_ordinal = self.results_bytes = 0
         self._items = iter(())
+        self._made, self._made_results = [], []
         self.kept.new_link()
         report = self.report()
         self.map_version = max(self.map_version, fields[b"map_version"])
@@ -163,86 +170,54 @@ class Replica:
             "damage": [[copy.shard, copy.reason] for copy in self.copies.values() if copy.reason],
         }
 
-    # --- entries that may be uncommitted --------------------------------------------------------------
-
-    def take_logged(self) -> list[Logged]:
-        """The entries made since the last call, in order: they belong into the log before anything is acknowledged."""
-        logged, self._logged = self._logged, []
-        return logged
-
-    def entries_after(self, shard: int, after: int) -> tuple[int | None, list[list[Any]] | None]:
-        """What ENTRIES says: the chain at number `after`, None if it is not known here any more, and the packed entries
-        that follow as [chain, entry], None if they are not all here. About BATCH_BYTES_MAX at once, at least one."""
-        table = self.tables.get(shard)
-        if table is None or not self.copies[shard].complete or after > table.seq:
-            return None, None
-        kept = self.kept.look_up(shard)
-        chain = 0 if after == 0 else table.chain if after == table.seq else None
-        entries: list[list[Any]] = []
-        size = 0
-        for _, _, seq, entry_chain, entry in kept:
-            if seq == after:
-                chain = entry_chain
-            elif seq == after + len(entries) + 1:
-                size += len(entry)
-                if entries and size > BATCH_BYTES_MAX:
-                    break
-                entries.append([entry_chain, entry])
-        return chain, entries if entries or after == table.seq else None
-
-    def ship(self, shard: int, entries: Sequence[Sequence[Any]]) -> str | None:
-        """Apply packed entries of another member by their effects. Returns why not all of them could be, or None."""
-        copy = self.copies.get(shard)
-        if copy is None or not copy.complete:
-            return f"this node has no complete copy of shard {shard}"
-        table = copy.table
-        applied: list[Logged] = []
-        error: str | None = None
-        for chain, entry in entries:
-            try:
-                table.apply_entry(entry, chain)
-            except DataError as refused:
-                error = refused.message
-                break
-            applied.append((shard, table.generation, table.seq, chain, entry))
-        if applied:
-            self._logged += applied
-            self.kept.add(0, applied)
-        return error
-
     # --- batches ------------------------------------------------------------------------------------
 
     def begin(self, stamp_ms: int, commit: int, items: Sequence[Sequence[Any]]) -> None:
         """A batch: it is applied by `run`. `commit` as in the BATCH frame."""
         assert self.applied == self._batch_ordinal, "a batch is finished before the next one begins"
-        for shard, seq in self.kept.commit(commit).items():
+        committed = self.kept.commit(commit)
+        for shard, seq in committed.items():
             self.copies[shard].commit = seq
+        if self._results:
+            self._results.commit(committed)
         if stamp_ms > self.stamp_ms:
             self.stamp_ms = stamp_ms
         self._stamp_ms = stamp_ms
         self._items = iter(items)
         self._batch_ordinal = self.applied + len(items)
+        self._is_diverted = False
+        if self.learning or self._ignored:
+            self.catch_up(LEARN_APPLY_ITEMS + 2 * len(items))  # more than the batch may add
+            self._divert_rest()
         self.operations += len(items)
 
     def run(self, results: list[Any], results_bytes_max: int = RESULTS_BYTES_MAX) -> bool:
         """Apply the batch, appending results; false if it stopped because enough bytes of results are ready."""
-        made: list[Logged] = []
-        finished = self._run(results, results_bytes_max, made)
-        if made:
-            self._logged += made
-            self.kept.add(self._batch_ordinal, made)
-        return finished
-
-    def _run(self, results: list[Any], results_bytes_max: int, made: list[Logged]) -> bool:
-        tables = self.tables
-        stamp_ms = self._stamp_ms
         if not results:
             self.results_bytes = 0
+        while not self._run(results, results_bytes_max):
+            if self.results_bytes > results_bytes_max:
+                self._take_made()
+                return False
+        self._take_made()
+        self.applied = self._batch_ordinal
+        stamp_ms = self._stamp_ms
+        if stamp_ms >= self._flag_after_ms:
+            self._flag_after_ms = stamp_ms + FLAG_INTERVAL_MS
+            self.flags = [number for number, table in self.tables.items() if table.has_expired(stamp_ms)]
+        return True
+
+    def _run(self, results: list[Any], results_bytes_max: int) -> bool:
+        """Apply items up to the end of the batch, or to a control item, which may have put something in the place of
+        the rest; true at the end. It ends too when enough bytes of results are ready."""
+        tables = self.tables
+        stamp_ms = self._stamp_ms
+        made = self._made
         for item in self._items:
             op = item[0]
-            if op < WRITE_OP_END:
+            if op == PUT:
                 table = tables[item[1]]
-                result = table.apply(item, stamp_ms)
+                result: Any = table.apply(item, stamp_ms)
                 made.append((item[1], table.generation, table.seq, table.chain, table.last_entry))
                 if item[3]:
                     results.append(result)
@@ -253,6 +228,16 @@ class Replica:
                     self.results_bytes += len(cell[0])
                     if self.results_bytes > results_bytes_max:
                         return False
+            elif op < WRITE_OP_END:
+                table = tables[item[1]]
+                result = table.apply(item, stamp_ms)
+                made.append((item[1], table.generation, table.seq, table.chain, table.last_entry))
+                self._made_results.append((item[1], table.seq, result))
+                if item[3]:
+                    results.append(result)
+            elif op >= LEARN:
+                results.append(self._control(op, item))
+                return False
             else:
                 result = self._read(op, item, stamp_ms)
                 results.append(result)
@@ -260,10 +245,6 @@ class Replica:
                     self.results_bytes += _result_bytes(op, result)
                     if self.results_bytes > results_bytes_max:
                         return False
-        self.applied = self._batch_ordinal
-        if stamp_ms >= self._flag_after_ms:
-            self._flag_after_ms = stamp_ms + FLAG_INTERVAL_MS
-            self.flags = [number for number, table in tables.items() if table.has_expired(stamp_ms)]
         return True
 
     def take_flags(self) -> list[int]:
@@ -287,13 +268,29 @@ class Replica:
         if op == MGET:
             return self._mget(item[1], stamp_ms)
         if op == CHAIN_AT:
-            table = tables[item[1]]
-            return (table.seq, table.chain)
+            return self._audit(item[1])
         if op == FREEZE:
             _, shards, name, directory = item
             frozen = [tables[shard].freeze() for shard in shards]
             self.freezes.append(FreezeRequest(name.decode(), directory.decode(), stamp_ms, frozen))
             return [[f.shard, f.epoch, f.seq, f.chain] for f in frozen]
+        raise ValueError(f"unknown operation {op} on the link")
+
+    def _control(self, op: int, item: Sequence[Any]) -> Any:
+        """What is about copies rather than their content."""
+        if op == LEARN:
+            return self._learn(*item[1:4])
+        if op == UNLEARN:
+            return self._unlearn(item[1])
+        if op == DROP:
+            return self._drop(item[1])
+        if op == DONATE:
+            return self._donate(*item[1:4])
+        if op == RESULTS_OF:
+            self._take_made()
+            return self._results.of(item[1], item[2])
+        if op == AUDIT:
+            return [self._audit(shard) for shard in item[1]]
         raise ValueError(f"unknown operation {op} on the link")
 
     def _mget(self, wanted: Sequence[tuple[int, bytes]], stamp_ms: int) -> Any:

@@ -108,7 +108,7 @@ class ShardState:
 
     def is_blocked(self) -> bool:
         """Whether a member or a learner cannot take a write now."""
-        if self.bad:
+        if self.bad or any(learner.hurry for learner in self.learners.values()):
             return True
         blocked = False
         for link in self.targets:

@@ -2,50 +2,85 @@
 
 Pure. After a crash the members of a shard may differ by the entries that were under way, so every entry is kept until
 the coordinator says that it is committed: in batches, in order, each with the ordinal of the link that commits it.
-Entries from before the present link have ordinal 0.
+Entries from before the present link have ordinal 0. Entries that another member *shipped* have no ordinal: that an item
+of the link is committed says nothing of them. They stay until the next entry of their shard is added, and go with it.
 
 The windows of the links bound what may be uncommitted. A shard that cannot commit holds back the ordinal of all others,
 so when `bytes_max` is exceeded, of each shard only as much is kept as a window can hold: its items, and its bytes with
 the item that crosses them, which may be the last one and the largest there is.
 
+What is committed is *recent* for a while: the newest `recent_bytes_max` of it, for nodes that were away. Nothing is
+done there for a single entry until somebody asks (`look_up`): then an index is made, and kept up as long as it is used.
+
 What is too old is looked for in passes over all batches, newest first, a slice with each `add`, and what is committed
-is forgotten in slices too: a million entries at once would hold the node up for a quarter of a second.
+is moved in slices too: a million entries at once would hold the node up for a quarter of a second.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import Final
 
-from kvtcp.constants import KEPT_BYTES_MAX, KEPT_PASS_ENTRIES, KEPT_SHARD_BYTES_MAX, WINDOW_ITEMS_MAX
+from kvtcp.constants import (
+    KEPT_BYTES_MAX,
+    KEPT_PASS_ENTRIES,
+    KEPT_SHARD_BYTES_MAX,
+    RECENT_BYTES_MAX,
+    RECENT_ENTRY_BYTES,
+    WINDOW_ITEMS_MAX,
+)
 from kvtcp.storage.copy import Logged
 
 Batch = tuple[int, int, list[Logged]]  # ordinal, bytes, entries
 
+INDEX_IDLE_COMMITS: Final = 4_096  # batches of the link without a question after which the index is dropped
+
+
+class _Shipped:
+    """Entries of one shard that no ordinal commits."""
+
+    __slots__ = ("bytes", "entries")
+
+    def __init__(self) -> None:
+        self.entries: deque[Logged] = deque()
+        self.bytes = 0
+
 
 class KeptEntries:
-    """A queue of batches. `bytes` is what their packed entries have together."""
+    """A queue of batches. `bytes` is what the packed entries have together that may be uncommitted, without those that
+    were shipped; `recent_bytes` counts the committed ones with RECENT_ENTRY_BYTES for each."""
 
-    def __init__(self, bytes_max: int = KEPT_BYTES_MAX) -> None:
+    def __init__(self, bytes_max: int = KEPT_BYTES_MAX, recent_bytes_max: int = RECENT_BYTES_MAX) -> None:
         self.bytes = 0
+        self.recent_bytes = 0
         # In the order of `add`, over all three; ordinals never decrease. The first two are empty but during a pass.
         self._older: deque[Batch] = deque()  # that the pass did not look at yet
         self._looked_at: deque[Batch] = deque()  # what it let stay
         self._batches: deque[Batch] = deque()
         self._room: dict[int, list[int]] = {}  # of the pass: shard -> items and bytes that may still be uncommitted
-        self._index: dict[int, list[Logged]] | None = None  # of `look_up`: shard -> its entries
         self._bytes_max = bytes_max  # as asked for
         self._look_bytes = bytes_max  # above it a pass begins
+        self._shipped: dict[int, _Shipped] = {}  # newer than all else of their shard
+        self._recent: deque[tuple[int, list[Logged]]] = deque()  # bytes, entries
+        self._recent_first = 0  # number of the first one of them, counted over all there ever were
+        self._recent_bytes_max = recent_bytes_max
+        self._void: dict[int, int] = {}  # shard -> its entries in recent batches below this number are of no use
+        self._index: dict[int, dict[int, Logged]] | None = None  # of `look_up`: shard -> number -> entry
+        self._indexed = 0  # recent batches below this number are in it
+        self._is_index_whole = False
+        self._unasked = 0  # commits since the last question
 
     def add(self, ordinal: int, entries: list[Logged]) -> None:
         """The entries of a batch, in order."""
+        if self._index is not None:
+            self._add_to_index(entries)
+        if self._shipped:
+            entries = self._behind_shipped(entries)
         size = sum([len(entry[4]) for entry in entries])
         self._batches.append((ordinal, size, entries))
         self.bytes += size
-        if self._index is not None:
-            for entry in entries:
-                self._index.setdefault(entry[0], []).append(entry)
         if self._older:
             self._go_on(len(entries))
         elif self.bytes > self._look_bytes:
@@ -53,11 +88,33 @@ class KeptEntries:
             self._room = {}
             self._go_on(len(entries))
 
+    def add_shipped(self, shard: int, entries: list[Logged]) -> None:
+        """Entries of one shard, in order, that came from another member. Those that a window cannot hold are
+        committed."""
+        if self._index is not None:
+            self._add_to_index(entries)
+        mine = self._shipped.setdefault(shard, _Shipped())
+        mine.entries += entries
+        mine.bytes += sum([len(entry[4]) for entry in entries])
+        over: list[Logged] = []
+        while len(mine.entries) > WINDOW_ITEMS_MAX or mine.bytes > KEPT_SHARD_BYTES_MAX:
+            entry = mine.entries.popleft()
+            mine.bytes -= len(entry[4])
+            over.append(entry)
+        if over:
+            self._add_recent(sum([len(entry[4]) for entry in over]), over)
+
+    def _behind_shipped(self, entries: list[Logged]) -> list[Logged]:
+        """The entries of a batch behind those of their shards that were shipped."""
+        before: list[Logged] = []
+        for shard in {entry[0] for entry in entries} & self._shipped.keys():
+            before += self._shipped.pop(shard).entries
+        return before + entries
+
     def commit(self, ordinal: int) -> dict[int, int]:
-        """Forget what is committed up to this ordinal; shard -> its last number among that. What is left of very much
-        is forgotten with the next calls."""
+        """What is committed up to this ordinal is only recent from now on; shard -> its last number among that. What is
+        left of very much is moved with the next calls."""
         last: dict[int, int] = {}
-        self._index = None
         left = 2 * KEPT_PASS_ENTRIES  # more than a batch adds
         for batches in (self._older, self._looked_at, self._batches):
             while batches and batches[0][0] <= ordinal and left > 0:
@@ -65,41 +122,100 @@ class KeptEntries:
                 self.bytes -= size
                 left -= len(entries)
                 last |= {entry[0]: entry[2] for entry in entries}
+                self._add_recent(size, entries)
         if self._looked_at and not self._older:
             self._end_pass()
+        if self._index is not None:
+            self._unasked += 1
+            if self._unasked > INDEX_IDLE_COMMITS:
+                self._index = None
         return last
 
     def new_link(self) -> None:
         """Ordinals begin anew: all that is here is from before."""
-        self._replace([(0, size, entries) for _, size, entries in self._all()])
+        batches = [(0, size, entries) for _, size, entries in self._all()]
+        self._shipped = {}
+        self._replace(batches)
 
     def forget(self, shard: int) -> None:
         """The copy of a shard is not what it was."""
-        stay = [(ordinal, [e for e in entries if e[0] != shard]) for ordinal, _, entries in self._all()]
+        self._shipped.pop(shard, None)
+        self._void[shard] = self._recent_first + len(self._recent)
+        if self._index is not None:
+            self._index.pop(shard, None)
+        batches = (self._older, self._looked_at, self._batches)
+        stay = [(ordinal, [e for e in entries if e[0] != shard]) for ordinal, _, entries in chain(*batches)]
         self._replace([(ordinal, sum([len(e[4]) for e in entries]), entries) for ordinal, entries in stay if entries])
 
     def of_shard(self, shard: int) -> list[Logged]:
-        """The entries of a shard, in order."""
+        """The entries of a shard that may be uncommitted, in order."""
         return [entry for _, _, entries in self._all() for entry in entries if entry[0] == shard]
 
-    def look_up(self, shard: int) -> list[Logged]:
-        """`of_shard` for a takeover, which asks for many shards: an index is made, and lasts until the next batch. What
-        a pass has dropped meanwhile may still be in it."""
-        if self._index is None:
-            self._index = {}
-            for _, _, entries in self._all():
-                for entry in entries:
-                    self._index.setdefault(entry[0], []).append(entry)
-        return self._index.get(shard, [])
-
     def _all(self) -> Iterator[Batch]:
-        return chain(self._older, self._looked_at, self._batches)
+        shipped = ((0, mine.bytes, list(mine.entries)) for mine in self._shipped.values())
+        return chain(self._older, self._looked_at, self._batches, shipped)
 
     def _replace(self, batches: list[Batch]) -> None:
         """From now on it has these, and no pass is under way."""
         self._older, self._looked_at, self._batches = deque(), deque(), deque(batches)
-        self._index = None
         self.bytes = sum([size for _, size, _ in batches])
+
+    # --- recent entries, and the index ----------------------------------------------------------------
+
+    def look_up(self, shard: int) -> Mapping[int, Logged]:
+        """The entries of a shard by number: those that may be uncommitted and the recent ones. There may be gaps."""
+        while not self.index_some():
+            pass
+        assert self._index is not None, "it is whole now"
+        return self._index.get(shard, {})
+
+    def index_some(self, entries_max: int = KEPT_PASS_ENTRIES) -> bool:
+        """Go on with the index that `look_up` needs, about so many entries; true when it is whole."""
+        self._unasked = 0
+        if self._index is None:
+            self._index = {}
+            self._indexed = self._recent_first
+            self._is_index_whole = False
+        while not self._is_index_whole and entries_max > 0:
+            self._indexed = max(self._indexed, self._recent_first)
+            place = self._indexed - self._recent_first
+            if place < len(self._recent):
+                entries = self._recent[place][1]
+                self._add_to_index([entry for entry in entries if self._void.get(entry[0], 0) <= self._indexed])
+                self._indexed += 1
+                entries_max -= len(entries)
+            else:
+                for _, _, entries in self._all():
+                    self._add_to_index(entries)
+                self._is_index_whole = True
+        return self._is_index_whole
+
+    def _add_to_index(self, entries: list[Logged]) -> None:
+        index = self._index
+        assert index is not None, "there is one"
+        for entry in entries:
+            index.setdefault(entry[0], {})[entry[2]] = entry
+
+    def _drop_from_index(self, entries: list[Logged]) -> None:
+        """They are not kept any more. (An entry may be here twice, by a snapshot and by the log.)"""
+        assert self._index is not None, "there is one"
+        for entry in entries:
+            mine = self._index.get(entry[0])
+            if mine is not None and mine.get(entry[2]) is entry:
+                del mine[entry[2]]
+
+    def _add_recent(self, size: int, entries: list[Logged]) -> None:
+        size += RECENT_ENTRY_BYTES * len(entries)
+        self._recent.append((size, entries))
+        self.recent_bytes += size
+        while self.recent_bytes > self._recent_bytes_max:
+            size, entries = self._recent.popleft()
+            self._recent_first += 1
+            self.recent_bytes -= size
+            if self._index is not None:
+                self._drop_from_index(entries)
+
+    # --- passes ---------------------------------------------------------------------------------------
 
     def _go_on(self, added: int) -> None:
         """A slice of the pass, several times what was `added` meanwhile."""
@@ -116,6 +232,8 @@ class KeptEntries:
                     mine[0] -= 1
                     mine[1] -= len(entry[4])
                     stay.append(entry)
+                elif self._index is not None:
+                    self._drop_from_index([entry])
             if stay:
                 stay.reverse()
                 size = sum([len(entry[4]) for entry in stay])

@@ -279,7 +279,11 @@ def load_snapshot(disk: Disk, path: Path, directory_id: bytes) -> tuple[Table, l
     order, OSError."""
     name = SnapshotName.parse(path.name)
     assert name is not None, "the caller looked at the name"
-    data = disk.read(path)
+    return decode_snapshot(disk.read(path), name, directory_id)
+
+
+def decode_snapshot(data: bytes, name: SnapshotName, directory_id: bytes) -> tuple[Table, list[Logged]]:
+    """The same from the bytes of a file. Raises FormatError, VersionError, DataError."""
     header = read_header(data, name, directory_id)
     kept: list[Logged] = []
 
