@@ -104,7 +104,6 @@ class Simulation:
         self.clients = Clients(world, self.oracles, self.coordinators, cluster_map.shards)
         for coordinator in self.coordinators:
             coordinator.clients = self.clients
-            coordinator.confirm_reads = self.shared
         self.faults = Faults(self)
 
     def run(self) -> None:

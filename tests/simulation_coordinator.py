@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.map_changes import MapChanges
 
@@ -21,6 +22,7 @@ from kvtcp.protocol.link import (
     HELLO,
     LEARN_FAILED,
     LEARNED,
+    LEAVE,
     LINK_VERSION,
     REFUSED,
     REPORT,
@@ -45,7 +47,7 @@ AHEAD_MS = SMALL["STAMP_AHEAD_MS"]
 MOVE_MS = SMALL["STAMP_MOVE_MS"]
 READ_AGAIN_MS = 20  # after the store did not answer
 BACKOFF_MS = (5, 40)
-FRAMES = (ENTRIES, SHIPPED, LEARNED, LEARN_FAILED)
+FRAMES = (ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE)
 
 
 class SimLink:
@@ -161,7 +163,8 @@ class SimCoordinator(Process):
     """One coordinator. `by_port` are the nodes by their addresses."""
 
     controller_class = Controller
-    sequencer_class = Sequencer
+    sequencer_class: type[Sequencer] = Sequencer
+    confirming_class: type[Sequencer] = ConfirmingSequencer
     changes_class = MapChanges
 
     def __init__(
@@ -268,7 +271,7 @@ class SimCoordinator(Process):
             durability=self.mode,
             map_version_before=before.version,
             stamp_before_ms=before.stamp_bound_ms,
-            sequencer=self.sequencer_class,
+            sequencer=self.confirming_class if self.store.shared else self.sequencer_class,
             new_token=self._new_token,
         )
 

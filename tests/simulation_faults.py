@@ -38,7 +38,7 @@ class Faults:
             self.cut, self.partition, self.one_way, self.slow_path, self.untaken, self.slow_disk, self.kill_node,
             self.power_cut, self.wipe_node, self.pause_node, self.pause_coordinator, self.kill_coordinator,
             self.jump_clock, self.store_down, self.slow_store, self.isolate_coordinator, self.hello_twice,
-            self.administer, self.black_out,
+            self.administer, self.black_out, self.stop_node,
         ]  # fmt: skip
         if simulation.shared:
             kinds.append(self.rival)
@@ -203,6 +203,16 @@ class Faults:
     def wipe_node(self) -> bool:
         """A node comes back with an empty disk."""
         return self._end_node(self._node(), "wiped", power=True, wipe=True)
+
+    def stop_node(self) -> bool:
+        """A node is stopped in order, and started again."""
+        node = self._node()
+        if node is None or node.paused or node.mode == MEMORY:
+            return False
+        self.world.note(f"fault: {node.name} is to stop")
+        node.leave()
+        self.world.at(self._for_ms(200, 500), self._start, node)
+        return True
 
     def black_out(self) -> bool:
         """All nodes lose power at the same moment."""

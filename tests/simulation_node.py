@@ -20,12 +20,14 @@ from kvtcp.protocol.link import (
     HELLO,
     LEARN_FAILED,
     LEARNED,
+    LEAVE,
     PULL,
     REFUSED,
     REPORT,
     RESULTS,
     SHIP,
     SHIPPED,
+    STOP,
 )
 from kvtcp.replication.replica import Refused, Replica
 from kvtcp.storage.copy import Copy
@@ -37,6 +39,7 @@ from tests.simulation_oracles import Oracles
 from tests.simulation_world import SMALL, Process, World
 
 CHUNK_ROWS = 4  # of a transfer in one frame
+LEAVE_MS = 150  # for so long a node waits that it is let go
 IDLE_MS = 400  # a transfer on which nothing moves for so long is given up
 
 
@@ -130,6 +133,16 @@ class SimNode(Process):
             self.oracles.forgot(self.name)
         self.replica = None
 
+    def leave(self) -> None:
+        """It is to stop soon: the coordinator lets it go first, if it can."""
+        if self._link is not None and self._link.accepted:
+            self._link.send((LEAVE,))
+        self.later(LEAVE_MS, self.stop)
+
+    def stop(self) -> None:
+        """The process ends when everything is on the disk."""
+        self.disk.job(None, self.kill)
+
     # --- links ----------------------------------------------------------------------------------------
 
     def accept(self, connection: Connection) -> None:
@@ -144,6 +157,8 @@ class SimNode(Process):
             self._hello(end, frame[1])
         elif kind == GIVE:
             self._give(end.connection, frame[1])
+        elif kind == STOP:
+            self.stop()
         elif end.accepted:
             end.inbox.append(frame)
             self._work(end)
