@@ -8,7 +8,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit model fuzz crash kills chaos bench clean
+.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -40,6 +40,14 @@ model: $(READY)
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
+
+# SEEDS=<number> and SEED=<seed>: the first of them, or the only one, to tell its story again
+sim: $(READY)
+	$(BIN)/python -m tests.simulation $(or $(SEEDS),$(if $(SEED),1,300)) $(if $(SEED),--first $(SEED))
+
+# MUTANTS=<part of a name>: only these planted mistakes
+mutants: $(READY)
+	$(BIN)/python -m tests.simulation_mistakes $(MUTANTS)
 
 # STATES=<recovered states to check> and SEED=<seed> of a failure to repeat it
 crash: $(READY)

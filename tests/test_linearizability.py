@@ -25,6 +25,8 @@ VERDICTS: list[tuple[str, bool, list[Operation]]] = [
     ("cas", True, [(0, 1, "add", 1, True), (2, 3, "cas", (1, 2), True), (4, 5, "cas", (1, 3), False)]),
     ("two adds won", False, [(0, 5, "add", 1, True), (0, 5, "add", 2, True)]),
     ("delete", True, [(0, 1, "delete", None, False), (2, 3, "add", 1, True), (4, 5, "delete", None, True)]),
+    ("exists", True, [(0, 1, "exists", None, False), (2, 3, "put", 1, "ok"), (4, 5, "exists", None, True)]),
+    ("seen too early", False, [(0, 1, "exists", None, True), (2, 3, "put", 1, "ok")]),
     ("backtracking", True, [(0, 9, "put", 1, "ok"), (0, 9, "put", 2, "ok"), (10, 11, "get", None, 1)]),
 ]  # fmt: skip
 
@@ -66,11 +68,11 @@ def random_history(rng: random.Random, count: int) -> list[Operation]:
     """Random small operations with random results: most are not linearizable, some are."""
     history: list[Operation] = []
     for _ in range(count):
-        kind = rng.choice(["get", "put", "delete", "add", "cas", "incr"])
+        kind = rng.choice(["get", "exists", "put", "delete", "add", "cas", "incr"])
         argument: Any = {"put": 1, "add": 2, "cas": (1, 2), "incr": 1}.get(kind)
         results: list[Any] = {"get": [None, 1, 2], "put": ["ok"], "incr": [1, 2, 3]}.get(kind, [True, False])
         call = rng.randrange(8)
-        ret = None if kind != "get" and rng.random() < 0.2 else call + rng.randrange(1, 6)
+        ret = None if kind not in ("get", "exists") and rng.random() < 0.2 else call + rng.randrange(1, 6)
         history.append((call, ret, kind, argument, rng.choice(results)))
     return history
 

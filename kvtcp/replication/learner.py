@@ -89,6 +89,7 @@ class Learner:
         self.seq = 0  # how far its own copy was when it was last heard of
         self.acked = 0  # number up to which it has everything, durably; 0 before LIVE
         self.proposed = False  # the change of the map that makes it a member is on its way
+        self.lost = ""  # why its copy is not what it was when that was proposed; empty = it is
         self.entries_shipped = 0
         self.keys_total = 0  # of the copy that is transferred
         self._around = around

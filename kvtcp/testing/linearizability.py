@@ -9,6 +9,7 @@ An operation is a tuple `(call, ret, kind, argument, result)`:
     call, ret       times of the request and of its answer, in any unit; ret None = the outcome is not known: it may
                     take effect at any time after its call, or never
     "get"           argument None; result the value, None if absent
+    "exists"        argument None; result whether it was there
     "put"           argument the value; result "ok"
     "delete"        argument None; result whether it was there
     "add"           argument the value; result True if it was set, False if the key existed
@@ -35,6 +36,8 @@ def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
     """The specification of one key: (state, None = absent) and operation to (next state, result)."""
     if kind == "get":
         return state, state
+    if kind == "exists":
+        return state, state is not None
     if kind == "put":
         return argument, "ok"
     if kind == "delete":
