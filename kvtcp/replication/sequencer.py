@@ -297,6 +297,9 @@ class Sequencer(Members):
         self._move_reads(reads, None)
         for shard in link.shards:
             self._pass_writes(shard)
+        for shard in self.shards:
+            if shard.orphans:
+                self._hand_over(shard)
 
     def _move_reads(self, reads: Iterable[Op], avoid: Progress | None) -> list[Op]:
         """Queue reads at other members. `avoid` is the link they are on if it may still answer, None if it is gone.
