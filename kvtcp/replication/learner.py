@@ -40,6 +40,8 @@ FREEZING: Final = "freezing"
 PULLING: Final = "pulling"
 LIVE: Final = "live"
 
+HURRY_TICKS: Final = 4  # ticks for which a live learner runs after the members before writes wait for it
+
 
 class Surroundings(Protocol):
     """What a learner needs of the controller."""
@@ -87,6 +89,7 @@ class Learner:
         self.seq = 0  # how far its own copy was when it was last heard of
         self.acked = 0  # number up to which it has everything, durably; 0 before LIVE
         self.proposed = False  # the change of the map that makes it a member is on its way
+        self.lost = ""  # why its copy is not what it was when that was proposed; empty = it is
         self.entries_shipped = 0
         self.keys_total = 0  # of the copy that is transferred
         self._around = around
@@ -98,6 +101,8 @@ class Learner:
         self._compared = False  # the copy's chain is that of the donor, or the copy is a transferred one
         self._learned = -1  # number up to which the node says that it is live; -1 = not yet
         self._fetches = False  # FETCH was sent and not answered
+        self._ticks_live = 0
+        self.hurry = False  # it does not catch up while writes go on: they wait a moment
         self._over = False
 
     @property
@@ -160,18 +165,23 @@ class Learner:
 
     def fail(self, why: str) -> None:
         """End this attempt; the node forgets what it set aside."""
-        if not self._over:
+        if not self._over and not self.proposed:
             self._over = True
             if self.link.connected:
                 self._around.call(self.link, (UNLEARN, self.shard.number), lambda _: None)
             self._around.learner_failed(self, why)
 
     def tick(self) -> None:
-        """Ask again a donor that was behind, or gave to another one."""
+        """Ask again a donor that was behind, or gave to another one; do not let a learner run after the others for
+        ever."""
         if self.phase == FETCHING and not self._fetches:
             self._fetch()
         elif self.phase == FREEZING and not self.token:
             self._freeze()
+        elif self.phase == LIVE and not self.proposed:
+            self._ticks_live += 1
+            self.hurry = self._ticks_live > HURRY_TICKS
+            self._around.learner_is_live(self)
 
     # --- what comes back ----------------------------------------------------------------------------
 
@@ -265,7 +275,7 @@ class Learner:
 
     def on_failed(self, node: str, why: str) -> None:
         """LEARN_FAILED: the node is as it was before."""
-        if self.phase == ASKED or node != self.link.node:
+        if self.phase in (ASKED, LIVE) or node != self.link.node:
             return  # of an attempt that is over
         if self.fresh:
             self._over = True

@@ -11,7 +11,7 @@ Invariants: see ShardState.check. A link's `shards` are those of which it is a m
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from kvtcp.protocol.operations import RESULTS_OF
 from kvtcp.replication.admission import Admission
@@ -27,6 +27,8 @@ from kvtcp.replication.shard_state import (
     LOST,
     ShardState,
 )
+
+SEQ_MAX: Final = 1 << 63  # above every number
 
 
 class Members(Admission, Answers):
@@ -99,7 +101,10 @@ class Members(Admission, Answers):
         assert link not in shard.acked and learner.acked >= shard.commit, "it acknowledged everything committed"
         shard.members = [*shard.members, link]
         shard.acked[link] = learner.acked
+        shard.joining[link] = learner.disk
         self._retarget([shard])
+        if learner.hurry:
+            self._resume([shard])
 
     def leave(self, shards: Sequence[ShardState], link: Progress) -> None:
         """R2: the map does not name this member any more, so it leaves E."""
@@ -122,8 +127,13 @@ class Members(Admission, Answers):
         it had before."""
         learner = shard.learners.pop(link)
         assert learner.acked >= shard.commit, "it acknowledged everything committed"
-        self._forget_kept(old, {shard.number})
+        if old is link:
+            self._keep_after(link, shard.number, learner.acked)
+        else:
+            self._forget_kept(old, {shard.number})
         shard.bad.pop(old, None)
+        if learner.lost:
+            shard.bad[link] = learner.lost
         shard.members = [link if member is old else member for member in shard.members]
         acked = {**shard.acked, link: learner.acked}
         shard.acked = {member: acked[member] for member in shard.members}
@@ -158,13 +168,38 @@ class Members(Admission, Answers):
             if shard.orphans:
                 self._hand_over(shard)
 
-    def _take_orphans(self, batch: Batch, numbers: Container[int]) -> None:
-        """Writes of these shards that wait for a result of this batch are orphans."""
+    def _keep_after(self, link: Progress, number: int, seq: int) -> None:
+        """What was kept of this shard for another copy of the node, up to this number, is not sent again."""
+        kept = self._kept.get(link, [])
+        for at, batch in enumerate(kept):
+            self._take_orphans(batch, {number}, seq)
+            kept[at] = part_of(batch, {number}, False, seq)
+
+    def _still_due(self, link: Progress, batches: Iterable[Batch]) -> list[Batch]:
+        """The link is lost: of what was on it, what has to be sent again when it is back. That is nothing of shards
+        that it left, or of which it was a learner that is over now."""
+        over = {
+            number
+            for batch in batches
+            for number in batch.last_seqs
+            if link not in self.shards[number].acked and link not in self.shards[number].learners
+        }
+        if not over:
+            return list(batches)
+        for batch in batches:
+            self._take_orphans(batch, over)
+        parts = [part_of(batch, over, False) for batch in batches]
+        return [part for part in parts if part.items]
+
+    def _take_orphans(self, batch: Batch, numbers: Container[int], seq_max: int = SEQ_MAX) -> None:
+        """Writes of these shards, up to this number, that wait for a result of this batch are orphans."""
         answers = iter(batch.answers)
         for item in batch.items:
             if item[3]:
                 op = next(answers)
-                if op is not ANSWERED and item[1] in numbers and op[1] is not None and op[3] in (AWAITED, DUE):
+                if op is ANSWERED or item[1] not in numbers or item[2] > seq_max:
+                    continue
+                if op[1] is not None and op[3] in (AWAITED, DUE):
                     self.shards[item[1]].orphans.append((item[2], op))
 
     def _hand_over(self, shard: ShardState) -> None:
@@ -189,14 +224,14 @@ class Members(Admission, Answers):
         self.call(link, (RESULTS_OF, shard.number, [seq for seq, _ in orphans]), take)
 
 
-def part_of(old: Batch, bad: Container[int], wanted: bool) -> Batch:
-    """Of a kept batch what belongs to bad shards (`wanted`), or what does not."""
+def part_of(old: Batch, bad: Container[int], wanted: bool, seq_max: int = SEQ_MAX) -> Batch:
+    """Of a kept batch what belongs to bad shards, up to this number (`wanted`), or what does not."""
     part = Batch(old.stamp_ms)
     part.bytes = old.bytes
     answers = iter(old.answers)
     for item in old.items:
         op = next(answers) if item[3] else None
-        if (item[1] in bad) is wanted:
+        if (item[1] in bad and item[2] <= seq_max) is wanted:
             part.items.append(item)
             part.last_seqs[item[1]] = item[2]
             if op is not None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kvtcp.constants import (
     BACKOFF_MAX_MS,
@@ -31,7 +31,7 @@ from kvtcp.constants import (
     LINK_GRACE_MS,
     SLOW_INTERVAL_MS,
 )
-from kvtcp.protocol.link import CopyReport
+from kvtcp.protocol.link import STOP, CopyReport
 from kvtcp.protocol.operations import DROP
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, PULLING, Learner
@@ -40,6 +40,8 @@ from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
 
 Edit = Callable[[ClusterMap], ClusterMap]
+
+DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for
 
 
 class Surroundings(Protocol):
@@ -50,6 +52,9 @@ class Surroundings(Protocol):
 
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map; `done` when that is stored."""
+
+    def send(self, link: Progress, frame: tuple[Any, ...]) -> None:
+        """Send a frame."""
 
     def close_link(self, link: Progress, reason: str) -> None:
         """Close the connection; it is dialled again."""
@@ -87,7 +92,8 @@ class Membership:
         self.evictions = 0
         self.joins = 0
         self._last_slow_ms = -SLOW_INTERVAL_MS
-        self._last_tick_ms = 0
+        self._last_drop_ms = 0  # when copies that are not wanted were looked for
+        self._looks_at_all = True
 
     @property
     def _now_ms(self) -> int:
@@ -110,6 +116,7 @@ class Membership:
         state.lost_ms = None
         state.leaves = False
         state.dropping.clear()
+        self.look_at_all()
 
     def node_down(self, node: str) -> None:
         """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
@@ -131,10 +138,14 @@ class Membership:
             self._last_slow_ms = max(self._last_slow_ms, self._now_ms - SLOW_INTERVAL_MS + EVICT_AFTER_MS)
         for learner in self.learners():
             learner.tick()
+            if learner.hurry:
+                learner.shard.writable = False
         self._evict_lost()
         self._evict_slow()
         self.work()
-        self._drop_copies()
+        if self._now_ms - self._last_drop_ms >= DROP_INTERVAL_MS:
+            self._last_drop_ms = self._now_ms
+            self._drop_copies()
 
     def work(self) -> None:
         """Take the next steps."""
@@ -149,11 +160,18 @@ class Membership:
             if number not in self.changing and (shard.serving or number in self.repairing) and not shard.learners:
                 self._start_learner(shard)
 
+    def look_at_all(self) -> None:
+        """Links or the map changed: any shard may not be as it is wanted. Thousands of shards are not looked at for
+        every frame."""
+        self._looks_at_all = True
+
     def _settle_unsettled(self) -> None:
         wanted = self._around.map.wanted
+        shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
+        self._looks_at_all = False
         self.unsettled = {
             shard.number
-            for shard in self._shards
+            for shard in shards
             if shard.bad or shard.learners or {link.node for link in shard.members} != set(wanted[shard.number])
         }
 
@@ -192,7 +210,12 @@ class Membership:
         for node, state in self.nodes.items():
             link = self._around.sequencer.links[node]
             if state.leaves:
-                self.evict(link, list(link.shards), "it is about to stop")
+                if not self.evict(link, list(link.shards), "it is about to stop") and not any(
+                    shard.number in self.changing for shard in link.shards
+                ):
+                    state.leaves = False
+                    state.learns_after_ms = self._now_ms + SLOW_INTERVAL_MS
+                    self._around.send(link, (STOP,))
             elif state.lost_ms is not None and self._now_ms - state.lost_ms >= LINK_GRACE_MS:
                 self.evict(link, list(link.shards), link.reason)
 

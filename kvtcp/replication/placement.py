@@ -1,21 +1,31 @@
 """Placement: which nodes hold which shard.
 
 Pure. A table, not a hash: the copies are dealt out so that every invariant below holds by construction, for any number
-of shards and nodes.
+of shards and nodes, and so that a change of the nodes moves as little as can be.
 
-Invariants of `balanced_placement` (tested for all small sizes):
-- every shard has `factor` different nodes;
+Invariants of `balanced_placement` and of `plan` (tested for all small sizes):
+- every shard has `factor` different nodes, in `plan` all of them if there are fewer;
 - the numbers of shards of two nodes differ by at most one;
 - the numbers of shards that two nodes answer first for (their *first* place) differ by at most one where the
   membership allows it.
+
+`plan` is a minimum-cost flow: a copy where there was none costs 1, and what a node has too many or too few costs more
+than any such gain. A table is the cheapest if it cannot be bettered by moving copies around a cycle of nodes (M. Klein,
+1967: negative cycles). All rows are kept together: a node's copies are the bits of one integer, so that the cheapest
+row in which a copy can go from one node to another is a few operations on such integers, whatever the number of shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+Rows = list[list[str]]
+
+_NEVER: Final = 1 << 60  # costs of what cannot be
 
 
-def balanced_placement(shards: int, nodes: Sequence[str], factor: int) -> list[list[str]]:
+def balanced_placement(shards: int, nodes: Sequence[str], factor: int) -> Rows:
     """`placement[shard]` = the `factor` node ids that hold the shard; the first one answers its writes.
 
     Slot k = shard * factor + copy goes to node k modulo the number of nodes, which makes the counts differ by at most
@@ -24,7 +34,7 @@ def balanced_placement(shards: int, nodes: Sequence[str], factor: int) -> list[l
     if not 1 <= factor <= len(nodes):
         raise ValueError(f"a replication factor of {factor} needs at least {factor} nodes, there are {len(nodes)}")
     firsts = dict.fromkeys(nodes, 0)
-    placement: list[list[str]] = []
+    placement: Rows = []
     for shard in range(shards):
         members = [nodes[(shard * factor + copy) % len(nodes)] for copy in range(factor)]
         first = min(members, key=lambda node: (firsts[node], members.index(node)))
@@ -32,3 +42,158 @@ def balanced_placement(shards: int, nodes: Sequence[str], factor: int) -> list[l
         at = members.index(first)
         placement.append(members[at:] + members[:at])
     return placement
+
+
+def plan(wanted: Sequence[Sequence[str]], nodes: Sequence[str], factor: int) -> Rows:
+    """The balanced placement on `nodes` that is nearest to `wanted`: no other has fewer copies that are not in it.
+
+    Among the nodes of each row the first is chosen so that first places are balanced, and as few as can be change. The
+    same arguments give the same rows, and a balanced placement is given back as it is. Raises ValueError if nothing can
+    be placed.
+    """
+    if not nodes or factor < 1 or len(set(nodes)) != len(nodes):
+        raise ValueError(f"{factor} copies cannot be placed on the nodes {', '.join(nodes) or '(none)'}")
+    rows = [[node for node in row if node in nodes] for row in wanted]
+    everywhere = [(1 << len(rows)) - 1] * len(nodes)
+    copies = _Table(_masks(rows, nodes), everywhere, _masks(_filled(rows, nodes, min(factor, len(nodes))), nodes))
+    copies.balance()
+    rows = [_in_order(row, new) for row, new in zip(rows, copies.rows(nodes), strict=True)]
+    firsts = _masks([row[:1] for row in rows], nodes)
+    answering = _Table(_masks([list(row[:1]) for row in wanted], nodes), copies.held, firsts)
+    answering.balance()
+    return [_in_order(first + row, row) for row, first in zip(rows, answering.rows(nodes), strict=True)]
+
+
+def _in_order(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """The nodes of `new`, those in `old` first and as they are there."""
+    order = {node: place for place, node in reversed(list(enumerate(old)))}
+    return sorted(new, key=lambda node: order.get(node, len(old)))
+
+
+def _filled(rows: Rows, nodes: Sequence[str], width: int) -> Rows:
+    """Rows of `width` nodes: as many of the old ones as fit, then those that have least so far."""
+    filled = [row[:width] for row in rows]
+    loads = dict.fromkeys(nodes, 0)
+    for row in filled:
+        for node in row:
+            loads[node] += 1
+    for row in filled:
+        while len(row) < width:
+            node = min((node for node in nodes if node not in row), key=lambda node: loads[node])
+            loads[node] += 1
+            row.append(node)
+    return filled
+
+
+def _masks(rows: Rows, nodes: Sequence[str]) -> list[int]:
+    """For each node the rows it is in, as bits."""
+    masks = dict.fromkeys(nodes, 0)
+    for n, row in enumerate(rows):
+        for node in row:
+            if node in masks:
+                masks[node] |= 1 << n
+    return list(masks.values())
+
+
+class _Table:
+    """Rows of equal length as bits of their nodes, which stand here as numbers: a table that is made cheaper.
+
+    An arc (a, b) is a copy that can go from node a to node b in some row; the hub, one more node, stands for the loads:
+    a cycle through it leaves its first node with one copy less and its last with one more.
+    """
+
+    def __init__(self, old: list[int], allowed: list[int], held: list[int]) -> None:
+        """`old[node]` are the rows in which a copy of it is free of charge, `allowed[node]` those where it may be, and
+        `held[node]` those where it is."""
+        self.old = old
+        self.allowed = allowed
+        self.held = held
+        self.hub = len(held)
+        self.low, rest = divmod(sum(mask.bit_count() for mask in held), len(held))
+        self.high = self.low + bool(rest)
+        self.penalty = 2 * len(held) + 1  # of a copy too many or too few: above all that a cycle can gain
+        self.costs = [[_NEVER] * (self.hub + 1) for _ in range(self.hub + 1)]  # [a][b] of the arc
+
+    def rows(self, nodes: Sequence[str]) -> Rows:
+        """The nodes of each row, in the order of `nodes`."""
+        found: Rows = [[] for _ in range(max(self.allowed).bit_length())]
+        for node, mask in zip(nodes, self.held, strict=True):
+            while mask:
+                found[(mask & -mask).bit_length() - 1].append(node)
+                mask &= mask - 1
+        return found
+
+    def balance(self) -> None:
+        """Move copies around negative cycles until there are none."""
+        self._price(range(self.hub))
+        while cycle := self._negative_cycle():
+            moves = [(a, b, self._cheapest(a, b)[1]) for a, b in cycle if self.hub not in (a, b)]
+            for a, b, rows in moves:
+                assert rows, "an arc that costs something is a row"
+                row = rows & -rows
+                self.held[a] ^= row
+                self.held[b] ^= row
+            self._price([node for node, _ in cycle if node != self.hub])
+
+    def _price(self, changed: Iterable[int]) -> None:
+        """The arcs from and to nodes."""
+        for a in changed:
+            self.costs[self.hub][a] = self._load_cost(a, -1)
+            self.costs[a][self.hub] = self._load_cost(a, 1)
+            for b in range(self.hub):
+                self.costs[a][b], _ = self._cheapest(a, b)
+                self.costs[b][a], _ = self._cheapest(b, a)
+
+    def _cheapest(self, a: int, b: int) -> tuple[int, int]:
+        """What it costs to give a copy of a to b, and the rows in which it costs that."""
+        rows = self.held[a] & ~self.held[b] & self.allowed[b]
+        if not rows:
+            return _NEVER, 0
+        charged, free = rows & ~self.old[a], rows & self.old[a]
+        if cheap := charged & self.old[b]:
+            return -1, cheap
+        if even := (charged & ~self.old[b]) | (free & self.old[b]):
+            return 0, even
+        return 1, rows
+
+    def _load_cost(self, node: int, more: int) -> int:
+        """What it costs that a node has so many copies more."""
+        load = self.held[node].bit_count()
+        return self.penalty * (self._excess(load + more) - self._excess(load))
+
+    def _excess(self, load: int) -> int:
+        return max(0, self.low - load, load - self.high)
+
+    def _negative_cycle(self) -> list[tuple[int, int]]:
+        """The arcs of a cycle whose costs are together below 0; none if there is none (Bellman, Ford)."""
+        distances = [0] * (self.hub + 1)
+        before = [-1] * (self.hub + 1)
+        while True:
+            is_settled = True
+            for a, costs in enumerate(self.costs):
+                distance = distances[a]
+                for b, cost in enumerate(costs):
+                    if distance + cost < distances[b]:
+                        distances[b] = distance + cost
+                        before[b] = a
+                        is_settled = False
+            if is_settled:
+                return []
+            if cycle := _cycle(before):
+                return cycle
+
+
+def _cycle(before: Sequence[int]) -> list[tuple[int, int]]:
+    """The arcs of a cycle of the graph in which every node has at most one node before it."""
+    seen: dict[int, int] = {}  # node -> where the walk that came to it began
+    for start in range(len(before)):
+        node = start
+        while node != -1 and node not in seen:
+            seen[node] = start
+            node = before[node]
+        if node != -1 and seen[node] == start:
+            nodes = [node]
+            while before[nodes[-1]] != node:
+                nodes.append(before[nodes[-1]])
+            return [(before[each], each) for each in nodes]
+    return []

@@ -186,13 +186,19 @@ class Sequencer(Members):
             if not shard.serving:
                 older[shard.number] = NEVER
                 continue
+            learner = shard.learners.get(link)
             why = self._why_bad(shard, link, copy)
             if copy is None or why:
                 bad[shard.number] = why
-                self._abandon(shard, link, why)
+                if learner is not None:
+                    learner.lost = why
+                    shard.update_targets()
+                else:
+                    self._abandon(shard, link, why)
                 continue
             has[shard.number] = copy.seq
-            shard.mark(link, "")
+            if learner is None:
+                shard.mark(link, "")
             if copy.seq > shard.commit:
                 older[shard.number] = copy.seq
         link.connected = True
@@ -220,16 +226,20 @@ class Sequencer(Members):
         return bad
 
     def _why_bad(self, shard: ShardState, link: Progress, copy: CopyReport | None) -> str:
-        """Why the copy that a node reported is not the member's; empty if it is."""
+        """Why the copy that a node reported is not the member's, or that of the learner which the map is about to name;
+        empty if it is."""
         if copy is None:
             return "has no copy of it"
-        if copy.disk != self.map.disk_of(shard.number, link.node):
+        learner = shard.learners.get(link)
+        disk = shard.joining.get(link) if learner is None else learner.disk
+        if copy.disk != (disk or self.map.disk_of(shard.number, link.node)):
             return foreign_copy(copy)
         if not copy.complete:
             return incomplete_copy(copy)
         has = f"it has shard {shard.number} up to {copy.seq}"
-        if copy.seq < shard.acked[link]:
-            return f"{LOST_DATA}: {has}, but acknowledged {shard.acked[link]}"
+        acked = shard.acked[link] if learner is None else learner.acked
+        if copy.seq < acked:
+            return f"{LOST_DATA}: {has}, but acknowledged {acked}"
         if copy.seq > shard.last_seq:
             return f"has another history: {has}, above the last number given, {shard.last_seq}"
         if copy.seq == shard.base[0] and copy.chain != shard.base[1]:
@@ -281,12 +291,15 @@ class Sequencer(Members):
             link.reason = reason
             return
         kept, reads = link.disconnect(reason)
-        self._kept[link] = self._kept.get(link, []) + kept
+        self._kept[link] = self._kept.get(link, []) + self._still_due(link, kept)
         for shard in link.shards:
             shard.writable = False
         self._move_reads(reads, None)
         for shard in link.shards:
             self._pass_writes(shard)
+        for shard in self.shards:
+            if shard.orphans:
+                self._hand_over(shard)
 
     def _move_reads(self, reads: Iterable[Op], avoid: Progress | None) -> list[Op]:
         """Queue reads at other members. `avoid` is the link they are on if it may still answer, None if it is gone.

@@ -59,15 +59,16 @@ class ShardState:
     """One shard as the coordinator sees it."""
 
     __slots__ = (
-        "acked", "bad", "base", "commit", "good", "held", "last_seq", "learners", "members", "number", "orphans",
-        "pending", "purge_after_ms", "reason", "serving", "space", "stuck", "targets", "waiting", "waiting_reads",
-        "writable",
+        "acked", "bad", "base", "commit", "good", "held", "joining", "last_seq", "learners", "members", "number",
+        "orphans", "pending", "purge_after_ms", "reason", "serving", "space", "stuck", "targets", "waiting",
+        "waiting_reads", "writable",
     )  # fmt: skip
 
     def __init__(self, number: int, members: list[Progress]) -> None:
         self.number = number
         self.members = members  # E: all of them must have an entry before it is committed; the first answers writes
         self.learners: dict[Progress, Learner] = {}  # nodes whose copies are being brought up to date
+        self.joining: dict[Progress, str] = {}  # disks of members that the map as it is stored does not name yet
         self.targets = members  # to whom writes are queued: good members, then learners
         self.bad: dict[Progress, str] = {}  # members that do not count, and why, as the end of a sentence
         self.good = members  # members that are not bad, in their order
@@ -98,7 +99,8 @@ class ShardState:
     def update_targets(self) -> None:
         """Set `good` and `targets` from what they depend on."""
         self.good = [member for member in self.members if member not in self.bad]
-        self.targets = self.good + [link for link in self.learners if link not in self.good]
+        learners = [link for link, learner in self.learners.items() if not learner.lost and link not in self.good]
+        self.targets = self.good + learners
 
     def is_whole(self) -> bool:
         """Whether every member has a link and counts, so that writes go on as soon as there is room."""
@@ -106,7 +108,7 @@ class ShardState:
 
     def is_blocked(self) -> bool:
         """Whether a member or a learner cannot take a write now."""
-        if self.bad:
+        if self.bad or any(learner.hurry for learner in self.learners.values()):
             return True
         blocked = False
         for link in self.targets:
@@ -184,6 +186,12 @@ class ClusterState:
         self.map = cluster_map
         self.min_insync = cluster_map.min_insync
         self.stamp_bound_ms = cluster_map.stamp_bound_ms
+        for shard in self.shards:
+            if shard.joining:
+                named = cluster_map.members[shard.number]
+                shard.joining = {
+                    link: disk for link, disk in shard.joining.items() if (link.node, disk) not in named
+                }
 
     def _refuse(self, sink: Sink, token: Any, code: Code, text: str, shard: ShardState) -> None:
         self.unavailable += 1
