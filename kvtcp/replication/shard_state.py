@@ -129,10 +129,11 @@ class ShardState:
         """Set `space` from the members."""
         self.space = max([link.space for link in self.members], default=0)
 
-    def update_stuck(self) -> None:
-        """Set `stuck` from the members that lost what others wait for."""
+    def update_stuck(self, min_insync: int) -> None:
+        """Set `stuck` from the members that lost what others wait for, if they cannot leave."""
         lost = [f"{link.node} {why}" for link, why in self.bad.items() if self.acked[link] < self.last_seq]
-        self.stuck = "; ".join(lost)
+        may_leave = len(self.members) > min_insync and self.good
+        self.stuck = "" if may_leave else "; ".join(lost)
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
