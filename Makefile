@@ -8,7 +8,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit fuzz sim mutants crash kills chaos bench clean
+.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -33,6 +33,10 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/python -m pytest -q
 
+# all scopes of the model of the replication rules, for about half an hour; `make test` has the smaller ones
+model: $(READY)
+	$(BIN)/python -m tests.replication_model $(if $(JOBS),--jobs $(JOBS))
+
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
@@ -53,9 +57,10 @@ crash: $(READY)
 kills: $(READY)
 	$(BIN)/python -m tests.kill_run --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 
-# MINUTES=<duration> and SEED=<seed> of a round to repeat its faults
+# MINUTES=<duration>, SEED=<seed> of a round to repeat its faults, FACTOR=<copies>, MIN_INSYNC=<fewest copies>
 chaos: $(READY)
-	$(BIN)/python tests/chaos.py --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/chaos.py --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
+		--factor $(or $(FACTOR),3) $(if $(MIN_INSYNC),--min-insync $(MIN_INSYNC)) --json chaos.json
 
 bench: $(READY)
 	$(BIN)/python bench/run_bench.py

@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,6 +69,11 @@ class Process:
     def pid(self) -> int:
         return self.process.pid
 
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        self.process.kill()
+        self.stop()
+
     def stop(self) -> None:
         """End it and wait."""
         with contextlib.suppress(ProcessLookupError):
@@ -82,26 +88,58 @@ class Process:
 
 
 class Cluster:
-    """A coordinator with its nodes."""
+    """A coordinator with its nodes: those that it spawns, or `own_nodes`, which are started and ended here."""
 
-    def __init__(self, nodes: int, replication_factor: int, durability: str = "memory") -> None:
+    def __init__(
+        self, nodes: int, replication_factor: int, durability: str = "memory", own_nodes: bool = False, shards: int = 64
+    ) -> None:
         self.replication_factor = replication_factor
         self._directory = tempfile.TemporaryDirectory(prefix="kvtcp-bench-")
         self.data = Path(self._directory.name) / "data"
+        self._durability = durability
         main_port = free_ports(nodes + 1)
-        base_port = main_port + 1
+        ports = range(main_port + 1, main_port + 1 + nodes)
         self.url = f"kvtcp://127.0.0.1:{main_port}"
-        self._process = Process([
-            sys.executable, str(ROOT / "bin" / "kvtcp-coordinator"),
-            "--num-nodes", str(nodes), "--replication-factor", str(replication_factor),
-            "--main-port", str(main_port), "--base-port", str(base_port), "--durability", durability,
-            "--data-dir", str(self.data), "--backup-dir", self._directory.name + "/backups",
-        ])  # fmt: skip
+        self._ports = {f"n{number}": port for number, port in enumerate(ports, 1)} if own_nodes else {}
+        self.nodes = {node: self._start_node(node) for node in self._ports}
+        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
+        place = ["--nodes", addresses] if own_nodes else ["--num-nodes", str(nodes), "--base-port", str(ports[0])]
+        self._command = [
+            sys.executable, str(ROOT / "bin" / "kvtcp-coordinator"), *place,
+            "--replication-factor", str(replication_factor), "--shards", str(shards), "--main-port", str(main_port),
+            "--durability", durability, "--data-dir", str(self.data),
+            "--backup-dir", self._directory.name + "/backups", "--log-level", "error",
+        ]  # fmt: skip
+        self._process = Process(self._command)
         self.node_pids: list[int] = []  # filled by the suite from `nodes`
 
     @property
     def coordinator_pid(self) -> int:
         return self._process.pid
+
+    def _start_node(self, node: str) -> Process:
+        return Process([
+            sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--id", node, "--port", str(self._ports[node]),
+            "--data-dir", str(self.data / node), "--durability", self._durability, "--log-level", "error",
+        ])  # fmt: skip
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL of one of the own nodes."""
+        self.nodes[node].kill()
+
+    def start_node(self, node: str, empty: bool = False) -> None:
+        """Start one of the own nodes again, on what it had or with nothing."""
+        if empty:
+            shutil.rmtree(self.data / node)
+        self.nodes[node] = self._start_node(node)
+
+    def kill_coordinator(self) -> None:
+        """SIGKILL; its nodes run on."""
+        self._process.kill()
+
+    def start_coordinator(self) -> None:
+        """Start it again."""
+        self._process = Process(self._command)
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +152,8 @@ class Cluster:
     def stop(self) -> None:
         """End it and remove its data."""
         self._process.stop()
+        for node in self.nodes.values():
+            node.stop()
         self._directory.cleanup()
 
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""The benchmark suite: how fast the ordered index is, a running cluster with its client, and what durability costs.
+"""The benchmark suite: how fast the ordered index is, a running cluster with its client, what durability costs, how
+long clients wait when something dies, and how soon a node that was away is up to date.
 
-    bench/run_bench.py [btree] [network] [durability] [--quick] [--json FILE] [--seed N] [--runs N] [--keys N]
+    bench/run_bench.py [btree] [network] [durability] [failover] [catchup]
+                       [--quick] [--json FILE] [--seed N] [--runs N] [--keys N]
 
 Figures are medians over the runs with their minimum and maximum. Machines differ and are shared: compare the columns
 of one run, not two runs. The ratios below a table are those of the same run.
@@ -23,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SUITES = ("btree", "network", "durability")
+SUITES = ("btree", "network", "durability", "failover", "catchup")
 Result = dict[str, Any]
 
 
@@ -164,6 +166,39 @@ def run_durability(options: argparse.Namespace) -> tuple[list[Result], str]:
     return results, report + table(["", "median (min-max)", "CPU-us coordinator", "CPU-us nodes"], rows)
 
 
+def show_list(results: list[Result]) -> str:
+    """One line per figure."""
+    rows = [
+        [
+            f"{result['target']}: {result['workload']}, {result['unit']}",
+            number(result["median"]), number(result["min"]), number(result["max"]),
+        ]
+        for result in results
+    ]  # fmt: skip
+    return table(["", "median", "min", "max"], rows)
+
+
+def run_failover(options: argparse.Namespace) -> tuple[list[Result], str]:
+    """The failover suite and its report."""
+    from bench import failover_suite
+
+    events = options.runs or (3 if options.quick else 20)
+    results = failover_suite.run(events, options.seed)
+    report = f"Failover, 3 nodes, RF 3, sync, {events} events each; no acknowledged write was lost or doubled\n\n"
+    return results, report + show_list(results)
+
+
+def run_catchup(options: argparse.Namespace) -> tuple[list[Result], str]:
+    """The catch-up suite and its report."""
+    from bench import catchup_suite
+
+    keys = options.keys or (50_000 if options.quick else 1_000_000)
+    missed = 10_000 if options.quick else 100_000
+    results = catchup_suite.run(keys, missed, options.runs or (1 if options.quick else 3), options.seed)
+    report = f"Catch-up, 3 nodes, RF 3, sync, {keys:,} keys of 16 bytes with 64, {missed:,} writes missed\n\n"
+    return results, report + show_list(results)
+
+
 def main() -> int:
     """Run the chosen suites, print their tables, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,8 +206,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small and short: an indication, no measurement")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure with versions and machine")
     parser.add_argument("--seed", type=int, default=1, help="of keys and order (default: %(default)s)")
-    parser.add_argument("--runs", type=int, help="how often everything is measured (default: btree 3, others 5)")
-    parser.add_argument("--keys", type=int, help="of btree and restarts (default: 1,000,000) or network (100,000)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        help="how often everything is measured (default: btree and catchup 3, failover 20, others 5)",
+    )
+    parser.add_argument(
+        "--keys", type=int, help="of btree, restarts and catchup (default: 1,000,000) or network (100,000)"
+    )
     options = parser.parse_args()
     unknown = set(options.suites) - set(SUITES)
     if unknown:
@@ -182,7 +223,10 @@ def main() -> int:
     print(f"kvtcp {about['commit']}, Python {about['python']}, {about['cpu']}, {about['cores']} cores, {packages}")
     if options.quick:
         print("quick: an indication only")
-    runners = {"btree": run_btree, "network": run_network, "durability": run_durability}
+    runners = {
+        "btree": run_btree, "network": run_network, "durability": run_durability, "failover": run_failover,
+        "catchup": run_catchup,
+    }  # fmt: skip
     everything: list[Result] = []
     for suite in SUITES:
         if options.suites and suite not in options.suites:

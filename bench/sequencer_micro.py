@@ -13,7 +13,6 @@ from typing import Any
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.recovery import Verdict
 from kvtcp.replication.sequencer import Sequencer
 
 SHARDS = 64
@@ -42,7 +41,8 @@ def make_sequencer(factor: int) -> Sequencer:
     )  # fmt: skip
     sequencer = Sequencer(cluster_map)
     sequencer.begin(1_000, 1_000)
-    sequencer.take_over([Verdict()] * SHARDS)
+    for number in range(SHARDS):
+        sequencer.serve(number, 0, 0)
     for node in nodes:
         copies = {number: CopyReport("") for number in cluster_map.shards_of(node)}
         assert sequencer.link_up(node, copies) == {}

@@ -7,38 +7,45 @@ Pure. `History` takes the lines of `chaos_client`; `check` returns sentences, on
   that plus what is unknown;
 - a cut never shows b ahead of a, nor less than what was acknowledged before it was asked for, nor less than an earlier
   cut showed;
-- a key with a deadline is there before it and gone after it, until a coordinator is killed: the next one goes on with
-  the last stamp that the one before may have given, which is some seconds ahead.
+- a cold key never shows less than what was acknowledged before, nor what was refused or not written yet; its revisions
+  grow; in the end it holds the last number acknowledged, or the one after it if that is unknown;
+- a key with a deadline is there before it and gone after it, but for the time after a takeover: the next coordinator
+  goes on with the last stamp that the one before may have given, which is some seconds ahead.
+
+`Availability` tells how long which shard took no writes.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from math import inf
 from pathlib import Path
 from typing import Any, Final
 
+from kvtcp.constants import STAMP_AHEAD_MS
+from kvtcp.protocol.hashing import shard_of
 from kvtcp.testing.linearizability import Operation, check_history
 
 TTL_SLACK_S: Final = 0.06  # a stamp is of the tick in which a request came; wall clock and monotonic one drift
+JUMP_S: Final = STAMP_AHEAD_MS / 1000 + 1.0  # after a takeover deadlines may be off for so long
 BUDGET: Final = 200_000
+WRITES: Final = ("put", "add", "delete", "cas", "incr")
+Line = list[Any]
 
 
 class History:
     """All calls of all clients."""
 
     def __init__(self) -> None:
-        self.by_key: dict[str, list[list[Any]]] = defaultdict(list)
+        self.by_key: dict[str, list[Line]] = defaultdict(list)
         self.calls = 0
-        self.outcomes: dict[str, int] = defaultdict(int)
+        self.outcomes: Counter[str] = Counter()  # of calls with the usual timeout that were not given up
         self.undecided = 0  # keys whose search went over the budget
         self.keys_checked = 0
         self.late_s = 0.0
-        self.longest_s = 0.0  # longest time between two successes of all clients together
-        self._successes: list[float] = []
 
     def read(self, path: Path) -> None:
         """Add the file of one client."""
@@ -46,34 +53,35 @@ class History:
             line = json.loads(text)
             if type(line) is dict:
                 self.late_s = max(self.late_s, line["late_s"])
+                self.outcomes.update(line["counts"])
                 continue
             self.by_key[line[1]].append(line)
             self.calls += 1
-            self.outcomes[line[6]] += 1
-            if line[6] == "ok":
-                self._successes.append(line[3])
 
-    def check(self, final: dict[str, str] | None, ended_at: float = inf) -> list[str]:
-        """The broken promises. `final` is what a node holds in the end; None if that is not known.
+    @property
+    def answered(self) -> float:
+        """Share of calls that were answered with a result."""
+        return self.outcomes["ok"] / max(1, self.outcomes.total())
 
-        After `ended_at` something was killed: successes are not counted for `longest_s`, and time may jump.
-        """
-        self._successes.sort()
-        whole = [at for at in self._successes if at <= ended_at]
-        self.longest_s = max((b - a for a, b in pairwise(whole)), default=0.0)
+    def check(self, final: dict[str, str] | None, takeovers: Sequence[float] = ()) -> list[str]:
+        """The broken promises. `final` is what the members hold in the end, None if that is not known; `takeovers` are
+        the times at which a coordinator ended."""
         broken: list[str] = []
+        self.undecided = self.keys_checked = 0
         for key, lines in self.by_key.items():
             name = key.partition("-")[0]
             if name in ("hot", "large"):
                 broken += self._check_register(key, lines, final)
             elif name == "count":
                 broken += _check_counter(key, lines, final)
+            elif name == "cold":
+                broken += _check_cold(key, lines, final)
             elif name == "ttl":
-                broken += _check_ttl(key, lines, ended_at)
+                broken += _check_ttl(key, lines, takeovers)
         broken += self._check_pairs(final)
         return broken
 
-    def _check_register(self, key: str, lines: list[list[Any]], final: dict[str, str] | None) -> Iterable[str]:
+    def _check_register(self, key: str, lines: list[Line], final: dict[str, str] | None) -> Iterable[str]:
         operations: list[Operation] = []
         end = 0.0
         for kind, _, call, ret, argument, result, outcome in lines:
@@ -125,7 +133,28 @@ def _never_backwards(key: str, events: list[tuple[float, float, int, bool]]) -> 
             yield f"{key}: a read that began at {call} shows {n}, after {highest} was acknowledged or shown"
 
 
-def _check_counter(key: str, lines: list[list[Any]], final: dict[str, str] | None) -> Iterable[str]:
+def _check_cold(key: str, lines: list[Line], final: dict[str, str] | None) -> Iterable[str]:
+    """One writer that counted until an outcome was not `ok`, and read now and then."""
+    puts = [line for line in lines if line[0] == "put"]
+    reads = [(call, ret, n, True) for kind, _, call, ret, _, n, outcome in lines if kind == "get" and outcome == "ok"]
+    done = [(call, ret, n, False) for _, _, call, ret, n, _, outcome in puts if outcome == "ok"]
+    yield from _never_backwards(key, done + reads)
+    revisions = [line[5] for line in puts if line[6] == "ok"]
+    if any(b <= a for a, b in pairwise(revisions)):
+        yield f"{key}: its revisions do not grow: {revisions}"
+    begun = {n: call for _, _, call, _, n, _, outcome in puts if outcome != "refused"}
+    for call, ret, n, _ in reads:
+        if n and begun.get(n, ret) >= ret:
+            yield f"{key}: a read from {call} to {ret} shows {n}, which was refused or not written yet"
+    if final is not None:
+        last = max((n for _, _, n, _ in done), default=0)
+        allowed = {last} | {line[4] for line in puts if line[6] == "unknown"}
+        held = int(final.get(key, 0))
+        if held not in allowed:
+            yield f"{key}: holds {held} in the end, {last} was the last one acknowledged, allowed are {sorted(allowed)}"
+
+
+def _check_counter(key: str, lines: list[Line], final: dict[str, str] | None) -> Iterable[str]:
     answered = [(line[2], line[3], line[5]) for line in lines if line[6] == "ok"]
     unknown = sum(line[6] == "unknown" for line in lines)
     numbers = [number for _, _, number in answered]
@@ -140,14 +169,85 @@ def _check_counter(key: str, lines: list[list[Any]], final: dict[str, str] | Non
             yield f"{key}: holds {held} in the end, {len(numbers)} answered, {unknown} unknown"
 
 
-def _check_ttl(key: str, lines: list[list[Any]], ended_at: float) -> Iterable[str]:
+def _check_ttl(key: str, lines: list[Line], takeovers: Sequence[float]) -> Iterable[str]:
     _, _, put_call, put_ret, ttl_s, _, outcome = lines[0]
     if outcome != "ok":
         return
     for kind, _, call, ret, _, result, read in lines[1:]:
-        if kind != "get" or read != "ok" or ret > ended_at:
+        if kind != "get" or read != "ok" or any(put_call - JUMP_S < at < ret for at in takeovers):
             continue
         if result is not None and call > put_ret + ttl_s + TTL_SLACK_S:
             yield f"{key} is there {call - put_ret:.3f} s after it was written to live for {ttl_s:.3f} s"
         if result is None and ret < put_call + ttl_s - TTL_SLACK_S:
             yield f"{key} is gone {ret - put_call:.3f} s after it was written to live for {ttl_s:.3f} s"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """No write of a shard was acknowledged between two times."""
+
+    shard: int
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long."""
+        return self.end - self.begin
+
+
+class Availability:
+    """When which shard acknowledged writes, between two times."""
+
+    def __init__(self, history: History, shards: int, begin: float, end: float) -> None:
+        self.shards = shards
+        self.begin = begin
+        self.end = end
+        self.times: list[list[float]] = [[] for _ in range(shards)]
+        for key, lines in history.by_key.items():
+            shard = shard_of(key.encode(), shards)
+            for line in lines:
+                if line[6] == "ok" and line[0] in WRITES and begin < line[3] < end:
+                    self.times[shard].append(line[3])
+        for times in self.times:
+            times.sort()
+
+    def gaps(self, seconds: float) -> list[Gap]:
+        """All that are at least so long."""
+        return [
+            Gap(shard, a, b)
+            for shard, times in enumerate(self.times)
+            for a, b in pairwise([self.begin, *times, self.end])
+            if b - a >= seconds
+        ]
+
+    def worst(self) -> list[float]:
+        """The longest gap of each shard, in seconds."""
+        return [max(b - a for a, b in pairwise([self.begin, *times, self.end])) for times in self.times]
+
+    def longest_stall_s(self) -> float:
+        """The longest time without any write of any shard."""
+        times = sorted(at for times in self.times for at in times)
+        return max(b - a for a, b in pairwise([self.begin, *times, self.end]))
+
+    def served(self) -> float:
+        """Share of all seconds of all shards with a write in them."""
+        seconds = max(1, int(self.end - self.begin))
+        hit = sum(len({int(at - self.begin) for at in times if at - self.begin < seconds}) for times in self.times)
+        return hit / (seconds * self.shards)
+
+
+def blame(gaps: Iterable[Gap], faults: Sequence[tuple[float, str]]) -> dict[str, list[float]]:
+    """The longest gap after each fault that had one, by its name. A gap belongs to the first fault that began within
+    it, or else to the last one before it."""
+    longest: dict[int, float] = {}
+    for gap in gaps:
+        within = [n for n, (at, _) in enumerate(faults) if gap.begin - 0.05 <= at <= gap.end]
+        before = [n for n, (at, _) in enumerate(faults) if at < gap.begin]
+        number = within[0] if within else before[-1] if before else None
+        if number is not None:
+            longest[number] = max(longest.get(number, 0.0), gap.seconds)
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for number, seconds in sorted(longest.items()):
+        by_name[faults[number][1]].append(round(seconds, 3))
+    return dict(by_name)

@@ -14,10 +14,14 @@ executed) or "unknown" (OutcomeUnknown, cancelled, or not answered at the end: m
 - `pair-<owner>-<n>-a` and `-b`: one writer each, 1 to a, 1 to b, 2 to a, ...; others read both with mget and scans.
   After an unknown outcome the owner goes on with a new pair, so a >= b in every cut;
 - `ttl-*`: written once with a deadline, then read until after it;
-- `large-*`: values of up to 2 MiB, which fill windows.
+- `large-*`: values of up to 2 MiB, which fill windows;
+- `cold-*`: very many keys in all shards, each with one writer that counts in it and reads it now and then; after an
+  unknown outcome it goes on with a new key, so the last value acknowledged, or the one after it, is what must be found.
+  Some of them, one for each shard, are written ten times a second by `probe` alone: where no writes are acknowledged,
+  and for how long, is seen in them whatever the others wait for.
 
-Some calls are cancelled after a moment, some have short timeouts. `late_s` of the last line is by how much the slowest
-answer came after its timeout.
+Some calls are cancelled after a moment, some have short timeouts. The last line tells of the process: `late_s` is by
+how much the slowest answer came after its timeout, `counts` the outcomes of calls that had the usual timeout.
 """
 
 from __future__ import annotations
@@ -28,11 +32,13 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable
 from typing import Any, Final
 
 import kvtcp
 from kvtcp.errors import ConditionFailed, OutcomeUnknown, Unavailable
+from kvtcp.protocol.hashing import shard_of
 
 WORKERS: Final = 4
 HOT_SLOTS: Final = 3
@@ -40,6 +46,12 @@ COUNTERS: Final = 6
 BURST: Final = 50
 TIMEOUT_S: Final = 2.0
 LARGE_BYTES: Final = 2 << 20
+LARGE_S: Final = 20  # then there are other large keys
+COLD_KEYS: Final = 640
+COLD_WORKERS: Final = 4
+COLD_BYTES: Final = 200
+COLD_PAUSE_S: Final = 0.02
+PROBE_S: Final = 0.1
 
 
 class Recorder:
@@ -49,13 +61,16 @@ class Recorder:
         self.random = random.Random(seed)
         self.lines: list[list[Any]] = []
         self.late_s = 0.0  # by how much an answer came after its timeout, at most
+        self.counts: Counter[str] = Counter()
         self.open: dict[int, list[Any]] = {}  # calls under way: they end as unknown
 
-    async def call(self, kind: str, key: str, argument: Any, calling: Awaitable[Any], timeout_s: float) -> Any:
-        """Make a call and write it down. Returns its result; None if there is none."""
+    async def call(
+        self, kind: str, key: str, argument: Any, calling: Awaitable[Any], timeout_s: float, cancels: bool = True
+    ) -> Any:
+        """Make a call and write it down; `cancels`: it may be given up at once. Its result, None if there is none."""
         line = [kind, key, time.monotonic(), None, argument, None, "unknown"]
         self.open[id(line)] = line
-        cancel_s = self.random.uniform(0.0, 0.03) if self.random.random() < 0.03 else None
+        cancel_s = self.random.uniform(0.0, 0.03) if cancels and self.random.random() < 0.03 else None
         task = asyncio.ensure_future(calling)
         try:
             done, _ = await asyncio.wait({task}, timeout=cancel_s)
@@ -73,6 +88,8 @@ class Recorder:
             line[6] = "refused"
         except OutcomeUnknown:
             pass
+        if timeout_s >= TIMEOUT_S and cancel_s is None:
+            self.counts[line[6]] += 1
         line[3] = time.monotonic()
         self.late_s = max(self.late_s, line[3] - line[2] - timeout_s)
         del self.open[id(line)]
@@ -84,7 +101,7 @@ class Recorder:
         with open(path, "w", encoding="utf-8") as file:
             for line in [*self.lines, *self.open.values()]:
                 file.write(json.dumps(line) + "\n")
-            file.write(json.dumps({"late_s": self.late_s}) + "\n")
+            file.write(json.dumps({"late_s": self.late_s, "counts": self.counts}) + "\n")
 
 
 class Worker:
@@ -103,7 +120,7 @@ class Worker:
     async def run(self) -> None:
         """Work until cancelled."""
         kinds = [self.hot, self.count, self.burst, self.pairs, self.look, self.expiring, self.large]
-        weights = [30, 10, 3, 20, 20, 3, 1]
+        weights = [30, 10, 3, 20, 20, 3, 0.3]
         while True:
             timeout_s = TIMEOUT_S if self.random.random() < 0.9 else self.random.uniform(0.02, 0.3)
             await self.random.choices(kinds, weights)[0](timeout_s)
@@ -190,7 +207,7 @@ class Worker:
 
     async def large(self, timeout_s: float) -> None:
         """A large value, and a look at it."""
-        key = f"large-{self.random.randrange(4)}"
+        key = f"large-{self.random.randrange(2)}-{int(time.monotonic() / LARGE_S)}"
         size = self.random.randrange(LARGE_BYTES)
         mark = self.value()
         calling = self.kv.put(key, mark + " " * size, timeout=timeout_s)
@@ -208,6 +225,80 @@ class Worker:
         return result
 
 
+class Cold:
+    """One key after another of a place in a shard, each written by this object alone."""
+
+    def __init__(self, kv: Any, recorder: Recorder, name: str, shard: int, tag: str) -> None:
+        self.kv = kv
+        self.recorder = recorder
+        self.shard = shard
+        self._name = f"cold-{{{tag}}}-{name}"
+        self._generation = 0
+        self._number = 0  # last one written to the present key
+        self.is_busy = False
+
+    async def step(self) -> None:
+        """Write the next number, or read the last."""
+        self.is_busy = True
+        key = f"{self._name}-{self._generation}"
+        kv, call, dice = self.kv, self.recorder.call, self.recorder.random.random()
+        if dice < 0.25 and self._number:
+            await call("get", key, None, self._read(kv.get(key, timeout=TIMEOUT_S)), TIMEOUT_S, False)
+        else:
+            self._number += 1
+            value = f"{self._number}".ljust(int(dice * COLD_BYTES))
+            if await call("put", key, self._number, kv.put(key, value, timeout=TIMEOUT_S), TIMEOUT_S, False) is None:
+                self._generation, self._number = self._generation + 1, 0
+        self.is_busy = False
+
+    @staticmethod
+    async def _read(calling: Awaitable[bytes | None]) -> int:
+        value = await calling
+        return 0 if value is None else int(value)
+
+
+class ColdWorker:
+    """Walks over all shards and many keys of each, so that every shard is written all the time."""
+
+    def __init__(self, places: list[list[Cold]], seed: int) -> None:
+        self.places = places  # of each shard
+        self.random = random.Random(seed)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            for shard in self.random.sample(range(len(self.places)), len(self.places)):
+                place = self.random.choice(self.places[shard])
+                if not place.is_busy:
+                    await place.step()
+                await asyncio.sleep(self.random.uniform(0, COLD_PAUSE_S))
+
+
+async def probe(place: Cold) -> None:
+    """Write one place of a shard at a steady pace until cancelled."""
+    while True:
+        began = time.monotonic()
+        await place.step()
+        await asyncio.sleep(max(began + PROBE_S - time.monotonic(), 0))
+
+
+def cold_jobs(kv: Any, recorder: Recorder, name: str, seed: int, with_probes: bool) -> list[Any]:
+    """Coroutines for the cold keys of a process."""
+    shards = kv.info.shards
+    tags: dict[int, str] = {}
+    while len(tags) < shards:
+        tag = f"t{recorder.random.randrange(10**6)}"
+        tags.setdefault(shard_of(tag.encode(), shards), tag)
+    places = [
+        [Cold(kv, recorder, f"{name}.{number}", shard, tags[shard]) for number in range(COLD_KEYS // shards)]
+        for shard in range(shards)
+    ]
+    jobs = [ColdWorker(places, seed + number).run() for number in range(COLD_WORKERS)]
+    if with_probes:
+        jobs += [probe(Cold(kv, recorder, f"{name}.probe", shard, tags[shard])) for shard in range(shards)]
+    return jobs
+
+
 async def work(url: str, seed: int, name: str, path: str) -> None:
     """Everything that this process does."""
     loop = asyncio.get_running_loop()
@@ -216,7 +307,9 @@ async def work(url: str, seed: int, name: str, path: str) -> None:
     recorder = Recorder(seed)
     async with kvtcp.connect(url, timeout=TIMEOUT_S, name=name) as kv:
         names = [f"{name}{letter}" for letter in "abcdefgh"[:WORKERS]]
-        workers = [asyncio.ensure_future(Worker(kv, recorder, own, names).run()) for own in names]
+        jobs = [Worker(kv, recorder, own, names).run() for own in names]
+        jobs += cold_jobs(kv, recorder, name, seed, with_probes=name == "c0")
+        workers = [asyncio.ensure_future(job) for job in jobs]
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({stopping, *workers}, return_when=asyncio.FIRST_COMPLETED)
         for worker in workers:

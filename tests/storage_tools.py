@@ -9,7 +9,7 @@ from random import Random
 from kvtcp.protocol import operations as op
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.files import Disk
-from kvtcp.storage.snapshot import encode_snapshot
+from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.store import NodeStore, open_store
 from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk
@@ -89,6 +89,29 @@ def take_snapshot(store: NodeStore, shard: int) -> None:
         file.write(piece)
     file.finish()
     store.remove(store.published(header, file.publish()))
+
+
+def pulled(store: NodeStore, shard: int, generation: int, rows: int, seq: int) -> tuple[Copy, SnapshotHeader, int]:
+    """A copy as it comes from another member, its snapshot published and not yet in the manifest."""
+    table = Table(shard)
+    for number in range(1, rows + 1):
+        table.apply((op.PUT, shard, number, 0, b"pulled %d" % number, b"v"), 1000)
+    donated = table.freeze()
+    header = SnapshotHeader(store.manifest.directory, shard, generation, 1, seq, 0 if seq != rows else table.chain)
+    file = store.create_snapshot(header)
+    data = b"".join(encode_snapshot(header, donated, []))
+    file.write(data)
+    file.finish()
+    loaded, _ = decode_snapshot(data, header.name, store.manifest.directory)
+    return Copy(shard, f"disk {shard}/{generation}", generation=generation, table=loaded), header, file.publish()
+
+
+def change(store: NodeStore, *copies: Copy, pulled: tuple[SnapshotHeader, int] | None = None) -> None:
+    """These are the copies from now on."""
+    manifest, paths = store.begin_change(copies, pulled)
+    store.write_manifest(manifest)
+    store.end_change()
+    store.remove(paths)
 
 
 def state_of(tables: dict[int, Table] | dict[int, Copy]) -> State:

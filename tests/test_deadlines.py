@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtcp.storage import deadlines as deadlines_module
 from kvtcp.storage.deadlines import Deadlines
 
 PAIRS = st.tuples(st.integers(0, 20), st.binary(max_size=1))
@@ -43,3 +44,14 @@ def test_remove_of_an_absent_pair() -> None:
         Deadlines([(5, b"a")]).remove(6, b"a")
     with pytest.raises(KeyError):
         Deadlines([(5, b"a")]).remove_all([(5, b"a"), (6, b"a")])
+
+
+def test_very_many_are_sorted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same order, however many pieces."""
+    pairs = [(n * 7919 % 101, b"%d" % n) for n in range(300)]
+    expected = Deadlines(pairs, 4).pairs()
+    for at_once in (1, 7, 299, 300):
+        monkeypatch.setattr(deadlines_module, "SORTED_AT_ONCE_MAX", at_once)
+        found = Deadlines(pairs, 4)
+        found.check()
+        assert found.pairs() == expected == sorted(pairs)

@@ -20,7 +20,7 @@ from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.log_format import parse_header, parse_records
 from kvtcp.storage.store import NodeStore
 from tests.crash_disk import CrashDisk, CrashFile
-from tests.storage_tools import DIRECTORY, add_copies, fill, names, open_small, put, state_of
+from tests.storage_tools import DIRECTORY, add_copies, fill, names, open_small, pulled, put, state_of
 
 WAIT_S = 10.0
 
@@ -633,3 +633,54 @@ async def test_entries_that_are_too_much_for_a_record() -> None:
     await node.durability.close()
     copy = open_small(disk).copies[0]
     assert copy.complete and copy.table.position == store.copies[0].table.position
+
+
+# --- copies that come and go ------------------------------------------------------------------------------
+
+
+async def test_a_dropped_copy(node: Node) -> None:
+    """What is appended before and after is durable in this order, reads too; then the files are removed."""
+    node.put(1, shard=1)
+    await until(lambda: node.told == [("c", 1)])
+    node.durability.snapshot_all()
+    await until(lambda: 1 in node.store.snapshots, "the snapshot")
+    node.disk.log_gate.close()
+    node.put(2)
+    copies = [copy for copy in node.store.copies.values() if copy.shard != 1]
+    node.durability.change_copies(copies, done=lambda: node.told.append("dropped"))
+    assert not node.read(3)
+    node.put(4)
+    assert node.told == [("c", 1)]
+    node.disk.log_gate.open()
+    await until(lambda: node.told[-1] == ("c", 4))
+    assert node.told == [("c", 1), ("c", 2), "dropped", ("c", 3), ("c", 4)]
+    await until(lambda: not any(name.startswith("0001") for name in names(node.disk, "snapshots")))
+    assert node.read(5) and node.store._changes == 0
+    assert sorted(open_small(node.disk.process_kill(), seed=1).copies) == [0, 2]
+
+
+async def test_a_replaced_copy(node: Node) -> None:
+    """Entries of the new copy are in the log behind the manifest that names it."""
+    node.put(1, shard=1)
+    await until(lambda: node.told == [("c", 1)])
+    copy, header, size = pulled(node.store, 1, 2, 4, 4)
+    node.disk.log_gate.close()
+    node.durability.change_copies([node.store.copies[0], copy], (header, size))
+    node.durability.append([put(copy, b"k", b"v")], "c", 2)
+    node.durability.flush()
+    await until(lambda: node.disk.log_gate.waiting, "the manifest")
+    assert open_small(node.disk.process_kill(), seed=1).copies[1].generation == 1
+    node.disk.log_gate.open()
+    await until(lambda: node.told[-1] == ("c", 2))
+    again = open_small(node.disk.process_kill(), seed=1)
+    assert again.copies[1].generation == 2 and again.copies[1].table.seq == 5
+
+
+async def test_syncs_are_told_once(node: Node) -> None:
+    """How long each record took, since the last question."""
+    node.put(1)
+    await until(lambda: node.told)
+    node.put(2)
+    await until(lambda: len(node.told) == 2)
+    took_ms = node.durability.take_syncs()
+    assert len(took_ms) == 2 and min(took_ms) > 0 and node.durability.take_syncs() == []

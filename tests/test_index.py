@@ -54,6 +54,8 @@ def test_load_takes_ascending_rows_only() -> None:
     for keys in ([b"b", b"a"], [b"a", b"a"]):
         with pytest.raises(OrderError, match="ascending"):
             Index(4).load([(keys, [(b"", 1, None)] * 2)])
+        with pytest.raises(OrderError, match="ascending"):
+            Index(4).load([([key], [(b"", 1, None)]) for key in (*keys[:1], b"", *keys[1:]) if key])
 
 
 def test_a_full_collection_does_not_make_the_parts_young() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.testing.linearizability import Operation, check_history, step
+from kvtcp.testing.linearizability import Numbered, Operation, check_history, check_order, step
 
 VERDICTS: list[tuple[str, bool, list[Operation]]] = [
     ("empty", True, []),
@@ -99,3 +99,53 @@ def test_unknown_kind() -> None:
     """An operation without a specification is an error, not a verdict."""
     with pytest.raises(ValueError, match="unknown kind"):
         check_history([(0, 1, "append", 1, "ok")])
+
+
+def test_order_of_the_log() -> None:
+    """The order of numbers has to explain the results and to respect real time; each kind of contradiction is named."""
+    good: list[Numbered] = [
+        (1, (0, 5, "put", 1, "ok")),
+        (2, (1, None, "incr", 1, None)),
+        (3, (2, 9, "incr", 1, 3)),
+        (3, (6, 7, "get", None, 3)),
+        (3, (3, 4, "get", None, 3)),
+        (1, (0, 3, "get", None, 1)),
+    ]
+    assert check_order(good) == ""
+    assert check_order([]) == ""
+    assert check_order([(1, (0, 1, "get", None, 7))], initial=7) == ""
+    assert "two writes" in check_order([*good, (2, (0, 9, "put", 1, "ok"))])
+    assert "gave 9 instead of 3" in check_order([*good, (3, (6, 7, "get", None, 9))])
+    assert "ended before" in check_order([*good, (4, (0, 1, "put", 1, "ok"))])  # 3 was called at 2
+    assert "get at 1 gave None" in check_order([*good, (1, (6, 7, "get", None, None))])
+
+
+def numbered_history(rng: random.Random, count: int) -> list[Numbered]:
+    """A history that is made by its log: every operation takes effect at a random time between call and return."""
+    points = sorted(rng.random() * count for _ in range(count))
+    state, seq, numbered = None, 0, []
+    for point in points:
+        kind = rng.choice(["get", "put", "delete", "add", "cas", "incr"])
+        argument: Any = {"put": rng.randrange(3), "add": 2, "cas": (1, 2), "incr": 1}.get(kind)
+        seq += kind != "get"
+        state, result = step(state, kind, argument)
+        operation: Operation = (point - rng.random() * 3, point + rng.random() * 3, kind, argument, result)
+        numbered.append((seq, operation))
+    return numbered
+
+
+def test_order_and_search_agree() -> None:
+    """What the log explains is linearizable; where the search says no, the order says why; both happen."""
+    rng = random.Random(3)
+    refused = 0
+    for _ in range(300):
+        numbered = numbered_history(rng, 12)
+        assert check_order(rng.sample(numbered, len(numbered))) == "", numbered
+        assert check_history([operation for _, operation in numbered]) is True, numbered
+        place = rng.randrange(12)
+        seq, (call, ret, kind, argument, result) = numbered[place]
+        numbered[place] = (seq, (call, ret, kind, argument, rng.choice([result, True, False, None, 0, 1, 2])))
+        if check_history([operation for _, operation in numbered]) is False:
+            refused += 1
+            assert check_order(numbered), numbered
+    assert refused > 50

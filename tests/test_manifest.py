@@ -21,7 +21,7 @@ def manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "directory": b"DIRECTRY", "durability": "sync", "boot": "boot 1", "clean": True, "promised": 7,
         "coordinator": "c", "map_version": 9, "map": '{"key": "\u00e4"}'.encode(), "segment": 12,
-        "shards": {0: ("d0", 1, True, ""), 11: ("d11", 3, False, "the log is damaged")},
+        "shards": {0: ("d0", 1, True, ""), 11: ("d11", 3, False, "the log is damaged")}, "generations": {2: 4, 11: 3},
     }  # fmt: skip
     return Manifest(**{**fields, **changes})
 
@@ -39,6 +39,16 @@ def test_round_trip() -> None:
     assert Manifest.parse(manifest().encode()) == manifest()
     assert Manifest.parse(Manifest(b"DIRECTRY", "os").encode()) == Manifest(b"DIRECTRY", "os")
     assert list(json.loads(manifest().encode())["node"]["shards"]) == ["0", "11"]
+
+
+def test_generations_are_new() -> None:
+    """A manifest of before there were any is read, and one without any is as before."""
+    content = json.loads(Manifest(b"DIRECTRY", "os").encode())
+    assert "generations" not in content["node"] and Manifest.parse(json.dumps(content).encode()).generations == {}
+    with pytest.raises(FormatError):
+        content["node"]["generations"] = {"x": 1}
+        content["crc32"] = module._sum(content["node"])
+        Manifest.parse(json.dumps(content).encode())
 
 
 def test_golden() -> None:
@@ -111,7 +121,7 @@ def sealed(**changes: Any) -> bytes:
     return json.dumps({"format": 1, "crc32": module._sum(node), "node": node}).encode()
 
 
-@pytest.mark.parametrize("name", list(json.loads(manifest().encode())["node"]))
+@pytest.mark.parametrize("name", list(json.loads(manifest(generations={}).encode())["node"]))
 def test_missing_fields(name: str) -> None:
     """Each field has to be there, whatever the sum."""
     with pytest.raises(FormatError, match="not a manifest"):

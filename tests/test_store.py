@@ -12,8 +12,10 @@ import pytest
 
 from kvtcp.constants import SPACE_RESERVE_BYTES
 from kvtcp.storage import log_format, snapshot
+from kvtcp.storage.copy import Copy
 from kvtcp.storage.log_format import RECORD_BYTES, parse_header, parse_records
 from kvtcp.storage.manifest import Manifest, read_manifest
+from kvtcp.storage.snapshot import encode_snapshot
 from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
 from tests.crash_disk import CrashDisk
 from tests.fake_disk import FaultyDisk, QuickDisk
@@ -22,11 +24,13 @@ from tests.storage_tools import (
     DIRECTORY,
     State,
     add_copies,
+    change,
     commit,
     fill,
     mark,
     names,
     open_small,
+    pulled,
     put,
     replace_file,
     state_of,
@@ -612,3 +616,101 @@ def test_estimates_are_made_in_turn(disk: CrashDisk, monkeypatch: pytest.MonkeyP
         reserve = store.reserve_bytes() - store.log.total_bytes
         assert len(looked) == 16 * calls
     assert set(looked) == set(range(50)) and reserve - before > 9000
+
+
+# --- copies that come and go ------------------------------------------------------------------------------
+
+
+def test_a_copy_is_replaced(disk: CrashDisk) -> None:
+    """From the manifest on it is the pulled one: entries of the old one in the log are not its entries, and its
+    snapshot is gone; what is logged of the new one is there after a restart."""
+    store = open_small(disk)
+    add_copies(store)
+    fill(store, 12)
+    take_snapshot(store, 1)
+    fill(store, 6, first=12)
+    copy, header, size = pulled(store, 1, 2, 4, 4)
+    change(store, store.copies[0], copy, store.copies[2], pulled=(header, size))
+    assert [name for name in names(disk, "snapshots") if name.startswith("0001")] == [header.name.file]
+    assert store.snapshots[1].name == header.name and store.behind() == [0, 2]
+    commit(store, [put(copy, b"new", b"v"), put(store.copies[0], b"other", b"v")])
+    state = state_of(store.copies)
+    again = open_small(disk.process_kill(), seed=1)
+    assert state_of(again.copies) == state and not again.damages
+    assert (again.copies[1].disk, again.copies[1].generation) == ("disk 1/2", 2) and again.copies[1].complete
+    assert [entry[1:3] for entry in again.kept.of_shard(1)] == [(2, 5)]
+    take_snapshot(again, 1)
+    assert open_small(again.disk, seed=2).copies[1].table.seq == 5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("until", ["written", "published"])
+def test_a_copy_that_was_not_replaced_in_the_end(disk: CrashDisk, until: str) -> None:
+    """A crash before the manifest: the old copy with all it had, and nothing is left of the other one."""
+    store = open_small(disk)
+    add_copies(store)
+    fill(store, 12)
+    state = state_of(store.copies)
+    header = pulled(store, 1, 2, 4, 4)[1]
+    if until == "written":
+        path = DIRECTORY / "snapshots" / header.name.file
+        disk.rename(path, path.with_name(path.name + ".tmp"))
+    again = open_small(disk, seed=1)
+    assert state_of(again.copies) == state and again.copies[1].disk == "disk 1" and names(disk, "snapshots") == []
+
+
+def test_the_log_stays_while_copies_change(disk: CrashDisk) -> None:
+    """Until the manifest is written a crash comes back to the old copy, which needs its part of the log."""
+    store = open_small(disk)
+    add_copies(store)
+    fill(store, 12)
+    state = state_of(store.copies)
+    copy, header, size = pulled(store, 1, 2, 4, 4)
+    manifest, paths = store.begin_change([store.copies[0], copy], (header, size))
+    take_snapshot(store, 0)
+    assert store.behind() == [] and store.needless_segments() == []
+    crashed = open_small(disk.process_kill(), seed=1)
+    assert state_of(crashed.copies) == state
+    store.write_manifest(manifest)
+    store.end_change()
+    store.remove(paths)
+    assert len(store.needless_segments()) > 1
+    assert sorted(open_small(disk.process_kill(), seed=1).copies) == [0, 1]
+
+
+def test_a_copy_is_dropped_and_comes_back(disk: CrashDisk) -> None:
+    """Its files are removed; a later copy of the shard meets none of its entries, and no generation is used twice."""
+    store = open_small(disk)
+    add_copies(store)
+    fill(store, 12)
+    take_snapshot(store, 1)
+    fill(store, 6, first=12)
+    store.manifest.generations[1] = 1
+    change(store, store.copies[0], store.copies[2])
+    assert names(disk, "snapshots") == [] and sorted(store.copies) == [0, 2]
+    again = open_small(disk.process_kill(), seed=1)
+    assert sorted(again.copies) == [0, 2] and again.manifest.generations == {1: 1} and not again.damages
+    fresh = Copy(1, "another", generation=2)
+    change(again, *again.copies.values(), fresh)
+    commit(again, [put(fresh, b"k", b"v")])
+    state = state_of(again.copies)
+    assert isinstance(again.disk, CrashDisk)
+    last = open_small(again.disk.process_kill(), seed=2)
+    assert state_of(last.copies) == state and last.copies[1].table.seq == 1 and not last.damages
+
+
+def test_a_snapshot_of_a_copy_that_is_gone(disk: CrashDisk) -> None:
+    """It was being taken when its copy was replaced: it is removed as soon as it is published."""
+    store = open_small(disk)
+    add_copies(store)
+    fill(store, 12)
+    frozen = store.copies[1].table.freeze()
+    old_header = store.header_of(frozen)
+    copy, header, size = pulled(store, 1, 2, 4, 4)
+    change(store, store.copies[0], copy, pulled=(header, size))
+    file = store.create_snapshot(old_header)
+    file.write(b"".join(encode_snapshot(old_header, frozen, [])))
+    file.finish()
+    paths = store.published(old_header, file.publish())
+    assert [path.name for path in paths] == [old_header.name.file] and store.snapshots[1].name == header.name
+    again = open_small(disk.process_kill(), seed=1)
+    assert again.copies[1].generation == 2 and again.copies[1].complete

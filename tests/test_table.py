@@ -337,3 +337,19 @@ def test_purge_and_clear_work_in_bounded_steps() -> None:
     assert effects[-1] == [[op.WIPE]]
     assert len(table) == 0
     table.check()
+
+
+def test_release() -> None:
+    """A table that nobody needs any more lets go of keys, values and deadlines; not under an open scan."""
+    table = Table(0, leaf_keys_max=4, fresh_keys_max=2)
+    for seq in range(1, 40):
+        table.apply((op.PUT, 0, seq, 0, b"k%d" % seq, b"v", 1000 if seq % 3 else None), 5)
+    leaf = table._index.tree._head
+    frozen = table.freeze()
+    assert table.is_scanned
+    with pytest.raises(AssertionError, match="open scan"):
+        table.release()
+    frozen.close()
+    table.release()
+    assert not table.is_scanned and not any(key is not None for part in table._index.parts for key in part)
+    assert leaf.following is None and leaf.keys == []

@@ -274,6 +274,7 @@ class Controller:
     def map_changed(self, cluster_map: ClusterMap) -> None:
         """The config store holds this map."""
         self.sequencer.map_changed(cluster_map)
+        self.membership.look_at_all()
 
     def may_transfer(self, learner: Learner) -> bool:
         """See Membership."""
@@ -294,6 +295,7 @@ class Controller:
         """All members of the shard are equal."""
         self.sequencer.set_members(number, self.map.nodes_of(number))
         self.sequencer.serve(number, seq, chain)
+        self.membership.unsettled.add(number)
 
     def repair(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
         """Replace these members; the others are equal, up to `seq`."""
@@ -306,6 +308,7 @@ class Controller:
             shard.mark(link, bad.get(link.node, ""))
         shard.reason = "; ".join(f"{node} {why}" for node, why in bad.items()) + ": it is being replaced"
         self.membership.repairing.add(number)
+        self.membership.unsettled.add(number)
         self.membership.work()
 
     def is_down(self, number: int, why: str) -> None:

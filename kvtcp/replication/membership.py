@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kvtcp.constants import (
     BACKOFF_MAX_MS,
@@ -40,6 +40,8 @@ from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
 
 Edit = Callable[[ClusterMap], ClusterMap]
+
+DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for
 
 
 class Surroundings(Protocol):
@@ -90,7 +92,8 @@ class Membership:
         self.evictions = 0
         self.joins = 0
         self._last_slow_ms = -SLOW_INTERVAL_MS
-        self._last_tick_ms = 0
+        self._last_drop_ms = 0  # when copies that are not wanted were looked for
+        self._looks_at_all = True
 
     @property
     def _now_ms(self) -> int:
@@ -113,6 +116,7 @@ class Membership:
         state.lost_ms = None
         state.leaves = False
         state.dropping.clear()
+        self.look_at_all()
 
     def node_down(self, node: str) -> None:
         """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
@@ -139,7 +143,9 @@ class Membership:
         self._evict_lost()
         self._evict_slow()
         self.work()
-        self._drop_copies()
+        if self._now_ms - self._last_drop_ms >= DROP_INTERVAL_MS:
+            self._last_drop_ms = self._now_ms
+            self._drop_copies()
 
     def work(self) -> None:
         """Take the next steps."""
@@ -154,11 +160,18 @@ class Membership:
             if number not in self.changing and (shard.serving or number in self.repairing) and not shard.learners:
                 self._start_learner(shard)
 
+    def look_at_all(self) -> None:
+        """Links or the map changed: any shard may not be as it is wanted. Thousands of shards are not looked at for
+        every frame."""
+        self._looks_at_all = True
+
     def _settle_unsettled(self) -> None:
         wanted = self._around.map.wanted
+        shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
+        self._looks_at_all = False
         self.unsettled = {
             shard.number
-            for shard in self._shards
+            for shard in shards
             if shard.bad or shard.learners or {link.node for link in shard.members} != set(wanted[shard.number])
         }
 

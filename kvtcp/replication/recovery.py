@@ -105,10 +105,10 @@ def incomplete_copy(copy: CopyReport) -> str:
 class _Shard:
     """A shard whose members are being made equal."""
 
-    def __init__(self, number: int, now_ms: int) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
         self.state = WAITING
-        self.since_ms = now_ms  # when the wait for reports began
+        self.since_ms: int | None = None  # when the wait for reports began; None = at the next look
         self.again = False  # while CHANGING: a link broke, start over after it
         self.found: dict[str, str] = {}  # members found bad while shipping, and why
         self.good: dict[str, CopyReport] = {}
@@ -130,7 +130,7 @@ class Recovery:
 
     def __init__(self, around: Surroundings, numbers: Iterable[int]) -> None:
         self._around = around
-        self.shards = {number: _Shard(number, around.now_ms) for number in numbers}
+        self.shards = {number: _Shard(number) for number in numbers}
         self._queue: list[_Shard] = []  # SHIPPING, and waiting for their turn
         self._running = 0  # SHIPPING, and in their turn
 
@@ -141,7 +141,7 @@ class Recovery:
 
     def begin(self, number: int) -> None:
         """A shard that was served starts over, or one that is down is judged anew."""
-        shard = self.shards.setdefault(number, _Shard(number, self._around.now_ms))
+        shard = self.shards.setdefault(number, _Shard(number))
         self._restart(shard)
 
     # --- events -------------------------------------------------------------------------------------
@@ -248,6 +248,8 @@ class Recovery:
         if shard.state != WAITING:
             return
         around = self._around
+        if shard.since_ms is None:
+            shard.since_ms = around.now_ms
         row = around.map.members[shard.number]
         reports, destroyed = around.reports, around.map.destroyed
         shard.silent = [node for node, _ in row if node not in reports and node not in destroyed]

@@ -290,12 +290,12 @@ class Sequencer(Members):
         self._kept[link] = self._kept.get(link, []) + self._still_due(link, kept)
         for shard in link.shards:
             shard.writable = False
-        gone = {number for batch in kept for number in batch.last_seqs if link not in self.shards[number].acked}
-        if gone:  # it was let go, or learned, and has nothing to be sent again
-            self._forget_kept(link, gone)
         self._move_reads(reads, None)
         for shard in link.shards:
             self._pass_writes(shard)
+        for shard in self.shards:
+            if shard.orphans:
+                self._hand_over(shard)
 
     def _move_reads(self, reads: Iterable[Op], avoid: Progress | None) -> list[Op]:
         """Queue reads at other members. `avoid` is the link they are on if it may still answer, None if it is gone.

@@ -361,8 +361,9 @@ class Coordinator:
     async def _answering(self, first: ClusterMap) -> dict[str, Found] | None:
         """What the nodes say when they listen; None if a stop is asked for first. Raises StartError.
 
-        Local nodes are waited for as long as they run, as they read their data back. A new cluster needs all nodes. One
-        that has data begins without those that ended again, and without foreign ones that are silent for a while.
+        Local nodes are waited for while they read their data back. A new cluster needs all nodes. One that has data
+        begins without those that ended again, and after a while without those that listen and do not answer, and
+        without foreign ones.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -378,6 +379,7 @@ class Coordinator:
                 raise StartError(f"after {START_S:.0f} s these nodes had not reported: {said}")
             if self._keeper.is_founded and len(missing) < len(first.nodes):
                 local = missing.keys() - foreign - self._supervisor.early_exits().keys()
+                local = {node for node in local if found[node].kind != "silent"}
                 if not local and loop.time() > began + 2 * RECOVER_WAIT_MS / 1000:
                     break
             if missing:

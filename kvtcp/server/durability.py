@@ -110,6 +110,8 @@ class Durability:
         self._idle: asyncio.TimerHandle | None = None  # of the look whether a mark is due
         self._snapshot_log_bytes = snapshot_log_bytes
         self._snapshot: SnapshotJob | None = None
+        self._changes = 0  # of copies: manifests in the queue that name others
+        self._syncs_ms: list[float] = []  # how long records took since the last `take_syncs`
         self._snapshot_after_s = 0.0  # no snapshot before, because the last one found no space
         self._wanted: deque[int] = deque()  # shards to be snapshotted on demand
         self._give_back_after_s = 0.0  # the next round for the sake of space
@@ -124,6 +126,9 @@ class Durability:
         there to log, and nothing is under way); otherwise `on_durable` will tell. At the end, and after a failure,
         nothing is logged any more and nobody told."""
         if self._closing or self.failure is not None:
+            return False
+        if self._changes and not entries:  # a copy that is not there any more may be what is waited for
+            self._queue.append(_Job(None, lambda _: self._on_durable(connection, ordinal)))
             return False
         if entries:
             size = sum([len(entry[4]) for entry in entries])
@@ -193,6 +198,7 @@ class Durability:
         if self.failure is not None:
             return
         self.synced_ms = (time.monotonic() - self._began_s) * 1000
+        self._syncs_ms.append(self.synced_ms)
         self.store.log.written(prepared)
         self._busy = False
         flight, self._flight = self._flight, {}
@@ -223,6 +229,31 @@ class Durability:
         """Write the manifest when everything appended so far is durable; then call `done`."""
         data = self.store.encode_manifest(copies)
         self._job(lambda: self.store.write_manifest(data), lambda _: done())
+
+    def change_copies(
+        self,
+        copies: Iterable[Copy],
+        pulled: tuple[SnapshotHeader, int] | None = None,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make durable that copies were dropped, or that one was replaced by a `pulled` one, when everything appended
+        so far is; what is appended later is durable after it. Then call `done`."""
+        manifest, paths = self.store.begin_change(copies, pulled)
+        self._changes += 1
+
+        def written(_: None) -> None:
+            self._changes -= 1
+            self.store.end_change()
+            if paths:
+                self.in_files(lambda: self.store.remove(paths), lambda _: None)
+            done()
+
+        self._job(lambda: self.store.write_manifest(manifest), written)
+
+    def take_syncs(self) -> list[float]:
+        """How many ms each record since the last call took to be durable."""
+        syncs_ms, self._syncs_ms = self._syncs_ms, []
+        return syncs_ms
 
     def _job(self, work: Callable[[], Any] | None, done: Callable[[Any], None]) -> None:
         if not self._closing:

@@ -282,13 +282,14 @@ class Supervisor:
         """Whether the node runs and can be adopted; else it can be spawned. Raises StartError."""
         port = self.ports[node]
         path = self.data_dir / node
-        if found.kind not in ("free", "ours"):
+        fields, holder = self._look_at(path)
+        is_hung = found.kind == "silent" and holder is not None  # it is stopped, or very busy: the others go on
+        if found.kind not in ("free", "ours") and not is_hung:
             kind = StartError if found.kind == "foreign" else _NotSettledError
             raise kind(
                 f"port {port} of {self.host}, meant for node {node}, is in use by {found.what}; "
                 "stop it or choose another --base-port"
             )
-        fields, holder = self._look_at(path)
         if fields is not None and fields["cluster"] != cluster:
             raise StartError(
                 f"the data directory {path} belongs to another cluster ({fields['cluster']}, this one is "

@@ -96,6 +96,16 @@ class BTree:
     def __iter__(self) -> Iterator[bytes]:
         return self.range()
 
+    def release(self) -> None:
+        """Let go of everything, leaf by leaf, so that another thread can do it while this one is at work. Nobody uses
+        the tree any more. (Leaves are chained both ways: without this only the cyclic collector would find them.)"""
+        leaf: Leaf | None = self._head
+        while leaf is not None:
+            following = leaf.following
+            leaf.keys.clear()
+            leaf.preceding = leaf.following = None
+            leaf = following
+
     # --- changes -----------------------------------------------------------------------------------
 
     def insert(self, key: bytes) -> None:

@@ -12,6 +12,8 @@ I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fs
         "segment"       first LSN of the newest segment when this was written: there is one at least as new
         "durable_lsn"   highest LSN known to be on the disk then: a log that ends before it was cut
         "shards"        {number: [disk, generation, complete, reason]}      the copies; see copy.py
+        "generations"   {number: generation}    highest ever given to a copy of that shard here, also to one that was
+                        dropped: the log may have its entries. May be missing: then those of "shards" are
     }}
 
 Invariant: a report to a coordinator says nothing that a restart would not say again, so promise and copies are written
@@ -50,6 +52,7 @@ class Manifest:
     segment: int = 0
     durable_lsn: int = 0
     shards: dict[int, CopyRow] = field(default_factory=dict)
+    generations: dict[int, int] = field(default_factory=dict)
 
     def power_failed(self, boot: str) -> bool:
         """Whether the machine was restarted (its present boot is `boot`) while a process ran in a mode that does not
@@ -72,6 +75,8 @@ class Manifest:
             "durable_lsn": self.durable_lsn,
             "shards": {str(shard): list(row) for shard, row in sorted(self.shards.items())},
         }
+        if self.generations:
+            node["generations"] = {str(shard): number for shard, number in sorted(self.generations.items())}
         content = {"format": MANIFEST_FORMAT_VERSION, "crc32": _sum(node), "node": node}
         return json.dumps(content, indent=1).encode()
 
@@ -103,6 +108,7 @@ class Manifest:
                 segment=node["segment"],
                 durable_lsn=node["durable_lsn"],
                 shards={int(shard): (row[0], row[1], row[2], row[3]) for shard, row in node["shards"].items()},
+                generations={int(shard): number for shard, number in node.get("generations", {}).items()},
             )
         except FormatError:
             raise

@@ -13,6 +13,10 @@ doubt gets a new disk uuid and is incomplete, durably, before anything else is c
 copy that is whole is snapshotted and the segments are moved aside: so a damage is met once, and by then nothing depends
 on what was damaged. Each step leaves a directory from which opening again comes to the same result.
 
+**A copy that is replaced or dropped** is so when a manifest says it: the new copy's snapshot has its name before, the
+old one's files are removed after it, and in between no segment of the log is let go. Generations tell the entries of
+the two apart, so a crash at any moment leaves the old copy as it was, or the new one.
+
 **After a power cut** in a mode that does not sync, nobody knows what is missing: every copy gets a new disk uuid.
 """
 
@@ -84,6 +88,7 @@ class NodeStore:
             shard: SnapshotInfo(name, replayed.snapshot_bytes[shard]) for shard, name in replayed.snapshots.items()
         }
         self.aside: Path | None = None  # where this opening moved what was damaged
+        self._changes = 0  # of copies that are under way: the manifest on the disk does not name them yet
         self._estimates: dict[int, int] = {}  # shard -> length of its next snapshot, as of its last turn
         self._estimate_turn = 0
 
@@ -146,7 +151,7 @@ class NodeStore:
 
     def needless_segments(self) -> list[Path]:
         """Segments of the log that no restart needs any more, in the order to remove them. Each is named once."""
-        return self.log.deletable(self._is_covered)
+        return [] if self._changes else self.log.deletable(self._is_covered)
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove files, each for good before the next. Blocks, raises OSError."""
@@ -201,6 +206,29 @@ class NodeStore:
         """Whether a snapshot of the shard leaves the space that deletions need. Blocks for a moment, raises OSError."""
         needed_bytes = SPACE_RESERVE_BYTES // 2 + self.snapshot_estimate(shard)
         return self.disk.free_bytes(self.directory) >= needed_bytes
+
+    # --- copies that come and go ----------------------------------------------------------------------
+
+    def begin_change(
+        self, copies: Iterable[Copy], pulled: tuple[SnapshotHeader, int] | None = None
+    ) -> tuple[bytes, list[Path]]:
+        """Copies were dropped, or one was replaced by a pulled one, whose snapshot (and its length) is published. The
+        manifest to write; and the files to remove, as nobody needs them, when it is written: then call `end_change`."""
+        self._changes += 1
+        manifest = self.encode_manifest(copies)
+        needless = [
+            shard for shard, info in self.snapshots.items()
+            if shard not in self.copies or self.copies[shard].generation != info.name.generation
+        ]  # fmt: skip
+        paths = [self.snapshot_directory / self.snapshots.pop(shard).name.file for shard in needless]
+        if pulled is not None:
+            header, size = pulled
+            self.snapshots[header.shard] = SnapshotInfo(header.name, size)
+        return manifest, paths
+
+    def end_change(self) -> None:
+        """The manifest is written."""
+        self._changes -= 1
 
     # --- manifest and end -----------------------------------------------------------------------------
 

@@ -410,6 +410,18 @@ class Table:
             self._frozen.remove(frozen)
             self._watch()
 
+    @property
+    def is_scanned(self) -> bool:
+        """Whether a frozen scan is open."""
+        return bool(self._frozen)
+
+    def release(self) -> None:
+        """Let go of all rows, a little at a time, so that another thread can do it: freeing a million at once would
+        hold the event loop up. Nobody uses the table any more, and no scan is open."""
+        assert not self._frozen, "an open scan reads the rows"
+        self._index.release()
+        self._deadlines.release()
+
     def bytes_estimate(self) -> int:
         """About the bytes of all rows, by the mean of a hundred of them. For the planning of space."""
         sample = list(islice(self._index.items(), 100))
