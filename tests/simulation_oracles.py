@@ -212,7 +212,7 @@ class Oracles:
     def look_for_ruin(self, shard: int) -> None:
         """Is there a member in the map that has its data? If not, it must have lost as many disks as can matter."""
         row = self.map.members[shard]
-        if len(self.chains[shard]) == 1 or shard in self.ruined or any(self.has_data(disk) for _, disk in row):
+        if shard in self.ruined or any(not disk or self.has_data(disk) for _, disk in row):
             return
         lost = self.lost_since[shard]
         require(

@@ -153,7 +153,7 @@ class ShardState:
             assert not self.bad and not self.space, "a writable shard has no bad member, and space"
         assert self.good == [link for link in self.members if link not in self.bad], "good is what is not bad"
         assert self.bad.keys() <= set(self.members), "only a member is bad"
-        learning = [link for link in self.learners if link not in self.good]
+        learning = [link for link, each in self.learners.items() if not each.lost and link not in self.good]
         assert self.targets == self.good + learning, "writes go to good members and learners"
 
 
