@@ -89,15 +89,13 @@ class Simulation:
         )  # fmt: skip
         self.oracles = Oracles(world, cluster_map)
         self.store = SimStore(world, cluster_map.to_json(), self.shared, self.oracles.stored)
-        by_port: dict[int, SimNode] = {}
-        self.nodes = []
-        for port in range(1, count + 3):  # the last two are there to be added
-            node = self.node_class(world, f"n{port}", port, self.mode, self.network, self.oracles, by_port)
-            by_port[port] = node
-            self.nodes.append(node)
+        self.by_port: dict[int, SimNode] = {}
+        self.nodes: list[SimNode] = []
+        for name, (_, port) in cluster_map.nodes.items():
+            self.add_node(name, port)
         hosts = ("c1", "c2") if self.shared else ("c1",)
         self.coordinators = [
-            self.coordinator_class(world, host, self.mode, self.network, self.store, self.oracles, by_port)
+            self.coordinator_class(world, host, self.mode, self.network, self.store, self.oracles, self.by_port)
             for host in hosts
         ]
         self.oracles.coordinators = self.coordinators
@@ -105,6 +103,13 @@ class Simulation:
         for coordinator in self.coordinators:
             coordinator.clients = self.clients
         self.faults = Faults(self)
+
+    def add_node(self, name: str, port: int) -> SimNode:
+        """A new machine with a node."""
+        node = self.node_class(self.world, name, port, self.mode, self.network, self.oracles, self.by_port)
+        self.by_port[port] = node
+        self.nodes.append(node)
+        return node
 
     def run(self) -> None:
         """Everything, with all oracles."""

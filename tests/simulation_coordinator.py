@@ -11,10 +11,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvtcp.replication.confirm import ConfirmingSequencer
-from kvtcp.replication.controller import Controller
-from kvtcp.replication.map_changes import MapChanges
-
 from kvtcp.config_store.store import Outcome, Stored
 from kvtcp.protocol.link import (
     BATCH,
@@ -30,6 +26,9 @@ from kvtcp.protocol.link import (
     SHIPPED,
     parse_report,
 )
+from kvtcp.replication.confirm import ConfirmingSequencer
+from kvtcp.replication.controller import Controller
+from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.sequencer import Sequencer
 from tests.simulation_network import TO_CLIENT, TO_SERVER, Connection, Network
 from tests.simulation_store import SimStore
@@ -68,7 +67,10 @@ class SimLink:
         controller = owner.controller
         if owner.silent or controller is None or self.connection is not None or self.node not in controller.map.nodes:
             return
-        server = owner.by_port[controller.map.nodes[self.node][1]]
+        server = owner.by_port.get(controller.map.nodes[self.node][1])
+        if server is None:  # it was added, and is not started yet
+            owner.later(BACKOFF_MS[1], self.dial)
+            return
         connection = self.connection = owner.network.connect(owner, server)
         connection.on_frame[TO_CLIENT] = partial(self._received, connection)
         connection.on_end[TO_CLIENT] = partial(self._ended, connection)

@@ -196,11 +196,13 @@ class NodeDisk:
             known = self.manifest.copies.get(copy.shard)
             if known is not None and known.disk == copy.disk:
                 continue
-            if known is not None and known.generation == copy.generation:
+            if copy.disk in self.archive:  # one that was to be replaced, and is not
+                self._adopt(self.archive[copy.disk])
+            elif known is not None and known.generation == copy.generation:
                 self._adopt(known.renamed(copy.disk))  # another identity of what is there
-                continue
-            assert copy.table.seq == 0 or known is None, "what has entries is published, not found"
-            self._adopt(Stored(self.node.name, copy.shard, copy.disk, copy.generation))
+            else:
+                assert copy.table.seq == 0, "what has entries is published, not found"
+                self._adopt(Stored(self.node.name, copy.shard, copy.disk, copy.generation))
 
     def _adopt(self, stored: Stored) -> None:
         """This copy is the one of its shard from now on."""
@@ -242,15 +244,21 @@ class NodeDisk:
             return False
         return True
 
-    def job(self, work: Callable[[], None] | None, done: Callable[[], None]) -> None:
+    def job(self, work: Callable[[], None] | None, done: Callable[[], None]) -> _Job:
         """Do it when everything appended so far is durable."""
+        job = _Job(work, done)
         if self.mode == MEMORY:
             if work is not None:
                 work()
             done()
-            return
-        self._queue.append(_Job(work, done))
-        self.flush()
+        else:
+            self._queue.append(job)
+            self.flush()
+        return job
+
+    def has_begun(self, job: _Job | None) -> bool:
+        """Whether this job is being done: it is too late to say that it shall not be."""
+        return job is not None and job is self._flight
 
     def flush(self) -> None:
         """Begin to write, if nothing is being written."""

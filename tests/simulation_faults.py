@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tests.simulation_node import SimNode
 
 SETTLE_MS = 8_000  # everything completes in this time after the last fault
+NODES_MAX = 6  # of a cluster
+MACHINES_MAX = 10  # over all, with those of nodes that were removed
 LOOK_MS = 40  # between two looks whether it has
 
 
@@ -235,7 +237,7 @@ class Faults:
         return True
 
     def _start(self, node: SimNode) -> None:
-        if not node.alive:
+        if not node.alive and node.name in self.sim.oracles.map.nodes:
             node.start()
 
     def _may_lose(self, node: SimNode) -> bool:
@@ -327,10 +329,9 @@ class Faults:
             self.world.note(f"the operator hears {answer}")
 
         if what == "add":
-            free = [node for node in self.sim.nodes if ("h", node.port) not in nodes.values()]
-            if not free or len(nodes) >= 6:
+            if len(nodes) >= NODES_MAX or len(self.sim.nodes) >= MACHINES_MAX:
                 return False
-            coordinator.step(admin.add_node, "h", free[0].port, done)
+            coordinator.step(admin.add_node, "h", MACHINES_MAX + len(self.sim.nodes), done)
         elif what == "drain":
             coordinator.step(admin.drain, self.rng.choice(list(nodes)), done)
         elif what == "remove":
@@ -345,8 +346,15 @@ class Faults:
     # --- healing --------------------------------------------------------------------------------------
 
     def supervise(self) -> None:
-        """Once in a while: a coordinator must live."""
+        """Once in a while: a coordinator must live; a node that was added is started, one that was removed is ended."""
         sim = self.sim
+        names = [node.name for node in sim.nodes]
+        for name, (_, port) in sim.oracles.map.nodes.items():
+            if name not in names:
+                sim.add_node(name, port).start()
+        for node in sim.nodes:
+            if node.alive and node.name not in sim.oracles.map.nodes:
+                node.kill()
         if not any(each.alive for each in sim.coordinators) and (self.stopped or self.rng.random() < 0.4):
             self.rng.choice(sim.coordinators).start()
         self.world.at(20, self.supervise)
@@ -361,8 +369,7 @@ class Faults:
         sim.store.delay_ms, sim.store.loses_replies = 3, 0.0
         for node in sim.nodes:
             node.disk.sync_ms = SYNC_MS
-            if not node.alive:
-                node.start()
+            self._start(node)
             node.resume()
         for coordinator in sim.coordinators:
             coordinator.resume()

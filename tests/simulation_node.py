@@ -69,6 +69,8 @@ class _Pull:
         self.keys: list[bytes] = []
         self.cells: list[Any] = []
         self.moved_ms = 0
+        self.job: Any = None  # its publication
+        self.too_late = False  # it was given up when it was being published
 
 
 class SimNode(Process):
@@ -270,7 +272,7 @@ class SimNode(Process):
         assert replica is not None
         entries = replica.take_logged()
         for entry in entries:
-            self.oracles.logged(self.name, entry, replica.promised)
+            self.oracles.logged(self.name, replica.copies[entry[0]].disk, entry, replica.promised)
         if self.disk.append(entries, end, replica.applied):
             end.durable = replica.applied
         if entries and self.mode != MEMORY:
@@ -411,17 +413,21 @@ class SimNode(Process):
         named = _Named(copy)
 
         def published() -> None:
+            is_wanted = self._pulls.get(shard) is pull and replica.published(shard)
             if self._pulls.get(shard) is pull:
                 del self._pulls[shard]
-                replica.published(shard)
+            if is_wanted:
                 self._settle(pull.end)
+            else:  # the disk is to have what is in memory
+                copies = [_Named(each) for each in replica.copies.values()]
+                self.disk.job(partial(self.disk.found, copies), _nothing)
 
         def publish() -> None:
-            if self._pulls.get(shard) is pull:
+            if self._pulls.get(shard) is pull or pull.too_late:
                 self.disk.publish(named, base, chains, kept)
                 self.disk.manifest.generations[shard] = named.generation
 
-        self.disk.job(publish, published)
+        pull.job = self.disk.job(publish, published)
 
     def _lost_pull(self, pull: _Pull) -> None:
         if self._pulls.get(pull.shard) is pull:
@@ -439,6 +445,7 @@ class SimNode(Process):
             self._end_pull(pull)
 
     def _end_pull(self, pull: _Pull) -> None:
+        pull.too_late = self.disk.has_begun(pull.job)
         del self._pulls[pull.shard]
         pull.connection.close(TO_CLIENT)
 

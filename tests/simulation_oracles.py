@@ -7,7 +7,7 @@ What is looked at, and when:
 - I3  a node changes a shard only for the epoch that it promised last: at every entry that is made.
 - I4  when a write is answered, every member of E has it durable, by the disk by which it is a member: at the answer.
 - I5  every member of the stored ISR holds every committed entry: at every commit and at every change of the map.
-- I6  same epoch and number, same chain; same chain, same digest: at every entry, and at samples of tables.
+- I6  same epoch and number, same chain, in copies of members; same chain, same digest: at every entry, and at samples.
 - I7  the stored ISR has min_insync members; while a shard is served, one change differs from the last by one member.
 - I8  version and epoch of the map only grow: at every change.
 - I9  what was refused did not happen: its value is in no entry, ever.
@@ -65,30 +65,34 @@ class Oracles:
 
     # --- entries --------------------------------------------------------------------------------------
 
-    def logged(self, node: str, entry: Logged, epoch_max: int) -> None:
-        """A node applied an entry, and will write it. `epoch_max` is its promise."""
+    def logged(self, node: str, disk: str, entry: Logged, epoch_max: int) -> None:
+        """A node applied an entry to the copy of this disk, and will write it. `epoch_max` is its promise."""
+        shard, _, seq, chain, _ = entry
+        known = self.ledger[shard].get((seq, chain))
+        epoch = self._is_new(node, entry, epoch_max) if known is None else known[1]
+        if (node, disk) in self.map.members[shard]:  # a learner may have another history until it is compared
+            made = self.made[shard].setdefault((epoch, seq), chain)
+            require(made == chain, f"I6: two entries {seq} of epoch {epoch}, one by {disk}", shard)
+
+    def _is_new(self, node: str, entry: Logged, epoch_max: int) -> int:
+        """The first time that this entry is seen; its epoch."""
         shard, _, seq, chain, packed = entry
-        ledger = self.ledger[shard]
-        if (seq, chain) in ledger:
-            return
         epoch, number, stamp_ms, effects = msgpack.unpackb(packed)
         require(number == seq, f"I1: entry {number} of {node} is logged as {seq}", shard)
         require(epoch <= epoch_max, f"I3: {node} makes an entry of epoch {epoch}, it promised {epoch_max}", shard)
-        made = self.made[shard]
-        require(made.get((epoch, seq), chain) == chain, f"I6: two entries {seq} of epoch {epoch}, one by {node}", shard)
-        made[epoch, seq] = chain
         before = self._before(shard, seq, packed, chain)
         require(before is not None, f"I1: entry {seq} of {node} follows nothing that is known", shard)
         assert before is not None
-        _, epoch_before, stamp_before_ms = ledger[seq - 1, before]
+        _, epoch_before, stamp_before_ms = self.ledger[shard][seq - 1, before]
         require(epoch >= epoch_before, f"an entry of epoch {epoch} follows one of {epoch_before}", shard)
         require(stamp_ms >= stamp_before_ms, f"R12: stamp {stamp_ms} follows {stamp_before_ms}", shard)
-        ledger[seq, chain] = (before, epoch, stamp_ms)
+        self.ledger[shard][seq, chain] = (before, epoch, stamp_ms)
         for effect in effects:
             if effect[0] == SET:
                 value = effect[2]
                 self.values.add(value)
                 require(value not in self.refused, f"I9: {value!r} was refused and is entry {seq}", shard)
+        return int(epoch)
 
     def _before(self, shard: int, seq: int, packed: bytes, chain: int) -> int | None:
         """The chain that this entry follows."""
@@ -208,7 +212,7 @@ class Oracles:
     def look_for_ruin(self, shard: int) -> None:
         """Is there a member in the map that has its data? If not, it must have lost as many disks as can matter."""
         row = self.map.members[shard]
-        if len(self.chains[shard]) == 1 or shard in self.ruined or any(self.has_data(disk) for _, disk in row):
+        if shard in self.ruined or any(not disk or self.has_data(disk) for _, disk in row):
             return
         lost = self.lost_since[shard]
         require(

@@ -137,20 +137,27 @@ class World:
 
     def story(self, shard: int | None) -> list[str]:
         """The last events that touch the shard, oldest first, with the acknowledgements between them."""
-        lines: list[str] = []
-        told = 0
-        for now_ms, what, detail in reversed(self._story):
-            if told == STORY_TOLD:
-                break
-            line = what
+        lines: list[tuple[str, bool]] = []  # and whether it is more than an acknowledgement
+        acknowledged: dict[str, Any] = {}  # by connection
+        for now_ms, what, detail in self._story:
+            line, counts = what, True
             if detail is not None and type(detail) is not int:
                 line = f"{what}: {text}" if (text := _tell(detail, shard)) else ""
+                if detail[0] == RESULTS:
+                    counts = False
+                    if acknowledged.get(what) == detail[1:3] and not detail[3]:
+                        line = ""
+                    acknowledged[what] = detail[1:3]
             elif detail is not None and shard is not None and detail != shard:
                 line = ""
             if line:
-                lines.append(f"{now_ms:6} {line}")
-                told += detail is None or type(detail) is int or detail[0] != RESULTS
-        return lines[::-1]
+                lines.append((f"{now_ms:6} {line}", counts))
+        left = STORY_TOLD
+        first = len(lines)
+        while first and left:
+            first -= 1
+            left -= lines[first][1]
+        return [line for line, _ in lines[first:]]
 
 
 def _tell(frame: Any, shard: int | None) -> str:

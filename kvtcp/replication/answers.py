@@ -146,6 +146,14 @@ class Answers(ClusterState):
         self._held_order += 1
         heappush(shard.held, (needed, self._held_order, self.now_ms + WRITE_WAIT_MS, sink, token, value))
 
+    def _look_whether_stuck(self, shard: ShardState) -> None:
+        """The commit that answers are held for may not come any more."""
+        shard.update_stuck(self.min_insync)
+        if shard.stuck and shard.held:
+            held, shard.held = sorted(shard.held), []
+            for entry in held:
+                self._refuse_held(shard, entry[3], entry[4])
+
     def _refuse_held(self, shard: ShardState, sink: Sink | None, token: Any) -> None:
         if shard.stuck:
             text = f"shard {shard.number} cannot commit what this read saw: {shard.stuck}"

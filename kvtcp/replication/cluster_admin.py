@@ -21,7 +21,6 @@ from kvtcp.constants import NODES_MAX
 from kvtcp.errors import AdminError
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import Learner
-from kvtcp.replication.membership import NodeState
 from kvtcp.replication.placement import plan
 from kvtcp.replication.recovery import DOWN
 
@@ -79,8 +78,6 @@ class ClusterAdmin:
 
         def stored() -> dict[str, Any]:
             node = added[-1]
-            self._core.sequencer.add_link(node)
-            self._core.membership.nodes[node] = NodeState()
             self._core.add_action("add", node)
             self._core.event("info", "node-added", node=node, address=f"{host}:{port}")
             return {"node": node}

@@ -30,7 +30,7 @@ from kvtcp.replication.cluster_admin import ClusterAdmin
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.map_changes import MapChanges
-from kvtcp.replication.membership import Membership
+from kvtcp.replication.membership import Membership, NodeState
 from kvtcp.replication.progress import Progress
 from kvtcp.replication.recovery import Recovery, StaleStore
 from kvtcp.replication.sequencer import Sequencer
@@ -272,8 +272,13 @@ class Controller:
         return lambda old: edit(old).with_heard(heard)
 
     def map_changed(self, cluster_map: ClusterMap) -> None:
-        """The config store holds this map."""
+        """The config store holds this map. Whoever proposed a part of it is told after that, one after the other: so
+        that each finds everything, nodes that came are known from here on."""
         self.sequencer.map_changed(cluster_map)
+        for node in cluster_map.nodes:
+            if node not in self.sequencer.links:
+                self.sequencer.add_link(node)
+                self.membership.nodes[node] = NodeState()
         self.membership.look_at_all()
 
     def may_transfer(self, learner: Learner) -> bool:

@@ -70,7 +70,7 @@ class Members(Admission, Answers):
         for shard in shards:
             shard.update_targets()
             shard.update_space()
-            shard.update_stuck()
+            self._look_whether_stuck(shard)
             shard.update_writable()
 
     def attach(self, shard: ShardState, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:

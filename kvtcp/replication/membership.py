@@ -209,7 +209,7 @@ class Membership:
     def _evict_lost(self) -> None:
         for node, state in self.nodes.items():
             link = self._around.sequencer.links[node]
-            if state.leaves:
+            if state.leaves and link.connected:
                 if not self.evict(link, list(link.shards), "it is about to stop") and not any(
                     shard.number in self.changing for shard in link.shards
                 ):

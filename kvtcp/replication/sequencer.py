@@ -150,7 +150,7 @@ class Sequencer(Members):
                 link.uncommitted[0][1].pop(number, None)
         shard.update_targets()
         shard.update_space()
-        shard.update_stuck()
+        self._look_whether_stuck(shard)
         shard.update_writable()
 
     def stop_serving(self, number: int, reason: str) -> None:
@@ -215,7 +215,7 @@ class Sequencer(Members):
         for shard in link.shards:
             shard.update_space()
             if shard.number in has:
-                shard.update_stuck()
+                self._look_whether_stuck(shard)
                 self._acknowledged(shard, link, has[shard.number])
             if shard.orphans:
                 self._hand_over(shard)
@@ -278,11 +278,7 @@ class Sequencer(Members):
             if op[1] is not None:
                 self._answer_unknown(shard, op[1], op[2], f"{link.node} {why}")
                 op[1] = None
-        shard.update_stuck()
-        if shard.stuck:
-            held, shard.held = sorted(shard.held), []
-            for entry in held:
-                self._refuse_held(shard, entry[3], entry[4])
+        self._look_whether_stuck(shard)
 
     def link_down(self, node: str, reason: str) -> None:
         """The link is gone: writes of its shards wait, its reads are queued at other members, its writes are kept."""

@@ -129,10 +129,11 @@ class ShardState:
         """Set `space` from the members."""
         self.space = max([link.space for link in self.members], default=0)
 
-    def update_stuck(self) -> None:
-        """Set `stuck` from the members that lost what others wait for."""
+    def update_stuck(self, min_insync: int) -> None:
+        """Set `stuck` from the members that lost what others wait for, if they cannot leave."""
         lost = [f"{link.node} {why}" for link, why in self.bad.items() if self.acked[link] < self.last_seq]
-        self.stuck = "; ".join(lost)
+        may_leave = len(self.members) > min_insync and self.good
+        self.stuck = "" if may_leave else "; ".join(lost)
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
@@ -152,7 +153,7 @@ class ShardState:
             assert not self.bad and not self.space, "a writable shard has no bad member, and space"
         assert self.good == [link for link in self.members if link not in self.bad], "good is what is not bad"
         assert self.bad.keys() <= set(self.members), "only a member is bad"
-        learning = [link for link in self.learners if link not in self.good]
+        learning = [link for link, each in self.learners.items() if not each.lost and link not in self.good]
         assert self.targets == self.good + learning, "writes go to good members and learners"
 
 
