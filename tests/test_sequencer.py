@@ -533,6 +533,71 @@ def test_shards_are_served_one_by_one() -> None:
         sequencer.serve(0, 1, 0)
 
 
+def test_a_shard_that_is_stopped() -> None:
+    """What is pending is UNKNOWN, what waits and what is held is refused, and nothing of it comes later: reads are not
+    queued elsewhere, writes are not sent again."""
+    cluster = Cluster(shards=2)
+    sequencer, answers = cluster.sequencer, cluster.answers
+    down = (Code.SHARD_DOWN, "shard 0 is down: its members differ")
+    cluster.put("committed")
+    cluster.pump()
+    cluster.write(INCR, "pending", key=b"n", args=(1,))
+    cluster.get("held", key=b"n")
+    cluster.pump("n1", "n2")
+    for node in ("n2", "n3"):
+        cluster.down(node)
+    cluster.get("moves")
+    cluster.put("waiting")
+    sequencer.multi_read(count_read([0, 1], b"", None, answers, "count moves"))
+    cluster.apply("n1")
+    assert cluster.up("n2") is None
+    sequencer.stop_serving(0, "its members differ")
+    sequencer.check()
+    assert answers.failed["pending"][0] == Code.UNKNOWN and "its members differ" in answers.failed["pending"][1]
+    assert answers.failed["waiting"][:2] == down
+    assert answers.failed["held"][:2] == (Code.NOT_ENOUGH_REPLICAS, down[1])
+    cluster.down("n1")
+    for token in ("moves", "count moves"):
+        assert answers.failed[token][:2] == down
+    for node in ("n1", "n3"):
+        assert cluster.up(node) is None
+        assert [item for item in cluster.apply(node) if item[1] == 0] == []
+    cluster.put("refused")
+    cluster.put("elsewhere", 1)
+    cluster.pump()
+    assert answers.failed["refused"][:2] == down
+    assert answers.ok.keys() == {"committed", "elsewhere"}
+
+
+def test_a_read_of_a_silent_node_does_not_move_in_a_shard_that_is_stopped() -> None:
+    """Neither of one key nor of several shards."""
+    cluster = Cluster(shards=2, nodes=2, factor=2)
+    cluster.sequencer.multi_read(count_read([0, 1], b"", None, cluster.answers, "count"))
+    silent = reader_of(cluster)
+    cluster.apply(silent)
+    cluster.sequencer.stop_serving(0, "its members differ")
+    cluster.tick(READ_RETRY_MS)
+    assert not any(link.open or link.outgoing for link in cluster.sequencer.links.values())
+
+
+def test_reads_that_wait_for_a_shard_that_is_stopped() -> None:
+    """A read over several shards that waits to begin is refused with the shard that is stopped, and the others wait
+    on."""
+    cluster = Cluster(shards=2, nodes=1, factor=1)
+    cluster.down("n1")
+    cluster.get("one")
+    for token, numbers in (("both", [0, 1]), ("other", [1])):
+        cluster.sequencer.multi_read(count_read(numbers, b"", None, cluster.answers, token))
+    cluster.sequencer.stop_serving(0, "its members differ")
+    cluster.sequencer.check()
+    assert {token: failed[0] for token, failed in cluster.answers.failed.items()} == {
+        "one": Code.SHARD_DOWN, "both": Code.SHARD_DOWN,
+    }  # fmt: skip
+    assert cluster.up("n1") is None
+    cluster.pump()
+    assert cluster.answers.ok == {"other": 0}
+
+
 def test_another_history_at_the_position_of_the_takeover() -> None:
     """A member that comes back at the number where this coordinator began, with another chain, is not that member."""
     cluster = Cluster(nodes=2, factor=2, shards=1)
