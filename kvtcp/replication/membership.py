@@ -149,6 +149,8 @@ class Membership:
 
     def work(self) -> None:
         """Take the next steps."""
+        for learner in self.learners():
+            learner.go_on()
         self._settle_unsettled()
         for number in sorted(self.unsettled):
             shard = self._shards[number]
