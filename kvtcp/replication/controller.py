@@ -19,7 +19,6 @@ up.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -45,7 +44,7 @@ FRAME_KINDS: Final = frozenset((ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE))
 
 class Controller:
     """One coordinator's core. `map_version_before` and `stamp_before_ms` are what the config store held before this
-    coordinator owned the map (0 = nothing)."""
+    coordinator owned the map (0 = nothing). `new_token` makes names that nobody can guess."""
 
     def __init__(
         self,
@@ -54,8 +53,8 @@ class Controller:
         durability: str,
         map_version_before: int,
         stamp_before_ms: int,
+        new_token: Callable[[], bytes],
         sequencer: type[Sequencer] = Sequencer,
-        new_token: Callable[[], bytes] = lambda: secrets.token_bytes(16),
     ) -> None:
         self.changes = changes
         changes.on_change = self.map_changed
