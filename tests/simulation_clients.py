@@ -28,7 +28,7 @@ PATIENCE_MS = 700  # a client waits so long
 REFUSED = {Code.OVERLOADED, Code.NOT_ENOUGH_REPLICAS, Code.SHARD_DOWN}
 COUNTER = b"n"
 COLD = b"zcold"  # these have a time to live
-CHECK_BUDGET = 100_000  # steps of the checker for one key; what takes more is counted as not decided
+CHECK_BUDGET = 500_000  # steps of the checker for one key; what takes more is counted as not decided
 
 READS = ("get", "get", "get", "exists", "ttl", "mget", "scan")
 WRITES = ("put", "put", "put", "delete", "add", "cas")
