@@ -30,7 +30,7 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.membership import Membership, NodeState
-from kvtcp.replication.progress import Progress
+from kvtcp.replication.progress import LinkError, Progress
 from kvtcp.replication.recovery import Recovery, StaleStore
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
@@ -131,8 +131,9 @@ class Controller:
                 f"node {node} has seen version {report.map_version} of the cluster map, the config store has "
                 f"version {version_max}"
             )
-        if node not in self.map.nodes:
-            self._actions.append(("close", node, "it was removed from the cluster"))
+        if node not in self.map.nodes or node in self.map.destroyed:
+            why = "it was declared destroyed" if node in self.map.destroyed else "it was removed from the cluster"
+            self._actions.append(("close", node, why))
             return
         self.reports[node] = report
         self._heard[node] = version
@@ -165,6 +166,8 @@ class Controller:
 
     def on_frame(self, node: str, message: Sequence[Any]) -> None:
         """One of FRAME_KINDS, with fields of the right types. Raises LinkError if it cannot be true."""
+        if node not in self.reports:
+            raise LinkError(f"{node} is not linked")
         kind = message[0]
         if kind == LEAVE:
             self.membership.nodes[node].leaves = True
