@@ -33,7 +33,7 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/python -m pytest -q
 
-# all scopes of the model of the replication rules, for about half an hour; `make test` has the smaller ones
+# all scopes of the model of the replication rules: about ten minutes of one core; `make test` has the smaller ones
 model: $(READY)
 	$(BIN)/python -m tests.replication_model $(if $(JOBS),--jobs $(JOBS))
 

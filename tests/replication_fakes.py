@@ -9,7 +9,6 @@ import msgpack
 from kvtcp.protocol.link import LINK_VERSION, CopyReport, parse_report
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.recovery import Verdict
 from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencer import Sequencer
 
@@ -36,10 +35,12 @@ class Answers:
 STAMP_MAX_MS = 10**15
 
 
-def make_map(nodes: int = 3, factor: int = 3, shards: int = 4, disk: str = "disk") -> ClusterMap:
+def make_map(
+    nodes: int = 3, factor: int = 3, shards: int = 4, disk: str = "disk", min_insync: int = 1
+) -> ClusterMap:
     """A map with nodes n1, n2, ... whose copies all have this disk, and a bound of stamps that is never met."""
     founded = ClusterMap.found(
-        cluster="c", owner="o", shards=shards, factor=factor, min_insync=1, durability="sync",
+        cluster="c", owner="o", shards=shards, factor=factor, min_insync=min_insync, durability="sync",
         nodes={f"n{n + 1}": ("h", n + 1) for n in range(nodes)}, stamp_bound_ms=STAMP_MAX_MS,
     )  # fmt: skip
     return founded.with_disks({n: dict.fromkeys(founded.nodes_of(n), disk) for n in range(shards)})
@@ -53,8 +54,11 @@ def wire(message: Any) -> Any:
 class Cluster:
     """All links are up after the start. Time is `now_ms`; nothing moves by itself."""
 
-    def __init__(self, nodes: int = 3, factor: int = 3, shards: int = 4, *, link: bool = True) -> None:
-        self.map = make_map(nodes, factor, shards)
+    def __init__(
+        self, nodes: int = 3, factor: int = 3, shards: int = 4, *, min_insync: int = 1, link: bool = True
+    ) -> None:
+        """`link` False: the shards are not served yet, and no link is up."""
+        self.map = make_map(nodes, factor, shards, min_insync=min_insync)
         self.sequencer = Sequencer(self.map)
         self.replicas: dict[str, Replica] = {}
         self.applied: dict[str, tuple[int, list[Any]]] = {}  # last applied ordinal, results not yet handed over
@@ -63,8 +67,9 @@ class Cluster:
         self.begin(0)
         for node in self.map.nodes:
             self.new_process(node)
-        self.sequencer.take_over([Verdict()] * shards)
         if link:
+            for number in range(shards):
+                self.sequencer.serve(number, 0, 0)
             for node in self.map.nodes:
                 assert self.up(node) is None
 

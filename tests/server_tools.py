@@ -162,7 +162,7 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
         "secret": coordinator.secret,
         "epoch": coordinator.map.epoch,
         "coordinator": coordinator.map.owner,
-        "link": coordinator.links[to].number + 1,
+        "link": link_number(coordinator, to) + 1,
         "node": to,
         "durability": coordinator.durability,
         "map": coordinator.map.to_json(),
@@ -171,6 +171,11 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
         "shards": coordinator.map.shards_of(to),
         **changed,
     }
+
+
+def link_number(coordinator: CoordinatorServer, node: str) -> int:
+    """How many HELLOs a node was sent in this epoch: 1 as long as its first link lasts."""
+    return coordinator.controller._hellos[node][0]
 
 
 def cut_link(coordinator: CoordinatorServer, node: str) -> None:

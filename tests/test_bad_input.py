@@ -10,7 +10,17 @@ from typing import Any
 
 import msgpack
 import pytest
-from server_tools import BOTH_LOOPS, Wire, cut_link, event_loop_policy, healthy, link_hello, pack, until
+from server_tools import (
+    BOTH_LOOPS,
+    Wire,
+    cut_link,
+    event_loop_policy,
+    healthy,
+    link_hello,
+    link_number,
+    pack,
+    until,
+)
 
 import kvtcp
 from kvtcp.constants import FRAME_BYTES_MAX, KEY_BYTES_MAX, MIB, REQUEST_ID_MAX, VALUE_BYTES_MAX
@@ -124,14 +134,14 @@ async def test_node_frames_on_the_client_port(cluster: LocalCluster, caplog: pyt
 
 async def test_client_frames_on_a_node(cluster: LocalCluster, caplog: pytest.LogCaptureFixture) -> None:
     """A client that dials a node's port is closed with a reason, and the coordinator's link stays."""
-    number = cluster.coordinator.links["n1"].number
+    number = link_number(cluster.coordinator, "n1")
     async with healthy(cluster):
         for frame in ([1, "hello", 1, "x"], [1, "status"], [2, "get", "a"], [3, 0, 0, []], 5, [], [[1], 2], [7]):
             async with await Wire.open(cluster.nodes["n1"].address, hello=False) as wire:
                 wire.send(frame)
                 await wire.closed()
     assert logged(caplog, "the first frame of a link is HELLO") and logged(caplog, "a HELLO lacks fields")
-    assert cluster.coordinator.links["n1"].number == number, "the link was never cut"
+    assert link_number(cluster.coordinator, "n1") == number, "the link was never cut"
     assert not cluster.nodes["n1"].stopped.is_set(), "a STOP before HELLO is not obeyed"
 
 
@@ -281,7 +291,7 @@ async def test_large_pages_and_batches(cluster: LocalCluster) -> None:
                 assert code == 0
                 sizes[ident] = len(result[0] if ident < 100 else result[0][0][1])
             assert set(sizes.values()) == {VALUE_BYTES_MAX} and len(sizes) == len(requests)
-        assert [link.number for link in cluster.coordinator.links.values()] == [1, 1], "no link was broken"
+        assert [link_number(cluster.coordinator, node) for node in cluster.nodes] == [1, 1], "no link was broken"
 
 
 async def test_mget_over_the_frame(cluster: LocalCluster) -> None:
@@ -300,7 +310,7 @@ async def test_mget_over_the_frame(cluster: LocalCluster) -> None:
             wire.send(*([n, "mget", [b"%d" % k for k in range(10_000)]] for n in range(10, 24)))
             answers = {answer[0]: answer[1] for answer in [await wire.receive() for _ in range(14)]}
             assert set(answers.values()) == {0} and len(answers) == 14
-    assert [link.number for link in cluster.coordinator.links.values()] == [1, 1], "no link was broken"
+    assert [link_number(cluster.coordinator, node) for node in cluster.nodes] == [1, 1], "no link was broken"
 
 
 # --- slow and silent connections ------------------------------------------------------------------------

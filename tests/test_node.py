@@ -27,6 +27,7 @@ from kvtcp.protocol.link import (
 )
 from kvtcp.protocol.operations import GET, MGET, PUT
 from kvtcp.server import node as node_module
+from kvtcp.server import node_stats
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
 from tests.crash_disk import CrashDisk
@@ -43,6 +44,12 @@ def hello(**changed: Any) -> list[Any]:
         "map_version": 1, "heard_version": 0, "shards": [0, 1], "durability": "memory", "map": None,
     }  # fmt: skip
     return [HELLO, {**fields, **changed}]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames come when they are expected, however slow the machine is."""
+    monkeypatch.setattr(node_stats, "STATS_MS", 10**9)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from server_tools import link_number
 
 import kvtcp
 from kvtcp.server import supervisor as module
@@ -73,13 +74,13 @@ async def test_a_running_cluster_does_not_notice() -> None:
         replica = cluster.nodes["n1"].replica
         port, name, secret = cluster.nodes["n1"].address[1], coordinator.map.cluster, coordinator.secret
         await kv.put("a", "1")
-        before = (replica.promised, replica.coordinator, coordinator.links["n1"].number)
+        before = (replica.promised, replica.coordinator, link_number(coordinator, "n1"))
         assert await ask(port, "n1", name, secret) == Found("ours", promised=1, map_version=1)
         assert (await ask(port, "n2", name, secret)).what == "another node of this cluster"
         assert (await ask(port, "n1", name, "wrong")).what == "a node of another cluster"
         assert (await ask(port, "n1", "wrong", secret)).what == "a node of another cluster"
         await kv.put("a", "2")
-        assert (replica.promised, replica.coordinator, coordinator.links["n1"].number) == before
+        assert (replica.promised, replica.coordinator, link_number(coordinator, "n1")) == before
 
 
 async def test_a_fresh_node_founds_no_cluster() -> None:

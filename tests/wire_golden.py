@@ -112,6 +112,7 @@ LINK_FRAMES: list[list[Any]] = [
     }],
     [link.CHUNK, b"bytes of a snapshot"],
     [link.CHUNK, b""],
+    [link.LEAVE],
 ]  # fmt: skip
 
 

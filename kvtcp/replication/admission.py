@@ -126,9 +126,10 @@ class Admission(ClusterState):
             self._filled(link)
 
     def _reader(self, shard: ShardState, avoid: Progress | None) -> Progress | None:
-        """The good member with room and the least outstanding; if one is avoided for its silence, no silent one."""
+        """The good member with room and the least outstanding; if one is avoided for its silence, no silent one. None
+        of a shard that was stopped."""
         best = None
-        for link in shard.good:
+        for link in shard.good if shard.serving else ():
             if avoid is not None and link.is_silent(self.now_ms):
                 continue
             if link.connected and not link.full and link is not avoid and (best is None or link.items < best.items):
@@ -157,15 +158,11 @@ class Admission(ClusterState):
 
     def multi_read(self, multi: MultiRead) -> None:
         """Queue a read over several shards in this one step, so that its answer is one consistent cut."""
-        for number in multi.shards:
-            shard = self.shards[number]
-            if not shard.serving:
-                text = f"shard {number} is down: {shard.reason}"
-                self._refuse(multi.sink, multi.token, Code.SHARD_DOWN, text, shard)
-                return
         self._start_or_wait(multi)
 
     def _start_or_wait(self, multi: MultiRead) -> None:
+        if self._is_refused(multi):
+            return
         if self._start_multi(multi, None):
             return
         multi.cancel_attempt()
@@ -175,6 +172,17 @@ class Admission(ClusterState):
             return
         self._waiting_multi.append((self.now_ms + WRITE_WAIT_MS, multi))
         self._count_waiting(1, multi.bytes)
+
+    def _is_refused(self, multi: MultiRead) -> bool:
+        """Whether a shard of it is not served, and it was told so."""
+        for number in multi.shards:
+            shard = self.shards[number]
+            if not shard.serving:
+                multi.done = True
+                text = f"shard {number} is down: {shard.reason}"
+                self._refuse(multi.sink, multi.token, Code.SHARD_DOWN, text, shard)
+                return True
+        return False
 
     def _start_multi(self, multi: MultiRead, avoid: Progress | None) -> bool:
         cover = self._cover(multi.shards, avoid)
@@ -345,6 +353,16 @@ class Admission(ClusterState):
         """Refuse what waits unsequenced and whose key `wanted` says so."""
         for shard in self.shards:
             self._refuse_some(shard, code, text, lambda entry: wanted(entry[3]))
+
+    def _refuse_stopped(self, shard: ShardState) -> None:
+        """Refuse everything that waits for a shard which is not served any more."""
+        self._refuse_some(shard, Code.SHARD_DOWN, f"shard {shard.number} is down: {shard.reason}", lambda entry: True)
+        waiting, self._waiting_multi = self._waiting_multi, deque()
+        for entry in waiting:
+            if self._is_refused(entry[1]):
+                self._count_waiting(-1, -entry[1].bytes)
+            else:
+                self._waiting_multi.append(entry)
 
     def _refuse_some(self, shard: ShardState, code: Code, text: str, wanted: Callable[[Waiting], bool]) -> None:
         """Refuse what waits for `shard` and `wanted` says so."""

@@ -155,7 +155,9 @@ class Answers(ClusterState):
                 self._refuse_held(shard, entry[3], entry[4])
 
     def _refuse_held(self, shard: ShardState, sink: Sink | None, token: Any) -> None:
-        if shard.stuck:
+        if not shard.serving:
+            text = f"shard {shard.number} is down: {shard.reason}"
+        elif shard.stuck:
             text = f"shard {shard.number} cannot commit what this read saw: {shard.stuck}"
         else:
             behind = "; ".join(

@@ -156,8 +156,6 @@ class Controller:
             return
         self.event("warning", "link-down", node=node, reason=reason)
         self.membership.node_down(node)
-        for number in list(self.membership.repairing):
-            self._stop_repair_if_lost(number, node)
         self.sequencer.link_down(node, reason)
         self.recovery.on_lost(node)
         self.admin.node_down(node)
@@ -333,15 +331,11 @@ class Controller:
         """Something else for the shell to do."""
         self._actions.append(action)
 
-    def _stop_repair_if_lost(self, number: int, node: str) -> None:
-        """A member of a shard under repair, or who was to replace one, is gone."""
-        shard = self.sequencer.shards[number]
-        if not any(link.node == node for link in shard.members) or self.repair_in_flight(number):
-            return  # if it is in flight, the recovery starts over when that is stored
+    def stop_repair(self, number: int) -> None:
+        """Replace none of its members."""
         self.membership.repairing.discard(number)
-        for learner in list(shard.learners.values()):
-            learner.give_up()
-            self.sequencer.detach(shard, learner.link)
+        for learner in list(self.sequencer.shards[number].learners.values()):
+            learner.fail("its shard is recovered anew")
 
     def repair_in_flight(self, number: int) -> bool:
         """Whether the map is being changed for a member that was replaced."""
@@ -349,14 +343,14 @@ class Controller:
 
     def replaced(self, number: int) -> None:
         """Membership: a member of a shard that is not served was replaced in the map."""
-        shard = self.sequencer.shards[number]
-        whole = all(node in self.reports for node in self.map.nodes_of(number))
-        if number in self.membership.repairing and whole and not shard.bad:
-            self.membership.repairing.discard(number)
-            self.recovery.repaired(number)
-        elif number not in self.membership.repairing or not whole:
-            self.membership.repairing.discard(number)
-            self.recovery.begin(number)
+        if number in self.recovery.shards:
+            is_repair = number in self.membership.repairing  # else a loss was accepted
+            if not is_repair or self.recovery.must_restart(number):
+                self.membership.repairing.discard(number)
+                self.recovery.begin(number)
+            elif not self.sequencer.shards[number].bad:
+                self.membership.repairing.discard(number)
+                self.recovery.repaired(number)
         self.admin.replaced(number)
 
     def check(self) -> None:

@@ -240,8 +240,10 @@ class CopySet:
 
     def _replace(self, shard: int, copy: Copy | None) -> None:
         """Nothing of the old copy is used any more."""
-        old = self.copies.pop(shard, None)
-        if copy is not None:
+        old = self.copies.get(shard)
+        if copy is None:
+            self.copies.pop(shard, None)
+        else:
             self.copies[shard] = copy
         self._take_made()
         self.kept.forget(shard)

@@ -172,16 +172,18 @@ class Learner:
             self._around.learner_failed(self, why)
 
     def tick(self) -> None:
-        """Ask again a donor that was behind, or gave to another one; do not let a learner run after the others for
-        ever."""
+        """Ask again a donor that was behind; do not let a learner run after the others for ever."""
         if self.phase == FETCHING and not self._fetches:
             self._fetch()
-        elif self.phase == FREEZING and not self.token:
-            self._freeze()
         elif self.phase == LIVE and not self.proposed:
             self._ticks_live += 1
             self.hurry = self._ticks_live > HURRY_TICKS
             self._around.learner_is_live(self)
+
+    def go_on(self) -> None:
+        """The donor may be free now."""
+        if self.phase == FREEZING and not self.token:
+            self._freeze()
 
     # --- what comes back ----------------------------------------------------------------------------
 
@@ -242,7 +244,7 @@ class Learner:
     def _freeze(self) -> None:
         self.phase = FREEZING
         if not self._around.may_transfer(self):
-            return  # `tick` tries again
+            return  # `go_on` tries again
         self.token = self._around.new_token()
         item = (DONATE, self.shard.number, self.token, self._seq_min)
         self._around.call(self.donor, item, self._guarded(self._on_frozen))

@@ -177,12 +177,11 @@ class Members(Admission, Answers):
 
     def _still_due(self, link: Progress, batches: Iterable[Batch]) -> list[Batch]:
         """The link is lost: of what was on it, what has to be sent again when it is back. That is nothing of shards
-        that it left, or of which it was a learner that is over now."""
+        that it left, or of which it was a learner that is over now, or that were stopped."""
         over = {
-            number
-            for batch in batches
-            for number in batch.last_seqs
-            if link not in self.shards[number].acked and link not in self.shards[number].learners
+            shard.number
+            for shard in [self.shards[number] for batch in batches for number in batch.last_seqs]
+            if not shard.serving or (link not in shard.acked and link not in shard.learners)
         }
         if not over:
             return list(batches)

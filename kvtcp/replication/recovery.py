@@ -80,6 +80,9 @@ class Surroundings(Protocol):
     def repair_in_flight(self, number: int) -> bool:
         """Whether a change of the map for such a member is on its way."""
 
+    def stop_repair(self, number: int) -> None:
+        """Replace none of its members: the recovery begins anew, or goes on without an accepted loss."""
+
     def is_down(self, number: int, why: str) -> None:
         """The shard cannot be served now."""
 
@@ -109,7 +112,8 @@ class _Shard:
         self.number = number
         self.state = WAITING
         self.since_ms: int | None = None  # when the wait for reports began; None = at the next look
-        self.again = False  # while CHANGING: a link broke, start over after it
+        self.again = False  # while a change of the map is on its way: a link broke, start over after it
+        self.differ = False  # DOWN because good members have different histories
         self.found: dict[str, str] = {}  # members found bad while shipping, and why
         self.good: dict[str, CopyReport] = {}
         self.bad: dict[str, str] = {}
@@ -140,9 +144,13 @@ class Recovery:
         return all(shard.state in (DOWN, REPAIRING) for shard in self.shards.values())
 
     def begin(self, number: int) -> None:
-        """A shard that was served starts over, or one that is down is judged anew."""
-        shard = self.shards.setdefault(number, _Shard(number))
-        self._restart(shard)
+        """A shard starts over: a member of it was replaced, or it is down and is judged anew."""
+        self._restart(self.shards[number])
+        self._start_some()
+
+    def must_restart(self, number: int) -> bool:
+        """Whether a link of it broke while a change of the map was on its way."""
+        return self.shards[number].again
 
     # --- events -------------------------------------------------------------------------------------
 
@@ -159,6 +167,7 @@ class Recovery:
         """A node that had reported was lost."""
         for shard in self._of(node):
             self._restart(shard)
+        self._start_some()  # not before all of them gave up their turns: the node is gone
 
     def tick(self) -> None:
         """Time passed."""
@@ -169,11 +178,8 @@ class Recovery:
     def repaired(self, number: int) -> None:
         """All members that were to be replaced are."""
         shard = self.shards[number]
-        assert shard.state == REPAIRING, "only a shard under repair is repaired"
-        if shard.again:
-            self._restart(shard)
-        else:
-            self._finish(shard)
+        assert shard.state == REPAIRING and not shard.again, "only a shard under repair is repaired"
+        self._finish(shard)
 
     def on_entries(self, node: str, number: int, after: int, chain: int | None, entries: Any) -> None:
         """An ENTRIES frame. What was not asked for is not looked at. Raises LinkError if it is none."""
@@ -229,6 +235,8 @@ class Recovery:
         if shard.state == CHANGING or (shard.state == REPAIRING and self._around.repair_in_flight(shard.number)):
             shard.again = True
             return
+        if shard.state == REPAIRING:
+            self._around.stop_repair(shard.number)
         shard.again = False
         self._leave_shipping(shard)
         shard.state = WAITING
@@ -245,9 +253,9 @@ class Recovery:
 
     def _judge(self, shard: _Shard) -> None:
         """Look at the reports of a shard that is WAITING, and go on as far as they allow."""
-        if shard.state != WAITING:
-            return
         around = self._around
+        if shard.state != WAITING or around.repair_in_flight(shard.number):
+            return  # an accepted loss is being stored: it begins anew after that
         if shard.since_ms is None:
             shard.since_ms = around.now_ms
         row = around.map.members[shard.number]
@@ -305,6 +313,7 @@ class Recovery:
         return True
 
     def _change(self, shard: _Shard, edit: Edit) -> None:
+        self._around.stop_repair(shard.number)
         shard.state = CHANGING
 
         def done() -> None:
@@ -324,6 +333,7 @@ class Recovery:
             whys += [f"{node} is missing" for node in shard.silent]
             self._down(shard, f"none of its members has its data: {'; '.join(whys)}")
             return
+        around.stop_repair(shard.number)
         if not self._choose_best(shard):
             return
         gone = shard.silent + [node for node in shard.bad if node in around.map.destroyed]
@@ -352,7 +362,8 @@ class Recovery:
     def _choose_best(self, shard: _Shard) -> bool:
         best = max(shard.good.values(), key=_order)
         shard.donors = [node for node, copy in shard.good.items() if _order(copy) == _order(best)]
-        if len({shard.good[node].chain for node in shard.donors}) > 1:
+        shard.differ = len({shard.good[node].chain for node in shard.donors}) > 1
+        if shard.differ:
             names = ", ".join(shard.donors)
             why = f"its members differ: {names} end at number {best.seq} with different histories"
             self._around.alarm(f"shard {shard.number}: {why}")

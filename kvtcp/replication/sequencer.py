@@ -163,7 +163,9 @@ class Sequencer(Members):
                 self._answer_unknown(shard, op[1], op[2], reason)
                 op[1] = None
         shard.orphans = []
-        self._refuse_some(shard, Code.SHARD_DOWN, f"shard {number} is down: {reason}", lambda entry: True)
+        for link in list(self._kept):
+            self._forget_kept(link, {number})
+        self._refuse_stopped(shard)
         held, shard.held = sorted(shard.held), []
         for entry in held:
             self._refuse_held(shard, entry[3], entry[4])
@@ -315,7 +317,8 @@ class Sequencer(Members):
                 if attempt != multi.attempt or multi.done:
                     continue
                 if avoid is not None:
-                    if not multi.movable or multi.moved or not self._start_multi(multi, avoid):
+                    is_down = not all(self.shards[number].serving for number in multi.shards)
+                    if not multi.movable or multi.moved or is_down or not self._start_multi(multi, avoid):
                         stay.append(op)
                     else:
                         multi.moved = True

@@ -5,6 +5,9 @@ the newest link is the only one, older ones are closed with their unread input. 
 is applied in one step and answered with one write. While the coordinator does not read, nothing more is applied (the
 transport's high-water mark), so memory stays bounded in both directions.
 
+Frames of a link are worked off in their order, batches and others alike. A connection whose first frame is GIVE is that
+of another node, which pulls what this one donates (donations.py); this node's own transfers are in pulls.py.
+
 With a disk (`Durability`) results are sent at once, and acknowledged as durable when they are: a frame of RESULTS that
 has nothing to tell but that waits for the end of the sync that is under way. A report is sent when the promise, new
 copies and everything applied are durable.
@@ -24,9 +27,10 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from kvtcp.constants import (
+    LEAVE_MS,
     LINK_FRAME_BYTES_MAX,
     LINK_WRITE_BUFFER_BYTES,
     ORPHAN_MS,
@@ -41,22 +45,36 @@ from kvtcp.protocol.link import (
     BATCH,
     ENTRIES,
     FETCH,
+    GIVE,
     HELLO,
+    LEARN_FAILED,
+    LEARNED,
+    LEAVE,
+    LINK_VERSION,
+    PULL,
     REFUSED,
     REPORT,
     RESULTS,
     SHIP,
     SHIPPED,
     SPACE,
+    STATS,
     STOP,
 )
 from kvtcp.replication.replica import Refused, Replica
 from kvtcp.server.backup_job import BackupJob
+from kvtcp.server.donations import Donations, DonationStream
 from kvtcp.server.durability import Durability
+from kvtcp.server.node_stats import NodeStats
+from kvtcp.server.pulls import Pulls
 from kvtcp.server.transport import FramedConnection
+from kvtcp.storage.copy import Copy
 from kvtcp.storage.store import NodeStore
 
 log = logging.getLogger("kvtcp.node")
+
+PAUSE_S: Final = 0.002  # between two slices of work that takes long: for batches
+_FRAME_TYPES: Final = {FETCH: (int, int, int), SHIP: (int, int, list), PULL: (int, int, bytes, int, bytes)}
 
 
 class LinkConnection(FramedConnection):
@@ -66,7 +84,8 @@ class LinkConnection(FramedConnection):
         super().__init__(server.loop, LINK_FRAME_BYTES_MAX)
         self.server = server
         self.accepted = False  # its HELLO was; only then anything else is looked at
-        self.inbox: deque[list[Any]] = deque()  # batches not yet applied
+        self.stream: DonationStream | None = None  # it is not a link: another node pulls a copy
+        self.inbox: deque[list[Any]] = deque()  # frames not yet worked off
         self.running = False  # the batch at the head of the inbox is half done
         self.durable = 0  # ordinal up to which everything is durable
 
@@ -82,10 +101,14 @@ class LinkConnection(FramedConnection):
                 raise ProtocolError("a frame of a link is an array [kind, ...]")
             if self.accepted and message[0] == BATCH and len(message) == 4:
                 self.inbox.append(message)
+            elif self.stream is not None:
+                raise ProtocolError("a node that pulls a copy says nothing after GIVE")
             elif message[0] == HELLO and not self.accepted and len(message) == 2:
                 self.server.hello(self, message[1])
-            elif self.accepted and message[0] in (FETCH, SHIP) and len(message) == 3:
-                self.server.recovery_frame(self, message)
+            elif message[0] == GIVE and not self.accepted and len(message) == 2:
+                self.server.give(self, message[1])
+            elif self.accepted and _FRAME_TYPES.get(message[0]) == tuple(map(type, message)):
+                self.inbox.append(message)
             elif self.accepted and message[0] == STOP:
                 log.info("event=stop node=%s reason=asked by the coordinator", self.server.replica.node)
                 self.server.stop_requested()
@@ -109,6 +132,9 @@ class LinkConnection(FramedConnection):
         results: list[Any] = []
         heartbeat = False  # a batch without items wants an answer of its own
         while inbox and not self.write_paused:
+            if inbox[0][0] != BATCH:  # what was applied before it is told already
+                self.server.frame(self, inbox.popleft())
+                continue
             if not self.running:
                 replica.begin(*inbox[0][1:])
                 self.running = True
@@ -116,7 +142,8 @@ class LinkConnection(FramedConnection):
             if finished:
                 self.running = False
                 heartbeat = not inbox.popleft()[3] or heartbeat
-            if not finished or not inbox or replica.results_bytes > RESULTS_BYTES_MAX:
+            is_last = not inbox or inbox[0][0] != BATCH
+            if not finished or is_last or replica.results_bytes > RESULTS_BYTES_MAX:
                 if self.server.log_applied(self) or results or heartbeat:
                     self.send_results(results)
                 results = []
@@ -125,6 +152,8 @@ class LinkConnection(FramedConnection):
             self.server.durability.flush()
         if replica.freezes:
             self.server.start_backups()
+        if replica.news:
+            self.server.tell_news()
 
     def send_results(self, results: list[Any]) -> None:
         """What was applied, and what of it is durable."""
@@ -141,10 +170,15 @@ class LinkConnection(FramedConnection):
         super().resume_writing()
         if self.transport is not None:
             self.transport.resume_reading()
-            self.apply()
+            if self.stream is not None:
+                self.stream.resumed()
+            else:
+                self.apply()
 
     def closed(self, reason: str) -> None:
         self.inbox.clear()
+        if self.stream is not None:
+            self.stream.abort(f"the connection was lost: {reason}")
         self.server.connection_closed(self, reason)
 
 
@@ -167,7 +201,7 @@ class NodeServer:
         """`store` None keeps everything in memory."""
         self.loop = asyncio.get_running_loop()
         self.durability: Durability | None = None
-        self.replica = Replica(node, os.getpid(), lambda: secrets.token_hex(8))
+        self.replica = Replica(node, os.getpid(), lambda: secrets.token_hex(8), retire=self._retire)
         if store is not None:
             self._open(node, store, snapshot_log_bytes)
         self.cluster = cluster  # None: the first coordinator that says HELLO creates the identity
@@ -184,8 +218,21 @@ class NodeServer:
         self._young_cells = 0  # made since the last young collection, at most
         self._link_number = 0  # of the newest accepted link; only grows
         self._orphan: asyncio.TimerHandle | None = None
+        self._leaving: asyncio.TimerHandle | None = None  # the coordinator was told that this node is about to stop
         self._server: asyncio.Server | None = None
         self._jobs: set[BackupJob] = set()
+        self._catching_up = False  # the next slice of a buffer is due
+        self.donations = Donations(self.loop, self.replica)
+        self.pulls = Pulls(
+            self.loop, self.replica, self.durability, self._identity, self.replica_changed, self.failed
+        )
+        self._stats = NodeStats(self.loop, self.replica, self.durability, lambda stats: self._send((STATS, stats)))
+
+    def _identity(self) -> tuple[str, str]:
+        return self.cluster or "", self.secret or ""
+
+    def _retire(self, copy: Copy) -> None:
+        self.pulls.let_go(copy)
 
     def _open(self, node: str, store: NodeStore, snapshot_log_bytes: int) -> None:
         """Go on with what was recovered."""
@@ -200,6 +247,8 @@ class NodeServer:
             manifest.promised,
             manifest.coordinator,
             manifest.map_version,
+            generations=manifest.generations,
+            retire=self._retire,
         )
         self.durability = Durability(
             self.loop,
@@ -207,7 +256,7 @@ class NodeServer:
             on_durable=self._durable,
             on_failed=self.failed,
             on_space=self._space_changed,
-            freeze=lambda shard: (self.replica.tables[shard].freeze(), self.replica.kept.of_shard(shard)),
+            freeze=lambda shard: (self.replica.copies[shard].table.freeze(), self.replica.kept.of_shard(shard)),
             snapshot_log_bytes=snapshot_log_bytes,
         )
 
@@ -220,6 +269,7 @@ class NodeServer:
         self.address = self._server.sockets[0].getsockname()[:2]
         log.info("event=listening node=%s address=%s:%s pid=%s", self.replica.node, *self.address, os.getpid())
         self._arm_orphan()
+        self._stats.start()
 
     def hello(self, connection: LinkConnection, fields: Any) -> None:
         """Accept or refuse a link."""
@@ -254,8 +304,7 @@ class NodeServer:
             older.inbox.clear()
             older.accepted = False
             older.abort()
-        for job in list(self._jobs):
-            job.abort("the link it was asked for on is gone")
+        self._end_transfers("the link it was asked for on is gone")
         self._disarm_orphan()
         log.info("event=linked node=%s peer=%s epoch=%s link=%s", replica.node, connection.peer, epoch, number)
         if self.durability is None:
@@ -273,34 +322,140 @@ class NodeServer:
             connection.send((REPORT, report))
             connection.flush()
 
-    def recovery_frame(self, connection: LinkConnection, message: list[Any]) -> None:
-        """A takeover asks for entries, or brings some."""
-        kind, shard, argument = message
-        replica = self.replica
+    def _end_transfers(self, reason: str) -> None:
+        """What a link began ends with it."""
+        for job in list(self._jobs):
+            job.abort(reason)
+        self.pulls.abort(reason)
+        self.donations.abort(reason)
+
+    def _send(self, frame: Any) -> None:
+        """To the coordinator, if there is one."""
+        if self._link is not None and self._link.accepted:
+            self._link.send(frame)
+            self._link.flush()
+
+    def frame(self, connection: LinkConnection, message: list[Any]) -> None:
+        """A frame of the link that is no batch: entries are asked for or brought, or a copy is to be fetched."""
+        kind, shard, *arguments = message
         if kind == FETCH:
-            connection.send((ENTRIES, shard, argument, *replica.entries_after(shard, argument)))
-            connection.flush()
+            self._fetch(connection, shard, arguments[0])
+        elif kind == SHIP:
+            self._ship(connection, shard, arguments[0])
+        else:
+            host, port, token = arguments
+            refused = self.pulls.start(shard, host.decode("utf-8", "replace"), port, token)
+            if refused is not None:
+                self._send((LEARN_FAILED, shard, refused))
+
+    def _fetch(self, connection: LinkConnection, shard: int, after: int) -> None:
+        """The answer may need an index of many entries, which is made in slices."""
+        if connection is not self._link:
             return
-        error = replica.ship(shard, argument)
+        if not self.replica.kept.index_some():
+            self.loop.call_later(PAUSE_S, self._fetch, connection, shard, after)
+            return
+        self._send((ENTRIES, shard, after, *self.replica.entries_after(shard, after)))
+
+    def _ship(self, connection: LinkConnection, shard: int, entries: list[Any]) -> None:
+        replica = self.replica
+        error = replica.ship(shard, entries)
         copy = replica.copies.get(shard)
         position = (0, 0, 0) if copy is None else copy.table.position
-
-        def shipped() -> None:
-            if connection is self._link:
-                connection.send((SHIPPED, shard, *position, error))
-                connection.flush()
-
         self.log_applied(connection)
+        self._when_durable(connection, (SHIPPED, shard, *position, error))
+        self.replica_changed()
+
+    def _when_durable(self, connection: LinkConnection, frame: Any) -> None:
+        """Send a frame when everything applied so far is durable, if the link is still the same."""
+
+        def send() -> None:
+            if connection is self._link:
+                self._send(frame)
+
         if self.durability is None:
-            shipped()
+            send()
         else:
-            self.durability.when_durable(shipped)
+            self.durability.when_durable(send)
+
+    # --- learning -----------------------------------------------------------------------------------
+
+    def give(self, connection: LinkConnection, fields: Any) -> None:
+        """Another node comes for what this one donates."""
+        if type(fields) is not dict or not all(type(fields.get(name)) is bytes for name in (b"cluster", b"secret")):
+            raise ProtocolError("a GIVE lacks fields")
+        code, why = "TOKEN", "nothing is donated under this token, or not any more"
+        if fields.get(b"version") != LINK_VERSION:
+            code, why = "VERSION", f"this node speaks link version {LINK_VERSION}"
+        elif (
+            self.secret is None
+            or self.cluster is None
+            or not hmac.compare_digest(fields[b"secret"], self.secret.encode())
+            or fields[b"cluster"] != self.cluster.encode()
+        ):
+            code, why = "SECRET", "cluster and secret are not those of this node"
+        else:
+            connection.stream = self.donations.give(connection, fields)
+            if connection.stream is not None:
+                return
+        log.warning("event=give-refused peer=%s code=%s reason=%s", connection.peer, code, why)
+        connection.send((REFUSED, code, why, self.replica.promised, self.replica.map_version))
+        connection.close()
+
+    def replica_changed(self) -> None:
+        """Copies were changed without a batch: log it and tell it; what waits in buffers is applied in slices."""
+        link = self._link
+        if link is None:
+            return
+        try:
+            more = self.replica.catch_up()
+            self.log_applied(link)
+        except Exception as error:
+            link.abort()
+            self.failed(error)
+            return
+        if self.durability is not None:
+            self.durability.flush()
+        self.tell_news()
+        if more and not self._catching_up:
+            self._catching_up = True
+            self.loop.call_later(PAUSE_S, self._catch_up)
+
+    def _catch_up(self) -> None:
+        self._catching_up = False
+        if self.failure is None:
+            self.replica_changed()
+
+    def tell_news(self) -> None:
+        """Copies that are live, or could not be learned; donations that begin to wait."""
+        replica = self.replica
+        replica.news = False
+        self.donations.look()
+        link = self._link
+        if link is None:
+            return
+        for shard, reason in replica.take_failed():
+            log.warning("event=learn-failed node=%s shard=%s reason=%s", replica.node, shard, reason)
+            self._send((LEARN_FAILED, shard, reason))
+        for shard in replica.take_learned():
+            copy = replica.copies[shard]
+            log.info("event=learned node=%s shard=%s disk=%s seq=%s", replica.node, shard, copy.disk, copy.table.seq)
+            self._when_durable(link, (LEARNED, shard, copy.disk, copy.generation, *copy.table.position))
+
+    def _make_drops_durable(self, dropped: list[int]) -> None:
+        log.info("event=dropped node=%s shards=%s", self.replica.node, dropped)
+        if self.durability is not None:
+            self.durability.change_copies(self.replica.copies.values())
 
     # --- the disk -----------------------------------------------------------------------------------
 
     def log_applied(self, connection: LinkConnection) -> bool:
         """Log what was applied; true if all of it is durable already."""
         replica = self.replica
+        if replica.news:
+            dropped = replica.take_dropped()
+            if dropped:
+                self._make_drops_durable(dropped)
         entries = replica.take_logged()
         self._young_cells += len(entries)
         if self._young_cells > YOUNG_CELLS_MAX:
@@ -321,9 +476,7 @@ class NodeServer:
 
     def _space_changed(self, level: int) -> None:
         self.replica.space = level
-        if self._link is not None and self._link.accepted:
-            self._link.send((SPACE, level))
-            self._link.flush()
+        self._send((SPACE, level))
 
     def snapshot_all(self) -> None:
         """Snapshot what has changed, on demand."""
@@ -336,9 +489,11 @@ class NodeServer:
         if connection is self._link:
             log.info("event=link-closed node=%s reason=%s", self.replica.node, reason)
             self._link = None
-            for job in list(self._jobs):
-                job.abort("the link closed")
+            self.replica.link_lost()
+            self._end_transfers("the link closed")
             self._arm_orphan()
+            if self._leaving is not None:
+                self.stop_requested()
 
     def _arm_orphan(self) -> None:
         if self._spawned and self._orphan is None:
@@ -362,9 +517,7 @@ class NodeServer:
 
     def _backup_done(self, job: BackupJob, report: dict[str, Any] | None, error: str | None) -> None:
         self._jobs.discard(job)
-        if self._link is not None:
-            self._link.send((BACKUP, job.name, report, error))
-            self._link.flush()
+        self._send((BACKUP, job.name, report, error))
 
     def failed(self, error: BaseException) -> None:
         """An exception nobody expected, or an error of the disk: this replica might differ from the others, or from
@@ -380,6 +533,16 @@ class NodeServer:
             self._server.close()
         self.stop_requested()
 
+    def leave(self) -> None:
+        """Stop, but let the coordinator take this node out of the in-sync sets first, so that no write waits for it. It
+        answers with STOP; without a link, at the second call, or after LEAVE_MS the node stops as it is."""
+        if self._link is None or not self._link.accepted or self._leaving is not None:
+            self.stop_requested()
+            return
+        self._leaving = self.loop.call_later(LEAVE_MS / 1000, self.stop_requested)
+        self._link.send((LEAVE,))
+        self._link.flush()
+
     def stop_requested(self) -> None:
         """Stop, from inside."""
         self.stopped.set()
@@ -389,9 +552,12 @@ class NodeServer:
     async def close(self) -> None:
         """Close port and links."""
         self._disarm_orphan()
+        if self._leaving is not None:
+            self._leaving.cancel()
         self._spawned = False
-        for job in list(self._jobs):
-            job.abort("the node stops")
+        self._stats.stop()
+        self._end_transfers("the node stops")
+        self.pulls.stop()
         if self._server is not None:
             self._server.close()
         if self.durability is not None:

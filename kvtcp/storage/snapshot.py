@@ -49,6 +49,7 @@ KEPT: Final = 2
 END: Final = 3
 
 _HEADER: Final = struct.Struct(">8sHHI8sIQQQI")
+HEADER_BYTES: Final = _HEADER.size
 _SUM_AT: Final = 12  # of the header's crc32
 _FRAME: Final = struct.Struct(">BII")
 _FRAME_SUMMED: Final = struct.Struct(">BI")
@@ -101,7 +102,7 @@ class SnapshotHeader:
         return head[:_SUM_AT] + _header_sum(head).to_bytes(4, "big") + head[_SUM_AT + 4 :]
 
     @classmethod
-    def parse(cls, data: bytes) -> SnapshotHeader:
+    def parse(cls, data: bytes | bytearray) -> SnapshotHeader:
         """Raises VersionError, FormatError."""
         if len(data) < _HEADER.size:
             raise FormatError(f"the file has {len(data)} bytes, less than a header")
@@ -117,7 +118,7 @@ class SnapshotHeader:
         return cls(*fields)
 
 
-def _header_sum(head: bytes) -> int:
+def _header_sum(head: bytes | bytearray) -> int:
     return crc32(head[_SUM_AT + 4 : _HEADER.size], crc32(head[:_SUM_AT]))
 
 
@@ -207,6 +208,10 @@ class SnapshotFile:
         self._file.close()
         self._file = None
 
+    def read_back(self) -> bytes:
+        """What is on the disk under the temporary name, after `finish`."""
+        return self._disk.read(self._temporary)
+
     def publish(self) -> int:
         """Give it its name, durably, and read it back; its length. Raises FormatError if it is not what was written."""
         self._disk.rename(self._temporary, self.path)
@@ -225,7 +230,7 @@ class SnapshotFile:
         self._disk.remove(self._temporary)
 
 
-def check_frames(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+def check_frames(data: bytes | bytearray) -> Iterator[tuple[int, bytes | bytearray, int]]:
     """(kind, body, offset) of every frame behind the header. Raises FormatError at the first wrong sum, or for what is
     missing or too much at the end."""
     offset = _HEADER.size
@@ -247,7 +252,7 @@ def check_frames(data: bytes) -> Iterator[tuple[int, bytes, int]]:
         raise FormatError(f"{len(data) - offset} bytes follow the last frame")
 
 
-def read_frames(data: bytes) -> Iterator[tuple[int, Any]]:
+def read_frames(data: bytes | bytearray) -> Iterator[tuple[int, Any]]:
     """(kind, content) of every frame, the last one excepted, whose counts are checked. Raises FormatError."""
     rows = 0
     for frames, (kind, body, offset) in enumerate(check_frames(data)):
@@ -264,7 +269,7 @@ def read_frames(data: bytes) -> Iterator[tuple[int, Any]]:
         yield kind, content
 
 
-def read_header(data: bytes, name: SnapshotName, directory_id: bytes) -> SnapshotHeader:
+def read_header(data: bytes | bytearray, name: SnapshotName, directory_id: bytes) -> SnapshotHeader:
     """The header of a file of this name in this data directory. Raises VersionError, FormatError."""
     header = SnapshotHeader.parse(data)
     if header.directory != directory_id:
@@ -282,7 +287,9 @@ def load_snapshot(disk: Disk, path: Path, directory_id: bytes) -> tuple[Table, l
     return decode_snapshot(disk.read(path), name, directory_id)
 
 
-def decode_snapshot(data: bytes, name: SnapshotName, directory_id: bytes) -> tuple[Table, list[Logged]]:
+def decode_snapshot(
+    data: bytes | bytearray, name: SnapshotName, directory_id: bytes
+) -> tuple[Table, list[Logged]]:
     """The same from the bytes of a file. Raises FormatError, VersionError, DataError."""
     header = read_header(data, name, directory_id)
     kept: list[Logged] = []

@@ -1,0 +1,192 @@
+"""The donor's side of a bulk transfer: a frozen shard leaves as the bytes of a snapshot, in slices between batches.
+
+I/O shell over the replica's donations. The learner opens a connection of its own whose first frame is GIVE, with the
+token under which the shard was frozen; from then on the connection belongs to a DonationStream. A slice encodes one
+CHUNK and writes it; the pause after it keeps all streams of the node under BULK_BYTES_PER_S and each under BULK_SHARE
+of the loop. While the learner does not read, nothing is encoded, so memory stays bounded.
+
+A donation that nobody takes, or that does not move, for DONATION_IDLE_MS is let go: a frozen shard costs its node one
+old cell for every key that is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from kvtcp.constants import (
+    BULK_BYTES_PER_S,
+    BULK_CHUNK_BYTES,
+    BULK_SHARE,
+    BULK_SLICE_MS,
+    BULK_WRITE_BUFFER_BYTES,
+    DONATION_IDLE_MS,
+    WINDOW_ITEMS_MAX,
+)
+from kvtcp.protocol.link import CHUNK
+from kvtcp.replication.learning import Donation
+from kvtcp.replication.replica import Replica
+from kvtcp.server.transport import FramedConnection
+from kvtcp.storage.log_format import DIRECTORY_BYTES
+from kvtcp.storage.snapshot import SnapshotHeader, encode_snapshot
+
+log = logging.getLogger("kvtcp.donation")
+
+_GIVE_FIELDS: Final = {b"token": bytes, b"directory": bytes, b"generation": int}
+
+
+class Donations:
+    """What a node donates now: the frozen shards that wait, and those that are on their way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, replica: Replica) -> None:
+        self.loop = loop
+        self.streams: set[DonationStream] = set()
+        self._replica = replica
+        self._timers: dict[Donation, asyncio.TimerHandle] = {}  # of those that wait
+
+    def look(self) -> None:
+        """New ones are let go if nobody comes for them; those that the replica closed are forgotten."""
+        waiting = {donation: token for token, donation in self._replica.donations.items()}
+        for donation in [donation for donation in self._timers if donation not in waiting]:
+            self._timers.pop(donation).cancel()
+        for donation, token in waiting.items():
+            if donation not in self._timers:
+                self._timers[donation] = self.loop.call_later(DONATION_IDLE_MS / 1000, self._expire, token, donation)
+
+    def _expire(self, token: bytes, donation: Donation) -> None:
+        del self._timers[donation]
+        if self._replica.donations.get(token) is donation:
+            del self._replica.donations[token]
+            donation.close()
+            log.warning("event=donation-let-go shard=%s reason=nobody came for it in %s ms", donation.shard,
+                        DONATION_IDLE_MS)  # fmt: skip
+
+    def give(self, connection: FramedConnection, fields: dict[bytes, Any]) -> DonationStream | None:
+        """Begin to send what is donated under the token of a GIVE; None if there is nothing, or it is none."""
+        if any(type(fields.get(name)) is not kind for name, kind in _GIVE_FIELDS.items()):
+            return None
+        if len(fields[b"directory"]) != DIRECTORY_BYTES or not 0 < fields[b"generation"] < 1 << 63:
+            return None
+        donation = self._replica.donations.pop(fields[b"token"], None)
+        if donation is None:
+            return None
+        self.look()
+        header = SnapshotHeader(fields[b"directory"], donation.shard, fields[b"generation"], *donation.position)
+        last_seq = donation.frozen.seq
+        # after an accepted loss history begins anew: the entries before it are nobody's
+        has_history = donation.position[1:] == (last_seq, donation.frozen.chain)
+        kept = [entry for entry in self._replica.kept.of_shard(donation.shard) if entry[2] <= last_seq]
+        kept = kept[-WINDOW_ITEMS_MAX:]  # what is older than a window is committed
+        pieces = encode_snapshot(header, donation.frozen, kept if has_history else [])
+        stream = DonationStream(self, connection, donation, pieces, self._ended)
+        self.streams.add(stream)
+        stream.begin()
+        return stream
+
+    def _ended(self, stream: DonationStream) -> None:
+        self.streams.discard(stream)
+
+    def abort(self, reason: str) -> None:
+        """The coordinator that asked for all of it is gone: what is under way ends."""
+        self.look()
+        for stream in list(self.streams):
+            stream.abort(reason)
+
+
+class DonationStream:
+    """One frozen shard on its way to one learner."""
+
+    def __init__(
+        self,
+        donations: Donations,
+        connection: FramedConnection,
+        donation: Donation,
+        pieces: Iterator[bytes],
+        on_end: Callable[[DonationStream], None],
+    ) -> None:
+        self._donations = donations
+        self._loop = donations.loop
+        self._connection = connection
+        self._donation = donation
+        self._pieces = pieces
+        self._on_end = on_end
+        self._bytes = 0  # sent so far
+        self._began_s = time.monotonic()
+        self._moved_s = self._began_s  # when something was sent last
+        self._is_waiting = False  # for the learner to read
+        self._has_ended = False
+        self._next: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """The first slice."""
+        transport = self._connection.transport
+        if transport is not None:
+            transport.set_write_buffer_limits(high=BULK_WRITE_BUFFER_BYTES)
+        self._watch = self._loop.call_later(DONATION_IDLE_MS / 1000, self._look)
+        self._slice()
+
+    def _slice(self) -> None:
+        begin_s = time.monotonic()
+        made: list[bytes] = []
+        size = 0
+        whole = False
+        while size < BULK_CHUNK_BYTES and time.monotonic() < begin_s + BULK_SLICE_MS / 1000:
+            piece = next(self._pieces, None)
+            if piece is None:
+                whole = True
+                break
+            made.append(piece)
+            size += len(piece)
+        if made:
+            self._connection.send((CHUNK, b"".join(made)))
+            self._bytes += size
+            self._moved_s = begin_s
+        if whole:
+            self._connection.send((CHUNK, b""))
+            log.info("event=donated shard=%s seq=%s bytes=%s ms=%.0f peer=%s", self._donation.shard,
+                     self._donation.position[1], self._bytes, (begin_s - self._began_s) * 1000,
+                     self._connection.peer)  # fmt: skip
+            self._end()
+            self._connection.close()
+            return
+        self._connection.flush()
+        if self._connection.write_paused:
+            self._is_waiting = True
+        else:
+            taken_s = time.monotonic() - begin_s
+            rate_s = size * len(self._donations.streams) / BULK_BYTES_PER_S
+            pause_s = max(rate_s - taken_s, taken_s * (1 / BULK_SHARE - 1))
+            self._next = self._loop.call_later(pause_s, self._slice)
+
+    def resumed(self) -> None:
+        """The learner reads again."""
+        if self._is_waiting and not self._has_ended:
+            self._is_waiting = False
+            self._slice()
+
+    def _look(self) -> None:
+        """Nothing moved for long: it is let go."""
+        idle_s = time.monotonic() - self._moved_s
+        if idle_s >= DONATION_IDLE_MS / 1000:
+            self.abort(f"the learner took nothing for {idle_s:.0f} s")
+        else:
+            self._watch = self._loop.call_later(DONATION_IDLE_MS / 1000 - idle_s, self._look)
+
+    def abort(self, reason: str) -> None:
+        """End without an end: the learner sees the connection close."""
+        if not self._has_ended:
+            log.warning("event=donation-let-go shard=%s reason=%s", self._donation.shard, reason)
+            self._end()
+            self._connection.abort()
+
+    def _end(self) -> None:
+        self._has_ended = True
+        for timer in (self._next, self._watch):
+            if timer is not None:
+                timer.cancel()
+        self._donation.close()
+        self._on_end(self)

@@ -1,0 +1,468 @@
+"""The learner's side of a bulk transfer: a copy is fetched from its donor, stored, loaded and published.
+
+I/O shell between the donor's connection and the replica. What comes is written to the new snapshot's temporary file by
+the worker for files (in mode memory it is collected), as fast as the disk takes it: the donor waits otherwise. When all
+of it is there it is read back, verified and made a table in a worker of its own, so the loop never stops for it. Then
+
+    replica.loaded     -> the copy, if it is still wanted
+    publish            the file gets its name, durably
+    replica.published  and at once the manifest that names the copy is queued: what is applied to it is logged behind it
+
+A crash before the manifest leaves the old copy as it was. Whatever goes wrong with the transfer is told to the
+coordinator (LEARN_FAILED); an error of the disk, other than no space, ends the node as always.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from kvtcp.constants import DONATION_IDLE_MS, LINK_FRAME_BYTES_MAX, RECOVER_WAIT_MS, SNAPSHOT_BUFFER_BYTES
+from kvtcp.errors import DataError, ProtocolError
+from kvtcp.protocol.link import CHUNK, GIVE, LINK_VERSION, REFUSED
+from kvtcp.replication.learning import Learning
+from kvtcp.replication.replica import Replica
+from kvtcp.server.durability import NO_SPACE_ERRORS, Durability
+from kvtcp.server.transport import FramedConnection
+from kvtcp.server.worker import Worker
+from kvtcp.storage.copy import Copy, Logged
+from kvtcp.storage.log_format import DIRECTORY_BYTES, FormatError
+from kvtcp.storage.snapshot import HEADER_BYTES, SnapshotFile, SnapshotHeader, decode_snapshot
+from kvtcp.storage.table import Table
+
+log = logging.getLogger("kvtcp.learn")
+
+STOP_WAIT_S: Final = 1.0
+SCAN_WAIT_S: Final = 0.5  # between two looks whether a retired copy is still read
+NO_DIRECTORY: Final = bytes(DIRECTORY_BYTES)  # in the header of a copy that goes to no disk
+
+
+class Pulls:
+    """All transfers to a node that are under way, and the thread that makes tables of them."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        replica: Replica,
+        durability: Durability | None,
+        identity: Callable[[], tuple[str, str]],
+        on_change: Callable[[], None],
+        on_failed: Callable[[BaseException], None],
+    ) -> None:
+        self.loop = loop
+        self.replica = replica
+        self.durability = durability
+        self.identity = identity  # cluster and secret
+        self.on_change = on_change  # the replica may have something to log or to tell
+        self.on_failed = on_failed  # the node must end
+        self.running: dict[int, Pull] = {}
+        self._loader: Worker | None = None
+        self._stopped = False
+
+    @property
+    def loader(self) -> Worker:
+        """The thread for tables."""
+        if self._loader is None:
+            self._loader = Worker(self.loop, "kvtcp-load")
+        return self._loader
+
+    @property
+    def directory(self) -> bytes:
+        """Id of the data directory."""
+        return NO_DIRECTORY if self.durability is None else self.durability.store.manifest.directory
+
+    def start(self, shard: int, host: str, port: int, token: bytes) -> str | None:
+        """Fetch the copy of a shard that is being learned; why not, or None."""
+        older = self.running.get(shard)
+        if older is not None:
+            older.end("another transfer was asked for")
+        learning = self.replica.learning.get(shard)
+        if learning is None or not learning.fresh or learning.copy is not None:
+            return "the shard is not being learned"
+        pull = self.running[shard] = Pull(self, learning, host, port, token)
+        pull.begin()
+        return None
+
+    def abort(self, reason: str) -> None:
+        """The link is gone, and all that was learned with it."""
+        for pull in list(self.running.values()):
+            pull.end(reason)
+
+    def let_go(self, copy: Copy) -> None:
+        """Free a copy that is not used any more, in the thread; not before the last scan of it has ended."""
+        if self._stopped:
+            return
+        if copy.table.is_scanned:
+            self.loop.call_later(SCAN_WAIT_S, self.let_go, copy)
+        else:
+            self.loader.submit(copy.table.release, self._released)
+
+    def _released(self, _: Any, error: BaseException | None) -> None:
+        if error is not None:
+            self.on_failed(error)
+
+    def stop(self) -> None:
+        """The node ends."""
+        self._stopped = True
+        self.abort("the node stops")
+        if self._loader is not None and not self._loader.stop(STOP_WAIT_S):
+            log.warning("event=load-not-stopped reason=a table was not made or freed in %s s", STOP_WAIT_S)
+
+
+class Sink(Protocol):
+    """Where the bytes of a copy go."""
+
+    waiting_bytes: int  # given and not stored yet
+
+    def begin(self, header: SnapshotHeader) -> None:
+        """The header is known."""
+
+    def write(self, data: bytes) -> None:
+        """The next bytes."""
+
+    def finish(self, done: Callable[[bytes | bytearray], None]) -> None:
+        """All were given: they are read back."""
+
+    def publish(self, done: Callable[[int], None]) -> None:
+        """Make them what a start finds, if the manifest says so; their number."""
+
+    def abort(self) -> None:
+        """Nobody wants them."""
+
+
+class Pull:
+    """One copy on its way."""
+
+    def __init__(self, pulls: Pulls, learning: Learning, host: str, port: int, token: bytes) -> None:
+        self.loop = pulls.loop
+        self.ended = False
+        self.connection: PullConnection | None = None
+        self._pulls = pulls
+        self._learning = learning
+        self._address = (host, port)
+        self._token = token
+        self._shard = learning.shard
+        self._head = b""  # the first bytes, until there are as many as a header has
+        self._header: SnapshotHeader | None = None
+        self._bytes = 0
+        self._whole = False  # the last byte is here
+        self._is_paused = False  # nothing is read until more is stored
+        self._began_s = self._moved_s = time.monotonic()
+        self._sink: Sink = MemorySink() if pulls.durability is None else DiskSink(pulls.durability, self)
+        self._dialling: asyncio.Task[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Dial."""
+        log.info("event=pulling shard=%s disk=%s generation=%s donor=%s:%s", self._shard, self._learning.disk,
+                 self._learning.generation, *self._address)  # fmt: skip
+        self._dialling = self.loop.create_task(self._dial())
+        self._watch = self.loop.call_later(DONATION_IDLE_MS / 1000, self._look)
+
+    async def _dial(self) -> None:
+        try:
+            async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
+                await self.loop.create_connection(lambda: PullConnection(self), *self._address)
+        except (OSError, TimeoutError) as error:
+            self.fail(f"the donor {self._address[0]}:{self._address[1]} cannot be reached: {error or 'no answer'}")
+
+    # --- bytes in -----------------------------------------------------------------------------------
+
+    def connected(self, connection: PullConnection) -> None:
+        """Ask for the copy."""
+        if self.ended:
+            connection.abort()
+            return
+        self.connection = connection
+        cluster, secret = self._pulls.identity()
+        connection.send((GIVE, {
+            "version": LINK_VERSION, "cluster": cluster, "secret": secret, "token": self._token,
+            "directory": self._pulls.directory, "generation": self._learning.generation,
+        }))  # fmt: skip
+        connection.flush()
+
+    def message(self, message: Any) -> None:
+        """A frame of the donor."""
+        if self.ended or self._whole:
+            return
+        if type(message) is list and len(message) == 2 and message[0] == CHUNK and type(message[1]) is bytes:
+            self._chunk(message[1])
+        elif type(message) is list and len(message) >= 3 and message[0] == REFUSED and type(message[2]) is bytes:
+            self.fail(f"the donor refused: {message[2].decode('utf-8', 'replace')}")
+        else:
+            self.fail("the donor sent what is no part of a copy")
+
+    def _chunk(self, data: bytes) -> None:
+        self._moved_s = time.monotonic()
+        durability = self._pulls.durability
+        if self._pulls.replica.learning.get(self._shard) is not self._learning:
+            self.end("it is not wanted any more")
+        elif durability is not None and durability.space > 0:
+            self.fail("there is too little space on the disk for another copy")
+        elif data:
+            self._bytes += len(data)
+            if self._header is None:
+                self._head += data
+                if len(self._head) >= HEADER_BYTES and self._begin_file():
+                    self._write(self._head)
+            else:
+                self._write(data)
+        elif self._header is None:
+            self.fail(f"the donor sent {self._bytes} bytes, less than a header")
+        else:
+            self._whole = True
+            if self.connection is not None:
+                self.connection.close()
+            self._sink.finish(self._stored)
+
+    def _begin_file(self) -> bool:
+        try:
+            header = SnapshotHeader.parse(self._head)
+        except FormatError as error:
+            self.fail(f"the donor sent no snapshot: {error}")
+            return False
+        expected = (self._pulls.directory, self._shard, self._learning.generation)
+        if (header.directory, header.shard, header.generation) != expected:
+            self.fail("the donor sent another copy than was asked for")
+            return False
+        self._header = header
+        self._sink.begin(header)
+        return True
+
+    def _write(self, data: bytes) -> None:
+        self._sink.write(data)
+        self.look_at_buffer()
+
+    def look_at_buffer(self) -> None:
+        """Read on, or wait until more is stored."""
+        transport = None if self.connection is None else self.connection.transport
+        if transport is None or transport.is_closing() or self._whole:
+            return
+        if self._sink.waiting_bytes > SNAPSHOT_BUFFER_BYTES and not self._is_paused:
+            self._is_paused = True
+            transport.pause_reading()
+        elif self._sink.waiting_bytes <= SNAPSHOT_BUFFER_BYTES and self._is_paused:
+            self._is_paused = False
+            transport.resume_reading()
+
+    def lost(self, reason: str) -> None:
+        """The connection is gone."""
+        if not self._whole:
+            self.fail(f"the connection to the donor was lost after {self._bytes} bytes: {reason}")
+
+    # --- the copy -----------------------------------------------------------------------------------
+
+    def _stored(self, data: bytes | bytearray) -> None:
+        header = self._header
+        assert header is not None, "all of it came"
+        self._moved_s = time.monotonic()
+        directory = self._pulls.directory
+        self._pulls.loader.submit(lambda: decode_snapshot(data, header.name, directory), self._decoded)
+
+    def _decoded(self, result: tuple[Table, list[Logged]] | None, error: BaseException | None) -> None:
+        self._moved_s = time.monotonic()
+        if self.ended:
+            return
+        if isinstance(error, (FormatError, DataError)):
+            self.fail(f"the copy that came is damaged: {error}")
+            return
+        if error is not None or result is None:
+            self._pulls.on_failed(error or AssertionError("a table was made"))
+            return
+        replica = self._pulls.replica
+        if replica.learning.get(self._shard) is not self._learning:
+            self.end("it is not wanted any more")
+        elif replica.loaded(self._shard, *result) is None:
+            self.end("it is of no use")
+            self._pulls.on_change()
+        else:
+            self._sink.publish(self._published)
+
+    def _published(self, size: int) -> None:
+        """From here on it is all or nothing: the manifest is queued before anything is logged of the new copy."""
+        replica, durability = self._pulls.replica, self._pulls.durability
+        if self.ended:
+            self._sink.abort()
+            return
+        if replica.learning.get(self._shard) is not self._learning or not replica.published(self._shard):
+            self.end("it is not wanted any more")
+            return
+        header = self._header
+        assert header is not None, "all of it came"
+        if durability is not None:
+            durability.change_copies(replica.copies.values(), (header, size))
+        log.info("event=pulled shard=%s seq=%s bytes=%s ms=%.0f", self._shard, header.seq, size,
+                 (time.monotonic() - self._began_s) * 1000)  # fmt: skip
+        self._end()
+        self._pulls.on_change()
+
+    # --- the end ------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Nothing came, or was stored, for long."""
+        idle_s = time.monotonic() - self._moved_s
+        if idle_s >= DONATION_IDLE_MS / 1000 and not self._whole:
+            self.fail(f"nothing came from the donor for {idle_s:.0f} s")
+        elif not self._whole:
+            self._watch = self.loop.call_later(DONATION_IDLE_MS / 1000 - idle_s, self._look)
+
+    def fail(self, reason: str) -> None:
+        """The coordinator is told, if it still wants the copy."""
+        if self.ended:
+            return
+        self.end(reason)
+        if self._pulls.replica.learning.get(self._shard) is self._learning:
+            self._pulls.replica.learn_failed(self._shard, reason)
+            self._pulls.on_change()
+
+    def end(self, reason: str) -> None:
+        """Nobody wants it."""
+        if not self.ended:
+            log.warning("event=pull-ended shard=%s bytes=%s reason=%s", self._shard, self._bytes, reason)
+            self._end()
+            self._sink.abort()
+
+    def _end(self) -> None:
+        self.ended = True
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._dialling is not None and not self._dialling.done():
+            self._dialling.cancel()
+        if self.connection is not None:
+            self.connection.abort()
+        if self._pulls.running.get(self._shard) is self:
+            del self._pulls.running[self._shard]
+
+
+class PullConnection(FramedConnection):
+    """The learner's end."""
+
+    def __init__(self, pull: Pull) -> None:
+        super().__init__(pull.loop, LINK_FRAME_BYTES_MAX)
+        self.pull = pull
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.pull.connected(self)
+
+    def messages_received(self, messages: list[Any]) -> None:
+        for message in messages:
+            self.pull.message(message)
+
+    def protocol_error(self, error: ProtocolError) -> None:
+        super().protocol_error(error)
+        self.pull.fail(f"the donor does not speak the protocol: {error}")
+
+    def closed(self, reason: str) -> None:
+        self.pull.lost(reason)
+
+
+class MemorySink:
+    """For a node that keeps nothing on a disk."""
+
+    def __init__(self) -> None:
+        self.waiting_bytes = 0
+        self._data = bytearray()
+        self._size = 0
+
+    def begin(self, header: SnapshotHeader) -> None:
+        """Nothing is to be made."""
+
+    def write(self, data: bytes) -> None:
+        """Collect."""
+        self._data += data
+
+    def finish(self, done: Callable[[bytes | bytearray], None]) -> None:
+        """They are here."""
+        data, self._data = self._data, bytearray()
+        self._size = len(data)
+        done(data)
+
+    def publish(self, done: Callable[[int], None]) -> None:
+        """A restart finds nothing anyway."""
+        done(self._size)
+
+    def abort(self) -> None:
+        """Free them."""
+        self._data = bytearray()
+
+
+class DiskSink:
+    """A snapshot file, written by the worker for files."""
+
+    def __init__(self, durability: Durability, pull: Pull) -> None:
+        self.waiting_bytes = 0
+        self._durability = durability
+        self._pull = pull
+        self._file: SnapshotFile | None = None
+        self._is_over = False  # nothing more is done with the file; looked at in the worker too
+        self._full: OSError | None = None  # the disk had no space; set in the worker
+
+    def begin(self, header: SnapshotHeader) -> None:
+        """Make the file."""
+
+        def create() -> None:
+            self._file = self._durability.store.create_snapshot(header)
+
+        self._in_files(create, lambda _: None)
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        self.waiting_bytes += len(data)
+        self._in_files(lambda: self._present().write(data), lambda _: self._taken(len(data)))
+
+    def _taken(self, size: int) -> None:
+        self.waiting_bytes -= size
+        self._pull.look_at_buffer()
+
+    def _present(self) -> SnapshotFile:
+        assert self._file is not None, "it is made before anything is written"
+        return self._file
+
+    def finish(self, done: Callable[[bytes | bytearray], None]) -> None:
+        """All on the disk, under the temporary name; what is there is what is loaded."""
+
+        def finish() -> bytes:
+            self._present().finish()
+            return self._present().read_back()
+
+        self._in_files(finish, done)
+
+    def publish(self, done: Callable[[int], None]) -> None:
+        """Its name, durably."""
+        self._in_files(lambda: self._present().publish(), done)
+
+    def abort(self) -> None:
+        """Remove what there is of it, behind everything that is under way."""
+        self._is_over = True
+        self._durability.in_files(self._remove, lambda _: None)
+
+    def _remove(self) -> None:
+        if self._file is not None:
+            self._file.abort()
+            self._durability.store.remove([self._file.path])
+
+    def _in_files(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """In the worker: a disk without space ends the transfer, not the node."""
+
+        def run() -> Any:
+            if self._is_over or self._full is not None:
+                return None
+            try:
+                return work()
+            except OSError as error:
+                if error.errno not in NO_SPACE_ERRORS:
+                    raise
+                self._full = error
+                return None
+
+        def finished(result: Any) -> None:
+            if self._full is not None:
+                self._pull.fail(f"no space for another copy: {self._full}")
+            elif not self._is_over:
+                done(result)
+
+        self._durability.in_files(run, finished)
