@@ -25,6 +25,7 @@ def shell() -> Shell:
 GOLDEN: list[tuple[str, list[tuple[Any, ...]], str]] = [
     ("node add 10.0.0.4:5000", [("node_add", "10.0.0.4", 5000)], "node\tn4\n"),
     ("node add [::1]:5000 -o jsonl", [("node_add", "::1", 5000)], '{"node": "n4"}\n'),
+    ("node undrain n1", [("node_undrain", "n1")], "node\tn1\n"),
     ("node drain n1", [("node_drain", "n1")], "node\tn1\nshards\t21\n"),
     ("node drain n1 -o table", [("node_drain", "n1")], "node    n1\nshards  21\n"),
     ("node remove n1", [("node_remove", "n1")], "node\tn1\n"),

@@ -490,6 +490,10 @@ class CoordinatorServer:
         """Everything a node holds is to be moved to others."""
         self._change(session, ident, lambda admin, done: admin.drain(node, done))
 
+    def node_undrain(self, session: Session, ident: int, node: str) -> None:
+        """A node may hold shards again."""
+        self._change(session, ident, lambda admin, done: admin.undrain(node, done))
+
     def node_remove(self, session: Session, ident: int, node: str) -> None:
         """A node that holds nothing leaves the cluster."""
         self._change(session, ident, lambda admin, done: admin.remove(node, done))
