@@ -92,6 +92,7 @@ class CoordinatorServer:
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_added: Callable[[str], None] = lambda node: None
         self.on_node_removed: Callable[[str], None] = lambda node: None
+        self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
         self.sessions: set[ClientSession] = set()
         self.dirty: list[ClientSession] = []  # sessions with answers to flush in this tick
         self.address = ("", 0)
