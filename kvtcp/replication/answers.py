@@ -105,7 +105,8 @@ class Answers(ClusterState):
         """The result of a read, of a part or of a control item is here."""
         kind = op[0]
         if kind == CALL:
-            op[1](result)
+            then, op[1] = op[1], None
+            then(result)
             return
         if kind == PART:
             if op[1].take(op[2], op[3], result):

@@ -301,10 +301,10 @@ class Sequencer(Members):
         stay = []
         for op in reads:
             if op[0] == CALL:
-                if avoid is None:
-                    op[1](LINK_LOST)
-                else:
+                if avoid is not None:
                     stay.append(op)
+                elif op[1] is not None:
+                    op[1](LINK_LOST)
                 continue
             if op[0] == PART:
                 _, multi, attempt, _ = op
