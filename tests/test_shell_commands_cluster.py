@@ -60,7 +60,7 @@ def test_changes(shell: Shell, line: str, calls: list[tuple[Any, ...]], out: str
         ("node add h:65536", "the address of a node is HOST:PORT"),
         ("node forget n1", "destroyed is missing"),
         ("node forget n1 yes", "the word destroyed must stand in the place of 'yes'"),
-        ("node forge n1", "node is followed by add or drain or remove or forget"),
+        ("node forge n1", "node is followed by add or drain or undrain or remove or forget"),
         ("rebalance dry-run wait", "dry-run moves nothing that could be waited for"),
         ("shard accept-loss x yes", "N must be an integer from 0 to 4095, not 'x'"),
         ("shard accept-loss 5", "nobody can be asked here; add `yes` to accept the loss"),
