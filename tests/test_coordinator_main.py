@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 from replication_fakes import make_map
 
+from kvtcp.config_store.keeper import MapKeeper
+from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.server import coordinator_main, runtime
+from kvtcp.server.coordinator import ClusterConfig
 from kvtcp.server.coordinator_main import (
     Nodes,
     Shape,
@@ -21,8 +25,11 @@ from kvtcp.server.coordinator_main import (
     settle_nodes,
     settle_shape,
 )
+from kvtcp.server.node import NodeServer
+from kvtcp.server.ownership import found_map
 from kvtcp.server.runtime import StartError
-from kvtcp.server.supervisor import Found
+from kvtcp.server.supervisor import Found, Supervisor
+from tests.process_cluster import free_ports
 
 
 def parse(*arguments: object) -> argparse.Namespace:
@@ -187,3 +194,29 @@ async def test_foreign_nodes_that_can_never_join(kvtcp_cluster: Any) -> None:
     with runtime.bind("127.0.0.1", 0) as silent:
         found = await coordinator_main.survey({"n1": silent.getsockname()}, "other", "secret")
         assert found == {"n1": Found("free")}
+
+
+async def test_a_first_start_needs_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new cluster waits for every one of --nodes, and says which did not come; one with data begins without some."""
+    monkeypatch.setattr(coordinator_main, "START_S", 0.1)
+    monkeypatch.setattr(coordinator_main, "RECOVER_WAIT_MS", 50)
+    node = NodeServer("n1")
+    await node.start("127.0.0.1", 0)
+    keeper = await MapKeeper.open(MemoryConfigStore())
+    nodes = {"n1": node.address, "n2": ("127.0.0.1", free_ports(1))}
+    first = found_map(cluster="c", shards=1, factor=2, min_insync=1, durability="memory", nodes=nodes)
+    supervisor = Supervisor("127.0.0.1", {}, Path(), [], lambda: None)
+    config = ClusterConfig("s", "memory", Path())
+    coordinator = coordinator_main.Coordinator(config, keeper, supervisor, asyncio.Event())
+    try:
+        with pytest.raises(StartError, match=r"after 0 s these nodes had not reported: n2 \(connection refused\)"):
+            await coordinator._answering(first)
+        await keeper.found(first)
+        found = await coordinator._answering(first)
+        assert found == {"n1": Found("ours"), "n2": Found("free")}
+        await node.close()
+        with pytest.raises(StartError, match="n1 .*, n2 "):
+            await coordinator._answering(first)
+    finally:
+        await node.close()
+        await keeper.close()
