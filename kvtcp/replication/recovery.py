@@ -69,6 +69,9 @@ class Surroundings(Protocol):
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map; `done` when that is stored."""
 
+    def row_changed(self, number: int) -> None:
+        """That is stored: these are its members now, though it is not served yet."""
+
     def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
         """Send a frame to a node that reported."""
 
@@ -332,6 +335,7 @@ class Recovery:
         shard.state = CHANGING
 
         def done() -> None:
+            self._around.row_changed(shard.number)
             shard.state = WAITING
             if shard.again:
                 self._restart(shard)
