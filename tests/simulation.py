@@ -39,8 +39,8 @@ SEED_FAULTS = 5
 FIRST_MS = 1_500  # a run is at least so long
 LAST_MS = 14_000  # and at most
 QUIET_MS = 150  # before the first fault
-CHECK_MS = 60  # between two checks of the cores
-SURVIVORS_MS = 400  # between two looks at what would be left
+CHECK_MS = 100  # between two checks of the cores
+SURVIVORS_MS = 700  # between two looks at what would be left
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from replication_fakes import Cluster
 
 from kvtcp.constants import WRITE_WAIT_MS

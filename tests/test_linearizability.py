@@ -68,7 +68,7 @@ def random_history(rng: random.Random, count: int) -> list[Operation]:
     """Random small operations with random results: most are not linearizable, some are."""
     history: list[Operation] = []
     for _ in range(count):
-        kind = rng.choice(["get", "exists", "put", "delete", "add", "cas", "incr"])
+        kind = rng.choice(["get", "exists", "put", "delete", "add", "cas", "incr", "incr"])
         argument: Any = {"put": 1, "add": 2, "cas": (1, 2), "incr": 1}.get(kind)
         results: list[Any] = {"get": [None, 1, 2], "put": ["ok"], "incr": [1, 2, 3]}.get(kind, [True, False])
         call = rng.randrange(8)
@@ -93,6 +93,14 @@ def test_budget() -> None:
     """A search that is cut off says so and does not guess."""
     history: list[Operation] = [(0, 100, "put", n, "ok") for n in range(12)] + [(101, 102, "get", None, 99)]
     assert check_history(history, budget=1_000) is None
+
+
+def test_twins() -> None:
+    """Forty increments without an answer are no reason to give up: they are all the same."""
+    history: list[Operation] = [(n, None, "incr", 1, None) for n in range(40)]
+    history += [(100 + 2 * n, 101 + 2 * n, "get", None, n) for n in range(1, 41)]
+    assert check_history(history, budget=200_000) is True
+    assert check_history([*history, (300, 301, "get", None, 41)]) is False
 
 
 def test_unknown_kind() -> None:

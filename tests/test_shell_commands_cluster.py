@@ -25,6 +25,7 @@ def shell() -> Shell:
 GOLDEN: list[tuple[str, list[tuple[Any, ...]], str]] = [
     ("node add 10.0.0.4:5000", [("node_add", "10.0.0.4", 5000)], "node\tn4\n"),
     ("node add [::1]:5000 -o jsonl", [("node_add", "::1", 5000)], '{"node": "n4"}\n'),
+    ("node undrain n1", [("node_undrain", "n1")], "node\tn1\n"),
     ("node drain n1", [("node_drain", "n1")], "node\tn1\nshards\t21\n"),
     ("node drain n1 -o table", [("node_drain", "n1")], "node    n1\nshards  21\n"),
     ("node remove n1", [("node_remove", "n1")], "node\tn1\n"),
@@ -59,7 +60,7 @@ def test_changes(shell: Shell, line: str, calls: list[tuple[Any, ...]], out: str
         ("node add h:65536", "the address of a node is HOST:PORT"),
         ("node forget n1", "destroyed is missing"),
         ("node forget n1 yes", "the word destroyed must stand in the place of 'yes'"),
-        ("node forge n1", "node is followed by add or drain or remove or forget"),
+        ("node forge n1", "node is followed by add or drain or undrain or remove or forget"),
         ("rebalance dry-run wait", "dry-run moves nothing that could be waited for"),
         ("shard accept-loss x yes", "N must be an integer from 0 to 4095, not 'x'"),
         ("shard accept-loss 5", "nobody can be asked here; add `yes` to accept the loss"),

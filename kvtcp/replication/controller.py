@@ -19,7 +19,6 @@ up.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -31,7 +30,7 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.membership import Membership, NodeState
-from kvtcp.replication.progress import Progress
+from kvtcp.replication.progress import LinkError, Progress
 from kvtcp.replication.recovery import Recovery, StaleStore
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
@@ -45,7 +44,7 @@ FRAME_KINDS: Final = frozenset((ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE))
 
 class Controller:
     """One coordinator's core. `map_version_before` and `stamp_before_ms` are what the config store held before this
-    coordinator owned the map (0 = nothing)."""
+    coordinator owned the map (0 = nothing). `new_token` makes names that nobody can guess."""
 
     def __init__(
         self,
@@ -54,8 +53,8 @@ class Controller:
         durability: str,
         map_version_before: int,
         stamp_before_ms: int,
+        new_token: Callable[[], bytes],
         sequencer: type[Sequencer] = Sequencer,
-        new_token: Callable[[], bytes] = lambda: secrets.token_bytes(16),
     ) -> None:
         self.changes = changes
         changes.on_change = self.map_changed
@@ -132,8 +131,9 @@ class Controller:
                 f"node {node} has seen version {report.map_version} of the cluster map, the config store has "
                 f"version {version_max}"
             )
-        if node not in self.map.nodes:
-            self._actions.append(("close", node, "it was removed from the cluster"))
+        if node not in self.map.nodes or node in self.map.destroyed:
+            why = "it was declared destroyed" if node in self.map.destroyed else "it was removed from the cluster"
+            self._actions.append(("close", node, why))
             return
         self.reports[node] = report
         self._heard[node] = version
@@ -156,8 +156,6 @@ class Controller:
             return
         self.event("warning", "link-down", node=node, reason=reason)
         self.membership.node_down(node)
-        for number in list(self.membership.repairing):
-            self._stop_repair_if_lost(number, node)
         self.sequencer.link_down(node, reason)
         self.recovery.on_lost(node)
         self.admin.node_down(node)
@@ -168,6 +166,8 @@ class Controller:
 
     def on_frame(self, node: str, message: Sequence[Any]) -> None:
         """One of FRAME_KINDS, with fields of the right types. Raises LinkError if it cannot be true."""
+        if node not in self.reports:
+            raise LinkError(f"{node} is not linked")
         kind = message[0]
         if kind == LEAVE:
             self.membership.nodes[node].leaves = True
@@ -333,15 +333,11 @@ class Controller:
         """Something else for the shell to do."""
         self._actions.append(action)
 
-    def _stop_repair_if_lost(self, number: int, node: str) -> None:
-        """A member of a shard under repair, or who was to replace one, is gone."""
-        shard = self.sequencer.shards[number]
-        if not any(link.node == node for link in shard.members) or self.repair_in_flight(number):
-            return  # if it is in flight, the recovery starts over when that is stored
+    def stop_repair(self, number: int) -> None:
+        """Replace none of its members."""
         self.membership.repairing.discard(number)
-        for learner in list(shard.learners.values()):
-            learner.give_up()
-            self.sequencer.detach(shard, learner.link)
+        for learner in list(self.sequencer.shards[number].learners.values()):
+            learner.fail("its shard is recovered anew")
 
     def repair_in_flight(self, number: int) -> bool:
         """Whether the map is being changed for a member that was replaced."""
@@ -349,14 +345,14 @@ class Controller:
 
     def replaced(self, number: int) -> None:
         """Membership: a member of a shard that is not served was replaced in the map."""
-        shard = self.sequencer.shards[number]
-        whole = all(node in self.reports for node in self.map.nodes_of(number))
-        if number in self.membership.repairing and whole and not shard.bad:
-            self.membership.repairing.discard(number)
-            self.recovery.repaired(number)
-        elif number not in self.membership.repairing or not whole:
-            self.membership.repairing.discard(number)
-            self.recovery.begin(number)
+        if number in self.recovery.shards:
+            is_repair = number in self.membership.repairing  # else a loss was accepted
+            if not is_repair or self.recovery.must_restart(number):
+                self.membership.repairing.discard(number)
+                self.recovery.begin(number)
+            elif not self.sequencer.shards[number].bad:
+                self.membership.repairing.discard(number)
+                self.recovery.repaired(number)
         self.admin.replaced(number)
 
     def check(self) -> None:

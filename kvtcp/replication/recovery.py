@@ -26,7 +26,8 @@ Two exceptions, in which new disks enter the map at once: a shard in which nothi
 empty copy as in any other; and if the last run kept its data in memory and all members are new and empty, they are what
 the end of that run has left, and the shard begins anew.
 
-If the link of a member breaks, its shard starts over; what was shipped stays shipped.
+If the link of a member breaks, its shard starts over; what was shipped stays shipped, and what is on its way to be
+is waited for.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ class Surroundings(Protocol):
     def repair_in_flight(self, number: int) -> bool:
         """Whether a change of the map for such a member is on its way."""
 
+    def stop_repair(self, number: int) -> None:
+        """Replace none of its members: the recovery begins anew, or goes on without an accepted loss."""
+
     def is_down(self, number: int, why: str) -> None:
         """The shard cannot be served now."""
 
@@ -109,7 +113,8 @@ class _Shard:
         self.number = number
         self.state = WAITING
         self.since_ms: int | None = None  # when the wait for reports began; None = at the next look
-        self.again = False  # while CHANGING: a link broke, start over after it
+        self.again = False  # while a change of the map is on its way: a link broke, start over after it
+        self.differ = False  # DOWN because good members have different histories
         self.found: dict[str, str] = {}  # members found bad while shipping, and why
         self.good: dict[str, CopyReport] = {}
         self.bad: dict[str, str] = {}
@@ -119,6 +124,9 @@ class _Shard:
         self.chain = 0
         self.target = ""  # member that is being brought up to date; empty = none
         self.awaited: tuple[str, int] = ("", 0)  # who has to answer, and the kind of frame it was sent
+        # Members that were sent entries and did not say yet what they have now. They get them, whatever becomes of this
+        # shard meanwhile, so it is not judged by what they had before.
+        self.unanswered: list[str] = []
 
     def lagging(self) -> str:
         """A good member that is not at the best position, empty if there is none."""
@@ -140,9 +148,13 @@ class Recovery:
         return all(shard.state in (DOWN, REPAIRING) for shard in self.shards.values())
 
     def begin(self, number: int) -> None:
-        """A shard that was served starts over, or one that is down is judged anew."""
-        shard = self.shards.setdefault(number, _Shard(number))
-        self._restart(shard)
+        """A shard starts over: a member of it was replaced, or it is down and is judged anew."""
+        self._restart(self.shards[number])
+        self._start_some()
+
+    def must_restart(self, number: int) -> bool:
+        """Whether a link of it broke while a change of the map was on its way."""
+        return self.shards[number].again
 
     # --- events -------------------------------------------------------------------------------------
 
@@ -153,12 +165,16 @@ class Recovery:
                 shard.state = WAITING
                 shard.since_ms = self._around.now_ms
             shard.found.pop(node, None)
+            shard.unanswered = [each for each in shard.unanswered if each != node]
             self._judge(shard)
 
     def on_lost(self, node: str) -> None:
         """A node that had reported was lost."""
+        for shard in self.shards.values():
+            shard.unanswered = [each for each in shard.unanswered if each != node]
         for shard in self._of(node):
             self._restart(shard)
+        self._start_some()  # not before all of them gave up their turns: the node is gone
 
     def tick(self) -> None:
         """Time passed."""
@@ -169,11 +185,8 @@ class Recovery:
     def repaired(self, number: int) -> None:
         """All members that were to be replaced are."""
         shard = self.shards[number]
-        assert shard.state == REPAIRING, "only a shard under repair is repaired"
-        if shard.again:
-            self._restart(shard)
-        else:
-            self._finish(shard)
+        assert shard.state == REPAIRING and not shard.again, "only a shard under repair is repaired"
+        self._finish(shard)
 
     def on_entries(self, node: str, number: int, after: int, chain: int | None, entries: Any) -> None:
         """An ENTRIES frame. What was not asked for is not looked at. Raises LinkError if it is none."""
@@ -194,12 +207,19 @@ class Recovery:
             self._found_bad(shard, f"has another history than {node}: they differ at number {after} or before")
             return
         shard.awaited = (target, SHIP)
+        shard.unanswered.append(target)
         self._around.send_to(target, (SHIP, number, entries))
 
     def on_shipped(self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None) -> None:
         """A SHIPPED frame. Raises LinkError if it cannot be true."""
         shard = self.shards[number]
+        if node not in shard.unanswered:
+            return  # to a learner
+        shard.unanswered.remove(node)
+        before = self._around.reports[node].copies[number]
+        self._around.reports[node].copies[number] = before._replace(epoch=epoch, seq=seq, chain=chain)
         if shard.state != SHIPPING or shard.awaited != (node, SHIP):
+            self._judge(shard)  # it was waited for, if anybody waits
             return
         if error is not None:
             self._found_bad(shard, f"cannot take what it lacks: {error.decode('utf-8', 'replace')}")
@@ -210,8 +230,7 @@ class Recovery:
                 shard, f"has another history than {shard.donors[0]}: they differ at number {seq} or before"
             )
         else:
-            copy = shard.good[node]._replace(epoch=epoch, seq=seq, chain=chain)
-            shard.good[node] = self._around.reports[node].copies[number] = copy
+            shard.good[node] = self._around.reports[node].copies[number]
             if seq < shard.seq:
                 self._fetch(shard)
             else:
@@ -229,6 +248,8 @@ class Recovery:
         if shard.state == CHANGING or (shard.state == REPAIRING and self._around.repair_in_flight(shard.number)):
             shard.again = True
             return
+        if shard.state == REPAIRING:
+            self._around.stop_repair(shard.number)
         shard.again = False
         self._leave_shipping(shard)
         shard.state = WAITING
@@ -245,9 +266,11 @@ class Recovery:
 
     def _judge(self, shard: _Shard) -> None:
         """Look at the reports of a shard that is WAITING, and go on as far as they allow."""
-        if shard.state != WAITING:
-            return
         around = self._around
+        if shard.state != WAITING or around.repair_in_flight(shard.number):
+            return  # an accepted loss is being stored: it begins anew after that
+        if shard.unanswered:
+            return
         if shard.since_ms is None:
             shard.since_ms = around.now_ms
         row = around.map.members[shard.number]
@@ -305,6 +328,7 @@ class Recovery:
         return True
 
     def _change(self, shard: _Shard, edit: Edit) -> None:
+        self._around.stop_repair(shard.number)
         shard.state = CHANGING
 
         def done() -> None:
@@ -324,6 +348,7 @@ class Recovery:
             whys += [f"{node} is missing" for node in shard.silent]
             self._down(shard, f"none of its members has its data: {'; '.join(whys)}")
             return
+        around.stop_repair(shard.number)
         if not self._choose_best(shard):
             return
         gone = shard.silent + [node for node in shard.bad if node in around.map.destroyed]
@@ -352,7 +377,8 @@ class Recovery:
     def _choose_best(self, shard: _Shard) -> bool:
         best = max(shard.good.values(), key=_order)
         shard.donors = [node for node, copy in shard.good.items() if _order(copy) == _order(best)]
-        if len({shard.good[node].chain for node in shard.donors}) > 1:
+        shard.differ = len({shard.good[node].chain for node in shard.donors}) > 1
+        if shard.differ:
             names = ", ".join(shard.donors)
             why = f"its members differ: {names} end at number {best.seq} with different histories"
             self._around.alarm(f"shard {shard.number}: {why}")

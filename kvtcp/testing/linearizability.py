@@ -19,6 +19,9 @@ An operation is a tuple `(call, ret, kind, argument, result)`:
 Where the numbers of the operations in the log are known nothing needs to be searched: `check_order` compares results
 and times with that one order, for millions of operations.
 
+Unanswered operations that are the same but for their call are taken in the order of their calls: in any order that
+explains a history they can change places. Without that a dozen of them makes the search hopeless.
+
 The list of events (calls and returns in order of time) is doubly linked so that an operation is taken out and put back
 in O(1); place `len(events)` is the sentinel before the first and behind the last one.
 """
@@ -78,9 +81,22 @@ class _Events:
             self.before[self.after[place]] = place
 
 
+def _earlier_twins(operations: Sequence[Operation]) -> list[int]:
+    """For each unanswered operation the one that is the same and was called last before it, as a bit; 0 for none."""
+    twins = [0] * len(operations)
+    last: dict[tuple[str, Any], int] = {}
+    for n in sorted(range(len(operations)), key=lambda n: operations[n][0]):
+        _, ret, kind, argument, _ = operations[n]
+        if ret is None:
+            twins[n] = last.get((kind, argument), 0)
+            last[kind, argument] = 1 << n
+    return twins
+
+
 def check_history(operations: Sequence[Operation], initial: Any = None, budget: int = 5_000_000) -> bool | None:
     """Whether the history of one key is linearizable; None if `budget` steps did not tell."""
     events = _Events(operations)
+    twins = _earlier_twins(operations)
     left = sum(operation[1] is not None for operation in operations)  # answered operations without a place in the order
     state, taken = initial, 0
     order: list[tuple[int, Any]] = []  # operations in the order tried, each with the state before it
@@ -95,7 +111,8 @@ def check_history(operations: Sequence[Operation], initial: Any = None, budget: 
             _, ret, kind, argument, result = operations[n]
             next_state, outcome = step(state, kind, argument)
             next_taken = taken | 1 << n
-            if (ret is None or outcome == result) and (next_taken, next_state) not in seen:
+            fits = outcome == result if ret is not None else not twins[n] & ~taken
+            if fits and (next_taken, next_state) not in seen:
                 seen.add((next_taken, next_state))
                 order.append((n, state))
                 state, taken = next_state, next_taken
