@@ -156,6 +156,8 @@ BACKOFF_MAX_MS: Final = 5_000
 BACKOFF_RESET_MS: Final = 10_000
 ORPHAN_MS: Final = 60_000
 STOP_MS: Final = 9_000
+# a node that is about to stop gives its coordinator so long to let it go from the in-sync sets
+LEAVE_MS: Final = 1_000
 # a coordinator that stops gives open requests so long to be answered, and the config store so long to take its last
 # stamp, before STOP_MS for its nodes begins
 DRAIN_MS: Final = 500
@@ -280,6 +282,7 @@ assert 2 * (WINDOW_BYTES_MAX + FRAME_BYTES_MAX) <= SPACE_RESERVE_BYTES, "what is
 assert 2 * (WINDOW_BYTES_MAX + LINK_FRAME_BYTES_MAX) < LOG_RECORD_BYTES_MAX, "one group commit fits a record"
 assert DURABILITY_DEFAULT in DURABILITIES, "the default is a mode"
 assert BACKOFF_MIN_MS < BACKOFF_MAX_MS < BACKOFF_RESET_MS, "back-off grows, then is forgotten"
+assert 2 * LEAVE_MS < STOP_MS * 4 // 10, "a node that leaves first is not killed for it"
 assert DRAIN_MS + LEAVE_TIME_MS + STOP_MS < 10_000, "a coordinator stops within 10 s"
 assert NODES_MAX <= SHARDS_MAX, "every node can hold a shard"
 assert BACKUP_NAME_CHARS_MAX + 20 < NAME_BYTES_MAX, "the temporary directory of a backup has a legal name too"

@@ -426,7 +426,7 @@ class World:
             busy = self.changes.is_busy and not self.store.is_held and self.changes.due_ms <= self.now_ms
             idle = all(self.nodes[node].is_paused or not self.nodes[node].inbox for node in names if node in self.nodes)
             quiet = not any(self.sequencer.links[node].open for node in names if node in self.sequencer.links)
-            if not said and not busy and idle and quiet and not self.controller.is_talkative:
+            if not said and not busy and idle and quiet:
                 return
         raise AssertionError("it does not come to an end")
 

@@ -175,7 +175,7 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
 
 def link_number(coordinator: CoordinatorServer, node: str) -> int:
     """How many HELLOs a node was sent in this epoch: 1 as long as its first link lasts."""
-    return coordinator.controller._hellos[node][0]
+    return coordinator.controller._hellos.get(node, (0, 0))[0]
 
 
 def cut_link(coordinator: CoordinatorServer, node: str) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.simulation_node import SimNode
 
 SETTLE_MS = 8_000  # everything completes in this time after the last fault
+AWAY_MS = 1_000  # a node that ended is started again after that
 NODES_MAX = 6  # of a cluster
 MACHINES_MAX = 10  # over all, with those of nodes that were removed
 LOOK_MS = 40  # between two looks whether it has
@@ -355,6 +356,8 @@ class Faults:
         for node in sim.nodes:
             if node.alive and node.name not in sim.oracles.map.nodes:
                 node.kill()
+            elif not node.alive and (self.stopped or self.world.now_ms - node.ended_ms > AWAY_MS):
+                self._start(node)
         if not any(each.alive for each in sim.coordinators) and (self.stopped or self.rng.random() < 0.4):
             self.rng.choice(sim.coordinators).start()
         self.world.at(20, self.supervise)

@@ -91,6 +91,7 @@ class SimNode(Process):
         self.snapshot_entries = world.rng.choice((50, 100, 300, 1_000))  # of a shard between two snapshots
         self.replica: Replica | None = None
         self.starts = 0
+        self.ended_ms = 0  # when its process ended last
         self._link: _End | None = None
         self._link_number = 0
         self._pulls: dict[int, _Pull] = {}
@@ -123,6 +124,7 @@ class SimNode(Process):
     def kill(self, power: bool = False, wipe: bool = False) -> None:
         """The process ends without a word; with `wipe` its disk is replaced by an empty one."""
         before = list(self.disk.manifest.copies.values())
+        self.ended_ms = self.world.now_ms
         self.died()
         self.network.process_died(self)
         self.disk.crash(power)

@@ -73,6 +73,7 @@ class Answers(ClusterState):
                 sink.reply(token, number)
             elif result is AWAITED:  # the member that was to answer is gone; another one was asked, or will be
                 op[3] = DUE
+                shard.due.append((number, op))
             else:
                 self._answer_write(shard, op, result)
         held = shard.held

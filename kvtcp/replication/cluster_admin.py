@@ -97,7 +97,11 @@ class ClusterAdmin:
                 )
             return old.with_draining(node, True).with_wanted(plan(old.wanted, usable, old.factor))
 
-        self._request(edit, lambda: {"node": node, "shards": len(self._core.map.shards_of(node))}, done)
+        def stored() -> dict[str, Any]:
+            self._core.membership.work()
+            return {"node": node, "shards": len(self._core.map.shards_of(node))}
+
+        self._request(edit, stored, done)
 
     def remove(self, node: str, done: Done) -> None:
         """A node that holds nothing leaves the cluster."""

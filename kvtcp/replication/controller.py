@@ -19,7 +19,6 @@ up.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -31,7 +30,7 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.membership import Membership, NodeState
-from kvtcp.replication.progress import Progress
+from kvtcp.replication.progress import LinkError, Progress
 from kvtcp.replication.recovery import Recovery, StaleStore
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
@@ -45,7 +44,7 @@ FRAME_KINDS: Final = frozenset((ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE))
 
 class Controller:
     """One coordinator's core. `map_version_before` and `stamp_before_ms` are what the config store held before this
-    coordinator owned the map (0 = nothing)."""
+    coordinator owned the map (0 = nothing). `new_token` makes names that nobody can guess."""
 
     def __init__(
         self,
@@ -54,8 +53,8 @@ class Controller:
         durability: str,
         map_version_before: int,
         stamp_before_ms: int,
+        new_token: Callable[[], bytes],
         sequencer: type[Sequencer] = Sequencer,
-        new_token: Callable[[], bytes] = lambda: secrets.token_bytes(16),
     ) -> None:
         self.changes = changes
         changes.on_change = self.map_changed
@@ -132,8 +131,9 @@ class Controller:
                 f"node {node} has seen version {report.map_version} of the cluster map, the config store has "
                 f"version {version_max}"
             )
-        if node not in self.map.nodes:
-            self._actions.append(("close", node, "it was removed from the cluster"))
+        if node not in self.map.nodes or node in self.map.destroyed:
+            why = "it was declared destroyed" if node in self.map.destroyed else "it was removed from the cluster"
+            self._actions.append(("close", node, why))
             return
         self.reports[node] = report
         self._heard[node] = version
@@ -166,6 +166,8 @@ class Controller:
 
     def on_frame(self, node: str, message: Sequence[Any]) -> None:
         """One of FRAME_KINDS, with fields of the right types. Raises LinkError if it cannot be true."""
+        if node not in self.reports:
+            raise LinkError(f"{node} is not linked")
         kind = message[0]
         if kind == LEAVE:
             self.membership.nodes[node].leaves = True

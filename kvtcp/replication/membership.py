@@ -77,6 +77,7 @@ class NodeState:
     learns_after_ms: int = 0  # no learner on it before
     failures: int = 0  # of its learners, one after the other
     leaves: bool = False  # it asked to leave the in-sync sets, as it is about to stop
+    may_stop: bool = False  # and was told that it has left, as far as it can
     dropping: set[int] = field(default_factory=set)  # shards whose copy it was told to drop
 
 
@@ -114,7 +115,7 @@ class Membership:
         """Its link is up."""
         state = self.nodes[node]
         state.lost_ms = None
-        state.leaves = False
+        state.leaves = state.may_stop = False
         state.dropping.clear()
         self.look_at_all()
 
@@ -215,9 +216,9 @@ class Membership:
                 if not self.evict(link, list(link.shards), "it is about to stop") and not any(
                     shard.number in self.changing for shard in link.shards
                 ):
-                    state.leaves = False
-                    state.learns_after_ms = self._now_ms + SLOW_INTERVAL_MS
-                    self._around.send(link, (STOP,))
+                    if not state.may_stop:
+                        state.may_stop = True
+                        self._around.send(link, (STOP,))
             elif state.lost_ms is not None and self._now_ms - state.lost_ms >= LINK_GRACE_MS:
                 self.evict(link, list(link.shards), link.reason)
 

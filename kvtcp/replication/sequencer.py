@@ -78,10 +78,11 @@ class Sequencer(Members):
         while uncommitted:
             ordinal, last_seqs = uncommitted[0]
             for number, seq in last_seqs.items():
-                if shards[number].commit < seq:
+                shard = shards[number]
+                if (shard.told() if shard.due else shard.commit) < seq:
                     # A write of a shard that waits for another node may be first for long: drop those behind it.
                     if len(uncommitted) > link.uncommitted_max:
-                        link.drop_committed(lambda number, seq: shards[number].commit >= seq)
+                        link.drop_committed(lambda number, seq: shards[number].told() >= seq)
                     return ordinal
             uncommitted.popleft()
         return link.written_ordinal

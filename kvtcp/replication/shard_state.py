@@ -59,7 +59,7 @@ class ShardState:
     """One shard as the coordinator sees it."""
 
     __slots__ = (
-        "acked", "bad", "base", "commit", "good", "held", "joining", "last_seq", "learners", "members", "number",
+        "acked", "bad", "base", "commit", "due", "good", "held", "joining", "last_seq", "learners", "members", "number",
         "orphans", "pending", "purge_after_ms", "reason", "serving", "space", "stuck", "targets", "waiting",
         "waiting_reads", "writable",
     )  # fmt: skip
@@ -77,6 +77,7 @@ class ShardState:
         self.last_seq = 0  # highest number given
         self.commit = 0  # highest number durable on all members; <= last_seq
         self.pending: deque[Op] = deque()  # writes (commit, last_seq], in order
+        self.due: deque[tuple[int, Op]] = deque()  # writes committed without their result; the first may be answered
         self.orphans: list[tuple[int, Op]] = []  # writes whose result was lost, to be asked for when a member is linked
         self.held: list[Held] = []  # heap of answers whose first field is above commit
         self.waiting: deque[Waiting] = deque()  # not sequenced yet, in order of arrival
@@ -101,6 +102,14 @@ class ShardState:
         self.good = [member for member in self.members if member not in self.bad]
         learners = [link for link, learner in self.learners.items() if not learner.lost and link not in self.good]
         self.targets = self.good + learners
+
+    def told(self) -> int:
+        """Up to where nodes are told that writes are committed. They know a result no longer than that, so it is not
+        beyond one that is still to be asked for."""
+        due = self.due
+        while due and due[0][1][1] is None:
+            due.popleft()
+        return due[0][0] - 1 if due else self.commit
 
     def is_whole(self) -> bool:
         """Whether every member has a link and counts, so that writes go on as soon as there is room."""
@@ -143,6 +152,7 @@ class ShardState:
             assert len(self.pending) == self.last_seq - self.commit, "pending are the numbers above commit"
             assert self.commit == min(self.acked.values()), "commit is what all members have"
             assert max(self.acked.values()) <= self.last_seq, "nobody acknowledged a number that was not given"
+        assert not self.due or self.due[-1][0] <= self.commit, "what is due is committed"
         assert not self.held or self.held[0][0] > self.commit, "what is committed is not held"
         assert not self.held or not self.stuck, "nothing is held for a commit that cannot come"
         reads = sum(entry[4] is None for entry in self.waiting)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ class CoordinatorServer:
             durability=config.durability,
             map_version_before=before.map_version,
             stamp_before_ms=before.stamp_bound_ms,
+            new_token=lambda: secrets.token_bytes(16),
         )
         self.sequencer = self.controller.sequencer
         keeper.on_change = self._map_changed

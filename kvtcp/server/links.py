@@ -108,8 +108,6 @@ class LinkConnection(FramedConnection):
                 self.link.space = message[1]
                 if self.live:
                     self.link.server.sequencer.on_space(self.link.node, message[1])
-            elif kind == STATS and len(message) == 2 and type(message[1]) is dict:
-                self.link.stats = message[1]
             elif kind == BACKUP and len(message) == 4 and type(message[1]) is bytes:
                 self.link.server.backups.file_done(self.link.node, *message[1:])
             elif kind == REFUSED and tuple(map(type, message)) == _REFUSED_TYPES:
@@ -170,7 +168,6 @@ class NodeLink:
         self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: Report | None = None  # the last one
         self.space = 0  # how short of disk space the node says it is, as in the SPACE frame
-        self.stats: dict[bytes, Any] = {}  # its figures, as in the last STATS frame
         self.closing = False  # the server stops: a lost connection is no event
 
     @property

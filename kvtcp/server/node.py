@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from kvtcp.constants import (
+    LEAVE_MS,
     LINK_FRAME_BYTES_MAX,
     LINK_WRITE_BUFFER_BYTES,
     ORPHAN_MS,
@@ -50,6 +51,7 @@ from kvtcp.protocol.link import (
     HELLO,
     LEARN_FAILED,
     LEARNED,
+    LEAVE,
     LINK_VERSION,
     PULL,
     REFUSED,
@@ -221,6 +223,7 @@ class NodeServer:
         self._young_cells = 0  # made since the last young collection, at most
         self._link_number = 0  # of the newest accepted link; only grows
         self._orphan: asyncio.TimerHandle | None = None
+        self._leaving: asyncio.TimerHandle | None = None  # the coordinator was told that this node is about to stop
         self._server: asyncio.Server | None = None
         self._jobs: set[BackupJob] = set()
         self._catching_up = False  # the next slice of a buffer is due
@@ -525,6 +528,8 @@ class NodeServer:
             self.replica.link_lost()
             self._end_transfers("the link closed")
             self._arm_orphan()
+            if self._leaving is not None:
+                self.stop_requested()
 
     def _arm_orphan(self) -> None:
         if self._spawned and self._orphan is None:
@@ -564,6 +569,16 @@ class NodeServer:
             self._server.close()
         self.stop_requested()
 
+    def leave(self) -> None:
+        """Stop, but let the coordinator take this node out of the in-sync sets first, so that no write waits for it. It
+        answers with STOP; without a link, at the second call, or after LEAVE_MS the node stops as it is."""
+        if self._link is None or not self._link.accepted or self._leaving is not None:
+            self.stop_requested()
+            return
+        self._leaving = self.loop.call_later(LEAVE_MS / 1000, self.stop_requested)
+        self._link.send((LEAVE,))
+        self._link.flush()
+
     def stop_requested(self) -> None:
         """Stop, from inside."""
         self.stopped.set()
@@ -573,6 +588,8 @@ class NodeServer:
     async def close(self) -> None:
         """Close port and links."""
         self._disarm_orphan()
+        if self._leaving is not None:
+            self._leaving.cancel()
         self._spawned = False
         self._stats.stop()
         self._end_transfers("the node stops")

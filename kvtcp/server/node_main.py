@@ -143,7 +143,7 @@ async def serve(
     )
     # the loop waits for the interpreter no longer than this while a worker has it: p99 of puts is a quarter less
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    runtime.on_stop_signals(server.stopped.set)
+    runtime.on_stop_signals(server.leave)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, server.snapshot_all)
     runtime.on_unexpected_errors(server.failed)
     try:
