@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,8 @@ import pytest
 
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.protocol.link import CopyReport, Report, Told
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.map_recovery import (
-    LOST_DISK,
     VERSION_DISTANCE,
     CannotRecover,
     Recovered,
@@ -44,21 +44,21 @@ def tell(node: str, copies: dict[int, CopyReport], kept: ClusterMap | None, **ch
     return Told(report, b"" if kept is None else kept.to_json(), linked=False)
 
 
-def recover(copies: dict[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> Recovered:
+def recover(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> Recovered:
     """The map for a cluster of one shard whose nodes have these copies (None: no copy); all keep the same map."""
     kept = kept or known()
     told = {node: tell(node, {} if each is None else {0: each}, kept) for node, each in copies.items()}
     return recovered_map(told, {}, owner="new", wall_ms=WALL_MS, **options)
 
 
-def row(copies: dict[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> list[tuple[str, str]]:
+def row(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> list[tuple[str, str]]:
     """The row of the only shard, which is served."""
     recovered = recover(copies, kept, **options)
     assert recovered.down == {}
     return list(recovered.map.members[0])
 
 
-def why_down(copies: dict[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> str:
+def why_down(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> str:
     """Why the only shard is down. No disk of its row is that of a copy."""
     recovered = recover(copies, kept, **options)
     disks = {node: each.disk for node, each in copies.items() if each is not None}

@@ -30,6 +30,7 @@ from kvtcp.constants import DURABILITIES, NODES_MAX, SHARDS_MAX
 from kvtcp.replication.placement import balanced_placement
 
 Member = tuple[str, str]  # node, disk
+LOST_DISK: Final = "lost"  # no copy has it (uuids are hexadecimal): a member that cannot be relied on (map_recovery.py)
 
 
 class MapError(Exception):

@@ -43,10 +43,9 @@ from typing import Final
 
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.protocol.link import CopyReport, Told
-from kvtcp.replication.cluster_map import ClusterMap, MapError, Member, last_number
+from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap, MapError, Member, last_number
 
 VERSION_DISTANCE: Final = 1_000  # from the versions that nodes have seen, so that it is taken for none of them
-LOST_DISK: Final = "lost"  # no copy has it: uuids are hexadecimal
 
 
 class CannotRecover(Exception):
