@@ -51,7 +51,9 @@ def recover(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = N
     return recovered_map(told, {}, owner="new", wall_ms=WALL_MS, **options)
 
 
-def row(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> list[tuple[str, str]]:
+def row(
+    copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any
+) -> list[tuple[str, str]]:
     """The row of the only shard, which is served."""
     recovered = recover(copies, kept, **options)
     assert recovered.down == {}
@@ -208,10 +210,10 @@ def test_empty_shards() -> None:
 
 def test_too_many_doubtful_copies() -> None:
     """If M copies are in doubt, those may have been the members."""
-    bad = {"complete": False, "damage": "bad sector", "disk": "new"}
+    bad: dict[str, Any] = {"complete": False, "damage": "bad sector", "disk": "new"}
     said = "n2, n3 may have had writes that the others lack, and cannot be relied on any more"
     assert why_down({"n1": copy(5), "n2": copy(9, **bad), "n3": copy(9, **bad)}) == said
-    cut = {"damage": "power cut", "disk": "new"}
+    cut: dict[str, Any] = {"damage": "power cut", "disk": "new"}
     assert why_down({"n1": copy(5), "n2": copy(9, **cut), "n3": copy(9, **cut)}) == said
     assert why_down({"n1": None, "n2": copy(9, **bad), "n3": None}).startswith("n2 may have had writes")
     kept = known(3, 1, destroyed=("n1",))
@@ -220,7 +222,7 @@ def test_too_many_doubtful_copies() -> None:
 
 def test_a_damage_that_was_repaired() -> None:
     """A copy that a map names as a member after its damage had everything then."""
-    repaired = {"damage": "power cut", "disk": "disk"}
+    repaired: dict[str, Any] = {"damage": "power cut", "disk": "disk"}
     assert row({"n1": copy(5), "n2": copy(9, **repaired), "n3": copy(9, **repaired)}) == [
         ("n2", "disk"), ("n3", "disk"),
     ]  # fmt: skip

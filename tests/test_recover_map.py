@@ -206,8 +206,8 @@ def test_nodes_started_by_hand(cluster: ProcessCluster) -> None:
     def arguments(count: int, *more: object) -> tuple[object, ...]:
         return ("--main-port", 0, "--data-dir", cluster.data, "--nodes", ",".join(addresses[:count]), *more)
 
-    for node in cluster.commands[:]:
-        node.ready()
+    for each in cluster.commands[:]:
+        each.ready()
     command = cluster.run("kvtcp-coordinator", *arguments(3, *SHARDS))
     url = command.ready().split()[3]
     pairs = fill(url, "a")
