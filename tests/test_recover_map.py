@@ -184,15 +184,16 @@ def test_too_few_copies_left(cluster: ProcessCluster) -> None:
     stop(command)
 
 
-def test_running_nodes_of_a_killed_coordinator(cluster: ProcessCluster) -> None:
+@pytest.mark.parametrize("durability", ["sync", "memory"])
+def test_running_nodes_of_a_killed_coordinator(cluster: ProcessCluster, durability: str) -> None:
     """They are asked as they are, run on, and are adopted. The identity is taken from their directories."""
-    command = cluster.start(*SHARDS)
+    command = cluster.start(*SHARDS, "--durability", durability)
     pairs = churn(cluster)
     pids = cluster.pids()
     command.signal(signal.SIGKILL)
     command.ended()
     shutil.rmtree(cluster.data / "coordinator")
-    cluster.start("--recover-map")
+    cluster.start("--recover-map", "--durability", durability)
     assert settled(cluster.url) == pairs
     assert cluster.pids() == pids
 
