@@ -38,11 +38,12 @@ from typing import Any, Final, Protocol
 
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.learner import is_entry
 from kvtcp.replication.progress import LinkError
 
 LOST_DATA: Final = "came back without its data"
+UNKNOWN_COPY: Final = "may lack writes: the cluster map, which said whether it does, was lost"
 
 WAITING: Final = "waiting"
 CHANGING: Final = "changing"
@@ -303,7 +304,7 @@ class Recovery:
                     empty[node] = copy.disk
                 elif not disk:
                     raise StaleStore(f"node {node} has data of shard {shard.number}, the cluster map knows of none")
-                shard.bad[node] = foreign_copy(copy)
+                shard.bad[node] = UNKNOWN_COPY if disk == LOST_DISK and copy.seq else foreign_copy(copy)
             else:
                 hint = max(hint, copy.commit)
                 if node in shard.found:
