@@ -197,19 +197,21 @@ class Membership:
         leaving = [shard for shard in shards if self.may_leave(shard, link)]
         if leaving:
             numbers = [shard.number for shard in leaving]
-            self.evictions += 1
 
-            def left() -> None:
+            def stored() -> None:
                 self.changing.difference_update(numbers)
                 self._around.sequencer.leave(leaving, link)
-                self._around.event(
-                    "warning", "left-in-sync", node=link.node, shards=len(numbers), first=numbers[0], reason=why
-                )
+                self.left(link.node, numbers[0], len(numbers), why)
                 self.work()
 
             self.changing.update(numbers)
-            self._around.propose_rows(numbers, lambda old: old.without(numbers, link.node), left)
+            self._around.propose_rows(numbers, lambda old: old.without(numbers, link.node), stored)
         return len(leaving)
+
+    def left(self, node: str, first: int, count: int, why: str) -> None:
+        """The map does not name the node any more as a member of so many shards."""
+        self.evictions += 1
+        self._around.event("warning", "left-in-sync", node=node, shards=count, first=first, reason=why)
 
     def _evict_lost(self) -> None:
         for node, state in self.nodes.items():
