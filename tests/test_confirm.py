@@ -1,4 +1,4 @@
-"""Tests of confirmed reads: what counts as a confirmation, when an answer is released, and when it is refused (R11 c)."""
+"""Tests of confirmed reads: what counts as a confirmation, when an answer is released or refused (R11 c)."""
 
 from __future__ import annotations
 
