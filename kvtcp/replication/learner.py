@@ -109,7 +109,7 @@ class Learner:
     @property
     def entries_left(self) -> int:
         """Numbers that it does not have yet, as far as is known."""
-        return self.shard.last_seq - max(self.seq, self.acked)
+        return max(0, self.shard.last_seq - max(self.seq, self.acked))
 
     def start(self, copy: CopyReport | None) -> None:
         """Attach it. `copy` is what its node reported."""
@@ -119,7 +119,8 @@ class Learner:
         usable = copy is not None and copy.complete and copy.seq <= self.shard.last_seq
         self._attach(fresh=not usable)
 
-    def _attach(self, fresh: bool) -> None:
+    def _attach(self, fresh: bool, last_seq: int = 0) -> None:
+        """`last_seq` is the number up to which nothing comes by the link, if that is above the last one given."""
         self.phase = ASKED
         self.fresh = self._compared = fresh
         self._fetches = False
@@ -127,8 +128,8 @@ class Learner:
         self.token = b""
         self._attempt += 1
         shard = self.shard
-        self._attach_seq = shard.last_seq
-        item = (LEARN, shard.number, int(fresh), shard.last_seq)
+        self._attach_seq = max(shard.last_seq, last_seq)
+        item = (LEARN, shard.number, int(fresh), self._attach_seq)
         self._around.attach(shard, self.link, item, self._guarded(self._on_learn))
 
     def _give_itself(self) -> None:
@@ -141,7 +142,7 @@ class Learner:
                 self.fail("its node has no copy to give")
                 return
             self.keys_total = result[3]
-            self._attach(fresh=True)
+            self._attach(fresh=True, last_seq=result[1])
             self.token = token
 
         self._around.call(self.donor, (DONATE, self.shard.number, token, self._seq_min), self._guarded(frozen))
