@@ -389,7 +389,7 @@ def test_a_link_that_breaks_while_a_replacement_is_stored(lost: str, comes_back:
     world.up("n1", "n2")
     world.pump()
     assert world.changes.is_busy and world.controller.repair_in_flight(0)
-    sent = world.changes.to_send(world.now_ms)
+    sent = world.sent
     assert sent is not None
     if outcome != "held":
         if outcome == "unknown, stored":

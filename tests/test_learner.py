@@ -212,16 +212,17 @@ def test_by_a_whole_copy() -> None:
 
 
 def test_a_copy_that_gives_itself() -> None:
-    """After an accepted loss: frozen first, begun anew then, from the number where it goes on, and pulled from its own
-    node."""
+    """After an accepted loss: frozen first, begun anew then, and pulled from its own node."""
     case = Case(copy(4), donor="n3", seq_min=500)
     learner, around = case.learner, case.around
     assert around.take() == [("n3", (DONATE, 3, b"token1", 500))] and learner.phase == FREEZING
-    around.calls[-1]([2, 500, 0, 9])
-    case.learn(True, last=500)
+    assert not learner.takes_writes
+    around.calls[-1]([2, 501, 0, 9])
+    case.learn(True, last=501)
+    assert learner.takes_writes
     assert around.take() == [("n3", (PULL, 3, "host-n3", 7, b"token1"))] and learner.keys_total == 9
-    learner.on_learned("n3", b"new", 500)
-    assert learner.phase == LIVE and learner.acked == 500 and learner.entries_left == 0
+    learner.on_learned("n3", b"new", 501)
+    assert learner.phase == LIVE and learner.acked == 501 and learner.entries_left == 0
 
 
 @pytest.mark.parametrize(

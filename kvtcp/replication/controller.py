@@ -261,6 +261,15 @@ class Controller:
         report = self.reports.get(node)
         return {} if report is None else report.copies
 
+    def is_leaving(self, node: str) -> bool:
+        """See ClusterAdmin."""
+        return node in self.admin.leaving
+
+    def shards_on(self, node: str) -> set[int]:
+        """The shards of which the node is a member or a learner, whatever is stored."""
+        link = self.sequencer.links.get(node)
+        return set() if link is None else {shard.number for shard in link.shards}
+
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map."""
         self.changes.propose(self._with_heard(edit), lambda _: done())
@@ -314,9 +323,12 @@ class Controller:
 
     # --- for the recovery ---------------------------------------------------------------------------
 
+    def row_changed(self, number: int) -> None:
+        """The recovery changed the row of a shard."""
+        self.sequencer.set_members(number, self.map.nodes_of(number))
+
     def recovered(self, number: int, seq: int, chain: int) -> None:
         """All members of the shard are equal."""
-        self.sequencer.set_members(number, self.map.nodes_of(number))
         self.sequencer.serve(number, seq, chain)
         self.membership.unsettled.add(number)
 
@@ -325,7 +337,6 @@ class Controller:
         sequencer = self.sequencer
         shard = sequencer.shards[number]
         shard.last_seq = shard.commit = seq
-        sequencer.set_members(number, self.map.nodes_of(number))
         for link in shard.members:
             shard.acked[link] = seq
             shard.mark(link, bad.get(link.node, ""))
@@ -337,7 +348,6 @@ class Controller:
     def is_down(self, number: int, why: str) -> None:
         """The shard cannot be served now."""
         shard = self.sequencer.shards[number]
-        self.sequencer.set_members(number, self.map.nodes_of(number))
         if shard.reason != why:
             shard.reason = why
             self.event("error", "shard-down", shard=number, reason=why)

@@ -65,6 +65,9 @@ class Surroundings(Protocol):
     def copies_of(self, node: str) -> dict[int, CopyReport]:
         """The copies of a linked node, as far as is known."""
 
+    def is_leaving(self, node: str) -> bool:
+        """Whether the node is about to be removed from the map."""
+
     def event(self, level: str, word: str, **fields: Any) -> None:
         """For the log."""
 
@@ -355,7 +358,8 @@ class Membership:
 
     def _can_learn(self, link: Progress) -> bool:
         state = self.nodes[link.node]
-        return link.connected and not state.leaves and state.learns_after_ms <= self._now_ms
+        is_leaving = state.leaves or self._around.is_leaving(link.node)
+        return link.connected and not is_leaving and state.learns_after_ms <= self._now_ms
 
     def _donor(self, shard: ShardState, link: Progress) -> Progress | None:
         """The good member that gives to fewest learners."""

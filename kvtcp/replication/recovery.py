@@ -38,11 +38,12 @@ from typing import Any, Final, Protocol
 
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.learner import is_entry
 from kvtcp.replication.progress import LinkError
 
 LOST_DATA: Final = "came back without its data"
+UNKNOWN_COPY: Final = "may lack writes: the cluster map, which said whether it does, was lost"
 
 WAITING: Final = "waiting"
 CHANGING: Final = "changing"
@@ -69,6 +70,9 @@ class Surroundings(Protocol):
 
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map; `done` when that is stored."""
+
+    def row_changed(self, number: int) -> None:
+        """That is stored: these are its members now, though it is not served yet."""
 
     def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
         """Send a frame to a node that reported."""
@@ -300,7 +304,7 @@ class Recovery:
                     empty[node] = copy.disk
                 elif not disk:
                     raise StaleStore(f"node {node} has data of shard {shard.number}, the cluster map knows of none")
-                shard.bad[node] = foreign_copy(copy)
+                shard.bad[node] = UNKNOWN_COPY if disk == LOST_DISK and copy.seq else foreign_copy(copy)
             else:
                 hint = max(hint, copy.commit)
                 if node in shard.found:
@@ -340,6 +344,7 @@ class Recovery:
         shard.state = CHANGING
 
         def done() -> None:
+            self._around.row_changed(shard.number)
             for node, why in removed.items():
                 self._removed.setdefault(node, []).append((shard.number, why))
             shard.state = WAITING
