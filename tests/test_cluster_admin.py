@@ -584,8 +584,8 @@ def test_losses_that_are_none() -> None:
     world.up("n1")
     world.run(2 * RECOVER_WAIT_MS)
     assert refused(world, "accept_loss", 0) == (
-        "no linked node has a complete copy of shard 0, n2 may have one: start it, or, if it will never come back, say so "
-        "with: node forget ID destroyed"
+        "no linked node has a complete copy of shard 0, n2 may have one: start it, or, if it will never come back, say "
+        "so with: node forget ID destroyed"
     )
     world.get("refused")
     assert world.answers.failed["refused"][0] == Code.SHARD_DOWN and world.items("n1", DONATE) == []

@@ -269,8 +269,8 @@ class ClusterAdmin:
         missing = [n for n in core.map.nodes_of(number) if n not in core.reports and n not in core.map.destroyed]
         if missing:
             raise ValueError(
-                f"no linked node has a complete copy of shard {number}, {', '.join(missing)} may have one: start it, or, "
-                "if it will never come back, say so with: node forget ID destroyed"
+                f"no linked node has a complete copy of shard {number}, {', '.join(missing)} may have one: start it, "
+                "or, if it will never come back, say so with: node forget ID destroyed"
             )
         able = [node for node in (*core.map.wanted[number], *usable_nodes(core.map)) if node in core.reports]
         if not able:
