@@ -419,6 +419,35 @@ def test_a_copy_of_a_node_that_is_no_member() -> None:
     settled(world)
 
 
+def test_a_shard_of_which_nothing_is_left_begins_empty() -> None:
+    """Its only node was declared destroyed: it begins anew where it is wanted, above every number ever shown; and so
+    does one all of whose copies are damaged."""
+    world = World(3, 1, shards=3, min_insync=1)
+    write(world)
+    lost(world, "n2", up=("n1", "n3"))
+    answer(world, "forget", "n2")
+    assert refused(world, "accept_loss", 0) == "shard 0 is not down: nothing is lost"
+    assert world.shards[1].reason == "none of its members has its data: n2 was declared destroyed"
+    found = answer(world, "accept_loss", 1)
+    [wanted] = world.map.wanted[1]
+    assert found == {"shard": 1, "node": wanted, "seq": 0, "goes_on_at": world.map.stamp_bound_ms * 1_000}
+    world.run(1_000)
+    write(world, "after")
+    assert world.answers.ok["after", 1] == found["goes_on_at"] + 1 and world.row(1) == [wanted]
+    assert "n2" not in world.map.nodes, "nothing of it is left in the map"
+    world = World(2, 2)
+    write(world)
+    for node in ("n1", "n2"):
+        world.nodes[node].replica.copies[0].complete = False
+    world.down("n1", "n2")
+    world.take_over()
+    world.up("n1", "n2")
+    world.run(100)
+    assert answer(world, "accept_loss", 0)["seq"] == 0
+    settled(world)
+    write(world, "after")
+
+
 def test_a_loss_when_the_link_breaks() -> None:
     """At every moment: before it is frozen, while it is pulled, while the map is changed. It may be accepted again."""
     for moment in ("asked", "pulled", "stored"):
@@ -555,7 +584,8 @@ def test_losses_that_are_none() -> None:
     world.up("n1")
     world.run(2 * RECOVER_WAIT_MS)
     assert refused(world, "accept_loss", 0) == (
-        "no linked node has a complete copy of shard 0; start its nodes first"
+        "no linked node has a complete copy of shard 0, n2 may have one: start it, or, if it will never come back, say "
+        "so with: node forget ID destroyed"
     )
     world.get("refused")
     assert world.answers.failed["refused"][0] == Code.SHARD_DOWN and world.items("n1", DONATE) == []

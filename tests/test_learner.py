@@ -222,7 +222,7 @@ def test_a_copy_that_gives_itself() -> None:
     assert learner.takes_writes
     assert around.take() == [("n3", (PULL, 3, "host-n3", 7, b"token1"))] and learner.keys_total == 9
     learner.on_learned("n3", b"new", 501)
-    assert learner.phase == LIVE and learner.acked == 501
+    assert learner.phase == LIVE and learner.acked == 501 and learner.entries_left == 0
 
 
 @pytest.mark.parametrize(

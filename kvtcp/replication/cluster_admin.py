@@ -8,8 +8,8 @@ changed; or it is answered through `done` when its change is stored.
 - drain, remove: everything is moved off a node; then it leaves the cluster. undrain: it stays after all.
 - forget: a node is declared destroyed. What it had counts as fenced for ever (R9).
 - rebalance: shards are placed evenly, by the fewest moves.
-- accept a loss: a shard without a good copy goes on with the best one there is. Its numbers begin above every number
-  that was ever shown.
+- accept a loss: a shard without a good copy goes on with the best one there is; if nothing is left of it, and nothing
+  can come any more, empty. Its numbers begin above every number that was ever shown.
 """
 
 from __future__ import annotations
@@ -249,17 +249,33 @@ class ClusterAdmin:
             for node, report in core.reports.items()
             if number in report.copies and report.copies[number].complete
         }
-        if not copies:
-            raise ValueError(f"no linked node has a complete copy of shard {number}; start its nodes first")
         row = core.map.nodes_of(number)
-        node = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row))
+        if copies:
+            node = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row))
+        else:
+            node = self._node_to_begin_empty(number)
         replaces = node if node in row else next((each for each in row if each not in core.reports), row[0])
         link = core.sequencer.links[node]
         # no shard takes a thousand writes in every millisecond since 1970
-        seq_min = max(core.map.stamp_bound_ms * 1_000, max(copy.seq for copy in copies.values()) + 1)
+        seq_min = max(core.map.stamp_bound_ms * 1_000, max([copy.seq for copy in copies.values()], default=0) + 1)
         shard = core.sequencer.shards[number]
         self._losses[number] = core.membership.learn(shard, link, link, replaces, seq_min)
-        return {"shard": number, "node": node, "seq": copies[node].seq, "goes_on_at": seq_min}
+        seq = copies[node].seq if copies else 0
+        return {"shard": number, "node": node, "seq": seq, "goes_on_at": seq_min}
+
+    def _node_to_begin_empty(self, number: int) -> str:
+        """A linked node for a shard of which nothing is left. Raises ValueError if something may still come."""
+        core = self._core
+        missing = [n for n in core.map.nodes_of(number) if n not in core.reports and n not in core.map.destroyed]
+        if missing:
+            raise ValueError(
+                f"no linked node has a complete copy of shard {number}, {', '.join(missing)} may have one: start it, "
+                "or, if it will never come back, say so with: node forget ID destroyed"
+            )
+        able = [node for node in (*core.map.wanted[number], *usable_nodes(core.map)) if node in core.reports]
+        if not able:
+            raise ValueError(f"no node that may hold shard {number} is linked; start one first")
+        return able[0]
 
 
 def usable_nodes(cluster_map: ClusterMap) -> list[str]:

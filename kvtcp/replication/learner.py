@@ -114,7 +114,7 @@ class Learner:
     @property
     def entries_left(self) -> int:
         """Numbers that it does not have yet, as far as is known."""
-        return self.shard.last_seq - max(self.seq, self.acked)
+        return max(0, self.shard.last_seq - max(self.seq, self.acked))
 
     def start(self, copy: CopyReport | None) -> None:
         """Attach it. `copy` is what its node reported."""
