@@ -17,7 +17,9 @@ from kvtcp.protocol.link import (
     ENTRIES,
     FETCH,
     HELLO,
+    LEARN_FAILED,
     LINK_VERSION,
+    PULL,
     REFUSED,
     REPORT,
     RESULTS,
@@ -202,6 +204,36 @@ async def test_error_while_applying_ends_the_node(
     assert "event=apply-failed" in caplog.text
     with pytest.raises(OSError):
         await Wire.open(node.address, hello=False)
+
+
+async def test_frames_are_worked_off_in_order(node: NodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked behind a batch, in the same read, sees it; its results are sent before. An index is not hurried."""
+    rounds: list[bool] = []
+    index_some = node.replica.kept.index_some
+
+    def slowly() -> bool:
+        rounds.append(len(rounds) >= 3)
+        return rounds[-1] and index_some()
+
+    monkeypatch.setattr(node.replica.kept, "index_some", slowly)
+    async with await link(node) as wire:
+        wire.send([BATCH, 1, 0, [[PUT, 0, 1, 1, "a", "x"]]], [FETCH, 0, 0], [BATCH, 1, 0, [[PUT, 0, 2, 1, "b", "x"]]])
+        assert (await wire.receive())[3] == [1] and (await wire.receive())[3] == [2]
+        kind, shard, after, chain, entries = await wire.receive()
+        assert (kind, shard, after, chain, len(entries)) == (ENTRIES, 0, 0, 0, 2) and len(rounds) >= 4
+        wire.send([PULL, 0, "127.0.0.1", 1, "t"])
+        assert await wire.receive() == [LEARN_FAILED, 0, b"the shard is not being learned"]
+
+
+@pytest.mark.parametrize(
+    "frame", [[FETCH, 0], [FETCH, "0", 0], [SHIP, 0, None], [PULL, 0, 7, 1, "t"], [BATCH, 1, 0], [99]]
+)
+async def test_frames_of_other_types(node: NodeServer, frame: list[Any]) -> None:
+    """They end the link, not the node."""
+    async with await link(node) as wire:
+        wire.send(frame)
+        await wire.closed()
+    assert node.failure is None
 
 
 async def test_stop(node: NodeServer) -> None:

@@ -43,6 +43,7 @@ class Around:
         self.repairs: dict[int, tuple[int, dict[str, str]]] = {}
         self.in_flight: set[int] = set()
         self.stopped: list[int] = []
+        self.rows: list[tuple[int, list[str]]] = []
         self.downs: list[tuple[int, str]] = []
         self.alarms: list[str] = []
         self.emptied: list[int] = []
@@ -57,6 +58,9 @@ class Around:
     def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
         assert node in self.reports
         self.sent.append((node, frame))
+
+    def row_changed(self, number: int) -> None:
+        self.rows.append((number, self.map.nodes_of(number)))
 
     def recovered(self, number: int, seq: int, chain: int) -> None:
         assert number not in self.served
@@ -163,6 +167,7 @@ def test_silent_members_are_waited_for() -> None:
     assert around.state() == CHANGING and not around.served
     around.store()
     assert around.map.nodes_of(0) == ["n1", "n2"] and around.served == {0: (7, 107)}
+    assert around.rows == [(0, ["n1", "n2"])]
 
 
 def test_nobody_is_removed_before_a_good_member_answered() -> None:

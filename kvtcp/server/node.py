@@ -479,10 +479,15 @@ class NodeServer:
         for shard, reason in replica.take_failed():
             log.warning("event=learn-failed node=%s shard=%s reason=%s", replica.node, shard, reason)
             self._send((LEARN_FAILED, shard, reason))
+        was_doubtful = False
         for shard in replica.take_learned():
             copy = replica.copies[shard]
+            was_doubtful = was_doubtful or bool(copy.reason)
+            copy.reason = ""  # what was wrong with it is made good, by what others have
             log.info("event=learned node=%s shard=%s disk=%s seq=%s", replica.node, shard, copy.disk, copy.table.seq)
             self._when_durable(link, (LEARNED, shard, copy.disk, copy.generation, *copy.table.position))
+        if was_doubtful and self.durability is not None:
+            self.durability.write_manifest(replica.copies.values(), lambda: None)
 
     def _make_drops_durable(self, dropped: list[int]) -> None:
         log.info("event=dropped node=%s shards=%s", self.replica.node, dropped)
