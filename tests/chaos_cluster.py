@@ -226,16 +226,26 @@ class ChaosCluster:
         return node, own.proxy.port
 
     async def end_process(self, node: str) -> None:
-        """SIGTERM of a node that was removed, and its end."""
+        """The end of a node that was removed: its coordinator told it to stop, if it was there to hear it."""
         own = self.own.pop(node)
         self.names.remove(node)
         own.is_wanted = False
         if own.command.process.poll() is None:
+            own.command.signal(signal.SIGCONT)  # no fault reaches it any more, the end of one neither
+        await self._ended(own.command, 1.0)
+        if own.command.process.poll() is None:
             own.command.signal(signal.SIGTERM)
         code = await asyncio.to_thread(own.command.ended)
         await own.proxy.close()
-        if code not in (0, -signal.SIGKILL):
+        if code not in (0, -signal.SIGKILL, -signal.SIGTERM):  # the signal may come before it is ready for it
             raise Broken(f"{node}, removed, ended with {code}: {own.command.err.read_text()[-2000:]}")
+
+    @staticmethod
+    async def _ended(command: Command, within_s: float) -> None:
+        """Wait for the end of a process, for so long."""
+        until = time.monotonic() + within_s
+        while command.process.poll() is None and time.monotonic() < until:
+            await asyncio.sleep(POLL_S)
 
     # --- the end ------------------------------------------------------------------------------------
 

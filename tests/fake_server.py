@@ -285,6 +285,10 @@ class FakeServer:
     def do_node_add(self, host: str, port: int) -> dict[str, Any]:
         return {"node": b"n4", "address": f"{host}:{port}"}
 
+    def do_node_undrain(self, node: str) -> dict[str, Any]:
+        """Nothing moves back by itself."""
+        return {"node": node}
+
     def do_node_drain(self, node: str) -> dict[str, Any]:
         return {"node": node, "shards": 21}
 

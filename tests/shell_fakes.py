@@ -224,6 +224,11 @@ class FakeClient:
         self.calls.append(("node_add", host, port))
         return NodeChange("n4")
 
+    async def node_undrain(self, node: str) -> NodeChange:
+        """See AsyncClient."""
+        self.calls.append(("node_undrain", node))
+        return NodeChange(node)
+
     async def node_drain(self, node: str) -> NodeChange:
         await self._enter()
         self.calls.append(("node_drain", node))

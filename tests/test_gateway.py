@@ -50,6 +50,9 @@ class Administration:
     def node_add(self, *args: Any) -> None:
         self.calls.append(("node_add", *args))
 
+    def node_undrain(self, *args: Any) -> None:
+        self.calls.append(("node_undrain", *args))
+
     def node_drain(self, *args: Any) -> None:
         self.calls.append(("node_drain", *args))
 

@@ -114,6 +114,7 @@ def parse(*request: Any) -> tuple[Any, ...]:
         (["node_add", "fe80::1%eth0", 65535], ("fe80::1%eth0", 65535)),
         (["node_add", "h" * NAME_BYTES_MAX, 5000], ("h" * NAME_BYTES_MAX, 5000)),
         (["node_drain", "n1"], ("n1",)),
+        (["node_undrain", "n1"], ("n1",)),
         (["node_remove", NAME], (NAME,)),
         (["node_forget", "n1"], ("n1",)),
         (["rebalance"], (False,)),
@@ -272,8 +273,8 @@ ARITIES = {
     "hello": (2, 2), "get": (1, 1), "put": (2, 3), "add": (2, 3), "delete": (1, 2), "cas": (3, 3), "incr": (2, 2),
     "exists": (1, 1), "mget": (1, 1), "mput": (1, 1), "mdelete": (1, 1), "expire": (2, 2), "persist": (1, 1),
     "ttl": (1, 1), "scan": (3, 4), "count": (2, 3), "status": (0, 0), "nodes": (0, 0), "shards": (0, 0),
-    "backup": (0, 1), "restore": (1, 2), "node_add": (2, 2), "node_drain": (1, 1), "node_remove": (1, 1),
-    "node_forget": (1, 1), "rebalance": (0, 1), "shard_accept_loss": (1, 1),
+    "backup": (0, 1), "restore": (1, 2), "node_add": (2, 2), "node_drain": (1, 1), "node_undrain": (1, 1),
+    "node_remove": (1, 1), "node_forget": (1, 1), "rebalance": (0, 1), "shard_accept_loss": (1, 1),
 }  # fmt: skip
 
 

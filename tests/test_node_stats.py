@@ -52,7 +52,9 @@ async def test_without_a_disk_and_without_a_link(monkeypatch: pytest.MonkeyPatch
     await node.start("127.0.0.1", 0)
     told = node._stats._told_s
     await until(lambda: node._stats._told_s > told + 0.01, "some tellings")
-    figures = node._stats.take()
+    node.pulls.bytes_total += 3000
+    figures = node._stats.take(2.0)
+    assert figures["learn_rate_bytes_s"] == 1500.0 and node._stats.take(2.0)["learn_rate_bytes_s"] == 0
     assert figures["log_bytes"] == figures["syncs"] == figures["sync_p99_ms"] == figures["keys"] == 0
     await node.close()
     await asyncio.sleep(0)

@@ -51,7 +51,7 @@ SHARDS: list[dict[str, Any]] = [
     {
         "shard": 1, "state": "under-replicated", "nodes": ["n1"], "epoch": 3, "insync": ["n1"], "wanted": ["n1", "n4"],
         "learners": [
-            {"node": "n4", "phase": "copy", "entries_left": 1204, "bytes": 3355443, "rate_bytes_s": 1048576},
+            {"node": "n4", "donor": "n1", "phase": "pulling", "entries_left": 1204, "entries_shipped": 0, "keys": 9000},
         ],
         "lag_entries": 1204, "lag_bytes": 3355443, "commit": 90, "seq": 91, "waiting": 2, "reason": "n3 was lost",
     },
@@ -128,10 +128,10 @@ def test_shards() -> None:
     assert drawn(shards_view(SHARDS, None), None) == [
         "shard  state             insync  wanted  lag             commit  seq  epoch  waiting  learners",
         "-----  ----------------  ------  ------  --------------  ------  ---  -----  -------  "
-        "------------------------------------",
+        "----------------------------------",
         "0      ok                n1 n2   =       0               17      17   3      0        -",
         "1      under-replicated  n1      n1 n4   1,204, 3.2 MiB  90      91   3      2        "
-        "n4 copy 1,204 left 3.2 MiB 1.0 MiB/s",
+        "n4 pulling 1,204 left (9,000 keys)",
         "2      down              n3      =       -               -       -    -      -        -",
         "3      down              n3      =       -               -       -    -      -        -",
         "5      down              n3      =       -               -       -    -      -        -",

@@ -98,10 +98,10 @@ def test_commands_of_two_words() -> None:
     assert (command.name, [word.raw for word in rest]) == ("get", ["node"])
     assert [member.name for member in group("shard")] == ["shard accept-loss"] and group("get") == []
     for line, sentence in (
-        ("node", "there is no command 'node'; node is followed by add or drain or remove or forget; "
+        ("node", "there is no command 'node'; node is followed by add or drain or undrain or remove or forget; "
                  "or did you mean nodes?"),
-        ("node ad h:1", "there is no command 'node ad'; node is followed by add or drain or remove or forget"),
-        ('node "add"', "there is no command 'node \"add\"'; node is followed by add or drain or remove or forget"),
+        ("node ad h:1", "there is no command 'node ad'; node is followed by add or drain or undrain or remove or forget"),
+        ('node "add"', "there is no command 'node \"add\"'; node is followed by add or drain or undrain or remove or forget"),
         ("shard", "there is no command 'shard'; shard is followed by accept-loss; or did you mean shards?"),
     ):  # fmt: skip
         with pytest.raises(UsageError) as caught:
@@ -150,10 +150,10 @@ def test_table_names_every_command_of_the_contract() -> None:
     """No command is missing, and each is under its own name."""
     names = (
         "add put get delete exists cas incr expire persist ttl all_values scan count delete-prefix status nodes shards "
-        "where node-add node-drain node-remove node-forget rebalance shard-accept-loss "
+        "where node-add node-drain node-undrain node-remove node-forget rebalance shard-accept-loss "
         "backup verify restore import export help exit quit"
     )
-    of_two_words = {"node-add", "node-drain", "node-remove", "node-forget", "shard-accept-loss"}
+    of_two_words = {"node-add", "node-drain", "node-undrain", "node-remove", "node-forget", "shard-accept-loss"}
     assert list(table()) == [name.replace("-", " ", 1) if name in of_two_words else name for name in names.split()]
     assert all(command.name == name for name, command in table().items())
 

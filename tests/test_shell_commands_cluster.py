@@ -25,6 +25,7 @@ def shell() -> Shell:
 GOLDEN: list[tuple[str, list[tuple[Any, ...]], str]] = [
     ("node add 10.0.0.4:5000", [("node_add", "10.0.0.4", 5000)], "node\tn4\n"),
     ("node add [::1]:5000 -o jsonl", [("node_add", "::1", 5000)], '{"node": "n4"}\n'),
+    ("node undrain n1", [("node_undrain", "n1")], "node\tn1\n"),
     ("node drain n1", [("node_drain", "n1")], "node\tn1\nshards\t21\n"),
     ("node drain n1 -o table", [("node_drain", "n1")], "node    n1\nshards  21\n"),
     ("node remove n1", [("node_remove", "n1")], "node\tn1\n"),
@@ -59,7 +60,7 @@ def test_changes(shell: Shell, line: str, calls: list[tuple[Any, ...]], out: str
         ("node add h:65536", "the address of a node is HOST:PORT"),
         ("node forget n1", "destroyed is missing"),
         ("node forget n1 yes", "the word destroyed must stand in the place of 'yes'"),
-        ("node forge n1", "node is followed by add or drain or remove or forget"),
+        ("node forge n1", "node is followed by add or drain or undrain or remove or forget"),
         ("rebalance dry-run wait", "dry-run moves nothing that could be waited for"),
         ("shard accept-loss x yes", "N must be an integer from 0 to 4095, not 'x'"),
         ("shard accept-loss 5", "nobody can be asked here; add `yes` to accept the loss"),
@@ -160,7 +161,7 @@ class Described(FakeClient):
         return [{"node": "n2", "state": "down", "reason": "connection refused", "lag_entries": 5, "lag_bytes": 2048}]
 
     async def shards(self) -> list[dict[str, Any]]:
-        learner = {"node": "n4", "phase": "copy", "entries_left": 7, "bytes": 10, "rate_bytes_s": 3}
+        learner = {"node": "n4", "phase": "pulling", "entries_left": 7, "keys": 1234}
         return [{"shard": n, "state": "ok", "insync": ["n1"], "learners": [learner]} for n in range(64)]
 
 
@@ -179,8 +180,8 @@ def test_views_are_for_tables_only() -> None:
     assert shell.run("nodes") == 0
     assert shell.out == b"node\tstate\treason\tlag_entries\tlag_bytes\nn2\tdown\tconnection refused\t5\t2048\n"
     assert shell.run("where", "{a}", "-o", "table") == 0
-    assert shell.out.decode().splitlines()[2].endswith("n4 copy 7 left 10 B 3 B/s")
+    assert shell.out.decode().splitlines()[2].endswith("n4 pulling 7 left (1,234 keys)")
     assert shell.run("shards") == 0
-    assert shell.out.splitlines()[1] == b"0\tok\tn1\tnode=n4,phase=copy,entries_left=7,bytes=10,rate_bytes_s=3"
+    assert shell.out.splitlines()[1] == b"0\tok\tn1\tnode=n4,phase=pulling,entries_left=7,keys=1234"
     assert shell.run("shards", "-o", "json") == 0
     assert json.loads(shell.out)[63]["learners"][0]["entries_left"] == 7

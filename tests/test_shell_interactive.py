@@ -178,7 +178,7 @@ def test_front_of_a_pipe_reads_stdin(session: Session, monkeypatch: pytest.Monke
         ("get k -o j", ["json", "jsonl"]),
         ("help sc", ["scan"]),
         ("nod", ["nodes", "node"]),
-        ("node ", ["add", "drain", "remove", "forget"]),
+        ("node ", ["add", "drain", "undrain", "remove", "forget"]),
         ("node dr", ["drain"]),
         ("help node f", ["forget"]),
         ("node add ", []),

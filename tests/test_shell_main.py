@@ -97,7 +97,7 @@ def test_help_lists_all_and_suggests() -> None:
     for arguments in (["help", "node"], ["node", "--help"]):
         assert shell.run(*arguments) == 0
         starts = [line for line in shell.out.decode().splitlines() if line.startswith("usage: ")]
-        assert starts == [f"usage: {command.usage}" for command in group("node")] and len(starts) == 4
+        assert starts == [f"usage: {command.usage}" for command in group("node")] and len(starts) == 5
     assert shell.run("help", "exprot") == 2
     assert "did you mean export?" in shell.err
 

@@ -63,6 +63,7 @@ REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
     (["restore", "monday", {"mode": "merge", "prefix": b"user:"}], [{}]),
     (["node_add", "10.0.0.4", 5000], [{"node": "n4"}]),
     (["node_drain", "n1"], [{"node": "n1", "shards": 21}]),
+    (["node_undrain", "n1"], [{"node": "n1"}]),
     (["node_remove", "n1"], [{"node": "n1"}]),
     (["node_forget", "n1"], [{"node": "n1"}]),
     (["rebalance"], [{"moves": [[5, "n1", "n4"]], "left": 1}]),

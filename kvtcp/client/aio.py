@@ -396,6 +396,10 @@ class AsyncClient(Generic[V]):
         """Have everything that a node holds moved to others; `shards` of the result is how much that is."""
         return node_change(await self._change(node_request(b"node_drain", node), timeout))
 
+    async def node_undrain(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Let a node that was to be emptied hold shards again; what has moved comes back with a rebalance."""
+        return node_change(await self._change(node_request(b"node_undrain", node), timeout))
+
     async def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
         """Take a node that holds nothing out of the cluster."""
         return node_change(await self._change(node_request(b"node_remove", node), timeout))

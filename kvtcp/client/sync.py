@@ -310,6 +310,10 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         """Have everything that a node holds moved to others."""
         return self._run(self._live().node_drain(node, timeout=timeout))
 
+    def node_undrain(self, node: str, *, timeout: float | None = None) -> NodeChange:
+        """Let a node that was to be emptied hold shards again."""
+        return self._run(self._live().node_undrain(node, timeout=timeout))
+
     def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
         """Take a node that holds nothing out of the cluster."""
         return self._run(self._live().node_remove(node, timeout=timeout))

@@ -410,6 +410,7 @@ REQUESTS: Final[dict[bytes, Checker]] = {
     b"restore": _restore,
     b"node_add": _node_add,
     b"node_drain": _node_only("node_drain node"),
+    b"node_undrain": _node_only("node_undrain node"),
     b"node_remove": _node_only("node_remove node"),
     b"node_forget": _node_only("node_forget node"),
     b"rebalance": _rebalance,
@@ -418,7 +419,7 @@ REQUESTS: Final[dict[bytes, Checker]] = {
 WRITES: Final = frozenset({b"put", b"add", b"delete", b"cas", b"incr", b"mput", b"mdelete", b"expire", b"persist"})
 # they change the cluster and no key
 CHANGES: Final = frozenset(
-    {b"node_add", b"node_drain", b"node_remove", b"node_forget", b"rebalance", b"shard_accept_loss"}
+    {b"node_add", b"node_drain", b"node_undrain", b"node_remove", b"node_forget", b"rebalance", b"shard_accept_loss"}
 )
 
 

@@ -5,7 +5,7 @@ does the moving. A request is refused with AdminError, one sentence that says wh
 changed; or it is answered through `done` when its change is stored.
 
 - add: a node more. It holds nothing before the next rebalance, unless shards have too few copies as it is.
-- drain, remove: everything is moved off a node; then it leaves the cluster.
+- drain, remove: everything is moved off a node; then it leaves the cluster. undrain: it stays after all.
 - forget: a node is declared destroyed. What it had counts as fenced for ever (R9).
 - rebalance: shards are placed evenly, by the fewest moves.
 - accept a loss: a shard without a good copy goes on with the best one there is. Its numbers begin above every number
@@ -102,6 +102,17 @@ class ClusterAdmin:
             return {"node": node, "shards": len(self._core.map.shards_of(node))}
 
         self._request(edit, stored, done)
+
+    def undrain(self, node: str, done: Done) -> None:
+        """A node that was to be emptied may hold shards again. What has moved comes back with a rebalance."""
+
+        def edit(old: ClusterMap) -> ClusterMap:
+            _check_node(old, node)
+            if node not in old.draining:
+                raise ValueError(f"{node} is not being drained")
+            return old.with_draining(node, False)
+
+        self._request(edit, lambda: {"node": node}, done)
 
     def remove(self, node: str, done: Done) -> None:
         """A node that holds nothing leaves the cluster."""

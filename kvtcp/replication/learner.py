@@ -101,7 +101,8 @@ class Learner:
         self._compared = False  # the copy's chain is that of the donor, or the copy is a transferred one
         self._learned = -1  # number up to which the node says that it is live; -1 = not yet
         self._fetches = False  # FETCH was sent and not answered
-        self._ticks_live = 0
+        self._shipped_to = 0  # last number of what was sent to it
+        self._ticks_behind = 0  # ticks in which it was live and lacked something committed
         self.hurry = False  # it does not catch up while writes go on: they wait a moment
         self._over = False
 
@@ -176,9 +177,10 @@ class Learner:
         if self.phase == FETCHING and not self._fetches:
             self._fetch()
         elif self.phase == LIVE and not self.proposed:
-            self._ticks_live += 1
-            self.hurry = self._ticks_live > HURRY_TICKS
             self._around.learner_is_live(self)
+            if not self.proposed and self.acked < self.shard.commit:
+                self._ticks_behind += 1
+                self.hurry = self._ticks_behind > HURRY_TICKS
 
     def go_on(self) -> None:
         """The donor may be free now."""
@@ -224,6 +226,7 @@ class Learner:
         self._compared = True
         if entries and after < self._attach_seq:
             self.phase = SHIPPING
+            self._shipped_to = after + len(entries)
             self.entries_shipped += len(entries)
             self._around.send(self.link, (SHIP, self.shard.number, entries))
         elif after >= self._attach_seq:
@@ -236,10 +239,10 @@ class Learner:
             return
         if error is not None:
             self._attach(fresh=True)
-            return
-        self.seq, self._chain = seq, chain
-        if seq < self._attach_seq:
-            self._fetch()
+        elif seq == self._shipped_to:  # else of an attempt that is over
+            self.seq, self._chain = seq, chain
+            if seq < self._attach_seq:
+                self._fetch()
 
     def _freeze(self) -> None:
         self.phase = FREEZING
@@ -263,9 +266,14 @@ class Learner:
         self._around.send(self.link, (PULL, self.shard.number, host, port, self.token))
 
     def on_learned(self, node: str, disk: bytes, seq: int) -> None:
-        """LEARNED: the copy is complete and live, up to this number."""
+        """LEARNED: the copy is complete and live, up to this number. Raises LinkError if it cannot be."""
         if self.phase in (ASKED, LIVE) or node != self.link.node or disk.decode() != self.disk:
             return  # of an attempt that is over
+        if seq < self._attach_seq:
+            return  # of one with the same disk: what is durable there is told late
+        last_seq = max(self.shard.last_seq, self._seq_min)
+        if seq > last_seq:
+            raise LinkError(f"{node} has shard {self.shard.number} up to {seq}, the last number given is {last_seq}")
         self._learned = seq
         self._look_whether_live()
 

@@ -213,12 +213,11 @@ class Membership:
         for node, state in self.nodes.items():
             link = self._around.sequencer.links[node]
             if state.leaves and link.connected:
-                if not self.evict(link, list(link.shards), "it is about to stop") and not any(
-                    shard.number in self.changing for shard in link.shards
-                ):
-                    if not state.may_stop:
-                        state.may_stop = True
-                        self._around.send(link, (STOP,))
+                left = self.evict(link, list(link.shards), "it is about to stop")
+                waits = left or any(shard.number in self.changing for shard in link.shards)
+                if not waits and not state.may_stop:
+                    state.may_stop = True
+                    self._around.send(link, (STOP,))
             elif state.lost_ms is not None and self._now_ms - state.lost_ms >= LINK_GRACE_MS:
                 self.evict(link, list(link.shards), link.reason)
 

@@ -92,6 +92,7 @@ class CoordinatorServer:
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_added: Callable[[str], None] = lambda node: None
         self.on_node_removed: Callable[[str], None] = lambda node: None
+        self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
         self.sessions: set[ClientSession] = set()
         self.dirty: list[ClientSession] = []  # sessions with answers to flush in this tick
         self.address = ("", 0)
@@ -489,6 +490,10 @@ class CoordinatorServer:
     def node_drain(self, session: Session, ident: int, node: str) -> None:
         """Everything a node holds is to be moved to others."""
         self._change(session, ident, lambda admin, done: admin.drain(node, done))
+
+    def node_undrain(self, session: Session, ident: int, node: str) -> None:
+        """A node may hold shards again."""
+        self._change(session, ident, lambda admin, done: admin.undrain(node, done))
 
     def node_remove(self, session: Session, ident: int, node: str) -> None:
         """A node that holds nothing leaves the cluster."""

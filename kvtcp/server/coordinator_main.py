@@ -355,6 +355,7 @@ class Coordinator:
         runtime.on_unexpected_errors(server.core_failed)
         server.failed.add_done_callback(lambda _: self._stop.set())
         server.on_node_removed = self._supervisor.release
+        server.restarts_of = self._supervisor.restarts_of
         server.start_links()
         await self._ready(server)
 

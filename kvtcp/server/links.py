@@ -103,7 +103,9 @@ class LinkConnection(FramedConnection):
                 except LinkError as error:
                     raise ProtocolError(str(error)) from error
             elif kind == STATS and len(message) == 2 and type(message[1]) is dict:
-                self.link.stats = {name.decode(): value for name, value in message[1].items() if type(name) is bytes}
+                self.link.stats = {
+                    name.decode("utf-8", "replace"): value for name, value in message[1].items() if type(name) is bytes
+                }
             elif kind == SPACE and len(message) == 2 and message[1] in (0, 1, 2):
                 self.link.space = message[1]
                 if self.live:

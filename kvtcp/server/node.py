@@ -226,7 +226,13 @@ class NodeServer:
         self.pulls = Pulls(
             self.loop, self.replica, self.durability, self._identity, self.replica_changed, self.failed
         )
-        self._stats = NodeStats(self.loop, self.replica, self.durability, lambda stats: self._send((STATS, stats)))
+        self._stats = NodeStats(
+            self.loop,
+            self.replica,
+            self.durability,
+            lambda: self.pulls.bytes_total,
+            lambda stats: self._send((STATS, stats)),
+        )
 
     def _identity(self) -> tuple[str, str]:
         return self.cluster or "", self.secret or ""

@@ -59,6 +59,7 @@ class Pulls:
         self.on_change = on_change  # the replica may have something to log or to tell
         self.on_failed = on_failed  # the node must end
         self.running: dict[int, Pull] = {}
+        self.bytes_total = 0  # that came of all copies
         self._loader: Worker | None = None
         self._stopped = False
 
@@ -204,6 +205,7 @@ class Pull:
             self.fail("there is too little space on the disk for another copy")
         elif data:
             self._bytes += len(data)
+            self._pulls.bytes_total += len(data)
             if self._header is None:
                 self._head += data
                 if len(self._head) >= HEADER_BYTES and self._begin_file():

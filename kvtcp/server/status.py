@@ -178,8 +178,8 @@ def _node(server: CoordinatorServer, link: NodeLink) -> dict[str, Any]:
         "node": link.node,
         "address": f"{host}:{port}",
         "state": _node_state(server, link, member_of, bool(learners)),
-        "reason": progress.reason,
-        "shards": member_of,
+        "reason": progress.reason or _first_bad(progress),
+        "shards": 0 if link.report is None else len(link.report.copies),
         "member_of": member_of,
         "wanted": wanted,
         "first_of": sum(bool(shard.members) and shard.members[0] is progress for shard in shards),
@@ -188,7 +188,9 @@ def _node(server: CoordinatorServer, link: NodeLink) -> dict[str, Any]:
         "lag_entries": lag_entries + sum(learner.entries_left for learner in learners),
         "lag_bytes": progress.bytes,
         "outstanding": progress.items,
-        "pid": link.report.pid if link.report is not None else None,
+        "outstanding_bytes": progress.bytes,
+        "pid": None if link.report is None else link.report.pid,
+        "restarts": server.restarts_of(link.node),
         "space": progress.space,
         "operations": link.stats.get("operations"),
         "keys": link.stats.get("keys"),
@@ -197,6 +199,14 @@ def _node(server: CoordinatorServer, link: NodeLink) -> dict[str, Any]:
         "memory_bytes": link.stats.get("memory_bytes"),
         "log_bytes": link.stats.get("log_bytes"),
     }
+
+
+def _first_bad(progress: Progress) -> str:
+    """What is wrong with the first bad copy of a linked node; empty if none is."""
+    for shard in progress.shards:
+        if progress in shard.bad:
+            return f"its copy of shard {shard.number} cannot be used: it {shard.bad[progress]}"
+    return ""
 
 
 def _node_state(server: CoordinatorServer, link: NodeLink, member_of: int, learns: bool) -> str:

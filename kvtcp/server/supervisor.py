@@ -360,6 +360,11 @@ class Supervisor:
             if process.first_exit is not None
         }
 
+    def restarts_of(self, node: str) -> int | None:
+        """How often it was started again; None if it is not a local node."""
+        process = self.processes.get(node)
+        return None if process is None else process.restarts
+
     def release(self, node: str) -> None:
         """The node was removed from the cluster and told to stop: it is not started again."""
         process = self.processes.get(node)

@@ -165,10 +165,8 @@ def _learner(learner: Any) -> str:
     parts = [cell(learner[key]) for key in ("node", "phase") if not _is_empty(learner.get(key))]
     if not _is_empty(learner.get("entries_left")):
         parts.append(f"{count_text(learner['entries_left'])} left")
-    if not _is_empty(learner.get("bytes")):
-        parts.append(bytes_text(learner["bytes"]))
-    if not _is_empty(learner.get("rate_bytes_s")):
-        parts.append(f"{bytes_text(learner['rate_bytes_s'])}/s")
+    if learner.get("keys"):
+        parts.append(f"({count_text(learner['keys'])} keys)")
     return " ".join(parts)
 
 

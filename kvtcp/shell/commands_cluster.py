@@ -131,6 +131,11 @@ async def _node_drain(context: Context, arguments: Arguments, output: Output) ->
     return Exit.OK
 
 
+async def _node_undrain(context: Context, arguments: Arguments, output: Output) -> Exit:
+    output.record(_node_fields(await (await context.writer()).node_undrain(arguments.words["ID"].text())))
+    return Exit.OK
+
+
 async def _node_remove(context: Context, arguments: Arguments, output: Output) -> Exit:
     output.record(_node_fields(await (await context.writer()).node_remove(arguments.words["ID"].text())))
     return Exit.OK
@@ -203,6 +208,8 @@ COMMANDS: Final = (
             "node drain n1 wait\nnode\tn1\nshards\t21\nleft\t0", _node_drain,
             "`wait` shows how many shards it still holds, until there are none; Ctrl-C ends the waiting, not the\n"
             "moves. Afterwards `node remove`.", True),
+    Command("node undrain ID", "let a node that was to be emptied hold shards again", "node undrain n1\nnode\tn1",
+            _node_undrain, "What has moved comes back with a `rebalance`.", True),
     Command("node remove ID", "take a node that holds nothing out of the cluster", "node remove n1\nnode\tn1",
             _node_remove, "Refused while it holds something: `node drain` comes first.", True),
     Command("node forget ID destroyed [yes]", "declare that a node will never come back",
