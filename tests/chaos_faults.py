@@ -27,7 +27,7 @@ EVERY_MINUTE: Final = (
     "stop_node", "stop_node",
 )  # fmt: skip
 SOMETIMES: Final = ("kill_two_nodes", "kill_all_nodes", "take_over_without_node", "stop_coordinator")  # two of them
-ON_LINKS: Final = ("cut", "cut_all", "flap", "stall", "delay", "half_open")  # two of them
+ON_LINKS: Final = ("cut", "cut_all", "flap", "stall", "delay", "half_open", "kill_who_is_ahead")  # two of them
 ON_DATA: Final = ("backup", "restore", "crowd")  # one of them
 CROWD: Final = 100
 KEPT: Final = {f"kept-{n}": f"{n}" * 20 for n in range(200)}  # written once, backed up and restored
@@ -239,6 +239,26 @@ class Faults:
     async def half_open(self) -> None:
         """A link on which nothing arrives any more, and that nobody closes. New ones are fine."""
         self._any_proxy().forget()
+
+    async def kill_who_is_ahead(self) -> None:
+        """For a moment the links to all nodes but one let nothing pass, so that it alone has the last writes; then it
+        is killed with the coordinator, what was held back is lost, and it comes back late. The next coordinator goes
+        on without it: none of those writes may have been acknowledged."""
+        self.takeovers.append(time.monotonic())
+        own = self.cluster.own
+        ahead = self.random.choice(sorted(own))
+        behind = [own[node].proxy for node in own if node != ahead]
+        for proxy in behind:
+            proxy.stall()
+        try:
+            await asyncio.sleep(self.random.choice((0.1, 0.3, 0.8)))
+            self.cluster.kill_node(ahead, 4.0)
+            await self.cluster.kill_coordinator()
+        finally:
+            for proxy in behind:
+                proxy.cut()
+                proxy.flow()
+        await self.cluster.start_coordinator()
 
     # --- backups, clients ---------------------------------------------------------------------------
 

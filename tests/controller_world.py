@@ -50,12 +50,14 @@ class MapStore:
         self.value = value
         self.version = version
         self.is_held = False  # no compare-and-set has an outcome
+        self.maps = [ClusterMap.from_json(value)]  # all that were ever stored
 
     def compare_and_set(self, expected: int | None, value: bytes) -> Outcome:
         """Make it."""
         if expected != self.version:
             return Outcome.CONFLICT
         self.value, self.version = value, self.version + 1
+        self.maps.append(ClusterMap.from_json(value))
         return Outcome.DONE
 
     def read(self) -> Stored:
@@ -154,6 +156,12 @@ class Node:
             waiting, self.when_durable = self.when_durable, []
             for frame in waiting:
                 self.say(frame)
+
+    def release(self) -> None:
+        """What was withheld is durable now, and that is told."""
+        self.withholds = False
+        self.sync()
+        self.say((RESULTS, self.replica.applied, self.durable, [], []))
 
     def say(self, frame: Any) -> None:
         """To the coordinator."""
@@ -255,6 +263,11 @@ class World:
     def row(self, number: int = 0) -> list[str]:
         """The members of a shard as they are stored."""
         return self.map.nodes_of(number)
+
+    def rows(self, number: int = 0) -> list[list[str]]:
+        """All rows of a shard that were stored one after the other."""
+        rows = [each.nodes_of(number) for each in self.store.maps]
+        return [row for at, row in enumerate(rows) if not at or row != rows[at - 1]]
 
     def words(self, *words: str) -> list[dict[str, Any]]:
         """The fields of the events of these words."""
@@ -377,8 +390,20 @@ class World:
         while (sent := self.changes.to_send(self.now_ms)) is not None:
             self.settle(self.store.compare_and_set(*sent))
 
+    def check_step(self, new: ClusterMap) -> None:
+        """I7: of a shard in service one member comes, goes, or is replaced; R4: there are never fewer than M."""
+        for shard, old_row, row in zip(self.shards, self.map.members, new.members, strict=True):
+            assert len(row) >= new.min_insync, f"R4: shard {shard.number} has {row}"
+            if shard.serving:
+                gone, come = set(old_row) - set(row), set(row) - set(old_row)
+                assert len(gone) <= 1 and len(come) <= 1, f"I7: shard {shard.number} had {old_row}, has {row}"
+                assert not (gone and come) or len(row) == len(old_row), "one comes in the place of another"
+
     def settle(self, outcome: Outcome) -> None:
         """The outcome of the change in flight."""
+        if outcome is Outcome.DONE:
+            assert self.changes.proposed is not None
+            self.check_step(self.changes.proposed)
         stored = self.store.read() if outcome is Outcome.CONFLICT and self.changes.is_unsure else None
         self.changes.on_outcome(outcome, stored, now_ms=self.now_ms)
         self.check()

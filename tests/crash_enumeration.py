@@ -4,13 +4,15 @@
 
 A workload drives the real store as a node does: entries of a few shards are applied and logged by group commit, shards
 are snapshotted in slices while entries go on, old segments are removed, the promise is raised, the process is killed or
-stopped and started again. Segments hold a few records, so rotation, publication and removal happen all the time. Each
-promise given (an acknowledgement, a report) is noted with the number of disk calls made until then.
+stopped and started again. Segments hold a few records, so rotation, publication and removal happen all the time. If
+`changes` are asked for, copies are also replaced by pulled ones, dropped, and made anew. Each promise given (an
+acknowledgement, a report) is noted with the number of disk calls made until then.
 
 Then every boundary between two calls is looked at: the power is cut there in at least `SAMPLES` sampled ways, or the
 process is killed. The disk that is left is recovered by `open_store`, and
 
 - every shard is complete, has the disk uuid that was reported, and is at a position at or above what was acknowledged;
+  while a copy is being replaced or dropped it is the old one, as it was, or the new one, or none;
 - table and chain are exactly those of that position: nothing is lost before it, nothing invented, nothing twice;
 - the promise is at least what was reported; no damage is reported, for there was none;
 - every entry that may be uncommitted can still be shipped;
@@ -32,7 +34,7 @@ from random import Random
 
 from kvtcp.protocol import operations as op
 from kvtcp.storage.copy import Copy, Logged
-from kvtcp.storage.snapshot import SnapshotFile, encode_snapshot
+from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.store import NodeStore, open_store, read_store_manifest
 from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk, Crashes
@@ -51,7 +53,7 @@ class Lost(AssertionError):
 
 @dataclass
 class Life:
-    """One shard from one opening of the store to the next: what it held at each number."""
+    """One copy from one opening of the store to the next: what it held at each number."""
 
     chains: dict[int, int] = field(default_factory=lambda: {0: 0})
     digests: dict[int, int] = field(default_factory=lambda: {0: Table(0).digest()})
@@ -63,34 +65,46 @@ class Life:
             {n: digest for n, digest in self.digests.items() if n <= seq},
         )
 
+    def note(self, table: Table) -> None:
+        """The state of a table is one that was."""
+        self.chains[table.seq] = table.chain
+        self.digests[table.seq] = table.digest()
+
 
 @dataclass
 class Noted:
-    """What holds from a number of events on."""
+    """What holds from a number of events on. Copies are known by their disks."""
 
     events: int
-    acked: dict[int, int]  # shard -> number
+    acked: dict[str, int]  # disk -> number
     promised: int
-    committed: dict[int, int]
-    lives: dict[int, Life]  # of the present opening; shared by all notes of it
+    committed: dict[str, int]
+    lives: dict[str, Life]  # of the present opening; shared by all notes of it
+    disks: dict[int, frozenset[str]]  # shard -> which may be there; "" = none
 
 
 class Workload:
     """A store, and notes of what it promised. `run` raises OSError if the disk was told to fail."""
 
-    def __init__(self, seed: int, disk: CrashDisk, durability: str = "sync") -> None:
+    def __init__(self, seed: int, disk: CrashDisk, durability: str = "sync", changes: bool = False) -> None:
         self.rng = Random(f"workload {seed}")
+        self.change_rng = Random(f"changes {seed}")
         self.ids = Random(f"ids {seed}")
         self.disk = disk
         self.durability = durability
+        self.changes = changes
         self.notes: list[Noted] = []
-        self.lives = {shard: Life() for shard in range(SHARDS)}
-        self.acked = dict.fromkeys(range(SHARDS), 0)
-        self.committed = dict.fromkeys(range(SHARDS), 0)
+        self.lives: dict[str, Life] = {}
+        self.acked: dict[str, int] = {}
+        self.committed: dict[str, int] = {}
+        self.disks: dict[int, frozenset[str]] = {shard: frozenset({""}) for shard in range(SHARDS)}
         self.promised = 0
         self.ordinal = 0
+        self.number = 0  # of copies that were pulled or made anew
         self.pending: list[Logged] = []
         self.snapshot: SnapshotInSlices | None = None
+        self.pull: PullInSlices | None = None
+        self.change: Change | None = None
         self.stamp_ms = 1_000
         self.seen: Counter[str] = Counter()
         self.store: NodeStore
@@ -101,34 +115,59 @@ class Workload:
         """So many steps of a node."""
         self.open()
         for _ in range(steps):
-            self.step()
+            if self.changes and self.change_rng.random() < 0.25:
+                self.change_step()
+            else:
+                self.step()
         self.note()
 
     def open(self) -> None:
         """A process starts."""
         self.pending = []
-        self.snapshot = None
+        self.snapshot = self.pull = self.change = None
         self.store = open_store(
             self.disk, DIRECTORY, self.durability, self.ids.randbytes, "boot", segment_bytes_max=SEGMENT_BYTES
         )
         self.seen["opened"] += 1
-        if not self.store.copies:
+        if self.seen["opened"] == 1:
             copies = [Copy(shard, f"disk-{shard}") for shard in range(SHARDS)]
             self.promised += 1
             self.store.manifest.promised = self.promised
             self.store.write_manifest(self.store.encode_manifest(copies))
-        self.lives = {shard: life.cut(self.table(shard).seq) for shard, life in self.lives.items()}
-        for shard, life in self.lives.items():
-            table = self.table(shard)
-            if (table.chain, table.digest()) != (life.chains[table.seq], life.digests[table.seq]):
-                raise Lost(f"shard {shard} came back as something else")
-            if table.seq < self.acked[shard]:
-                raise Lost(f"shard {shard} came back at {table.seq}, {self.acked[shard]} was acknowledged")
-            table.epoch = self.promised
-            self.acked[shard] = table.seq  # what is reported counts as acknowledged
+            for copy in copies:
+                self.begin_copy(copy, 0)
+        self.lives = {
+            copy.disk: self.lives.get(copy.disk, Life()).cut(copy.table.seq) for copy in self.store.copies.values()
+        }
+        for shard in range(SHARDS):
+            copy = self.store.copies.get(shard)
+            disk = "" if copy is None else copy.disk
+            if disk not in self.disks[shard]:
+                raise Lost(f"shard {shard} came back as {disk!r}, one of {set(self.disks[shard])} was there")
+            self.disks[shard] = frozenset({disk})
+            if copy is not None:
+                self.check_opened(copy)
         self.store.kept.new_link()
         self.ordinal = 0
         self.note()
+
+    def check_opened(self, copy: Copy) -> None:
+        """A copy after a restart; what is reported of it counts as acknowledged."""
+        table, life = copy.table, self.lives[copy.disk]
+        if (table.chain, table.digest()) != (life.chains.get(table.seq), life.digests.get(table.seq)):
+            raise Lost(f"shard {copy.shard} came back as something else")
+        if table.seq < self.acked[copy.disk]:
+            raise Lost(f"shard {copy.shard} came back at {table.seq}, {self.acked[copy.disk]} was acknowledged")
+        table.epoch = self.promised
+        self.acked[copy.disk] = table.seq
+
+    def begin_copy(self, copy: Copy, committed: int) -> None:
+        """There is another copy, with what it has."""
+        life = self.lives[copy.disk] = Life()
+        life.note(copy.table)
+        self.acked[copy.disk] = copy.table.seq
+        self.committed[copy.disk] = committed
+        self.disks[copy.shard] |= {copy.disk}
 
     def table(self, shard: int) -> Table:
         """The table of a shard."""
@@ -137,7 +176,9 @@ class Workload:
     def note(self) -> None:
         """From here on the present promises hold."""
         now = len(self.disk.events)
-        self.notes.append(Noted(now, dict(self.acked), self.promised, dict(self.committed), self.lives))
+        self.notes.append(
+            Noted(now, dict(self.acked), self.promised, dict(self.committed), self.lives, dict(self.disks))
+        )
 
     def step(self) -> None:
         """Something that a node does."""
@@ -166,6 +207,8 @@ class Workload:
         """One entry."""
         rng = self.rng
         shard = rng.randrange(SHARDS)
+        if shard not in self.store.copies or (self.pull is not None and self.pull.shard == shard):
+            return  # there is none, or it is being learned
         table = self.table(shard)
         key = rng.choice(KEYS)
         self.stamp_ms += rng.randrange(3)
@@ -185,25 +228,32 @@ class Workload:
             item = (op.CLEAR, *head, b"", None, 100)
         table.apply(item, self.stamp_ms)
         self.pending.append((shard, table.generation, table.seq, table.chain, table.last_entry))
-        self.lives[shard].chains[table.seq] = table.chain
-        self.lives[shard].digests[table.seq] = table.digest()
+        self.lives[self.store.copies[shard].disk].note(table)
 
     def write(self) -> None:
         """Group commit of what is pending: written, synced, acknowledged."""
-        if not self.pending:
-            return
-        entries, self.pending = self.pending, []
-        self.ordinal += len(entries)
-        self.store.kept.add(self.ordinal, entries)
+        self.finish_change()
+        if self.pending:
+            self.keep()
+            entries, self.pending = self.pending, []
+            self.log(entries)
+            for shard, _, seq, _, _ in entries:
+                self.acked[self.store.copies[shard].disk] = seq
+            self.note()
+
+    def keep(self) -> None:
+        """What is pending is kept for shipping."""
+        self.ordinal += len(self.pending)
+        self.store.kept.add(self.ordinal, list(self.pending))
+
+    def log(self, entries: list[Logged]) -> None:
+        """One record."""
         log = self.store.log
         segments = len(log.segments)
         prepared = log.prepare(entries)
         self.store.write_record(prepared, self.store.manifest_for(prepared))
         log.written(prepared)
         self.seen["rotated"] += len(log.segments) > segments
-        for shard, _, seq, _, _ in entries:
-            self.acked[shard] = seq
-        self.note()
 
     def mark(self) -> None:
         """A pause: the empty record."""
@@ -213,7 +263,8 @@ class Workload:
 
     def commit(self) -> None:
         """The coordinator says that something is committed."""
-        self.committed |= self.store.kept.commit(self.rng.randrange(self.ordinal + 1))
+        committed = self.store.kept.commit(self.rng.randrange(self.ordinal + 1))
+        self.committed |= {self.store.copies[shard].disk: seq for shard, seq in committed.items()}
         self.note()
 
     def slice(self) -> None:
@@ -236,8 +287,8 @@ class Workload:
         self.promised -= 1
         self.store.write_manifest(self.store.encode_manifest(self.store.copies.values()))
         self.promised += 1
-        for shard in range(SHARDS):
-            self.table(shard).epoch = self.promised
+        for copy in self.store.copies.values():
+            copy.table.epoch = self.promised
         self.store.kept.new_link()
         self.ordinal = 0
         self.note()
@@ -251,6 +302,145 @@ class Workload:
         else:
             self.seen["killed"] += 1
         self.open()
+
+    # --- copies that come and go ------------------------------------------------------------------
+
+    def change_step(self) -> None:
+        """Go on with what changes, or begin something."""
+        rng = self.change_rng
+        if self.change is not None and rng.random() < 0.5:
+            self.store.remove(self.store.needless_segments())  # which is looked for all the time
+        elif self.change is not None:
+            self.finish_change()
+        elif self.pull is not None:
+            if self.pull.step():
+                self.pull = None
+        elif rng.random() < 0.6:
+            self.pull = PullInSlices(self, rng.randrange(SHARDS))
+        else:
+            shard = rng.randrange(SHARDS)
+            if shard in self.store.copies:
+                self.begin_change(shard, None)
+            else:
+                self.number += 1
+                self.begin_change(shard, Copy(shard, f"new-{self.number}", generation=self.next_generation(shard)))
+
+    def next_generation(self, shard: int) -> int:
+        """As the replica counts them."""
+        copy = self.store.copies.get(shard)
+        generations = self.store.manifest.generations
+        generations[shard] = 1 + max(generations.get(shard, 0), 0 if copy is None else copy.generation)
+        return generations[shard]
+
+    def begin_change(self, shard: int, copy: Copy | None, pulled: PullInSlices | None = None) -> None:
+        """The manifest that says it is queued, behind what is pending."""
+        old = self.store.copies.get(shard)
+        self.keep()
+        before, self.pending = self.pending, []
+        self.store.kept.forget(shard)
+        copies = {number: each for number, each in self.store.copies.items() if number != shard}
+        if old is not None:
+            generations = self.store.manifest.generations
+            generations[shard] = max(generations.get(shard, 0), old.generation)
+        if copy is None:
+            self.disks[shard] |= {""}
+        else:
+            copies[shard] = copy
+            copy.table.epoch = self.promised
+            self.begin_copy(copy, 0 if pulled is None else copy.table.seq - len(pulled.kept))
+            if pulled is not None and pulled.kept:
+                self.store.kept.add_shipped(shard, pulled.kept)
+        self.note()
+        snapshot = None if pulled is None else (pulled.header, pulled.size)
+        manifest, paths = self.store.begin_change(copies.values(), snapshot)
+        self.change = Change(before, manifest, paths, shard, "" if copy is None else copy.disk)
+
+    def finish_change(self) -> None:
+        """It is written; then what nobody needs is removed."""
+        change, self.change = self.change, None
+        if change is None:
+            return
+        if change.before:
+            self.log(change.before)
+            for shard, generation, seq, _, _ in change.before:
+                copy = self.store.copies.get(shard)
+                if copy is not None and copy.generation == generation:
+                    self.acked[copy.disk] = seq
+            self.note()
+        self.store.write_manifest(change.manifest)
+        self.store.end_change()
+        self.disks[change.shard] = frozenset({change.disk})
+        self.note()
+        self.seen["changed"] += 1
+        self.store.remove(change.paths)
+
+
+@dataclass
+class Change:
+    """Of copies, not durable yet."""
+
+    before: list[Logged]  # what was appended before it
+    manifest: bytes
+    paths: list[Path]  # to be removed behind it
+    shard: int
+    disk: str  # of the copy from then on; "" = none
+
+
+class PullInSlices:
+    """A copy that is pulled as `server/pulls.py` does it."""
+
+    def __init__(self, workload: Workload, shard: int) -> None:
+        self.workload = workload
+        self.shard = shard
+        workload.number += 1
+        rng = workload.change_rng
+        generation = workload.next_generation(shard)
+        donor = Table(shard)
+        donor.epoch = workload.promised
+        entries: list[Logged] = []
+        for seq in range(1, rng.randrange(2, 25)):
+            donor.apply((op.PUT, shard, seq, 0, rng.choice(KEYS), rng.randbytes(rng.choice([3, 200]))), 1_000)
+            entries.append((shard, generation, seq, donor.chain, donor.last_entry))
+        self.kept = entries[len(entries) - rng.randrange(min(4, len(entries))) :]
+        frozen = donor.freeze()
+        directory = workload.store.manifest.directory
+        self.header = SnapshotHeader(directory, shard, generation, frozen.epoch, frozen.seq, frozen.chain)
+        self.data = b"".join(encode_snapshot(self.header, frozen, self.kept))
+        self.left = self.data
+        self.file: SnapshotFile | None = None
+        self.whole = False
+        self.size = 0
+
+    def step(self) -> bool:
+        """The next thing to do; true if the copy is there, or was given up for lack of space."""
+        workload = self.workload
+        store = workload.store
+        try:
+            if self.file is None:
+                self.file = store.create_snapshot(self.header)
+                return False
+            if self.left:
+                self.file.write(self.left[:1_500])
+                self.left = self.left[1_500:]
+                return False
+            if not self.whole:
+                self.file.finish()
+                self.whole = True
+                return False
+            table, kept = decode_snapshot(self.file.read_back(), self.header.name, store.manifest.directory)
+            assert kept == self.kept
+            self.size = self.file.publish()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            if self.file is not None:
+                self.file.abort()
+                store.remove([self.file.path])
+            return True
+        workload.seen["pulled"] += 1
+        disk = f"pulled-{workload.number}"
+        workload.begin_change(self.shard, Copy(self.shard, disk, generation=table.generation, table=table), self)
+        return True
 
 
 class SnapshotInSlices:
@@ -270,7 +460,7 @@ class SnapshotInSlices:
     def step(self) -> bool:
         """The next thing to do; true if the snapshot is published, or was given up for lack of space."""
         store = self.workload.store
-        if self.whole:
+        if self.whole and self.workload.change is None:
             self.workload.write()  # the log is durable up to the position before the snapshot is published
         try:
             if self.file is None:
@@ -284,7 +474,7 @@ class SnapshotInSlices:
                 self.file.finish()
                 self.whole = True
                 return False
-            paths = store.published(self.header, self.file.publish())
+            paths = store.published(self.header, self.file.publish())  # also of a copy that is gone meanwhile
             self.workload.seen["published"] += 1
             self.workload.seen["segments removed"] += sum(path.name.endswith(".log") for path in paths)
             store.remove(paths)
@@ -366,37 +556,48 @@ class Judge:
         following = self.workload.notes[self._at] if self._at < len(self.workload.notes) else now
         if store.manifest.promised < now.promised:
             raise Lost(f"promised {now.promised}, recovered {store.manifest.promised}")
-        amnesia = self._amnesia
         for shard in range(SHARDS):
+            disks = now.disks[shard] | following.disks[shard]
             copy = store.copies.get(shard)
-            if copy is None:
+            if copy is not None:
+                self._judge_copy(store, copy, now, following, disks)
+            elif "" not in disks:
                 raise Lost(f"shard {shard} is gone")
-            if not copy.complete:
-                raise Lost(f"shard {shard} is incomplete: {copy.reason}")
-            if (copy.disk == f"disk-{shard}") == amnesia:
-                raise Lost(f"shard {shard} has the disk {copy.disk}")
-            table = copy.table
-            table.check()
-            if table.seq < now.acked[shard] and not amnesia:
-                raise Lost(f"shard {shard}: {now.acked[shard]} was acknowledged, {table.seq} is there")
-            state = (table.chain, table.digest())
-            lives = (now.lives[shard], following.lives[shard])
-            if all(state != (life.chains.get(table.seq), life.digests.get(table.seq)) for life in lives):
-                raise Lost(f"shard {shard} at {table.seq} is no state that was")
-            if not amnesia:
-                kept = [entry[2] for entry in store.kept.of_shard(shard)]
-                wanted = range(now.committed[shard] + 1, table.seq + 1)
-                if following is now or following.committed == now.committed:
-                    missing = [seq for seq in wanted if seq not in kept]
-                    if missing:
-                        raise Lost(f"shard {shard}: entries {missing} may be uncommitted and are not kept")
-            copy.table.epoch = now.promised
+
+    def _judge_copy(self, store: NodeStore, copy: Copy, now: Noted, following: Noted, disks: frozenset[str]) -> None:
+        shard, amnesia = copy.shard, self._amnesia
+        if not copy.complete:
+            raise Lost(f"shard {shard} is incomplete: {copy.reason}")
+        if (copy.disk in disks) == amnesia:
+            raise Lost(f"shard {shard} has the disk {copy.disk}, not one of {set(disks)}")
+        table = copy.table
+        table.check()
+        state = (table.chain, table.digest())
+        known = disks if amnesia else {copy.disk}
+        lives = [life for noted in (now, following) for disk, life in noted.lives.items() if disk in known]
+        if all(state != (life.chains.get(table.seq), life.digests.get(table.seq)) for life in lives):
+            raise Lost(f"shard {shard} at {table.seq} is no state that was")
+        if not amnesia:
+            acked = now.acked.get(copy.disk, following.acked.get(copy.disk, 0))
+            if table.seq < acked:
+                raise Lost(f"shard {shard}: {acked} was acknowledged, {table.seq} is there")
+            kept = [entry[2] for entry in store.kept.of_shard(shard)]
+            committed = now.committed.get(copy.disk, following.committed.get(copy.disk, 0))
+            if following is now or following.committed == now.committed:
+                missing = [seq for seq in range(committed + 1, table.seq + 1) if seq not in kept]
+                if missing:
+                    raise Lost(f"shard {shard}: entries {missing} may be uncommitted and are not kept")
+            if any(entry[1] != copy.generation for entry in store.kept.of_shard(shard)):
+                raise Lost(f"shard {shard}: entries of another copy are kept")
+        copy.table.epoch = now.promised
 
 
-def enumerate_crashes(seed: int, steps: int, samples: int = SAMPLES, durability: str = "sync") -> tuple[int, Workload]:
+def enumerate_crashes(
+    seed: int, steps: int, samples: int = SAMPLES, durability: str = "sync", changes: bool = False
+) -> tuple[int, Workload]:
     """Every boundary of a workload, `samples` power cuts and one kill each; the number of recovered states."""
     disk = CrashDisk()
-    workload = Workload(seed, disk, durability)
+    workload = Workload(seed, disk, durability, changes)
     workload.run(steps)
     judge = Judge(workload)
     crashes = Crashes(disk)
@@ -413,13 +614,15 @@ def enumerate_crashes(seed: int, steps: int, samples: int = SAMPLES, durability:
     return judge.states, workload
 
 
-def enumerate_errors(seed: int, steps: int, error_number: int, durability: str = "sync") -> int:
+def enumerate_errors(
+    seed: int, steps: int, error_number: int, durability: str = "sync", changes: bool = False
+) -> int:
     """A disk that fails at its n-th call, for every n: no acknowledgement after the error, nothing lost. States."""
     states = 0
     for fail_at in range(1, 1 << 30):
         rng = Random(f"{seed} {fail_at}")
         disk = CrashDisk(fail_at=fail_at, error_number=error_number, rng=rng)
-        workload = Workload(seed, disk, durability)
+        workload = Workload(seed, disk, durability, changes)
         failed: OSError | None = None
         try:
             workload.run(steps)
@@ -448,12 +651,13 @@ def main() -> None:
     seen: Counter[str] = Counter()
     began = time.monotonic()
     while states < wanted:
-        for durability in ("sync", "os"):
-            found, workload = enumerate_crashes(seed, 120, durability=durability)
-            states += found
-            seen.update(workload.seen)
-        for error_number in (errno.EIO, errno.ENOSPC):
-            states += enumerate_errors(seed, 60, error_number)
+        for changes in (False, True):
+            for durability in ("sync", "os"):
+                found, workload = enumerate_crashes(seed, 120, durability=durability, changes=changes)
+                states += found
+                seen.update(workload.seen)
+            for error_number in (errno.EIO, errno.ENOSPC):
+                states += enumerate_errors(seed, 60, error_number, changes=changes)
         print(f"seed {seed}: {states} states, {dict(seen)}, {time.monotonic() - began:.0f} s", flush=True)
         seed += 1
     print(f"{states} recovered states, none wrong")

@@ -27,6 +27,7 @@ from server_tools import (
 import kvtcp
 from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestError, Unavailable
 from kvtcp.protocol.operations import CLEAR, FREEZE
+from kvtcp.replication.membership import Membership
 from kvtcp.server import backup_job, backups
 from kvtcp.storage import backup as files
 from kvtcp.testing.local_cluster import LocalCluster
@@ -637,18 +638,46 @@ async def test_coordinator_stops_during_a_backup(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "cut").exists()
 
 
-async def test_restarted_node_and_restore(cluster: LocalCluster, kv: Any, impatient: Any) -> None:
-    """A restore while a node is missing is refused before anything is closed or changed: reads go on."""
+async def test_restarted_node_and_restore(
+    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restore while shards take no writes is refused before anything is closed or changed: reads go on. When the node
+    that came back without its data has learned it, the restore is made."""
     await kv.put_many(dict.fromkeys(keys_of_shards(cluster), "v"))
     await kv.backup("base")
-    await kill_node(cluster, "n1")
-    await restart_empty(cluster, "n1")
-    await until(lambda: bad_shards(cluster.coordinator, "n1"), "the empty node")
-    for mode in ("replace", "merge"):
-        with pytest.raises(Unavailable, match="a restore needs all nodes: n1 came back without.*; nothing was changed"):
-            await impatient.restore("base", mode)
-    assert cluster.coordinator.backups.restoring is None
-    assert len(await everything(kv)) == len(keys_of_shards(cluster))
+    with monkeypatch.context() as patch:
+        patch.setattr(Membership, "_start_learner", lambda *_: None)
+        await kill_node(cluster, "n1")
+        await restart_empty(cluster, "n1")
+        await until(lambda: bad_shards(cluster.coordinator, "n1"), "the empty node")
+        for mode in ("replace", "merge"):
+            with pytest.raises(
+                Unavailable, match="needs shards that take writes: n1 came back without.*; nothing was changed"
+            ):
+                await impatient.restore("base", mode)
+        assert cluster.coordinator.backups.restoring is None
+        assert len(await everything(kv)) == len(keys_of_shards(cluster))
+    await until(lambda: not cluster.coordinator.degraded(), "the new copies")
+    await kv.put("more", "1")
+    await kv.restore("base", "replace")
+    assert await everything(kv) == {key.encode(): b"v" for key in keys_of_shards(cluster)}
+
+
+async def test_with_a_node_less(tmp_path: Path) -> None:
+    """A backup and a restore are made without a node that is missing, if its shards go on without it; it learns what
+    was restored when it is back."""
+    async with LocalCluster(3, shards=8, backup_dir=tmp_path) as cluster, kvtcp.connect(cluster.url) as kv:
+        pairs = {key.encode(): b"v" for key in keys_of_shards(cluster)}
+        await kv.put_many(pairs)
+        await kill_node(cluster, "n2")
+        assert (await kv.backup("base"))["files"] == 2
+        await kv.put_many({"more": "1", **dict.fromkeys(pairs, "w")})
+        await kv.restore("base", "replace")
+        await restart_empty(cluster, "n2")
+        await until(lambda: not cluster.coordinator.degraded(), "three copies")
+        await kill_node(cluster, "n1")
+        await kill_node(cluster, "n3")
+        assert await everything(kv) == pairs
 
 
 async def test_replace_refused_at_its_first_removal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,25 @@ from typing import Any
 import pytest
 from replication_fakes import make_map
 
+from kvtcp.config_store.keeper import MapKeeper
+from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.server import coordinator_main, runtime
-from kvtcp.server.coordinator_main import Shape, make_parser, node_addresses, parse_nodes, settle_shape
+from kvtcp.server.coordinator import ClusterConfig
+from kvtcp.server.coordinator_main import (
+    Nodes,
+    Shape,
+    check_nodes,
+    make_parser,
+    parse_nodes,
+    settle_nodes,
+    settle_shape,
+)
+from kvtcp.server.node import NodeServer
+from kvtcp.server.ownership import found_map
 from kvtcp.server.runtime import StartError
-from kvtcp.server.supervisor import Found
+from kvtcp.server.supervisor import Found, Supervisor
+from tests.process_cluster import free_ports
 
 
 def parse(*arguments: object) -> argparse.Namespace:
@@ -24,8 +39,14 @@ def parse(*arguments: object) -> argparse.Namespace:
 
 def settle(stored: ClusterMap | None, *arguments: object) -> Shape:
     """The fixed values of a cluster started so."""
+    return settle_shape(parse(*arguments), stored, list(nodes_of(stored, *arguments).addresses))
+
+
+def nodes_of(stored: ClusterMap | None, *arguments: object, spawned: list[str] | None = None) -> Nodes:
+    """The nodes of a cluster started so."""
     options = parse(*arguments)
-    return settle_shape(options, stored, list(node_addresses(options)))
+    check_nodes(options)
+    return settle_nodes(options, stored, spawned)
 
 
 def test_addresses_of_nodes() -> None:
@@ -40,9 +61,49 @@ def test_addresses_of_nodes() -> None:
 
 def test_local_nodes() -> None:
     """Local nodes are n1.. on ports from the base, on loopback whatever --host says."""
-    assert node_addresses(parse()) == {f"n{n + 1}": ("127.0.0.1", 5000 + n) for n in range(3)}
-    assert node_addresses(parse("--host", "::1", "--num-nodes", 1)) == {"n1": ("::1", 5000)}
-    assert node_addresses(parse("--host", "0.0.0.0", "--num-nodes", 1)) == {"n1": ("127.0.0.1", 5000)}
+    made = nodes_of(None)
+    assert made.addresses == {f"n{n + 1}": ("127.0.0.1", 5000 + n) for n in range(3)}
+    assert made.local == {"n1": 5000, "n2": 5001, "n3": 5002}
+    assert nodes_of(None, "--host", "::1", "--num-nodes", 1).addresses == {"n1": ("::1", 5000)}
+    assert nodes_of(None, "--host", "0.0.0.0", "--num-nodes", 1).addresses == {"n1": ("127.0.0.1", 5000)}
+
+
+def grown() -> ClusterMap:
+    """Local nodes n1 and n3 (n2 was removed), and n4 that was added from elsewhere, beside them on this host."""
+    local = {f"n{n}": ("127.0.0.1", 4999 + n) for n in (1, 2, 3)}
+    stored, _ = replace(make_map(3, 1, shards=3), nodes=local).with_node("127.0.0.1", 5003)
+    moved = stored.replaced(stored.shards_of("n2")[0], "n2", "n4", "disk")
+    rows = [["n4" if node == "n2" else node for node in row] for row in stored.wanted]
+    return moved.with_wanted(rows).without_node("n2")
+
+
+def test_nodes_of_an_old_cluster(tmp_path: Path) -> None:
+    """Nodes keep their ids and their ports by id; more local ones get the next ids; those that were added from
+    elsewhere stay where they are."""
+    stored, data = grown(), ["--data-dir", tmp_path]
+    spawned = ["n1", "n2", "n3"]
+    assert nodes_of(stored, *data, spawned=spawned) == nodes_of(stored, *data, "--num-nodes", 2, spawned=spawned)
+    found = nodes_of(stored, *data, "--base-port", 7000, spawned=spawned)
+    assert found.local == {"n1": 7000, "n3": 7002}, "it may move"
+    assert found.addresses == {"n1": ("127.0.0.1", 7000), "n3": ("127.0.0.1", 7002), "n4": ("127.0.0.1", 5003)}
+    found = nodes_of(stored, *data, "--num-nodes", 4, spawned=spawned)
+    assert found.local == {"n1": 5000, "n3": 5002, "n5": 5004, "n6": 5005} and found.addresses.keys() >= {"n4", "n6"}
+    with pytest.raises(StartError, match=r"has 2 local nodes, not 1: .* drain and remove nodes"):
+        nodes_of(stored, *data, "--num-nodes", 1, spawned=spawned)
+    (tmp_path / "n4").mkdir()
+    assert nodes_of(stored, *data, spawned=spawned).local.keys() == {"n1", "n3", "n4"}, "it runs as if spawned here"
+    assert nodes_of(stored, *data, "--base-port", 7000, spawned=spawned).local.keys() == {"n1", "n3"}
+    assert nodes_of(stored, *data, spawned=None).local.keys() == {"n1", "n3", "n4"}, "an identity of an older version"
+    assert nodes_of(stored, *data, spawned=[]).local.keys() == {"n4"}
+
+
+def test_nodes_that_were_listed() -> None:
+    """--nodes gives addresses to the nodes in the order of their ids, then more nodes."""
+    stored = grown()
+    found = nodes_of(stored, "--nodes", "a:1,b:2,c:3,d:4,e:5", spawned=["n1"])
+    assert found == Nodes({"n1": ("a", 1), "n3": ("b", 2), "n4": ("c", 3), "n5": ("d", 4), "n6": ("e", 5)}, {})
+    assert nodes_of(stored, "--nodes", "a:1").addresses == {**stored.nodes, "n1": ("a", 1)}
+    assert nodes_of(None, "--nodes", "a:1").addresses == {"n1": ("a", 1)}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +121,7 @@ def test_local_nodes() -> None:
 def test_nodes_that_cannot_be(arguments: list[object], words: str) -> None:
     """Counts and ports that do not fit are refused by the flag's name."""
     with pytest.raises(StartError, match=words):
-        node_addresses(parse(*arguments))
+        nodes_of(None, *arguments)
 
 
 def test_a_new_cluster() -> None:
@@ -87,7 +148,8 @@ def test_values_that_cannot_be(arguments: list[object], words: str) -> None:
 
 
 def test_an_old_cluster() -> None:
-    """A restart takes the values of the map; asking for the same ones is fine, for others not."""
+    """A restart takes the values of the map; asking for the same ones is fine, for others not. But min_insync may
+    change, where every shard has as many copies in sync."""
     stored = replace(make_map(3, 3, shards=8), min_insync=3)
     shape = Shape(shards=8, factor=3, min_insync=3)
     assert settle(stored) == shape
@@ -95,11 +157,23 @@ def test_an_old_cluster() -> None:
     for arguments, words in (
         (["--shards", 9], "--shards 8, not 9"),
         (["--replication-factor", 2], "--replication-factor 3, not 2"),
-        (["--min-insync", 2], "--min-insync 3, not 2"),
-        (["--num-nodes", 4], "the number of nodes 3, not 4"),
+        (["--min-insync", 4], "--min-insync must be from 1 to the replication factor 3, not 4"),
+        (["--min-insync", 0], "--min-insync must be from 1 to the replication factor 3, not 0"),
     ):
         with pytest.raises(StartError, match=words):
             settle(stored, *arguments)
+    assert settle(stored, "--min-insync", 2).min_insync == 2
+    short = replace(stored, min_insync=2).without([0, 7], "n2")
+    assert settle(short).min_insync == settle(short, "--min-insync", 2).min_insync == 2
+    with pytest.raises(StartError, match="3 needs as many in-sync copies of every shard, and 2 have fewer"):
+        settle(short, "--min-insync", 3)
+
+
+def test_a_cluster_with_fewer_nodes_than_copies() -> None:
+    """Where a node was declared destroyed and no other added, it starts all the same."""
+    stored = make_map(3, 3, shards=2, min_insync=2).without([0, 1], "n3")
+    stored = stored.with_destroyed("n3").with_wanted([["n1", "n2"]] * 2).without_node("n3")
+    assert settle_shape(parse(), stored, list(stored.nodes)) == Shape(shards=2, factor=3, min_insync=2)
 
 
 def test_refusals_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,3 +194,29 @@ async def test_foreign_nodes_that_can_never_join(kvtcp_cluster: Any) -> None:
     with runtime.bind("127.0.0.1", 0) as silent:
         found = await coordinator_main.survey({"n1": silent.getsockname()}, "other", "secret")
         assert found == {"n1": Found("free")}
+
+
+async def test_a_first_start_needs_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new cluster waits for every one of --nodes, and says which did not come; one with data begins without some."""
+    monkeypatch.setattr(coordinator_main, "START_S", 0.1)
+    monkeypatch.setattr(coordinator_main, "RECOVER_WAIT_MS", 50)
+    node = NodeServer("n1")
+    await node.start("127.0.0.1", 0)
+    keeper = await MapKeeper.open(MemoryConfigStore())
+    nodes = {"n1": node.address, "n2": ("127.0.0.1", free_ports(1))}
+    first = found_map(cluster="c", shards=1, factor=2, min_insync=1, durability="memory", nodes=nodes)
+    supervisor = Supervisor("127.0.0.1", {}, Path(), [], lambda: None)
+    config = ClusterConfig("s", "memory", Path())
+    coordinator = coordinator_main.Coordinator(config, keeper, supervisor, asyncio.Event())
+    try:
+        with pytest.raises(StartError, match=r"after 0 s these nodes had not reported: n2 \(connection refused\)"):
+            await coordinator._answering(first)
+        await keeper.found(first)
+        found = await coordinator._answering(first)
+        assert found == {"n1": Found("ours"), "n2": Found("free")}
+        await node.close()
+        with pytest.raises(StartError, match="n1 .*, n2 "):
+            await coordinator._answering(first)
+    finally:
+        await node.close()
+        await keeper.close()

@@ -15,7 +15,7 @@ from kvtcp.storage.replay import Replayed
 from kvtcp.storage.snapshot import SnapshotFile
 from kvtcp.storage.store import NodeStore
 from tests import crash_enumeration
-from tests.crash_enumeration import Lost, enumerate_crashes, enumerate_errors
+from tests.crash_enumeration import Lost, Workload, enumerate_crashes, enumerate_errors
 
 STATES_MIN = 2_000
 
@@ -31,10 +31,22 @@ def test_no_crash_loses_anything(durability: str) -> None:
     assert workload.seen["opened"] >= 2, workload.seen
 
 
+@pytest.mark.parametrize("durability", ["sync", "os"])
+def test_copies_come_and_go(durability: str) -> None:
+    """Copies are replaced, dropped and made anew all the time: a crash leaves the old one as it was, or the new one."""
+    states, workload = enumerate_crashes(6, 130, samples=6, durability=durability, changes=True)
+    assert states >= 1_000
+    assert workload.seen["pulled"] >= 3, workload.seen
+    assert workload.seen["changed"] >= 6, workload.seen
+    assert workload.seen["rotated"] >= 3, workload.seen
+    assert workload.seen["segments removed"] >= 2, workload.seen
+
+
+@pytest.mark.parametrize("changes", [False, True])
 @pytest.mark.parametrize("error_number", [errno.EIO, errno.ENOSPC])
-def test_an_error_at_every_call(error_number: int) -> None:
+def test_an_error_at_every_call(error_number: int, changes: bool) -> None:
     """Whichever call of the disk fails, what was acknowledged before is there afterwards."""
-    assert enumerate_errors(4, 60, error_number) > 200
+    assert enumerate_errors(4, 60, error_number, changes=changes) > 200
 
 
 # --- planted mistakes -----------------------------------------------------------------------------------
@@ -113,6 +125,23 @@ def manifest_unsynced(disk: Any, directory: Path, data: bytes) -> None:
     disk.rename(temporary, directory / "manifest.json")
 
 
+def let_go_too_early(self: NodeStore) -> list[Path]:
+    """Segments of the log are removed while the manifest still names the old copy."""
+    return self.log.deletable(self._is_covered)
+
+
+def generation_again(self: Workload, shard: int) -> int:
+    """A copy that replaces another one has its generation."""
+    copy = self.store.copies.get(shard)
+    return 1 if copy is None else copy.generation
+
+
+def generation_forgotten(self: Workload, shard: int) -> int:
+    """The generation of a copy that was dropped is given again."""
+    copy = self.store.copies.get(shard)
+    return 1 if copy is None else copy.generation + 1
+
+
 # mistake -> what is replaced by what, and a seed that finds it
 MISTAKES: dict[str, tuple[Any, str, Any, int]] = {
     "acknowledged before the sync": (LogWriter, "write", without_sync, 1),
@@ -125,6 +154,24 @@ MISTAKES: dict[str, tuple[Any, str, Any, int]] = {
     "manifest replaced in place": (store_module, "write_manifest", manifest_in_place, 1),
     "manifest without a durable name": (store_module, "write_manifest", manifest_unsynced, 1),
 }
+
+# the same, of workloads with copies that come and go
+CHANGE_MISTAKES: dict[str, tuple[Any, str, Any, int]] = {
+    "log let go too early": (NodeStore, "needless_segments", let_go_too_early, 6),
+    "generation given twice": (Workload, "next_generation", generation_again, 2),
+    "generation forgotten": (Workload, "next_generation", generation_forgotten, 2),
+    "copy published unsynced": (SnapshotFile, "finish", publish_unsynced, 1),
+}
+
+
+@pytest.mark.parametrize("mistake", CHANGE_MISTAKES)
+def test_mistakes_with_copies_are_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leads to a wrong recovered state too, where the right way does not."""
+    holder, attribute, wrong, seed = CHANGE_MISTAKES[mistake]
+    enumerate_crashes(seed, 90, samples=1, changes=True)
+    monkeypatch.setattr(holder, attribute, wrong)
+    with pytest.raises((Lost, store_module.StoreError)):
+        enumerate_crashes(seed, 90, samples=6, changes=True)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

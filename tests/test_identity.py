@@ -32,6 +32,18 @@ def test_write_and_read(tmp_path: Path) -> None:
     assert read_identity(directory.path, "node") is not None
 
 
+def test_spawned_nodes(tmp_path: Path) -> None:
+    """The coordinator's has the nodes that it spawned, one of an older version has not; anything else is damage."""
+    fields: dict[str, Any] = {"cluster": "c", "secret": "s"}
+    for spawned in ({}, {"local": []}, {"local": ["n1", "n3"]}):
+        write_identity(tmp_path, "coordinator", fields | spawned)
+        assert read_identity(tmp_path, "coordinator") == {"format": 1, "role": "coordinator", **fields, **spawned}
+    for damaged in ("n1", [1], {"n1": 5}):
+        write_identity(tmp_path, "coordinator", {**fields, "local": damaged})
+        with pytest.raises(IdentityError, match="is not an identity of kvtcp"):
+            read_identity(tmp_path, "coordinator")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -649,3 +649,27 @@ def test_a_new_copy_of_an_empty_shard() -> None:
     assert around.map.disk_of(0, "n2") == "new"
     around.store()
     assert around.map.nodes_of(0) == ["n1", "n2"] and around.served == {0: (0, 0)}
+
+
+def test_what_was_shipped_is_waited_for() -> None:
+    """The donor is lost while entries are on their way: the shard is judged by what their target has then, not by what
+    it reported before, or the next write would be given a number that it has."""
+    around = begin(copy(5), copy(4), cluster_map=make_map(nodes=2, factor=2, shards=1))
+    assert around.take_sent() == [("n1", (FETCH, 0, 4))]
+    around.recovery.on_entries("n1", 0, 4, 104, entries(5, 5))
+    assert around.take_sent() == [("n2", (SHIP, 0, entries(5, 5)))]
+    around.lose("n1")
+    around.wait()
+    assert around.state() == WAITING and not around.changes
+    around.recovery.on_shipped("n2", 0, 1, 5, 105, None)
+    around.store()
+    assert around.served == {0: (5, 105)}
+
+
+def test_nothing_is_waited_for_that_cannot_come() -> None:
+    """The target of entries that are on their way is lost, and comes back: its new report counts."""
+    around = begin(copy(5), copy(4), cluster_map=make_map(nodes=2, factor=2, shards=1))
+    around.recovery.on_entries("n1", 0, 4, 104, entries(5, 5))
+    around.lose("n2")
+    around.report("n2", copy(5))
+    assert around.served == {0: (5, 105)}

@@ -15,6 +15,7 @@ from kvtcp.replication import progress
 from kvtcp.replication.multi_read import count_read, mget_read
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.shard_state import LINK_LOST
 
 # --- links ------------------------------------------------------------------------------------------
 
@@ -303,6 +304,20 @@ def test_control_item_of_a_lost_node_fails() -> None:
     assert not cluster.sequencer.control("n1", (CHAIN_AT, 0), [0], cluster.answers, "refused")
     cluster.down("n1", "still away")
     assert cluster.sequencer.links["n1"].reason == "still away"
+
+
+def test_a_call_is_called_once() -> None:
+    """Its result came in a piece of a batch, then the link is lost before the batch is complete."""
+    cluster = Cluster(shards=1, nodes=1, factor=1)
+    told: list[Any] = []
+    link = cluster.sequencer.links["n1"]
+    for number in range(2):
+        cluster.sequencer.call(link, (CHAIN_AT, 0), lambda result, number=number: told.append((number, result)))
+    cluster.apply("n1")
+    cluster.sequencer.on_results("n1", 0, 0, [(0, 0)], [])
+    cluster.tick(READ_RETRY_MS)
+    cluster.down("n1")
+    assert told == [(0, (0, 0)), (1, LINK_LOST)]
 
 
 def test_control_item_is_answered_at_commit() -> None:

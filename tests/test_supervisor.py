@@ -160,6 +160,18 @@ async def test_a_node_that_reads_its_data_back(tmp_path: Path) -> None:
     directory.unlock()
 
 
+async def test_a_node_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections, never answers and has its directory: it is adopted, the others need not wait for it."""
+    monkeypatch.setattr(module, "RECOVER_WAIT_MS", 100)
+    (tmp_path / "n1").mkdir()
+    directory = DataDirectory(tmp_path / "n1", "node")
+    async with listener(None) as port:
+        supervisor = Supervisor("127.0.0.1", {"n1": port}, tmp_path, [], lambda: None)
+        assert (await supervisor.survey("c", "s"))["n1"].kind == "silent"
+        assert supervisor._adopt == {"n1"}
+    directory.unlock()
+
+
 # --- life of a process ----------------------------------------------------------------------------------
 
 
@@ -294,6 +306,22 @@ async def test_nodes_that_are_left(tmp_path: Path) -> None:
     process.kill()
     await process.wait()
     assert supervisor.processes["n1"].restarts == 0 and supervisor.failure is None
+
+
+async def test_a_node_that_leaves_the_cluster(tmp_path: Path) -> None:
+    """A node that was removed is not started again when it ends; restarts are told of local nodes only."""
+    supervisor = Supervisor("127.0.0.1", {"n1": free_ports(1)}, tmp_path, ["--durability", "memory"], lambda: None)
+    await supervisor.survey("c", "s")
+    await supervisor.start("c", "s")
+    process = supervisor.processes["n1"].process
+    assert process is not None and supervisor.restarts_of("n1") == 0 and supervisor.restarts_of("n2") is None
+    supervisor.release("n1")
+    supervisor.release("n2")
+    process.kill()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*supervisor._watchers)
+    assert supervisor.restarts_of("n1") == 0 and supervisor.early_exits() == {}
+    await supervisor.stop(set())
 
 
 async def test_a_port_bound_by_nobody_listening() -> None:

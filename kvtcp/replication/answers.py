@@ -105,7 +105,8 @@ class Answers(ClusterState):
         """The result of a read, of a part or of a control item is here."""
         kind = op[0]
         if kind == CALL:
-            op[1](result)
+            then, op[1] = op[1], None
+            then(result)
             return
         if kind == PART:
             if op[1].take(op[2], op[3], result):
@@ -148,12 +149,18 @@ class Answers(ClusterState):
         heappush(shard.held, (needed, self._held_order, self.now_ms + WRITE_WAIT_MS, sink, token, value))
 
     def _look_whether_stuck(self, shard: ShardState) -> None:
-        """The commit that answers are held for may not come any more."""
+        """A member that is bad and has to stay may keep pending writes from being committed before it is replaced,
+        which takes longer than anybody waits: then nobody does."""
         shard.update_stuck(self.min_insync)
-        if shard.stuck and shard.held:
-            held, shard.held = sorted(shard.held), []
-            for entry in held:
-                self._refuse_held(shard, entry[3], entry[4])
+        if not shard.stuck:
+            return
+        for op in shard.pending:
+            if op[1] is not None:
+                self._answer_unknown(shard, op[1], op[2], shard.stuck)
+                op[1] = None
+        held, shard.held = sorted(shard.held), []
+        for entry in held:
+            self._refuse_held(shard, entry[3], entry[4])
 
     def _refuse_held(self, shard: ShardState, sink: Sink | None, token: Any) -> None:
         if not shard.serving:

@@ -17,7 +17,7 @@ from kvtcp.protocol.operations import RESULTS_OF
 from kvtcp.replication.admission import Admission
 from kvtcp.replication.answers import Answers
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.progress import ANSWERED, Batch, Progress
+from kvtcp.replication.progress import ANSWERED, Batch, Op, Progress
 from kvtcp.replication.shard_state import (
     AWAITED,
     CALL,
@@ -203,24 +203,41 @@ class Members(Admission, Answers):
 
     def _hand_over(self, shard: ShardState) -> None:
         """Ask another member for the results of writes that lost theirs; all members evaluate the same."""
-        link = next((each for each in shard.good if each.connected), None)
-        if link is None or not shard.orphans:
-            return
         orphans, shard.orphans = shard.orphans, []
+        self._ask(shard, orphans, [])
+
+    def _ask(self, shard: ShardState, orphans: list[tuple[int, Op]], asked: list[Progress]) -> None:
+        """Ask a member that was not `asked` yet: those that were do not know, as none does that was restarted."""
+        link = next((each for each in shard.good if each.connected and each not in asked), None)
+        if link is None:
+            if asked:
+                for _, op in orphans:
+                    self._result_found(shard, op, LOST)
+            else:
+                shard.orphans += orphans  # until a member is linked
+            return
 
         def take(results: Any) -> None:
             if results is LINK_LOST:
-                shard.orphans += orphans
-                self._hand_over(shard)
+                self._ask(shard, orphans, asked)
                 return
-            for (_, op), found in zip(orphans, results, strict=True):
-                result = found[0] if found is not None else LOST
-                if op[3] is AWAITED:
-                    op[3] = result
-                elif op[3] is DUE and op[1] is not None:
-                    self._answer_write(shard, op, result)
+            unknown = []
+            for orphan, found in zip(orphans, results, strict=True):
+                if found is None:
+                    unknown.append(orphan)
+                else:
+                    self._result_found(shard, orphan[1], found[0])
+            if unknown:
+                self._ask(shard, unknown, [*asked, link])
 
         self.call(link, (RESULTS_OF, shard.number, [seq for seq, _ in orphans]), take)
+
+    def _result_found(self, shard: ShardState, op: Op, result: Any) -> None:
+        """The result of a write, from a member that was asked for it, or LOST."""
+        if op[3] is AWAITED:
+            op[3] = result
+        elif op[3] is DUE and op[1] is not None:
+            self._answer_write(shard, op, result)
 
 
 def part_of(old: Batch, bad: Container[int], wanted: bool, seq_max: int = SEQ_MAX) -> Batch:

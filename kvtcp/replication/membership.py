@@ -158,6 +158,7 @@ class Membership:
             if number in self.changing:
                 continue
             if shard.serving:
+                self._give_up_unwanted(shard)
                 self._evict_bad(shard)
                 self._shrink_moved(shard)
             if number not in self.changing and (shard.serving or number in self.repairing) and not shard.learners:
@@ -232,6 +233,8 @@ class Membership:
             oldest = link.oldest_unacknowledged()
             if oldest is None or now_ms - oldest.written_ms < EVICT_AFTER_MS or not self._peers_have(link, oldest):
                 continue
+            if not any(link in shard.learners or self.may_leave(shard, link) for shard in link.shards):
+                continue  # nothing goes on without it: with a new link it would only be sent everything again
             self._last_slow_ms = now_ms
             state.learns_after_ms = now_ms + SLOW_INTERVAL_MS
             why = f"it acknowledged nothing for {now_ms - oldest.written_ms} ms while others did"
@@ -241,10 +244,11 @@ class Membership:
             return
 
     def _peers_have(self, link: Progress, batch: Batch) -> bool:
-        """Whether for some shard every other member acknowledged what this batch has of it."""
+        """Whether for some shard M other members acknowledged what this batch has of it: without this one, and others
+        that are slow, it would go on."""
         for number, seq in batch.last_seqs.items():
-            others = [acked for other, acked in self._shards[number].acked.items() if other is not link]
-            if others and min(others) >= seq:
+            acked = self._shards[number].acked
+            if sum(acked[other] >= seq for other in acked if other is not link) >= self._around.map.min_insync:
                 return True
         return False
 
@@ -252,6 +256,12 @@ class Membership:
         for link, why in list(shard.bad.items()):
             if self.evict(link, [shard], f"it {why}"):
                 return
+
+    def _give_up_unwanted(self, shard: ShardState) -> None:
+        """A learner that comes in addition, on a node where the copy is not wanted any more."""
+        for learner in list(shard.learners.values()):
+            if learner.replaces is None and learner.link.node not in self._around.map.wanted[shard.number]:
+                learner.fail("it is not wanted there any more")
 
     def _shrink_moved(self, shard: ShardState) -> None:
         """A member that is not wanted leaves when there are enough wanted ones."""

@@ -26,7 +26,8 @@ Two exceptions, in which new disks enter the map at once: a shard in which nothi
 empty copy as in any other; and if the last run kept its data in memory and all members are new and empty, they are what
 the end of that run has left, and the shard begins anew.
 
-If the link of a member breaks, its shard starts over; what was shipped stays shipped.
+If the link of a member breaks, its shard starts over; what was shipped stays shipped, and what is on its way to be
+is waited for.
 """
 
 from __future__ import annotations
@@ -123,6 +124,9 @@ class _Shard:
         self.chain = 0
         self.target = ""  # member that is being brought up to date; empty = none
         self.awaited: tuple[str, int] = ("", 0)  # who has to answer, and the kind of frame it was sent
+        # Members that were sent entries and did not say yet what they have now. They get them, whatever becomes of this
+        # shard meanwhile, so it is not judged by what they had before.
+        self.unanswered: list[str] = []
 
     def lagging(self) -> str:
         """A good member that is not at the best position, empty if there is none."""
@@ -161,10 +165,13 @@ class Recovery:
                 shard.state = WAITING
                 shard.since_ms = self._around.now_ms
             shard.found.pop(node, None)
+            shard.unanswered = [each for each in shard.unanswered if each != node]
             self._judge(shard)
 
     def on_lost(self, node: str) -> None:
         """A node that had reported was lost."""
+        for shard in self.shards.values():
+            shard.unanswered = [each for each in shard.unanswered if each != node]
         for shard in self._of(node):
             self._restart(shard)
         self._start_some()  # not before all of them gave up their turns: the node is gone
@@ -200,12 +207,19 @@ class Recovery:
             self._found_bad(shard, f"has another history than {node}: they differ at number {after} or before")
             return
         shard.awaited = (target, SHIP)
+        shard.unanswered.append(target)
         self._around.send_to(target, (SHIP, number, entries))
 
     def on_shipped(self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None) -> None:
         """A SHIPPED frame. Raises LinkError if it cannot be true."""
         shard = self.shards[number]
+        if node not in shard.unanswered:
+            return  # to a learner
+        shard.unanswered.remove(node)
+        before = self._around.reports[node].copies[number]
+        self._around.reports[node].copies[number] = before._replace(epoch=epoch, seq=seq, chain=chain)
         if shard.state != SHIPPING or shard.awaited != (node, SHIP):
+            self._judge(shard)  # it was waited for, if anybody waits
             return
         if error is not None:
             self._found_bad(shard, f"cannot take what it lacks: {error.decode('utf-8', 'replace')}")
@@ -216,8 +230,7 @@ class Recovery:
                 shard, f"has another history than {shard.donors[0]}: they differ at number {seq} or before"
             )
         else:
-            copy = shard.good[node]._replace(epoch=epoch, seq=seq, chain=chain)
-            shard.good[node] = self._around.reports[node].copies[number] = copy
+            shard.good[node] = self._around.reports[node].copies[number]
             if seq < shard.seq:
                 self._fetch(shard)
             else:
@@ -256,6 +269,8 @@ class Recovery:
         around = self._around
         if shard.state != WAITING or around.repair_in_flight(shard.number):
             return  # an accepted loss is being stored: it begins anew after that
+        if shard.unanswered:
+            return
         if shard.since_ms is None:
             shard.since_ms = around.now_ms
         row = around.map.members[shard.number]

@@ -271,16 +271,9 @@ class Sequencer(Members):
             link.close_batch()
 
     def _abandon(self, shard: ShardState, link: Progress, why: str) -> None:
-        """The node has not what it acknowledged, so nothing it says counts. If it cannot be removed either, pending
-        writes do not commit before it is replaced, which takes longer than anybody waits."""
+        """The node has not what it acknowledged, so nothing it says counts."""
         shard.mark(link, why)
         shard.writable = False
-        if len(shard.members) > self.min_insync and shard.good:
-            return
-        for op in shard.pending:
-            if op[1] is not None:
-                self._answer_unknown(shard, op[1], op[2], f"{link.node} {why}")
-                op[1] = None
         self._look_whether_stuck(shard)
 
     def link_down(self, node: str, reason: str) -> None:
@@ -308,10 +301,10 @@ class Sequencer(Members):
         stay = []
         for op in reads:
             if op[0] == CALL:
-                if avoid is None:
-                    op[1](LINK_LOST)
-                else:
+                if avoid is not None:
                     stay.append(op)
+                elif op[1] is not None:
+                    op[1](LINK_LOST)
                 continue
             if op[0] == PART:
                 _, multi, attempt, _ = op

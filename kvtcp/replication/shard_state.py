@@ -10,7 +10,7 @@ Ops are lists, not objects, and one list is all that a request costs here (makin
     read   [op, sink, token, shard state, last number queued before it, key]       sink None = answered already
     part   [PART, multi read, attempt, index]
     call   [CALL, function]                                                        of a control item: called once with
-                                                                                   its result, or LINK_LOST
+                                                                                   its result, or LINK_LOST; None = was
 
 Simplification: a sink must not raise. Its methods only append to buffers, and an exception from one of them is a
 defect after which the state here is not to be trusted: whoever runs the sequencer ends the process.

@@ -19,7 +19,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -161,11 +161,14 @@ def _check_ports(options: argparse.Namespace, nodes: Sequence[str]) -> dict[str,
     return ports
 
 
-def settle_nodes(options: argparse.Namespace, stored: ClusterMap | None) -> Nodes:
+def settle_nodes(
+    options: argparse.Namespace, stored: ClusterMap | None, spawned: Collection[str] | None
+) -> Nodes:
     """Who the nodes are and where. Raises StartError.
 
-    Nodes of the map keep their ids. A node is local if --nodes is not given and it has a directory here, or the address
-    that a local one has; others are those of `node add`, and stay where the map says.
+    Nodes of the map keep their ids. With --nodes all are started elsewhere. Else those are local that this data
+    directory `spawned` before (None: that was not remembered), or that run as if it had; others are those of
+    `node add`, and stay where the map says.
     """
     known = {} if stored is None else dict(stored.nodes)
     next_number = 1 if stored is None else stored.last_node + 1
@@ -176,18 +179,22 @@ def settle_nodes(options: argparse.Namespace, stored: ClusterMap | None) -> Node
         return Nodes({**known, **dict(zip(ids, given, strict=True))}, {})
     # only this coordinator talks to them, so they stay on this machine whatever --host says
     host = options.host if runtime.is_loopback(options.host) else HOST_DEFAULT
-    count = options.num_nodes or (NODES_DEFAULT if stored is None else len(known))
-    if count < len(known):
+
+    def is_local(node: str) -> bool:
+        has_directory = (options.data_dir / node).is_dir()
+        has_address = known[node] == (host, options.base_port + int(node[1:]) - 1)
+        if spawned is None:
+            return has_directory or has_address
+        return node in spawned or (has_directory and has_address)
+
+    nodes = [node for node in known if is_local(node)]
+    count = options.num_nodes or (NODES_DEFAULT if stored is None else len(nodes))
+    if count < len(nodes):
         raise StartError(
-            f"the cluster in {options.data_dir} has {len(known)} nodes, not {count}: to have fewer, start it as it is, "
-            "then drain and remove nodes in the shell"
+            f"the cluster in {options.data_dir} has {len(nodes)} local nodes, not {count}: to have fewer, start it as "
+            "it is, then drain and remove nodes in the shell"
         )
-    nodes = [
-        node
-        for node, (at, port) in known.items()
-        if (options.data_dir / node).is_dir() or (at, port) == (host, options.base_port + int(node[1:]) - 1)
-    ]
-    nodes += [f"n{next_number + at}" for at in range(count - len(known))]
+    nodes += [f"n{next_number + at}" for at in range(count - len(nodes))]
     ports = _check_ports(options, nodes)
     return Nodes({**known, **{node: (host, port) for node, port in ports.items()}}, ports)
 
@@ -225,7 +232,7 @@ def settle_shape(options: argparse.Namespace, stored: ClusterMap | None, nodes: 
                 )
     if not 1 <= shape.shards <= SHARDS_MAX:
         raise StartError(f"--shards must be from 1 to {SHARDS_MAX}, not {shape.shards}")
-    if not 1 <= shape.factor <= len(nodes):
+    if stored is None and not 1 <= shape.factor <= len(nodes):
         raise StartError(
             f"--replication-factor {shape.factor} needs at least {shape.factor} nodes, there are {len(nodes)}"
             if shape.factor > 0
@@ -250,17 +257,18 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     runtime.on_stop_signals(stop.set)
     keeper = await MapKeeper.open(FileConfigStore(directory.path / "map.json", OS_DISK))
     known = keeper.map if keeper.is_founded else None
-    nodes = settle_nodes(options, known)
+    stored = directory.read()
+    nodes = settle_nodes(options, known, None if stored is None else stored.get("local"))
     addresses, local = nodes.addresses, nodes.local
     shape = settle_shape(options, known, list(addresses))
-    stored = directory.read()
     if keeper.is_founded and stored is None:
         raise StartError(
             f"identity.json is missing in {directory.path}, and map.json is there: put it back, it has the secret of "
             "the cluster"
         )
     is_new = not keeper.is_founded
-    identity = stored or {"cluster": secrets.token_hex(8), "secret": secrets.token_hex(16)}
+    identity = dict(stored or {"cluster": secrets.token_hex(8), "secret": secrets.token_hex(16)})
+    identity["local"] = sorted({*identity.get("local", ()), *local}, key=lambda node: (len(node), node))
     cluster, secret = identity["cluster"], identity["secret"]
     if keeper.is_founded and keeper.map.cluster != cluster:
         raise StartError(
@@ -285,12 +293,13 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             options.backup_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartError(f"the backup directory {options.backup_dir} cannot be used: {error.strerror}") from error
-        if stored is None:
+        if identity != stored:
             directory.write(identity)
         first = found_map(
             cluster=cluster,
             shards=shape.shards,
-            factor=shape.factor,
+            # it may have fewer nodes now than when it was created; then the map's factor stays as it is
+            factor=min(shape.factor, len(addresses)),
             min_insync=shape.min_insync,
             durability=options.durability,
             nodes=addresses,
@@ -375,7 +384,8 @@ class Coordinator:
             found |= await survey(missing, first.cluster, self._config.secret)
             missing = {node: address for node, address in first.nodes.items() if found[node].kind != "ours"}
             foreign = missing.keys() - self._supervisor.processes.keys()
-            if foreign and loop.time() > began + START_S and len(missing) == len(first.nodes):
+            is_hopeless = len(missing) == len(first.nodes) or not self._keeper.is_founded
+            if foreign and loop.time() > began + START_S and is_hopeless:
                 said = ", ".join(f"{node} ({found[node].what or 'connection refused'})" for node in sorted(foreign))
                 raise StartError(f"after {START_S:.0f} s these nodes had not reported: {said}")
             if self._keeper.is_founded and len(missing) < len(first.nodes):
@@ -459,7 +469,7 @@ class Coordinator:
                 return
             if self.has_begun:
                 self._supervisor.expect_stop()
-                asked = {node for node in self._supervisor.processes if server.links[node].stop_node()}
+                asked = {n for n in self._supervisor.processes if n in server.links and server.links[n].stop_node()}
             await server.close()
         else:
             await self._keeper.close()

@@ -3,10 +3,12 @@
 `identity.json` (mode 0600: it holds the cluster's secret) lies in the data directory of the coordinator and of every
 node. It is written with temp file, fsync, rename and directory fsync, and read before anything else is started.
 
-    coordinator  {"format": 1, "role": "coordinator", "cluster", "secret"}
+    coordinator  {"format": 1, "role": "coordinator", "cluster", "secret", "local"}
     node         {"format": 1, "role": "node", "cluster", "secret", "node"}
 
-Everything else that a coordinator has to know of its cluster is in the cluster map, beside it in `map.json`.
+`local` lists the nodes that the coordinator spawned: others of the cluster were started elsewhere. An identity of an
+older version does not have it. Everything else that a coordinator has to know of its cluster is in the cluster map,
+beside it in `map.json`.
 
 A directory is locked (`lock` file, flock) while a process uses it, so that two can never believe they own it. The lock
 ends with its process, however that ends, so "is it locked" is also the answer to "does the process still run"; the file
@@ -33,6 +35,7 @@ _FIELDS: Final[dict[str, dict[str, type]]] = {
     "coordinator": {"cluster": str, "secret": str},
     "node": {"cluster": str, "secret": str, "node": str},
 }
+_OPTIONAL: Final[dict[str, dict[str, type]]] = {"coordinator": {"local": list}, "node": {}}
 
 
 class IdentityError(Exception):
@@ -149,9 +152,10 @@ def read_identity(path: Path, role: str) -> dict[str, Any] | None:
             raise IdentityError(f"{file} has format {fields['format']}, this version knows format {FORMAT}")
         if fields["role"] != role:
             raise IdentityError(f"{path} is the data directory of a {fields['role']}, not of a {role}")
-        for name, kind in _FIELDS[role].items():
-            if type(fields[name]) is not kind:
-                raise TypeError(f"{name} is not of type {kind.__name__}")
+        optional = {name: kind for name, kind in _OPTIONAL[role].items() if name in fields}
+        for name, kind in (_FIELDS[role] | optional).items():
+            if type(fields[name]) is not kind or not all(type(item) is str for item in fields[name]):
+                raise TypeError(f"{name} is not a {kind.__name__} of texts")
     except (ValueError, KeyError, TypeError) as error:
         raise IdentityError(f"{file} is not an identity of kvtcp; move it away to start anew") from error
     return dict(fields)

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from kvtcp.config_store.keeper import MapKeeper, NotOwner
 from kvtcp.config_store.store import ConfigStoreError
 from kvtcp.constants import STAMP_AHEAD_MS
+from kvtcp.replication.cluster_admin import usable_nodes
 from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.placement import plan
 from kvtcp.server.supervisor import Found
 
 
@@ -57,7 +59,8 @@ async def own_map(keeper: MapKeeper, first: ClusterMap) -> Predecessor:
 
 def _next_epoch(old: ClusterMap, first: ClusterMap) -> ClusterMap:
     """The map of the next epoch: with the owner, the bound, the addresses and the `min_insync` of `first`, and with
-    those of its nodes that the old one does not have."""
+    those of its nodes that the old one does not have. They hold nothing before a rebalance, unless shards have too few
+    copies as it is."""
     known = {node: address for node, address in first.nodes.items() if node in old.nodes}
     new = old.taken_over(
         owner=first.owner, epoch=old.epoch + 1, nodes=known, stamp_bound_ms=first.stamp_bound_ms
@@ -65,6 +68,8 @@ def _next_epoch(old: ClusterMap, first: ClusterMap) -> ClusterMap:
     for node in sorted(first.nodes.keys() - known.keys(), key=lambda each: int(each[1:])):
         new, given = new.with_node(*first.nodes[node])
         assert given == node, "new nodes have the next ids"
+    if new.nodes.keys() != old.nodes.keys() and any(len(row) < new.factor for row in new.wanted):
+        new = new.with_wanted(plan(new.wanted, usable_nodes(new), new.factor))
     return new if new.min_insync == first.min_insync else new.with_min_insync(first.min_insync)
 
 
