@@ -32,7 +32,7 @@ from tests.simulation_network import Network
 from tests.simulation_node import SimNode
 from tests.simulation_oracles import Oracles
 from tests.simulation_store import SimStore
-from tests.simulation_world import Violation, World, require, small_limits
+from tests.simulation_world import SMALL, Violation, World, require, small_limits
 
 SEED_OPERATIONS = 500
 SEED_FAULTS = 5
@@ -119,7 +119,7 @@ class Simulation:
         self.coordinators[0].start()
         self.faults.supervise()
         self.clients.start()
-        self._check_cores()
+        self._look_at_cores()
         world.at(SURVIVORS_MS, self._look_at_survivors)
         world.run(world.now_ms + QUIET_MS)
         self.faults.start()
@@ -142,10 +142,19 @@ class Simulation:
 
     # --- oracles --------------------------------------------------------------------------------------
 
-    def _check_cores(self) -> None:
+    def _look_at_cores(self) -> None:
         for coordinator in self.coordinators:
-            coordinator.check()
-        self.world.at(CHECK_MS, self._check_cores)
+            coordinator.check_bounds()
+            self._check_core(coordinator)
+        for node in self.nodes:
+            if node.replica is not None:
+                size = sum(one.bytes for one in node.replica.learning.values())
+                most = SMALL["LEARN_BUFFER_BYTES_MAX"]
+                require(size <= most, f"I12: {node.name} sets {size} bytes aside, {most} are allowed")
+        self.world.at(CHECK_MS, self._look_at_cores)
+
+    def _check_core(self, coordinator: SimCoordinator) -> None:
+        coordinator.check()
 
     def _look_at_survivors(self) -> None:
         self._check_survivors()

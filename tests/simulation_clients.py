@@ -108,7 +108,8 @@ class Request:
         """A revision of a target is answered."""
         key, shard = self.targets[at]
         is_ruined = shard in self.client.clients.oracles.ruined
-        require(is_ruined or rev >= self.floors[at], f"I10: {key!r} has revision {rev}, was {self.floors[at]} before", shard)
+        floor = self.floors[at]
+        require(is_ruined or rev >= floor, f"I10: {key!r} has revision {rev}, was {floor} before", shard)
         floors = self.client.clients.floors
         if rev > floors.get(key, 0):
             floors[key] = rev

@@ -407,9 +407,39 @@ class SimCoordinator(Process):
         if sending is not None:
             self._asking = True
             expected, value = sending
+            if self.controller is not None and changes.proposed is not None and not changes.is_unsure:
+                self._check_removals(changes.map.members, changes.proposed.members)
             self.store.compare_and_set(self, expected, value, self._outcome)
         elif changes.is_busy and changes.due_ms > self.world.now_ms:
             self.later(changes.due_ms - self.world.now_ms, self._send_changes)
+
+    def _check_removals(self, before: Any, after: Any) -> None:
+        """R6: no change removes a member with its data and leaves only members that are known to be bad."""
+        for shard, (old, new) in enumerate(zip(before, after, strict=True)):
+            kept = [member for member in new if member in old]
+            gone = [disk for node, disk in old if (node, disk) not in new and disk and self.oracles.has_data(disk)]
+            if gone and new == tuple(kept) and all(self._knows_bad(shard, node, disk) for node, disk in kept):
+                require(False, f"R6: {self.name} removes {gone} and leaves {kept}, which it knows to be bad", shard)
+
+    def _knows_bad(self, shard: int, node: str, disk: str) -> bool:
+        controller = self.controller
+        assert controller is not None
+        report = controller.reports.get(node)
+        if report is None:
+            return False
+        copy = report.copies.get(shard)
+        return copy is None or copy.disk != disk
+
+    def check_bounds(self) -> None:
+        """I12: what waits has its bound."""
+        if self.controller is None or self.silent:
+            return
+        for shard in self.controller.sequencer.shards:
+            waiting = len(shard.waiting)
+            require(waiting <= SMALL["WAITING_ITEMS_MAX"], f"I12: {waiting} requests wait", shard.number)
+        for link in self.controller.sequencer.links.values():
+            most = 3 * SMALL["WINDOW_ITEMS_MAX"]  # what was kept is sent again, behind that the queue that waited
+            require(link.items <= most, f"I12: {link.items} items are queued to {link.node}")
 
     def _outcome(self, outcome: Outcome | OSError, stored: Stored | None) -> None:
         """What the store said."""

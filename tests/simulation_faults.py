@@ -44,7 +44,7 @@ class Faults:
             self.administer, self.black_out, self.stop_node,
         ]  # fmt: skip
         if simulation.shared:
-            kinds.append(self.rival)
+            kinds += [self.rival, self.split]
         self.kinds = [kind for kind in kinds if rng.random() < 0.5]
         if simulation.shared and self.rival not in self.kinds and rng.random() < 0.5:
             self.kinds.append(self.rival)
@@ -142,6 +142,25 @@ class Faults:
         directions = self.rng.choice(([TO_SERVER, TO_CLIENT], [TO_CLIENT], [TO_SERVER]))
         blocked = [self._block(path, directions, "isolated") for path in self._paths_of(coordinator.name)]
         return any(blocked)
+
+    def split(self) -> bool:
+        """Two coordinators, and each reaches some of the nodes only; the older one perhaps not the store."""
+        sim, rng = self.sim, self.rng
+        idle = [each for each in sim.coordinators if not each.alive]
+        if idle and rng.random() < 0.7:
+            idle[0].start()
+        first, second = sim.coordinators if rng.random() < 0.5 else sim.coordinators[::-1]
+        names = list(sim.oracles.map.nodes)
+        near = rng.sample(names, rng.randint(1, max(1, len(names) // 2)))
+        ms = self._for_ms(200, 900)
+        self.world.note(f"fault: {first.name} with {near}, {second.name} with the others")
+        if rng.random() < 0.5:
+            sim.store.cut_off[first.name] = self.world.now_ms + ms
+        for (client, server), path in sim.network.paths.items():
+            if (client == first.name and server not in near) or (client == second.name and server in near):
+                sim.network.block(path, [TO_SERVER, TO_CLIENT])
+                self.world.at(ms, self._unblock, path)
+        return True
 
     def slow_path(self) -> bool:
         """What is sent arrives late."""
@@ -369,6 +388,7 @@ class Faults:
         self.world.note("everything is healed")
         sim.network.heal()
         sim.store.down_until_ms = 0
+        sim.store.cut_off.clear()
         sim.store.delay_ms, sim.store.loses_replies = 3, 0.0
         for node in sim.nodes:
             node.disk.sync_ms = SYNC_MS

@@ -93,7 +93,7 @@ def mistake(rule: str) -> Callable[[Planter], Planter]:
 class Unchecked(Simulation):
     """The cores do not look at themselves."""
 
-    def _check_cores(self) -> None:
+    def _check_core(self, coordinator: SimCoordinator) -> None:
         """Nothing."""
 
 
@@ -237,6 +237,25 @@ def join_before_committed(garden: Garden) -> None:
     on_learn_before = garden.put(Learner, "_on_learn", on_learn)
 
 
+@mistake("R2")
+def learner_counts_before_live(garden: Garden) -> None:
+    """What a learner has set aside counts as acknowledged."""
+
+    def acknowledged(self: Any, seq: int) -> None:
+        self.phase = learner.LIVE
+        self.acked = max(self.acked, seq)
+        if self.disk:
+            self._around.learner_is_live(self)
+
+    garden.put(Learner, "acknowledged", acknowledged)
+
+
+@mistake("I7")
+def rows_changed_together(garden: Garden) -> None:
+    """Changes of one row that wait are stored by one change of the map."""
+    garden.put(sys.modules["kvtcp.replication.map_changes"], "_changed_rows", lambda old, new: set())
+
+
 @mistake("R3")
 def cas_no_epoch(garden: Garden) -> None:
     """Who finds that the map was changed by somebody else makes its change all the same."""
@@ -365,7 +384,8 @@ def recover_from_any(garden: Garden) -> None:
         rows = list(around.map.members)
         row = rows[shard.number]
         heard = tuple(member for member in row if member[0] in around.reports)
-        good = [(n, d) for n, d in heard if (c := around.reports[n].copies.get(shard.number)) is not None and c.disk == d]
+        copies = {node: around.reports[node].copies.get(shard.number) for node, _ in heard}
+        good = [node for node, disk in heard if copies[node] is not None and copies[node].disk == disk]
         if shard.state == recovery.WAITING and good and len(heard) < len(row) and all(disk for _, disk in row):
             rows[shard.number] = heard
             with mock.patch.object(type(around), "map", _with_rows(around.map, rows)):
@@ -413,9 +433,27 @@ def remove_last_good(garden: Garden) -> None:
 
 
 @mistake("R6")
-def best_by_number(garden: Garden) -> None:
-    """The best log is the longest one."""
-    garden.put(recovery, "_order", lambda copy: (copy.seq, copy.epoch))
+def judged_while_shipping(garden: Garden) -> None:
+    """A shard that starts over is judged by what its members had before they were sent entries."""
+
+    def judge(self: Any, shard: Any) -> None:
+        shard.unanswered = []
+        before(self, shard)
+
+    before = garden.put(Recovery, "_judge", judge)
+
+
+@mistake("R5")
+def report_before_durable(garden: Garden) -> None:
+    """A node reports what it has in memory."""
+
+    def job(self: Any, work: Any, done: Any) -> Any:
+        if getattr(getattr(done, "func", None), "__name__", "") == "_report" and self.mode != "memory":
+            done()
+            return before(self, work, lambda: None)
+        return before(self, work, done)
+
+    before = garden.put(NodeDisk, "job", job)
 
 
 @mistake("R9")
@@ -619,6 +657,14 @@ def cancelled_client_drops_its_entry(garden: Garden) -> None:
 
     before = garden.put(Client, "give_up", give_up)
 
+    def act(self: Any) -> None:
+        was = self.busy
+        act_before(self)
+        if self.busy is not None and self.busy is not was:
+            self.clients.world.at(self.clients.world.rng.randrange(20), self.give_up, self.busy)
+
+    act_before = garden.put(Client, "act", act)
+
 
 @mistake("R10")
 def responder_by_agreement(garden: Garden) -> None:
@@ -640,6 +686,13 @@ def responder_by_agreement(garden: Garden) -> None:
 def kept_is_forgotten(garden: Garden) -> None:
     """What a link that was lost had not acknowledged is not sent again."""
     garden.put(Members, "_still_due", lambda self, link, batches: [])
+
+
+@mistake("R10")
+def kept_of_shards_that_it_left(garden: Garden) -> None:
+    """What a node had not acknowledged of shards that it left is sent to it when it is back."""
+    garden.put(Members, "_still_due", lambda self, link, batches: list(batches))
+    garden.put(Members, "_forget_kept", lambda self, link, numbers: None)
 
 
 @mistake("I9")
@@ -765,26 +818,6 @@ def new_disk_confirms(garden: Garden) -> None:
     garden.put(ConfirmingSequencer, "_prober", prober)
 
 
-@mistake("R11 a")
-def reads_anywhere(garden: Garden) -> None:
-    """A read that finds no room at a member goes to a learner."""
-
-    def reader(self: Any, shard: ShardState, avoid: Any) -> Any:
-        for link, one in shard.learners.items():
-            if link.connected and one.phase == learner.LIVE:
-                return link
-        return before(self, shard, avoid)
-
-    before = garden.put(Sequencer, "_reader", reader)
-
-    def read(self: Any, op: int, number: int, *rest: Any) -> None:
-        writable, self.shards[number].writable = self.shards[number].writable, False
-        read_before(self, op, number, *rest)
-        self.shards[number].writable = writable
-
-    read_before = garden.put(Sequencer, "read", read)
-
-
 # --- R12: time -----------------------------------------------------------------------------------------------------
 
 
@@ -844,7 +877,7 @@ def learner_acknowledges_before_it_published(garden: Garden) -> None:
     """A copy that was pulled counts before it is on the disk."""
 
     def job(self: Any, work: Any, done: Any) -> Any:
-        if work is not None and work.__name__ == "publish" and self.mode != "memory":
+        if getattr(work, "__name__", "") == "publish" and done.__name__ == "published" and self.mode != "memory":
             done()
             return before(self, work, lambda: None)
         return before(self, work, done)
@@ -867,29 +900,6 @@ def learned_before_durable(garden: Garden) -> None:
 
 
 @mistake("I1")
-def generation_given_twice(garden: Garden) -> None:
-    """A copy that begins anew has the generation of the one before."""
-
-    def next_generation(self: Any, shard: int) -> int:
-        copy = self.copies.get(shard)
-        return 1 if copy is None else int(copy.generation)
-
-    garden.put(Replica, "_next_generation", next_generation)
-
-
-@mistake("I1")
-def buffer_is_lost(garden: Garden) -> None:
-    """What a learner has set aside is dropped when its copy is ready."""
-
-    def apply_buffer(self: Any, one: Any, items_max: int) -> int:
-        if one.is_ready and len(one.buffer) > 1:
-            one.buffer.popleft()
-        return int(before(self, one, items_max))
-
-    before = garden.put(Replica, "_apply_buffer", apply_buffer)
-
-
-@mistake("I1")
 def donated_before_attached(garden: Garden) -> None:
     """The copy that is given ends before the writes that the learner was sent; nobody looks."""
 
@@ -903,17 +913,6 @@ def donated_before_attached(garden: Garden) -> None:
     before = garden.put(Replica, "loaded", loaded)
 
 
-@mistake("R5")
-def late_hello_is_taken(garden: Garden) -> None:
-    """A HELLO that was overtaken by the next one is taken."""
-
-    def hello(self: Any, end: Any, fields: Any) -> None:
-        self._link_number = 0
-        before(self, end, fields)
-
-    before = garden.put(SimNode, "_hello", hello)
-
-
 @mistake("R6")
 def committed_is_told_too_early(garden: Garden) -> None:
     """Nodes are told that everything queued to them is committed, so they forget what they may have to ship."""
@@ -924,13 +923,6 @@ def committed_is_told_too_early(garden: Garden) -> None:
 def evicted_for_ever(garden: Garden) -> None:
     """A node that was evicted is not let in again."""
     garden.put(Membership, "_can_learn", lambda self, link: False)
-
-
-@mistake("I13")
-def waits_for_ever(garden: Garden) -> None:
-    """A member that is lost is waited for."""
-    garden.put(Membership, "_evict_lost", lambda self: None)
-    garden.put(Membership, "_evict_bad", lambda self, shard: None)
 
 
 @mistake("I12")

@@ -29,6 +29,7 @@ class SimStore:
         self.shared = shared
         self.on_stored = on_stored
         self.down_until_ms = 0  # nothing gets there, or nobody answers
+        self.cut_off: dict[str, int] = {}  # process -> until when it does not reach the store
         self.delay_ms = 3  # upper bound, one way
         self.loses_replies = 0.0  # share of changes that are applied and whose reply is lost
         self.unsure = 0  # changes whose outcome was told as unknown
@@ -39,12 +40,16 @@ class SimStore:
         """Whether it does not answer now."""
         return self.down_until_ms > self.world.now_ms
 
+    def is_cut_off(self, process: Process) -> bool:
+        """Whether this process does not reach it now."""
+        return self.cut_off.get(process.name, 0) > self.world.now_ms
+
     def _delay(self) -> int:
         return self.world.rng.randrange(1, self.delay_ms + 1)
 
     def read(self, process: Process, reply: Callable[[Stored | None], None]) -> None:
         """The value as it was at some moment until now; None if the store does not answer."""
-        if self.is_down:
+        if self.is_down or self.is_cut_off(process):
             process.later(self._delay(), reply, None)
         elif not self.shared:
             process.later(0, reply, self.stored)
@@ -76,9 +81,10 @@ class SimStore:
                 process.now(reply, outcome, stored)
 
         def arrive() -> None:
-            if self.is_down:
+            if self.is_down or self.is_cut_off(process):
                 if rng.random() < 0.5:  # it is in a queue somewhere
-                    self.world.at(self.down_until_ms - self.world.now_ms + self._delay(), arrive)
+                    until_ms = max(self.down_until_ms, self.cut_off.get(process.name, 0))
+                    self.world.at(until_ms - self.world.now_ms + self._delay(), arrive)
                 else:
                     self.under_way.remove(value)
                 return

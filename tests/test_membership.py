@@ -155,7 +155,8 @@ def test_the_outcome_of_an_eviction_is_not_known(stored: bool) -> None:
     world.down("n3")
     world.put("waits")
     world.run(LINK_GRACE_MS)
-    sent = world.changes.to_send(world.now_ms)
+    world.flush()
+    sent = world.sent
     assert sent is not None
     if stored:
         world.store.compare_and_set(*sent)
@@ -167,7 +168,8 @@ def test_the_outcome_of_an_eviction_is_not_known(stored: bool) -> None:
     world.pump("n1", "n2")
     assert "needs it" not in world.answers
     world.begin(MAP_RESEND_MS)
-    assert world.changes.to_send(world.now_ms) == sent
+    world.flush()
+    assert world.sent == sent, "the same bytes"
     world.settle(world.store.compare_and_set(*sent))
     world.run(MAP_RESEND_MS)
     world.release_store()
@@ -547,7 +549,8 @@ def test_the_outcome_of_a_join_is_not_known(stored: bool) -> None:
     world.up("n3")
     world.pump()
     assert world.members() == ["n1", "n2", "n3"]
-    sent = world.changes.to_send(world.now_ms)
+    world.flush()
+    sent = world.sent
     assert sent is not None
     if stored:
         world.store.compare_and_set(*sent)
@@ -558,7 +561,8 @@ def test_the_outcome_of_a_join_is_not_known(stored: bool) -> None:
     world.pump()
     assert "needs it" in world.answers.ok and world.row() == ["n1", "n2"]
     world.begin(MAP_RESEND_MS)
-    assert world.changes.to_send(world.now_ms) == sent
+    world.flush()
+    assert world.sent == sent, "the same bytes"
     world.settle(world.store.compare_and_set(*sent))
     world.begin(MAP_RESEND_MS)
     world.release_store()

@@ -6,6 +6,8 @@ directory is as it was. The second acts: nodes are spawned or adopted, and asked
 durably; the nodes are linked and made equal; then clients are let in. If it fails half-way what was spawned is stopped
 again, and what was adopted runs on, for it may have the only copy of something; a signal stops all.
 
+With --recover-map a map.json that was lost is made again before all that (recover_map.py).
+
 A stop: no new clients, open requests answered (DRAIN_MS at most), nodes told to stop and waited for.
 """
 
@@ -46,6 +48,7 @@ from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
 from kvtcp.server.identity import FILE as IDENTITY_FILE
 from kvtcp.server.identity import DataDirectory, IdentityError
 from kvtcp.server.ownership import CannotServe, check_store, found_map, own_map
+from kvtcp.server.recover_map import Places, local_nodes, recover_map
 from kvtcp.server.runtime import StartError
 from kvtcp.server.supervisor import Found, Supervisor, who_is_there
 from kvtcp.storage.files import OS_DISK
@@ -116,6 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=Path("backups"),
         help="where backups are written and restored from; created if missing (default: %(default)s)",
     )
+    parser.add_argument(
+        "--recover-map",
+        nargs="?",
+        const="all",
+        choices=["all", "accept"],
+        help="map.json of the coordinator is lost: make it again from what the nodes have, if all of them answer (the "
+        "default), then start; with accept without nodes that are gone for good",
+    )
     parser.add_argument("--orphan-ms", type=int, default=ORPHAN_MS, help=argparse.SUPPRESS)
     runtime.add_common_arguments(parser)
     return parser
@@ -183,8 +194,7 @@ def settle_nodes(
         ids = sorted(known, key=lambda node: int(node[1:]))[: len(given)]
         ids += [f"n{next_number + at}" for at in range(len(given) - len(ids))]
         return Nodes({**known, **dict(zip(ids, given, strict=True))}, {})
-    # only this coordinator talks to them, so they stay on this machine whatever --host says
-    host = options.host if runtime.is_loopback(options.host) else HOST_DEFAULT
+    host = _local_host(options)
 
     def is_local(node: str) -> bool:
         has_directory = (options.data_dir / node).is_dir()
@@ -203,6 +213,33 @@ def settle_nodes(
     nodes += [f"n{next_number + at}" for at in range(count - len(nodes))]
     ports = _check_ports(options, nodes)
     return Nodes({**known, **{node: (host, port) for node, port in ports.items()}}, ports)
+
+
+def _local_host(options: argparse.Namespace) -> str:
+    """Where local nodes listen: only this coordinator talks to them, so on this machine whatever --host says."""
+    return options.host if runtime.is_loopback(options.host) else HOST_DEFAULT
+
+
+def find_places(options: argparse.Namespace, spawned: Collection[str] | None) -> Places:
+    """Where nodes may be, if there is no map that says it; `spawned` as for `settle_nodes`. Raises StartError."""
+    nodes = [] if options.nodes is not None else local_nodes(options.data_dir)
+    nodes = [node for node in nodes if spawned is None or node in spawned]
+    return Places(
+        options.data_dir,
+        _local_host(options),
+        options.base_port,
+        _check_ports(options, nodes),
+        [] if options.nodes is None else parse_nodes(options.nodes),
+        _node_arguments(options),
+    )
+
+
+def _node_arguments(options: argparse.Namespace) -> list[str]:
+    """What a node that is spawned is told on its command line, but for id, address and directory."""
+    return [
+        "--log-level", options.log_level, "--loop", options.loop, "--orphan-ms", str(options.orphan_ms),
+        "--durability", options.durability,
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -262,6 +299,11 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     stop = asyncio.Event()
     runtime.on_stop_signals(stop.set)
     keeper = await MapKeeper.open(FileConfigStore(directory.path / "map.json", OS_DISK))
+    if options.recover_map is not None:
+        places = find_places(options, (directory.read() or {}).get("local"))
+        await recover_map(keeper, directory, places, stop, options.recover_map == "accept")
+        if stop.is_set():
+            return runtime.EXIT_OK
     known = keeper.map if keeper.is_founded else None
     stored = directory.read()
     nodes = settle_nodes(options, known, None if stored is None else stored.get("local"))
@@ -281,12 +323,8 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             f"map.json and identity.json in {directory.path} are of two clusters ({keeper.map.cluster}, {cluster}); "
             "put back those that belong together"
         )
-    arguments = [
-        "--log-level", options.log_level, "--loop", options.loop, "--orphan-ms", str(options.orphan_ms),
-        "--durability", options.durability,
-    ]  # fmt: skip
     local_host = addresses[next(iter(local))][0] if local else HOST_DEFAULT
-    supervisor = Supervisor(local_host, local, options.data_dir, arguments, stop.set)
+    supervisor = Supervisor(local_host, local, options.data_dir, _node_arguments(options), stop.set)
     with runtime.bind(options.host, runtime.check_port(options.main_port, "--main-port")) as main_socket:
         if local and not is_new and keeper.map.durability != "memory":
             supervisor.check_directories()
