@@ -207,6 +207,7 @@ class Controller:
         stalled = self._tick_ms is not None and self.now_ms - self._tick_ms >= EVICT_AFTER_MS // 4
         self._tick_ms = self.now_ms
         self.sequencer.tick()
+        self._take_back_lost()
         self.recovery.tick()
         for node, removed in self.recovery.take_removed().items():
             self.membership.left(node, removed[0][0], len(removed), removed[0][1])
@@ -216,6 +217,19 @@ class Controller:
             self._audit_ms = self.now_ms
             self.audit.begin()
         self.admin.tick()
+
+    def _take_back_lost(self) -> None:
+        """A served shard all of whose members are bad is recovered anew, from what comes."""
+        for number in sorted(self.membership.unsettled):
+            shard = self.sequencer.shards[number]
+            if not shard.serving or shard.good or number in self.membership.changing:
+                continue
+            why = "; ".join(f"{link.node} {why}" for link, why in shard.bad.items())
+            for learner in list(shard.learners.values()):
+                learner.fail("nobody has the data of its shard")
+            self.event("error", "shard-lost", shard=number, reason=why)
+            self.sequencer.give_back(number, f"none of its members has its data: {why}")
+            self.recovery.take_back(number, shard.last_seq)
 
     def _look_whether_ready(self) -> None:
         if not self.is_ready and self.recovery.is_settled:

@@ -170,6 +170,15 @@ class Sequencer(Members):
         for entry in held:
             self._refuse_held(shard, entry[3], entry[4])
 
+    def give_back(self, number: int, reason: str) -> None:
+        """No member of a served shard has its data any more: it is recovered anew, from what comes."""
+        self.stop_serving(number, reason)
+        shard = self.shards[number]
+        shard.pending.clear()
+        shard.due.clear()
+        shard.joining.clear()
+        shard.commit = shard.last_seq
+
     # --- links up and down --------------------------------------------------------------------------
 
     def link_up(self, node: str, copies: Mapping[int, CopyReport], space: int = 0) -> dict[int, str]:
