@@ -225,6 +225,7 @@ class World:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.closed: list[tuple[str, str]] = []  # links that the core had closed, and why
         self.actions: list[tuple[Any, ...]] = []  # all others but frames
+        self.sent: tuple[int | None, bytes] | None = None  # the change of the map in flight, without an outcome
         self.nodes: dict[str, Node] = {}
         self._tokens = count(1)
         self.take_over()
@@ -298,6 +299,7 @@ class World:
 
     def take_over(self) -> None:
         """A new coordinator: no link is up."""
+        self.sent = None
         before = ClusterMap.from_json(self.store.value)
         self.changes = MapChanges(before, self.store.version)
         owned: list[ClusterMap] = []
@@ -381,14 +383,17 @@ class World:
             committed = self.sequencer.committed_ordinal(link)
             while (batch := link.next_outgoing(self.now_ms)) is not None:
                 self.nodes[link.node].inbox.append(wire((BATCH, batch.stamp_ms, committed, batch.items)))
-        if not self.store.is_held:
-            self.store_map()
+        self.store_map()
         self.check()
 
     def store_map(self) -> None:
-        """The outcomes of the changes of the map, until there are none."""
-        while (sent := self.changes.to_send(self.now_ms)) is not None:
-            self.settle(self.store.compare_and_set(*sent))
+        """The next change of the map is sent; unless the store is held, they are all stored."""
+        while True:
+            if self.sent is None:
+                self.sent = self.changes.to_send(self.now_ms)
+            if self.sent is None or self.store.is_held:
+                return
+            self.settle(self.store.compare_and_set(*self.sent))
 
     def check_step(self, new: ClusterMap) -> None:
         """I7: of a shard in service one member comes, goes, or is replaced; R4: there are never fewer than M."""
@@ -404,6 +409,7 @@ class World:
         if outcome is Outcome.DONE:
             assert self.changes.proposed is not None
             self.check_step(self.changes.proposed)
+        self.sent = None
         stored = self.store.read() if outcome is Outcome.CONFLICT and self.changes.is_unsure else None
         self.changes.on_outcome(outcome, stored, now_ms=self.now_ms)
         self.check()

@@ -831,7 +831,7 @@ async def test_repetitions_name_the_timeout_of_the_caller(kv: AsyncClient[bytes]
 
 
 async def test_many_keys_with_a_missing_node() -> None:
-    """A cluster that lost too many nodes refuses many writes as it refuses one: Unavailable, before the timeout ends."""
+    """A cluster with too few nodes refuses many writes as it refuses one: Unavailable, before the timeout ends."""
     async with LocalCluster(nodes=3, shards=8, min_insync=3) as cluster, kvtcp.connect(cluster.url) as kv:
         await kv.put_many({f"k{i}": "1" for i in range(20)})
         await cluster.kill_node("n2")

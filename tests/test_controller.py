@@ -4,10 +4,11 @@ of a recovery, frames that are for nobody, what the shell is told."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
-from controller_world import World
+from controller_world import Node, World
 
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
@@ -156,6 +157,11 @@ def test_silent_members_are_removed() -> None:
     world.up("n1", "n2")
     world.run(RECOVER_WAIT_MS)
     assert world.row() == world.members() == ["n1", "n2"] and world.shards[0].writable
+    world.tick()
+    assert world.words("left-in-sync") == [
+        {"node": "n3", "shards": 1, "first": 0, "reason": "it did not report in time"}
+    ]
+    assert world.controller.membership.evictions == 1
     world.put("more")
     world.pump()
     assert world.answers.ok["more"] == 2
@@ -308,6 +314,30 @@ def test_shards_of_a_run_in_memory_with_one_copy_left() -> None:
     world.assert_equal()
 
 
+def test_a_node_is_told_of_commits_though_a_shard_is_not_its_own_any_more() -> None:
+    """It reported a copy of a shard that was not served then, and was removed from it: the others count."""
+    world = World(3, 3, shards=2)
+    world.put("answered", 0)
+    world.put("answered too", 1)
+    world.pump()
+    world.down("n1", "n2", "n3")
+    world.nodes["n3"].wipe(0)
+    world.nodes["n1"].kept.forget(0)
+    world.nodes["n2"].kept.forget(0)
+    world.take_over()
+    world.nodes["n3"].holds_pulls = True
+    world.up("n1", "n2", "n3")
+    world.pump()
+    assert sorted(world.row(0)) == ["n1", "n2"] and sorted(world.row(1)) == ["n1", "n2", "n3"]
+    world.put("more", 1)
+    world.pump()
+    link = world.sequencer.links["n3"]
+    assert world.sequencer.committed_ordinal(link) == link.written_ordinal
+    world.put("last", 1)
+    world.pump()
+    assert world.nodes["n3"].replica.copies[1].commit >= 2
+
+
 # --- links that break in a recovery -----------------------------------------------------------------
 
 
@@ -383,7 +413,7 @@ def test_a_link_that_breaks_while_a_replacement_is_stored(lost: str, comes_back:
     world.up("n1", "n2")
     world.pump()
     assert world.changes.is_busy and world.controller.repair_in_flight(0)
-    sent = world.changes.to_send(world.now_ms)
+    sent = world.sent
     assert sent is not None
     if outcome != "held":
         if outcome == "unknown, stored":
@@ -524,6 +554,35 @@ def test_every_change_of_the_map_has_the_versions_that_nodes_stored() -> None:
     world.run(LINK_GRACE_MS)
     assert world.map.nodes_of(0) == ["n1", "n2"]
     assert world.map.heard["n2"] == version > world.map.heard["n1"] == world.map.heard["n3"] == 2
+
+
+def test_a_directory_that_was_missing_for_a_while() -> None:
+    """Where the data of nodes is not mounted, they come back empty, and store every version of the map. That is not
+    taken for something that the nodes with the data should know: they serve when they are back."""
+    world = World(3, 3)
+    world.put("answered")
+    world.pump()
+    world.down("n1", "n2", "n3")
+    whole = {node: world.nodes[node] for node in ("n2", "n3")}
+    for node in whole:
+        whole[node].stop()
+        world.nodes[node] = Node(world, node)
+        world.nodes[node].disks = (f"{node}-empty-{number}" for number in count(1))
+    world.take_over()
+    world.up("n2", "n3")
+    world.run(RECOVER_WAIT_MS)
+    world.controller.propose(lambda old: old, lambda _: None)
+    world.pump("n2", "n3")
+    assert state(world) == DOWN and world.map.heard == {"n1": 2, "n2": 2, "n3": 2}
+    world.down("n2", "n3")
+    world.nodes |= whole
+    for node in whole:
+        whole[node].start()
+    world.take_over()
+    world.up("n2", "n3")
+    world.run(RECOVER_WAIT_MS)
+    assert world.row() == ["n2", "n3"] and world.shards[0].commit == 1
+    assert world.map.heard["n2"] == world.map.heard["n3"] > world.map.heard["n1"]
 
 
 def test_an_audit_now_and_then() -> None:

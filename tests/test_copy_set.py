@@ -146,7 +146,9 @@ def test_a_copy_is_replaced(donor: Replica, learner: Replica) -> None:
     retired: list[Copy] = []
     learner._retire = retired.append
     old = learner.copies[0]
-    assert batch(learner, 101, (LEARN, 0, 1, 5, 2), put(0, 6)) == [["d3", 2, False, 0, 0, 0]]
+    for node in (donor, learner):
+        node.hello(hello(epoch=3))
+    assert batch(learner, 101, (LEARN, 0, 1, 5, 3), put(0, 6)) == [["d3", 2, False, 0, 0, 0]]
     batch(donor, 101, (DONATE, 0, b"t", 0), put(0, 6))
     assert learner.learning[0].fresh and 0 not in learner.tables and learner.copies[0] is old
     assert learner.entries_after(0, 0) == (None, None)
@@ -159,7 +161,7 @@ def test_a_copy_is_replaced(donor: Replica, learner: Replica) -> None:
     same(donor, learner)
     assert [entry[:3] for entry in learner.kept.of_shard(0)] == [(0, 2, seq) for seq in range(1, 7)]
     batch(learner, 102, put(0, 7))
-    assert learner.tables[0].position[:2] == (2, 7) and not learner.published(0)
+    assert learner.tables[0].position[:2] == (3, 7) and not learner.published(0)
 
 
 def test_a_copy_of_a_shard_that_was_not_there(donor: Replica, learner: Replica) -> None:

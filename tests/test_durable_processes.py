@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,16 +89,20 @@ def test_a_stopped_cluster_has_its_data(cluster: ProcessCluster, durability: str
 
 
 def test_a_killed_node_comes_back_with_its_data(cluster: ProcessCluster) -> None:
-    """kill -9 of a node: it is a member again after its restart, and what was written meanwhile waits for it."""
-    cluster.start()
+    """kill -9 of a node: writes go on without it; after its restart it is sent what it lacks, nothing more, and is in
+    sync again by itself."""
+    cluster.start("--log-level", "info")
     pairs = fill(cluster.url)
     old = cluster.pid("n2")
     os.kill(old, signal.SIGKILL)
+    pairs |= fill(cluster.url, 100, "after")
     with kvtcp.sync.connect(cluster.url, timeout=10.0) as kv:
-        kv.put("after", "1")
         wait_for(lambda: kv.status()["state"] == "ok", "a whole cluster")
         assert cluster.pid("n2") not in (0, old)
-    assert content(cluster.url) == {**pairs, b"after": b"1"}
+    assert content(cluster.url) == pairs
+    said = cluster.commands[0].err.read_text()
+    assert "event=left-in-sync node=n2 shards=64" in said and said.count("event=joined-in-sync node=n2") == 64
+    assert "event=pulling" not in said, "no copy is made anew"
 
 
 @pytest.mark.parametrize(("durability", "factor"), [("sync", 3), ("os", 1)])
@@ -251,43 +256,56 @@ def test_damage_is_named_and_kept(cluster: ProcessCluster) -> None:
     code, text = check(cluster.data / "n1")
     assert code == 7 and f"damaged: {segment} at byte" in text, text
     assert text.splitlines()[-1] == "damaged"
-    command = cluster.start("--log-level", "error")
+    command = cluster.start()
     assert f"event=damage node=n1 what={segment} at byte" in command.err.read_text()
     kept = cluster.data / "n1" / ASIDE / "1" / segment.name
     assert kept.read_bytes() == damaged
     with kvtcp.sync.connect(cluster.url, timeout=5.0) as kv:
         assert dict(kv.scan()) == pairs, "the other members have everything"
-        degraded = " ".join(kv.status()["degraded"])
-        assert "n1" in degraded and segment.name in degraded, degraded
+        wait_for(lambda: kv.status()["state"] == "ok", "new copies on n1")
+        assert dict(kv.scan()) == pairs
+    said = re.search(r"event=left-in-sync node=n1 shards=(\d+) .* reason=it has .*damage.*", command.err.read_text())
+    assert said is not None and segment.name in said.group()
     stop(command)
-    assert check(cluster.data / "n1")[0] == 7, "an incomplete shard is a finding until it is made whole"
-    assert check(cluster.data / "n2")[0] == 0
+    for node in cluster.nodes:
+        code, text = check(cluster.data / node)
+        assert code == 0 and "4 shards, 4 of them whole" in text, text
+    assert kept.read_bytes() == damaged, "what was damaged stays for people to look at"
 
 
 def test_an_older_copy_of_a_node(cluster: ProcessCluster) -> None:
-    """The directory of a node is put back as it was before: it is no member, now and after restarts, and alone it
-    serves nothing rather than something old."""
+    """The directory of a node is put back as it was before: it is no member, and alone it serves nothing rather than
+    something old; when those with the data are back they serve, and it learns from them."""
     stop(cluster.start("--shards", 4))
-    old = cluster.directory / "old"
+    old, whole = cluster.directory / "old", cluster.directory / "whole"
     shutil.copytree(cluster.data / "n1", old)
     command = cluster.start()
     pairs = fill(cluster.url)
     stop(command)
     shutil.rmtree(cluster.data / "n1")
     shutil.copytree(old, cluster.data / "n1")
-    for _ in range(2):
-        command = cluster.start("--log-level", "error")
-        with kvtcp.sync.connect(cluster.url, timeout=5.0) as kv:
-            assert dict(kv.scan()) == pairs, "the others have everything"
-            assert "n1" in kv.status()["degraded"][0] and "older copy" in kv.status()["degraded"][0]
-        stop(command)
+    whole.mkdir()
+    for node in ("n2", "n3"):
+        (cluster.data / node).rename(whole / node)
+    command = cluster.start("--log-level", "error")
+    with kvtcp.sync.connect(cluster.url, timeout=1.0) as kv:
+        with pytest.raises(kvtcp.Unavailable, match="n1 .*older copy.*n2 came back without its data") as refused:
+            kv.get("k00001")
+        assert refused.value.code == Code.SHARD_DOWN and kv.status()["down"] == 4
+    stop(command)
     for node in ("n2", "n3"):
         shutil.rmtree(cluster.data / node)
-    cluster.start("--log-level", "error")
-    with kvtcp.sync.connect(cluster.url, timeout=1.0) as kv:
-        with pytest.raises(kvtcp.Unavailable) as refused:
-            kv.get("k00001")
-        assert refused.value.code == Code.SHARD_DOWN
+        (whole / node).rename(cluster.data / node)
+    for _ in range(2):
+        command = cluster.start()
+        with kvtcp.sync.connect(cluster.url, timeout=5.0) as kv:
+            assert dict(kv.scan()) == pairs
+            wait_for(lambda: kv.status()["state"] == "ok", "new copies on n1")
+            assert dict(kv.scan()) == pairs
+        stop(command)
+    first, second = (each.err.read_text() for each in cluster.commands[-2:])
+    assert re.search(r"event=left-in-sync node=n1 shards=4 first=0 reason=it has .*older copy", first), first
+    assert second == "", "the second start finds everything as it shall be"
 
 
 # --- refusals -------------------------------------------------------------------------------------------

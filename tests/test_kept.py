@@ -175,6 +175,17 @@ def test_an_index_that_nobody_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(kept.look_up(0)) == [1, 2, 3, 4, 5]
 
 
+def test_an_index_forgets_what_a_pass_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that are kept no more are not found either."""
+    monkeypatch.setattr(kept_module, "WINDOW_ITEMS_MAX", 4)
+    kept = KeptEntries(bytes_max=200)
+    for seq in range(1, 41):
+        kept.add(seq, [entry(0, seq)])
+    assert len(kept.look_up(0)) == 40
+    kept.add(41, [entry(0, 41)])
+    assert list(kept.look_up(0)) == numbers(kept, 0) == [38, 39, 40, 41]
+
+
 def test_what_was_shipped() -> None:
     """No ordinal commits it, but that of a later entry of its shard; at a new link it is as all from before."""
     kept = KeptEntries()

@@ -88,9 +88,9 @@ class Case:
         self.learner = Learner(self.shard, links["n3"], links[donor], self.around, None, seq_min)
         self.learner.start(copy)
 
-    def learn(self, fresh: bool, seq: int = 0) -> None:
+    def learn(self, fresh: bool, seq: int = 0, last: int = LAST) -> None:
         """The node answers LEARN."""
-        assert self.around.take() == [("n3", (LEARN, 3, int(fresh), LAST))] and self.learner.phase == ASKED
+        assert self.around.take() == [("n3", (LEARN, 3, int(fresh), last))] and self.learner.phase == ASKED
         assert self.learner.fresh is fresh
         disk = b"new" if fresh else b"old"
         self.around.calls[-1]([disk, 2, not fresh, 0 if fresh else 1, seq, 100 + seq])
@@ -216,11 +216,13 @@ def test_a_copy_that_gives_itself() -> None:
     case = Case(copy(4), donor="n3", seq_min=500)
     learner, around = case.learner, case.around
     assert around.take() == [("n3", (DONATE, 3, b"token1", 500))] and learner.phase == FREEZING
-    around.calls[-1]([2, 500, 0, 9])
-    case.learn(True)
+    assert not learner.takes_writes
+    around.calls[-1]([2, 501, 0, 9])
+    case.learn(True, last=501)
+    assert learner.takes_writes
     assert around.take() == [("n3", (PULL, 3, "host-n3", 7, b"token1"))] and learner.keys_total == 9
-    learner.on_learned("n3", b"new", 500)
-    assert learner.phase == LIVE and learner.acked == 500
+    learner.on_learned("n3", b"new", 501)
+    assert learner.phase == LIVE and learner.acked == 501 and learner.entries_left == 0
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,21 @@ def test_reports_that_are_none(changes: dict[bytes, Any]) -> None:
         if name != b"version":
             with pytest.raises(ProtocolError):
                 link.parse_report({key: value for key, value in report_fields().items() if key != name})
+
+
+def told_fields() -> dict[bytes, Any]:
+    """The answer to ASK of the golden file as it arrives."""
+    (fields,) = (frame[1] for frame in wire_golden.LINK_FRAMES if frame[0] == link.TOLD)
+    found: dict[bytes, Any] = msgpack.unpackb(msgpack.packb(fields), raw=True)
+    return found
+
+
+def test_parse_told() -> None:
+    """A report with the map of the node, or none, and whether there is a link; other types are a protocol error."""
+    told = link.parse_told(told_fields())
+    assert (told.report.node, told.map, told.linked) == ("n1", b"{}", False)
+    assert told.report.copies == {0: link.CopyReport("d0", 1, True, 3, 7, 12345, 6, "")}
+    assert link.parse_told(told_fields() | {b"map": None, b"linked": True}) == link.Told(told.report, b"", True)
+    for changes in ({b"map": 1}, {b"linked": 1}, {b"linked": None}, {b"pid": b"42"}):
+        with pytest.raises(ProtocolError):
+            link.parse_told(told_fields() | changes)

@@ -15,15 +15,17 @@ from server_tools import (
     link_hello,
     link_number,
     linked,
+    pack,
     until,
 )
 
 import kvtcp
 from kvtcp.constants import LINK_SILENCE_MS
 from kvtcp.errors import KvtcpError, OutcomeUnknown
-from kvtcp.protocol.link import BATCH, HELLO
+from kvtcp.protocol.link import BATCH, HELLO, RESULTS
 from kvtcp.server import links as links_module
 from kvtcp.server.links import LinkConnection, NodeLink
+from kvtcp.server.node import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
 
 __all__ = ["event_loop_policy"]
@@ -283,3 +285,22 @@ async def test_silence_is_told_from_slowness_and_stalls() -> None:
         assert connection.given_up == ""
         link.watch_silence(now_ms + 1, excused=False)
         assert connection.given_up != ""
+
+
+async def test_a_removed_node_is_not_listened_to() -> None:
+    """What a node still says on its link when it was removed from the cluster changes nothing."""
+    async with LocalCluster(3, replication_factor=3, shards=4) as cluster:
+        coordinator = cluster.coordinator
+        node = NodeServer("n4", cluster=coordinator.map.cluster, secret=coordinator.secret)
+        await node.start("127.0.0.1", 0)
+        async with kvtcp.connect(cluster.url) as kv:
+            assert (await kv.node_add(*node.address)).node == "n4"
+            link = coordinator.links["n4"]
+            await until(lambda: link.connection is not None and link.connection.live, "the link to n4")
+            connection = link.connection
+            assert connection is not None
+            await kv.node_remove("n4")
+            connection.data_received(pack([RESULTS, 0, 0, [], []]))
+            assert "n4" not in coordinator.links
+            await kv.put("k", "v")
+        await node.close()

@@ -12,11 +12,14 @@ from server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
 
 from kvtcp.constants import MIB
 from kvtcp.protocol.link import (
+    ASK,
     BATCH,
     ENTRIES,
     FETCH,
     HELLO,
+    LEARN_FAILED,
     LINK_VERSION,
+    PULL,
     REFUSED,
     REPORT,
     RESULTS,
@@ -24,6 +27,8 @@ from kvtcp.protocol.link import (
     SHIPPED,
     SPACE,
     STOP,
+    TOLD,
+    parse_told,
 )
 from kvtcp.protocol.operations import GET, MGET, PUT
 from kvtcp.server import node as node_module
@@ -97,6 +102,47 @@ async def test_newest_link_is_the_only_one(node: NodeServer) -> None:
         assert node.replica.promised == 2
 
 
+async def ask(server: NodeServer, **changed: Any) -> Any:
+    """The answer to an ASK, after which the node closes the connection."""
+    fields = {"version": LINK_VERSION, "cluster": "c", "secret": "s", "node": "n1", **changed}
+    async with await Wire.open(server.address, hello=False) as wire:
+        wire.send([ASK, fields])
+        answer = await wire.receive()
+        assert await wire.closed() == b""
+        return answer
+
+
+async def test_asking_changes_nothing(node: NodeServer) -> None:
+    """Whoever knows the secret is told copies, promise and map; promise, identity and link stay as they are."""
+    told = parse_told((await ask(node, node=""))[1])
+    assert (told.report.promised, told.report.copies, told.map, told.linked) == (0, {}, b"", False)
+    assert node.secret is None, "asking founds no cluster"
+    async with await link(node, epoch=3, map=b"{}", map_version=7) as wire:
+        wire.send([BATCH, 1, 0, [[PUT, 0, 1, 0, "a", "1"]]])
+        await wire.receive()
+        kind, fields = await ask(node)
+        told = parse_told(fields)
+        assert (kind, told.map, told.linked, told.report.node) == (TOLD, b"{}", True, "n1")
+        assert (told.report.promised, told.report.map_version) == (3, 7)
+        assert {shard: (copy.epoch, copy.seq) for shard, copy in told.report.copies.items()} == {0: (3, 1), 1: (0, 0)}
+        wire.send([BATCH, 2, 0, [[GET, 0, "a"]]])
+        assert (await wire.receive())[3] == [[b"1", 1, None]], "the link goes on"
+
+
+async def test_strangers_are_told_nothing(node: NodeServer) -> None:
+    """Another secret, cluster, node or version is refused; an ASK that is none is a protocol error."""
+    async with await link(node):
+        for changed, code in (
+            ({"secret": "x"}, b"SECRET"), ({"cluster": "x"}, b"CLUSTER"), ({"node": "n2"}, b"NODE"),
+            ({"version": 9}, b"VERSION"),
+        ):  # fmt: skip
+            assert (await ask(node, **changed))[:2] == [REFUSED, code]
+        for fields in ([], {"version": LINK_VERSION}):
+            async with await Wire.open(node.address, hello=False) as wire:
+                wire.send([ASK, fields])
+                assert await wire.closed() == b""
+
+
 async def test_one_frame_for_one_read(node: NodeServer) -> None:
     """All batches of one read are acknowledged with one frame, in order."""
     async with await link(node) as wire:
@@ -158,6 +204,36 @@ async def test_error_while_applying_ends_the_node(
     assert "event=apply-failed" in caplog.text
     with pytest.raises(OSError):
         await Wire.open(node.address, hello=False)
+
+
+async def test_frames_are_worked_off_in_order(node: NodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked behind a batch, in the same read, sees it; its results are sent before. An index is not hurried."""
+    rounds: list[bool] = []
+    index_some = node.replica.kept.index_some
+
+    def slowly() -> bool:
+        rounds.append(len(rounds) >= 3)
+        return rounds[-1] and index_some()
+
+    monkeypatch.setattr(node.replica.kept, "index_some", slowly)
+    async with await link(node) as wire:
+        wire.send([BATCH, 1, 0, [[PUT, 0, 1, 1, "a", "x"]]], [FETCH, 0, 0], [BATCH, 1, 0, [[PUT, 0, 2, 1, "b", "x"]]])
+        assert (await wire.receive())[3] == [1] and (await wire.receive())[3] == [2]
+        kind, shard, after, chain, entries = await wire.receive()
+        assert (kind, shard, after, chain, len(entries)) == (ENTRIES, 0, 0, 0, 2) and len(rounds) >= 4
+        wire.send([PULL, 0, "127.0.0.1", 1, "t"])
+        assert await wire.receive() == [LEARN_FAILED, 0, b"the shard is not being learned"]
+
+
+@pytest.mark.parametrize(
+    "frame", [[FETCH, 0], [FETCH, "0", 0], [SHIP, 0, None], [PULL, 0, 7, 1, "t"], [BATCH, 1, 0], [99]]
+)
+async def test_frames_of_other_types(node: NodeServer, frame: list[Any]) -> None:
+    """They end the link, not the node."""
+    async with await link(node) as wire:
+        wire.send(frame)
+        await wire.closed()
+    assert node.failure is None
 
 
 async def test_stop(node: NodeServer) -> None:
@@ -283,6 +359,22 @@ async def test_a_report_waits_for_what_was_applied(stored: NodeServer) -> None:
         disk.go.set()
         kind, report = await newest.receive()
         assert kind == REPORT and report[b"shards"][0][5] == 1
+        assert open_small(disk.process_kill(), seed=1).copies[0].table.seq == 1
+
+
+async def test_what_is_told_is_durable(stored: NodeServer) -> None:
+    """Who asks is told a position and a map only when a restart would find them."""
+    disk = disk_of(stored)
+    async with await link(stored, map=b"{}") as older, await Wire.open(stored.address, hello=False) as wire:
+        disk.go.clear()
+        older.send([BATCH, 1, -1, [[PUT, 0, 1, 0, "a", "v"]]])
+        await until(disk.waiting.is_set, "the sync")
+        wire.send([ASK, {"version": LINK_VERSION, "cluster": "c", "secret": "s", "node": ""}])
+        await older.close()
+        await until(lambda: stored._link is None)
+        disk.go.set()
+        told = parse_told((await wire.receive())[1])
+        assert told.report.copies[0].seq == 1 and told.map == b"{}"
         assert open_small(disk.process_kill(), seed=1).copies[0].table.seq == 1
 
 

@@ -13,7 +13,7 @@ import pytest
 from learning_tools import Link, begin_transfer, hello
 from server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
 
-from kvtcp.constants import KIB, MIB
+from kvtcp.constants import KIB
 from kvtcp.protocol.framing import FrameEncoder
 from kvtcp.protocol.link import CHUNK, GIVE, LEARN_FAILED, LEARNED, PULL, REFUSED, SHIP, SHIPPED
 from kvtcp.protocol.operations import AUDIT, DELETE, DONATE, DROP, GET, INCR, LEARN, UNLEARN
@@ -21,7 +21,8 @@ from kvtcp.server import donations as donations_module
 from kvtcp.server import pulls as pulls_module
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
-from kvtcp.storage.snapshot import SnapshotHeader
+from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader
+from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk
 from tests.storage_tools import DIRECTORY, names, open_small
 
@@ -195,26 +196,42 @@ async def test_given_up(nodes: Nodes) -> None:
         assert sorted(recovered(nodes)) == [1]
 
 
-async def test_a_lost_link_ends_transfers(nodes: Nodes) -> None:
+@pytest.mark.parametrize("lost", ["learner", "member"])
+async def test_a_lost_link_ends_transfers(nodes: Nodes, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At both ends: the donor lets go, the learner's old copy is as it was, and a new link can begin anew."""
-    for lost in ("learner", "member"):
-        nodes.member.batch(*nodes.member.puts(0, 50, b"x" * 50_000))
-        await nodes.member.settled()
-        answer = await begin_transfer(nodes.member, nodes.learner)
-        await until(lambda: nodes.member_node.donations.streams, "the first bytes")
-        link = getattr(nodes, lost)
-        await link.wire.close()
-        await until(lambda node=link.node: node._link is None, "the loss")
-        await until(lambda: not nodes.learner_node.pulls.running and not nodes.member_node.donations.streams, "the end")
-        if lost == "learner":
-            assert nodes.learner_node.replica.copies[0].disk != answer[0].decode()
-        seqs = nodes.member.seqs
-        await nodes.link(epoch=2 if lost == "learner" else 3)
-        nodes.member.seqs = seqs
-        assert not nodes.learner_node.replica.learning and not nodes.member_node.replica.donations
+    monkeypatch.setattr(donations_module, "BULK_BYTES_PER_S", 1000)
+    monkeypatch.setattr(donations_module, "BULK_CHUNK_BYTES", 100)
+    member, learner = nodes.member_node, nodes.learner_node
+    answer = await begin_transfer(nodes.member, nodes.learner)
+    await nodes.member.ask([DONATE, 0, b"waits", 0])
+    await until(lambda: member.donations.streams and learner.pulls.running, "the first bytes")
+    link = getattr(nodes, lost)
+    await link.wire.close()
+    await until(lambda: link.node._link is None, "the loss")
+    await until(lambda: not learner.pulls.running and not member.donations.streams, "the end")
+    if lost == "learner":
+        assert not learner.replica.learning and learner.replica.copies[0].disk != answer[0].decode()
+        assert learner.replica.tables[0].seq == 3
+    else:
+        assert not member.replica.donations and not member.replica.tables[0].is_scanned
+        assert "the connection to the donor was lost" in await failure(nodes.learner)
+    monkeypatch.undo()
+    seqs = nodes.member.seqs
+    await nodes.link(epoch=2)
+    nodes.member.seqs = seqs
     await begin_transfer(nodes.member, nodes.learner)
     await nodes.learner.frame(LEARNED)
     nodes.same()
+
+
+async def test_a_snapshot_while_a_shard_is_learned(nodes: Nodes) -> None:
+    """The copy that is completed is in the log like the others, so it is snapshotted like them."""
+    await nodes.learner.ask([LEARN, 0, 0, 300, 1])
+    nodes.learner_node.snapshot_all()
+    if nodes.disk is not None:
+        await until(lambda: names(nodes.disk, "snapshots"), "the snapshot")
+    await nodes.learner.ask([AUDIT, [0, 1]])
+    assert nodes.learner_node.failure is None and 0 in nodes.learner_node.replica.learning
 
 
 # --- failures -----------------------------------------------------------------------------------------
@@ -446,16 +463,17 @@ async def test_a_drop_is_durable_before_it_is_acknowledged() -> None:
 
 
 class GatedDisk(CrashDisk):
-    """A disk whose manifest waits until it may be renamed."""
+    """A disk on which a file of this name (or end of a name) waits until it may be renamed."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "manifest.json") -> None:
         super().__init__()
+        self.name = name
         self.go = threading.Event()
         self.go.set()
         self.is_waiting = False
 
     def rename(self, old: Path, new: Path) -> None:
-        if new.name == "manifest.json" and not self.go.is_set():
+        if new.name.endswith(self.name) and not self.go.is_set():
             self.is_waiting = True
             assert self.go.wait(10)
         super().rename(old, new)
@@ -494,37 +512,82 @@ async def test_the_manifest_comes_before_all_else() -> None:
     await nodes.member_node.close()
 
 
-# --- the loop never stops ----------------------------------------------------------------------------------
-
-
-async def test_neither_end_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tens of thousands of keys are donated, loaded and freed in slices and in a thread: batches pass in between."""
-    monkeypatch.setattr(donations_module, "BULK_BYTES_PER_S", 1000 * MIB)
-    nodes = Nodes(await start("n1"), await start("n2"), None)
+async def test_a_copy_that_is_published_and_not_wanted() -> None:
+    """UNLEARN came while its file got its name: the file is removed, the old copy is in its place."""
+    disk = GatedDisk(".snapshot")
+    nodes = Nodes(await start("n1"), await start("n2", disk), disk)
     await nodes.link()
-    for link in (nodes.member, nodes.learner):
-        for _ in range(60):
-            link.batch(*link.puts(0, 1000, b"v" * 40))
-        await link.settled()
-    slowest_s = 0.0
-    loop = asyncio.get_running_loop()
-    ticking = True
-
-    async def tick() -> None:
-        nonlocal slowest_s
-        while ticking:
-            before = loop.time()
-            await asyncio.sleep(0.001)
-            slowest_s = max(slowest_s, loop.time() - before)
-
-    ticker = loop.create_task(tick())
+    nodes.member.batch(*nodes.member.puts(0, 30))
+    await nodes.member.settled()
+    disk.go.clear()
     await begin_transfer(nodes.member, nodes.learner)
-    await nodes.learner.frame(LEARNED)
-    retired = nodes.learner_node.pulls
-    await until(lambda: retired._loader is not None and retired._loader._queue.empty(), "the old copy is freed")
-    ticking = False
-    await ticker
-    nodes.same()
-    assert slowest_s < 0.25, "loading all at once takes longer than any pause here should"
+    await until(lambda: disk.is_waiting, "the publication")
+    await nodes.learner.ask([UNLEARN, 0])
+    disk.go.set()
+    await until(lambda: not nodes.learner_node.pulls.running and names(disk, "snapshots") == [], "the removal")
+    assert nodes.learner_node.replica.copies[0].generation == 1 == recovered(nodes)[0].generation
     await nodes.learner_node.close()
     await nodes.member_node.close()
+
+
+async def test_what_takes_long_is_not_done_by_the_loop(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is made and freed in a thread of its own; a donor sends piece by piece."""
+    threads: list[str] = []
+    decode, release = pulls_module.decode_snapshot, Table.release
+
+    def noting_decode(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return decode(*args)
+
+    def noting_release(table: Table) -> None:
+        threads.append(threading.current_thread().name)
+        release(table)
+
+    monkeypatch.setattr(pulls_module, "decode_snapshot", noting_decode)
+    monkeypatch.setattr(Table, "release", noting_release)
+    monkeypatch.setattr(donations_module, "BULK_CHUNK_BYTES", 1 * KIB)
+    slices: list[int] = []
+    send = donations_module.DonationStream._slice
+    monkeypatch.setattr(donations_module.DonationStream, "_slice", lambda stream: (slices.append(1), send(stream))[1])
+    old = nodes.learner_node.replica.tables[0]
+    await begin_transfer(nodes.member, nodes.learner)
+    await nodes.learner.frame(LEARNED)
+    await until(lambda: len(threads) == 2, "the old copy is freed")
+    assert threads == ["kvtcp-load"] * 2 and len(slices) >= 3
+    assert all(len(part) == 0 for part in old._index.parts)
+
+
+async def test_a_copy_is_freed_after_its_last_scan(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup of the copy that was replaced goes on to its end."""
+    monkeypatch.setattr(pulls_module, "SCAN_WAIT_S", 0.01)
+    old = nodes.learner_node.replica.tables[0]
+    frozen = old.freeze()
+    await begin_transfer(nodes.member, nodes.learner)
+    await nodes.learner.frame(LEARNED)
+    assert [row[1] for row in frozen.next_rows(2)] == [b"old", b"old"] and len(old) == 3
+    assert len(frozen.next_rows(2)) == 1
+    await until(lambda: all(len(part) == 0 for part in old._index.parts), "it is freed")
+
+
+async def test_a_disk_that_is_slow(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more is read of the donor than waits for the disk; it goes on when the disk does."""
+    if nodes.disk is None:
+        return  # nothing waits in memory
+    go = threading.Event()
+    write = SnapshotFile.write
+
+    def slowly(file: SnapshotFile, data: bytes) -> None:
+        assert go.wait(10)
+        write(file, data)
+
+    monkeypatch.setattr(SnapshotFile, "write", slowly)
+    monkeypatch.setattr(pulls_module, "SNAPSHOT_BUFFER_BYTES", 200 * KIB)
+    nodes.member.batch(*nodes.member.puts(0, 2000, b"v" * 4000))
+    await nodes.member.settled()
+    await begin_transfer(nodes.member, nodes.learner)
+    (pull,) = await until(lambda: list(nodes.learner_node.pulls.running.values()))
+    await until(lambda: pull._is_paused, "the pause")
+    assert pull._sink.waiting_bytes == pull._bytes < 3000 * KIB
+    go.set()
+    assert (await nodes.learner.frame(LEARNED))[5] == 2300
+    nodes.same()

@@ -13,7 +13,7 @@ from replication_fakes import make_map
 from kvtcp.constants import RECOVER_WAIT_MS
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
 from kvtcp.replication import recovery
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
 
@@ -43,6 +43,7 @@ class Around:
         self.repairs: dict[int, tuple[int, dict[str, str]]] = {}
         self.in_flight: set[int] = set()
         self.stopped: list[int] = []
+        self.rows: list[tuple[int, list[str]]] = []
         self.downs: list[tuple[int, str]] = []
         self.alarms: list[str] = []
         self.emptied: list[int] = []
@@ -57,6 +58,9 @@ class Around:
     def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
         assert node in self.reports
         self.sent.append((node, frame))
+
+    def row_changed(self, number: int) -> None:
+        self.rows.append((number, self.map.nodes_of(number)))
 
     def recovered(self, number: int, seq: int, chain: int) -> None:
         assert number not in self.served
@@ -163,6 +167,7 @@ def test_silent_members_are_waited_for() -> None:
     assert around.state() == CHANGING and not around.served
     around.store()
     assert around.map.nodes_of(0) == ["n1", "n2"] and around.served == {0: (7, 107)}
+    assert around.rows == [(0, ["n1", "n2"])]
 
 
 def test_nobody_is_removed_before_a_good_member_answered() -> None:
@@ -595,6 +600,16 @@ def test_a_shard_that_is_down_is_judged_anew_when_a_node_is_declared_destroyed()
     around.recovery.begin(0)
     around.recovery.tick()
     assert around.state() == REPAIRING
+
+
+def test_a_row_that_names_lost_copies() -> None:
+    """A map that was made again names no copy where nothing could be relied on: the shard is down, and says why."""
+    around = Around(make_map(2, 2, shards=1, disk=LOST_DISK, min_insync=2))
+    around.report("n1", copy(7, disk="a"))
+    around.report("n2", copy(0, disk="b"))
+    assert around.state() == DOWN
+    (_, why), *_ = around.downs
+    assert f"n1 {recovery.UNKNOWN_COPY}; n2 {recovery.LOST_DATA}" in why
 
 
 # --- new disks --------------------------------------------------------------------------------------

@@ -100,8 +100,14 @@ def test_commands_of_two_words() -> None:
     for line, sentence in (
         ("node", "there is no command 'node'; node is followed by add or drain or undrain or remove or forget; "
                  "or did you mean nodes?"),
-        ("node ad h:1", "there is no command 'node ad'; node is followed by add or drain or undrain or remove or forget"),
-        ('node "add"', "there is no command 'node \"add\"'; node is followed by add or drain or undrain or remove or forget"),
+        (
+            "node ad h:1",
+            "there is no command 'node ad'; node is followed by add or drain or undrain or remove or forget",
+        ),
+        (
+            'node "add"',
+            "there is no command 'node \"add\"'; node is followed by add or drain or undrain or remove or forget",
+        ),
         ("shard", "there is no command 'shard'; shard is followed by accept-loss; or did you mean shards?"),
     ):  # fmt: skip
         with pytest.raises(UsageError) as caught:

@@ -68,7 +68,7 @@ async def test_every_trouble_has_its_sentence(monkeypatch: pytest.MonkeyPatch) -
         bad.mark(first, "has an incomplete copy")
         bad.update_writable()
         recovering.serving, recovering.reason = False, "its members have not reported yet"
-        server.controller.recovery.begin(recovering.number)
+        server.controller.recovery.shards = Recovery(server.controller, [recovering.number]).shards
         sequencer.leave([short], first)
         sequencer.on_space("n2", 1)
         server.backups.restoring = b"in/"

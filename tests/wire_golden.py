@@ -114,6 +114,12 @@ LINK_FRAMES: list[list[Any]] = [
     [link.CHUNK, b"bytes of a snapshot"],
     [link.CHUNK, b""],
     [link.LEAVE],
+    [link.ASK, {"version": link.LINK_VERSION, "cluster": "c1", "secret": "s", "node": "n1"}],
+    [link.TOLD, {
+        "node": "n1", "pid": 42, "version": "0.1.0", "durability": "sync", "stamp_ms": 1_700_000_000_000,
+        "promised": 3, "map_version": 8, "space": 0, "shards": [[0, "d0", 1, True, 3, 7, 12345, 6]], "damage": [],
+        "map": b"{}", "linked": False,
+    }],
 ]  # fmt: skip
 
 

@@ -27,7 +27,14 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     LEARN_FAILED  [16, shard, reason]           it cannot be learned; items of it are passed over from here on
     LEAVE    [19]                               the node is about to stop: it is let go from the in-sync sets, then told
              STOP
+    TOLD     [21, {as in REPORT, and map, linked}]      answer to ASK when that is durable; then the node closes
+             the connection. map is the cluster map as the last HELLO brought it, nil without one; linked: whether a
+             coordinator has a link to the node
     STATS    [17, {operations, keys, log_bytes, syncs, sync_p99_ms, lag_ms, memory_bytes}]     once a second
+
+    coordinator -> node, on a connection of its own
+    ASK      [20, {version, cluster, secret, node}]     first frame; node may be empty: whoever is there. It changes
+             nothing. The answer is TOLD or REFUSED
 
     node -> node, on a connection of its own
     GIVE     [14, {version, cluster, secret, token, directory, generation}]     first frame, to the node that donates;
@@ -73,6 +80,8 @@ LEARN_FAILED: Final = 16
 STATS: Final = 17
 CHUNK: Final = 18
 LEAVE: Final = 19
+ASK: Final = 20
+TOLD: Final = 21
 
 LINK_VERSION: Final = 3
 
@@ -134,3 +143,21 @@ def parse_report(fields: Any) -> Report:
         node, fields[b"pid"], durability, fields[b"stamp_ms"], fields[b"promised"], fields[b"map_version"],
         fields[b"space"], copies,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a node says when it is asked."""
+
+    report: Report  # `promised` and `map_version` are those of the last HELLO; 0 = there was none
+    map: bytes  # the cluster map of that HELLO as JSON; empty = it had none
+    linked: bool  # a coordinator has a link to the node: what it has may change at once
+
+
+def parse_told(fields: Any) -> Told:
+    """The second field of a TOLD frame. Raises ProtocolError."""
+    report = parse_report(fields)
+    cluster_map, linked = fields.get(b"map"), fields.get(b"linked")
+    if type(cluster_map) not in (bytes, type(None)) or type(linked) is not bool:
+        raise ProtocolError("an answer to ASK has a map, or nil, and says whether there is a link")
+    return Told(report, cluster_map or b"", linked)

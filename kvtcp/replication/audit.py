@@ -62,3 +62,5 @@ class Audit:
         why = f"its members differ (number, chain): {told}"
         self._controller.alarm(f"shard {number} was stopped: {why}")
         self._controller.sequencer.stop_serving(number, why)
+        for learner in list(shard.learners.values()):
+            learner.fail("its shard was stopped")

@@ -8,8 +8,8 @@ changed; or it is answered through `done` when its change is stored.
 - drain, remove: everything is moved off a node; then it leaves the cluster. undrain: it stays after all.
 - forget: a node is declared destroyed. What it had counts as fenced for ever (R9).
 - rebalance: shards are placed evenly, by the fewest moves.
-- accept a loss: a shard without a good copy goes on with the best one there is. Its numbers begin above every number
-  that was ever shown.
+- accept a loss: a shard without a good copy goes on with the best one there is; if nothing is left of it, and nothing
+  can come any more, empty. Its numbers begin above every number that was ever shown.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ class ClusterAdmin:
 
     def __init__(self, controller: Controller) -> None:
         self._core = controller
-        self._leaving: set[str] = set()  # destroyed nodes that are about to be removed from the map
+        self.leaving: set[str] = set()  # nodes that are about to be removed from the map: nothing learns there
         self._losses: dict[int, Learner] = {}  # shards whose loss was accepted, until they are judged again
 
     def tick(self) -> None:
         """A destroyed node of which nothing is left in the map leaves it."""
         for node in self._core.map.destroyed:
-            if node in self._core.membership.nodes and node not in self._leaving and not self._core.map.shards_of(node):
+            if node in self._core.map.nodes and node not in self.leaving and not self._core.map.shards_of(node):
                 self._remove_destroyed(node)
 
     def node_down(self, node: str) -> None:
         """A link is gone, and with it the learners on it."""
-        self._losses = {n: loss for n, loss in self._losses.items() if loss.link.node != node or loss.proposed}
+        for loss in list(self._losses.values()):
+            if loss.link.node == node and not loss.proposed:
+                self.learner_failed(loss, f"the link to {node} was lost")
 
     def learner_failed(self, learner: Learner, why: str) -> None:
         """A learner is over."""
@@ -119,18 +121,22 @@ class ClusterAdmin:
 
         def edit(old: ClusterMap) -> ClusterMap:
             _check_node(old, node)
-            held = len(old.shards_of(node)) or len(self._core.copies_of(node))
-            if held or any(node in row for row in old.wanted):
-                raise ValueError(f"{node} holds {held} shards; drain it first, and wait until it holds none")
-            if len(old.nodes) == 1:
-                raise ValueError(f"{node} is the only node")
+            held = len({*old.shards_of(node), *self._core.copies_of(node), *self._core.shards_on(node)})
+            wanted = sum(node in row for row in old.wanted)
+            if held or wanted:
+                raise ValueError(f"{node} holds {held or wanted} shards; drain it first, and wait until it holds none")
             return old.without_node(node)
 
         def stored() -> dict[str, Any]:
             self._forget_node(node)
             return {"node": node}
 
-        self._request(edit, stored, done)
+        def answered(answer: dict[str, Any] | AdminError) -> None:
+            self.leaving.discard(node)
+            done(answer)
+
+        self.leaving.add(node)
+        self._request(edit, stored, answered)
 
     def forget(self, node: str, done: Done) -> None:
         """An operator declares that a node, and what it had, is destroyed (R9)."""
@@ -150,6 +156,8 @@ class ClusterAdmin:
         def stored() -> dict[str, Any]:
             shards = len(self._core.map.shards_of(node))
             self._core.event("warning", "node-destroyed", node=node, shards=shards)
+            if node in self._core.reports:  # it came while that was stored
+                self._core.close_link(self._core.sequencer.links[node], "it was declared destroyed")
             for number, shard in list(self._core.recovery.shards.items()):
                 if shard.state == DOWN:
                     self._core.recovery.begin(number)
@@ -203,10 +211,16 @@ class ClusterAdmin:
             self._core.propose(edit, lambda _: done(stored()), refused)
 
     def _remove_destroyed(self, node: str) -> None:
-        self._leaving.add(node)
-        self._core.propose(lambda old: old.without_node(node), lambda _: self._forget_node(node))
+        def edit(old: ClusterMap) -> ClusterMap:
+            if old.shards_of(node):
+                raise ValueError(f"{node} joined before it was known that it is destroyed")
+            return old.without_node(node)
+
+        self.leaving.add(node)
+        self._core.propose(edit, lambda _: self._forget_node(node), lambda error: self.leaving.discard(node))
 
     def _forget_node(self, node: str) -> None:
+        self.leaving.discard(node)
         if node in self._core.reports:
             self._core.node_down(node, "it was removed from the cluster")
         self._core.membership.nodes.pop(node)
@@ -219,9 +233,11 @@ class ClusterAdmin:
         if not 0 <= number < core.map.shards:
             raise ValueError(f"there is no shard {number}; the last one is {core.map.shards - 1}")
         found = core.recovery.shards.get(number)
+        if found is None and not core.sequencer.shards[number].serving:
+            raise ValueError(f"shard {number} was stopped in this run: restart the coordinator, which looks at it anew")
         if found is None or found.state != DOWN:
             raise ValueError(f"shard {number} is not down: nothing is lost")
-        if found.good:
+        if found.good and not found.differ:
             raise ValueError(
                 f"shard {number} has a good copy on {', '.join(found.good)}: {core.sequencer.shards[number].reason}; "
                 "if a node will never come back, say so with: node forget ID destroyed"
@@ -233,17 +249,33 @@ class ClusterAdmin:
             for node, report in core.reports.items()
             if number in report.copies and report.copies[number].complete
         }
-        if not copies:
-            raise ValueError(f"no linked node has a complete copy of shard {number}; start its nodes first")
         row = core.map.nodes_of(number)
-        node = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row))
+        if copies:
+            node = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row))
+        else:
+            node = self._node_to_begin_empty(number)
         replaces = node if node in row else next((each for each in row if each not in core.reports), row[0])
         link = core.sequencer.links[node]
         # no shard takes a thousand writes in every millisecond since 1970
-        seq_min = max(core.map.stamp_bound_ms * 1_000, max(copy.seq for copy in copies.values()) + 1)
+        seq_min = max(core.map.stamp_bound_ms * 1_000, max([copy.seq for copy in copies.values()], default=0) + 1)
         shard = core.sequencer.shards[number]
         self._losses[number] = core.membership.learn(shard, link, link, replaces, seq_min)
-        return {"shard": number, "node": node, "seq": copies[node].seq, "goes_on_at": seq_min}
+        seq = copies[node].seq if copies else 0
+        return {"shard": number, "node": node, "seq": seq, "goes_on_at": seq_min}
+
+    def _node_to_begin_empty(self, number: int) -> str:
+        """A linked node for a shard of which nothing is left. Raises ValueError if something may still come."""
+        core = self._core
+        missing = [n for n in core.map.nodes_of(number) if n not in core.reports and n not in core.map.destroyed]
+        if missing:
+            raise ValueError(
+                f"no linked node has a complete copy of shard {number}, {', '.join(missing)} may have one: start it, "
+                "or, if it will never come back, say so with: node forget ID destroyed"
+            )
+        able = [node for node in (*core.map.wanted[number], *usable_nodes(core.map)) if node in core.reports]
+        if not able:
+            raise ValueError(f"no node that may hold shard {number} is linked; start one first")
+        return able[0]
 
 
 def usable_nodes(cluster_map: ClusterMap) -> list[str]:

@@ -30,6 +30,7 @@ from kvtcp.constants import DURABILITIES, NODES_MAX, SHARDS_MAX
 from kvtcp.replication.placement import balanced_placement
 
 Member = tuple[str, str]  # node, disk
+LOST_DISK: Final = "lost"  # no copy has it (uuids are hexadecimal): a member that cannot be relied on (map_recovery.py)
 
 
 class MapError(Exception):
@@ -84,7 +85,7 @@ class ClusterMap:
             min_insync=min_insync,
             durability=durability,
             nodes=dict(nodes),
-            last_node=_last_number(nodes),
+            last_node=last_number(nodes),
             members=tuple(tuple((node, "") for node in row) for row in placement),
             wanted=tuple(map(tuple, placement)),
             stamp_bound_ms=stamp_bound_ms,
@@ -284,8 +285,8 @@ class ClusterMap:
 
     def check(self) -> None:
         """Raise MapError if the fields do not fit together."""
-        if self.last_node < _last_number(self.nodes):
-            raise MapError(f"last_node of the cluster map is {self.last_node}, and it has n{_last_number(self.nodes)}")
+        if self.last_node < last_number(self.nodes):
+            raise MapError(f"last_node of the cluster map is {self.last_node}, and it has n{last_number(self.nodes)}")
         for node in self.draining:
             if node not in self.nodes:
                 raise MapError(f"draining of the cluster map has {_shown(node)}, which is no node of it")
@@ -310,7 +311,7 @@ _SINCE_LEARNERS: Final = frozenset(("wanted", "draining", "destroyed", "last_nod
 _NUMBERED: Final = re.compile("n([1-9][0-9]*)")
 
 
-def _last_number(nodes: Iterable[str]) -> int:
+def last_number(nodes: Iterable[str]) -> int:
     """The highest number of the ids that are an n and a number; 0 if there are none."""
     return max((int(found[1]) for node in nodes if (found := _NUMBERED.fullmatch(node))), default=0)
 
@@ -319,7 +320,7 @@ def _before_learners(found: Mapping[str, Any]) -> dict[str, Any]:
     """Those fields of a map that has none of them."""
     wanted = [[node for node, _ in row] for row in found["members"]]
     heard = dict.fromkeys(found["nodes"], found.get("heard_version", 0))
-    last_node = _last_number(found["nodes"])
+    last_node = last_number(found["nodes"])
     return {"wanted": wanted, "draining": [], "destroyed": [], "last_node": last_node, "heard": heard}
 
 

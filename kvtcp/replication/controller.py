@@ -72,6 +72,7 @@ class Controller:
         self.emptied: list[int] = []  # shards of a run in memory whose data is gone
         self._map_version_before = map_version_before
         self._hellos: dict[str, tuple[int, int]] = {}  # node -> number of its last HELLO, map version told with it
+        self._own: tuple[ClusterMap | None, set[str]] = (None, set())  # nodes with copies that this map names
         self._heard: dict[str, int] = {}  # node -> version of the map that it is known to have stored
         self._actions: list[Action] = []
         self._events: list[Event] = []
@@ -136,6 +137,7 @@ class Controller:
             self._actions.append(("close", node, why))
             return
         self.reports[node] = report
+        self._own = (None, set())
         self._heard[node] = version
         self.membership.node_up(node)
         bad = self.sequencer.link_up(node, report.copies, report.space)
@@ -149,6 +151,7 @@ class Controller:
 
     def node_down(self, node: str, reason: str) -> None:
         """The link of a node that had reported is gone, or one could not be made."""
+        self._own = (None, set())
         if self.reports.pop(node, None) is None:
             link = self.sequencer.links.get(node)
             if link is not None:
@@ -205,6 +208,8 @@ class Controller:
         self._tick_ms = self.now_ms
         self.sequencer.tick()
         self.recovery.tick()
+        for node, removed in self.recovery.take_removed().items():
+            self.membership.left(node, removed[0][0], len(removed), removed[0][1])
         self.membership.tick(stalled)
         self._look_whether_ready()
         if self.now_ms - self._audit_ms >= AUDIT_INTERVAL_MS:
@@ -256,6 +261,15 @@ class Controller:
         report = self.reports.get(node)
         return {} if report is None else report.copies
 
+    def is_leaving(self, node: str) -> bool:
+        """See ClusterAdmin."""
+        return node in self.admin.leaving
+
+    def shards_on(self, node: str) -> set[int]:
+        """The shards of which the node is a member or a learner, whatever is stored."""
+        link = self.sequencer.links.get(node)
+        return set() if link is None else {shard.number for shard in link.shards}
+
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map."""
         self.changes.propose(self._with_heard(edit), lambda _: done())
@@ -267,9 +281,22 @@ class Controller:
         self.changes.propose(self._with_heard(edit), done, failed)
 
     def _with_heard(self, edit: Edit) -> Edit:
-        """With every change of the map goes which version each node is known to have stored."""
-        heard = {node: self._heard[node] for node in self.reports}
+        """With every change of the map goes which version each member is known to have stored.
+
+        A node none of whose copies is the one that the map names has another directory. The one with the members' data
+        may still come back, if it was not mounted for example: it is not to be taken for an older copy then.
+        """
+        if self._own[0] is not self.map:
+            self._own = (self.map, {node for node, report in self.reports.items() if self._is_own(node, report)})
+        heard = {node: self._heard[node] for node in self._own[1]}
         return lambda old: edit(old).with_heard(heard)
+
+    def _is_own(self, node: str, report: Report) -> bool:
+        """Whether a copy of this node is the one that the map names, or will name after the founding."""
+        for number, copy in report.copies.items():
+            if number < self.map.shards and dict(self.map.members[number]).get(node) in (copy.disk, ""):
+                return True
+        return False
 
     def map_changed(self, cluster_map: ClusterMap) -> None:
         """The config store holds this map. Whoever proposed a part of it is told after that, one after the other: so
@@ -296,9 +323,12 @@ class Controller:
 
     # --- for the recovery ---------------------------------------------------------------------------
 
+    def row_changed(self, number: int) -> None:
+        """The recovery changed the row of a shard."""
+        self.sequencer.set_members(number, self.map.nodes_of(number))
+
     def recovered(self, number: int, seq: int, chain: int) -> None:
         """All members of the shard are equal."""
-        self.sequencer.set_members(number, self.map.nodes_of(number))
         self.sequencer.serve(number, seq, chain)
         self.membership.unsettled.add(number)
 
@@ -307,7 +337,6 @@ class Controller:
         sequencer = self.sequencer
         shard = sequencer.shards[number]
         shard.last_seq = shard.commit = seq
-        sequencer.set_members(number, self.map.nodes_of(number))
         for link in shard.members:
             shard.acked[link] = seq
             shard.mark(link, bad.get(link.node, ""))
@@ -319,7 +348,6 @@ class Controller:
     def is_down(self, number: int, why: str) -> None:
         """The shard cannot be served now."""
         shard = self.sequencer.shards[number]
-        self.sequencer.set_members(number, self.map.nodes_of(number))
         if shard.reason != why:
             shard.reason = why
             self.event("error", "shard-down", shard=number, reason=why)

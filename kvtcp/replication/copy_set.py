@@ -196,7 +196,6 @@ class CopySet:
     def _restore(self, shard: int) -> None:
         copy = self.copies.get(shard)
         if copy is not None and copy.complete:
-            copy.table.epoch = self.promised
             self.tables[shard] = copy.table
 
     def _fail(self, shard: int, reason: str) -> None:

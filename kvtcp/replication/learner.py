@@ -107,9 +107,14 @@ class Learner:
         self._over = False
 
     @property
+    def takes_writes(self) -> bool:
+        """Whether the writes of the shard are queued to it."""
+        return self._attempt > 0 and not self.lost
+
+    @property
     def entries_left(self) -> int:
         """Numbers that it does not have yet, as far as is known."""
-        return self.shard.last_seq - max(self.seq, self.acked)
+        return max(0, self.shard.last_seq - max(self.seq, self.acked))
 
     def start(self, copy: CopyReport | None) -> None:
         """Attach it. `copy` is what its node reported."""
@@ -127,8 +132,8 @@ class Learner:
         self.token = b""
         self._attempt += 1
         shard = self.shard
-        self._attach_seq = shard.last_seq
-        item = (LEARN, shard.number, int(fresh), shard.last_seq)
+        self._attach_seq = max(shard.last_seq, self._seq_min)
+        item = (LEARN, shard.number, int(fresh), self._attach_seq)
         self._around.attach(shard, self.link, item, self._guarded(self._on_learn))
 
     def _give_itself(self) -> None:
@@ -140,7 +145,7 @@ class Learner:
             if result is None:
                 self.fail("its node has no copy to give")
                 return
-            self.keys_total = result[3]
+            self._seq_min, self.keys_total = result[1], result[3]
             self._attach(fresh=True)
             self.token = token
 
@@ -271,7 +276,7 @@ class Learner:
             return  # of an attempt that is over
         if seq < self._attach_seq:
             return  # of one with the same disk: what is durable there is told late
-        last_seq = max(self.shard.last_seq, self._seq_min)
+        last_seq = max(self.shard.last_seq, self._attach_seq)
         if seq > last_seq:
             raise LinkError(f"{node} has shard {self.shard.number} up to {seq}, the last number given is {last_seq}")
         self._learned = seq

@@ -57,6 +57,7 @@ class Members(Admission, Answers):
         for link in shard.members:
             if link not in members and link not in shard.learners:
                 link.shards.remove(shard)
+                link.forget_older(number)
         for link in members:
             if shard not in link.shards:
                 link.shards.append(shard)
@@ -76,8 +77,6 @@ class Members(Admission, Answers):
     def attach(self, shard: ShardState, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         """Queue a LEARN to the link of a learner, and from there on every write of the shard, in one step (R10)."""
         self._enqueue(link, item, [CALL, then], ITEM_OVERHEAD_BYTES)
-        if link in shard.targets:
-            return  # attached anew: the writes flow already, and the node drops what it had set aside
         if shard not in link.shards:
             link.shards.append(shard)
         shard.update_targets()
@@ -86,7 +85,7 @@ class Members(Admission, Answers):
     def detach(self, shard: ShardState, link: Progress) -> None:
         """It is no learner any more, and gets no writes from here on."""
         del shard.learners[link]
-        if link not in shard.acked:
+        if link not in shard.acked and shard in link.shards:  # else it was not attached yet
             link.shards.remove(shard)
         self._retarget([shard])
         self._resume([shard])
@@ -140,6 +139,7 @@ class Members(Admission, Answers):
         self._retarget([shard])
         if old is not link:
             old.shards.remove(shard)
+            old.forget_older(shard.number)
         if shard.serving:
             commit = min(shard.acked.values())
             if commit > shard.commit:

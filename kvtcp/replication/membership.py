@@ -65,6 +65,9 @@ class Surroundings(Protocol):
     def copies_of(self, node: str) -> dict[int, CopyReport]:
         """The copies of a linked node, as far as is known."""
 
+    def is_leaving(self, node: str) -> bool:
+        """Whether the node is about to be removed from the map."""
+
     def event(self, level: str, word: str, **fields: Any) -> None:
         """For the log."""
 
@@ -121,9 +124,7 @@ class Membership:
 
     def node_down(self, node: str) -> None:
         """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
-        state = self.nodes[node]
-        if state.lost_ms is None:
-            state.lost_ms = self._now_ms
+        self.nodes[node].lost_ms = self._now_ms
         for learner in self.learners():
             if learner.proposed:
                 continue  # it counts when the map says so, linked or not
@@ -196,19 +197,21 @@ class Membership:
         leaving = [shard for shard in shards if self.may_leave(shard, link)]
         if leaving:
             numbers = [shard.number for shard in leaving]
-            self.evictions += 1
 
-            def left() -> None:
+            def stored() -> None:
                 self.changing.difference_update(numbers)
                 self._around.sequencer.leave(leaving, link)
-                self._around.event(
-                    "warning", "left-in-sync", node=link.node, shards=len(numbers), first=numbers[0], reason=why
-                )
+                self.left(link.node, numbers[0], len(numbers), why)
                 self.work()
 
             self.changing.update(numbers)
-            self._around.propose_rows(numbers, lambda old: old.without(numbers, link.node), left)
+            self._around.propose_rows(numbers, lambda old: old.without(numbers, link.node), stored)
         return len(leaving)
+
+    def left(self, node: str, first: int, count: int, why: str) -> None:
+        """The map does not name the node any more as a member of so many shards."""
+        self.evictions += 1
+        self._around.event("warning", "left-in-sync", node=node, shards=count, first=first, reason=why)
 
     def _evict_lost(self) -> None:
         for node, state in self.nodes.items():
@@ -268,10 +271,8 @@ class Membership:
         wanted = self._around.map.wanted[shard.number]
         if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
             return
-        for link in shard.members:
-            if link.node not in wanted:
-                self.evict(link, [shard], "it is not wanted there any more")
-                return
+        link = next(link for link in shard.members if link.node not in wanted)
+        self.evict(link, [shard], "it is not wanted there any more")
 
     def _drop_copies(self) -> None:
         """Copies of shards that are as they are wanted, on nodes that are not: they are let go."""
@@ -353,7 +354,8 @@ class Membership:
 
     def _can_learn(self, link: Progress) -> bool:
         state = self.nodes[link.node]
-        return link.connected and not state.leaves and state.learns_after_ms <= self._now_ms
+        is_leaving = state.leaves or self._around.is_leaving(link.node)
+        return link.connected and not is_leaving and state.learns_after_ms <= self._now_ms
 
     def _donor(self, shard: ShardState, link: Progress) -> Progress | None:
         """The good member that gives to fewest learners."""

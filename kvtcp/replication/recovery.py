@@ -33,15 +33,17 @@ is waited for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.learner import is_entry
 from kvtcp.replication.progress import LinkError
 
 LOST_DATA: Final = "came back without its data"
+UNKNOWN_COPY: Final = "may lack writes: the cluster map, which said whether it does, was lost"
 
 WAITING: Final = "waiting"
 CHANGING: Final = "changing"
@@ -68,6 +70,9 @@ class Surroundings(Protocol):
 
     def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
         """Change these rows of the map; `done` when that is stored."""
+
+    def row_changed(self, number: int) -> None:
+        """That is stored: these are its members now, though it is not served yet."""
 
     def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
         """Send a frame to a node that reported."""
@@ -141,6 +146,7 @@ class Recovery:
         self.shards = {number: _Shard(number) for number in numbers}
         self._queue: list[_Shard] = []  # SHIPPING, and waiting for their turn
         self._running = 0  # SHIPPING, and in their turn
+        self._removed: dict[str, list[tuple[int, str]]] = {}  # node -> shards it was removed from and why, to be told
 
     @property
     def is_settled(self) -> bool:
@@ -155,6 +161,11 @@ class Recovery:
     def must_restart(self, number: int) -> bool:
         """Whether a link of it broke while a change of the map was on its way."""
         return self.shards[number].again
+
+    def take_removed(self) -> dict[str, list[tuple[int, str]]]:
+        """Which nodes were removed from which shards, and why, since this was asked last."""
+        removed, self._removed = self._removed, {}
+        return removed
 
     # --- events -------------------------------------------------------------------------------------
 
@@ -293,7 +304,7 @@ class Recovery:
                     empty[node] = copy.disk
                 elif not disk:
                     raise StaleStore(f"node {node} has data of shard {shard.number}, the cluster map knows of none")
-                shard.bad[node] = foreign_copy(copy)
+                shard.bad[node] = UNKNOWN_COPY if disk == LOST_DISK and copy.seq else foreign_copy(copy)
             else:
                 hint = max(hint, copy.commit)
                 if node in shard.found:
@@ -327,11 +338,15 @@ class Recovery:
         self._change(shard, lambda old: old.with_disks(disks))
         return True
 
-    def _change(self, shard: _Shard, edit: Edit) -> None:
+    def _change(self, shard: _Shard, edit: Edit, removed: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Change the row of the shard and judge it again; `removed` are members that the edit removes, and why."""
         self._around.stop_repair(shard.number)
         shard.state = CHANGING
 
         def done() -> None:
+            self._around.row_changed(shard.number)
+            for node, why in removed.items():
+                self._removed.setdefault(node, []).append((shard.number, why))
             shard.state = WAITING
             if shard.again:
                 self._restart(shard)
@@ -360,7 +375,7 @@ class Recovery:
                     old = old.without([shard.number], node)
                 return old
 
-            self._change(shard, edit)
+            self._change(shard, edit, {node: f"it {shard.bad.get(node, 'did not report in time')}" for node in gone})
         elif shard.silent:
             names = ", ".join(shard.silent)
             self._down(

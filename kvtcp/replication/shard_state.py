@@ -100,8 +100,9 @@ class ShardState:
     def update_targets(self) -> None:
         """Set `good` and `targets` from what they depend on."""
         self.good = [member for member in self.members if member not in self.bad]
-        learners = [link for link, learner in self.learners.items() if not learner.lost and link not in self.good]
-        self.targets = self.good + learners
+        self.targets = self.good + [
+            link for link, learner in self.learners.items() if learner.takes_writes and link not in self.good
+        ]
 
     def told(self) -> int:
         """Up to where nodes are told that writes are committed. They know a result no longer than that, so it is not
@@ -163,7 +164,7 @@ class ShardState:
             assert not self.bad and not self.space, "a writable shard has no bad member, and space"
         assert self.good == [link for link in self.members if link not in self.bad], "good is what is not bad"
         assert self.bad.keys() <= set(self.members), "only a member is bad"
-        learning = [link for link, each in self.learners.items() if not each.lost and link not in self.good]
+        learning = [link for link, each in self.learners.items() if each.takes_writes and link not in self.good]
         assert self.targets == self.good + learning, "writes go to good members and learners"
 
 

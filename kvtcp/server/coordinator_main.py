@@ -6,6 +6,8 @@ directory is as it was. The second acts: nodes are spawned or adopted, and asked
 durably; the nodes are linked and made equal; then clients are let in. If it fails half-way what was spawned is stopped
 again, and what was adopted runs on, for it may have the only copy of something; a signal stops all.
 
+With --recover-map a map.json that was lost is made again before all that (recover_map.py).
+
 A stop: no new clients, open requests answered (DRAIN_MS at most), nodes told to stop and waited for.
 """
 
@@ -46,6 +48,7 @@ from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
 from kvtcp.server.identity import FILE as IDENTITY_FILE
 from kvtcp.server.identity import DataDirectory, IdentityError
 from kvtcp.server.ownership import CannotServe, check_store, found_map, own_map
+from kvtcp.server.recover_map import Places, local_nodes, recover_map
 from kvtcp.server.runtime import StartError
 from kvtcp.server.supervisor import Found, Supervisor, who_is_there
 from kvtcp.storage.files import OS_DISK
@@ -68,25 +71,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-nodes",
         type=int,
-        help=f"local nodes to spawn (default: {NODES_DEFAULT}, or those that the cluster has); more than it has adds "
-        "nodes, which hold nothing before a rebalance",
+        help=f"local nodes, which are spawned and watched (default: {NODES_DEFAULT}, or those that there are); more "
+        "adds nodes, which hold nothing before a rebalance, unless shards have too few copies",
     )
     parser.add_argument(
-        "--nodes", metavar="HOST:PORT,...", help="use nodes started elsewhere with kvtcp-node, as n1, n2, ..."
+        "--nodes",
+        metavar="HOST:PORT,...",
+        help="use nodes started elsewhere with kvtcp-node, in the order of their ids; more adds nodes; later starts "
+        "know the addresses without it",
     )
     parser.add_argument(
         "--replication-factor",
         type=int,
-        help=f"copies of every key (default: {REPLICATION_FACTOR_DEFAULT}, or the number of nodes if that is smaller)",
+        help="copies of every key, fixed when the cluster is created "
+        f"(default: {REPLICATION_FACTOR_DEFAULT}, or the number of nodes if that is smaller)",
     )
     parser.add_argument(
         "--min-insync",
         type=int,
         help="fewest in-sync copies a shard may have: a write is acknowledged when all in-sync copies have it, and "
-        "refused while there are fewer than this (default: min(2, factor))",
+        "refused while there are fewer than this; it may change at a start (default: min(2, factor), or as it was)",
     )
     parser.add_argument(
-        "--shards", type=int, help=f"slices of the key space, fixed for ever (default: {SHARDS_DEFAULT})"
+        "--shards",
+        type=int,
+        help=f"slices of the key space, fixed when the cluster is created (default: {SHARDS_DEFAULT})",
     )
     parser.add_argument(
         "--main-port",
@@ -109,6 +118,14 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("backups"),
         help="where backups are written and restored from; created if missing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recover-map",
+        nargs="?",
+        const="all",
+        choices=["all", "accept"],
+        help="map.json of the coordinator is lost: make it again from what the nodes have, if all of them answer (the "
+        "default), then start; with accept without nodes that are gone for good",
     )
     parser.add_argument("--orphan-ms", type=int, default=ORPHAN_MS, help=argparse.SUPPRESS)
     runtime.add_common_arguments(parser)
@@ -177,8 +194,7 @@ def settle_nodes(
         ids = sorted(known, key=lambda node: int(node[1:]))[: len(given)]
         ids += [f"n{next_number + at}" for at in range(len(given) - len(ids))]
         return Nodes({**known, **dict(zip(ids, given, strict=True))}, {})
-    # only this coordinator talks to them, so they stay on this machine whatever --host says
-    host = options.host if runtime.is_loopback(options.host) else HOST_DEFAULT
+    host = _local_host(options)
 
     def is_local(node: str) -> bool:
         has_directory = (options.data_dir / node).is_dir()
@@ -197,6 +213,33 @@ def settle_nodes(
     nodes += [f"n{next_number + at}" for at in range(count - len(nodes))]
     ports = _check_ports(options, nodes)
     return Nodes({**known, **{node: (host, port) for node, port in ports.items()}}, ports)
+
+
+def _local_host(options: argparse.Namespace) -> str:
+    """Where local nodes listen: only this coordinator talks to them, so on this machine whatever --host says."""
+    return options.host if runtime.is_loopback(options.host) else HOST_DEFAULT
+
+
+def find_places(options: argparse.Namespace, spawned: Collection[str] | None) -> Places:
+    """Where nodes may be, if there is no map that says it; `spawned` as for `settle_nodes`. Raises StartError."""
+    nodes = [] if options.nodes is not None else local_nodes(options.data_dir)
+    nodes = [node for node in nodes if spawned is None or node in spawned]
+    return Places(
+        options.data_dir,
+        _local_host(options),
+        options.base_port,
+        _check_ports(options, nodes),
+        [] if options.nodes is None else parse_nodes(options.nodes),
+        _node_arguments(options),
+    )
+
+
+def _node_arguments(options: argparse.Namespace) -> list[str]:
+    """What a node that is spawned is told on its command line, but for id, address and directory."""
+    return [
+        "--log-level", options.log_level, "--loop", options.loop, "--orphan-ms", str(options.orphan_ms),
+        "--durability", options.durability,
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -256,6 +299,11 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
     stop = asyncio.Event()
     runtime.on_stop_signals(stop.set)
     keeper = await MapKeeper.open(FileConfigStore(directory.path / "map.json", OS_DISK))
+    if options.recover_map is not None:
+        places = find_places(options, (directory.read() or {}).get("local"))
+        await recover_map(keeper, directory, places, stop, options.recover_map == "accept")
+        if stop.is_set():
+            return runtime.EXIT_OK
     known = keeper.map if keeper.is_founded else None
     stored = directory.read()
     nodes = settle_nodes(options, known, None if stored is None else stored.get("local"))
@@ -275,12 +323,8 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             f"map.json and identity.json in {directory.path} are of two clusters ({keeper.map.cluster}, {cluster}); "
             "put back those that belong together"
         )
-    arguments = [
-        "--log-level", options.log_level, "--loop", options.loop, "--orphan-ms", str(options.orphan_ms),
-        "--durability", options.durability,
-    ]  # fmt: skip
     local_host = addresses[next(iter(local))][0] if local else HOST_DEFAULT
-    supervisor = Supervisor(local_host, local, options.data_dir, arguments, stop.set)
+    supervisor = Supervisor(local_host, local, options.data_dir, _node_arguments(options), stop.set)
     with runtime.bind(options.host, runtime.check_port(options.main_port, "--main-port")) as main_socket:
         if local and not is_new and keeper.map.durability != "memory":
             supervisor.check_directories()

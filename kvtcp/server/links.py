@@ -78,6 +78,8 @@ class LinkConnection(FramedConnection):
         self.transport.set_write_buffer_limits(high=LINK_WRITE_BUFFER_BYTES)
 
     def data_received(self, data: bytes) -> None:
+        if self.link.closing:
+            return  # the node was removed, and nobody knows it any more
         self.link.server.begin()
         self.link.server.sequencer.heard(self.link.node)
         super().data_received(data)
@@ -170,7 +172,7 @@ class NodeLink:
         self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: Report | None = None  # the last one
         self.space = 0  # how short of disk space the node says it is, as in the SPACE frame
-        self.closing = False  # the server stops: a lost connection is no event
+        self.closing = False  # the server stops, or the node was removed: a lost connection is no event
 
     @property
     def address(self) -> tuple[str, int]:

@@ -6,7 +6,8 @@ is applied in one step and answered with one write. While the coordinator does n
 transport's high-water mark), so memory stays bounded in both directions.
 
 Frames of a link are worked off in their order, batches and others alike. A connection whose first frame is GIVE is that
-of another node, which pulls what this one donates (donations.py); this node's own transfers are in pulls.py.
+of another node, which pulls what this one donates (donations.py); this node's own transfers are in pulls.py. One whose
+first frame is ASK is told what is here, and that changes nothing.
 
 With a disk (`Durability`) results are sent at once, and acknowledged as durable when they are: a frame of RESULTS that
 has nothing to tell but that waits for the end of the sync that is under way. A report is sent when the promise, new
@@ -41,6 +42,7 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import (
+    ASK,
     BACKUP,
     BATCH,
     ENTRIES,
@@ -60,6 +62,7 @@ from kvtcp.protocol.link import (
     SPACE,
     STATS,
     STOP,
+    TOLD,
 )
 from kvtcp.replication.replica import Refused, Replica
 from kvtcp.server.backup_job import BackupJob
@@ -107,6 +110,8 @@ class LinkConnection(FramedConnection):
                 self.server.hello(self, message[1])
             elif message[0] == GIVE and not self.accepted and len(message) == 2:
                 self.server.give(self, message[1])
+            elif message[0] == ASK and not self.accepted and len(message) == 2:
+                self.server.asked(self, message[1])
             elif self.accepted and _FRAME_TYPES.get(message[0]) == tuple(map(type, message)):
                 self.inbox.append(message)
             elif self.accepted and message[0] == STOP:
@@ -321,6 +326,37 @@ class NodeServer:
             manifest.map_version, manifest.map = replica.map_version, replica.map
             self.durability.write_manifest(replica.copies.values(), lambda: self._report(connection, report))
 
+    def asked(self, connection: LinkConnection, fields: Any) -> None:
+        """Somebody rebuilds a lost cluster map: tell what is here, as a restart would find it. Changes nothing."""
+        names = (b"cluster", b"secret", b"node")
+        if type(fields) is not dict or not all(type(fields.get(name)) is bytes for name in names):
+            raise ProtocolError("an ASK lacks fields")
+        code = why = ""
+        if fields.get(b"version") != LINK_VERSION:
+            code, why = "VERSION", f"this node speaks link version {LINK_VERSION}"
+        elif self.secret is not None and not hmac.compare_digest(fields[b"secret"], self.secret.encode()):
+            code, why = "SECRET", "the cluster's secret is not the one of this node"
+        elif self.cluster is not None and fields[b"cluster"] != self.cluster.encode():
+            code, why = "CLUSTER", f"this node belongs to cluster {self.cluster}"
+        elif fields[b"node"] not in (b"", self.replica.node.encode()):
+            code, why = "NODE", f"this is node {self.replica.node}"
+        if code:
+            connection.send((REFUSED, code, why, self.replica.promised, self.replica.map_version))
+            connection.close()
+            return
+        told = self.replica.report()
+        told["map"] = (self.replica.map if self.durability is None else self.durability.store.manifest.map) or None
+        told["linked"] = self._link is not None
+
+        def tell() -> None:
+            connection.send((TOLD, told))
+            connection.close()
+
+        if self.durability is None:
+            tell()
+        else:
+            self.durability.when_durable(tell)
+
     def _report(self, connection: LinkConnection, report: dict[str, Any]) -> None:
         """What the report says is durable: send it, and take frames from now on."""
         if connection is self._link:
@@ -443,10 +479,15 @@ class NodeServer:
         for shard, reason in replica.take_failed():
             log.warning("event=learn-failed node=%s shard=%s reason=%s", replica.node, shard, reason)
             self._send((LEARN_FAILED, shard, reason))
+        was_doubtful = False
         for shard in replica.take_learned():
             copy = replica.copies[shard]
+            was_doubtful = was_doubtful or bool(copy.reason)
+            copy.reason = ""  # what was wrong with it is made good, by what others have
             log.info("event=learned node=%s shard=%s disk=%s seq=%s", replica.node, shard, copy.disk, copy.table.seq)
             self._when_durable(link, (LEARNED, shard, copy.disk, copy.generation, *copy.table.position))
+        if was_doubtful and self.durability is not None:
+            self.durability.write_manifest(replica.copies.values(), lambda: None)
 
     def _make_drops_durable(self, dropped: list[int]) -> None:
         log.info("event=dropped node=%s shards=%s", self.replica.node, dropped)

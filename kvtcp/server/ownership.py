@@ -108,7 +108,8 @@ def check_store(keeper: MapKeeper, found: Mapping[str, Found]) -> None:
             raise CannotServe(
                 f"node {node} promised epoch {answer.promised} to a coordinator of this cluster, and there is no "
                 "cluster map: map.json is missing in the coordinator's data directory; put its newest copy back, or "
-                "move the data directories of the nodes away to start anew"
+                "start with --recover-map to make it again from what the nodes have, or move the data directories of "
+                "the nodes away to begin anew"
             )
         if answer.promised > epoch:
             raise CannotServe(stale_store(f"node {node} promised epoch {answer.promised}, the cluster map has {epoch}"))

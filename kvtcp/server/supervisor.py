@@ -29,6 +29,7 @@ from kvtcp.constants import (
     BACKOFF_MAX_MS,
     BACKOFF_MIN_MS,
     BACKOFF_RESET_MS,
+    LINK_FRAME_BYTES_MAX,
     READ_CHUNK_BYTES_MAX,
     RECOVER_WAIT_MS,
     STOP_MS,
@@ -44,6 +45,7 @@ log = logging.getLogger("kvtcp.supervisor")
 ADOPTED_POLL_S: Final = 0.05  # how often the lock of an adopted node is looked at
 SETTLE_S: Final = 2.0  # how long a survey waits for a node that is just coming or going
 
+STRANGER: Final = "something that is not a kvtcp node"
 # what a node says of a coordinator that is not its own -> what it means to the one who starts the cluster
 _FOREIGN: Final = {
     "SECRET": "a node of another cluster",
@@ -64,8 +66,9 @@ class Found:
     map_version: int = 0
 
 
-async def who_is_there(host: str, port: int, node: str, cluster: str, secret: str) -> Found:
-    """Ask the address for node `node` of the cluster. Changes nothing there. Takes at most 2 x RECOVER_WAIT_MS."""
+async def first_answer(host: str, port: int, frame: tuple[Any, ...]) -> Any:
+    """The first message that comes in answer to a first frame; a Found if none does. Takes at most 2 x
+    RECOVER_WAIT_MS."""
     try:
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             reader, writer = await asyncio.open_connection(host, port)
@@ -73,14 +76,9 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
         return Found("free")
     except (OSError, TimeoutError) as error:
         return Found("silent", f"something that does not answer ({error or 'time-out'})")
-    hello = {
-        "version": LINK_VERSION, "cluster": cluster, "secret": secret, "epoch": 0, "coordinator": "survey",
-        "link": 0, "node": node, "durability": "", "map_version": 0, "heard_version": 0, "map": None, "shards": [],
-    }  # fmt: skip
-    stranger = Found("foreign", "something that is not a kvtcp node")
     try:
-        writer.write(FrameEncoder().encode((HELLO, hello)))
-        decoder = FrameDecoder()
+        writer.write(FrameEncoder().encode(frame))
+        decoder = FrameDecoder(LINK_FRAME_BYTES_MAX)
         messages: list[Any] = []
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             while not messages:
@@ -93,16 +91,31 @@ async def who_is_there(host: str, port: int, node: str, cluster: str, secret: st
     except OSError as error:
         return Found("silent", f"something that breaks connections ({error.strerror or error})")
     except ProtocolError:
-        return stranger
+        return Found("foreign", STRANGER)
     finally:
         writer.close()
-    match messages[0]:
+    return messages[0]
+
+
+async def who_is_there(host: str, port: int, node: str, cluster: str, secret: str) -> Found:
+    """Ask the address for node `node` of the cluster. Changes nothing there. Takes at most 2 x RECOVER_WAIT_MS."""
+    hello = {
+        "version": LINK_VERSION, "cluster": cluster, "secret": secret, "epoch": 0, "coordinator": "survey",
+        "link": 0, "node": node, "durability": "", "map_version": 0, "heard_version": 0, "map": None, "shards": [],
+    }  # fmt: skip
+    answer = await first_answer(host, port, (HELLO, hello))
+    return answer if isinstance(answer, Found) else refusal(answer)
+
+
+def refusal(answer: Any) -> Found:
+    """Who it is that answered a first frame with this, if it is no welcome."""
+    match answer:
         case [kind, bytes() as code, bytes() as reason, int() as promised, int() as version] if kind == REFUSED:
             if code == b"FENCED":
                 return Found("ours", promised=promised, map_version=version)
             name, text = code.decode("utf-8", "replace"), reason.decode("utf-8", "replace")
             return Found("foreign", _FOREIGN.get(name, f"a kvtcp node that refuses ({text})"))
-    return stranger
+    return Found("foreign", STRANGER)
 
 
 def _is_bound(host: str, port: int) -> bool:
