@@ -52,6 +52,7 @@ class Options:
     clients: int = 2  # processes
     only: tuple[str, ...] = ()  # these faults again and again, without a pause; empty: all, at their pace
     with_operator: bool = True
+    keep: bool = False  # the directory, whatever happened
 
 
 @dataclass
@@ -327,7 +328,7 @@ async def run_round(seed: int, seconds: float, shape: Shape, options: Options) -
         running.report.faults = dict(Counter(name for _, name in running.begun))
     finally:
         await running.close()
-    if running.report.broken or running.report.missed:
+    if running.report.broken or running.report.missed or options.keep:
         running.report.directory = str(directory)
     else:
         shutil.rmtree(directory)
@@ -350,6 +351,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--operator", action=argparse.BooleanOptionalAction, default=True, help="add, drain and remove nodes"
     )
+    parser.add_argument("--keep", action="store_true", help="keep the directories of rounds without errors too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the reports of all rounds")
     return parser.parse_args()
 
@@ -361,7 +363,7 @@ def main() -> int:
     min_insync = options.min_insync or (1 if options.factor == 2 else min(2, options.factor))
     kinds = [options.kind] if options.kind else ["local", "linked"]
     only = tuple(options.only.split(",")) if options.only else ()
-    wanted = Options(options.clients, only, options.operator)
+    wanted = Options(options.clients, only, options.operator, options.keep)
     reports: list[Report] = []
     left_s = options.minutes * 60
     while left_s > options.round_s / 2 or not reports:

@@ -51,6 +51,7 @@ class Faults:
         self.mean_ms = rng.choice((40, 80, 160))  # between two faults
         self.long = rng.choice((0.5, 1.0, self.mean_ms / 80))  # how long troubles last
         self.stopped = False
+        self._calm_until_ms = 0  # nothing else strikes before
 
     @property
     def count(self) -> int:
@@ -66,7 +67,7 @@ class Faults:
         if self.stopped:
             return
         kind = self.rng.choice(self.kinds)
-        if kind():
+        if self.world.now_ms >= self._calm_until_ms and kind():
             name = kind.__name__
             self.counts[name] = self.counts.get(name, 0) + 1
         self.world.at(1 + int(self.rng.expovariate(1 / self.mean_ms)), self._strike)
@@ -122,12 +123,16 @@ class Faults:
         if any(path.blocked):
             return False
         self.world.note(f"fault: {what} {self._name(path)} {directions}")
-        self.sim.network.block(path, directions)
-        self.world.at(self._for_ms(10, 600), self._unblock, path)
+        self._block_for(path, directions, self._for_ms(10, 600))
         return True
 
-    def _unblock(self, path: Path) -> None:
-        if any(path.blocked):
+    def _block_for(self, path: Path, directions: list[int], ms: int) -> None:
+        path.blocks += 1
+        self.sim.network.block(path, directions)
+        self.world.at(ms, self._unblock, path, path.blocks)
+
+    def _unblock(self, path: Path, block: int) -> None:
+        if path.blocks == block and any(path.blocked):
             self.world.note(f"{self._name(path)} is open again")
             self.sim.network.unblock(path)
 
@@ -144,22 +149,24 @@ class Faults:
         return any(blocked)
 
     def split(self) -> bool:
-        """Two coordinators, and each reaches some of the nodes only; the older one perhaps not the store."""
+        """A coordinator reaches only some of the nodes, perhaps not the store either; another one takes over, and
+        reaches the other nodes."""
         sim, rng = self.sim, self.rng
-        idle = [each for each in sim.coordinators if not each.alive]
-        if idle and rng.random() < 0.7:
-            idle[0].start()
-        first, second = sim.coordinators if rng.random() < 0.5 else sim.coordinators[::-1]
+        first, second = sim.coordinators if sim.coordinators[0].is_ready else sim.coordinators[::-1]
+        if not first.is_ready or second.alive:
+            return False
         names = list(sim.oracles.map.nodes)
         near = rng.sample(names, rng.randint(1, max(1, len(names) // 2)))
-        ms = self._for_ms(200, 900)
+        ms = self._for_ms(300, 1_000)
+        if rng.random() < 0.7:
+            self._calm_until_ms = self.world.now_ms + ms  # it takes some time until the other side serves
         self.world.note(f"fault: {first.name} with {near}, {second.name} with the others")
-        if rng.random() < 0.5:
+        if rng.random() < 0.7:
             sim.store.cut_off[first.name] = self.world.now_ms + ms
-        for (client, server), path in sim.network.paths.items():
-            if (client == first.name and server not in near) or (client == second.name and server in near):
-                sim.network.block(path, [TO_SERVER, TO_CLIENT])
-                self.world.at(ms, self._unblock, path)
+        for name in names:
+            owner = second if name in near else first
+            self._block_for(sim.network.path(owner.name, name), [TO_SERVER, TO_CLIENT], ms)
+        second.start()
         return True
 
     def slow_path(self) -> bool:

@@ -251,9 +251,31 @@ def learner_counts_before_live(garden: Garden) -> None:
 
 
 @mistake("I7")
-def rows_changed_together(garden: Garden) -> None:
-    """Changes of one row that wait are stored by one change of the map."""
-    garden.put(sys.modules["kvtcp.replication.map_changes"], "_changed_rows", lambda old, new: set())
+def two_leave_at_once(garden: Garden) -> None:
+    """A member takes the last one of the row along when it leaves."""
+
+    def evict(self: Any, link: Any, shards: Any, why: str) -> int:
+        shards = list(shards)
+        for shard in shards:
+            other = shard.members[-1] if shard.members else link
+            if other is not link and len(shard.members) > self._around.map.min_insync + 1 and self.may_leave(shard, link):
+                number, core = shard.number, self._around
+                self.changing.add(number)
+                core.propose_rows(
+                    [number],
+                    lambda old: old.without([number], link.node).without([number], other.node),  # noqa: B023
+                    partial(_left, self, shard, link, other),
+                )
+                return 1
+        return int(before(self, link, shards, why))
+
+    before = garden.put(Membership, "evict", evict)
+
+
+def _left(membership: Any, shard: ShardState, *links: Any) -> None:
+    membership.changing.discard(shard.number)
+    for link in links:
+        membership._around.sequencer.leave([shard], link)
 
 
 @mistake("R3")
@@ -421,15 +443,17 @@ def swap_in_recovery(garden: Garden) -> None:
 
 @mistake("R6")
 def remove_last_good(garden: Garden) -> None:
-    """A member may leave although those that stay are known to be bad."""
+    """A silent member is removed before a good one has answered."""
 
-    def may_leave(self: Any, shard: ShardState, link: Any) -> bool:
-        return (
-            shard.serving and shard.number not in self.changing and link in shard.acked
-            and len(shard.members) > self._around.map.min_insync
-        )  # fmt: skip
+    def down(self: Any, shard: Any, why: str) -> None:
+        row = self._around.map.members[shard.number]
+        if not shard.good and shard.bad and shard.silent and len(row) > self._around.map.min_insync:
+            node = shard.silent[0]
+            self._change(shard, lambda old: old.without([shard.number], node))
+        else:
+            before(self, shard, why)
 
-    garden.put(Membership, "may_leave", may_leave)
+    before = garden.put(Recovery, "_down", down)
 
 
 @mistake("R6")
@@ -877,7 +901,8 @@ def learner_acknowledges_before_it_published(garden: Garden) -> None:
     """A copy that was pulled counts before it is on the disk."""
 
     def job(self: Any, work: Any, done: Any) -> Any:
-        if getattr(work, "__name__", "") == "publish" and done.__name__ == "published" and self.mode != "memory":
+        is_pull = getattr(work, "__name__", "") == "publish"
+        if is_pull and getattr(done, "__name__", "") == "published" and self.mode != "memory":
             done()
             return before(self, work, lambda: None)
         return before(self, work, done)

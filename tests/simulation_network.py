@@ -29,6 +29,7 @@ class Path:
     def __init__(self) -> None:
         self.delay_ms = DELAY_MS  # upper bound
         self.blocked = [False, False]  # by direction
+        self.blocks = 0  # how often it was blocked
         self.untaken = False  # the client's kernel takes nothing that its process writes
         self.connections: list[Connection] = []
 

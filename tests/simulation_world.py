@@ -41,7 +41,7 @@ STORY_TOLD = 60  # of them, those that touch the shard
 # A few items where the product has thousands, a few milliseconds where it has seconds: everything that happens rarely
 # happens often. By the name of the constant, wherever a module of these packages has imported it.
 SMALL = {
-    "WINDOW_ITEMS_MAX": 40, "WINDOW_BYTES_MAX": 2_000, "WAITING_ITEMS_MAX": 12, "WAITING_MULTI_MAX": 4,
+    "WINDOW_ITEMS_MAX": 40, "WINDOW_BYTES_MAX": 2_000, "WAITING_ITEMS_MAX": 5, "WAITING_MULTI_MAX": 4,
     "DRAIN_SLICE": 2, "BATCH_BYTES_MAX": 400, "UNCOMMITTED_MAX": 4, "RECOVERY_SHARDS_MAX": 2,
     "KEPT_SHARD_BYTES_MAX": 6_000, "KEPT_PASS_ENTRIES": 41, "KEPT_BYTES_MAX": 12_000, "RECENT_BYTES_MAX": 6_000,
     "LEARN_BUFFER_BYTES_MAX": 4_000, "BACKOFF_MIN_MS": 10, "BACKOFF_MAX_MS": 160, "SLOW_INTERVAL_MS": 400,

@@ -314,6 +314,30 @@ def test_shards_of_a_run_in_memory_with_one_copy_left() -> None:
     world.assert_equal()
 
 
+def test_a_node_is_told_of_commits_though_a_shard_is_not_its_own_any_more() -> None:
+    """It reported a copy of a shard that was not served then, and was removed from it: the others count."""
+    world = World(3, 3, shards=2)
+    world.put("answered", 0)
+    world.put("answered too", 1)
+    world.pump()
+    world.down("n1", "n2", "n3")
+    world.nodes["n3"].wipe(0)
+    world.nodes["n1"].kept.forget(0)
+    world.nodes["n2"].kept.forget(0)
+    world.take_over()
+    world.nodes["n3"].holds_pulls = True
+    world.up("n1", "n2", "n3")
+    world.pump()
+    assert sorted(world.row(0)) == ["n1", "n2"] and sorted(world.row(1)) == ["n1", "n2", "n3"]
+    world.put("more", 1)
+    world.pump()
+    link = world.sequencer.links["n3"]
+    assert world.sequencer.committed_ordinal(link) == link.written_ordinal
+    world.put("last", 1)
+    world.pump()
+    assert world.nodes["n3"].replica.copies[1].commit >= 2
+
+
 # --- links that break in a recovery -----------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from replication_fakes import Cluster
 from kvtcp.constants import LINK_GRACE_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import ADD, DELETE, INCR, LEARN, PUT, RESULTS_OF, UNLEARN
+from kvtcp.replication import admission
 from kvtcp.replication.members import part_of
 from kvtcp.replication.multi_read import count_read
 from kvtcp.replication.progress import Batch, Progress
@@ -47,6 +48,7 @@ def test_a_member_that_leaves_is_not_waited_for() -> None:
     cluster.put("pending")
     cluster.get("held")
     cluster.apply("n3")
+    cluster.put("kept", 1)
     cluster.pump("n1", "n2")
     cluster.down("n3")
     cluster.put("waiting")
@@ -56,13 +58,25 @@ def test_a_member_that_leaves_is_not_waited_for() -> None:
     assert cluster.answers.ok.keys() <= {"held"}
     leave(cluster, "n3")
     cluster.pump("n1", "n2")
-    assert cluster.answers.ok.keys() == {"pending", "held", "waiting", "count"}
+    assert cluster.answers.ok.keys() == {"pending", "held", "waiting"}
     shard, other = cluster.sequencer.shards
     assert [link.node for link in shard.members] == ["n1", "n2"] and shard.writable
     assert len(other.members) == 3 and not other.writable and other.waiting
     assert cluster.sequencer.links["n3"].shards == [other]
     assert cluster.up("n3") is None
-    assert [item[1] for item in cluster.apply("n3")] == [1], "nothing of what it left is sent again"
+    assert [item[:3] for item in cluster.apply("n3")] == [(PUT, 1, 1), (PUT, 1, 2)], "nothing of what it left"
+
+
+def test_much_that_waited_goes_on_when_a_member_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turns, all of it, in its order."""
+    monkeypatch.setattr(admission, "DRAIN_SLICE", 2)
+    cluster = Cluster(shards=1)
+    cluster.down("n3")
+    for n in range(7):
+        cluster.put(n)
+    leave(cluster, "n3")
+    cluster.pump()
+    assert cluster.answers.ok == {n: n + 1 for n in range(7)} and cluster.sequencer.waiting_items == 0
 
 
 def test_a_member_that_leaves_while_its_link_is_up() -> None:
@@ -262,6 +276,31 @@ def test_a_result_that_was_here_is_not_asked_for() -> None:
         if node != first:
             cluster.results(node)
     assert cluster.answers.ok == {"known": 5, "put": 2}
+
+
+def test_a_result_that_comes_when_nobody_waits_any_more() -> None:
+    """The shard was stopped meanwhile, and the write is UNKNOWN: nothing more comes of it. One that is committed is
+    answered all the same."""
+    cluster, first = answering()
+    cluster.down(first)
+    leave(cluster, first)
+    cluster.sequencer.stop_serving(0, "a test")
+    assert cluster.answers.failed["write"][0] == Code.UNKNOWN
+    cluster.pump()
+    assert not cluster.answers.ok
+    cluster, first = answering()
+    cluster.down(first)
+    cluster.sequencer.stop_serving(0, "a test")
+    assert cluster.up(first) is None
+    cluster.pump()
+    assert cluster.answers.failed["write"][0] == Code.UNKNOWN and not cluster.answers.ok
+    cluster, first = answering()
+    cluster.pump(*(node for node in cluster.replicas if node != first))
+    cluster.down(first)
+    leave(cluster, first)
+    cluster.sequencer.stop_serving(0, "a test")
+    cluster.pump()
+    assert cluster.answers.ok == {"write": 5}
 
 
 def test_nothing_is_told_committed_whose_result_is_still_asked_for() -> None:

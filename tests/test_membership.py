@@ -277,6 +277,23 @@ def test_a_slow_node_that_has_to_stay_keeps_its_link() -> None:
     assert len(world.answers.ok) == 1
 
 
+def test_a_slow_node_is_let_go_after_a_change_that_is_on_its_way() -> None:
+    """I7: its shard is changing; until that is stored nothing is done about it."""
+    world = World(4, 4)
+    away(world, "n4")
+    world.store.is_held = True
+    world.up("n4")
+    world.pump()
+    assert world.members() == ["n1", "n2", "n3", "n4"]
+    slow(world, "n3", 2 * EVICT_AFTER_MS)
+    assert not world.closed
+    world.release_store()
+    slow(world, "n3", 50)
+    assert [node for node, _ in world.closed] == ["n3"]
+    world.run(200)
+    assert world.row() == ["n1", "n2", "n4"]
+
+
 def test_a_slow_learner_is_given_up() -> None:
     """It would hold the writes of its shard back; another node is not let go for it."""
     world = World()
@@ -608,26 +625,34 @@ def test_a_learner_that_lacks_something_committed_does_not_join() -> None:
     settled(world)
 
 
-def test_writes_wait_for_a_learner_that_runs_after_the_members() -> None:
-    """Live and always behind: after some ticks writes wait until it joined."""
+@pytest.mark.parametrize("ending", ["it joins", "it is lost"])
+def test_writes_wait_for_a_learner_that_runs_after_the_members(ending: str) -> None:
+    """Live, and always one write behind: after some ticks writes wait until it joined, or until it is over."""
     world = World()
     write(world)
     away(world)
     world.up("n3")
-    world.pump("n1", "n2")
-    for n in range(40):
+    late = n = 0
+    while not any(learner.hurry for learner in world.controller.membership.learners()):
+        n += 1
         world.put(n)
         world.flush()
-        world.work("n1", "n2")
+        world.work()
         world.deliver("n1")
         world.deliver("n2")
-        world.work("n3")
-        world.tick()
-        world.deliver("n3")
-        if world.members() == ["n1", "n2", "n3"]:
-            break
-    assert world.members() == ["n1", "n2", "n3"]
+        assert n in world.answers.ok and n < 20
+        world.deliver("n3", late)
+        late = len(world.nodes["n3"].outbox)
+        world.tick(1)
+    world.put("waits")
+    world.pump("n1", "n2")
+    assert "waits" not in world.answers and world.members() == ["n1", "n2"] and not world.shards[0].writable
+    if ending == "it is lost":
+        world.down("n3")
     world.pump()
+    assert "waits" in world.answers.ok
+    if ending == "it is lost":
+        world.up("n3")
     settled(world)
 
 

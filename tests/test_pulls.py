@@ -21,7 +21,7 @@ from kvtcp.server import donations as donations_module
 from kvtcp.server import pulls as pulls_module
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
-from kvtcp.storage.snapshot import SnapshotHeader
+from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader
 from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk
 from tests.storage_tools import DIRECTORY, names, open_small
@@ -567,3 +567,27 @@ async def test_a_copy_is_freed_after_its_last_scan(nodes: Nodes, monkeypatch: py
     assert [row[1] for row in frozen.next_rows(2)] == [b"old", b"old"] and len(old) == 3
     assert len(frozen.next_rows(2)) == 1
     await until(lambda: all(len(part) == 0 for part in old._index.parts), "it is freed")
+
+
+async def test_a_disk_that_is_slow(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more is read of the donor than waits for the disk; it goes on when the disk does."""
+    if nodes.disk is None:
+        return  # nothing waits in memory
+    go = threading.Event()
+    write = SnapshotFile.write
+
+    def slowly(file: SnapshotFile, data: bytes) -> None:
+        assert go.wait(10)
+        write(file, data)
+
+    monkeypatch.setattr(SnapshotFile, "write", slowly)
+    monkeypatch.setattr(pulls_module, "SNAPSHOT_BUFFER_BYTES", 200 * KIB)
+    nodes.member.batch(*nodes.member.puts(0, 2000, b"v" * 4000))
+    await nodes.member.settled()
+    await begin_transfer(nodes.member, nodes.learner)
+    (pull,) = await until(lambda: list(nodes.learner_node.pulls.running.values()))
+    await until(lambda: pull._is_paused, "the pause")
+    assert pull._sink.waiting_bytes == pull._bytes < 3000 * KIB
+    go.set()
+    assert (await nodes.learner.frame(LEARNED))[5] == 2300
+    nodes.same()

@@ -8,7 +8,7 @@ from the copies themselves, and the recovery of the next epoch (recovery.py) jud
 1. Every member of T's row for a shard, whether it is known who that was or not, has everything committed, and there
    were at least M of them. A copy of which anything is in doubt says so for ever (`damage`, or incomplete), and one
    that a later map names by its disk was made whole since. So if fewer than M copies of a shard are in doubt, one copy
-   that is not, m, is a member of T. (A copy that was never made, or was dropped, was no member: it was before.)
+   that is not, m, is a member of T. (A node drops a copy only when it is no member any more.)
 2. Let b be the copy with the highest (epoch, seq) of all that are complete and not in doubt, so not below m.
    Same epoch as m: one coordinator gave the numbers of an epoch, once each, so b goes on where m ends, or equals it.
    Higher epoch: what is committed ends on m, so it is of older epochs than the last entry of b. Who has an entry of an

@@ -57,6 +57,7 @@ class Members(Admission, Answers):
         for link in shard.members:
             if link not in members and link not in shard.learners:
                 link.shards.remove(shard)
+                link.forget_older(number)
         for link in members:
             if shard not in link.shards:
                 link.shards.append(shard)
@@ -138,6 +139,7 @@ class Members(Admission, Answers):
         self._retarget([shard])
         if old is not link:
             old.shards.remove(shard)
+            old.forget_older(shard.number)
         if shard.serving:
             commit = min(shard.acked.values())
             if commit > shard.commit:

@@ -124,9 +124,7 @@ class Membership:
 
     def node_down(self, node: str) -> None:
         """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
-        state = self.nodes[node]
-        if state.lost_ms is None:
-            state.lost_ms = self._now_ms
+        self.nodes[node].lost_ms = self._now_ms
         for learner in self.learners():
             if learner.proposed:
                 continue  # it counts when the map says so, linked or not
@@ -273,10 +271,8 @@ class Membership:
         wanted = self._around.map.wanted[shard.number]
         if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
             return
-        for link in shard.members:
-            if link.node not in wanted:
-                self.evict(link, [shard], "it is not wanted there any more")
-                return
+        link = next(link for link in shard.members if link.node not in wanted)
+        self.evict(link, [shard], "it is not wanted there any more")
 
     def _drop_copies(self) -> None:
         """Copies of shards that are as they are wanted, on nodes that are not: they are let go."""

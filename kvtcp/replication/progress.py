@@ -132,6 +132,11 @@ class Progress:
         batch.last_ordinal = self.last_ordinal
         self.outgoing.append(batch)
 
+    def forget_older(self, number: int) -> None:
+        """What the node had of this shard before the link is committed, or nothing that it is to be told of."""
+        if self.uncommitted and self.uncommitted[0][0] < 0:
+            self.uncommitted[0][1].pop(number, None)
+
     def drop_committed(self, committed: Callable[[int, int], bool]) -> None:
         """Forget the batches whose (shard, number) are all committed, so that `uncommitted` is bounded by the
         uncommitted writes; not again before it is twice as long as what is left."""

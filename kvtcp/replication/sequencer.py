@@ -147,8 +147,7 @@ class Sequencer(Members):
         shard.bad = {}
         shard.serving, shard.reason = True, ""
         for link in shard.members:
-            if link.uncommitted and link.uncommitted[0][0] < 0:
-                link.uncommitted[0][1].pop(number, None)
+            link.forget_older(number)
         shard.update_targets()
         shard.update_space()
         self._look_whether_stuck(shard)

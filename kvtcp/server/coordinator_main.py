@@ -71,25 +71,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-nodes",
         type=int,
-        help=f"local nodes to spawn (default: {NODES_DEFAULT}, or those that the cluster has); more than it has adds "
-        "nodes, which hold nothing before a rebalance",
+        help=f"local nodes, which are spawned and watched (default: {NODES_DEFAULT}, or those that there are); more "
+        "adds nodes, which hold nothing before a rebalance, unless shards have too few copies",
     )
     parser.add_argument(
-        "--nodes", metavar="HOST:PORT,...", help="use nodes started elsewhere with kvtcp-node, as n1, n2, ..."
+        "--nodes",
+        metavar="HOST:PORT,...",
+        help="use nodes started elsewhere with kvtcp-node, in the order of their ids; more adds nodes; later starts "
+        "know the addresses without it",
     )
     parser.add_argument(
         "--replication-factor",
         type=int,
-        help=f"copies of every key (default: {REPLICATION_FACTOR_DEFAULT}, or the number of nodes if that is smaller)",
+        help="copies of every key, fixed when the cluster is created "
+        f"(default: {REPLICATION_FACTOR_DEFAULT}, or the number of nodes if that is smaller)",
     )
     parser.add_argument(
         "--min-insync",
         type=int,
         help="fewest in-sync copies a shard may have: a write is acknowledged when all in-sync copies have it, and "
-        "refused while there are fewer than this (default: min(2, factor))",
+        "refused while there are fewer than this; it may change at a start (default: min(2, factor), or as it was)",
     )
     parser.add_argument(
-        "--shards", type=int, help=f"slices of the key space, fixed for ever (default: {SHARDS_DEFAULT})"
+        "--shards",
+        type=int,
+        help=f"slices of the key space, fixed when the cluster is created (default: {SHARDS_DEFAULT})",
     )
     parser.add_argument(
         "--main-port",

@@ -45,11 +45,16 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="kvtcp-node",
-        description="One node of a kvtcp cluster. A coordinator started with --nodes HOST:PORT,... links to it.",
+        description="One node of a kvtcp cluster. A coordinator links to it that was started with --nodes HOST:PORT, "
+        "or was told of it by the shell's `node add HOST:PORT`. At SIGTERM it leaves the in-sync sets of its shards, "
+        "then it stops.",
     )
-    parser.add_argument("--id", help="id of the node, such as n1; the coordinator numbers them n1, n2, ...")
+    parser.add_argument("--id", help="id of the node: n1, n2, ... in a new cluster, the next number for one more")
     parser.add_argument(
-        "--port", type=int, default=BASE_PORT_DEFAULT, help="port for the coordinator's link (default: %(default)s)"
+        "--port",
+        type=int,
+        default=BASE_PORT_DEFAULT,
+        help="port for the coordinator, and for nodes that fetch copies (default: %(default)s)",
     )
     parser.add_argument("--data-dir", type=Path, help="directory of this node; created if missing")
     parser.add_argument(

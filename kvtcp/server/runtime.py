@@ -41,8 +41,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--durability",
         default=DURABILITY_DEFAULT,
         choices=DURABILITIES,
-        help="what an acknowledged write survives: sync a power cut, os the end of the process, memory neither "
-        "(default: %(default)s)",
+        help="what an acknowledged write survives: sync a power cut, os the end of all processes, memory "
+        "only the end of some nodes (default: %(default)s)",
     )
     parser.add_argument(
         "--log-level",
