@@ -349,7 +349,8 @@ class Recovery:
         return True
 
     def _change(self, shard: _Shard, edit: Edit, removed: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Change the row of the shard and judge it again; `removed` are members that the edit removes, and why."""
+        """Change the row of the shard and judge it again; `removed` are the members that the edit removed when
+        it is stored, and why."""
         self._around.stop_repair(shard.number)
         shard.state = CHANGING
 
@@ -380,12 +381,18 @@ class Recovery:
         gone += [node for node in shard.bad if node not in gone]
         gone = gone[: len(row) - around.map.min_insync]
         if gone:
+            removed: dict[str, str] = {}
+
             def edit(old: ClusterMap) -> ClusterMap:
-                for node in gone:
-                    old = old.without([shard.number], node)
+                # The store may have taken its time, or have failed: is one of the good members still known to be good?
+                removed.clear()
+                if any(self._has(node, shard.number, copy.disk) for node, copy in shard.good.items()):
+                    for node in gone:
+                        old = old.without([shard.number], node)
+                        removed[node] = f"it {shard.bad.get(node, 'did not report in time')}"
                 return old
 
-            self._change(shard, edit, {node: f"it {shard.bad.get(node, 'did not report in time')}" for node in gone})
+            self._change(shard, edit, removed)
         elif shard.silent:
             names = ", ".join(shard.silent)
             self._down(
@@ -398,6 +405,12 @@ class Recovery:
             self._start_some()
         else:
             self._repair_or_finish(shard)
+
+    def _has(self, node: str, number: int, disk: str) -> bool:
+        """Whether the node is linked, and has this copy."""
+        report = self._around.reports.get(node)
+        copy = None if report is None else report.copies.get(number)
+        return copy is not None and copy.disk == disk
 
     def _choose_best(self, shard: _Shard) -> bool:
         best = max(shard.good.values(), key=_order)
