@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CLIENTS_MAX = 8  # so at most so many operations of a key are under way, but for those of unknown outcome
 OPERATIONS_MAX = 1_800  # of all keys together, so of each hot key less than a thousand
 PATIENCE_MS = 700  # a client waits so long
-REFUSED = {Code.OVERLOADED, Code.NOT_ENOUGH_REPLICAS, Code.SHARD_DOWN}
+REFUSED = {Code.OVERLOADED, Code.NOT_ENOUGH_REPLICAS, Code.SHARD_DOWN, Code.NO_SPACE}
 COUNTER = b"n"
 COLD = b"zcold"  # these have a time to live
 CHECK_BUDGET = 500_000  # steps of the checker for one key; what takes more is counted as not decided

@@ -24,6 +24,7 @@ from kvtcp.protocol.link import (
     REPORT,
     RESULTS,
     SHIPPED,
+    SPACE,
     parse_report,
 )
 from kvtcp.replication.confirm import ConfirmingSequencer
@@ -44,6 +45,7 @@ HEARTBEAT_MS = SMALL["HEARTBEAT_MS"]
 SILENCE_MS = SMALL["LINK_SILENCE_MS"]
 AHEAD_MS = SMALL["STAMP_AHEAD_MS"]
 MOVE_MS = SMALL["STAMP_MOVE_MS"]
+LEAVE_MS = 60  # for so long one that is stopped waits for the store
 READ_AGAIN_MS = 20  # after the store did not answer
 BACKOFF_MS = (6, 60)
 FRAMES = (ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE)
@@ -129,6 +131,8 @@ class SimLink:
         elif self.live and kind == RESULTS:
             controller.sequencer.heard(self.node)
             owner.step(controller.on_results, self.node, *frame[1:])
+        elif self.live and kind == SPACE:
+            owner.step(controller.sequencer.on_space, self.node, frame[1])
         elif self.live and kind in FRAMES:
             controller.sequencer.heard(self.node)
             owner.step(controller.on_frame, self.node, frame)
@@ -191,6 +195,7 @@ class SimCoordinator(Process):
         self.owner = ""
         self._commits: list[int] = []  # of the shards at the last look; -1 = not served then
         self._flushing = False
+        self._leaving = False  # it is being stopped: time stands still
         self._asking = False  # the store has a request of this process
         self._tokens = 0
         self._checks = 0
@@ -200,7 +205,7 @@ class SimCoordinator(Process):
     @property
     def takes_requests(self) -> bool:
         """Whether clients can talk to it."""
-        return self.alive and not self.silent
+        return self.alive and not self.silent and not self._leaving
 
     @property
     def is_ready(self) -> bool:
@@ -220,7 +225,7 @@ class SimCoordinator(Process):
         self.links = {}
         self.silent = True
         self._commits = [-1] * self.oracles.map.shards
-        self._flushing = self._asking = False
+        self._flushing = self._asking = self._leaving = False
         self.world.note(f"{self.name} starts")
         self.store.read(self, self._found)
 
@@ -232,6 +237,17 @@ class SimCoordinator(Process):
         self.controller = self.changes = None
         assert self.clients is not None
         self.clients.lost(self)
+
+    def leave(self) -> None:
+        """It is stopped in order: no stamp is given any more, and the next one may begin where this one was."""
+        controller, changes = self.controller, self.changes
+        if controller is None or changes is None:
+            return
+        controller.sequencer.stamp_bound_ms = stamp_ms = controller.sequencer.stamp_ms
+        self._leaving = True
+        changes.propose(lambda old: old.with_last_stamp(stamp_ms), lambda _: self.later(1, self.kill))
+        self.later(LEAVE_MS, self.kill)
+        self._schedule_flush()
 
     def depose(self, reason: str) -> None:
         """R13: it does not own the map any more."""
@@ -380,6 +396,8 @@ class SimCoordinator(Process):
         """R12: the bound of stamps goes ahead of the clock."""
         changes = self.changes
         assert changes is not None
+        if self._leaving:
+            return
         if self.wall_ms() + MOVE_MS > changes.map.stamp_bound_ms and not changes.is_busy:
             bound_ms = self.wall_ms() + AHEAD_MS
             changes.propose(lambda old: old.with_stamp_bound(bound_ms), lambda _: None)
@@ -468,7 +486,7 @@ class SimCoordinator(Process):
         """A request arrives."""
         controller = self.controller
         assert self.clients is not None
-        if controller is None or self.silent:
+        if controller is None or not self.takes_requests:
             return
         controller.begin(self.wall_ms(), self.world.now_ms)
         self.clients.issue(request, controller.sequencer)

@@ -314,6 +314,13 @@ class NodeDisk:
                 new.truncate(min(mine) - 1)
             self._adopt(new)
 
+    def damage(self, shard: int) -> None:
+        """The copy of this shard cannot be read back: there is another one, incomplete."""
+        old = self.manifest.copies[shard]
+        new = Stored(self.node.name, shard, self.new_disk(), old.generation)
+        new.complete, new.reason = False, "it was damaged"
+        self._adopt(new)
+
     def wipe(self) -> None:
         """Nothing is there any more."""
         self.manifest = Manifest()

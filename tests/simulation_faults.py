@@ -46,6 +46,7 @@ class Faults:
             self.power_cut, self.wipe_node, self.pause_node, self.pause_coordinator, self.kill_coordinator,
             self.jump_clock, self.store_down, self.slow_store, self.isolate_coordinator, self.hello_twice,
             self.administer, self.black_out, self.stop_node, self.destroy_node,
+            self.damage_copy, self.full_disk, self.stop_coordinator,
         ]  # fmt: skip
         if simulation.shared:
             kinds += [self.rival, self.split]
@@ -238,6 +239,27 @@ class Faults:
         """A node comes back with an empty disk."""
         return self._end_node(self._node(), "wiped", power=True, wipe=True)
 
+    def damage_copy(self) -> bool:
+        """A node is killed, and finds a damaged copy when it starts."""
+        node = self._node()
+        if node is None or node.mode == MEMORY or not self._may_lose(node):
+            return False
+        self.world.note(f"fault: {node.name} is killed, and has a damaged copy")
+        node.kill(damage=True)
+        self.world.at(self._for_ms(1, 300), self._start, node)
+        return True
+
+    def full_disk(self) -> bool:
+        """A node is short of space for a while."""
+        node = self._node()
+        if node is None or node.paused:
+            return False
+        level = self.rng.choice((1, 1, 2))
+        self.world.note(f"fault: {node.name} is short of space: {level}")
+        node.tell_space(level)
+        self.world.at(self._for_ms(20, 300), lambda: node.now(node.tell_space, 0))
+        return True
+
     def destroy_node(self) -> bool:
         """A machine is gone for good, and an operator says so."""
         node, cluster_map = self._node(), self.sim.oracles.map
@@ -334,6 +356,15 @@ class Faults:
             return False
         self.world.note(f"fault: {coordinator.name} is killed")
         coordinator.kill()
+        return True
+
+    def stop_coordinator(self) -> bool:
+        """A coordinator is stopped in order."""
+        coordinator = self.rng.choice(self.sim.coordinators)
+        if not coordinator.takes_requests or coordinator.paused:
+            return False
+        self.world.note(f"fault: {coordinator.name} is stopped in order")
+        coordinator.leave()
         return True
 
     def rival(self) -> bool:
@@ -439,6 +470,7 @@ class Faults:
             node.disk.sync_ms = SYNC_MS
             self._start(node)
             node.resume()
+            node.now(node.tell_space, 0)
         for coordinator in sim.coordinators:
             coordinator.resume()
 

@@ -27,6 +27,7 @@ from kvtcp.protocol.link import (
     RESULTS,
     SHIP,
     SHIPPED,
+    SPACE,
     STOP,
 )
 from kvtcp.replication.replica import Refused, Replica
@@ -122,8 +123,9 @@ class SimNode(Process):
         self._catching_up = False
         self.world.note(f"{self.name} starts: {[copy.report() for copy in copies]}")
 
-    def kill(self, power: bool = False, wipe: bool = False) -> None:
-        """The process ends without a word; with `wipe` its disk is replaced by an empty one."""
+    def kill(self, power: bool = False, wipe: bool = False, damage: bool = False) -> None:
+        """The process ends without a word; with `wipe` its disk is replaced by an empty one, with `damage` one of its
+        copies will be found damaged."""
         before = list(self.disk.manifest.copies.values())
         self.ended_ms = self.world.now_ms
         self.died()
@@ -131,6 +133,8 @@ class SimNode(Process):
         self.disk.crash(power)
         if wipe:
             self.disk.wipe()
+        if damage and self.disk.manifest.copies:
+            self.disk.damage(self.world.rng.choice(sorted(self.disk.manifest.copies)))
         after = self.disk.manifest.copies
         lost = [stored for stored in before if after.get(stored.shard) is not stored]
         self.oracles.wiped(self.name, lost)
@@ -143,6 +147,13 @@ class SimNode(Process):
         if self._link is not None and self._link.accepted:
             self._link.send((LEAVE,))
         self.later(LEAVE_MS, self.stop)
+
+    def tell_space(self, level: int) -> None:
+        """How short of space the disk is."""
+        if self.replica is not None:
+            self.replica.space = level
+            if self._link is not None and self._link.accepted:
+                self._link.send((SPACE, level))
 
     def stop(self) -> None:
         """The process ends when everything is on the disk."""
