@@ -200,7 +200,7 @@ class Controller:
         else:
             for learner in list(shard.learners.values()):
                 learner.on_failed(node, message[2].decode("utf-8", "replace"))
-        self.membership.work()
+        self.membership.work_on([number])
 
     def tick(self) -> None:
         """Time passed; about every TICK_MS."""
@@ -325,7 +325,9 @@ class Controller:
 
     def row_changed(self, number: int) -> None:
         """The recovery changed the row of a shard."""
-        self.sequencer.set_members(number, self.map.nodes_of(number))
+        nodes = self.map.nodes_of(number)
+        if nodes != [link.node for link in self.sequencer.shards[number].members]:
+            self.sequencer.set_members(number, nodes)
 
     def recovered(self, number: int, seq: int, chain: int) -> None:
         """All members of the shard are equal."""
@@ -342,8 +344,7 @@ class Controller:
             shard.mark(link, bad.get(link.node, ""))
         shard.reason = "; ".join(f"{node} {why}" for node, why in bad.items()) + ": it is being replaced"
         self.membership.repairing.add(number)
-        self.membership.unsettled.add(number)
-        self.membership.work()
+        self.membership.work_on([number])
 
     def is_down(self, number: int, why: str) -> None:
         """The shard cannot be served now."""
