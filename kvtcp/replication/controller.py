@@ -321,6 +321,11 @@ class Controller:
         """See Membership."""
         self.membership.learner_is_live(learner)
 
+    def hand_back(self, number: int, why: str) -> None:
+        """Membership: no linked member of a served shard is good."""
+        self.sequencer.hand_back(number, why)
+        self.recovery.take_back(number)
+
     # --- for the recovery ---------------------------------------------------------------------------
 
     def row_changed(self, number: int) -> None:

@@ -8,7 +8,8 @@ the copies shall be (`wanted` of the map), and takes one step per shard at a tim
 - so does one whose oldest unacknowledged item is older than EVICT_AFTER_MS while its peers acknowledged (slow is not
   dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and
   it learns again after the same time;
-- a bad copy leaves at once; if it has to stay it is replaced whole in its place;
+- a bad copy leaves at once; if it has to stay it is replaced whole in its place; if nobody is left to replace it from,
+  the shard goes back to the recovery;
 - a wanted node that is no member learns; a member that is not wanted leaves when there are enough without it, and then
   drops its copy.
 
@@ -29,6 +30,7 @@ from kvtcp.constants import (
     EVICT_AFTER_MS,
     LEARNERS_PER_DONOR_MAX,
     LINK_GRACE_MS,
+    RECOVER_WAIT_MS,
     SLOW_INTERVAL_MS,
 )
 from kvtcp.protocol.link import STOP, CopyReport
@@ -63,6 +65,9 @@ class Surroundings(Protocol):
     def replaced(self, number: int) -> None:
         """A member of a shard that is not served was replaced in the map."""
 
+    def hand_back(self, number: int, why: str) -> None:
+        """Do not serve the shard any more: the recovery judges it anew."""
+
     def copies_of(self, node: str) -> dict[int, CopyReport]:
         """The copies of a linked node, as far as is known."""
 
@@ -94,6 +99,7 @@ class Membership:
         self.changing: set[int] = set()  # shards with a change of their row on its way
         self.repairing: set[int] = set()  # shards that are not served before their bad members are replaced
         self.unsettled: set[int] = set()  # shards whose members are not what is wanted, or not all good
+        self._lost_since_ms: dict[int, int] = {}  # shards without a good member that is linked, and since when
         self._learning: dict[int, None] = {}  # shards with learners, and some that had
         self._waiting: dict[int, None] = {}  # shards that want a learner, and some that did, in their order
         self.evictions = 0
@@ -151,6 +157,7 @@ class Membership:
         self._evict_lost()
         self._evict_slow()
         self.work()
+        self._hand_back_lost()
         if self._now_ms - self._last_drop_ms >= DROP_INTERVAL_MS:
             self._last_drop_ms = self._now_ms
             self._drop_copies()
@@ -270,6 +277,22 @@ class Membership:
             if sum(acked[other] >= seq for other in acked if other is not link) >= self._around.map.min_insync:
                 return True
         return False
+
+    def _hand_back_lost(self) -> None:
+        """R9: a shard with members that lost their data, or are destroyed, and for RECOVER_WAIT_MS no good one that is
+        linked: nobody can be replaced. The recovery says that it is down, and judges it when a good one comes."""
+        lost: dict[int, int] = {}
+        for number in sorted(self.unsettled):
+            shard = self._shards[number]
+            if not shard.serving or number in self.changing or any(link.connected for link in shard.good):
+                continue
+            if shard.bad or any(link.node in self._around.map.destroyed for link in shard.members):
+                lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
+                if self._now_ms - since_ms >= RECOVER_WAIT_MS:
+                    for learner in list(shard.learners.values()):
+                        learner.fail("its shard is recovered anew")
+                    self._around.hand_back(number, "none of its members that are linked has its data")
+        self._lost_since_ms = lost
 
     def _evict_bad(self, shard: ShardState) -> None:
         for link, why in list(shard.bad.items()):

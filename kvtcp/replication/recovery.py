@@ -163,6 +163,10 @@ class Recovery:
         """Whether every shard that is not served waits for something that may take long."""
         return all(shard.state in (DOWN, REPAIRING) for shard in self.shards.values())
 
+    def take_back(self, number: int) -> None:
+        """A shard that was served has no good member any more that is linked."""
+        self.shards[number] = _Shard(number)
+
     def begin(self, number: int) -> None:
         """A shard starts over: a member of it was replaced, or it is down and is judged anew."""
         self._restart(self.shards[number])

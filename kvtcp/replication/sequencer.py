@@ -158,7 +158,7 @@ class Sequencer(Members):
         shard = self.shards[number]
         shard.serving, shard.reason = False, reason
         shard.writable = False
-        for op in [*shard.pending, *(op for _, op in shard.orphans)]:
+        for op in [*shard.pending, *(op for _, op in shard.due)]:
             if op[1] is not None:
                 self._answer_unknown(shard, op[1], op[2], reason)
                 op[1] = None
@@ -169,6 +169,15 @@ class Sequencer(Members):
         held, shard.held = sorted(shard.held), []
         for entry in held:
             self._refuse_held(shard, entry[3], entry[4])
+
+    def hand_back(self, number: int, reason: str) -> None:
+        """Stop a shard none of whose linked members is good, so that it can be taken over again."""
+        shard = self.shards[number]
+        assert not any(link.connected for link in shard.good), "nobody is there who could acknowledge anything"
+        self.stop_serving(number, reason)
+        shard.pending.clear()
+        for link in shard.members:
+            shard.mark(link, "")
 
     # --- links up and down --------------------------------------------------------------------------
 
