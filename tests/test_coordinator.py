@@ -142,7 +142,7 @@ async def test_node_restarted_empty(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         keys = keys_of_shards(cluster)
         await kv.put_many(dict.fromkeys(keys, "v"))
         with monkeypatch.context() as patch:
-            patch.setattr(Membership, "_start_learner", lambda *_: None)
+            patch.setattr(Membership, "_can_learn", lambda *_: False)
             await kill_node(cluster, "n1")
             await restart_empty(cluster, "n1")
             await until(lambda: len(bad_shards(cluster.coordinator, "n1")) == 8, "the report of the empty node")
