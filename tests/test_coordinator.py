@@ -30,7 +30,7 @@ from server_tools import (
 
 import kvtcp
 from kvtcp.config_store.keeper import MapKeeper
-from kvtcp.constants import LINK_GRACE_MS, STAMP_AHEAD_MS, WRITE_WAIT_MS
+from kvtcp.constants import STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
 from kvtcp.replication.membership import Membership
@@ -107,18 +107,16 @@ async def test_node_killed() -> None:
 
 
 async def test_writes_go_on_without_a_node(caplog: pytest.LogCaptureFixture) -> None:
-    """More copies than `min_insync`: a node that is gone leaves the in-sync sets, and no write is refused or waits much
-    longer than that. When it comes back, empty, it learns everything, and is in sync again by itself."""
+    """More copies than `min_insync`: a node that is gone leaves the in-sync sets, and no write is refused, as
+    it would be after WRITE_WAIT_MS. When it comes back, empty, it learns everything, and is in sync again by itself."""
     async with LocalCluster(3, shards=16) as cluster:
         keys = keys_of_shards(cluster)
         coordinator = cluster.coordinator
         async with kvtcp.connect(cluster.url) as kv, await Wire.open(coordinator.address) as wire:
             await kv.put_many(dict.fromkeys(keys, "v"))
             await kill_node(cluster, "n2")
-            started = time.monotonic()
             wire.send(*([n, "incr", f"{{{key}}}n", 1] for n, key in enumerate(keys)))
-            assert all([(await wire.receive())[1] == 0 for _ in keys])
-            assert (time.monotonic() - started) * 1000 < WRITE_WAIT_MS, f"{LINK_GRACE_MS} ms and a change of the map"
+            assert all([(await wire.receive())[1] == 0 for _ in keys]), "what waits for WRITE_WAIT_MS is refused"
             assert all(set(coordinator.map.nodes_of(n)) == {"n1", "n3"} for n in range(16)), "the map comes first"
             assert "event=left-in-sync node=n2 shards=16 first=0" in caplog.text
             told = await kv.status()
@@ -142,7 +140,7 @@ async def test_node_restarted_empty(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         keys = keys_of_shards(cluster)
         await kv.put_many(dict.fromkeys(keys, "v"))
         with monkeypatch.context() as patch:
-            patch.setattr(Membership, "_start_learner", lambda *_: None)
+            patch.setattr(Membership, "_can_learn", lambda *_: False)
             await kill_node(cluster, "n1")
             await restart_empty(cluster, "n1")
             await until(lambda: len(bad_shards(cluster.coordinator, "n1")) == 8, "the report of the empty node")
