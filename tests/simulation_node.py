@@ -89,6 +89,7 @@ class SimNode(Process):
         self.snapshot_entries = world.rng.choice((50, 100, 300, 1_000))  # of a shard between two snapshots
         self.replica: Replica | None = None
         self.starts = 0
+        self.is_destroyed = False  # it never comes back
         self.ended_ms = 0  # when its process ended last
         self._link: _End | None = None
         self._link_number = 0
