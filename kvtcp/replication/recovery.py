@@ -370,7 +370,7 @@ class Recovery:
         self._changes.append(change)
 
     def _propose(self) -> None:
-        """The changes of this step are one change of the map: a node that is missing may be so in thousands of shards."""
+        """The changes of this step are one change of the map: a node that is missing is so in thousands of shards."""
         if not self._changes:
             return
         changes, self._changes = self._changes, []
