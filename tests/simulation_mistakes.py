@@ -258,7 +258,8 @@ def two_leave_at_once(garden: Garden) -> None:
         shards = list(shards)
         for shard in shards:
             other = shard.members[-1] if shard.members else link
-            if other is not link and len(shard.members) > self._around.map.min_insync + 1 and self.may_leave(shard, link):
+            may_both = len(shard.members) > self._around.map.min_insync + 1
+            if other is not link and may_both and self.may_leave(shard, link):
                 number, core = shard.number, self._around
                 self.changing.add(number)
                 core.propose_rows(

@@ -300,6 +300,45 @@ def test_the_end_of_a_run_in_memory() -> None:
     assert world.shards[0].commit == 0 and world.shards[0].writable
 
 
+def test_all_copies_in_memory_are_lost_while_the_coordinator_runs() -> None:
+    """The shard begins anew, as it would with the next coordinator; nobody waits for what was there."""
+    world = World(2, 2, durability="memory")
+    world.put("gone")
+    world.pump()
+    world.replace("n1")
+    world.replace("n2")
+    world.up("n1", "n2")
+    world.run(2_000)
+    assert len(world.words("began-empty")) == 1
+    world.put("new")
+    world.pump()
+    assert world.answers.ok["new"] == 1
+
+
+def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
+    """The shard is down, and an operator may accept that."""
+    world = World(2, 2)
+    world.put("gone")
+    world.pump()
+    world.replace("n1")
+    world.put("pending")
+    world.replace("n2")
+    world.up("n1", "n2")
+    world.run(2_000)
+    assert state(world) == DOWN and len(world.words("shard-down")) == 1
+    world.get("read")
+    world.pump()
+    assert world.answers.failed["read"][0] == Code.SHARD_DOWN
+    done: list[Any] = []
+    world.controller.admin.accept_loss(0, done.append)
+    world.run(500)
+    assert done[0]["goes_on_at"] > 1 and world.shards[0].serving
+    world.put("new")
+    world.pump()
+    assert world.answers.ok["new"] > done[0]["goes_on_at"]
+    world.assert_equal()
+
+
 def test_shards_of_a_run_in_memory_with_one_copy_left() -> None:
     """Nothing began anew there: who has the data gives it to the other."""
     world = World(2, 2, durability="memory")

@@ -22,7 +22,7 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LEAVE
-from kvtcp.protocol.operations import DONATE, DROP, LEARN, PUT, UNLEARN
+from kvtcp.protocol.operations import DONATE, DROP, INCR, LEARN, PUT, UNLEARN
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
 from kvtcp.replication.map_changes import Outcome
@@ -927,3 +927,21 @@ def test_writes_of_a_learner_are_its_shards_alone() -> None:
     write(world, 3)
     settled(world)
     assert {item[1] for item in world.items("n4", PUT, LEARN)} == {0}
+
+
+def test_who_shall_answer_answers_again() -> None:
+    """A node that was away joins in the place that was planned, or one node would answer everything in the end."""
+    world = World()
+    first = world.map.wanted[0][0]
+    assert world.row()[0] == first
+    world.down(first)
+    world.run(1_000)
+    world.write(INCR, "one", args=(1,))
+    world.pump()
+    assert first not in world.row()
+    world.up(first)
+    world.run(1_000)
+    assert world.row()[0] == first == world.shards[0].members[0].node
+    world.write(INCR, "two", args=(1,))
+    world.pump()
+    assert world.answers.ok["two"] == 2

@@ -221,7 +221,7 @@ def test_an_old_copy_of_the_map_is_refused(cluster: ProcessCluster) -> None:
         first.signal(signal.SIGKILL if is_running_on else signal.SIGTERM)
         first.ended()
         newest = path.read_bytes()
-        for _ in range(3):
+        for _ in range(2):
             path.write_bytes(old)
             command = cluster.launch()
             sentence = command.refused()

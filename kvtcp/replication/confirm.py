@@ -89,10 +89,10 @@ class ConfirmingSequencer(Sequencer):
 
         return answered
 
-    def join(self, shard: ShardState, link: Progress) -> None:
+    def join(self, shard: ShardState, link: Progress, is_first: bool = False) -> None:
         """See Members.join. What the link confirmed before, it did not confirm as a member."""
         self._confirmed.pop(link, None)
-        super().join(shard, link)
+        super().join(shard, link, is_first)
 
     def swap(self, shard: ShardState, old: Progress, link: Progress) -> None:
         """See Members.swap; as with `join`."""

@@ -94,12 +94,14 @@ class Members(Admission, Answers):
         """Queue a control item; `then` gets its result, or LINK_LOST."""
         self._enqueue(link, item, [CALL, then], ITEM_OVERHEAD_BYTES)
 
-    def join(self, shard: ShardState, link: Progress) -> None:
-        """R2: a learner that acknowledged everything committed is one of E from this step on."""
+    def join(self, shard: ShardState, link: Progress, is_first: bool = False) -> None:
+        """R2: a learner that acknowledged everything committed is one of E from this step on, perhaps the one that
+        answers writes."""
         learner = shard.learners.pop(link)
         assert link not in shard.acked and learner.acked >= shard.commit, "it acknowledged everything committed"
-        shard.members = [*shard.members, link]
-        shard.acked[link] = learner.acked
+        shard.members = [link, *shard.members] if is_first else [*shard.members, link]
+        acked = {**shard.acked, link: learner.acked}
+        shard.acked = {member: acked[member] for member in shard.members}
         shard.joining[link] = learner.disk
         self._retarget([shard])
         if learner.hurry:

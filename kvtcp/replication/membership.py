@@ -215,7 +215,7 @@ class Membership:
             and any(other is not link and other.connected for other in shard.good)
         )
 
-    def evict(self, link: Progress, shards: Iterable[ShardState], why: str) -> int:
+    def evict(self, link: Progress, shards: Iterable[ShardState], why: str, level: str = "warning") -> int:
         """R2, R14: propose that `link` leaves those of the shards that it can leave; how many they are."""
         leaving = [shard for shard in shards if self.may_leave(shard, link)]
         if leaving:
@@ -224,17 +224,17 @@ class Membership:
             def stored() -> None:
                 self.changing.difference_update(numbers)
                 self._around.sequencer.leave(leaving, link)
-                self.left(link.node, numbers[0], len(numbers), why)
+                self.left(link.node, numbers[0], len(numbers), why, level)
                 self.work_on(numbers)
 
             self.changing.update(numbers)
             self._around.propose_rows(numbers, lambda old: old.without(numbers, link.node), stored)
         return len(leaving)
 
-    def left(self, node: str, first: int, count: int, why: str) -> None:
+    def left(self, node: str, first: int, count: int, why: str, level: str = "warning") -> None:
         """The map does not name the node any more as a member of so many shards."""
         self.evictions += 1
-        self._around.event("warning", "left-in-sync", node=node, shards=count, first=first, reason=why)
+        self._around.event(level, "left-in-sync", node=node, shards=count, first=first, reason=why)
 
     def _evict_lost(self) -> None:
         for node, state in self.nodes.items():
@@ -311,7 +311,7 @@ class Membership:
         if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
             return
         link = next(link for link in shard.members if link.node not in wanted)
-        self.evict(link, [shard], "it is not wanted there any more")
+        self.evict(link, [shard], "it is not wanted there any more", "info")
 
     def _drop_copies(self) -> None:
         """Copies of shards that are as they are wanted, on nodes that are not: they are let go."""
@@ -445,8 +445,9 @@ class Membership:
         link, node, disk, replaces = learner.link, learner.link.node, learner.disk, learner.replaces
         self.nodes[node].failures = 0
         self.changing.add(number)
+        is_first = self._around.map.wanted[number][0] == node  # so that answering is spread as it was planned
         if replaces is None:
-            self._around.sequencer.join(shard, link)
+            self._around.sequencer.join(shard, link, is_first)
 
         def stored() -> None:
             self.changing.discard(number)
@@ -459,7 +460,11 @@ class Membership:
             self.work_on([number])
 
         if replaces is None:
-            self._around.propose_rows([number], lambda old: old.with_member(number, node, disk), stored)
+            def joined(old: ClusterMap) -> ClusterMap:
+                new = old.with_member(number, node, disk)
+                return new.first_answers(number, node) if is_first else new
+
+            self._around.propose_rows([number], joined, stored)
         else:
             self._around.propose_rows([number], lambda old: old.replaced(number, replaces, node, disk), stored)
 

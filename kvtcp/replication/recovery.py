@@ -26,6 +26,8 @@ Two exceptions, in which new disks enter the map at once: a shard in which nothi
 empty copy as in any other; and if the last run kept its data in memory and all members are new and empty, they are what
 the end of that run has left, and the shard begins anew.
 
+A shard that was served comes back here when no good member of it is linked any more, and one lost its data.
+
 If the link of a member breaks, its shard starts over; what was shipped stays shipped, and what is on its way to be
 is waited for.
 """
