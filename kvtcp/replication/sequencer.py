@@ -162,6 +162,7 @@ class Sequencer(Members):
             if op[1] is not None:
                 self._answer_unknown(shard, op[1], op[2], reason)
                 op[1] = None
+        shard.due.clear()
         shard.orphans = []
         for link in list(self._kept):
             self._forget_kept(link, {number})
