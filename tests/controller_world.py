@@ -71,6 +71,7 @@ class Node:
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
+        self.port = world.map.nodes[name][1]
         self.disks = (f"{name}-{number}" for number in count(1))
         self.copies: list[Copy] = []
         self.kept = KeptEntries()
@@ -188,7 +189,7 @@ class Node:
         """The bulk transfers end: by the bytes of a snapshot, as between servers."""
         pulls, self.pulls = self.pulls, []
         for shard, port, token in pulls:
-            donor = next(node for node in self.world.nodes.values() if self.world.port_of(node.name) == port).replica
+            donor = next(node for node in self.world.nodes.values() if node.port == port).replica
             donation, learning = donor.donations.pop(token, None), self.replica.learning.get(shard)
             if donation is None or learning is None:
                 self.replica.learn_failed(shard, "nothing is donated under this token")
@@ -252,10 +253,6 @@ class World:
     def shards(self) -> list[ShardState]:
         """The shards as the sequencer sees them."""
         return self.sequencer.shards
-
-    def port_of(self, node: str) -> int:
-        """Where it listens."""
-        return self.map.nodes[node][1]
 
     def members(self, number: int = 0) -> list[str]:
         """E of a shard."""

@@ -558,6 +558,30 @@ def test_members_that_differ_are_a_loss_too() -> None:
     write(world, "after")
 
 
+def test_a_shard_that_nobody_has_begins_empty() -> None:
+    """Its only member was destroyed: as long as that may come back it is waited for, and then it begins anew where it
+    is wanted."""
+    world = World(3, 1, shards=3, min_insync=1)
+    write(world)
+    [lost_node] = world.row(1)
+    world.down(lost_node)
+    world.put("pending", 1)
+    world.run(2 * RECOVER_WAIT_MS)
+    assert refused(world, "accept_loss", 1) == "shard 1 is not down: nothing is lost"
+    assert answer(world, "forget", lost_node) == {"node": lost_node, "shards": 1}
+    world.run(3 * RECOVER_WAIT_MS)
+    assert world.controller.recovery.shards[1].state == DOWN
+    others = [node for node in world.nodes if node != lost_node]
+    world.down(*others)
+    assert refused(world, "accept_loss", 1) == "no node that may hold shard 1 is linked; start one first"
+    world.up(*others)
+    found = answer(world, "accept_loss", 1)
+    assert found["seq"] == 0 and [found["node"]] == list(world.map.wanted[1])
+    settled(world)
+    assert lost_node not in world.map.nodes
+    write(world, "after")
+
+
 def test_losses_that_are_none() -> None:
     """A shard that is not, that is served, that has a good copy, that nobody has a copy of, that was stopped."""
     world = World(2, 2)

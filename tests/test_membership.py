@@ -15,6 +15,7 @@ from kvtcp.constants import (
     LEARNERS_PER_DONOR_MAX,
     LINK_GRACE_MS,
     MAP_RESEND_MS,
+    RECOVER_WAIT_MS,
     SLOW_INTERVAL_MS,
     TICK_MS,
     WRITE_WAIT_MS,
@@ -25,6 +26,7 @@ from kvtcp.protocol.operations import DONATE, DROP, INCR, LEARN, PUT, UNLEARN
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
 from kvtcp.replication.map_changes import Outcome
+from kvtcp.replication.recovery import DOWN
 
 
 def wanted(*rows: list[str]) -> Callable[[ClusterMap], ClusterMap]:
@@ -443,10 +445,56 @@ def test_the_only_good_member_is_lost_while_it_gives_its_copy() -> None:
         "the link to n1, which gave it its data, was lost"
     ]
     world.nodes["n2"].holds_pulls = False
-    world.run(2_000)
+    world.run(RECOVER_WAIT_MS - TICK_MS)
     assert world.row() == ["n1", "n2"] and world.shards[0].bad and not world.shards[0].learners
     world.up("n1")
     settled(world)
+
+
+def test_nobody_is_left_who_has_the_data() -> None:
+    """R9: the shard is not served any more, and says why; what waits and what comes is refused. When a member that has
+    the data is back, it is served again, with everything that it had."""
+    world = World(2, 2, shards=2)
+    write(world)
+    whole(world)
+    world.put("pending")
+    world.flush()
+    world.down("n1")
+    world.replace("n2", 0)
+    world.up("n2")
+    world.put("waits")
+    world.run(RECOVER_WAIT_MS - 2 * TICK_MS)
+    assert world.shards[0].serving and "waits" not in world.answers
+    world.run(3 * RECOVER_WAIT_MS)
+    assert world.controller.recovery.shards.keys() == {0} and world.controller.recovery.shards[0].state == DOWN
+    assert world.words("shard-down")[-1] == {
+        "shard": 0, "reason": "none of its members has its data: n2 came back without its data; n1 is missing",
+    }  # fmt: skip
+    assert world.answers.failed["pending"][0] == Code.UNKNOWN
+    world.get("refused")
+    assert world.answers.failed["refused"][0] == Code.SHARD_DOWN
+    assert world.shards[1].serving, "both of its members have what is theirs, though one is away"
+    world.up("n1")
+    settled(world)
+    write(world)
+
+
+def test_a_member_without_its_data_where_there_is_one() -> None:
+    """Factor 1: it is down until the operator accepts the loss, or the data is back."""
+    world = World(1, 1, min_insync=1)
+    write(world)
+    kept = world.nodes["n1"].replica.copies[0]
+    world.replace("n1")
+    world.up("n1")
+    world.run(2 * RECOVER_WAIT_MS)
+    assert world.controller.recovery.shards[0].state == DOWN
+    world.down("n1")
+    world.nodes["n1"].copies = [kept]
+    world.nodes["n1"].start()
+    world.up("n1")
+    settled(world, 500)
+    assert world.shards[0].commit == 1
+    write(world)
 
 
 # --- learning ---------------------------------------------------------------------------------------

@@ -170,6 +170,29 @@ def test_silent_members_are_waited_for() -> None:
     assert around.rows == [(0, ["n1", "n2"])]
 
 
+def test_what_changes_in_one_step_is_one_change_of_the_map() -> None:
+    """A node that is missing is so in all its shards, and each may have more to be removed."""
+    around = Around(make_map(4, 3, shards=4))
+    assert [around.map.nodes_of(number) for number in range(4)] == [
+        ["n1", "n2", "n3"], ["n4", "n1", "n2"], ["n3", "n4", "n1"], ["n2", "n3", "n4"],
+    ]  # fmt: skip
+    around.report("n1", *[copy(7)] * 3)
+    around.report("n2", copy(7), copy(7, disk="new"), None, copy(7))
+    around.report("n3", copy(7), None, copy(7), copy(7))
+    assert around.served.keys() == {0} and not around.changes
+    around.wait()
+    [(numbers, _, _)] = around.changes
+    assert numbers == [1, 2, 3]
+    around.store()
+    assert [around.map.nodes_of(number) for number in range(4)] == [
+        ["n1", "n2", "n3"], ["n1"], ["n3", "n1"], ["n2", "n3"],
+    ]  # fmt: skip
+    assert around.served.keys() == {0, 1, 2, 3} and around.recovery.take_removed() == {
+        "n4": [(number, "it did not report in time") for number in (1, 2, 3)],
+        "n2": [(1, "it came back without its data: what it has is not what was written to this cluster")],
+    }
+
+
 def test_nobody_is_removed_before_a_good_member_answered() -> None:
     """R6: with no good member the shard is down, and the map stays as it is; it is judged again when one comes."""
     around = Around(make_map(3, 3, shards=1))

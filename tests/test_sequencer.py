@@ -584,6 +584,34 @@ def test_a_shard_that_is_stopped() -> None:
     assert answers.ok.keys() == {"committed", "elsewhere"}
 
 
+def test_a_shard_that_is_handed_back() -> None:
+    """It is stopped, and may be taken over again, wherever its members are then; not while a good one is linked."""
+    cluster = Cluster(shards=1)
+    sequencer, shard = cluster.sequencer, cluster.sequencer.shards[0]
+    cluster.write(INCR, "due", key=b"n", args=(1,))
+    cluster.apply("n1")
+    cluster.pump("n2", "n3")
+    sequencer.leave([shard], sequencer.links["n1"])
+    cluster.put("pending")
+    cluster.apply("n2")
+    with pytest.raises(AssertionError, match="nobody is there who could acknowledge"):
+        sequencer.hand_back(0, "a test")
+    for node in ("n1", "n2", "n3"):
+        cluster.down(node)
+    sequencer.hand_back(0, "a test")
+    sequencer.check()
+    assert {token: failed[0] for token, failed in cluster.answers.failed.items()} == {
+        "due": Code.UNKNOWN, "pending": Code.UNKNOWN,
+    }  # fmt: skip
+    for node in ("n1", "n2", "n3"):
+        cluster.new_process(node)
+        assert cluster.up(node) is None
+    sequencer.serve(0, 0, 0)
+    cluster.put("after")
+    cluster.pump()
+    assert cluster.answers.ok == {"after": 1}
+
+
 def test_a_read_of_a_silent_node_does_not_move_in_a_shard_that_is_stopped() -> None:
     """Neither of one key nor of several shards."""
     cluster = Cluster(shards=2, nodes=2, factor=2)

@@ -273,6 +273,7 @@ class ClusterAdmin:
                 "or, if it will never come back, say so with: node forget ID destroyed"
             )
         able = [node for node in (*core.map.wanted[number], *usable_nodes(core.map)) if node in core.reports]
+        able = [node for node in able if node not in self.leaving]
         if not able:
             raise ValueError(f"no node that may hold shard {number} is linked; start one first")
         return able[0]

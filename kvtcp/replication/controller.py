@@ -200,14 +200,13 @@ class Controller:
         else:
             for learner in list(shard.learners.values()):
                 learner.on_failed(node, message[2].decode("utf-8", "replace"))
-        self.membership.work()
+        self.membership.work_on([number])
 
     def tick(self) -> None:
         """Time passed; about every TICK_MS."""
         stalled = self._tick_ms is not None and self.now_ms - self._tick_ms >= EVICT_AFTER_MS // 4
         self._tick_ms = self.now_ms
         self.sequencer.tick()
-        self._take_back_lost()
         self.recovery.tick()
         for node, removed in self.recovery.take_removed().items():
             self.membership.left(node, removed[0][0], len(removed), removed[0][1])
@@ -217,19 +216,6 @@ class Controller:
             self._audit_ms = self.now_ms
             self.audit.begin()
         self.admin.tick()
-
-    def _take_back_lost(self) -> None:
-        """A served shard all of whose members are bad is recovered anew, from what comes."""
-        for number in sorted(self.membership.unsettled):
-            shard = self.sequencer.shards[number]
-            if not shard.serving or shard.good or number in self.membership.changing:
-                continue
-            why = "; ".join(f"{link.node} {why}" for link, why in shard.bad.items())
-            for learner in list(shard.learners.values()):
-                learner.fail("nobody has the data of its shard")
-            self.event("error", "shard-lost", shard=number, reason=why)
-            self.sequencer.give_back(number, f"none of its members has its data: {why}")
-            self.recovery.take_back(number, shard.last_seq)
 
     def _look_whether_ready(self) -> None:
         if not self.is_ready and self.recovery.is_settled:
@@ -335,11 +321,18 @@ class Controller:
         """See Membership."""
         self.membership.learner_is_live(learner)
 
+    def hand_back(self, number: int, why: str) -> None:
+        """Membership: no linked member of a served shard is good."""
+        self.sequencer.hand_back(number, why)
+        self.recovery.take_back(number)
+
     # --- for the recovery ---------------------------------------------------------------------------
 
     def row_changed(self, number: int) -> None:
         """The recovery changed the row of a shard."""
-        self.sequencer.set_members(number, self.map.nodes_of(number))
+        nodes = self.map.nodes_of(number)
+        if nodes != [link.node for link in self.sequencer.shards[number].members]:
+            self.sequencer.set_members(number, nodes)
 
     def recovered(self, number: int, seq: int, chain: int) -> None:
         """All members of the shard are equal."""
@@ -356,8 +349,7 @@ class Controller:
             shard.mark(link, bad.get(link.node, ""))
         shard.reason = "; ".join(f"{node} {why}" for node, why in bad.items()) + ": it is being replaced"
         self.membership.repairing.add(number)
-        self.membership.unsettled.add(number)
-        self.membership.work()
+        self.membership.work_on([number])
 
     def is_down(self, number: int, why: str) -> None:
         """The shard cannot be served now."""

@@ -8,7 +8,8 @@ the copies shall be (`wanted` of the map), and takes one step per shard at a tim
 - so does one whose oldest unacknowledged item is older than EVICT_AFTER_MS while its peers acknowledged (slow is not
   dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and
   it learns again after the same time;
-- a bad copy leaves at once; if it has to stay it is replaced whole in its place;
+- a bad copy leaves at once; if it has to stay it is replaced whole in its place; if nobody is left to replace it from,
+  the shard goes back to the recovery;
 - a wanted node that is no member learns; a member that is not wanted leaves when there are enough without it, and then
   drops its copy.
 
@@ -19,7 +20,7 @@ known to be good, that is good and linked). A shard with a change of its row on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -29,6 +30,7 @@ from kvtcp.constants import (
     EVICT_AFTER_MS,
     LEARNERS_PER_DONOR_MAX,
     LINK_GRACE_MS,
+    RECOVER_WAIT_MS,
     SLOW_INTERVAL_MS,
 )
 from kvtcp.protocol.link import STOP, CopyReport
@@ -41,6 +43,7 @@ from kvtcp.replication.shard_state import ShardState
 
 Edit = Callable[[ClusterMap], ClusterMap]
 
+DONOR_MISSES_MAX: Final = 8  # shards without a free donor after which no more are looked at now
 DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for
 
 
@@ -61,6 +64,9 @@ class Surroundings(Protocol):
 
     def replaced(self, number: int) -> None:
         """A member of a shard that is not served was replaced in the map."""
+
+    def hand_back(self, number: int, why: str) -> None:
+        """Do not serve the shard any more: the recovery judges it anew."""
 
     def copies_of(self, node: str) -> dict[int, CopyReport]:
         """The copies of a linked node, as far as is known."""
@@ -93,6 +99,9 @@ class Membership:
         self.changing: set[int] = set()  # shards with a change of their row on its way
         self.repairing: set[int] = set()  # shards that are not served before their bad members are replaced
         self.unsettled: set[int] = set()  # shards whose members are not what is wanted, or not all good
+        self._lost_since_ms: dict[int, int] = {}  # shards without a good member that is linked, and since when
+        self._learning: dict[int, None] = {}  # shards with learners, and some that had
+        self._waiting: dict[int, None] = {}  # shards that want a learner, and some that did, in their order
         self.evictions = 0
         self.joins = 0
         self._last_slow_ms = -SLOW_INTERVAL_MS
@@ -109,8 +118,11 @@ class Membership:
         return shards
 
     def learners(self) -> list[Learner]:
-        """All of them."""
-        return [learner for number in self.unsettled for learner in self._shards[number].learners.values()]
+        """All of them. They are few, so that nothing here takes long for each of thousands of shards."""
+        shards = self._shards
+        for number in [number for number in self._learning if not shards[number].learners]:
+            del self._learning[number]
+        return [learner for number in self._learning for learner in shards[number].learners.values()]
 
     # --- events -------------------------------------------------------------------------------------
 
@@ -145,40 +157,51 @@ class Membership:
         self._evict_lost()
         self._evict_slow()
         self.work()
+        self._hand_back_lost()
         if self._now_ms - self._last_drop_ms >= DROP_INTERVAL_MS:
             self._last_drop_ms = self._now_ms
             self._drop_copies()
 
     def work(self) -> None:
-        """Take the next steps."""
+        """Take the next steps of all shards."""
+        wanted = self._around.map.wanted
+        shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
+        self._looks_at_all = False
+        self.unsettled = {shard.number for shard in shards if _is_unsettled(shard, wanted[shard.number])}
+        self._take_steps(sorted(self.unsettled))
+
+    def work_on(self, numbers: Sequence[int]) -> None:
+        """Take the next steps of these shards."""
+        for number in numbers:
+            if _is_unsettled(self._shards[number], self._around.map.wanted[number]):
+                self.unsettled.add(number)
+            else:
+                self.unsettled.discard(number)
+        self._take_steps(numbers)
+
+    def _take_steps(self, numbers: Iterable[int]) -> None:
         for learner in self.learners():
             learner.go_on()
-        self._settle_unsettled()
-        for number in sorted(self.unsettled):
+        for number in numbers:
             shard = self._shards[number]
-            if number in self.changing:
-                continue
-            if shard.serving:
+            if number in self.unsettled and shard.serving and number not in self.changing:
                 self._give_up_unwanted(shard)
                 self._evict_bad(shard)
                 self._shrink_moved(shard)
-            if number not in self.changing and (shard.serving or number in self.repairing) and not shard.learners:
-                self._start_learner(shard)
+            if self._wants_learner(shard):
+                self._waiting[number] = None
+        self._start_learners()
+
+    def _wants_learner(self, shard: ShardState) -> bool:
+        number = shard.number
+        if number not in self.unsettled or number in self.changing or shard.learners:
+            return False
+        return shard.serving or number in self.repairing
 
     def look_at_all(self) -> None:
         """Links or the map changed: any shard may not be as it is wanted. Thousands of shards are not looked at for
         every frame."""
         self._looks_at_all = True
-
-    def _settle_unsettled(self) -> None:
-        wanted = self._around.map.wanted
-        shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
-        self._looks_at_all = False
-        self.unsettled = {
-            shard.number
-            for shard in shards
-            if shard.bad or shard.learners or {link.node for link in shard.members} != set(wanted[shard.number])
-        }
 
     # --- leaving ------------------------------------------------------------------------------------
 
@@ -209,7 +232,7 @@ class Membership:
                 if left:
                     self._around.sequencer.leave(left, link)
                     self.left(link.node, left[0].number, len(left), why, level)
-                self.work()
+                self.work_on(numbers)
 
             self.changing.update(numbers)
             self._around.propose_rows(numbers, edit, stored)
@@ -262,6 +285,22 @@ class Membership:
                 return True
         return False
 
+    def _hand_back_lost(self) -> None:
+        """R9: a shard with members that lost their data, or are destroyed, and for RECOVER_WAIT_MS no good one that is
+        linked: nobody can be replaced. The recovery says that it is down, and judges it when a good one comes."""
+        lost: dict[int, int] = {}
+        for number in sorted(self.unsettled):
+            shard = self._shards[number]
+            if not shard.serving or number in self.changing or any(link.connected for link in shard.good):
+                continue
+            if shard.bad or any(link.node in self._around.map.destroyed for link in shard.members):
+                lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
+                if self._now_ms - since_ms >= RECOVER_WAIT_MS:
+                    for learner in list(shard.learners.values()):
+                        learner.fail("its shard is recovered anew")
+                    self._around.hand_back(number, "none of its members that are linked has its data")
+        self._lost_since_ms = lost
+
     def _evict_bad(self, shard: ShardState) -> None:
         for link, why in list(shard.bad.items()):
             if self.evict(link, [shard], f"it {why}"):
@@ -306,14 +345,28 @@ class Membership:
 
     # --- learning -----------------------------------------------------------------------------------
 
-    def _start_learner(self, shard: ShardState) -> None:
-        found = self._candidate(shard)
-        if found is None:
-            return
-        link, replaces = found
-        donor = self._donor(shard, link)
-        if donor is not None:
-            self.learn(shard, link, donor, replaces)
+    def _start_learners(self) -> None:
+        """Begin with the shards that wait, as far as there are donors for them."""
+        gives: dict[Progress, int] = {}
+        for learner in self.learners():
+            gives[learner.donor] = gives.get(learner.donor, 0) + 1
+        misses = 0
+        for number in list(self._waiting):
+            shard = self._shards[number]
+            found = self._candidate(shard) if self._wants_learner(shard) else None
+            if found is None:
+                del self._waiting[number]  # until the next look at it
+                continue
+            donor = self._donor(shard, found[0], gives)
+            del self._waiting[number]
+            if donor is None:
+                self._waiting[number] = None  # behind the others: most likely none of them has one either
+                misses += 1
+                if misses == DONOR_MISSES_MAX:
+                    break
+                continue
+            gives[donor] = gives.get(donor, 0) + 1
+            self.learn(shard, found[0], donor, found[1])
 
     def learn(
         self, shard: ShardState, link: Progress, donor: Progress, replaces: str | None, seq_min: int = 0
@@ -321,6 +374,7 @@ class Membership:
         """Begin to bring a copy up to date."""
         learner = Learner(shard, link, donor, self._around, replaces, seq_min)
         shard.learners[link] = learner
+        self._learning[shard.number] = None
         self.unsettled.add(shard.number)
         learner.start(self._around.copies_of(link.node).get(shard.number))
         self._around.event("info", "learner-begins", shard=shard.number, node=link.node, donor=donor.node)
@@ -364,11 +418,8 @@ class Membership:
         is_leaving = state.leaves or self._around.is_leaving(link.node)
         return link.connected and not is_leaving and state.learns_after_ms <= self._now_ms
 
-    def _donor(self, shard: ShardState, link: Progress) -> Progress | None:
+    def _donor(self, shard: ShardState, link: Progress, gives: Mapping[Progress, int]) -> Progress | None:
         """The good member that gives to fewest learners."""
-        gives: dict[Progress, int] = {}
-        for learner in self.learners():
-            gives[learner.donor] = gives.get(learner.donor, 0) + 1
         able = [each for each in shard.good if each.connected and each is not link]
         able = [each for each in able if gives.get(each, 0) < LEARNERS_PER_DONOR_MAX]
         return min(able, key=lambda each: (gives.get(each, 0), each.node), default=None)
@@ -413,7 +464,7 @@ class Membership:
             self._around.event("info", "joined-in-sync", node=node, shard=number, seq=learner.acked)
             if not shard.serving:
                 self._around.replaced(number)
-            self.work()
+            self.work_on([number])
 
         if replaces is None:
             def joined(old: ClusterMap) -> ClusterMap:
@@ -423,6 +474,11 @@ class Membership:
             self._around.propose_rows([number], joined, stored)
         else:
             self._around.propose_rows([number], lambda old: old.replaced(number, replaces, node, disk), stored)
+
+
+def _is_unsettled(shard: ShardState, wanted: Collection[str]) -> bool:
+    """Whether there may be something to do for the shard."""
+    return bool(shard.bad or shard.learners) or {link.node for link in shard.members} != set(wanted)
 
 
 def _leaves_a_good_one(shard: ShardState, link: Progress) -> bool:

@@ -26,8 +26,7 @@ Two exceptions, in which new disks enter the map at once: a shard in which nothi
 empty copy as in any other; and if the last run kept its data in memory and all members are new and empty, they are what
 the end of that run has left, and the shard begins anew.
 
-A shard that was served comes back here when all its members turn out to be bad. What is good of it may come still; but
-a number that was given in this epoch is not given to another entry in it.
+A shard that was served comes back here when no good member of it is linked any more, and one lost its data.
 
 If the link of a member breaks, its shard starts over; what was shipped stays shipped, and what is on its way to be
 is waited for.
@@ -36,7 +35,7 @@ is waited for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
@@ -123,7 +122,6 @@ class _Shard:
         self.since_ms: int | None = None  # when the wait for reports began; None = at the next look
         self.again = False  # while a change of the map is on its way: a link broke, start over after it
         self.differ = False  # DOWN because good members have different histories
-        self.given = 0  # last number that was given in this epoch, which must not be given to other entries in it
         self.found: dict[str, str] = {}  # members found bad while shipping, and why
         self.good: dict[str, CopyReport] = {}
         self.bad: dict[str, str] = {}
@@ -142,6 +140,16 @@ class _Shard:
         return next((node for node, copy in self.good.items() if copy.seq != self.seq), "")
 
 
+@dataclass
+class _Change:
+    """A change of one shard's row: new disks of members, or members that are removed, and why."""
+
+    shard: _Shard
+    disks: dict[str, str] = field(default_factory=dict)
+    removed: dict[str, str] = field(default_factory=dict)
+    is_made: bool = True  # the members were removed indeed
+
+
 class Recovery:
     """The shards that are not served."""
 
@@ -150,6 +158,7 @@ class Recovery:
         self.shards = {number: _Shard(number) for number in numbers}
         self._queue: list[_Shard] = []  # SHIPPING, and waiting for their turn
         self._running = 0  # SHIPPING, and in their turn
+        self._changes: list[_Change] = []  # of this step, not proposed yet
         self._removed: dict[str, list[tuple[int, str]]] = {}  # node -> shards it was removed from and why, to be told
 
     @property
@@ -157,15 +166,15 @@ class Recovery:
         """Whether every shard that is not served waits for something that may take long."""
         return all(shard.state in (DOWN, REPAIRING) for shard in self.shards.values())
 
+    def take_back(self, number: int) -> None:
+        """A shard that was served has no good member any more that is linked."""
+        self.shards[number] = _Shard(number)
+
     def begin(self, number: int) -> None:
         """A shard starts over: a member of it was replaced, or it is down and is judged anew."""
         self._restart(self.shards[number])
         self._start_some()
-
-    def take_back(self, number: int, given: int) -> None:
-        """A shard that was served has no good member any more; the last number that was given in this epoch is told."""
-        shard = self.shards[number] = _Shard(number)
-        shard.given = given
+        self._propose()
 
     def must_restart(self, number: int) -> bool:
         """Whether a link of it broke while a change of the map was on its way."""
@@ -187,6 +196,7 @@ class Recovery:
             shard.found.pop(node, None)
             shard.unanswered = [each for each in shard.unanswered if each != node]
             self._judge(shard)
+        self._propose()
 
     def on_lost(self, node: str) -> None:
         """A node that had reported was lost."""
@@ -195,12 +205,14 @@ class Recovery:
         for shard in self._of(node):
             self._restart(shard)
         self._start_some()  # not before all of them gave up their turns: the node is gone
+        self._propose()
 
     def tick(self) -> None:
         """Time passed."""
         for shard in list(self.shards.values()):
             if shard.state == WAITING:
                 self._judge(shard)
+        self._propose()
 
     def repaired(self, number: int) -> None:
         """All members that were to be replaced are."""
@@ -210,6 +222,15 @@ class Recovery:
 
     def on_entries(self, node: str, number: int, after: int, chain: int | None, entries: Any) -> None:
         """An ENTRIES frame. What was not asked for is not looked at. Raises LinkError if it is none."""
+        self._take_entries(node, number, after, chain, entries)
+        self._propose()
+
+    def on_shipped(self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None) -> None:
+        """A SHIPPED frame. Raises LinkError if it cannot be true."""
+        self._take_shipped(node, number, epoch, seq, chain, error)
+        self._propose()
+
+    def _take_entries(self, node: str, number: int, after: int, chain: int | None, entries: Any) -> None:
         shard = self.shards[number]
         if shard.state != SHIPPING or shard.awaited != (node, FETCH):
             return
@@ -230,8 +251,7 @@ class Recovery:
         shard.unanswered.append(target)
         self._around.send_to(target, (SHIP, number, entries))
 
-    def on_shipped(self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None) -> None:
-        """A SHIPPED frame. Raises LinkError if it cannot be true."""
+    def _take_shipped(self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None) -> None:
         shard = self.shards[number]
         if node not in shard.unanswered:
             return  # to a learner
@@ -342,28 +362,54 @@ class Recovery:
         if not empty or not (never_written or ended or (is_founding and len(empty) == size)):
             return False
         if ended:
-            shard.given = 0  # nobody has any of it
             around.began_empty(shard.number)
-        disks = {shard.number: dict(empty)}
-        self._change(shard, lambda old: old.with_disks(disks))
+        self._change(shard, _Change(shard, disks=dict(empty)))
         return True
 
-    def _change(self, shard: _Shard, edit: Edit, removed: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Change the row of the shard and judge it again; `removed` are the members that the edit removed when
-        it is stored, and why."""
+    def _change(self, shard: _Shard, change: _Change) -> None:
+        """Change the row of the shard, with others in this step, and judge it again."""
         self._around.stop_repair(shard.number)
         shard.state = CHANGING
+        self._changes.append(change)
+
+    def _propose(self) -> None:
+        """The changes of this step are one change of the map: a missing node may be one in thousands of shards."""
+        if not self._changes:
+            return
+        changes, self._changes = self._changes, []
+        disks = {change.shard.number: change.disks for change in changes if change.disks}
+
+        def edit(old: ClusterMap) -> ClusterMap:
+            new = old.with_disks(disks)
+            removed: dict[str, list[int]] = {}
+            for change in changes:
+                # The store may have taken its time, or have failed: is one of the good members still known to be good?
+                change.is_made = any(
+                    self._has(node, change.shard.number, copy.disk) for node, copy in change.shard.good.items()
+                )
+                for node in change.removed if change.is_made else ():
+                    removed.setdefault(node, []).append(change.shard.number)
+            for node, numbers in removed.items():
+                new = new.without(numbers, node)
+            return new
 
         def done() -> None:
-            self._around.row_changed(shard.number)
-            for node, why in removed.items():
-                self._removed.setdefault(node, []).append((shard.number, why))
-            shard.state = WAITING
-            if shard.again:
-                self._restart(shard)
-            self._judge(shard)
+            for change in changes:
+                self._changed(change)
+            self._propose()
 
-        self._around.propose_rows([shard.number], edit, done)
+        self._around.propose_rows([change.shard.number for change in changes], edit, done)
+
+    def _changed(self, change: _Change) -> None:
+        """It is stored."""
+        shard = change.shard
+        self._around.row_changed(shard.number)
+        for node, why in change.removed.items() if change.is_made else ():
+            self._removed.setdefault(node, []).append((shard.number, why))
+        shard.state = WAITING
+        if shard.again:
+            self._restart(shard)
+        self._judge(shard)
 
     def _go_on(self, shard: _Shard) -> None:
         """Who is good is known: remove, ship, repair or serve."""
@@ -381,18 +427,8 @@ class Recovery:
         gone += [node for node in shard.bad if node not in gone]
         gone = gone[: len(row) - around.map.min_insync]
         if gone:
-            removed: dict[str, str] = {}
-
-            def edit(old: ClusterMap) -> ClusterMap:
-                # The store may have taken its time, or have failed: is one of the good members still known to be good?
-                removed.clear()
-                if any(self._has(node, shard.number, copy.disk) for node, copy in shard.good.items()):
-                    for node in gone:
-                        old = old.without([shard.number], node)
-                        removed[node] = f"it {shard.bad.get(node, 'did not report in time')}"
-                return old
-
-            self._change(shard, edit, removed)
+            whys_gone = {node: f"it {shard.bad.get(node, 'did not report in time')}" for node in gone}
+            self._change(shard, _Change(shard, removed=whys_gone))
         elif shard.silent:
             names = ", ".join(shard.silent)
             self._down(
@@ -421,12 +457,6 @@ class Recovery:
             why = f"its members differ: {names} end at number {best.seq} with different histories"
             self._around.alarm(f"shard {shard.number}: {why}")
             self._down(shard, why)
-            return False
-        if best.seq < shard.given:
-            self._down(
-                shard, f"numbers up to {shard.given} were given in this epoch, and {shard.donors[0]} has those up to "
-                f"{best.seq}: restart the coordinator, which begins another epoch",
-            )  # fmt: skip
             return False
         shard.seq, shard.chain = best.seq, best.chain
         for node, copy in list(shard.good.items()):

@@ -158,10 +158,11 @@ class Sequencer(Members):
         shard = self.shards[number]
         shard.serving, shard.reason = False, reason
         shard.writable = False
-        for op in [*shard.pending, *(op for _, op in shard.orphans)]:
+        for op in [*shard.pending, *(op for _, op in shard.due)]:
             if op[1] is not None:
                 self._answer_unknown(shard, op[1], op[2], reason)
                 op[1] = None
+        shard.due.clear()
         shard.orphans = []
         for link in list(self._kept):
             self._forget_kept(link, {number})
@@ -170,14 +171,15 @@ class Sequencer(Members):
         for entry in held:
             self._refuse_held(shard, entry[3], entry[4])
 
-    def give_back(self, number: int, reason: str) -> None:
-        """No member of a served shard has its data any more: it is recovered anew, from what comes."""
-        self.stop_serving(number, reason)
+    def hand_back(self, number: int, reason: str) -> None:
+        """Stop a shard none of whose linked members is good, so that it can be taken over again."""
         shard = self.shards[number]
+        assert not any(link.connected for link in shard.good), "nobody is there who could acknowledge anything"
+        self.stop_serving(number, reason)
         shard.pending.clear()
-        shard.due.clear()
         shard.joining.clear()
-        shard.commit = shard.last_seq
+        for link in shard.members:
+            shard.mark(link, "")
 
     # --- links up and down --------------------------------------------------------------------------
 
