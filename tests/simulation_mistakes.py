@@ -450,15 +450,15 @@ def remove_last_good(garden: Garden) -> None:
     def down(self: Any, shard: Any, why: str) -> None:
         row = self._around.map.members[shard.number]
         if not shard.good and shard.bad and shard.silent and len(row) > self._around.map.min_insync:
-            node = shard.silent[0]
-            self._change(shard, lambda old: old.without([shard.number], node))
+            node, number = shard.silent[0], shard.number
+            self._around.propose(lambda old: old.without([number], node), lambda _: self.begin(number))
         else:
             before(self, shard, why)
 
     before = garden.put(Recovery, "_down", down)
 
 
-@mistake("R6", mode="sync", factor=3, kinds=("kill_coordinator", "kill_node", "black_out", "slow_disk", "cut"))
+@mistake("R6", mode="sync", factor=2, min_insync=1, kinds=("kill_coordinator", "slow_disk", "cut", "kill_node"))
 def judged_while_shipping(garden: Garden) -> None:
     """A shard that starts over is judged by what its members had before they were sent entries."""
 
@@ -522,8 +522,7 @@ def new_disk_before_resync(garden: Garden) -> None:
 
     def adopt_empty(self: Any, shard: Any, empty: Any, size: int) -> bool:
         if empty and shard.good:
-            disks = {shard.number: dict(empty)}
-            self._change(shard, lambda old: old.with_disks(disks))
+            self._change(shard, recovery._Change(shard, disks=dict(empty)))
             return True
         return bool(before(self, shard, empty, size))
 
@@ -792,7 +791,7 @@ def read_no_confirm(garden: Garden) -> None:
     garden.put(SimCoordinator, "confirming_class", Sequencer)
 
 
-@mistake("R11 c", shared=True, factor=2, min_insync=1, kinds=("split", "kill_node", "slow_store", "cut"))
+@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "kill_node", "slow_store", "cut"))
 def confirm_isr_only(garden: Garden) -> None:
     """Reads are confirmed by the members that the map names, not by those of E."""
 
@@ -820,7 +819,7 @@ def one_confirmation_is_enough(garden: Garden) -> None:
     garden.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
 
 
-@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "wipe_node", "rival"))
+@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "wipe_node"))
 def new_disk_confirms(garden: Garden) -> None:
     """A node confirms whatever disk it has."""
 
@@ -959,7 +958,7 @@ def waiting_without_bound(garden: Garden) -> None:
     before = garden.put(Sequencer, "_wait", wait)
 
 
-@mistake("I10", shared=True, mode="sync", factor=3, kinds=("split", "rival", "partition", "cut", "wipe_node"))
+@mistake("I10", mode="sync", factor=3, kinds=("rival", "partition", "cut", "wipe_node", "damage_copy"))
 def kept_recent_of_another_copy(garden: Garden) -> None:
     """Entries of a copy that was replaced are shipped as if they were those of the new one."""
     garden.put(KeptEntries, "forget", lambda self, shard: None)
