@@ -13,8 +13,6 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from replication_fakes import STAMP_MAX_MS, Answers, wire
-
 from kvtcp.constants import TICK_MS
 from kvtcp.protocol.link import (
     BATCH,
@@ -39,6 +37,7 @@ from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
+from tests.replication_fakes import STAMP_MAX_MS, Answers, wire
 
 CLUSTER = b"12345678"
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from controller_world import World
 
 from kvtcp.constants import (
     BACKOFF_MIN_MS,
@@ -27,6 +26,7 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
 from kvtcp.replication.map_changes import Outcome
 from kvtcp.replication.recovery import DOWN
+from tests.controller_world import World
 
 
 def wanted(*rows: list[str]) -> Callable[[ClusterMap], ClusterMap]:
