@@ -32,7 +32,7 @@ from typing import Any, Final
 from chaos_checks import Availability, History, blame
 from chaos_cluster import Broken, ChaosCluster, Shape
 from chaos_disks import read_map, read_members
-from chaos_faults import CALM_S, KEPT, Faults
+from chaos_faults import BALLAST_BYTES, CALM_S, KEPT, Faults
 from chaos_operator import Operator
 from process_cluster import ROOT, Command
 
@@ -52,6 +52,7 @@ class Options:
     clients: int = 2  # processes
     only: tuple[str, ...] = ()  # these faults again and again, without a pause; empty: all, at their pace
     with_operator: bool = True
+    ballast: int = 20_000  # keys besides those of the clients
     keep: bool = False  # the directory, whatever happened
 
 
@@ -123,6 +124,8 @@ class Round:
         self.with_operator = options.with_operator
         self.random = random.Random(seed)
         self.clients = options.clients
+        # never changed: so that copying a shard takes its time
+        self.ballast = {f"ballast-{n}": f"{n}".ljust(BALLAST_BYTES) for n in range(options.ballast)}
         self.cluster = ChaosCluster(directory, shape)
         self.workers: list[Command] = []
         self.kv: Any = None
@@ -160,6 +163,7 @@ class Round:
         self.kv = await kvtcp.connect(self.cluster.url, timeout=10.0)
         self.faults = Faults(self.cluster, self.kv, self.random.randrange(2**32))
         await self.kv.put_many(KEPT)
+        await self.kv.put_many(self.ballast)
         await self.kv.backup("kept")
         for number in range(self.clients):
             arguments = (self.cluster.url, self.random.randrange(2**32), f"c{number}", f"c{number}.jsonl")
@@ -275,6 +279,9 @@ class Round:
             broken += [text for text in history.check(final, self.faults.takeovers) if text not in broken]
             if {key: value for key, value in final.items() if key.startswith("kept-")} != KEPT:
                 broken.append("kept keys are not what was written and restored")
+            wrong = [key for key, value in self.ballast.items() if final.get(key) != value]
+            if wrong:
+                broken.append(f"{len(wrong)} keys that were never changed are not what they were: {wrong[:10]}")
         self.report.keys_checked, self.report.undecided = history.keys_checked, history.undecided
         broken += self.cluster.own_deaths()
         for path in sorted(self.directory.glob("*.err")):
@@ -351,6 +358,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--operator", action=argparse.BooleanOptionalAction, default=True, help="add, drain and remove nodes"
     )
+    parser.add_argument("--ballast", type=int, default=Options.ballast, help="keys of 1 KB (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the directories of rounds without errors too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the reports of all rounds")
     return parser.parse_args()
@@ -363,7 +371,7 @@ def main() -> int:
     min_insync = options.min_insync or (1 if options.factor == 2 else min(2, options.factor))
     kinds = [options.kind] if options.kind else ["local", "linked"]
     only = tuple(options.only.split(",")) if options.only else ()
-    wanted = Options(options.clients, only, options.operator, options.keep)
+    wanted = Options(options.clients, only, options.operator, options.ballast, options.keep)
     reports: list[Report] = []
     left_s = options.minutes * 60
     while left_s > options.round_s / 2 or not reports:

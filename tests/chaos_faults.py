@@ -23,13 +23,14 @@ Rows = list[dict[str, Any]]
 
 # of a minute
 EVERY_MINUTE: Final = (
-    "kill_node", "kill_node", "kill_node", "kill_coordinator", "kill_coordinator_and_node", "restart_coordinator",
-    "stop_node", "stop_node",
+    "kill_node", "kill_node", "kill_in_snapshots", "kill_coordinator", "kill_coordinator_and_node",
+    "restart_coordinator", "stop_node", "stop_node",
 )  # fmt: skip
 SOMETIMES: Final = ("kill_two_nodes", "kill_all_nodes", "take_over_without_node", "stop_coordinator")  # two of them
 ON_LINKS: Final = ("cut", "cut_all", "flap", "stall", "delay", "half_open", "kill_who_is_ahead")  # two of them
 ON_DATA: Final = ("backup", "restore", "crowd")  # one of them
 CROWD: Final = 100
+BALLAST_BYTES: Final = 1000
 KEPT: Final = {f"kept-{n}": f"{n}" * 20 for n in range(200)}  # written once, backed up and restored
 CALM_S: Final = 4.0  # most faults wait so long for the one before to be healed
 WIPE_WAIT_S: Final = 15.0
@@ -124,6 +125,13 @@ class Faults:
         await asyncio.sleep(self.random.choice((0.0, 0.05, 0.5)))
         self.cluster.kill_node(second, self._pause_s())
 
+    async def kill_in_snapshots(self) -> None:
+        """All nodes begin to write snapshots of all shards, and one of them is killed meanwhile."""
+        for node in self.cluster.names:
+            self.cluster.signal_node(node, signal.SIGUSR1)
+        await asyncio.sleep(self.random.uniform(0.0, 0.4))
+        self.cluster.kill_node(self._any_node(), self._pause_s())
+
     async def kill_all_nodes(self) -> None:
         """SIGKILL of all nodes at once."""
         for node in self.random.sample(self.cluster.names, len(self.cluster.names)):
@@ -137,7 +145,12 @@ class Faults:
                 self.skipped_wipes += 1
                 return
             await asyncio.sleep(0.05)
-        self.cluster.wipe_node(self._any_node(), self._pause_s())
+        node = self._any_node()
+        self.cluster.wipe_node(node, self._pause_s())
+        if self.random.random() < 0.5:  # then another one, which may be the one that gives it its data
+            await asyncio.sleep(self.random.uniform(0.2, 1.5))
+            others = [each for each in self.cluster.names if each != node]
+            self.cluster.kill_node(self.random.choice(others), self._pause_s())
 
     async def _has_two_everywhere(self) -> bool:
         try:

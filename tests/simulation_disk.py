@@ -210,7 +210,7 @@ class NodeDisk:
         self.manifest.copies[stored.shard] = stored
         self._written[stored.shard, stored.generation] = stored
 
-    def publish(self, copy: Copy, base: Base, chains: list[int], kept: list[Logged]) -> None:
+    def publish(self, copy: Any, base: Base, chains: list[int], kept: list[Logged]) -> None:
         """A copy that was learned as a whole takes the place of the one that was there. Part of a job."""
         stored = Stored(self.node.name, copy.shard, copy.disk, copy.generation)
         stored.base, stored.chains, stored.kept = base, chains, kept
@@ -255,10 +255,6 @@ class NodeDisk:
             self._queue.append(job)
             self.flush()
         return job
-
-    def has_begun(self, job: _Job | None) -> bool:
-        """Whether this job is being done: it is too late to say that it shall not be."""
-        return job is not None and job is self._flight
 
     def flush(self) -> None:
         """Begin to write, if nothing is being written."""

@@ -10,6 +10,7 @@ served by exactly the wanted nodes, and they are equal.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.replication.cluster_map import ClusterMap
@@ -19,9 +20,12 @@ from tests.simulation_world import require
 
 if TYPE_CHECKING:
     from tests.simulation import Simulation
+    from tests.simulation_coordinator import SimCoordinator
     from tests.simulation_node import SimNode
 
 SETTLE_MS = 8_000  # everything completes in this time after the last fault
+DESTROYED_MAX = 2  # machines that are gone for good
+OPERATOR_MS = 150  # between two looks of the operator
 AWAY_MS = 1_000  # a node that ended is started again after that
 NODES_MAX = 6  # of a cluster
 MACHINES_MAX = 10  # over all, with those of nodes that were removed
@@ -41,7 +45,7 @@ class Faults:
             self.cut, self.partition, self.one_way, self.slow_path, self.untaken, self.slow_disk, self.kill_node,
             self.power_cut, self.wipe_node, self.pause_node, self.pause_coordinator, self.kill_coordinator,
             self.jump_clock, self.store_down, self.slow_store, self.isolate_coordinator, self.hello_twice,
-            self.administer, self.black_out, self.stop_node,
+            self.administer, self.black_out, self.stop_node, self.destroy_node,
         ]  # fmt: skip
         if simulation.shared:
             kinds += [self.rival, self.split]
@@ -51,6 +55,7 @@ class Faults:
         self.mean_ms = rng.choice((40, 80, 160))  # between two faults
         self.long = rng.choice((0.5, 1.0, self.mean_ms / 80))  # how long troubles last
         self.stopped = False
+        self._said_ms = 0  # when the operator looked after nodes that are destroyed
         self._calm_until_ms = 0  # nothing else strikes before
 
     @property
@@ -233,6 +238,36 @@ class Faults:
         """A node comes back with an empty disk."""
         return self._end_node(self._node(), "wiped", power=True, wipe=True)
 
+    def destroy_node(self) -> bool:
+        """A machine is gone for good, and an operator says so."""
+        node, cluster_map = self._node(), self.sim.oracles.map
+        if node is None or len(cluster_map.nodes) <= max(cluster_map.factor, 2) or not self._may_lose(node):
+            return False
+        if sum(each.is_destroyed for each in self.sim.nodes) >= DESTROYED_MAX:
+            return False
+        self.world.note(f"fault: {node.name} is destroyed")
+        node.kill(power=True, wipe=True)
+        node.is_destroyed = True
+        return True
+
+    def _say_what_is_destroyed(self) -> None:
+        """The operator, to whoever serves, until it is in the map."""
+        cluster_map = self.sim.oracles.map
+        for node in self.sim.nodes:
+            if not node.is_destroyed or node.name in cluster_map.destroyed or node.name not in cluster_map.nodes:
+                continue
+            for coordinator in self.sim.coordinators:
+                if coordinator.is_ready and not coordinator.paused and coordinator.controller is not None:
+                    heard = partial(self._heard, coordinator, node.name)
+                    coordinator.step(coordinator.controller.admin.forget, node.name, heard)
+                    return
+
+    def _heard(self, coordinator: SimCoordinator, name: str, answer: Any) -> None:
+        self.world.note(f"the operator, who says that {name} is destroyed, hears {answer}")
+        if "add a node" in str(answer) and coordinator.controller is not None:
+            port = MACHINES_MAX + len(self.sim.nodes)
+            coordinator.controller.admin.add_node("h", port, lambda added: self.world.note(f"added: {added}"))
+
     def stop_node(self) -> bool:
         """A node is stopped in order, and started again."""
         node = self._node()
@@ -264,7 +299,7 @@ class Faults:
         return True
 
     def _start(self, node: SimNode) -> None:
-        if not node.alive and node.name in self.sim.oracles.map.nodes:
+        if not node.alive and not node.is_destroyed and node.name in self.sim.oracles.map.nodes:
             node.start()
 
     def _may_lose(self, node: SimNode) -> bool:
@@ -386,6 +421,9 @@ class Faults:
                 self._start(node)
         if not any(each.alive for each in sim.coordinators) and (self.stopped or self.rng.random() < 0.4):
             self.rng.choice(sim.coordinators).start()
+        if self.world.now_ms - self._said_ms > OPERATOR_MS:
+            self._said_ms = self.world.now_ms
+            self._say_what_is_destroyed()
         self.world.at(20, self.supervise)
 
     def heal(self) -> None:

@@ -69,8 +69,6 @@ class _Pull:
         self.keys: list[bytes] = []
         self.cells: list[Any] = []
         self.moved_ms = 0
-        self.job: Any = None  # its publication
-        self.too_late = False  # it was given up when it was being published
 
 
 class SimNode(Process):
@@ -91,11 +89,13 @@ class SimNode(Process):
         self.snapshot_entries = world.rng.choice((50, 100, 300, 1_000))  # of a shard between two snapshots
         self.replica: Replica | None = None
         self.starts = 0
+        self.is_destroyed = False  # it never comes back
         self.ended_ms = 0  # when its process ended last
         self._link: _End | None = None
         self._link_number = 0
         self._pulls: dict[int, _Pull] = {}
         self._snapshots: set[int] = set()  # shards that are being written
+        self._catching_up = False  # the next slice of a buffer is due
 
     # --- life -----------------------------------------------------------------------------------------
 
@@ -119,6 +119,7 @@ class SimNode(Process):
         self._link_number = 0
         self._pulls = {}
         self._snapshots = set()
+        self._catching_up = False
         self.world.note(f"{self.name} starts: {[copy.report() for copy in copies]}")
 
     def kill(self, power: bool = False, wipe: bool = False) -> None:
@@ -256,22 +257,36 @@ class SimNode(Process):
         assert replica is not None
         kind, shard, *rest = frame
         if kind == FETCH:
-            end.send((ENTRIES, shard, rest[0], *replica.entries_after(shard, rest[0])))
+            self._fetch(end, shard, rest[0])
         elif kind == SHIP:
             error = replica.ship(shard, rest[0])
             copy = replica.copies.get(shard)
             position = (0, 0, 0) if copy is None else copy.table.position
             self._log(end)
             self.disk.job(None, partial(self._send_if_linked, end, (SHIPPED, shard, *position, error)))
+            self._changed()
         elif kind == PULL:
             self._pull(end, shard, rest[1], rest[2])
         else:
             raise AssertionError(f"a node does not know the frame {frame}")
 
+    def _fetch(self, end: _End, shard: int, after: int) -> None:
+        """The answer may need an index of many entries, which is made in slices."""
+        if end is not self._link or self.replica is None:
+            return
+        if not self.replica.kept.index_some():
+            self.later(2, self._fetch, end, shard, after)
+            return
+        end.send((ENTRIES, shard, after, *self.replica.entries_after(shard, after)))
+
     def _log(self, end: _End) -> None:
         """What was applied is logged."""
         replica = self.replica
         assert replica is not None
+        if replica.news:
+            for shard in replica.take_dropped():
+                self._stop_pull(shard)
+                self.disk.job(partial(self.disk.dropped, shard), _nothing)
         entries = replica.take_logged()
         for entry in entries:
             self.oracles.logged(self.name, replica.copies[entry[0]].disk, entry, replica.promised)
@@ -280,11 +295,30 @@ class SimNode(Process):
         if entries and self.mode != MEMORY:
             self._look_at_snapshots(entries[-1][0])
 
+    def _changed(self) -> None:
+        """Copies were changed without a batch: log it and tell it; what waits in buffers is applied in slices."""
+        end, replica = self._link, self.replica
+        if end is None or replica is None:
+            return
+        more = replica.catch_up(SMALL["LEARN_APPLY_ITEMS"])
+        self._log(end)
+        self._settle(end)
+        if more and not self._catching_up:
+            self._catching_up = True
+            self.later(2, self._catch_up)
+
+    def _catch_up(self) -> None:
+        self._catching_up = False
+        self._changed()
+
     def _settle(self, end: _End) -> None:
         """What else came of the last step."""
         replica = self.replica
         assert replica is not None
-        self._log(end)
+        self.disk.flush()
+        if not replica.news:
+            return
+        replica.news = False
         for shard in replica.take_learned():
             copy = replica.copies[shard]
             frame = (LEARNED, shard, copy.disk, copy.generation, *copy.table.position)
@@ -292,9 +326,6 @@ class SimNode(Process):
         for shard, reason in replica.take_failed():
             self._stop_pull(shard)
             end.send((LEARN_FAILED, shard, reason))
-        for shard in replica.take_dropped():
-            self._stop_pull(shard)
-            self.disk.job(partial(self.disk.dropped, shard), _nothing)
         self.disk.flush()
 
     def _send_if_linked(self, end: _End, frame: Any) -> None:
@@ -397,7 +428,7 @@ class SimNode(Process):
             self._loaded(pull, *frame[2], [tuple(entry) for entry in frame[3]])
 
     def _loaded(self, pull: _Pull, epoch: int, seq: int, chain: int, kept: list[Any]) -> None:
-        """All of it is here: publish it, and only then it is the copy of this node."""
+        """All of it is here: its file is stored, and only then it is the copy of this node."""
         replica, shard = self.replica, pull.shard
         assert replica is not None
         pull.connection.close(TO_CLIENT)
@@ -408,34 +439,35 @@ class SimNode(Process):
         copy = replica.loaded(shard, table, kept)
         if copy is None:
             self._pulls.pop(shard, None)
-            self._settle(pull.end)
+            self._changed()
             return
-        kept = [(shard, copy.generation, *entry[2:]) for entry in kept]
-        chains = self.oracles.history(shard, seq, chain)
-        named = _Named(copy)
+        mine = [(shard, copy.generation, *entry[2:]) for entry in kept]
+        wait_ms = self.world.rng.randrange(1, self.disk.sync_ms + 1) if self.mode != MEMORY else 0
+        self.later(wait_ms, self._stored, pull, _Named(copy), base, mine)
 
-        def published() -> None:
-            is_wanted = self._pulls.get(shard) is pull and replica.published(shard)
-            if self._pulls.get(shard) is pull:
-                del self._pulls[shard]
-            if is_wanted:
-                self._settle(pull.end)
-            else:  # the disk is to have what is in memory
-                copies = [_Named(each) for each in replica.copies.values()]
-                self.disk.job(partial(self.disk.found, copies), _nothing)
+    def _stored(self, pull: _Pull, copy: _Named, base: Base, kept: list[Any]) -> None:
+        """The file is durable. The manifest names it before anything is logged of the new copy."""
+        replica, shard = self.replica, pull.shard
+        assert replica is not None
+        if self._pulls.get(shard) is not pull:
+            return
+        del self._pulls[shard]
+        if replica.published(shard):
+            self._publish(copy, base, self.oracles.history(shard, base.seq, base.chain), kept)
+        self._changed()
 
+    def _publish(self, copy: _Named, base: Base, chains: list[int], kept: list[Any]) -> None:
         def publish() -> None:
-            if self._pulls.get(shard) is pull or pull.too_late:
-                self.disk.publish(named, base, chains, kept)
-                self.disk.manifest.generations[shard] = named.generation
+            self.disk.publish(copy, base, chains, kept)
+            self.disk.manifest.generations[copy.shard] = copy.generation
 
-        pull.job = self.disk.job(publish, published)
+        self.disk.job(publish, _nothing)
 
     def _lost_pull(self, pull: _Pull) -> None:
         if self._pulls.get(pull.shard) is pull:
             self._end_pull(pull)
             self._pull_failed(pull.shard)
-            self._settle(pull.end)
+            self._changed()
 
     def _pull_failed(self, shard: int) -> None:
         assert self.replica is not None
@@ -447,7 +479,6 @@ class SimNode(Process):
             self._end_pull(pull)
 
     def _end_pull(self, pull: _Pull) -> None:
-        pull.too_late = self.disk.has_begun(pull.job)
         del self._pulls[pull.shard]
         pull.connection.close(TO_CLIENT)
 

@@ -187,8 +187,8 @@ class Oracles:
             come = [member for member in row if member not in old.members[shard]]
             self.world.note(f"map {new.version}: {old.members[shard]} -> {row}", shard)
             if same_epoch and any(each.serves(shard, new.epoch) for each in self.coordinators):
-                is_renamed = len(gone) == len(come) == 1 and gone[0][0] == come[0][0]
-                one = len(gone) + len(come) <= 1 or is_renamed
+                in_its_place = len(gone) == len(come) == 1 and gone[0][0] in (come[0][0], *new.destroyed)
+                one = len(gone) + len(come) <= 1 or in_its_place
                 require(one, f"I7: {old.members[shard]} becomes {row}", shard)
             self.check_members(shard)
             self.look_for_ruin(shard)

@@ -646,7 +646,7 @@ async def test_restarted_node_and_restore(
     await kv.put_many(dict.fromkeys(keys_of_shards(cluster), "v"))
     await kv.backup("base")
     with monkeypatch.context() as patch:
-        patch.setattr(Membership, "_start_learner", lambda *_: None)
+        patch.setattr(Membership, "_can_learn", lambda *_: False)
         await kill_node(cluster, "n1")
         await restart_empty(cluster, "n1")
         await until(lambda: bad_shards(cluster.coordinator, "n1"), "the empty node")

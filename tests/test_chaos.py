@@ -25,7 +25,7 @@ FAULTS = ("kill_node", "kill_coordinator", "cut")
 
 async def test_a_short_run() -> None:
     """One round of faults on real processes breaks no promise."""
-    options = Options(clients=1, only=FAULTS, with_operator=False)
+    options = Options(clients=1, only=FAULTS, with_operator=False, ballast=100)
     report = await run_round(seed=8, seconds=ROUND_S, shape=Shape("linked"), options=options)
     assert report.broken == [], report.text()
     assert report.kills["node"] > 0 and report.kills["coordinator"] > 0 and report.calls > 200, report.text()

@@ -140,7 +140,8 @@ def test_a_node_that_hangs_during_a_restart(cluster: ProcessCluster) -> None:
 
 def test_nodes_elsewhere(cluster: ProcessCluster) -> None:
     """Nodes started by hand: a coordinator starts without one that is missing, which comes back later; one that is
-    destroyed is forgotten, another one takes its place, and after a restart of everything it all is so still."""
+    stopped is let go first, and forgotten when it was destroyed; another one takes its place, and after a restart of
+    everything it all is so still."""
     ports = [cluster.base_port + number for number in range(3)]
 
     def node(number: int) -> Command:
@@ -162,8 +163,10 @@ def test_nodes_elsewhere(cluster: ProcessCluster) -> None:
     pairs |= fill(url, "more", 50)
     nodes[3] = node(3)
     healed(url, "n3 in sync")
-    nodes[3].signal(signal.SIGKILL)
-    nodes[3].ended()
+    stop(nodes[3])
+    with kvtcp.sync.connect(url) as kv:
+        assert all(set(shard["insync"]) == {"n1", "n2"} for shard in kv.shards()), "it was let go before it ended"
+    assert "event=left-in-sync node=n3 shards=8 first=0 reason=it is about to stop" in command.err.read_text()
     shutil.rmtree(cluster.data / "n3")
     fourth = cluster.run("kvtcp-node", "--id", "n4", "--port", 0, "--data-dir", cluster.data / "n4")
     ports.append(int(fourth.ready().rpartition(":")[2].split()[0]))

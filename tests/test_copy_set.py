@@ -99,6 +99,24 @@ def test_a_copy_that_has_everything_is_live_at_once(donor: Replica, learner: Rep
     assert learner.take_learned() == [0] and learner.take_learned() == [] and not learner.learning
 
 
+@pytest.mark.parametrize("is_told", ["before", "after"])
+def test_what_a_copy_had_before_it_is_learned_may_be_uncommitted(is_told: str, learner: Replica) -> None:
+    """Ordinals say what members have: a node that is none is told nothing by them of the copy that it has, neither
+    before it is learned nor after."""
+    learner.hello(hello(epoch=2))
+    if is_told == "before":
+        batch(learner, 101, (AUDIT, []), commit=0)
+        assert learner.copies[0].commit == 2, "which is a mistake as long as it is no member's"
+    batch(learner, 101, (LEARN, 0, 0, 2, 2), commit=0 if is_told == "before" else -1)
+    assert learner.take_learned() == [0]
+    batch(learner, 102, (AUDIT, []), commit=0)
+    assert learner.copies[0].commit == 0
+    batch(learner, 103, put(0, 3), commit=2)
+    assert learner.copies[0].commit == 0 and len(learner.kept.of_shard(0)) == (1 if is_told == "before" else 3)
+    batch(learner, 104, (AUDIT, []), commit=4)
+    assert learner.copies[0].commit == 3 and learner.kept.of_shard(0) == []
+
+
 @pytest.mark.parametrize("state", ["absent", "incomplete", "ahead"])
 def test_a_copy_that_cannot_be_completed(learner: Replica, state: str) -> None:
     """There is none, it is not complete, or ends above the others: refused, and its items are passed over."""

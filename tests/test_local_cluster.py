@@ -121,13 +121,19 @@ async def test_another_coordinator() -> None:
         assert (await kv.status())["state"] == "ok"
 
 
-async def test_everything_restarted_in_memory() -> None:
-    """A cluster all of whose nodes were restarted is empty, and serves."""
+@pytest.mark.parametrize("also_coordinator", [True, False])
+async def test_everything_restarted_in_memory(also_coordinator: bool) -> None:
+    """A cluster all of whose nodes ended at the same time is empty, and serves again by itself."""
     async with LocalCluster(nodes=3, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
         await kv.put_many({f"k{n}": b"v" for n in range(50)})
         for node in ("n1", "n2", "n3"):
+            await cluster.kill_node(node)
+        for node in ("n1", "n2", "n3"):
             await cluster.restart_node(node)
-        await cluster.restart_coordinator()
+        if also_coordinator:
+            await cluster.restart_coordinator()
+        else:
+            await until(lambda: not cluster.coordinator.degraded())
         assert await kv.count() == 0
         await kv.put("a", "1")
         assert (await kv.status())["state"] == "ok"

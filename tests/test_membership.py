@@ -133,6 +133,25 @@ def test_the_last_linked_member_is_not_removed(first: str) -> None:
     assert world.row() == [first]
 
 
+def test_a_removal_is_thought_over_when_the_store_failed() -> None:
+    """R6: n1 may leave while n2 is good. The store takes nothing for a while, and n2 is lost: now n1 has to stay."""
+    world = World(2, 2, min_insync=1)
+    write(world)
+    world.store.is_held = True
+    world.down("n1")
+    world.run(2 * LINK_GRACE_MS)
+    assert world.sent is not None
+    world.sent = None
+    world.controller.changes.on_failed(OSError("no space"), now_ms=world.now_ms)
+    world.down("n2")
+    world.release_store()
+    world.run(10 * LINK_GRACE_MS + MAP_RESEND_MS)
+    assert world.row() == ["n1", "n2"] and world.controller.membership.evictions == 0
+    world.up("n2")
+    world.run(LINK_GRACE_MS)
+    assert world.row() == ["n2"]
+
+
 def test_two_nodes_are_lost_at_once() -> None:
     """I7: one leaves after the other; the second when the first change is known to be stored."""
     world = World(3, 3, min_insync=1)

@@ -711,3 +711,19 @@ def test_nothing_is_waited_for_that_cannot_come() -> None:
     around.lose("n2")
     around.report("n2", copy(5))
     assert around.served == {0: (5, 105)}
+
+
+def test_a_removal_is_thought_over_when_its_turn_comes() -> None:
+    """R6: a silent member may be removed while a good one is linked. If that one is lost, or lost its data, before the
+    map is changed, the silent one may be the last that is good."""
+    around = begin(copy(5), None, cluster_map=make_map(nodes=2, factor=2, shards=1))
+    around.lose("n2")
+    around.wait()
+    assert around.state() == CHANGING
+    around.lose("n1")
+    around.report("n1", copy(disk="other"))
+    around.store()
+    assert around.map.nodes_of(0) == ["n1", "n2"] and 0 not in around.served
+    around.report("n2", copy(5))
+    around.store()
+    assert around.map.nodes_of(0) == ["n2"] and around.served == {0: (5, 105)}

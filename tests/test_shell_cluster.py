@@ -110,3 +110,20 @@ def test_administration(shell: RealShell, backup_dir: Path) -> None:
     assert (shell.run("verify", str(backup_dir / "b1")), shell.out) == (7, b"")
     assert damaged.name in shell.err
     assert shell.run("delete", "a") == 0
+
+
+def test_changes_of_the_cluster(shell: RealShell) -> None:
+    """What cannot be done now is refused with the cluster's own sentence; an even cluster has nothing to move."""
+    assert (shell.run("rebalance", "dry-run", "-o", "json"), json.loads(shell.out)["moves"]) == (0, [])
+    for words, sentence in (
+        (("node", "drain", "n1"), "without n1 there are 2 nodes for a replication factor of 3; add a node first"),
+        (("node", "remove", "n2"), "n2 holds 16 shards; drain it first"),
+        (("node", "forget", "n3", "destroyed", "yes"), "n3 is linked: a node that answers is not destroyed"),
+        (("node", "add", "a..b:1"), "start the new node there with --id n4, then add it"),
+        (("node", "drain", "n9"), "there is no node n9; the nodes are n1, n2, n3"),
+        (("shard", "accept-loss", "0", "yes"), "shard 0 is not down: nothing is lost"),
+    ):
+        assert (shell.run(*words), shell.out) == (6, b""), words
+        assert sentence in shell.err
+    assert shell.run("nodes", "-o", "table") == 0
+    assert shell.out.decode().splitlines()[-1] == "3 nodes: 3 up"

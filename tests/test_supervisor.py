@@ -62,6 +62,8 @@ async def test_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await ask(port)).kind == "silent", "it may be a node that is stopped, or a stranger: nobody knows"
     async with listener(b"") as port:
         assert (await ask(port)).kind == "silent", "or one that was killed just now"
+    for host in ("a..b", "h" * 100):
+        assert (await who_is_there(host, 1, "n1", "c", "s")).kind == "silent", "no name of a host"
     for answer in (b"HTTP/1.1 400 Bad Request\r\n", b"\xce\x00\x00\x00\x01\x01", b"\xce\xff\xff\xff\xff"):
         async with listener(answer) as port:
             assert (await ask(port)).kind == "foreign"

@@ -176,6 +176,9 @@ class CopySet:
         else:
             learning = Learning(shard, last_seq, copy.disk, copy.generation, copy)
             learning.is_ready = copy.table.seq == last_seq
+            # As long as it was no member it may have been told that more is committed than is.
+            copy.commit = 0
+            self.kept.set_aside(shard)
             answer = [copy.disk, copy.generation, True, *copy.table.position]
         self.tables.pop(shard, None)
         self.learning[shard] = learning

@@ -212,7 +212,7 @@ class Membership:
             and shard.number not in self.changing
             and link in shard.acked
             and len(shard.members) > self._around.map.min_insync
-            and any(other is not link and other.connected for other in shard.good)
+            and _leaves_a_good_one(shard, link)
         )
 
     def evict(self, link: Progress, shards: Iterable[ShardState], why: str, level: str = "warning") -> int:
@@ -220,15 +220,22 @@ class Membership:
         leaving = [shard for shard in shards if self.may_leave(shard, link)]
         if leaving:
             numbers = [shard.number for shard in leaving]
+            left: list[ShardState] = []
+
+            def edit(old: ClusterMap) -> ClusterMap:
+                # The store may have taken its time, or have failed: the last good member may be another one now (R6).
+                left[:] = [shard for shard in leaving if _leaves_a_good_one(shard, link)]
+                return old.without([shard.number for shard in left], link.node)
 
             def stored() -> None:
                 self.changing.difference_update(numbers)
-                self._around.sequencer.leave(leaving, link)
-                self.left(link.node, numbers[0], len(numbers), why, level)
+                if left:
+                    self._around.sequencer.leave(left, link)
+                    self.left(link.node, left[0].number, len(left), why, level)
                 self.work_on(numbers)
 
             self.changing.update(numbers)
-            self._around.propose_rows(numbers, lambda old: old.without(numbers, link.node), stored)
+            self._around.propose_rows(numbers, edit, stored)
         return len(leaving)
 
     def left(self, node: str, first: int, count: int, why: str, level: str = "warning") -> None:
@@ -472,3 +479,8 @@ class Membership:
 def _is_unsettled(shard: ShardState, wanted: Collection[str]) -> bool:
     """Whether there may be something to do for the shard."""
     return bool(shard.bad or shard.learners) or {link.node for link in shard.members} != set(wanted)
+
+
+def _leaves_a_good_one(shard: ShardState, link: Progress) -> bool:
+    """Whether a member known to be good, that is good and linked, is there without this one."""
+    return any(other is not link and other.connected for other in shard.good)

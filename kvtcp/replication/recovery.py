@@ -147,6 +147,7 @@ class _Change:
     shard: _Shard
     disks: dict[str, str] = field(default_factory=dict)
     removed: dict[str, str] = field(default_factory=dict)
+    is_made: bool = True  # the members were removed indeed
 
 
 class Recovery:
@@ -372,18 +373,22 @@ class Recovery:
         self._changes.append(change)
 
     def _propose(self) -> None:
-        """The changes of this step are one change of the map: a node that is missing is so in thousands of shards."""
+        """The changes of this step are one change of the map: a missing node may be one in thousands of shards."""
         if not self._changes:
             return
         changes, self._changes = self._changes, []
         disks = {change.shard.number: change.disks for change in changes if change.disks}
-        removed: dict[str, list[int]] = {}
-        for change in changes:
-            for node in change.removed:
-                removed.setdefault(node, []).append(change.shard.number)
 
         def edit(old: ClusterMap) -> ClusterMap:
             new = old.with_disks(disks)
+            removed: dict[str, list[int]] = {}
+            for change in changes:
+                # The store may have taken its time, or have failed: is one of the good members still known to be good?
+                change.is_made = any(
+                    self._has(node, change.shard.number, copy.disk) for node, copy in change.shard.good.items()
+                )
+                for node in change.removed if change.is_made else ():
+                    removed.setdefault(node, []).append(change.shard.number)
             for node, numbers in removed.items():
                 new = new.without(numbers, node)
             return new
@@ -399,7 +404,7 @@ class Recovery:
         """It is stored."""
         shard = change.shard
         self._around.row_changed(shard.number)
-        for node, why in change.removed.items():
+        for node, why in change.removed.items() if change.is_made else ():
             self._removed.setdefault(node, []).append((shard.number, why))
         shard.state = WAITING
         if shard.again:
@@ -436,6 +441,12 @@ class Recovery:
             self._start_some()
         else:
             self._repair_or_finish(shard)
+
+    def _has(self, node: str, number: int, disk: str) -> bool:
+        """Whether the node is linked, and has this copy."""
+        report = self._around.reports.get(node)
+        copy = None if report is None else report.copies.get(number)
+        return copy is not None and copy.disk == disk
 
     def _choose_best(self, shard: _Shard) -> bool:
         best = max(shard.good.values(), key=_order)

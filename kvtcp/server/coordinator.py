@@ -35,7 +35,7 @@ from kvtcp.constants import (
     TICK_MS,
     WRITE_WAIT_MS,
 )
-from kvtcp.errors import AdminError
+from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.link import Report
 from kvtcp.replication.cluster_admin import ClusterAdmin, Done
 from kvtcp.replication.cluster_map import ClusterMap
@@ -46,7 +46,9 @@ from kvtcp.server import status
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms
+from kvtcp.server.runtime import join_address
 from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
+from kvtcp.server.supervisor import who_is_there
 from kvtcp.server.write_times import WriteTimes
 
 log = logging.getLogger("kvtcp.coordinator")
@@ -90,7 +92,6 @@ class CoordinatorServer:
         self.backups = Backups(self, config.backup_dir)
         self.links = {node: NodeLink(self, node) for node in self.map.nodes}
         self.progressed_at = self.loop.time()  # when a node last reported
-        self.on_node_added: Callable[[str], None] = lambda node: None
         self.on_node_removed: Callable[[str], None] = lambda node: None
         self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
         self.sessions: set[ClientSession] = set()
@@ -428,7 +429,6 @@ class CoordinatorServer:
             elif kind == "add":
                 link = self.links[node] = NodeLink(self, node)
                 self._start_link(link)
-                self.on_node_added(node)
             else:
                 link = self.links.pop(node)
                 link.stop_node()
@@ -485,6 +485,20 @@ class CoordinatorServer:
 
     def node_add(self, session: Session, ident: int, host: str, port: int) -> None:
         """A node at this address becomes one of the cluster."""
+        self._start_task(self._add_node(session, ident, host, port), "node add")
+
+    async def _add_node(self, session: Session, ident: int, host: str, port: int) -> None:
+        """A wrong address would be a node for ever that is never linked, and keep the next coordinator from starting:
+        look who is there before."""
+        node = f"n{self.map.last_node + 1}"
+        if (host, port) not in self.map.nodes.values():  # else it is refused below
+            found = await who_is_there(host, port, node, self.map.cluster, self.secret)
+            self.begin()  # a tick, at whose end the answer leaves
+            if found.kind != "ours":
+                what = f"is {found.what}" if found.what else "nobody answers"
+                text = f"at {join_address(host, port)} {what}; start the new node there with --id {node}, then add it"
+                session.fail(ident, Code.REFUSED, text, {})
+                return
         self._change(session, ident, lambda admin, done: admin.add_node(host, port, done))
 
     def node_drain(self, session: Session, ident: int, node: str) -> None:

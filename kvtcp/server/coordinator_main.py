@@ -455,7 +455,8 @@ class Coordinator:
                 raise StartError(
                     f"after {START_S:.0f} s these nodes had not reported: {', '.join(missing)}"
                     if missing
-                    else f"for {START_S:.0f} s no node answered the takeover"
+                    else f"for {START_S:.0f} s the takeover did not come further: "
+                    + (self._keeper.changes.trouble or "no node answered")
                 )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):

@@ -188,7 +188,7 @@ class NodeLink:
                 await self._connect(connection)
                 backoff_ms = BACKOFF_MIN_MS
                 await connection.lost.wait()
-            except (OSError, TimeoutError) as error:
+            except (OSError, TimeoutError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
                 refused = isinstance(error, ConnectionRefusedError)
                 reason = "connection refused" if refused else str(error) or "no answer in time"
                 self.server.link_failed(self, reason)

@@ -74,7 +74,7 @@ async def first_answer(host: str, port: int, frame: tuple[Any, ...]) -> Any:
             reader, writer = await asyncio.open_connection(host, port)
     except ConnectionRefusedError:
         return Found("free")
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
         return Found("silent", f"something that does not answer ({error or 'time-out'})")
     try:
         writer.write(FrameEncoder().encode(frame))

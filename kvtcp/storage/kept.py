@@ -147,6 +147,17 @@ class KeptEntries:
         stay = [(ordinal, [e for e in entries if e[0] != shard]) for ordinal, _, entries in chain(*batches)]
         self._replace([(ordinal, sum([len(e[4]) for e in entries]), entries) for ordinal, entries in stay if entries])
 
+    def set_aside(self, shard: int) -> None:
+        """The copy is being learned: what it has so far counts as if it were shipped, so no ordinal of this link says
+        that it is committed. The coordinator tells ordinals by what members have, and this one is none."""
+        entries = self.of_shard(shard)
+        if entries:
+            self._shipped.pop(shard, None)
+            batches = (self._older, self._looked_at, self._batches)
+            stay = [(ordinal, [e for e in found if e[0] != shard]) for ordinal, _, found in chain(*batches)]
+            self._replace([(ordinal, sum([len(e[4]) for e in found]), found) for ordinal, found in stay if found])
+            self.add_shipped(shard, entries)
+
     def of_shard(self, shard: int) -> list[Logged]:
         """The entries of a shard that may be uncommitted, in order."""
         return [entry for _, _, entries in self._all() for entry in entries if entry[0] == shard]
