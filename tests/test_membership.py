@@ -4,6 +4,7 @@ checks with every stored map that no in-sync set gets too small or changes by mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from kvtcp.constants import (
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LEAVE
 from kvtcp.protocol.operations import DONATE, DROP, INCR, LEARN, PUT, UNLEARN
+from kvtcp.replication import membership
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
 from kvtcp.replication.map_changes import Outcome
@@ -572,6 +574,31 @@ def test_few_learners_at_a_time_from_one_donor() -> None:
     assert [len(each) for each in by_donor.values()] == [LEARNERS_PER_DONOR_MAX] * 2
     for each in by_donor.values():
         assert sorted(learner.phase for learner in each) == [FREEZING] * (LEARNERS_PER_DONOR_MAX - 1) + [PULLING]
+    world.nodes["n3"].holds_pulls = False
+    settled(world)
+
+
+def test_shards_with_a_free_donor_do_not_wait_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most wait for the same donor: a few of them are looked at in every step, then the others have their turn."""
+    monkeypatch.setattr(membership, "DONOR_MISSES_MAX", 2)
+    busy, free = 3 * LEARNERS_PER_DONOR_MAX, 2
+    rows = [["n1", "n3"]] * busy + [["n2", "n3"]] * free
+
+    def founding(old: ClusterMap) -> ClusterMap:
+        members = tuple(tuple((node, "") for node in row) for row in rows)
+        return replace(old, members=members, wanted=tuple(map(tuple, rows)))
+
+    world = World(3, 2, shards=busy + free, min_insync=1, changes=founding)
+    write(world)
+    whole(world)
+    world.replace("n3")
+    world.run(LINK_GRACE_MS)
+    world.nodes["n3"].holds_pulls = True
+    world.up("n3")
+    for _ in range(busy // 2 + 1):
+        world.tick(1)
+    donors = [learner.donor.node for learner in world.controller.membership.learners()]
+    assert donors.count("n1") == LEARNERS_PER_DONOR_MAX and donors.count("n2") == free
     world.nodes["n3"].holds_pulls = False
     settled(world)
 
