@@ -229,8 +229,6 @@ class World:
         self.nodes: dict[str, Node] = {}
         self._tokens = count(1)
         self.take_over()
-        for node in addresses:
-            self.nodes[node] = Node(self, node)
         if up:
             self.up(*self.nodes)
             self.pump()
@@ -314,6 +312,9 @@ class World:
             stamp_before_ms=before.stamp_bound_ms, new_token=lambda: b"token%d" % next(self._tokens),
         )  # fmt: skip
         self.begin()
+        for node in self.map.nodes:
+            if node not in self.nodes:
+                self.nodes[node] = Node(self, node)
 
     def check(self) -> None:
         """The cores check themselves."""

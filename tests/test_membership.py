@@ -651,6 +651,25 @@ def test_a_learner_that_fails_is_tried_again_later_and_later() -> None:
     assert world.controller.membership.nodes["n3"].failures == 0
 
 
+def test_learners_that_fail_together_fail_once() -> None:
+    """All of a donor that was lost: the pause is that of one failure."""
+    world = World(3, 2, shards=4, min_insync=1, wanted=2)
+    write(world)
+    whole(world)
+    world.nodes["n3"].holds_pulls = True
+    want(world, *[["n1", "n3"]] * 4)
+    world.pump()
+    donors = {learner.donor.node for learner in world.controller.membership.learners()}
+    assert len(world.controller.membership.learners()) == 4 and donors == {"n1", "n2"}
+    world.down("n1", "n2")
+    failed = world.words("learner-failed")
+    assert [fields["again_in_ms"] for fields in failed] == [2 * BACKOFF_MIN_MS] * 4
+    assert world.controller.membership.nodes["n3"].failures == 1
+    world.up("n1", "n2")
+    world.nodes["n3"].holds_pulls = False
+    settled(world)
+
+
 @pytest.mark.parametrize("stored", [True, False])
 def test_the_outcome_of_a_join_is_not_known(stored: bool) -> None:
     """R2: it is one of E from the step in which it joined, whatever is stored."""
