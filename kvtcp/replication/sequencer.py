@@ -177,7 +177,6 @@ class Sequencer(Members):
         assert not any(link.connected for link in shard.good), "nobody is there who could acknowledge anything"
         self.stop_serving(number, reason)
         shard.pending.clear()
-        shard.due.clear()
         shard.joining.clear()
         for link in shard.members:
             shard.mark(link, "")
