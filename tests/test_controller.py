@@ -8,7 +8,6 @@ from itertools import count
 from typing import Any
 
 import pytest
-from controller_world import Node, World
 
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
@@ -18,6 +17,10 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.map_changes import Outcome
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
+from tests.controller_walk import walk
+from tests.controller_world import Node, World
+
+WALKS = 40
 
 
 def state(world: World, number: int = 0) -> str:
@@ -706,3 +709,9 @@ def test_the_map_is_the_one_that_is_stored() -> None:
     world.release_store()
     assert world.map.restoring == b"x" == ClusterMap.from_json(world.store.value).restoring
     assert not world.nodes["n1"].frames or world.nodes["n1"].frames[-1][0] != STOP
+
+
+def test_random_walks() -> None:
+    """Frame by frame, with everything that can happen at any moment, and an operator who asks for everything."""
+    for seed in range(WALKS):
+        walk(seed)

@@ -434,9 +434,11 @@ class Membership:
     def learner_failed(self, learner: Learner, why: str) -> None:
         """Try again after a while."""
         state = self.nodes[learner.link.node]
-        state.failures += 1
-        wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
-        state.learns_after_ms = max(state.learns_after_ms, self._now_ms + wait_ms)
+        if state.learns_after_ms <= self._now_ms:  # else another one failed just now: of a node they fail together
+            state.failures += 1
+            wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
+            state.learns_after_ms = self._now_ms + wait_ms
+        wait_ms = state.learns_after_ms - self._now_ms
         number, node = learner.shard.number, learner.link.node
         self._around.event("warning", "learner-failed", shard=number, node=node, reason=why, again_in_ms=wait_ms)
         self._around.sequencer.detach(learner.shard, learner.link)
