@@ -342,6 +342,59 @@ def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
     world.assert_equal()
 
 
+def test_a_number_is_not_given_twice_in_an_epoch() -> None:
+    """All copies turned out to be bad, and a good one comes that lacks numbers which were given: another epoch may give
+    them again, this one may not."""
+    world = World(2, 2, min_insync=1)
+    world.put("kept")
+    world.pump()
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = True
+    world.put("pending")
+    world.flush()
+    world.down("n1", "n2")
+    before = list(world.nodes["n2"].replica.copies.values())
+    world.replace("n1")
+    world.replace("n2")
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = False
+    world.up("n1", "n2")
+    world.run(2_000)
+    assert state(world) == DOWN
+    world.down("n2")
+    world.nodes["n2"].copies = before
+    world.nodes["n2"].start()
+    world.up("n2")
+    world.run(500)
+    assert state(world) == DOWN and "restart the coordinator" in world.shards[0].reason
+    world.down("n1", "n2")
+    world.take_over()
+    world.up("n1", "n2")
+    world.run(1_500)
+    assert world.shards[0].serving and world.shards[0].last_seq == 1
+    world.assert_equal()
+
+
+def test_a_shard_waits_for_a_good_member_that_may_come() -> None:
+    """The others lost their data: what was given and is on its way to it keeps its numbers."""
+    world = World(2, 2)
+    world.put("kept")
+    world.pump()
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = True
+    world.put("pending")
+    world.flush()
+    world.down("n1", "n2")
+    world.replace("n1")
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = False
+    world.up("n1")
+    world.run(3_000)
+    assert world.shards[0].serving and 0 not in world.controller.recovery.shards
+    world.up("n2")
+    world.run(1_000)
+    world.put("next")
+    world.pump()
+    assert world.answers.ok["next"] == 3
+    world.assert_equal()
+
+
 def test_shards_of_a_run_in_memory_with_one_copy_left() -> None:
     """Nothing began anew there: who has the data gives it to the other."""
     world = World(2, 2, durability="memory")

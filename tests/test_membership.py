@@ -454,31 +454,41 @@ def test_the_only_good_member_is_lost_while_it_gives_its_copy() -> None:
 
 
 def test_nobody_is_left_who_has_the_data() -> None:
-    """R9: the shard is not served any more, and says why; what waits and what comes is refused. When a member that has
-    the data is back, it is served again, with everything that it had."""
+    """R9: the shard is not served any more, and says why; what waits and what comes is refused. Others go on."""
     world = World(2, 2, shards=2)
     write(world)
     whole(world)
     world.put("pending")
     world.flush()
-    world.down("n1")
+    world.replace("n1", 0)
     world.replace("n2", 0)
-    world.up("n2")
+    world.up("n1", "n2")
     world.put("waits")
     world.run(RECOVER_WAIT_MS - 2 * TICK_MS)
     assert world.shards[0].serving and "waits" not in world.answers
     world.run(3 * RECOVER_WAIT_MS)
     assert world.controller.recovery.shards.keys() == {0} and world.controller.recovery.shards[0].state == DOWN
-    assert world.words("shard-down")[-1] == {
-        "shard": 0, "reason": "none of its members has its data: n2 came back without its data; n1 is missing",
-    }  # fmt: skip
+    why = "none of its members has its data: n1 came back without its data; n2 came back without its data"
+    assert world.words("shard-down")[-1] == {"shard": 0, "reason": why}
     assert world.answers.failed["pending"][0] == Code.UNKNOWN
     world.get("refused")
     assert world.answers.failed["refused"][0] == Code.SHARD_DOWN
-    assert world.shards[1].serving, "both of its members have what is theirs, though one is away"
-    world.up("n1")
-    settled(world)
+    assert world.shards[1].serving, "both of its members have what is theirs"
+
+
+def test_a_member_that_is_destroyed_is_not_waited_for() -> None:
+    """The other one lost its data: the shard is down when the operator says that this one will not come."""
+    world = World(2, 2, min_insync=1)
     write(world)
+    world.down("n1")
+    world.replace("n2")
+    world.up("n2")
+    world.run(3 * RECOVER_WAIT_MS)
+    assert world.shards[0].serving, "it may come"
+    world.controller.admin.forget("n1", lambda answer: None)
+    world.run(3 * RECOVER_WAIT_MS)
+    assert world.controller.recovery.shards[0].state == DOWN
+    assert "n1 was declared destroyed" in world.shards[0].reason
 
 
 def test_a_member_without_its_data_where_there_is_one() -> None:

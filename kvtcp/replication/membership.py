@@ -286,19 +286,21 @@ class Membership:
         return False
 
     def _hand_back_lost(self) -> None:
-        """R9: a shard with members that lost their data, or are destroyed, and for RECOVER_WAIT_MS no good one that is
-        linked: nobody can be replaced. The recovery says that it is down, and judges it when a good one comes."""
+        """R9: a shard all of whose members have lost their data, or are destroyed, for RECOVER_WAIT_MS: nobody can be
+        replaced. The recovery says that it is down. As long as a good one may come back the shard stays here: numbers
+        that were given in this epoch are on their way to it."""
         lost: dict[int, int] = {}
         for number in sorted(self.unsettled):
             shard = self._shards[number]
-            if not shard.serving or number in self.changing or any(link.connected for link in shard.good):
+            if not shard.serving or number in self.changing:
                 continue
-            if shard.bad or any(link.node in self._around.map.destroyed for link in shard.members):
-                lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
-                if self._now_ms - since_ms >= RECOVER_WAIT_MS:
-                    for learner in list(shard.learners.values()):
-                        learner.fail("its shard is recovered anew")
-                    self._around.hand_back(number, "none of its members that are linked has its data")
+            if any(link.node not in self._around.map.destroyed for link in shard.good):
+                continue
+            lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
+            if self._now_ms - since_ms >= RECOVER_WAIT_MS:
+                for learner in list(shard.learners.values()):
+                    learner.fail("its shard is recovered anew")
+                self._around.hand_back(number, "none of its members has its data")
         self._lost_since_ms = lost
 
     def _evict_bad(self, shard: ShardState) -> None:
