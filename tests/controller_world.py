@@ -452,7 +452,8 @@ class World:
                 if node in self.nodes and not self.nodes[node].is_paused:
                     self.deliver(node)
             busy = self.changes.is_busy and not self.store.is_held and self.changes.due_ms <= self.now_ms
-            idle = all(self.nodes[node].is_paused or not self.nodes[node].inbox for node in names if node in self.nodes)
+            linked = [self.nodes[node] for node in names if node in self.controller.reports]
+            idle = all(node.is_paused or not node.inbox for node in linked)
             quiet = not any(self.sequencer.links[node].open for node in names if node in self.sequencer.links)
             if not said and not busy and idle and quiet:
                 return
