@@ -66,26 +66,29 @@ class Result:
 
 
 class Simulation:
-    """One run. Wrong versions of its parts are given as subclasses (see `simulation_mistakes`)."""
+    """One run. `fixed` are properties of the run that are not drawn: "liveness", "mode", "shared", "factor",
+    "min_insync", and "kinds", the names of the faults that are on."""
 
     coordinator_class = SimCoordinator
     node_class = SimNode
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, **fixed: Any) -> None:
         self.seed = seed
         self.world = world = World(seed)
         rng = world.rng
-        self.liveness = seed % 2 == 1
-        self.mode = rng.choice((SYNC, SYNC, SYNC, OS, MEMORY))
-        self.shared = rng.random() < 0.6
+        self.liveness = fixed.get("liveness", seed % 2 == 1)
+        self.mode = fixed.get("mode", rng.choice((SYNC, SYNC, SYNC, OS, MEMORY)))
+        self.shared = fixed.get("shared", rng.random() < 0.6)
         count = rng.randint(3, 5)
         factor = rng.choice((1, 2, 2, 3, 3, 3)) if self.mode == SYNC else rng.choice((2, 3, 3))
+        factor = fixed.get("factor", factor)
+        min_insync = rng.choice((1, factor, rng.randint(1, factor))) if factor > 1 else 1
         self.network = Network(world)
         names = [f"n{number}" for number in range(1, count + 1)]
         cluster_map = ClusterMap.found(
             cluster="c", owner="founder", shards=rng.randint(2, 6), factor=factor,
-            min_insync=rng.choice((1, factor, rng.randint(1, factor))) if factor > 1 else 1,
-            durability=self.mode, nodes={name: ("h", port) for port, name in enumerate(names, 1)}, stamp_bound_ms=0,
+            min_insync=fixed.get("min_insync", min_insync), durability=self.mode, stamp_bound_ms=0,
+            nodes={name: ("h", port) for port, name in enumerate(names, 1)},
         )  # fmt: skip
         self.oracles = Oracles(world, cluster_map)
         self.store = SimStore(world, cluster_map.to_json(), self.shared, self.oracles.stored)
@@ -102,7 +105,7 @@ class Simulation:
         self.clients = Clients(world, self.oracles, self.coordinators, cluster_map.shards)
         for coordinator in self.coordinators:
             coordinator.clients = self.clients
-        self.faults = Faults(self)
+        self.faults = Faults(self, fixed.get("kinds"))
 
     def add_node(self, name: str, port: int) -> SimNode:
         """A new machine with a node."""
@@ -200,10 +203,10 @@ class Simulation:
                 require(stored.seq == table.seq, f"I13: {node} has {stored.seq} on its disk", number)
 
 
-def run_seed(seed: int, simulation_class: type[Simulation] = Simulation) -> Result:
+def run_seed(seed: int, simulation_class: type[Simulation] = Simulation, **fixed: Any) -> Result:
     """One seed, whatever comes of it."""
     result = Result(seed)
-    simulation = simulation_class(seed)
+    simulation = simulation_class(seed, **fixed)
     with small_limits():
         try:
             simulation.run()

@@ -10,6 +10,7 @@ served by exactly the wanted nodes, and they are equal.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ LOOK_MS = 40  # between two looks whether it has
 class Faults:
     """What goes wrong with a simulation."""
 
-    def __init__(self, simulation: Simulation) -> None:
+    def __init__(self, simulation: Simulation, names: Collection[str] | None = None) -> None:
+        """With `names` these kinds are on."""
         self.sim = simulation
         self.world = simulation.world
         self.rng = rng = simulation.world.rng
@@ -53,6 +55,8 @@ class Faults:
         self.kinds = [kind for kind in kinds if rng.random() < 0.5]
         if simulation.shared and self.rival not in self.kinds and rng.random() < 0.5:
             self.kinds.append(self.rival)
+        if names is not None:
+            self.kinds = [kind for kind in kinds if kind.__name__ in names]
         self.mean_ms = rng.choice((40, 80, 160))  # between two faults
         self.long = rng.choice((0.5, 1.0, self.mean_ms / 80))  # how long troubles last
         self.stopped = False

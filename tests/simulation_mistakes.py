@@ -74,17 +74,18 @@ class Mistake:
     name: str
     rule: str
     plant: Planter
+    fixed: dict[str, Any]  # what of a run is not drawn, so that it does not take too many of them
 
 
 MISTAKES: dict[str, Mistake] = {}
 
 
-def mistake(rule: str) -> Callable[[Planter], Planter]:
+def mistake(rule: str, **fixed: Any) -> Callable[[Planter], Planter]:
     """The function plants a mistake of its own name."""
 
     def register(plant: Planter) -> Planter:
         name = plant.__name__
-        MISTAKES[name] = Mistake(name, rule, plant)
+        MISTAKES[name] = Mistake(name, rule, plant, fixed)
         return plant
 
     return register
@@ -108,7 +109,7 @@ def planted(name: str) -> Iterator[None]:
 def run_with(name: str, seed: int) -> Result:
     """A seed with a mistake."""
     with planted(name):
-        return run_seed(seed, Unchecked)
+        return run_seed(seed, Unchecked, **MISTAKES[name].fixed)
 
 
 # --- R1: commit -----------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ def no_node_epoch_check(garden: Garden) -> None:
     before = garden.put(Replica, "hello", hello)
 
 
-@mistake("R5")
+@mistake("R5", shared=True, factor=2, mode="sync", kinds=("split", "rival", "kill_node", "pause_coordinator"))
 def epoch_volatile(garden: Garden) -> None:
     """The promise does not survive the process."""
 
@@ -442,7 +443,7 @@ def swap_in_recovery(garden: Garden) -> None:
     before = garden.put(Recovery, "_down", down)
 
 
-@mistake("R6")
+@mistake("R6", min_insync=1, factor=2, mode="sync", kinds=("wipe_node", "kill_coordinator", "partition", "kill_node"))
 def remove_last_good(garden: Garden) -> None:
     """A silent member is removed before a good one has answered."""
 
@@ -457,7 +458,7 @@ def remove_last_good(garden: Garden) -> None:
     before = garden.put(Recovery, "_down", down)
 
 
-@mistake("R6")
+@mistake("R6", mode="sync", factor=3, kinds=("kill_coordinator", "kill_node", "black_out", "slow_disk", "cut"))
 def judged_while_shipping(garden: Garden) -> None:
     """A shard that starts over is judged by what its members had before they were sent entries."""
 
@@ -509,7 +510,7 @@ def wiped_member_is_good(garden: Garden) -> None:
     before = garden.put(Controller, "node_up", node_up)
 
 
-@mistake("R9")
+@mistake("R9", liveness=True, mode="sync", factor=2, min_insync=2, kinds=("wipe_node", "kill_coordinator", "cut"))
 def bad_member_never_kept(garden: Garden) -> None:
     """A bad member that cannot be removed is waited for, for ever."""
     garden.put(Controller, "repair", lambda self, number, seq, bad: None)
@@ -565,7 +566,7 @@ def reconnect_by_position(garden: Garden) -> None:
 # --- R7, R8: logs ------------------------------------------------------------------------------------------------
 
 
-@mistake("R7")
+@mistake("R7", shared=True, mode="sync", factor=3, kinds=("split", "rival", "partition", "cut", "slow_disk"))
 def seq_only(garden: Garden) -> None:
     """Histories are told apart by numbers alone."""
 
@@ -785,13 +786,13 @@ def read_absent_early(garden: Garden) -> None:
     before = garden.put(Answers, "_hold", hold)
 
 
-@mistake("R11 c")
+@mistake("R11 c", shared=True, factor=3, min_insync=1, kinds=("split", "one_way"))
 def read_no_confirm(garden: Garden) -> None:
     """Reads are not confirmed although the store is shared."""
     garden.put(SimCoordinator, "confirming_class", Sequencer)
 
 
-@mistake("R11 c")
+@mistake("R11 c", shared=True, factor=2, min_insync=1, kinds=("split", "kill_node", "slow_store", "cut"))
 def confirm_isr_only(garden: Garden) -> None:
     """Reads are confirmed by the members that the map names, not by those of E."""
 
@@ -807,7 +808,7 @@ def confirm_isr_only(garden: Garden) -> None:
     garden.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
 
 
-@mistake("R11 c")
+@mistake("R11 c", shared=True, factor=3, min_insync=1, kinds=("split", "one_way"))
 def one_confirmation_is_enough(garden: Garden) -> None:
     """A read is confirmed by any one member."""
 
@@ -819,7 +820,7 @@ def one_confirmation_is_enough(garden: Garden) -> None:
     garden.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
 
 
-@mistake("R11 c")
+@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "wipe_node", "rival"))
 def new_disk_confirms(garden: Garden) -> None:
     """A node confirms whatever disk it has."""
 
@@ -958,7 +959,7 @@ def waiting_without_bound(garden: Garden) -> None:
     before = garden.put(Sequencer, "_wait", wait)
 
 
-@mistake("I10")
+@mistake("I10", shared=True, mode="sync", factor=3, kinds=("split", "rival", "partition", "cut", "wipe_node"))
 def kept_recent_of_another_copy(garden: Garden) -> None:
     """Entries of a copy that was replaced are shipped as if they were those of the new one."""
     garden.put(KeptEntries, "forget", lambda self, shard: None)

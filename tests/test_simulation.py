@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,11 +212,8 @@ def disk_of(mode: str, seed: int) -> tuple[World, Owner, NodeDisk, Table]:
     disk = NodeDisk(owner, mode, {})
     table = Table(0)
 
-    class Named:
-        shard, disk, generation = 0, disk.new_disk(), 1
-
-    Named.table = table  # type: ignore[attr-defined]
-    disk.found([Named])  # type: ignore[list-item]
+    named: Any = SimpleNamespace(shard=0, disk=disk.new_disk(), generation=1, table=table)
+    disk.found([named])
     return world, owner, disk, table
 
 

@@ -288,7 +288,7 @@ class Controller:
         """
         if self._own[0] is not self.map:
             self._own = (self.map, {node for node, report in self.reports.items() if self._is_own(node, report)})
-        heard = {node: self._heard[node] for node in self._own[1]}
+        heard = {node: self._heard[node] for node in sorted(self._own[1])}
         return lambda old: edit(old).with_heard(heard)
 
     def _is_own(self, node: str, report: Report) -> bool:
