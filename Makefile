@@ -31,7 +31,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # all scopes of the model of the replication rules: about ten minutes of one core; `make test` has the smaller ones
 model: $(READY)

@@ -13,6 +13,7 @@ BENCH = ["BTrees>=6.0", "sortedcontainers>=2.4"]
 TEST = [
     "pytest>=8.0",
     "pytest-asyncio>=0.24",
+    "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "coverage>=7.5",
     "ruff>=0.6",

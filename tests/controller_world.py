@@ -13,8 +13,6 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from replication_fakes import STAMP_MAX_MS, Answers, wire
-
 from kvtcp.constants import TICK_MS
 from kvtcp.protocol.link import (
     BATCH,
@@ -39,6 +37,7 @@ from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
+from tests.replication_fakes import STAMP_MAX_MS, Answers, wire
 
 CLUSTER = b"12345678"
 
@@ -230,8 +229,6 @@ class World:
         self.nodes: dict[str, Node] = {}
         self._tokens = count(1)
         self.take_over()
-        for node in addresses:
-            self.nodes[node] = Node(self, node)
         if up:
             self.up(*self.nodes)
             self.pump()
@@ -315,6 +312,9 @@ class World:
             stamp_before_ms=before.stamp_bound_ms, new_token=lambda: b"token%d" % next(self._tokens),
         )  # fmt: skip
         self.begin()
+        for node in self.map.nodes:
+            if node not in self.nodes:
+                self.nodes[node] = Node(self, node)
 
     def check(self) -> None:
         """The cores check themselves."""
@@ -452,7 +452,8 @@ class World:
                 if node in self.nodes and not self.nodes[node].is_paused:
                     self.deliver(node)
             busy = self.changes.is_busy and not self.store.is_held and self.changes.due_ms <= self.now_ms
-            idle = all(self.nodes[node].is_paused or not self.nodes[node].inbox for node in names if node in self.nodes)
+            linked = [self.nodes[node] for node in names if node in self.controller.reports]
+            idle = all(node.is_paused or not node.inbox for node in linked)
             quiet = not any(self.sequencer.links[node].open for node in names if node in self.sequencer.links)
             if not said and not busy and idle and quiet:
                 return

@@ -23,7 +23,9 @@ from kvtcp.server.identity import lock_holder
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 20.0
 T = TypeVar("T")
-_ports = itertools.count(10_000 + os.getpid() * 37 % 15_000)
+# tests that run side by side have ranges of their own
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2
+_ports = itertools.count(10_000 + _WORKER * 8_000 + os.getpid() * 37 % 6_500)
 
 
 def wait_for(look: Callable[[], T], what: str, deadline_s: float = DEADLINE_S) -> T:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from controller_world import World
 
 from kvtcp.constants import LINK_GRACE_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT, INCR
 from kvtcp.replication.recovery import DOWN
+from tests.controller_world import World
 
 
 def audit(world: World) -> None:

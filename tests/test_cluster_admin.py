@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from controller_world import World
 
 from kvtcp.constants import LINK_GRACE_MS, NODES_MAX, RECOVER_WAIT_MS
 from kvtcp.errors import AdminError, Code
@@ -15,6 +14,7 @@ from kvtcp.protocol.operations import DONATE, DROP
 from kvtcp.replication.cluster_admin import ClusterAdmin
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.recovery import DOWN
+from tests.controller_world import World
 
 Request = Callable[[ClusterAdmin, Callable[[Any], None]], None]
 

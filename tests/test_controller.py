@@ -8,7 +8,6 @@ from itertools import count
 from typing import Any
 
 import pytest
-from controller_world import Node, World
 
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
@@ -18,6 +17,10 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.map_changes import Outcome
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
+from tests.controller_walk import walk
+from tests.controller_world import Node, World
+
+WALKS = 40
 
 
 def state(world: World, number: int = 0) -> str:
@@ -336,6 +339,59 @@ def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
     world.put("new")
     world.pump()
     assert world.answers.ok["new"] > done[0]["goes_on_at"]
+    world.assert_equal()
+
+
+def test_a_number_is_not_given_twice_in_an_epoch() -> None:
+    """All copies turned out to be bad, and a good one comes that lacks numbers which were given: another epoch may give
+    them again, this one may not."""
+    world = World(2, 2, min_insync=1)
+    world.put("kept")
+    world.pump()
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = True
+    world.put("pending")
+    world.flush()
+    world.down("n1", "n2")
+    before = list(world.nodes["n2"].replica.copies.values())
+    world.replace("n1")
+    world.replace("n2")
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = False
+    world.up("n1", "n2")
+    world.run(2_000)
+    assert state(world) == DOWN
+    world.down("n2")
+    world.nodes["n2"].copies = before
+    world.nodes["n2"].start()
+    world.up("n2")
+    world.run(500)
+    assert state(world) == DOWN and "restart the coordinator" in world.shards[0].reason
+    world.down("n1", "n2")
+    world.take_over()
+    world.up("n1", "n2")
+    world.run(1_500)
+    assert world.shards[0].serving and world.shards[0].last_seq == 1
+    world.assert_equal()
+
+
+def test_a_shard_waits_for_a_good_member_that_may_come() -> None:
+    """The others lost their data: what was given and is on its way to it keeps its numbers."""
+    world = World(2, 2)
+    world.put("kept")
+    world.pump()
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = True
+    world.put("pending")
+    world.flush()
+    world.down("n1", "n2")
+    world.replace("n1")
+    world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = False
+    world.up("n1")
+    world.run(3_000)
+    assert world.shards[0].serving and 0 not in world.controller.recovery.shards
+    world.up("n2")
+    world.run(1_000)
+    world.put("next")
+    world.pump()
+    assert world.answers.ok["next"] == 3
     world.assert_equal()
 
 
@@ -706,3 +762,9 @@ def test_the_map_is_the_one_that_is_stored() -> None:
     world.release_store()
     assert world.map.restoring == b"x" == ClusterMap.from_json(world.store.value).restoring
     assert not world.nodes["n1"].frames or world.nodes["n1"].frames[-1][0] != STOP
+
+
+def test_random_walks() -> None:
+    """Frame by frame, with everything that can happen at any moment, and an operator who asks for everything."""
+    for seed in range(WALKS):
+        walk(seed)

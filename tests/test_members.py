@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from controller_world import World
 from replication_fakes import Cluster
 
 from kvtcp.constants import LINK_GRACE_MS, WRITE_WAIT_MS
@@ -16,6 +15,7 @@ from kvtcp.replication import admission
 from kvtcp.replication.members import part_of
 from kvtcp.replication.multi_read import count_read
 from kvtcp.replication.progress import Batch, Progress
+from tests.controller_world import World
 
 
 def leave(cluster: Cluster, node: str, *numbers: int) -> None:

@@ -4,10 +4,10 @@ checks with every stored map that no in-sync set gets too small or changes by mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from controller_world import World
 
 from kvtcp.constants import (
     BACKOFF_MIN_MS,
@@ -23,10 +23,12 @@ from kvtcp.constants import (
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LEAVE
 from kvtcp.protocol.operations import DONATE, DROP, INCR, LEARN, PUT, UNLEARN
+from kvtcp.replication import membership
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
 from kvtcp.replication.map_changes import Outcome
 from kvtcp.replication.recovery import DOWN
+from tests.controller_world import World
 
 
 def wanted(*rows: list[str]) -> Callable[[ClusterMap], ClusterMap]:
@@ -452,31 +454,41 @@ def test_the_only_good_member_is_lost_while_it_gives_its_copy() -> None:
 
 
 def test_nobody_is_left_who_has_the_data() -> None:
-    """R9: the shard is not served any more, and says why; what waits and what comes is refused. When a member that has
-    the data is back, it is served again, with everything that it had."""
+    """R9: the shard is not served any more, and says why; what waits and what comes is refused. Others go on."""
     world = World(2, 2, shards=2)
     write(world)
     whole(world)
     world.put("pending")
     world.flush()
-    world.down("n1")
+    world.replace("n1", 0)
     world.replace("n2", 0)
-    world.up("n2")
+    world.up("n1", "n2")
     world.put("waits")
     world.run(RECOVER_WAIT_MS - 2 * TICK_MS)
     assert world.shards[0].serving and "waits" not in world.answers
     world.run(3 * RECOVER_WAIT_MS)
     assert world.controller.recovery.shards.keys() == {0} and world.controller.recovery.shards[0].state == DOWN
-    assert world.words("shard-down")[-1] == {
-        "shard": 0, "reason": "none of its members has its data: n2 came back without its data; n1 is missing",
-    }  # fmt: skip
+    why = "none of its members has its data: n1 came back without its data; n2 came back without its data"
+    assert world.words("shard-down")[-1] == {"shard": 0, "reason": why}
     assert world.answers.failed["pending"][0] == Code.UNKNOWN
     world.get("refused")
     assert world.answers.failed["refused"][0] == Code.SHARD_DOWN
-    assert world.shards[1].serving, "both of its members have what is theirs, though one is away"
-    world.up("n1")
-    settled(world)
+    assert world.shards[1].serving, "both of its members have what is theirs"
+
+
+def test_a_member_that_is_destroyed_is_not_waited_for() -> None:
+    """The other one lost its data: the shard is down when the operator says that this one will not come."""
+    world = World(2, 2, min_insync=1)
     write(world)
+    world.down("n1")
+    world.replace("n2")
+    world.up("n2")
+    world.run(3 * RECOVER_WAIT_MS)
+    assert world.shards[0].serving, "it may come"
+    world.controller.admin.forget("n1", lambda answer: None)
+    world.run(3 * RECOVER_WAIT_MS)
+    assert world.controller.recovery.shards[0].state == DOWN
+    assert "n1 was declared destroyed" in world.shards[0].reason
 
 
 def test_a_member_without_its_data_where_there_is_one() -> None:
@@ -576,6 +588,31 @@ def test_few_learners_at_a_time_from_one_donor() -> None:
     settled(world)
 
 
+def test_shards_with_a_free_donor_do_not_wait_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most wait for the same donor: a few of them are looked at in every step, then the others have their turn."""
+    monkeypatch.setattr(membership, "DONOR_MISSES_MAX", 2)
+    busy, free = 3 * LEARNERS_PER_DONOR_MAX, 2
+    rows = [["n1", "n3"]] * busy + [["n2", "n3"]] * free
+
+    def founding(old: ClusterMap) -> ClusterMap:
+        members = tuple(tuple((node, "") for node in row) for row in rows)
+        return replace(old, members=members, wanted=tuple(map(tuple, rows)))
+
+    world = World(3, 2, shards=busy + free, min_insync=1, changes=founding)
+    write(world)
+    whole(world)
+    world.replace("n3")
+    world.run(LINK_GRACE_MS)
+    world.nodes["n3"].holds_pulls = True
+    world.up("n3")
+    for _ in range(busy // 2 + 1):
+        world.tick(1)
+    donors = [learner.donor.node for learner in world.controller.membership.learners()]
+    assert donors.count("n1") == LEARNERS_PER_DONOR_MAX and donors.count("n2") == free
+    world.nodes["n3"].holds_pulls = False
+    settled(world)
+
+
 def test_a_donor_that_is_lost() -> None:
     """The learner is told to forget what it set aside, and begins anew with another donor."""
     world = World(4, 4)
@@ -622,6 +659,25 @@ def test_a_learner_that_fails_is_tried_again_later_and_later() -> None:
     world.nodes["n3"].holds_pulls = False
     settled(world)
     assert world.controller.membership.nodes["n3"].failures == 0
+
+
+def test_learners_that_fail_together_fail_once() -> None:
+    """All of a donor that was lost: the pause is that of one failure."""
+    world = World(3, 2, shards=4, min_insync=1, wanted=2)
+    write(world)
+    whole(world)
+    world.nodes["n3"].holds_pulls = True
+    want(world, *[["n1", "n3"]] * 4)
+    world.pump()
+    donors = {learner.donor.node for learner in world.controller.membership.learners()}
+    assert len(world.controller.membership.learners()) == 4 and donors == {"n1", "n2"}
+    world.down("n1", "n2")
+    failed = world.words("learner-failed")
+    assert [fields["again_in_ms"] for fields in failed] == [2 * BACKOFF_MIN_MS] * 4
+    assert world.controller.membership.nodes["n3"].failures == 1
+    world.up("n1", "n2")
+    world.nodes["n3"].holds_pulls = False
+    settled(world)
 
 
 @pytest.mark.parametrize("stored", [True, False])

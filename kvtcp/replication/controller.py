@@ -322,9 +322,10 @@ class Controller:
         self.membership.learner_is_live(learner)
 
     def hand_back(self, number: int, why: str) -> None:
-        """Membership: no linked member of a served shard is good."""
+        """Membership: no member of a served shard is good."""
+        given = self.sequencer.shards[number].last_seq
         self.sequencer.hand_back(number, why)
-        self.recovery.take_back(number)
+        self.recovery.take_back(number, given)
 
     # --- for the recovery ---------------------------------------------------------------------------
 

@@ -286,19 +286,21 @@ class Membership:
         return False
 
     def _hand_back_lost(self) -> None:
-        """R9: a shard with members that lost their data, or are destroyed, and for RECOVER_WAIT_MS no good one that is
-        linked: nobody can be replaced. The recovery says that it is down, and judges it when a good one comes."""
+        """R9: a shard all of whose members have lost their data, or are destroyed, for RECOVER_WAIT_MS: nobody can be
+        replaced. The recovery says that it is down. As long as a good one may come back the shard stays here: numbers
+        that were given in this epoch are on their way to it."""
         lost: dict[int, int] = {}
         for number in sorted(self.unsettled):
             shard = self._shards[number]
-            if not shard.serving or number in self.changing or any(link.connected for link in shard.good):
+            if not shard.serving or number in self.changing:
                 continue
-            if shard.bad or any(link.node in self._around.map.destroyed for link in shard.members):
-                lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
-                if self._now_ms - since_ms >= RECOVER_WAIT_MS:
-                    for learner in list(shard.learners.values()):
-                        learner.fail("its shard is recovered anew")
-                    self._around.hand_back(number, "none of its members that are linked has its data")
+            if any(link.node not in self._around.map.destroyed for link in shard.good):
+                continue
+            lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
+            if self._now_ms - since_ms >= RECOVER_WAIT_MS:
+                for learner in list(shard.learners.values()):
+                    learner.fail("its shard is recovered anew")
+                self._around.hand_back(number, "none of its members has its data")
         self._lost_since_ms = lost
 
     def _evict_bad(self, shard: ShardState) -> None:
@@ -434,9 +436,11 @@ class Membership:
     def learner_failed(self, learner: Learner, why: str) -> None:
         """Try again after a while."""
         state = self.nodes[learner.link.node]
-        state.failures += 1
-        wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
-        state.learns_after_ms = max(state.learns_after_ms, self._now_ms + wait_ms)
+        if state.learns_after_ms <= self._now_ms:  # else another one failed just now: of a node they fail together
+            state.failures += 1
+            wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
+            state.learns_after_ms = self._now_ms + wait_ms
+        wait_ms = state.learns_after_ms - self._now_ms
         number, node = learner.shard.number, learner.link.node
         self._around.event("warning", "learner-failed", shard=number, node=node, reason=why, again_in_ms=wait_ms)
         self._around.sequencer.detach(learner.shard, learner.link)

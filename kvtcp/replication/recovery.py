@@ -26,7 +26,8 @@ Two exceptions, in which new disks enter the map at once: a shard in which nothi
 empty copy as in any other; and if the last run kept its data in memory and all members are new and empty, they are what
 the end of that run has left, and the shard begins anew.
 
-A shard that was served comes back here when no good member of it is linked any more, and one lost its data.
+A shard that was served comes back here when all its members have lost their data, or are destroyed. What is good of it
+may come still; but a number that was given in this epoch is not given to another entry in it.
 
 If the link of a member breaks, its shard starts over; what was shipped stays shipped, and what is on its way to be
 is waited for.
@@ -122,6 +123,7 @@ class _Shard:
         self.since_ms: int | None = None  # when the wait for reports began; None = at the next look
         self.again = False  # while a change of the map is on its way: a link broke, start over after it
         self.differ = False  # DOWN because good members have different histories
+        self.given = 0  # last number that was given in this epoch, which must not be given to other entries in it
         self.found: dict[str, str] = {}  # members found bad while shipping, and why
         self.good: dict[str, CopyReport] = {}
         self.bad: dict[str, str] = {}
@@ -166,9 +168,10 @@ class Recovery:
         """Whether every shard that is not served waits for something that may take long."""
         return all(shard.state in (DOWN, REPAIRING) for shard in self.shards.values())
 
-    def take_back(self, number: int) -> None:
-        """A shard that was served has no good member any more that is linked."""
-        self.shards[number] = _Shard(number)
+    def take_back(self, number: int, given: int) -> None:
+        """A shard that was served has no good member any more; `given` is the last number that was given to it."""
+        shard = self.shards[number] = _Shard(number)
+        shard.given = given
 
     def begin(self, number: int) -> None:
         """A shard starts over: a member of it was replaced, or it is down and is judged anew."""
@@ -362,6 +365,7 @@ class Recovery:
         if not empty or not (never_written or ended or (is_founding and len(empty) == size)):
             return False
         if ended:
+            shard.given = 0  # nobody has any of it
             around.began_empty(shard.number)
         self._change(shard, _Change(shard, disks=dict(empty)))
         return True
@@ -457,6 +461,12 @@ class Recovery:
             why = f"its members differ: {names} end at number {best.seq} with different histories"
             self._around.alarm(f"shard {shard.number}: {why}")
             self._down(shard, why)
+            return False
+        if best.seq < shard.given:
+            self._down(
+                shard, f"numbers up to {shard.given} were given in this epoch, and {shard.donors[0]} has those up to "
+                f"{best.seq}: restart the coordinator, which begins another epoch",
+            )  # fmt: skip
             return False
         shard.seq, shard.chain = best.seq, best.chain
         for node, copy in list(shard.good.items()):
