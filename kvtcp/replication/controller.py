@@ -364,6 +364,11 @@ class Controller:
         self.emptied.append(number)
         self.event("warning", "began-empty", shard=number, reason="the last run kept its data in memory")
 
+    def begin_empty(self, number: int, given: int) -> None:
+        """A shard of a run in memory begins anew while the coordinator runs, with other numbers."""
+        self.sequencer.set_members(number, self.map.nodes_of(number))
+        self.admin.begin_empty(number, given)
+
     def add_action(self, *action: Any) -> None:
         """Something else for the shell to do."""
         self._actions.append(action)
