@@ -346,6 +346,31 @@ def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
     world.assert_equal()
 
 
+def test_a_copy_is_lost_again_before_it_is_known_to_be_a_member() -> None:
+    """It was to take the place of a destroyed one; the map names it, and it is not there any more."""
+    world = World(3, 2, wanted=2)
+    world.put("kept")
+    world.pump()
+    world.down("n1", "n2", "n3")
+    world.take_over()
+    world.up("n1", "n3")
+    world.run(2 * RECOVER_WAIT_MS)
+    assert state(world) == DOWN
+    world.controller.admin.forget("n2", lambda answer: setattr(world.store, "is_held", True))
+    world.run(500)
+    assert state(world) == REPAIRING and world.controller.repair_in_flight(0)
+    world.replace("n3")
+    world.up("n3")
+    world.pump()
+    world.release_store()
+    assert not world.shards[0].serving, "the map names a copy that is lost"
+    world.run(2_000)
+    world.put("new")
+    world.pump()
+    assert world.answers.ok["new"] == 2
+    world.assert_equal()
+
+
 def test_a_number_is_not_given_twice_in_an_epoch() -> None:
     """All copies turned out to be bad, and a good one comes that lacks numbers which were given: another epoch may give
     them again, this one may not."""
