@@ -189,7 +189,7 @@ def test_changes_of_the_cluster(served: Served) -> None:
     assert served.ask(b"shard_accept_loss", 8) == (
         Code.BAD_REQUEST, "shard must be from 0 to 7, not 8", {"shard": 8}
     )  # fmt: skip
-    assert len(served.administration.calls) == 7
+    assert len(served.administration.calls) == 8
 
 
 @pytest.mark.parametrize(

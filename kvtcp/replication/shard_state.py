@@ -195,8 +195,8 @@ class ClusterState:
         self.now_ms = now_ms
 
     def end_time(self) -> int:
-        """The coordinator ends in peace: no stamp is given above the last one, which is returned, whatever bound is still
-        stored."""
+        """The coordinator ends in peace: whatever bound is still stored, no stamp is given above the last one, which is
+        returned."""
         self._time_ended = True
         self.stamp_bound_ms = self.stamp_ms
         return self.stamp_ms
