@@ -150,7 +150,7 @@ async def wait_whole(kv: Any, wait_s: float = WHOLE_S) -> float:
         try:
             status = await kv.status(timeout=1.0)
             said = status["degraded"]
-            if status["state"] == "ok" and not status.get("moving") and not status.get("learning"):
+            if status["state"] == "ok" and not status["moving"] and not status["learning"]:
                 return time.monotonic()
         except KvtcpError as error:
             said = error

@@ -51,6 +51,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # of the last minute before: what else the machine had to do
         "packages": versions,
     }
 
@@ -220,7 +221,8 @@ def main() -> int:
         parser.error(f"unknown suite {sorted(unknown)[0]!r}; there are {', '.join(SUITES)}")
     about = machine()
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
-    print(f"kvtcp {about['commit']}, Python {about['python']}, {about['cpu']}, {about['cores']} cores, {packages}")
+    cores = f"{about['cores']} cores, load {about['load']:.1f}"
+    print(f"kvtcp {about['commit']}, Python {about['python']}, {about['cpu']}, {cores}, {packages}")
     if options.quick:
         print("quick: an indication only")
     runners = {

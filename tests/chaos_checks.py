@@ -46,6 +46,7 @@ class History:
         self.undecided = 0  # keys whose search went over the budget
         self.keys_checked = 0
         self.late_s = 0.0
+        self.lag_s = 0.0  # how late the processes of the clients were themselves
 
     def read(self, path: Path) -> None:
         """Add the file of one client."""
@@ -53,6 +54,7 @@ class History:
             line = json.loads(text)
             if type(line) is dict:
                 self.late_s = max(self.late_s, line["late_s"])
+                self.lag_s = max(self.lag_s, line["lag_s"])
                 self.outcomes.update(line["counts"])
                 continue
             self.by_key[line[1]].append(line)

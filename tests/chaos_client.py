@@ -21,7 +21,8 @@ executed) or "unknown" (OutcomeUnknown, cancelled, or not answered at the end: m
   and for how long, is seen in them whatever the others wait for.
 
 Some calls are cancelled after a moment, some have short timeouts. The last line tells of the process: `late_s` is by
-how much the slowest answer came after its timeout, `counts` the outcomes of calls that had the usual timeout.
+how much the slowest answer came after its timeout, `lag_s` how late the event loop was at most, `counts` the outcomes
+of calls that had the usual timeout.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ COLD_WORKERS: Final = 4
 COLD_BYTES: Final = 200
 COLD_PAUSE_S: Final = 0.02
 PROBE_S: Final = 0.1
+LAG_TICK_S: Final = 0.05
 
 
 class Recorder:
@@ -61,6 +63,7 @@ class Recorder:
         self.random = random.Random(seed)
         self.lines: list[list[Any]] = []
         self.late_s = 0.0  # by how much an answer came after its timeout, at most
+        self.lag_s = 0.0  # how late this process itself was, at most
         self.counts: Counter[str] = Counter()
         self.open: dict[int, list[Any]] = {}  # calls under way: they end as unknown
 
@@ -96,12 +99,19 @@ class Recorder:
         self.lines.append(line)
         return line[5] if line[6] == "ok" else None
 
+    async def watch_lag(self) -> None:
+        """Notice when this process does not run."""
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(LAG_TICK_S)
+            self.lag_s = max(self.lag_s, time.monotonic() - began - LAG_TICK_S)
+
     def dump(self, path: str) -> None:
         """Write everything down."""
         with open(path, "w", encoding="utf-8") as file:
             for line in [*self.lines, *self.open.values()]:
                 file.write(json.dumps(line) + "\n")
-            file.write(json.dumps({"late_s": self.late_s, "counts": self.counts}) + "\n")
+            file.write(json.dumps({"late_s": self.late_s, "lag_s": self.lag_s, "counts": self.counts}) + "\n")
 
 
 class Worker:
@@ -307,7 +317,8 @@ async def work(url: str, seed: int, name: str, path: str) -> None:
     recorder = Recorder(seed)
     async with kvtcp.connect(url, timeout=TIMEOUT_S, name=name) as kv:
         names = [f"{name}{letter}" for letter in "abcdefgh"[:WORKERS]]
-        jobs = [Worker(kv, recorder, own, names).run() for own in names]
+        jobs: list[Any] = [recorder.watch_lag()]
+        jobs += [Worker(kv, recorder, own, names).run() for own in names]
         jobs += cold_jobs(kv, recorder, name, seed, with_probes=name == "c0")
         workers = [asyncio.ensure_future(job) for job in jobs]
         stopping = asyncio.ensure_future(stop.wait())

@@ -53,10 +53,14 @@ class OwnNode:
     port: int
     proxy: Proxy
     command: Command
-    is_wanted: bool = True  # it is started again when it ends
-    pause_s: float = 0.1  # before that
-    keeper: asyncio.Task[None] | None = None
+    pause_s: float = 0.1  # before it is started again
+    keeper: asyncio.Task[None] | None = None  # which starts it again when it ends
     codes: list[int] = field(default_factory=list)  # with which it ended
+
+    def let_go(self) -> None:
+        """It is not started again: what `command` is now is its last process."""
+        if self.keeper is not None:
+            self.keeper.cancel()
 
 
 class ChaosCluster:
@@ -108,8 +112,6 @@ class ChaosCluster:
             while own.command.process.poll() is None:
                 await asyncio.sleep(POLL_S)
             own.codes.append(own.command.process.returncode)
-            if not own.is_wanted:
-                return
             await asyncio.sleep(own.pause_s)
             own.command = self._node_process(node, own.port)
 
@@ -229,7 +231,7 @@ class ChaosCluster:
         """The end of a node that was removed: its coordinator told it to stop, if it was there to hear it."""
         own = self.own.pop(node)
         self.names.remove(node)
-        own.is_wanted = False
+        own.let_go()
         if own.command.process.poll() is None:
             own.command.signal(signal.SIGCONT)  # no fault reaches it any more, the end of one neither
         await self._ended(own.command, 1.0)
@@ -263,7 +265,7 @@ class ChaosCluster:
         """Stop everything in order. Raises Broken if something does not end well."""
         await self.terminate_coordinator()
         for own in self.own.values():
-            own.is_wanted = False
+            own.let_go()
             if own.command.process.poll() is None:
                 own.command.signal(signal.SIGTERM)
         for node, own in self.own.items():
@@ -274,9 +276,7 @@ class ChaosCluster:
     async def close(self) -> None:
         """End whatever still runs."""
         for own in self.own.values():
-            own.is_wanted = False
-            if own.keeper is not None:
-                own.keeper.cancel()
+            own.let_go()
         commands = [own.command for own in self.own.values()]
         if self.coordinator is not None:
             commands.insert(0, self.coordinator)

@@ -36,11 +36,6 @@ CALM_S: Final = 4.0  # most faults wait so long for the one before to be healed
 WIPE_WAIT_S: Final = 15.0
 
 
-def insync(row: dict[str, Any]) -> set[str]:
-    """The nodes that hold everything that was acknowledged of a shard."""
-    return set(row.get("insync", row["nodes"]))
-
-
 class Faults:
     """What can happen to a cluster."""
 
@@ -96,12 +91,12 @@ class Faults:
         """Whether `status` finds nothing wrong, and every shard is where it shall be."""
         try:
             status = await self.kv.status(timeout=1.0)
-            if status["state"] != "ok" or status.get("moving") or status.get("learning"):
+            if status["state"] != "ok" or status["moving"] or status["learning"]:
                 return False
             rows = await self.kv.shards(timeout=1.0)
         except KvtcpError:
             return False
-        return all(insync(row) == set(row.get("wanted", row["nodes"])) for row in rows)
+        return all(set(row["insync"]) == set(row["wanted"]) for row in rows)
 
     async def wait_whole(self, wait_s: float) -> bool:
         """Wait until nothing is wrong any more; whether that came to be."""
@@ -158,8 +153,8 @@ class Faults:
             shards: Rows = await self.kv.shards(timeout=1.0)
         except KvtcpError:
             return False
-        up = {row["node"] for row in nodes if row["state"] in ("linked", "up", "learning", "draining")}
-        return all(row["state"] in ("ok", "under-replicated") and len(up & insync(row)) >= 2 for row in shards)
+        up = {row["node"] for row in nodes if row["state"] in ("up", "learning", "draining")}
+        return all(row["state"] in ("ok", "under-replicated") and len(up & set(row["insync"])) >= 2 for row in shards)
 
     # --- the coordinator ----------------------------------------------------------------------------
 

@@ -243,7 +243,7 @@ class SimCoordinator(Process):
         controller, changes = self.controller, self.changes
         if controller is None or changes is None:
             return
-        controller.sequencer.stamp_bound_ms = stamp_ms = controller.sequencer.stamp_ms
+        stamp_ms = controller.sequencer.end_time()
         self._leaving = True
         changes.propose(lambda old: old.with_last_stamp(stamp_ms), lambda _: self.later(1, self.kill))
         self.later(LEAVE_MS, self.kill)

@@ -34,7 +34,7 @@ async def test_a_short_run() -> None:
 def read(path: Path, lines: list[list[Any]]) -> History:
     """These calls as a history."""
     file = path / "history.jsonl"
-    end = {"late_s": 0.0, "counts": {"ok": 3, "refused": 1}}
+    end = {"late_s": 0.0, "lag_s": 0.0, "counts": {"ok": 3, "refused": 1}}
     file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, end]))
     history = History()
     history.read(file)

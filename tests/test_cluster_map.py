@@ -237,9 +237,11 @@ def test_json_of_a_map_without_learners() -> None:
     """A map of the version before has none of the new fields: its members are where they shall be."""
     cluster_map = replace(make_map(3, 2, shards=5), version=9, epoch=4)
     older = json.loads(cluster_map.to_json())
-    for name in ("wanted", "draining", "destroyed", "last_node"):
+    for name in ("wanted", "draining", "destroyed", "last_node", "heard"):
         del older[name]
-    assert ClusterMap.from_json(json.dumps(older).encode()) == cluster_map
+    older["heard_version"] = 8
+    heard = {"n1": 8, "n2": 8, "n3": 8}
+    assert ClusterMap.from_json(json.dumps(older).encode()) == replace(cluster_map, heard=heard)
     older["nodes"]["n3"] = "here"
     with pytest.raises(MapError, match="nodes of the cluster map cannot be"):
         ClusterMap.from_json(json.dumps(older).encode())
@@ -325,7 +327,9 @@ ROW = [["n1", "d"], ["n2", "d"]]
         (damaged(stamp_bound_ms=-1), "stamp_bound_ms of the cluster map cannot be -1"),
         (damaged(restoring="xy"), "restoring of the cluster map cannot be 'xy'"),
         (damaged(restoring=1), "restoring of the cluster map cannot be 1"),
-        (damaged(heard_version=-1), "heard_version of the cluster map cannot be -1"),
+        (damaged(heard={"n1": -1}), "heard of the cluster map cannot be"),
+        (damaged(heard=[]), "heard of the cluster map cannot be"),
+        (damaged(heard_version=1), "has heard_version, which this version does not know"),
         (damaged(version=0), "version of the cluster map cannot be 0"),
     ],
 )

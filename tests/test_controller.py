@@ -304,18 +304,22 @@ def test_the_end_of_a_run_in_memory() -> None:
 
 
 def test_all_copies_in_memory_are_lost_while_the_coordinator_runs() -> None:
-    """The shard begins anew, as it would with the next coordinator; nobody waits for what was there."""
+    """The shard begins anew, and nobody waits for what was there. Its numbers go on: who read one that is gone does not
+    take another value for it."""
     world = World(2, 2, durability="memory")
-    world.put("gone")
+    for _ in range(3):
+        world.put(("gone", _))
     world.pump()
     world.replace("n1")
     world.replace("n2")
     world.up("n1", "n2")
     world.run(2_000)
     assert len(world.words("began-empty")) == 1
+    world.get("read")
     world.put("new")
     world.pump()
-    assert world.answers.ok["new"] == 1
+    assert world.answers.ok["read"] is None and world.answers.ok["new"] == 5
+    world.assert_equal()
 
 
 def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
@@ -339,6 +343,31 @@ def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
     world.put("new")
     world.pump()
     assert world.answers.ok["new"] > done[0]["goes_on_at"]
+    world.assert_equal()
+
+
+def test_a_copy_is_lost_again_before_it_is_known_to_be_a_member() -> None:
+    """It was to take the place of a destroyed one; the map names it, and it is not there any more."""
+    world = World(3, 2, wanted=2)
+    world.put("kept")
+    world.pump()
+    world.down("n1", "n2", "n3")
+    world.take_over()
+    world.up("n1", "n3")
+    world.run(2 * RECOVER_WAIT_MS)
+    assert state(world) == DOWN
+    world.controller.admin.forget("n2", lambda answer: setattr(world.store, "is_held", True))
+    world.run(500)
+    assert state(world) == REPAIRING and world.controller.repair_in_flight(0)
+    world.replace("n3")
+    world.up("n3")
+    world.pump()
+    world.release_store()
+    assert not world.shards[0].serving, "the map names a copy that is lost"
+    world.run(2_000)
+    world.put("new")
+    world.pump()
+    assert world.answers.ok["new"] == 2
     world.assert_equal()
 
 

@@ -638,6 +638,19 @@ async def test_entries_that_are_too_much_for_a_record() -> None:
 # --- copies that come and go ------------------------------------------------------------------------------
 
 
+async def test_a_copy_is_dropped_while_it_waits_for_its_snapshot(node: Node) -> None:
+    """Snapshots of all shards were asked for, and the last of them is dropped before its turn: it has none."""
+    for number in range(3):
+        node.put(number + 1, shard=number)
+    await until(lambda: node.told[-1:] == [("c", 3)])
+    node.durability.snapshot_all()
+    copies = [copy for copy in node.store.copies.values() if copy.shard != 2]
+    node.durability.change_copies(copies, done=lambda: node.told.append("dropped"))
+    await until(lambda: {0, 1} <= node.store.snapshots.keys() and "dropped" in node.told, "two snapshots")
+    await until(lambda: node.durability._snapshot is None)
+    assert 2 not in node.store.snapshots and node.durability.failure is None
+
+
 async def test_a_dropped_copy(node: Node) -> None:
     """What is appended before and after is durable in this order, reads too; then the files are removed."""
     node.put(1, shard=1)

@@ -175,21 +175,21 @@ def test_changes_of_the_cluster(served: Served) -> None:
     requests = [
         [1, b"node_add", b"h", 5000], [2, b"node_drain", b"n1"], [3, b"node_remove", b"n2"],
         [4, b"node_forget", b"n3"], [5, b"rebalance"], [6, b"rebalance", {b"dry_run": True}],
-        [7, b"shard_accept_loss", 7],
+        [7, b"shard_accept_loss", 7], [8, b"node_undrain", b"n1"],
     ]  # fmt: skip
     session = served.session
     served.gateway.handle(session, requests)
     assert served.administration.calls == [
         ("node_add", session, 1, "h", 5000), ("node_drain", session, 2, "n1"), ("node_remove", session, 3, "n2"),
         ("node_forget", session, 4, "n3"), ("rebalance", session, 5, False), ("rebalance", session, 6, True),
-        ("shard_accept_loss", session, 7, 7),
+        ("shard_accept_loss", session, 7, 7), ("node_undrain", session, 8, "n1"),
     ]  # fmt: skip
     assert {request[1] for request in requests} == CHANGES
     served.ident = 7
     assert served.ask(b"shard_accept_loss", 8) == (
         Code.BAD_REQUEST, "shard must be from 0 to 7, not 8", {"shard": 8}
     )  # fmt: skip
-    assert len(served.administration.calls) == 7
+    assert len(served.administration.calls) == 8
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ async def test_no_task_and_no_future_per_operation(server_loop: Any) -> None:
                 n += 50
             made = server_loop.made - made_before
             assert cluster.coordinator.gateway.operations - operations_before >= OPERATIONS
-            assert made == 0, f"{made} tasks and futures for {done} operations"
+            # the bound of stamps is moved every 5 s, which is a change of the map and makes some
+            assert made < done // 200, f"{made} tasks and futures for {done} operations"
             # the counter counts: a backup is administration, and makes some
             await kv.backup("counted")
             assert server_loop.made > made_before

@@ -741,6 +741,17 @@ def test_stamps_stop_at_the_bound() -> None:
     assert sequencer.stamp_ms == 6_000_000
 
 
+def test_time_ends_with_its_coordinator() -> None:
+    """The last stamp was told to the store: a bound that is stored after that lets no higher one be given."""
+    cluster = Cluster(shards=1)
+    sequencer = cluster.sequencer
+    sequencer.begin(6_000_000, 1)
+    assert sequencer.end_time() == 6_000_000
+    sequencer.map_changed(cluster.map.with_stamp_bound(7_000_000))
+    sequencer.begin(6_500_000, 2)
+    assert sequencer.stamp_ms == 6_000_000
+
+
 def test_unused_delete_is_an_entry() -> None:
     """An operation without effect is numbered, applied everywhere and answered like any other."""
     cluster = Cluster(shards=1)

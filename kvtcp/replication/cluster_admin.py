@@ -263,6 +263,14 @@ class ClusterAdmin:
         seq = copies[node].seq if copies else 0
         return {"shard": number, "node": node, "seq": seq, "goes_on_at": seq_min}
 
+    def begin_empty(self, number: int, given: int) -> None:
+        """Nobody has anything of a shard that was kept in memory: a member begins empty, above the numbers that were
+        given. Nobody needs to accept that."""
+        core = self._core
+        node = core.map.nodes_of(number)[0]
+        link, shard = core.sequencer.links[node], core.sequencer.shards[number]
+        self._losses[number] = core.membership.learn(shard, link, link, node, given + 1)
+
     def _node_to_begin_empty(self, number: int) -> str:
         """A linked node for a shard of which nothing is left. Raises ValueError if something may still come."""
         core = self._core

@@ -364,6 +364,11 @@ class Controller:
         self.emptied.append(number)
         self.event("warning", "began-empty", shard=number, reason="the last run kept its data in memory")
 
+    def begin_empty(self, number: int, given: int) -> None:
+        """A shard of a run in memory begins anew while the coordinator runs, with other numbers."""
+        self.sequencer.set_members(number, self.map.nodes_of(number))
+        self.admin.begin_empty(number, given)
+
     def add_action(self, *action: Any) -> None:
         """Something else for the shell to do."""
         self._actions.append(action)
@@ -378,11 +383,14 @@ class Controller:
         """Whether the map is being changed for a member that was replaced."""
         return any(learner.proposed for learner in self.sequencer.shards[number].learners.values())
 
-    def replaced(self, number: int) -> None:
-        """Membership: a member of a shard that is not served was replaced in the map."""
+    def replaced(self, number: int, node: str, disk: str) -> None:
+        """Membership: a member of a shard that is not served was replaced in the map, by this copy of the node, which
+        may have lost it since that was proposed."""
+        copy = self.copies_of(node).get(number)
         if number in self.recovery.shards:
             is_repair = number in self.membership.repairing  # else a loss was accepted
-            if not is_repair or self.recovery.must_restart(number):
+            is_there = copy is not None and copy.disk == disk
+            if not is_repair or not is_there or self.recovery.must_restart(number):
                 self.membership.repairing.discard(number)
                 self.recovery.begin(number)
             elif not self.sequencer.shards[number].bad:

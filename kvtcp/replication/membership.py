@@ -62,8 +62,8 @@ class Surroundings(Protocol):
     def close_link(self, link: Progress, reason: str) -> None:
         """Close the connection; it is dialled again."""
 
-    def replaced(self, number: int) -> None:
-        """A member of a shard that is not served was replaced in the map."""
+    def replaced(self, number: int, node: str, disk: str) -> None:
+        """A member of a shard that is not served was replaced in the map, by this copy."""
 
     def hand_back(self, number: int, why: str) -> None:
         """Do not serve the shard any more: the recovery judges it anew."""
@@ -467,7 +467,7 @@ class Membership:
                 self._around.sequencer.swap(shard, self._around.sequencer.links[replaces], link)
             self._around.event("info", "joined-in-sync", node=node, shard=number, seq=learner.acked)
             if not shard.serving:
-                self._around.replaced(number)
+                self._around.replaced(number, node, disk)
             self.work_on([number])
 
         if replaces is None:

@@ -101,6 +101,9 @@ class Surroundings(Protocol):
     def began_empty(self, number: int) -> None:
         """The data of a run in memory is gone."""
 
+    def begin_empty(self, number: int, given: int) -> None:
+        """A member begins empty with the numbers above `given`; then the shard is judged anew."""
+
 
 def foreign_copy(copy: CopyReport) -> str:
     """Why a copy whose disk is not the member's is bad."""
@@ -365,8 +368,11 @@ class Recovery:
         if not empty or not (never_written or ended or (is_founding and len(empty) == size)):
             return False
         if ended:
-            shard.given = 0  # nobody has any of it
             around.began_empty(shard.number)
+            if shard.given:  # not with the same numbers again in the same epoch
+                shard.state = DOWN
+                around.begin_empty(shard.number, shard.given)
+                return True
         self._change(shard, _Change(shard, disks=dict(empty)))
         return True
 

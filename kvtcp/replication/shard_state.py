@@ -183,6 +183,7 @@ class ClusterState:
         self.min_insync = cluster_map.min_insync
         self.stamp_ms = 0  # of everything queued in this tick; never decreases
         self.stamp_bound_ms = cluster_map.stamp_bound_ms  # stamp_ms never grows beyond it
+        self._time_ended = False
         self.now_ms = 0  # monotonic time of this tick, for deadlines only
         self.unavailable = 0  # requests refused as not executed, for status
 
@@ -193,11 +194,19 @@ class ClusterState:
             self.stamp_ms = max(self.stamp_ms, min(wall_ms, self.stamp_bound_ms))
         self.now_ms = now_ms
 
+    def end_time(self) -> int:
+        """The coordinator ends in peace: whatever bound is still stored, no stamp is given above the last one, which is
+        returned."""
+        self._time_ended = True
+        self.stamp_bound_ms = self.stamp_ms
+        return self.stamp_ms
+
     def map_changed(self, cluster_map: ClusterMap) -> None:
         """The config store holds this map now."""
         self.map = cluster_map
         self.min_insync = cluster_map.min_insync
-        self.stamp_bound_ms = cluster_map.stamp_bound_ms
+        if not self._time_ended:
+            self.stamp_bound_ms = cluster_map.stamp_bound_ms
         for shard in self.shards:
             if shard.joining:
                 named = cluster_map.members[shard.number]

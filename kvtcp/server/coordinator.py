@@ -311,7 +311,7 @@ class CoordinatorServer:
 
     async def _leave_time(self) -> None:
         """Nothing gets a stamp any more: the next coordinator need not begin with the bound, seconds ahead."""
-        self.sequencer.stamp_bound_ms = stamp_ms = self.sequencer.stamp_ms
+        stamp_ms = self.sequencer.end_time()
         try:
             async with asyncio.timeout(LEAVE_TIME_MS / 1000):
                 await self.keeper.change(lambda old: old.with_last_stamp(stamp_ms))

@@ -239,6 +239,7 @@ class Durability:
         """Make durable that copies were dropped, or that one was replaced by a `pulled` one, when everything appended
         so far is; what is appended later is durable after it. Then call `done`."""
         manifest, paths = self.store.begin_change(copies, pulled)
+        self._wanted = deque(shard for shard in self._wanted if shard in self.store.copies)
         self._changes += 1
 
         def written(_: None) -> None:
