@@ -169,7 +169,8 @@ class Faults:
         return self._split()
 
     def stored(self, before: StoredMap, after: StoredMap) -> None:
-        """The map was changed. A split that waits for that comes when a member was added: the others are on one side."""
+        """The map was changed. A split that waits for that comes when a member was added; the others are on one
+        side."""
         old = self.sim.oracles.map.members
         self.sim.oracles.stored(before, after)
         new = self.sim.oracles.map.members

@@ -40,7 +40,6 @@ from kvtcp.replication.recovery import Recovery
 from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import NUMBER, ShardState
-from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.table import Table
 from tests.simulation import Result, Simulation, run_seed
 from tests.simulation_clients import Client
