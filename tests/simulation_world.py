@@ -165,7 +165,7 @@ def _tell(frame: Any, shard: int | None) -> str:
     kind = frame[0]
     if kind == BATCH:
         _, stamp_ms, commit, items = frame
-        mine = [item for item in items if shard is None or item[1] == shard or type(item[1]) in (list, tuple)]
+        mine = [item for item in items if shard is None or _touches(item[1], shard)]
         return f"BATCH stamp {stamp_ms} commit {commit}, {len(mine)} of {len(items)}: {mine}" if mine else ""
     if kind == HELLO:
         return "HELLO epoch {epoch} link {link} map {map_version} shards {shards}".format_map(frame[1])
@@ -178,6 +178,13 @@ def _tell(frame: Any, shard: int | None) -> str:
         return ""
     text = f"{_OF_A_SHARD.get(kind, kind)} {frame[1:]!r}"
     return text if len(text) < 500 else text[:500] + "..."
+
+
+def _touches(where: Any, shard: int) -> bool:
+    """Whether the second field of an item names this shard: a number, numbers, or pairs of number and key."""
+    if type(where) is int:
+        return where == shard
+    return any(each == shard or (type(each) is not int and each[0] == shard) for each in where)
 
 
 _OF_A_SHARD = {
