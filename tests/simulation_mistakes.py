@@ -191,11 +191,17 @@ def _grow_late(garden: Garden, on_unknown: bool) -> None:
 
         def failed(_: Any) -> None:
             self.changing.discard(number)
-            self._around.sequencer.leave([shard], one.link)
+            if one.link in shard.acked:
+                self._around.sequencer.leave([shard], one.link)
 
-        self._around.changes.propose(lambda old: old.with_member(number, node, disk), stored, failed)
+        edit = partial(_joined, number, node, disk)
+        self._around.changes.propose(edit, stored, failed if on_unknown else None)
 
     before = garden.put(Membership, "learner_is_live", learner_is_live)
+
+
+def _joined(number: int, node: str, disk: str, old: ClusterMap) -> ClusterMap:
+    return old.with_member(number, node, disk)
 
 
 @mistake("R2")

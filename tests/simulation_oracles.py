@@ -70,7 +70,8 @@ class Oracles:
         shard, _, seq, chain, _ = entry
         known = self.ledger[shard].get((seq, chain))
         epoch = self._is_new(node, entry, epoch_max) if known is None else known[1]
-        if shard not in self.ruined and (node, disk) in self.map.members[shard]:  # a learner may have another history until it is compared
+        # a learner may have another history until it is compared
+        if shard not in self.ruined and (node, disk) in self.map.members[shard]:
             made = self.made[shard].setdefault((epoch, seq), chain)
             require(made == chain, f"I6: two entries {seq} of epoch {epoch}, one by {disk}", shard)
 
