@@ -91,7 +91,7 @@ class Simulation:
             nodes={name: ("h", port) for port, name in enumerate(names, 1)},
         )  # fmt: skip
         self.oracles = Oracles(world, cluster_map)
-        self.store = SimStore(world, cluster_map.to_json(), self.shared, self.oracles.stored)
+        self.store = SimStore(world, cluster_map.to_json(), self.shared, lambda *change: self.faults.stored(*change))
         self.by_port: dict[int, SimNode] = {}
         self.nodes: list[SimNode] = []
         for name, (_, port) in cluster_map.nodes.items():

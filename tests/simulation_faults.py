@@ -14,6 +14,7 @@ from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kvtcp.config_store.store import Stored as StoredMap
 from kvtcp.replication.cluster_map import ClusterMap
 from tests.simulation_disk import MEMORY, OS, SYNC_MS
 from tests.simulation_network import DELAY_MS, TO_CLIENT, TO_SERVER, Path
@@ -61,6 +62,7 @@ class Faults:
         self.long = rng.choice((0.5, 1.0, self.mean_ms / 80))  # how long troubles last
         self.stopped = False
         self._said_ms = 0  # when the operator looked after nodes that are destroyed
+        self._splits_at_change = False  # the network splits with the next change of the map
         self._calm_until_ms = 0  # nothing else strikes before
 
     @property
@@ -160,13 +162,32 @@ class Faults:
 
     def split(self) -> bool:
         """A coordinator reaches only some of the nodes, perhaps not the store either; another one takes over, and
-        reaches the other nodes."""
+        reaches the other nodes. Sometimes just then when the store has made a change and nobody heard of it yet."""
+        if self.rng.random() < 0.5:
+            self._splits_at_change = True
+            return False
+        return self._split()
+
+    def stored(self, before: StoredMap, after: StoredMap) -> None:
+        """The map was changed. A split that waits for that comes when a member was added; the others are on one
+        side."""
+        old = self.sim.oracles.map.members
+        self.sim.oracles.stored(before, after)
+        new = self.sim.oracles.map.members
+        grown = [shard for shard in range(len(new)) if len(new[shard]) > len(old[shard])]
+        if self._splits_at_change and grown and not self.stopped:
+            self._splits_at_change = False
+            if self._split([node for node, _ in old[grown[0]]]):
+                self.counts["split"] = self.counts.get("split", 0) + 1
+
+    def _split(self, near: list[str] | None = None) -> bool:
         sim, rng = self.sim, self.rng
         first, second = sim.coordinators if sim.coordinators[0].is_ready else sim.coordinators[::-1]
         if not first.is_ready or second.alive:
             return False
         names = list(sim.oracles.map.nodes)
-        near = rng.sample(names, rng.randint(1, max(1, len(names) // 2)))
+        if near is None:
+            near = rng.sample(names, rng.randint(1, max(1, len(names) // 2)))
         ms = self._for_ms(300, 1_000)
         if rng.random() < 0.7:
             self._calm_until_ms = self.world.now_ms + ms  # it takes some time until the other side serves
@@ -176,8 +197,12 @@ class Faults:
         for name in names:
             owner = second if name in near else first
             self._block_for(sim.network.path(owner.name, name), [TO_SERVER, TO_CLIENT], ms)
-        second.start()
+        self.world.at(1, self._start_if_idle, second)
         return True
+
+    def _start_if_idle(self, coordinator: SimCoordinator) -> None:
+        if not coordinator.alive and not self.stopped:
+            coordinator.start()
 
     def slow_path(self) -> bool:
         """What is sent arrives late."""

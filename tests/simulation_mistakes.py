@@ -7,7 +7,7 @@ the explicit-state model. The search runs seeds until one has a violation; `--re
 which tests/test_simulation_mistakes.py runs again. The cores' own checks are off meanwhile: the oracles have to see it.
 
 What is not here is found elsewhere: sync of a directory, truncation at a bad checksum (test_crash_enumeration), cut of
-a backup (test_backup).
+a backup (test_backup), reads that a new disk confirms (test_confirm), kept entries of another copy (test_kept).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from kvtcp.replication.recovery import Recovery
 from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import NUMBER, ShardState
-from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.table import Table
 from tests.simulation import Result, Simulation, run_seed
 from tests.simulation_clients import Client
@@ -280,6 +279,25 @@ def _left(membership: Any, shard: ShardState, *links: Any) -> None:
         membership._around.sequencer.leave([shard], link)
 
 
+@mistake("R9", factor=2, min_insync=2, liveness=True, mode="sync", kinds=("destroy_node", "cut"))
+def destroyed_never_replaced(garden: Garden) -> None:
+    """A destroyed member that cannot leave is waited for."""
+    garden.put(Membership, "_substitute", lambda self, shard, gone: None)
+
+
+@mistake("R9", factor=3, min_insync=3, mode="sync", kinds=("destroy_node", "slow_disk", "kill_node"))
+def replacement_before_committed(garden: Garden) -> None:
+    """What takes the place of a member enters the map before it has everything committed."""
+
+    def on_learn(self: Any, result: Any) -> None:
+        before(self, result)
+        if result is not None and self.replaces is not None:
+            self.phase, self.acked = learner.LIVE, max(self.seq, self.shard.commit)
+            self._around.learner_is_live(self)
+
+    before = garden.put(Learner, "_on_learn", on_learn)
+
+
 @mistake("R3")
 def cas_no_epoch(garden: Garden) -> None:
     """Who finds that the map was changed by somebody else makes its change all the same."""
@@ -458,7 +476,7 @@ def remove_last_good(garden: Garden) -> None:
     before = garden.put(Recovery, "_down", down)
 
 
-@mistake("R6", mode="sync", factor=2, min_insync=1, kinds=("kill_coordinator", "slow_disk", "cut", "kill_node"))
+@mistake("R6")
 def judged_while_shipping(garden: Garden) -> None:
     """A shard that starts over is judged by what its members had before they were sent entries."""
 
@@ -791,7 +809,7 @@ def read_no_confirm(garden: Garden) -> None:
     garden.put(SimCoordinator, "confirming_class", Sequencer)
 
 
-@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "kill_node", "slow_store", "cut"))
+@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "kill_node", "cut"))
 def confirm_isr_only(garden: Garden) -> None:
     """Reads are confirmed by the members that the map names, not by those of E."""
 
@@ -817,30 +835,6 @@ def one_confirmation_is_enough(garden: Garden) -> None:
         )
 
     garden.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
-
-
-@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "wipe_node"))
-def new_disk_confirms(garden: Garden) -> None:
-    """A node confirms whatever disk it has."""
-
-    def is_confirmed(self: Any, numbers: Any, round_: int) -> bool:
-        for number in numbers:
-            shard = self.shards[number]
-            heard = sum(self._confirmed.get(link, 0) >= round_ for link in shard.members)
-            if heard < len(shard.members) - self.min_insync + 1:
-                return False
-        return True
-
-    def prober(self: Any, link: Any, round_: int) -> Any:
-        def answered(result: Any) -> None:
-            if result == []:
-                self._confirmed[link] = max(round_, self._confirmed.get(link, 0))
-                self._release_some()
-
-        return answered
-
-    garden.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
-    garden.put(ConfirmingSequencer, "_prober", prober)
 
 
 # --- R12: time -----------------------------------------------------------------------------------------------------
@@ -956,12 +950,6 @@ def waiting_without_bound(garden: Garden) -> None:
             before(self, shard, *rest)
 
     before = garden.put(Sequencer, "_wait", wait)
-
-
-@mistake("I10", mode="sync", factor=3, kinds=("rival", "partition", "cut", "wipe_node", "damage_copy"))
-def kept_recent_of_another_copy(garden: Garden) -> None:
-    """Entries of a copy that was replaced are shipped as if they were those of the new one."""
-    garden.put(KeptEntries, "forget", lambda self, shard: None)
 
 
 # --- search --------------------------------------------------------------------------------------------------------

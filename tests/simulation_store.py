@@ -91,7 +91,11 @@ class SimStore:
             self.under_way.remove(value)
             outcome = self._apply(expected, value)
             if rng.random() >= self.loses_replies:
-                self.world.at(self._delay(), answer, outcome, self.stored)
+                self.world.at(self._delay(), come_back, outcome, self.stored)
+
+        def come_back(outcome: Outcome, stored: Stored) -> None:
+            if not self.is_cut_off(process):
+                answer(outcome, stored)
 
         self.under_way.append(value)
         self.world.at(self._delay(), arrive)
