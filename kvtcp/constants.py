@@ -90,6 +90,8 @@ STAMP_AHEAD_MS: Final = 10_000
 STAMP_MOVE_MS: Final = 5_000
 # pause before a change of the map is sent again whose outcome is unknown
 MAP_RESEND_MS: Final = 200
+# a learner that acknowledged nothing for so long, and holds nobody back, is given up
+LEARNER_EVICT_AFTER_MS: Final = 5_000
 # a node that was let go for its slowness learns again after this time, and no other one is let go before
 SLOW_INTERVAL_MS: Final = 10_000
 # learners that one node gives entries to at the same time; whole copies it gives one after the other
@@ -264,6 +266,7 @@ assert WINDOW_BYTES_MAX + FRAME_BYTES_MAX + WINDOW_ITEMS_MAX * LEARN_ITEM_BYTES 
 assert BULK_CHUNK_BYTES < BULK_WRITE_BUFFER_BYTES < BULK_BYTES_PER_S, "a donor writes a little at a time"
 assert LAG_LOOK_MS < STATS_MS < DONATION_IDLE_MS, "figures are of many looks"
 assert LINK_GRACE_MS < EVICT_AFTER_MS <= RECOVER_WAIT_MS, "a closed link is noticed before a slow one"
+assert EVICT_AFTER_MS < LEARNER_EVICT_AFTER_MS < SLOW_INTERVAL_MS, "a learner has more time than a member"
 assert 4 * EVICT_AFTER_MS < SLOW_INTERVAL_MS, "a slow node is not let go and taken back all the time"
 assert 2 * HEARTBEAT_MS <= EVICT_AFTER_MS < LINK_SILENCE_MS, "an idle link is heard of before it counts as silent"
 assert READ_RETRY_MS < WRITE_WAIT_MS < CLIENT_TIMEOUT_MS, "a client learns the cluster's answer before it gives up"

@@ -12,6 +12,7 @@ import pytest
 from kvtcp.constants import (
     BACKOFF_MIN_MS,
     EVICT_AFTER_MS,
+    LEARNER_EVICT_AFTER_MS,
     LEARNERS_PER_DONOR_MAX,
     LINK_GRACE_MS,
     MAP_RESEND_MS,
@@ -329,6 +330,8 @@ def test_a_slow_learner_is_given_up() -> None:
     world.pump()
     assert world.shards[0].learners
     slow(world, "n3")
+    assert not world.closed and world.shards[0].learners, "it has more time than a member"
+    world.run(LEARNER_EVICT_AFTER_MS)
     assert [node for node, _ in world.closed] == ["n3"] and not world.shards[0].learners
     assert world.row() == ["n1", "n2"] and len(world.answers.failed) == 0
 

@@ -124,7 +124,11 @@ class ClusterAdmin:
             held = len({*old.shards_of(node), *self._core.copies_of(node), *self._core.shards_on(node)})
             wanted = sum(node in row for row in old.wanted)
             if held or wanted:
-                raise ValueError(f"{node} holds {held or wanted} shards; drain it first, and wait until it holds none")
+                is_empty_soon = node in old.draining and not old.shards_of(node) and not wanted
+                do = "it is letting them go, try again in a moment" if is_empty_soon else (
+                    "drain it first, and wait until it holds none"
+                )  # fmt: skip
+                raise ValueError(f"{node} holds {held or wanted} shards; {do}")
             return old.without_node(node)
 
         def stored() -> dict[str, Any]:

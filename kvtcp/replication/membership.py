@@ -28,6 +28,7 @@ from kvtcp.constants import (
     BACKOFF_MAX_MS,
     BACKOFF_MIN_MS,
     EVICT_AFTER_MS,
+    LEARNER_EVICT_AFTER_MS,
     LEARNERS_PER_DONOR_MAX,
     LINK_GRACE_MS,
     RECOVER_WAIT_MS,
@@ -264,7 +265,9 @@ class Membership:
             if not link.connected:
                 continue
             oldest = link.oldest_unacknowledged()
-            if oldest is None or now_ms - oldest.written_ms < EVICT_AFTER_MS or not self._peers_have(link, oldest):
+            if oldest is None or now_ms - oldest.written_ms < self._patience_ms(link, oldest):
+                continue
+            if not self._peers_have(link, oldest):
                 continue
             if not any(link in shard.learners or self.may_leave(shard, link) for shard in link.shards):
                 continue  # nothing goes on without it: with a new link it would only be sent everything again
@@ -275,6 +278,12 @@ class Membership:
             self.evict(link, list(link.shards), why)
             self._around.close_link(link, why)
             return
+
+    def _patience_ms(self, link: Progress, batch: Batch) -> int:
+        """How long the link may have this batch. Nobody waits for a learner, which has much to do, before it holds the
+        writes of its shards back."""
+        is_awaited = link.full or any(link in self._shards[number].acked for number in batch.last_seqs)
+        return EVICT_AFTER_MS if is_awaited else LEARNER_EVICT_AFTER_MS
 
     def _peers_have(self, link: Progress, batch: Batch) -> bool:
         """Whether for some shard M other members acknowledged what this batch has of it: without this one, and others

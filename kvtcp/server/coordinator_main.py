@@ -435,7 +435,8 @@ class Coordinator:
             if self._keeper.is_founded and len(missing) < len(first.nodes):
                 local = missing.keys() - foreign - self._supervisor.early_exits().keys()
                 local = {node for node in local if found[node].kind != "silent"}
-                if not local and loop.time() > began + 2 * RECOVER_WAIT_MS / 1000:
+                # those that come late have RECOVER_WAIT_MS more, when their shards are recovered
+                if not local and loop.time() > began + RECOVER_WAIT_MS / 4000:
                     break
             if missing:
                 await self._pause()
