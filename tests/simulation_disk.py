@@ -10,8 +10,9 @@ and are done at once or not at all; a crash in the middle of a group or a job le
 - mode `memory`: there is no log, and the end of the process takes everything.
 
 A copy (`Stored`) is a snapshot and the entries that follow it. `chains` are those of its whole history, for the
-oracles. The `archive` has every copy that there ever was, by disk uuid: what a member of the map had acknowledged is
-looked up there, wherever its node is by now.
+oracles; a history begins at number 0, or, after all disks of a shard were lost, at some number above all of before. The
+`archive` has every copy that there ever was, by disk uuid: what a member of the map had acknowledged is looked up
+there, wherever its node is by now.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class Base:
 class Stored:
     """One copy on a disk: everything in it is written."""
 
-    __slots__ = ("base", "chains", "complete", "disk", "entries", "generation", "kept", "node", "reason", "shard")
+    __slots__ = (
+        "base", "chains", "complete", "disk", "entries", "first", "generation", "kept", "node", "reason", "shard",
+    )  # fmt: skip
 
     def __init__(self, node: str, shard: int, disk: str, generation: int) -> None:
         self.node = node
@@ -75,12 +78,13 @@ class Stored:
         self.base = Base(0, 0, 0, (), ())
         self.kept: list[Logged] = []  # entries up to the base that may be uncommitted
         self.entries: list[Logged] = []  # after the base
-        self.chains: list[int] = [0]  # by number, from the beginning of the shard; -1 = below an accepted loss
+        self.first = 0  # number at which its history begins
+        self.chains: list[int] = [0]  # of its history, from `first` on
 
     @property
     def seq(self) -> int:
         """The last number it has."""
-        return len(self.chains) - 1
+        return self.first + len(self.chains) - 1
 
     @property
     def position(self) -> tuple[int, int, int]:
@@ -100,11 +104,15 @@ class Stored:
         """Nothing after this number is there."""
         seq = max(seq, self.base.seq)
         del self.entries[seq - self.base.seq :]
-        del self.chains[seq + 1 :]
+        del self.chains[seq + 1 - self.first :]
 
     def holds(self, seq: int, chain: int) -> bool:
         """Whether this entry is in its history."""
-        return seq < len(self.chains) and self.chains[seq] in (chain, -1)
+        return seq < self.first or (seq <= self.seq and self.chains[seq - self.first] == chain)
+
+    def between(self, first: int, last: int) -> list[int]:
+        """The chains of these numbers."""
+        return self.chains[first - self.first : last + 1 - self.first]
 
     def snapshot(self, base: Base, kept: list[Logged]) -> None:
         """A newer snapshot is published."""
@@ -116,7 +124,7 @@ class Stored:
         """The same content under another uuid."""
         new = Stored(self.node, self.shard, disk, self.generation)
         new.complete, new.reason, new.base, new.kept = self.complete, self.reason, self.base, self.kept
-        new.entries, new.chains = self.entries[:], self.chains[:]
+        new.entries, new.first, new.chains = self.entries[:], self.first, self.chains[:]
         return new
 
     def table(self) -> Table:
@@ -210,10 +218,11 @@ class NodeDisk:
         self.manifest.copies[stored.shard] = stored
         self._written[stored.shard, stored.generation] = stored
 
-    def publish(self, copy: Any, base: Base, chains: list[int], kept: list[Logged]) -> None:
+    def publish(self, copy: Any, base: Base, history: tuple[int, list[int]], kept: list[Logged]) -> None:
         """A copy that was learned as a whole takes the place of the one that was there. Part of a job."""
         stored = Stored(self.node.name, copy.shard, copy.disk, copy.generation)
-        stored.base, stored.chains, stored.kept = base, chains, kept
+        stored.base, stored.kept = base, kept
+        stored.first, stored.chains = history
         self._adopt(stored)
 
     def dropped(self, shard: int) -> None:

@@ -2,10 +2,11 @@
 
 Each kind is on with probability 1/2 for a seed; those that are on strike at random times. What takes the data of a copy
 asks first whether the shards of the node would still have a member with data, whatever change of the map is under way:
-a cluster that has lost everything violates nothing, and the oracle of lost disks has its own seeds (`ruthless`).
+a cluster that has lost everything violates nothing. The others have seeds of their own (`ruthless`).
 
 `heal` ends all troubles. Then (I13) everything must complete in bounded time: every request is answered, every shard is
-served by exactly the wanted nodes, and they are equal.
+served by exactly the wanted nodes, and they are equal. Shards that lost all their disks go on when an operator accepts
+the loss.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Faults:
         self.world = simulation.world
         self.rng = rng = simulation.world.rng
         self.counts: dict[str, int] = {}
-        self.ruthless = rng.random() < 0.08 and simulation.mode != MEMORY and not simulation.liveness
+        self.ruthless = rng.random() < 0.08 and simulation.mode != MEMORY
         kinds = [
             self.cut, self.partition, self.one_way, self.slow_path, self.untaken, self.slow_disk, self.kill_node,
             self.power_cut, self.wipe_node, self.pause_node, self.pause_coordinator, self.kill_coordinator,
@@ -313,6 +314,19 @@ class Faults:
                     coordinator.step(coordinator.controller.admin.forget, node.name, heard)
                     return
 
+    def _accept_losses(self) -> None:
+        """The operator, when nothing more will come back: shards that lost all their disks go on without."""
+        for coordinator in self.sim.coordinators:
+            controller = coordinator.controller
+            if coordinator.is_ready and controller is not None:
+                for shard in sorted(self.sim.oracles.ruined):
+                    if not controller.sequencer.shards[shard].serving:
+                        heard = partial(self._heard_of_loss, shard)
+                        coordinator.step(controller.admin.accept_loss, shard, heard)
+
+    def _heard_of_loss(self, shard: int, answer: Any) -> None:
+        self.world.note(f"the operator, who accepts the loss, hears {answer}", shard)
+
     def _heard(self, coordinator: SimCoordinator, name: str, answer: Any) -> None:
         self.world.note(f"the operator, who says that {name} is destroyed, hears {answer}")
         if "add a node" in str(answer) and coordinator.controller is not None:
@@ -484,6 +498,8 @@ class Faults:
         if self.world.now_ms - self._said_ms > OPERATOR_MS:
             self._said_ms = self.world.now_ms
             self._say_what_is_destroyed()
+            if self.stopped:
+                self._accept_losses()
         self.world.at(20, self.supervise)
 
     def heal(self) -> None:
@@ -530,8 +546,6 @@ class Faults:
         usable = len(cluster_map.nodes) - len({*cluster_map.draining, *cluster_map.destroyed})
         for shard in controller.sequencer.shards:
             number = shard.number
-            if number in sim.oracles.ruined:
-                continue
             wanted, nodes = cluster_map.wanted[number], cluster_map.nodes_of(number)
             if not shard.serving:
                 return f"shard {number} is not served: {shard.reason}"

@@ -387,7 +387,9 @@ class SimNode(Process):
             connection.send(TO_CLIENT, (REFUSED, "TOKEN", "nothing is donated under this token", 0, 0))
             connection.close(TO_SERVER)
             return
-        kept = [entry for entry in replica.kept.of_shard(donation.shard) if entry[2] <= donation.position[1]]
+        frozen = donation.frozen
+        has_history = donation.position[1:] == (frozen.seq, frozen.chain)  # not after an accepted loss
+        kept = [entry for entry in replica.kept.of_shard(donation.shard) if entry[2] <= frozen.seq and has_history]
         connection.on_end[TO_SERVER] = lambda reason: donation.close()
         self._give_more(connection, donation, kept)
 
@@ -464,12 +466,12 @@ class SimNode(Process):
             return
         del self._pulls[shard]
         if replica.published(shard):
-            self._publish(copy, base, self.oracles.history(shard, base.seq, base.chain), kept)
+            self._publish(copy, base, self.oracles.history(shard, base.epoch, base.seq, base.chain), kept)
         self._changed()
 
-    def _publish(self, copy: _Named, base: Base, chains: list[int], kept: list[Any]) -> None:
+    def _publish(self, copy: _Named, base: Base, history: tuple[int, list[int]], kept: list[Any]) -> None:
         def publish() -> None:
-            self.disk.publish(copy, base, chains, kept)
+            self.disk.publish(copy, base, history, kept)
             self.disk.manifest.generations[copy.shard] = copy.generation
 
         self.disk.job(publish, _nothing)

@@ -50,7 +50,7 @@ class Oracles:
         self.map = cluster_map  # as the store has it
         self.archive: dict[str, Stored] = {}  # every copy that there ever was, by disk
         shards = cluster_map.shards
-        # entries that anybody logged: (number, chain) -> (chain before, epoch, stamp)
+        # entries that anybody logged: (number, chain) -> (chain before, or -1 where a history begins; epoch; stamp)
         self.ledger: list[dict[tuple[int, int], tuple[int, int, int]]] = [{(0, 0): (0, 0, 0)} for _ in range(shards)]
         self.made: list[dict[tuple[int, int], int]] = [{} for _ in range(shards)]  # (epoch, number) -> chain
         self.chains: list[list[int]] = [[0] for _ in range(shards)]  # of committed entries, by number
@@ -103,15 +103,18 @@ class Oracles:
             return committed[seq - 1]
         return next((c for number, c in reversed(ledger) if number == seq - 1 and crc32(packed, c) == chain), None)
 
-    def history(self, shard: int, seq: int, chain: int) -> list[int]:
-        """The chains of the history that ends in this entry, by number."""
-        if chain == 0 and seq and (seq, chain) not in self.ledger[shard]:  # after an accepted loss
-            return [-1] * seq + [0]
-        chains = [0] * (seq + 1)
-        for number in range(seq, 0, -1):
-            chains[number] = chain
-            chain = self.ledger[shard][number, chain][0]
-        return chains
+    def history(self, shard: int, epoch: int, seq: int, chain: int) -> tuple[int, list[int]]:
+        """The history that ends in this entry: the number where it begins, and the chains from there on. One that ends
+        in no known entry begins there, which is right only after all disks were lost."""
+        ledger = self.ledger[shard]
+        if (seq, chain) not in ledger:
+            require(shard in self.ruined, f"a history of epoch {epoch} begins at {seq}, nothing was lost", shard)
+            ledger[seq, chain] = (-1, epoch, 0)
+        chains = [chain]
+        while seq and (chain := ledger[seq, chain][0]) >= 0:
+            seq -= 1
+            chains.append(chain)
+        return seq, chains[::-1]
 
     # --- commits --------------------------------------------------------------------------------------
 
@@ -129,7 +132,7 @@ class Oracles:
                 stored.seq >= commit, f"I4: {who} commits {commit}, {disk} has {stored.seq} durable", shard
             )
             require(stored.holds(known, chains[known]), f"{who} commits another entry {known} at {disk}", shard)
-            chains += stored.chains[len(chains) : commit + 1]
+            chains += stored.between(len(chains), commit)
             require(stored.holds(commit, chains[commit]), f"I6: {disk} has another entry {commit}", shard)
         self.check_members(shard)
 
