@@ -128,6 +128,8 @@ class SimLink:
             self.live = True
             self.backoff_ms = BACKOFF_MS[0]
             owner.step(controller.node_up, self.node, parse_report(frame[1]))
+        elif self.node in controller.map.destroyed:
+            self.close("it was declared destroyed")  # the core has forgotten the link
         elif self.live and kind == RESULTS:
             controller.sequencer.heard(self.node)
             owner.step(controller.on_results, self.node, *frame[1:])
