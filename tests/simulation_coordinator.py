@@ -155,7 +155,7 @@ class SimLink:
         while (batch := link.next_outgoing(owner.world.now_ms)) is not None:
             connection.send(TO_SERVER, (BATCH, batch.stamp_ms, committed, batch.items))
             if owner.world.rng.random() < 0.05:
-                owner.later(1, self.write)  # the kernel's buffer is full for a moment
+                owner.later(owner.world.rng.randrange(1, 12), self.write)  # the kernel's buffer is full for a moment
                 break
 
     def heartbeat(self) -> None:
@@ -199,6 +199,8 @@ class SimCoordinator(Process):
         self._flushing = False
         self._leaving = False  # it is being stopped: time stands still
         self._asking = False  # the store has a request of this process
+        self.dies_writing = 0.0  # share of its writes in which it is killed
+        self.killed_writing = 0
         self._tokens = 0
         self._checks = 0
 
@@ -322,7 +324,11 @@ class SimCoordinator(Process):
         if controller is None or self.silent:
             return
         self.look()
-        for link in controller.sequencer.close_batches():
+        ready = controller.sequencer.close_batches()
+        if ready and self.dies_writing and self.world.rng.random() < self.dies_writing:
+            self._die_writing([link.node for link in ready])
+            return
+        for link in ready:
             self.links[link.node].write()
         for kind, node, *what in controller.take_actions():
             link = self.links.get(node)
@@ -336,6 +342,14 @@ class SimCoordinator(Process):
             self.world.note(f"{self.name} {level} {word} {fields}", fields.get("shard", fields.get("first")))
             require(word != "alarm", f"{self.name}: alarm: {fields}", fields.get("shard"))
         self._send_changes()
+
+    def _die_writing(self, nodes: list[str]) -> None:
+        """The process is killed when some links were written to, and others not."""
+        for node in self.world.rng.sample(nodes, self.world.rng.randint(0, len(nodes))):
+            self.links[node].write()
+        self.world.note(f"fault: {self.name} is killed while it writes")
+        self.killed_writing += 1
+        self.kill()
 
     def look(self) -> None:
         """The oracles after a step."""

@@ -57,6 +57,7 @@ class Faults:
         self.kinds = [kind for kind in kinds if rng.random() < 0.5]
         if simulation.shared and self.rival not in self.kinds and rng.random() < 0.5:
             self.kinds.append(self.rival)
+        self.moments = rng.choice((0.0, 0.0, 0.02, 0.08))  # share of rare moments in which something strikes
         if names is not None:
             self.kinds = [kind for kind in kinds if kind.__name__ in names]
         self.mean_ms = rng.choice((40, 80, 160))  # between two faults
@@ -69,12 +70,20 @@ class Faults:
     @property
     def count(self) -> int:
         """How many there were."""
-        return sum(self.counts.values())
+        return sum(self.counts.values()) + sum(each.killed_writing for each in self.sim.coordinators)
 
     def start(self) -> None:
         """From now on."""
         if self.kinds:
-            self.world.at(1 + int(self.rng.expovariate(1 / self.mean_ms)), self._strike)
+            self.sim.network.on_rare_frame = self._rare_moment
+            if self.kill_coordinator in self.kinds:
+                for coordinator in self.sim.coordinators:
+                    coordinator.dies_writing = self.rng.choice((0.0, 0.004, 0.015))
+            self.world.at(1 + int(self.rng.expovariate(1 / self.mean_ms)), self._strike_again)
+
+    def _strike_again(self) -> None:
+        self._strike()
+        self.world.at(1 + int(self.rng.expovariate(1 / self.mean_ms)), self._strike_again)
 
     def _strike(self) -> None:
         if self.stopped:
@@ -83,7 +92,11 @@ class Faults:
         if self.world.now_ms >= self._calm_until_ms and kind():
             name = kind.__name__
             self.counts[name] = self.counts.get(name, 0) + 1
-        self.world.at(1 + int(self.rng.expovariate(1 / self.mean_ms)), self._strike)
+
+    def _rare_moment(self) -> None:
+        """Something happens that happens rarely: strike now and then in the middle of it."""
+        if self.moments and self.rng.random() < self.moments:
+            self.world.at(self.rng.randrange(6), self._strike)
 
     def _for_ms(self, shortest: int, longest: int) -> int:
         return int(self.rng.randint(shortest, longest) * self.long)
@@ -175,6 +188,8 @@ class Faults:
         old = self.sim.oracles.map.members
         self.sim.oracles.stored(before, after)
         new = self.sim.oracles.map.members
+        if new != old:
+            self._rare_moment()
         grown = [shard for shard in range(len(new)) if len(new[shard]) > len(old[shard])]
         if self._splits_at_change and grown and not self.stopped:
             self._splits_at_change = False
@@ -506,6 +521,8 @@ class Faults:
         """No more faults, and an end to those that last."""
         sim = self.sim
         self.stopped = True
+        for coordinator in sim.coordinators:
+            coordinator.dies_writing = 0.0
         self.world.note("everything is healed")
         sim.network.heal()
         sim.store.down_until_ms = 0

@@ -14,10 +14,25 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from kvtcp.protocol.link import (
+    CHUNK,
+    ENTRIES,
+    FETCH,
+    GIVE,
+    LEARN_FAILED,
+    LEARNED,
+    PULL,
+    REPORT,
+    SHIP,
+    SHIPPED,
+)
 from tests.simulation_world import Process, World
 
 END = object()  # in a queue: the sender closed
 DELAY_MS = 4  # upper bound of the delay on a path without trouble
+
+# those by which copies are made equal, shipped and pulled: what breaks then breaks rarely else
+RARE_FRAMES = frozenset((REPORT, FETCH, ENTRIES, SHIP, SHIPPED, PULL, GIVE, CHUNK, LEARNED, LEARN_FAILED))
 
 TO_SERVER = 0
 TO_CLIENT = 1
@@ -57,6 +72,8 @@ class Connection:
             return
         world = self.network.world
         if frame is not END:
+            if frame[0] in RARE_FRAMES:
+                self.network.on_rare_frame()
             frame = world.wire(f"{self.name}{'><'[direction]}", frame)
         self._push(direction, frame)
 
@@ -133,6 +150,7 @@ class Network:
     def __init__(self, world: World) -> None:
         self.world = world
         self.paths: dict[tuple[str, str], Path] = {}
+        self.on_rare_frame: Callable[[], None] = lambda: None  # told of each of RARE_FRAMES that is sent
         self._number = 0
 
     def path(self, client: str, server: str) -> Path:
