@@ -250,6 +250,23 @@ def test_a_destroyed_node_is_removed_when_nothing_of_it_is_left() -> None:
     assert ("remove", "n2") in world.actions and counts(world) == {"n1": 4, "n3": 4, "n4": 4}
 
 
+def test_a_destroyed_node_is_removed_by_itself_and_by_an_operator() -> None:
+    """Both at once, whoever is first: it is removed once, and the other one hears that it is gone."""
+    world = World(4, 3, wanted=3)
+    write(world)
+    world.down("n4")
+    assert answer(world, "forget", "n4")["shards"] == 0
+    world.store.is_held = True
+    world.tick()
+    assert world.changes.is_busy and "n4" in world.controller.admin.leaving
+    answers = ask(world, "remove", "n4") + ask(world, "remove", "n4")
+    world.tick()
+    world.release_store()
+    world.run(200)
+    assert "n4" not in world.map.nodes and world.actions.count(("remove", "n4")) == 1
+    assert all(isinstance(each, AdminError) for each in answers)
+
+
 def test_nodes_that_cannot_be_forgotten() -> None:
     """One that answers, and one without which there are too few nodes."""
     world = World(3, 3)

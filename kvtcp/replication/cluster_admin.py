@@ -136,9 +136,11 @@ class ClusterAdmin:
             return {"node": node}
 
         def answered(answer: dict[str, Any] | AdminError) -> None:
-            self.leaving.discard(node)
+            if not was_leaving:  # else another request is about it still
+                self.leaving.discard(node)
             done(answer)
 
+        was_leaving = node in self.leaving
         self.leaving.add(node)
         self._request(edit, stored, answered)
 
@@ -216,6 +218,7 @@ class ClusterAdmin:
 
     def _remove_destroyed(self, node: str) -> None:
         def edit(old: ClusterMap) -> ClusterMap:
+            _check_node(old, node)  # an operator may have removed it meanwhile
             if old.shards_of(node):
                 raise ValueError(f"{node} joined before it was known that it is destroyed")
             return old.without_node(node)
