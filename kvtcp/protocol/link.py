@@ -30,7 +30,8 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     TOLD     [21, {as in REPORT, and map, linked}]      answer to ASK when that is durable; then the node closes
              the connection. map is the cluster map as the last HELLO brought it, nil without one; linked: whether a
              coordinator has a link to the node
-    STATS    [17, {operations, keys, log_bytes, syncs, sync_p99_ms, lag_ms, memory_bytes}]     once a second
+    STATS    [17, {operations, keys, log_bytes, syncs, sync_p99_ms, lag_ms, memory_bytes, learn_rate_bytes_s}]
+             once a second
 
     coordinator -> node, on a connection of its own
     ASK      [20, {version, cluster, secret, node}]     first frame; node may be empty: whoever is there. It changes

@@ -63,7 +63,7 @@ MGET: Final = 69  # [op, [[shard, key], ...]] -> [cell or nil, ...] as GET
 # control items, also in the link's order
 FREEZE: Final = 80  # [op, shards, backup name, directory] -> nil; the file is reported by a BACKUP frame later
 CHAIN_AT: Final = 81  # [op, shard] -> [seq, chain]: the position here in the link's order; nil = no live copy
-LEARN: Final = 82  # [op, shard, fresh, last_seq, epoch] -> [disk, generation, complete, epoch, seq, chain] or nil
+LEARN: Final = 82  # [op, shard, fresh, last_seq] -> [disk, generation, complete, epoch, seq, chain] or nil
 UNLEARN: Final = 83  # [op, shard] -> nil
 DROP: Final = 84  # [op, shard] -> nil
 DONATE: Final = 85  # [op, shard, token, seq_min] -> [epoch, seq, chain, keys]; nil = no live copy

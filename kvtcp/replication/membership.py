@@ -7,9 +7,9 @@ the copies shall be (`wanted` of the map), and takes one step per shard at a tim
   (R14);
 - so does one whose oldest unacknowledged item is older than EVICT_AFTER_MS while its peers acknowledged (slow is not
   dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and
-  it learns again after the same time;
-- a bad copy leaves at once; if it has to stay it is replaced whole in its place; if nobody is left to replace it from,
-  the shard goes back to the recovery;
+  it learns again after the same time. A learner for which nobody waits has LEARNER_EVICT_AFTER_MS;
+- a bad copy leaves at once; if it has to stay it is replaced whole in its place; if no good member is left, nor may
+  come back, the shard goes back to the recovery;
 - a wanted node that is no member learns; a member that is not wanted leaves when there are enough without it, and then
   drops its copy.
 

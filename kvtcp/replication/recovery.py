@@ -27,7 +27,8 @@ empty copy as in any other; and if the last run kept its data in memory and all 
 the end of that run has left, and the shard begins anew.
 
 A shard that was served comes back here when all its members have lost their data, or are destroyed. What is good of it
-may come still; but a number that was given in this epoch is not given to another entry in it.
+may come still; but a number that was given in this epoch is not given to another entry in it. So one that was kept in
+memory begins anew above them, and one of which a copy with less comes is down until the next epoch.
 
 If the link of a member breaks, its shard starts over; what was shipped stays shipped, and what is on its way to be
 is waited for.
