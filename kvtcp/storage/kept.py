@@ -2,8 +2,9 @@
 
 Pure. After a crash the members of a shard may differ by the entries that were under way, so every entry is kept until
 the coordinator says that it is committed: in batches, in order, each with the ordinal of the link that commits it.
-Entries from *before* the present link have ordinal 0. Entries that another member *shipped* have no ordinal: that an item
-of the link is committed says nothing of them. They stay until the next entry of their shard is added, and go with it.
+Entries from *before* the present link have ordinal 0. Entries that another member *shipped* have no ordinal: that an
+item of the link is committed says nothing of them. They stay until the next entry of their shard is added, and go with
+it.
 
 The windows of the links bound what may be uncommitted. A shard that cannot commit holds back the ordinal of all others,
 so when `bytes_max` is exceeded, of each shard only as much is kept as a window can hold: its items, and its bytes with
