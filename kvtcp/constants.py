@@ -32,9 +32,20 @@ MULTI_BYTES_MAX: Final = 16 * MIB
 MGET_KEYS_BYTES_MAX: Final = 8 * MIB
 # values that one node returns for one mget
 MGET_VALUES_BYTES_MAX: Final = 15 * MIB
+# values that a transaction changes in places, each as often as it does: 30 ms
+TRANSACTION_COPY_BYTES_MAX: Final = 256 * MIB
 PAGE_ITEMS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 * KIB
 REQUEST_ID_MAX: Final = 2**32 - 1
+# --- the Redis protocol: a line as it is typed; a command as an array
+RESP_LINE_BYTES_MAX: Final = 64 * KIB
+RESP_ARGUMENTS_MAX: Final = 65_536
+RESP_COMMAND_BYTES_MAX: Final = 16 * MIB
+# positions of SCAN that are remembered, and for how long nobody asks for one
+SCAN_CURSORS_MAX: Final = 10_000
+SCAN_CURSOR_IDLE_MS: Final = 600_000
+# keys that one KEYS may answer with, with 16 bytes more for each
+RESP_KEYS_BYTES_MAX: Final = 64 * MIB
 TTL_MS_MAX: Final = 100 * 365 * 24 * 3600 * 1000
 INTEGER_MIN: Final = -(2**63)
 INTEGER_MAX: Final = 2**63 - 1
