@@ -195,7 +195,7 @@ class Harness:
         events = self.run(Run(file, [], [NOBODY], []))
         for event in events:
             if event.kind not in ("skip", "ignore"):
-                raise SuiteError(f"{file} cannot be read with this server: {event.text}")
+                raise SuiteError(f"{file} cannot be read with this server: {event.text.splitlines()[0]}")
         return [event.text for event in events if event.kind == "skip"]
 
 
