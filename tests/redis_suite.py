@@ -182,9 +182,9 @@ class Harness:
         except subprocess.TimeoutExpired:
             return [Event("TIMEOUT", f"no end after {limit_s:.0f} s")]
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.wait()
         events = parse(output.decode(errors="replace"))
         if not events:
             raise SuiteError(f"{' '.join(command)} said nothing of use:\n{output.decode(errors='replace')}")
@@ -240,6 +240,8 @@ def report(tests: dict[str, list[str]], results: list[Result]) -> bool:
     """Print the counts of every file, and everything that failed; whether nothing did."""
     total: Counter[str] = Counter()
     for file, names in tests.items():
+        if not names:
+            continue  # others were asked for
         times = Counter(names)
         here = [result for result in results if result.file == file]
         counts: Counter[str] = Counter()
@@ -261,6 +263,8 @@ def run_suite(options: argparse.Namespace, harnesses: list[Harness], table: Tabl
     complaints = [] if options.all else table.complaints(tests)
     if options.test:
         tests = {file: [test for test in names if test in options.test] for file, names in tests.items()}
+        if not any(tests.values()):
+            raise SuiteError(f"no test has the name {' or '.join(options.test)}")
     skipped = [
         Result(file, test, "skipped", table.skips[file][test])
         for file, names in tests.items()
@@ -274,7 +278,7 @@ def run_suite(options: argparse.Namespace, harnesses: list[Harness], table: Tabl
     print(f"{time.monotonic() - began:.0f} s")
     if options.json:
         options.json.write_text(json.dumps([vars(result) for result in results], indent=1) + "\n")
-    return 0 if is_good and results else 1
+    return 0 if is_good else 1
 
 
 def fetch(cache: Path) -> Path:
