@@ -1,4 +1,7 @@
-"""Commands on keys, whatever their values: each is compiled to a plan."""
+"""Commands on keys, whatever their values: EXISTS, DEL, EXPIRE, TTL, RENAME and others.
+
+Pure. Each is compiled to a plan (plan.py) from the arguments behind the command's name; nothing is asked here.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,22 @@
-"""Commands on the values of keys: each is compiled to a plan. The arguments are those behind the command's name."""
+"""Commands on the values of keys: SET and GET with all options, MSET, APPEND, INCR, bits and others.
+
+Pure. Each is compiled to a plan (plan.py) from the arguments behind the command's name; nothing is asked here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, MULTI_BYTES_MAX, MULTI_KEYS_MAX, TTL_MS_MAX, VALUE_BYTES_MAX
+from kvtcp.constants import (
+    INTEGER_MAX,
+    INTEGER_MIN,
+    MGET_KEYS_BYTES_MAX,
+    MULTI_BYTES_MAX,
+    MULTI_KEYS_MAX,
+    TTL_MS_MAX,
+    VALUE_BYTES_MAX,
+)
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.resp.plan import (
@@ -161,6 +172,8 @@ def get_many(arguments: Arguments) -> Plan:
     """MGET key ..."""
     if len(arguments) > MULTI_KEYS_MAX:
         raise CommandError(f"ERR {len(arguments)} keys in one command are over the limit of {MULTI_KEYS_MAX}")
+    if sum(map(len, arguments)) > MGET_KEYS_BYTES_MAX:
+        raise CommandError(f"ERR the keys of one command are over the limit of {MGET_KEYS_BYTES_MAX} bytes")
     return Plan([read(op.GET, key) for key in arguments], lambda results: [value_of(cell) for cell in results])
 
 
