@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from kvtcp.constants import INTEGER_MAX, MULTI_KEYS_MAX
+from kvtcp.constants import INTEGER_MAX, RESP_KEYS_MAX
 from kvtcp.protocol import operations as op
 from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, CommandError, Plan, check_key, count, integer, read, write
 from kvtcp.resp.replies import DONE, Failure, Simple
@@ -27,8 +27,8 @@ def of_each(number: int) -> Callable[[Arguments], Plan]:
     """DEL, UNLINK, EXISTS, TOUCH key ...: how many there were"""
 
     def compile_(arguments: Arguments) -> Plan:
-        if len(arguments) > MULTI_KEYS_MAX:
-            raise CommandError(f"ERR {len(arguments)} keys in one command are over the limit of {MULTI_KEYS_MAX}")
+        if len(arguments) > RESP_KEYS_MAX:
+            raise CommandError(f"ERR {len(arguments)} keys in one command are over the limit of {RESP_KEYS_MAX}")
         make = write if number < op.WRITE_OP_END else read
         return Plan([make(number, key) for key in arguments], count)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, MULTI_BYTES_MAX, MULTI_KEYS_MAX, TTL_MS_MAX, VALUE_BYTES_MAX
+from kvtcp.constants import (
+    INTEGER_MAX,
+    INTEGER_MIN,
+    MULTI_BYTES_MAX,
+    MULTI_KEYS_MAX,
+    RESP_KEYS_MAX,
+    TTL_MS_MAX,
+    VALUE_BYTES_MAX,
+)
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.resp.plan import (
@@ -168,8 +176,8 @@ def _pairs(arguments: Arguments, command: str) -> list[tuple[bytes, bytes]]:
     if len(arguments) % 2:
         raise CommandError(f"ERR wrong number of arguments for '{command}' command")
     pairs = [(check_key(arguments[n]), arguments[n + 1]) for n in range(0, len(arguments), 2)]
-    if len(pairs) > MULTI_KEYS_MAX:
-        raise CommandError(f"ERR {len(pairs)} keys in one command are over the limit of {MULTI_KEYS_MAX}")
+    if len(pairs) > RESP_KEYS_MAX:
+        raise CommandError(f"ERR {len(pairs)} keys in one command are over the limit of {RESP_KEYS_MAX}")
     if sum(len(key) + len(value) for key, value in pairs) > MULTI_BYTES_MAX:
         raise CommandError(f"ERR the pairs of one command are over the limit of {MULTI_BYTES_MAX} bytes")
     return pairs
