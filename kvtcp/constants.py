@@ -41,6 +41,8 @@ REQUEST_ID_MAX: Final = 2**32 - 1
 RESP_LINE_BYTES_MAX: Final = 64 * KIB
 RESP_ARGUMENTS_MAX: Final = 65_536
 RESP_COMMAND_BYTES_MAX: Final = 16 * MIB
+# keys of one command, but for MGET, which asks for all in one item of a link
+RESP_KEYS_MAX: Final = 20_000
 # positions of SCAN that are remembered, and for how long nobody asks for one
 SCAN_CURSORS_MAX: Final = 10_000
 SCAN_CURSOR_IDLE_MS: Final = 600_000

@@ -20,7 +20,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX, KEY_BYTES_MAX, KIB, MULTI_BYTES_MAX, MULTI_KEYS_MAX
+from kvtcp.constants import (
+    CLIENT_OUTPUT_BYTES_MAX,
+    KEY_BYTES_MAX,
+    KIB,
+    MULTI_BYTES_MAX,
+    MULTI_KEYS_MAX,
+    RESP_KEYS_MAX,
+)
 from kvtcp.errors import RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import GET, PUT
@@ -65,10 +72,10 @@ class Transaction:
         else:
             keys = sum(len(operation.keys) for operation in queued.operations)
             size = sum(operation.size + QUEUED_BYTES for operation in queued.operations)
-        if self.keys + keys > MULTI_KEYS_MAX or self.bytes + size > MULTI_BYTES_MAX:
-            raise CommandError(
-                f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes"
-            )
+        if len(self.queued) >= MULTI_KEYS_MAX:
+            raise CommandError(f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands")
+        if self.keys + keys > RESP_KEYS_MAX or self.bytes + size > MULTI_BYTES_MAX:
+            raise CommandError(f"ERR a transaction is over the limit of {RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes")
         self.keys += keys
         self.bytes += size
         self.queued.append(queued)

@@ -1,7 +1,7 @@
 """Commands on the connection and the server: HELLO, PING, CLIENT, COMMAND, CONFIG, INFO and others.
 
-Pure. Each is a function of the client and the arguments behind the name; it answers the client (client.py). What the
-server tells of itself comes from the host of the door (door.py).
+Pure. They are answered at once, without the cluster, but for INFO, which counts the keys. What they tell of the server
+comes from the door's host. Texts are Redis's where a client may look at them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Commands on keys, whatever their values: EXISTS, DEL, EXPIRE, TTL, RENAME and others.
+"""Commands on keys, whatever their values: each is compiled to a plan (plan.py).
 
-Pure. Each is compiled to a plan (plan.py) from the arguments behind the command's name; nothing is asked here.
+Pure. The arguments are those behind the command's name. Deadlines are told in the units of the command and kept in ms;
+a time that is over deletes the key.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from kvtcp.constants import INTEGER_MAX, MULTI_KEYS_MAX
+from kvtcp.constants import INTEGER_MAX, RESP_KEYS_MAX
 from kvtcp.protocol import operations as op
 from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, CommandError, Plan, check_key, count, integer, read, write
 from kvtcp.resp.replies import DONE, Failure, Simple
@@ -30,8 +31,8 @@ def of_each(number: int) -> Callable[[Arguments], Plan]:
     """DEL, UNLINK, EXISTS, TOUCH key ...: how many there were"""
 
     def compile_(arguments: Arguments) -> Plan:
-        if len(arguments) > MULTI_KEYS_MAX:
-            raise CommandError(f"ERR {len(arguments)} keys in one command are over the limit of {MULTI_KEYS_MAX}")
+        if len(arguments) > RESP_KEYS_MAX:
+            raise CommandError(f"ERR {len(arguments)} keys in one command are over the limit of {RESP_KEYS_MAX}")
         make = write if number < op.WRITE_OP_END else read
         return Plan([make(number, key) for key in arguments], count)
 

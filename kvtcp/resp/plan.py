@@ -1,8 +1,8 @@
 """Plans: what a command asks of the shards, and how its reply is made of their results.
 
 Pure. A command on keys is *compiled*: its arguments are checked and become operations of operations.py, each on one
-key, without anything being asked. A plan is then carried out by itself, each operation at its shard, or queued by MULTI
-and carried out with others as one transaction. `finish` makes the reply, as replies.py takes it.
+key, without anything being asked. A plan is then carried out by itself, each operation at its shard, or queued by
+MULTI and carried out with others as one transaction. `finish` makes the reply, as replies.py takes it.
 """
 
 from __future__ import annotations

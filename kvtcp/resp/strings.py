@@ -1,6 +1,8 @@
-"""Commands on the values of keys: SET and GET with all options, MSET, APPEND, INCR, bits and others.
+"""Commands on the values of keys: each is compiled to a plan (plan.py).
 
-Pure. Each is compiled to a plan (plan.py) from the arguments behind the command's name; nothing is asked here.
+Pure. The arguments are those behind the command's name. Whatever reads, changes and writes a value is one operation of
+the table (storage/strings.py) and never a read and a write of its own; what only reads a part gets the whole value from
+the node.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from kvtcp.constants import (
     MGET_KEYS_BYTES_MAX,
     MULTI_BYTES_MAX,
     MULTI_KEYS_MAX,
+    RESP_KEYS_MAX,
     TTL_MS_MAX,
     VALUE_BYTES_MAX,
 )
@@ -181,8 +184,8 @@ def _pairs(arguments: Arguments, command: str) -> list[tuple[bytes, bytes]]:
     if len(arguments) % 2:
         raise CommandError(f"ERR wrong number of arguments for '{command}' command")
     pairs = [(check_key(arguments[n]), arguments[n + 1]) for n in range(0, len(arguments), 2)]
-    if len(pairs) > MULTI_KEYS_MAX:
-        raise CommandError(f"ERR {len(pairs)} keys in one command are over the limit of {MULTI_KEYS_MAX}")
+    if len(pairs) > RESP_KEYS_MAX:
+        raise CommandError(f"ERR {len(pairs)} keys in one command are over the limit of {RESP_KEYS_MAX}")
     if sum(len(key) + len(value) for key, value in pairs) > MULTI_BYTES_MAX:
         raise CommandError(f"ERR the pairs of one command are over the limit of {MULTI_BYTES_MAX} bytes")
     return pairs
