@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from fuzz_resp import array, random_input
+from fuzz_resp import array
+from fuzz_resp_sockets import attack
 from resp_tools import Error, parse
 from server_tools import BOTH_LOOPS, Wire, event_loop_policy, healthy, until
 
@@ -17,8 +18,6 @@ from kvtcp.constants import (
     ARRAY_ITEMS_MAX,
     CLIENT_OUTPUT_BYTES_MAX,
     CLIENT_OUTSTANDING_MAX,
-    FRAME_BYTES_MAX,
-    KIB,
     MIB,
     RESP_KEYS_MAX,
     VALUE_BYTES_MAX,
@@ -324,11 +323,11 @@ async def test_replies_made_at_once_are_bounded(cluster: LocalCluster) -> None:
         assert session.outstanding == slots, "nothing more is made"
         assert session.held_bytes < CLIENT_OUTPUT_BYTES_MAX + 2 * TURN_BYTES_MAX
         wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
-        size, one_bytes = 0, 0
+        size = 0
         async with asyncio.timeout(60):
             while session.outstanding or session.unread_bytes:
                 size += len(await wire.reader.read(1 << 20))
-        assert size and not one_bytes
+        assert size > count * 1000
         await until(lambda: session._paused_for == 0, "reading again")
 
 
@@ -354,16 +353,12 @@ async def test_outstanding_commands(cluster: LocalCluster, monkeypatch: pytest.M
         assert session.outstanding == 0 and session.input_bytes == 0
 
 
-async def test_replies_behind_a_slow_one(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_replies_behind_a_slow_one(cluster: LocalCluster) -> None:
     """Large replies that wait for an earlier one count as unread: the client is not read until that one comes."""
     async with await connect(cluster) as wire, await connect(cluster) as other:
         wire.write(array(b"SET", b"large", b"v" * 100_000))
         await wire.replies(1)
         session = await session_of(cluster)
-        links = [link.connection for link in cluster.coordinator.links.values()]
-        session.client.handle([[b"WATCH", b"slow"]])
-        watch = session.client.slots.pop()
-        session.client.waits = False
         session.client.slots.append([None])  # a command whose answer does not come
         wire.write(array(b"GET", b"large") * 30)
         await until(lambda: session._paused_for & caps.FOR_OUTPUT, "the pause")
@@ -371,7 +366,7 @@ async def test_replies_behind_a_slow_one(cluster: LocalCluster, monkeypatch: pyt
         assert cluster.coordinator.held_bytes >= session.held_bytes
         assert await other.do("ping") == "PONG"
         session.client.fill(session.client.slots[0], b"+SLOW\r\n")
-        assert (await wire.replies(31))[0] == "SLOW" and links and watch is not None
+        assert (await wire.replies(31))[0] == "SLOW"
         await until(lambda: session._paused_for == 0, "reading again")
 
 
@@ -421,38 +416,7 @@ async def test_connections_over_the_limit(cluster: LocalCluster, monkeypatch: py
 # --- fuzz -------------------------------------------------------------------------------------------------
 
 
-async def attack(cluster: LocalCluster, inputs: int, seed: int) -> None:
-    """Random streams on live sockets, many at once, some cut off, some not read; the server stays within its caps."""
-    rng = random.Random(seed)
-    most = 0
-
-    async def one(number: int) -> None:
-        nonlocal most
-        data = b"".join(random_input(rng) for _ in range(rng.randrange(1, 20)))
-        async with await connect(cluster) as wire:
-            for low in range(0, len(data), 1 + rng.randrange(len(data) + 1)):
-                wire.write(data[low:])
-                most = max(most, cluster.coordinator.held_bytes)
-                if rng.randrange(3) == 0:
-                    await wire.writer.drain()
-            if number % 3 == 0:
-                wire.writer.write_eof()
-                await wire.closed()
-            elif number % 3 == 1:
-                wire.writer.transport.abort()
-
-    for start in range(0, inputs, 50):
-        await asyncio.gather(*(one(number) for number in range(start, min(start + 50, inputs))))
-    assert most < 64 * MIB, f"seed {seed}"
-
-
 async def test_random_streams(cluster: LocalCluster) -> None:
     """Hundreds of connections with random streams: the server is up, within its caps, and a healthy client beside them
     notices nothing."""
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
-    async with healthy(cluster):
-        await attack(cluster, INPUTS, seed)
-    async with await connect(cluster) as wire:
-        assert await wire.do("ping") == "PONG"
-    assert FRAME_BYTES_MAX > 64 * KIB
+    await attack(cluster, INPUTS, random.SystemRandom().randrange(2**32))
