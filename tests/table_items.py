@@ -13,6 +13,7 @@ from kvtcp.protocol import operations as op
 Model = dict[bytes, tuple[bytes, int, int | None]]  # key -> value, rev, deadline_ms
 
 KEYS = st.sampled_from([b"%c" % c for c in b"abcdefgh"]) | st.binary(min_size=1, max_size=2)
+HOT = st.sampled_from([b"a", b"b", b"c"])  # of what changes and compares: it has to meet something
 VALUES = st.sampled_from([b"", b"0", b"-0", b"7", b"-12", b"007", b"9223372036854775807", b"x"]) | st.binary(max_size=3)
 TTLS = st.integers(-2, 12)
 LIMITS = st.integers(-1, 40)
@@ -35,24 +36,24 @@ KEY_READS = st.sampled_from([op.GET, op.EXISTS, op.TTL, op.DEADLINE_OF])
 def string_items() -> st.SearchStrategy[tuple[Any, ...]]:
     """[op, key, *args] of the operations of strings, all arguments given."""
     conditions = st.sampled_from([op.ALWAYS, op.IF_ABSENT, op.IF_PRESENT])
-    stored = st.tuples(st.just(op.STORE), KEYS, VALUES, KEEP_OR_NONE | FUTURE)
+    stored = st.tuples(st.just(op.STORE), HOT, VALUES, KEEP_OR_NONE | FUTURE)
     kinds = [
         st.tuples(stored, conditions, st.none(), st.booleans()).map(lambda t: (*t[0][:3], *t[0][3], *t[1:])),
         st.tuples(stored, st.just(op.IF_EQUAL), VALUES, st.booleans()).map(lambda t: (*t[0][:3], *t[0][3], *t[1:])),
-        st.tuples(st.just(op.TAKE), KEYS),
-        st.tuples(st.just(op.TOUCH), KEYS, KEEP_OR_NONE | FUTURE).map(lambda t: (*t[:2], *t[2])),
-        st.tuples(st.just(op.EXPIRE_IF), KEYS, ANY_TIME, st.sampled_from([0, 1, 2, 4, 5, 6])).map(
+        st.tuples(st.just(op.TAKE), HOT),
+        st.tuples(st.just(op.TOUCH), HOT, KEEP_OR_NONE | FUTURE).map(lambda t: (*t[:2], *t[2])),
+        st.tuples(st.just(op.EXPIRE_IF), HOT, ANY_TIME, st.sampled_from([0, 1, 2, 4, 5, 6])).map(
             lambda t: (*t[:2], *t[2], t[3])
         ),
-        st.tuples(st.just(op.APPEND), KEYS, VALUES),
-        st.tuples(st.just(op.SETRANGE), KEYS, OFFSETS, VALUES),
-        st.tuples(st.just(op.SETBIT), KEYS, st.integers(0, 40) | st.just(VALUE_BYTES_MAX * 8), st.integers(0, 1)),
-        st.tuples(st.just(op.INCR_DECIMAL), KEYS, DECIMALS),
-        st.tuples(st.sampled_from([op.STORE]), KEYS, DECIMALS).map(lambda t: (*t, op.KEEP_DEADLINE, 0, 0, None, False)),
-        st.tuples(st.just(op.RENAME), KEYS, KEYS, st.booleans()),
-        st.tuples(st.just(op.COPY), KEYS, KEYS, st.booleans()),
+        st.tuples(st.just(op.APPEND), HOT, VALUES),
+        st.tuples(st.just(op.SETRANGE), HOT, OFFSETS, VALUES),
+        st.tuples(st.just(op.SETBIT), HOT, st.integers(0, 40) | st.just(VALUE_BYTES_MAX * 8), st.integers(0, 1)),
+        st.tuples(st.just(op.INCR_DECIMAL), HOT, DECIMALS),
+        st.tuples(st.sampled_from([op.STORE]), HOT, DECIMALS).map(lambda t: (*t, op.KEEP_DEADLINE, 0, 0, None, False)),
+        st.tuples(st.just(op.RENAME), HOT, HOT, st.booleans()),
+        st.tuples(st.just(op.COPY), HOT, HOT, st.booleans()),
         st.tuples(
-            st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=4), st.booleans()
+            st.lists(st.tuples(HOT, VALUES), min_size=1, max_size=4), st.booleans()
         ).map(lambda t: (op.PUT_ALL, t[0][0][0], t[0], t[1])),
     ]  # fmt: skip
     return st.one_of(kinds)
@@ -60,9 +61,9 @@ def string_items() -> st.SearchStrategy[tuple[Any, ...]]:
 
 def transactions() -> st.SearchStrategy[tuple[Any, ...]]:
     """[TRANSACTION, key, watched, ops]; most watch nothing, since a guessed revision is hardly ever right."""
-    ops = st.lists(string_items() | key_items() | st.tuples(KEY_READS, KEYS), max_size=6)
-    watched = st.just([]) | st.just([]) | st.lists(st.tuples(KEYS, st.just(0) | st.integers(0, 12)), max_size=2)
-    return st.tuples(st.just(op.TRANSACTION), KEYS, watched, ops)
+    ops = st.lists(string_items() | key_items() | st.tuples(KEY_READS, HOT), max_size=6)
+    watched = st.just([]) | st.just([]) | st.lists(st.tuples(HOT, st.just(0) | st.integers(0, 12)), max_size=2)
+    return st.tuples(st.just(op.TRANSACTION), HOT, watched, ops)
 
 
 def write_items(*, with_wipe: bool = True) -> st.SearchStrategy[list[Any]]:
