@@ -8,7 +8,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos bench redis-suite clean
+.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos redis-suite compiled pure bench clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -65,6 +65,14 @@ chaos: $(READY)
 # ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis_suite --help`
 redis-suite: $(READY)
 	$(BIN)/python -m tests.redis_suite $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--test '$(ONLY)') $(ARGS)
+
+# the coordinator's path of every request compiled in place; `make pure` goes back
+compiled: $(READY)
+	KVTCP_COMPILE=1 $(BIN)/python setup.py -q build_ext --inplace
+
+pure:
+	find . -path ./$(VENV) -prune -o \( -name '*.cpython-*.so' -o -name '*__mypyc*.so' \) -print | xargs -r rm -f
+	rm -rf build
 
 bench: $(READY)
 	$(BIN)/python bench/run_bench.py

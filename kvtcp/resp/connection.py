@@ -1,4 +1,8 @@
-"""Commands on the connection and the server: HELLO, PING, CLIENT, COMMAND, CONFIG, INFO and others."""
+"""Commands on the connection and the server: HELLO, PING, CLIENT, COMMAND, CONFIG, INFO and others.
+
+Pure. They are answered at once, without the cluster, but for INFO, which counts the keys. What they tell of the server
+comes from the door's host. Texts are Redis's where a client may look at them.
+"""
 
 from __future__ import annotations
 
