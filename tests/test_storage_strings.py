@@ -184,7 +184,7 @@ def test_all_or_none(shard: Shard) -> None:
     ("١".encode(), None), (b"1e", None), (b"9" * 308, "9" * 308), (b"0" * (DECIMAL_BYTES_MAX + 1), None),
 ])  # fmt: skip
 def test_decimal_texts(text: bytes, number: str | None) -> None:
-    """Digits with a point and an exponent, up to the range of a double, exactly; nothing else that Python would take."""
+    """Digits with a point and an exponent, up to the range of a double, exactly; nothing else that Python takes."""
     found = decimal_of(text)
     assert (found is None) == (number is None)
     assert number is None or found == type(found)(number)

@@ -1,4 +1,4 @@
-"""Transactions: what each operation sees, watched revisions, limits of the whole. test_table.py compares with a model."""
+"""Transactions: what each operation sees, watched revisions, limits of the whole. test_table.py has a model of them."""
 
 from __future__ import annotations
 
@@ -119,9 +119,8 @@ def test_watched_keys(shard: Shard) -> None:
 
 def test_many_removals_of_one_key(shard: Shard) -> None:
     """Effects that only remove name each key once, however often it is asked for."""
-    assert shard.run((op.DELETE, b"k"), (op.DELETE, b"k"), (op.TAKE, b"k"), (op.EXPIRE, b"n", -1), (op.DELETE, b"n")) == [
-        [True, False, None, True, False]
-    ]
+    results = shard.run((op.DELETE, b"k"), (op.DELETE, b"k"), (op.TAKE, b"k"), (op.EXPIRE, b"n", -1), (op.DELETE, b"n"))
+    assert results == [[True, False, None, True, False]]
     assert msgpack.unpackb(shard.table.last_entry)[3] == [[op.REMOVE, b"k"], [op.REMOVE, b"n"]]
     assert len(shard.table) == 0
 
@@ -184,7 +183,7 @@ def test_a_small_transaction_cannot_fill_the_memory(shard: Shard) -> None:
 
 @pytest.mark.parametrize("kind", [op.PURGE, op.CLEAR, op.TRANSACTION, op.COUNT, op.REVISION, 63])
 def test_what_cannot_be_part_of_it(shard: Shard, kind: int) -> None:
-    """Nothing on many keys, and no transaction in a transaction: that is a mistake of the sender, and changes nothing."""
+    """Nothing on many keys, and no transaction in a transaction: the sender is mistaken, and nothing changes."""
     before = shard.table.position, shard.table.digest()
     with pytest.raises(ProtocolError, match="cannot be part of a transaction"):
         shard.table.apply([op.TRANSACTION, 0, 3, 1, b"k", [], [[op.TAKE, b"k"], [kind, b"k", 1]]], STAMP)

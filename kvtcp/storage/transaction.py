@@ -116,11 +116,18 @@ def _read(view: View, number: int, key: bytes, stamp_ms: int) -> Any:
 
 
 def result_bytes(result: Any) -> int:
-    """About the bytes of the values in a write's result."""
+    """About the bytes of a write's result, if it has values or is that of a transaction; others are small."""
     if type(result) is bytes:
         return len(result)
     if type(result) is not list or len(result) != 1:
         return 0
     results: Sequence[Any] = result[0]
-    sizes = [len(r) if type(r) is bytes else len(r[0]) if type(r) is tuple else 0 for r in results]
-    return sum(sizes) + 16 * len(sizes)
+    size = 16 * len(results)
+    for each in results:
+        if type(each) is bytes:
+            size += len(each)
+        elif type(each) is tuple:  # a cell
+            size += len(each[0])
+        elif type(each) is list:  # an error
+            size += 64 + len(each[1])
+    return size
