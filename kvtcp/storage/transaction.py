@@ -52,13 +52,16 @@ class Overlay:
         if kind == op.REMOVE:
             self.changed[key] = None
             return
-        cell = self.visible(key, stamp_ms)
+        cell = self.visible(effect[2] if kind == op.CLONE else key, stamp_ms)
         assert cell is not None, "these effects are of keys that are there"
         if kind == op.DEADLINE:
             self.changed[key] = (cell[0], self.seq, effect[2])
+        elif kind == op.CLONE:
+            self.effect_bytes += len(effect[2])
+            self.changed[key] = (cell[0], self.seq, cell[2])
         else:
             self.effect_bytes += len(effect[3])
-            self.copied_bytes += len(cell[0])
+            self.copied_bytes += max(len(cell[0]), effect[2] + len(effect[3]))
             if self.copied_bytes <= TRANSACTION_COPY_BYTES_MAX:
                 self.changed[key] = (patched(cell[0], effect[2], effect[3]), self.seq, cell[2])
 
