@@ -41,7 +41,8 @@ from typing import Any
 import uvloop
 
 import kvtcp
-from bench.cluster import ROOT, Cluster, Process, cpu_s, free_ports
+from bench.cluster import ROOT, Cluster, Process, free_ports
+from bench.measure import cpu_s
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import PUT
 from kvtcp.storage.copy import Copy

@@ -27,7 +27,8 @@ from typing import Any
 import uvloop
 
 import kvtcp
-from bench.cluster import Cluster, EchoPeer, cpu_s
+from bench.cluster import Cluster, EchoPeer
+from bench.measure import cpu_s
 
 VALUE = b"v" * 128
 DEPTHS = (1, 16, 64)
