@@ -8,7 +8,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos bench clean
+.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos bench redis-suite clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -62,8 +62,12 @@ chaos: $(READY)
 	$(BIN)/python tests/chaos.py --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
 		--factor $(or $(FACTOR),3) $(if $(MIN_INSYNC),--min-insync $(MIN_INSYNC)) --json chaos.json
 
+# ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis_suite --help`
+redis-suite: $(READY)
+	$(BIN)/python -m tests.redis_suite $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--test '$(ONLY)') $(ARGS)
+
 bench: $(READY)
 	$(BIN)/python bench/run_bench.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .redis-suite build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -18,6 +18,7 @@ TEST = [
     "coverage>=7.5",
     "ruff>=0.6",
     "mypy>=1.11",
+    "redis>=5.0",
     *SHELL,
 ]
 

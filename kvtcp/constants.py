@@ -32,9 +32,22 @@ MULTI_BYTES_MAX: Final = 16 * MIB
 MGET_KEYS_BYTES_MAX: Final = 8 * MIB
 # values that one node returns for one mget
 MGET_VALUES_BYTES_MAX: Final = 15 * MIB
+# values that a transaction changes in places, each as often as it does: 30 ms
+TRANSACTION_COPY_BYTES_MAX: Final = 256 * MIB
 PAGE_ITEMS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 * KIB
 REQUEST_ID_MAX: Final = 2**32 - 1
+# --- the Redis protocol: a line as it is typed; a command as an array
+RESP_LINE_BYTES_MAX: Final = 64 * KIB
+RESP_ARGUMENTS_MAX: Final = 65_536
+RESP_COMMAND_BYTES_MAX: Final = 16 * MIB
+# keys of one command, but for MGET, which asks for all in one item of a link
+RESP_KEYS_MAX: Final = 20_000
+# positions of SCAN that are remembered, and for how long nobody asks for one
+SCAN_CURSORS_MAX: Final = 10_000
+SCAN_CURSOR_IDLE_MS: Final = 600_000
+# keys that one KEYS may answer with, with 16 bytes more for each
+RESP_KEYS_BYTES_MAX: Final = 64 * MIB
 TTL_MS_MAX: Final = 100 * 365 * 24 * 3600 * 1000
 INTEGER_MIN: Final = -(2**63)
 INTEGER_MAX: Final = 2**63 - 1
@@ -95,7 +108,10 @@ LEARNER_EVICT_AFTER_MS: Final = 5_000
 # a node that was let go for its slowness learns again after this time, and no other one is let go before
 SLOW_INTERVAL_MS: Final = 10_000
 # learners that one node gives entries to at the same time; whole copies it gives one after the other
-LEARNERS_PER_DONOR_MAX: Final = 4
+LEARNERS_PER_DONOR_MAX: Final = 2
+# entries shipped at once: 2 ms at either end. (p99 of puts meanwhile: twice that of a quiet time; with 256 KiB and four
+# learners of a donor it was nine times.)
+SHIP_BYTES_MAX: Final = 32 * KIB
 # all links are asked in one step for the chains of their shards, to be compared
 AUDIT_INTERVAL_MS: Final = 10_000
 # shards that a takeover brings up to date at the same time
@@ -182,8 +198,9 @@ FRESH_KEYS_MAX: Final = 1_024
 HASH_PARTS: Final = 31
 # of the cyclic collector in a server: small steps, 0.1 ms, and 0.7 ms for the second generation, where
 # (50,000, 50, 100) took up to 8 ms at once. That has its price: put_many cost a quarter more CPU on the nodes, an
-# eighth on the coordinator. The third generation walks all leaves and is put off for good.
-GC_THRESHOLDS: Final = (1_000, 4, 5_000)
+# eighth on the coordinator. The third generation walks all leaves and cells, 0.4 s for a million keys, and is put off
+# for good: until thousands of millions of allocations.
+GC_THRESHOLDS: Final = (1_000, 4, 1_000_000)
 # cells that a node makes between two young collections of its own. The collector counts what is made less what is
 # freed, so overwriting runs up hundreds of thousands of young cells, and whatever else allocates then pays 100 ms at
 # once; 4,096 are 0.3 ms. A collection stops tracking cells, so they are met once. (p99 of puts while snapshots run:

@@ -551,7 +551,7 @@ def test_copies_are_the_same_in_the_end(seed: int, monkeypatch: pytest.MonkeyPat
     """Whatever comes first, a copy that was learned equals that of the member, and its log leads to it."""
     monkeypatch.setattr(copy_set, "LEARN_APPLY_ITEMS", 3)
     monkeypatch.setattr(replica_module, "LEARN_APPLY_ITEMS", 3)
-    monkeypatch.setattr(copy_set, "BATCH_BYTES_MAX", 100)
+    monkeypatch.setattr(copy_set, "SHIP_BYTES_MAX", 100)
     pair = Pair(seed)
     for _ in range(300):
         pair.step()

@@ -355,3 +355,28 @@ def test_questions_between_changes() -> None:
             else:
                 shard = rng.randrange(3)
                 assert kept.of_shard(shard) == [each for _, each in model if each[0] == shard], f"seed {seed}"
+
+
+def test_entries_from_before_the_link_are_kept_by_shard() -> None:
+    """One shard is set aside or forgotten without a look at the others; the rest is committed at 0, some at a time."""
+    kept = KeptEntries()
+    for seq in range(1, 5):
+        kept.add(seq, [entry(shard, seq) for shard in range(3)])
+    kept.new_link()
+    kept.add(1, [entry(0, 5), entry(2, 5)])
+    kept.set_aside(0)
+    kept.forget(1)
+    assert kept.bytes == 25 and numbers(kept, 0) == [1, 2, 3, 4, 5] and numbers(kept, 1) == []
+    assert kept.commit(-1) == {} and kept.commit(0) == {2: 4} and kept.commit(1) == {2: 5} and kept.bytes == 0
+    assert numbers(kept, 0) == [1, 2, 3, 4, 5], "what was set aside is committed by no ordinal of this link"
+
+
+def test_much_from_before_the_link_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the bound, of each shard only what a window holds, the newest."""
+    monkeypatch.setattr(kept_module, "WINDOW_ITEMS_MAX", 4)
+    kept = KeptEntries(bytes_max=50)
+    kept.add(1, [entry(0, seq) for seq in range(1, 10)])
+    kept.add(2, [entry(1, 1), entry(1, 2)])
+    kept.new_link()
+    assert numbers(kept, 0) == [6, 7, 8, 9] and numbers(kept, 1) == [1, 2] and kept.bytes == 30
+    assert set(kept.look_up(0)) == {6, 7, 8, 9}

@@ -295,8 +295,8 @@ def test_entries_after_of_what_is_not_recent_any_more() -> None:
 
 
 def test_entries_after_in_pieces(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About a batch at once, and at least one entry however large."""
-    monkeypatch.setattr(copy_set, "BATCH_BYTES_MAX", 200)
+    """So many bytes at once, and at least one entry however large."""
+    monkeypatch.setattr(copy_set, "SHIP_BYTES_MAX", 200)
     batch(replica, 101, *(put(0, seq, b"v" * size) for seq, size in enumerate([60, 60, 500, 60, 60], 2)))
     pieces = []
     after = 0

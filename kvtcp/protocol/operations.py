@@ -19,7 +19,28 @@ Arguments of the writes (trailing ones may be left out; nil = not given):
     PURGE    b"", limit                        result: expired keys deleted
     CLEAR    lower, upper, limit               result: keys deleted in [lower, upper); upper nil = no bound
 
-The result of a write is an int or a bool; an error is the array [code, message, details].
+Arguments of the writes of strings.py, which keep the deadline unless they say otherwise. A deadline is given as two
+arguments `mode, ms`: KEEP_DEADLINE, NO_DEADLINE, IN_MS (from the stamp) or AT_MS (since 1970).
+
+    STORE        key, value, mode, ms, condition, if_value, get     result: bool, or with `get` the old value or nil;
+                 condition: ALWAYS, IF_ABSENT, IF_PRESENT, IF_EQUAL (to if_value)
+    TAKE         key                           deleted; result: the old value or nil
+    TOUCH        key, mode, ms                 the deadline is changed; result: the value or nil
+    EXPIRE_IF    key, mode, ms, condition      result: bool; ALWAYS, IF_ABSENT, IF_PRESENT (a deadline), IF_LATER or
+                 IF_EARLIER than it (none is later than all), IF_PRESENT_EARLIER
+    APPEND       key, value                    result: the new length, or TOO_LARGE
+    SETRANGE     key, offset, value            result: the new length, or TOO_LARGE; the gap is filled with zero bytes
+    SETBIT       key, offset, bit              result: the old bit, or TOO_LARGE; bit 0 is the highest of byte 0
+    INCR_DECIMAL key, by                       by and result: decimal texts; NOT_A_NUMBER, RANGE
+    RENAME       key, new_key, if_absent       the deadline goes with it; result: RENAMED, NEW_KEY_EXISTS or NO_KEY
+    COPY         key, new_key, replace         so does a copy of it; result: bool
+    PUT_ALL      key, pairs, if_absent         [[key, value], ...] of one shard; result: bool, false if one was there
+    TRANSACTION  key, watched, ops             [[key, rev], ...], rev 0 = absent; [[op, key, ...args], ...], writes and
+                 reads of one key, of one shard, each sees those before it; result: [results], or nil if the revision of
+                 a watched key is another one, or TOO_LARGE. An error is a result like others and undoes nothing.
+
+The result of a write is an integer, a boolean, bytes or nil; an error is the array [code, message, details]. A result
+that is a list is the only element of an array.
 
 Control items stand in the link's order too and have one result each:
 
@@ -49,17 +70,32 @@ EXPIRE: Final = 6
 PERSIST: Final = 7
 PURGE: Final = 8
 CLEAR: Final = 9
+STORE: Final = 10
+TAKE: Final = 11
+TOUCH: Final = 12
+EXPIRE_IF: Final = 13
+APPEND: Final = 14
+SETRANGE: Final = 15
+SETBIT: Final = 16
+INCR_DECIMAL: Final = 17
+RENAME: Final = 18
+COPY: Final = 19
+PUT_ALL: Final = 20
+TRANSACTION: Final = 21
 WRITE_OP_END: Final = 64
 
 # reads of one key: [op, shard, key]
 GET: Final = 64  # [value, rev, ttl_ms or nil] or nil
 EXISTS: Final = 65  # [rev] or nil
 TTL: Final = 66  # [rev, ttl_ms or nil] or nil
+DEADLINE_OF: Final = 70  # [rev, deadline_ms or nil] or nil
+REVISION: Final = 72  # [rev] or nil
 # reads over shards of one node
 COUNT: Final = 67  # [op, shards, lower, upper] -> integer
 # [op, shards, lower, upper, limit, reverse, keys_only] -> [rows, more]; row = [key, value or nil, rev, ttl_ms or nil]
 PAGE: Final = 68
 MGET: Final = 69  # [op, [[shard, key], ...]] -> [cell or nil, ...] as GET
+ANY_KEY: Final = 71  # [op, shards, number] -> [key or nil, keys]: one of all keys, each equally likely if the number is
 # control items, also in the link's order
 FREEZE: Final = 80  # [op, shards, backup name, directory] -> nil; the file is reported by a BACKUP frame later
 CHAIN_AT: Final = 81  # [op, shard] -> [seq, chain]: the position here in the link's order; nil = no live copy
@@ -75,8 +111,32 @@ SET: Final = 1  # [SET, key, value, deadline_ms or nil]; the revision is the ent
 REMOVE: Final = 2  # [REMOVE, key]
 DEADLINE: Final = 3  # [DEADLINE, key, deadline_ms or nil]; the value stays, the revision is the entry's number
 WIPE: Final = 4  # [WIPE]: every key of the shard is removed
+# [PATCH, key, offset, bytes]: they take the place of what is there, the value grows if they go beyond its end (after
+# zero bytes, if they begin there); the deadline stays
+PATCH: Final = 5
+
+# modes of deadlines
+KEEP_DEADLINE: Final = 0
+NO_DEADLINE: Final = 1
+IN_MS: Final = 2
+AT_MS: Final = 3
+# conditions
+ALWAYS: Final = 0
+IF_ABSENT: Final = 1
+IF_PRESENT: Final = 2
+IF_EQUAL: Final = 3
+IF_LATER: Final = 4
+IF_EARLIER: Final = 5
+IF_PRESENT_EARLIER: Final = 6
+# results of RENAME
+RENAMED: Final = 1
+NEW_KEY_EXISTS: Final = 0
+NO_KEY: Final = -1
 
 WRITE_NAMES: Final = {
     PUT: "put", ADD: "add", DELETE: "delete", CAS: "cas", INCR: "incr",
     EXPIRE: "expire", PERSIST: "persist", PURGE: "purge", CLEAR: "clear",
+    STORE: "store", TAKE: "take", TOUCH: "touch", EXPIRE_IF: "expire if", APPEND: "append", SETRANGE: "set range",
+    SETBIT: "set bit", INCR_DECIMAL: "incr decimal", RENAME: "rename", COPY: "copy", PUT_ALL: "put all",
+    TRANSACTION: "transaction",
 }  # fmt: skip

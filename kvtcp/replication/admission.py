@@ -31,7 +31,22 @@ from kvtcp.constants import (
     WRITE_WAIT_MS,
 )
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import ADD, CAS, INCR, PUT, WRITE_OP_END
+from kvtcp.protocol.operations import (
+    ADD,
+    APPEND,
+    CAS,
+    COPY,
+    INCR,
+    INCR_DECIMAL,
+    PUT,
+    PUT_ALL,
+    RENAME,
+    SETBIT,
+    SETRANGE,
+    STORE,
+    TRANSACTION,
+    WRITE_OP_END,
+)
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
@@ -47,7 +62,10 @@ from kvtcp.replication.shard_state import (
     Waiting,
 )
 
-GROWING: Final = frozenset({PUT, ADD, CAS, INCR})  # writes that a node short of disk space cannot take
+# writes that a node short of disk space cannot take
+GROWING: Final = frozenset(
+    {PUT, ADD, CAS, INCR, STORE, APPEND, SETRANGE, SETBIT, INCR_DECIMAL, RENAME, COPY, PUT_ALL, TRANSACTION}
+)
 
 
 class Admission(ClusterState):

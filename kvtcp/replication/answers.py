@@ -19,7 +19,7 @@ from typing import Any
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code, text_of
-from kvtcp.protocol.operations import EXISTS, GET
+from kvtcp.protocol.operations import EXISTS, GET, REVISION
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
@@ -89,7 +89,10 @@ class Answers(ClusterState):
         _, sink, token, _ = op
         op[1] = None
         if type(result) is list:
-            sink.fail(token, result[0], *text_of(result[1], result[2]))
+            if len(result) == 1:  # the results of a transaction
+                sink.reply(token, result[0])
+            else:
+                sink.fail(token, result[0], *text_of(result[1], result[2]))
         elif result is LOST:
             assert shard is not None, "who knows of a lost result knows the shard"
             self._answer_unknown(shard, sink, token, "its answer was lost with the connection to a node")
@@ -122,6 +125,8 @@ class Answers(ClusterState):
             needed = result[1]
         elif kind == EXISTS:
             needed, result = result[0], True
+        elif kind == REVISION:
+            needed = result = result[0]
         else:
             needed = result[0]
             result = -1 if result[1] is None else result[1]

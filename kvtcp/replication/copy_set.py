@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from kvtcp.constants import BATCH_BYTES_MAX, LEARN_APPLY_ITEMS, LEARN_BUFFER_BYTES_MAX
+from kvtcp.constants import LEARN_APPLY_ITEMS, LEARN_BUFFER_BYTES_MAX, SHIP_BYTES_MAX
 from kvtcp.errors import DataError
 from kvtcp.protocol.operations import PUT, WRITE_OP_END
 from kvtcp.replication.learning import Donation, Learning
@@ -105,7 +105,7 @@ class CopySet:
 
     def entries_after(self, shard: int, after: int) -> tuple[int | None, list[list[Any]] | None]:
         """What ENTRIES says: the chain at number `after`, None if it is not known here any more, and the packed entries
-        that follow as [chain, entry], None if they are not all here. About BATCH_BYTES_MAX at once, at least one."""
+        that follow as [chain, entry], None if they are not all here. About SHIP_BYTES_MAX at once, at least one."""
         table = self.tables.get(shard)
         if table is None or not self.copies[shard].complete or after > table.seq:
             return None, None
@@ -117,7 +117,7 @@ class CopySet:
         size = 0
         while (found := known.get(after + len(entries) + 1)) is not None:
             size += len(found[4])
-            if entries and size > BATCH_BYTES_MAX:
+            if entries and size > SHIP_BYTES_MAX:
                 break
             entries.append([found[3], found[4]])
         return chain, entries if entries or after == table.seq else None

@@ -313,19 +313,34 @@ class Gateway:
             return
         arguments = REQUESTS[op](message)
         if op in (b"scan", b"count"):
-            lower, upper = arguments[:2]
-            low, high = prefix_bounds(self.restoring)
-            touched = (high is None or lower < high) and (upper is None or low < upper)
-        elif op in (b"mget", b"mdelete"):
+            self.check_range_open(*arguments[:2])
+            return
+        if op in (b"mget", b"mdelete"):
             touched = any(key.startswith(self.restoring) for key in arguments[0])
         elif op == b"mput":
             touched = any(item[0].startswith(self.restoring) for item in arguments[0])
         else:
             touched = arguments[0].startswith(self.restoring)
         if touched:
-            shown = f"keys that begin with {show_bytes(self.restoring)} are" if self.restoring else "all keys are"
-            raise RequestError(
-                f"{shown} closed until a restore completes; nothing was executed (if none is running, one stopped "
-                "half-way: repeat it)",
-                Code.RESTORING,
-            )
+            raise self._closed()
+
+    def check_open(self, key: bytes) -> None:
+        """Raise RequestError (RESTORING) if this key is being restored."""
+        if self.restoring is not None and key.startswith(self.restoring):
+            raise self._closed()
+
+    def check_range_open(self, lower: bytes, upper: bytes | None) -> None:
+        """Raise RequestError (RESTORING) if keys of [lower, upper) are being restored."""
+        if self.restoring is not None:
+            low, high = prefix_bounds(self.restoring)
+            if (high is None or lower < high) and (upper is None or low < upper):
+                raise self._closed()
+
+    def _closed(self) -> RequestError:
+        assert self.restoring is not None, "something is being restored"
+        shown = f"keys that begin with {show_bytes(self.restoring)} are" if self.restoring else "all keys are"
+        return RequestError(
+            f"{shown} closed until a restore completes; nothing was executed (if none is running, one stopped "
+            "half-way: repeat it)",
+            Code.RESTORING,
+        )

@@ -15,7 +15,7 @@ from typing import Any, Final
 from kvtcp.constants import PAGE_BYTES_MAX
 from kvtcp.errors import Code, text_of
 from kvtcp.protocol.messages import make_cursor
-from kvtcp.protocol.operations import COUNT, MGET, PAGE
+from kvtcp.protocol.operations import ANY_KEY, COUNT, MGET, PAGE
 
 Numbers = Sequence[int]
 KEY_OVERHEAD_BYTES: Final = 32  # what a key of an mget counts in a batch beyond its bytes
@@ -150,6 +150,24 @@ def count_read(shards: Numbers, lower: bytes, upper: bytes | None, sink: Any, to
         return (COUNT, numbers, lower, upper), size + 3 * len(numbers)
 
     return MultiRead(shards, sink, token, build, sum, size)
+
+
+def any_key_read(shards: Numbers, number: int, sink: Any, token: Any) -> MultiRead:
+    """One of all live keys, None if there is none; equally likely each if the number is."""
+
+    def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
+        return (ANY_KEY, numbers, number), 3 * len(numbers)
+
+    def merge(parts: list[tuple[bytes | None, int]]) -> bytes | None:
+        found = [(key, keys) for key, keys in parts if key is not None]
+        place = number % sum(keys for _, keys in found) if found else 0
+        for key, keys in found:
+            if place < keys:
+                return key
+            place -= keys
+        return None
+
+    return MultiRead(shards, sink, token, build, merge, 0)
 
 
 def mget_read(keys: Sequence[bytes], shard_numbers: Sequence[int], sink: Any, token: Any) -> MultiRead:

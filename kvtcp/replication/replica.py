@@ -32,9 +32,11 @@ from kvtcp.constants import (
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import (
+    ANY_KEY,
     AUDIT,
     CHAIN_AT,
     COUNT,
+    DEADLINE_OF,
     DONATE,
     DROP,
     EXISTS,
@@ -45,6 +47,8 @@ from kvtcp.protocol.operations import (
     PAGE,
     PUT,
     RESULTS_OF,
+    REVISION,
+    STORE,
     TTL,
     UNLEARN,
     WRITE_OP_END,
@@ -53,7 +57,8 @@ from kvtcp.replication.copy_set import CopySet
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.kept import KeptEntries
-from kvtcp.storage.pages import merge_page
+from kvtcp.storage.pages import any_key, merge_page
+from kvtcp.storage.transaction import result_bytes
 
 OLDER_COPY: Final = "its node was started on an older copy of its data directory, what was written since is missing"
 FLAG_INTERVAL_MS: Final = 250  # between two looks for expired keys, by stamps
@@ -235,6 +240,10 @@ class Replica(CopySet):
                 self._made_results.append((item[1], table.seq, result))
                 if item[3]:
                     results.append(result)
+                    if op >= STORE:
+                        self.results_bytes += result_bytes(result)
+                        if self.results_bytes > results_bytes_max:
+                            return False
             elif op >= LEARN:
                 results.append(self._control(op, item))
                 return False
@@ -254,11 +263,15 @@ class Replica(CopySet):
 
     def _read(self, op: int, item: Sequence[Any], stamp_ms: int) -> Any:
         tables = self.tables
-        if op == EXISTS:
+        if op in (EXISTS, REVISION):
             rev = tables[item[1]].exists(item[2], stamp_ms)
             return None if rev is None else [rev]
         if op == TTL:
             return tables[item[1]].ttl(item[2], stamp_ms)
+        if op == DEADLINE_OF:
+            return tables[item[1]].deadline_of(item[2], stamp_ms)
+        if op == ANY_KEY:
+            return any_key([tables[shard] for shard in item[1]], item[2], stamp_ms)
         if op == PAGE:
             _, shards, lower, upper, limit, reverse, keys_only = item
             chosen = [tables[shard] for shard in shards]

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvtcp.constants import WINDOW_ITEMS_MAX
+from kvtcp.constants import MGET_VALUES_BYTES_MAX, WINDOW_ITEMS_MAX
+from kvtcp.storage.transaction import result_bytes
 
 
 class WriteResults:
@@ -53,6 +54,12 @@ class WriteResults:
         self._shards.pop(shard, None)
 
     def of(self, shard: int, seqs: Sequence[int]) -> list[list[Any] | None]:
-        """[result] for each of these numbers, None where it is not known."""
+        """[result] for each of these numbers, None where it is not known, or not in the same frame: it has room for the
+        values of MGET_VALUES_BYTES_MAX."""
         known = dict(self._shards.get(shard, ()))
-        return [[known[seq]] if seq in known else None for seq in seqs]
+        found: list[list[Any] | None] = []
+        size = 0
+        for seq in seqs:
+            size += result_bytes(known.get(seq))
+            found.append([known[seq]] if seq in known and size <= MGET_VALUES_BYTES_MAX else None)
+        return found

@@ -42,12 +42,15 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import Gateway, Session
 from kvtcp.replication.recovery import StaleStore
+from kvtcp.resp.door import Door
 from kvtcp.server import status
 from kvtcp.server.backups import Backups
+from kvtcp.server.caps import FOR_STOP, FOR_TOTAL, CappedConnection
 from kvtcp.server.links import NodeLink
-from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms
+from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms, wall_us
+from kvtcp.server.resp_host import RespHost
 from kvtcp.server.runtime import join_address
-from kvtcp.server.sessions import FOR_STOP, FOR_TOTAL, ClientSession
+from kvtcp.server.sessions import ClientSession
 from kvtcp.server.supervisor import who_is_there
 from kvtcp.server.write_times import WriteTimes
 
@@ -65,6 +68,7 @@ class ClusterConfig:
     secret: str
     durability: str
     backup_dir: Path
+    resp: bool = True  # clients of Redis are served too
 
 
 class CoordinatorServer:
@@ -94,8 +98,9 @@ class CoordinatorServer:
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
         self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
-        self.sessions: set[ClientSession] = set()
-        self.dirty: list[ClientSession] = []  # sessions with answers to flush in this tick
+        self.door = Door(self.gateway, RespHost(self), self.now_ms, wall_us, secrets.randbelow) if config.resp else None
+        self.sessions: set[CappedConnection] = set()
+        self.dirty: list[CappedConnection] = []  # sessions with answers to flush in this tick
         self.address = ("", 0)
         self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
@@ -327,7 +332,7 @@ class CoordinatorServer:
 
     # --- clients ------------------------------------------------------------------------------------
 
-    def session_opened(self, session: ClientSession) -> None:
+    def session_opened(self, session: CappedConnection) -> None:
         """A client connected."""
         self.sessions.add(session)
         if len(self.sessions) > CLIENT_CONNECTIONS_MAX:
@@ -336,7 +341,7 @@ class CoordinatorServer:
         elif self._over_total:
             session.pause(FOR_TOTAL)
 
-    def session_closed(self, session: ClientSession, reason: str) -> None:
+    def session_closed(self, session: CappedConnection, reason: str) -> None:
         """A client is gone; what it asked for is still executed."""
         self.sessions.discard(session)
 

@@ -127,6 +127,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="map.json of the coordinator is lost: make it again from what the nodes have, if all of them answer (the "
         "default), then start; with accept without nodes that are gone for good",
     )
+    parser.add_argument(
+        "--no-resp", action="store_true", help="do not serve clients of Redis and telnet at the main port"
+    )
     parser.add_argument("--orphan-ms", type=int, default=ORPHAN_MS, help=argparse.SUPPRESS)
     runtime.add_common_arguments(parser)
     return parser
@@ -348,7 +351,7 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             durability=options.durability,
             nodes=addresses,
         )
-        config = ClusterConfig(secret, options.durability, options.backup_dir)
+        config = ClusterConfig(secret, options.durability, options.backup_dir, not options.no_resp)
         coordinator = Coordinator(config, keeper, supervisor, stop)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, supervisor.snapshot_all)
         try:

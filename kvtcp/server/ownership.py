@@ -100,6 +100,11 @@ def wall_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def wall_us() -> int:
+    """The same in us."""
+    return time.time_ns() // 1_000
+
+
 def check_store(keeper: MapKeeper, found: Mapping[str, Found]) -> None:
     """Raise CannotServe if a node (by its id) knows more than the config store."""
     epoch, version = (keeper.map.epoch, keeper.map.version) if keeper.is_founded else (0, 0)

@@ -20,16 +20,14 @@ from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 log = logging.getLogger("kvtcp.transport")
 
 
-class FramedConnection(asyncio.Protocol):
-    """One TCP connection that speaks frames. Subclasses override `messages_received` and `closed`."""
+class Connection(asyncio.Protocol):
+    """One TCP connection. Subclasses override `data_received` and `closed`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.decoder = FrameDecoder(frame_bytes_max)
-        self.encoder = FrameEncoder(frame_bytes_max)
         self.transport: asyncio.Transport | None = None  # None before it is made and after it is lost
         self.peer = "?"  # for logs
-        self.out: list[bytes] = []  # frames since the last flush
+        self.out: list[bytes] = []  # what is to be sent, since the last flush
         self.write_paused = False  # the transport's buffer is over its high-water mark
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -38,28 +36,10 @@ class FramedConnection(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         self.peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "local")
 
-    def data_received(self, data: bytes) -> None:
-        if self.transport is None or self.transport.is_closing():
-            return
-        try:
-            messages = self.decoder.feed(data)
-            if messages:
-                self.messages_received(messages)
-        except ProtocolError as error:
-            self.protocol_error(error)
-
-    def messages_received(self, messages: list[Any]) -> None:
-        """The messages of one read."""
-        raise AssertionError("a connection has to say what it does with messages")
-
     def protocol_error(self, error: ProtocolError) -> None:
         """The peer does not speak the protocol: log why, close."""
         log.warning("event=protocol-error peer=%s reason=%s", self.peer, error)
         self.close()
-
-    def send(self, message: Any) -> None:
-        """Queue one message; it leaves with the next `flush`. Raises RequestError if it is too large."""
-        self.out.append(self.encoder.encode(message))
 
     def flush(self) -> None:
         """Write what was queued, with one call."""
@@ -95,3 +75,30 @@ class FramedConnection(asyncio.Protocol):
 
     def closed(self, reason: str) -> None:
         """The connection is gone."""
+
+
+class FramedConnection(Connection):
+    """One that speaks frames. Subclasses override `messages_received`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        super().__init__(loop)
+        self.decoder = FrameDecoder(frame_bytes_max)
+        self.encoder = FrameEncoder(frame_bytes_max)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport is None or self.transport.is_closing():
+            return
+        try:
+            messages = self.decoder.feed(data)
+            if messages:
+                self.messages_received(messages)
+        except ProtocolError as error:
+            self.protocol_error(error)
+
+    def messages_received(self, messages: list[Any]) -> None:
+        """The messages of one read."""
+        raise AssertionError("a connection has to say what it does with messages")
+
+    def send(self, message: Any) -> None:
+        """Queue one message; it leaves with the next `flush`. Raises RequestError if it is too large."""
+        self.out.append(self.encoder.encode(message))

@@ -377,6 +377,18 @@ class BTree:
             node = node.children[slot]
         return below + bisect_left(node.settle(), key)
 
+    def at(self, place: int) -> bytes:
+        """The key that `place` others are below. Raises IndexError if there are not so many."""
+        node = self._root
+        while isinstance(node, Inner):
+            for child in node.children:
+                below = _keys_below([child])
+                if place < below:
+                    break
+                place -= below
+            node = child
+        return node.settle()[place]
+
     def count(self, lower: bytes = b"", upper: bytes | None = None) -> int:
         """Number of keys in [lower, upper)."""
         high = self._size if upper is None else self.rank(upper)

@@ -129,6 +129,11 @@ class Index:
         parts = self.parts
         return [parts[hash(key) % PARTS][key] for key in keys]
 
+    def key_at(self, place: int) -> bytes:
+        """The key that `place` others are below. Raises IndexError if there are not so many."""
+        self.merge()
+        return self.tree.at(place)
+
     def items(self) -> Iterator[tuple[bytes, Cell]]:
         """Every key with its cell, in no order."""
         return ((key, cell) for part in self.parts for key, cell in part.items() if key is not None)

@@ -2,8 +2,9 @@
 
 Pure. After a crash the members of a shard may differ by the entries that were under way, so every entry is kept until
 the coordinator says that it is committed: in batches, in order, each with the ordinal of the link that commits it.
-Entries from before the present link have ordinal 0. Entries that another member *shipped* have no ordinal: that an item
-of the link is committed says nothing of them. They stay until the next entry of their shard is added, and go with it.
+Entries from *before* the present link have ordinal 0. Entries that another member *shipped* have no ordinal: that an
+item of the link is committed says nothing of them. They stay until the next entry of their shard is added, and go with
+it.
 
 The windows of the links bound what may be uncommitted. A shard that cannot commit holds back the ordinal of all others,
 so when `bytes_max` is exceeded, of each shard only as much is kept as a window can hold: its items, and its bytes with
@@ -11,6 +12,9 @@ the item that crosses them, which may be the last one and the largest there is.
 
 What is committed is *recent* for a while: the newest `recent_bytes_max` of it, for nodes that were away. Nothing is
 done there for a single entry until somebody asks (`look_up`): then an index is made, and kept up as long as it is used.
+
+What is from before the link is kept by shard: a node that was away begins with very many entries, and each of its
+shards is set aside when it learns what it missed. Out of the batches that took a tenth of a second for each of them.
 
 What is too old is looked for in passes over all batches, newest first, a slice with each `add`, and what is committed
 is moved in slices too: a million entries at once would hold the node up for a quarter of a second.
@@ -38,14 +42,28 @@ Batch = tuple[int, int, list[Logged]]  # ordinal, bytes, entries
 INDEX_IDLE_COMMITS: Final = 4_096  # batches of the link without a question after which the index is dropped
 
 
-class _Shipped:
-    """Entries of one shard that no ordinal commits."""
+class _OfShard:
+    """Entries of one shard, in order."""
 
     __slots__ = ("bytes", "entries")
 
     def __init__(self) -> None:
         self.entries: deque[Logged] = deque()
         self.bytes = 0
+
+    def add(self, entries: list[Logged]) -> None:
+        """More of them."""
+        self.entries += entries
+        self.bytes += _size(entries)
+
+    def cut(self) -> list[Logged]:
+        """Take out those that a window cannot hold, oldest first."""
+        over: list[Logged] = []
+        while len(self.entries) > WINDOW_ITEMS_MAX or self.bytes > KEPT_SHARD_BYTES_MAX:
+            entry = self.entries.popleft()
+            self.bytes -= len(entry[4])
+            over.append(entry)
+        return over
 
 
 class KeptEntries:
@@ -62,7 +80,8 @@ class KeptEntries:
         self._room: dict[int, list[int]] = {}  # of the pass: shard -> items and bytes that may still be uncommitted
         self._bytes_max = bytes_max  # as asked for
         self._look_bytes = bytes_max  # above it a pass begins
-        self._shipped: dict[int, _Shipped] = {}  # newer than all else of their shard
+        self._before: dict[int, _OfShard] = {}  # from before the link: older than all else of their shard
+        self._shipped: dict[int, _OfShard] = {}  # that no ordinal commits: newer than all else of their shard
         self._recent: deque[tuple[int, list[Logged]]] = deque()  # bytes, entries
         self._recent_first = 0  # number of the first one of them, counted over all there ever were
         self._recent_bytes_max = recent_bytes_max
@@ -78,7 +97,7 @@ class KeptEntries:
             self._add_to_index(entries)
         if self._shipped:
             entries = self._behind_shipped(entries)
-        size = sum([len(entry[4]) for entry in entries])
+        size = _size(entries)
         self._batches.append((ordinal, size, entries))
         self.bytes += size
         if self._older:
@@ -93,16 +112,11 @@ class KeptEntries:
         committed."""
         if self._index is not None:
             self._add_to_index(entries)
-        mine = self._shipped.setdefault(shard, _Shipped())
-        mine.entries += entries
-        mine.bytes += sum([len(entry[4]) for entry in entries])
-        over: list[Logged] = []
-        while len(mine.entries) > WINDOW_ITEMS_MAX or mine.bytes > KEPT_SHARD_BYTES_MAX:
-            entry = mine.entries.popleft()
-            mine.bytes -= len(entry[4])
-            over.append(entry)
+        mine = self._shipped.setdefault(shard, _OfShard())
+        mine.add(entries)
+        over = mine.cut()
         if over:
-            self._add_recent(sum([len(entry[4]) for entry in over]), over)
+            self._add_recent(_size(over), over)
 
     def _behind_shipped(self, entries: list[Logged]) -> list[Logged]:
         """The entries of a batch behind those of their shards that were shipped."""
@@ -116,6 +130,12 @@ class KeptEntries:
         left of very much is moved with the next calls."""
         last: dict[int, int] = {}
         left = 2 * KEPT_PASS_ENTRIES  # more than a batch adds
+        while self._before and ordinal >= 0 and left > 0:
+            shard = next(iter(self._before))
+            entries = list(self._before[shard].entries)
+            last[shard] = entries[-1][2]
+            left -= len(entries)
+            self._add_recent(self._take_before(shard), entries)
         for batches in (self._older, self._looked_at, self._batches):
             while batches and batches[0][0] <= ordinal and left > 0:
                 _, size, entries = batches.popleft()
@@ -133,13 +153,35 @@ class KeptEntries:
 
     def new_link(self) -> None:
         """Ordinals begin anew: all that is here is from before."""
-        batches = [(0, size, entries) for _, size, entries in self._all()]
+        before: dict[int, list[Logged]] = {}
+        for _, _, entries in self._all():
+            for entry in entries:
+                before.setdefault(entry[0], []).append(entry)
         self._shipped = {}
-        self._replace(batches)
+        self._before = {}
+        for shard, entries in before.items():
+            self._before[shard] = mine = _OfShard()
+            mine.add(entries)
+        self._replace([])
+        if self.bytes > self._bytes_max:
+            for mine in self._before.values():
+                over = mine.cut()
+                self.bytes -= _size(over)
+                if self._index is not None:
+                    self._drop_from_index(over)
+
+    def _take_before(self, shard: int) -> int:
+        """Those of a shard from before the link are not there any more. Returns their bytes."""
+        mine = self._before.pop(shard, None)
+        if mine is None:
+            return 0
+        self.bytes -= mine.bytes
+        return mine.bytes
 
     def forget(self, shard: int) -> None:
         """The copy of a shard is not what it was."""
         self._shipped.pop(shard, None)
+        self._take_before(shard)
         self._void[shard] = self._recent_first + len(self._recent)
         if self._index is not None:
             self._index.pop(shard, None)
@@ -153,6 +195,7 @@ class KeptEntries:
         entries = self.of_shard(shard)
         if entries:
             self._shipped.pop(shard, None)
+            self._take_before(shard)
             batches = (self._older, self._looked_at, self._batches)
             stay = [(ordinal, [e for e in found if e[0] != shard]) for ordinal, _, found in chain(*batches)]
             self._replace([(ordinal, sum([len(e[4]) for e in found]), found) for ordinal, found in stay if found])
@@ -160,16 +203,22 @@ class KeptEntries:
 
     def of_shard(self, shard: int) -> list[Logged]:
         """The entries of a shard that may be uncommitted, in order."""
-        return [entry for _, _, entries in self._all() for entry in entries if entry[0] == shard]
+        found = [mine.entries for mine in (self._before.get(shard),) if mine is not None]
+        batches = chain(self._older, self._looked_at, self._batches)
+        found.append(deque([entry for _, _, entries in batches for entry in entries if entry[0] == shard]))
+        found += [mine.entries for mine in (self._shipped.get(shard),) if mine is not None]
+        return list(chain(*found))
 
     def _all(self) -> Iterator[Batch]:
-        shipped = ((0, mine.bytes, list(mine.entries)) for mine in self._shipped.values())
-        return chain(self._older, self._looked_at, self._batches, shipped)
+        before, shipped = (
+            [(0, mine.bytes, list(mine.entries)) for mine in kept.values()] for kept in (self._before, self._shipped)
+        )
+        return chain(before, self._older, self._looked_at, self._batches, shipped)
 
     def _replace(self, batches: list[Batch]) -> None:
         """From now on it has these, and no pass is under way."""
         self._older, self._looked_at, self._batches = deque(), deque(), deque(batches)
-        self.bytes = sum([size for _, size, _ in batches])
+        self.bytes = sum([size for _, size, _ in batches]) + sum([mine.bytes for mine in self._before.values()])
 
     # --- recent entries, and the index ----------------------------------------------------------------
 
@@ -247,7 +296,7 @@ class KeptEntries:
                     self._drop_from_index([entry])
             if stay:
                 stay.reverse()
-                size = sum([len(entry[4]) for entry in stay])
+                size = _size(stay)
                 self._looked_at.appendleft((ordinal, size, stay))
                 self.bytes += size
         if not older:
@@ -257,3 +306,8 @@ class KeptEntries:
         self._looked_at += self._batches
         self._batches, self._looked_at = self._looked_at, deque()
         self._look_bytes = max(self._bytes_max, 2 * self.bytes)
+
+
+def _size(entries: list[Logged]) -> int:
+    """The bytes of the packed entries."""
+    return sum([len(entry[4]) for entry in entries])

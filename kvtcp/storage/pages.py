@@ -20,6 +20,25 @@ FrozenRow = tuple[int, bytes, bytes, int, int | None]  # shard, key, value, rev,
 ROW_BYTES = 24  # counted for revision, ttl and framing of a row
 
 
+def any_key(tables: Sequence[Table], number: int, stamp_ms: int) -> tuple[bytes | None, int]:
+    """A visible key of the tables, None if there is none, and how many keys they have, expired ones included. Each key
+    is equally likely, if each number is, but for those that stand behind expired ones."""
+    total = sum(map(len, tables))
+    if not total:
+        return None, 0
+    place = number % total
+    start = 0
+    while place >= len(tables[start]):
+        place -= len(tables[start])
+        start += 1
+    for table in (*tables[start:], *tables[:start]):
+        key = table.any_key(place, stamp_ms)
+        if key is not None:
+            return key, total
+        place = 0
+    return None, total
+
+
 def merge_page(
     tables: Sequence[Table],
     lower: bytes,

@@ -30,15 +30,15 @@ import msgpack
 from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, LEAF_KEYS_MAX, TTL_MS_MAX
 from kvtcp.errors import Code, DataError, ProtocolError, show_bytes
 from kvtcp.protocol import operations as op
+from kvtcp.storage import strings, transaction
 from kvtcp.storage.deadlines import Deadlines
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.index import PARTS, Cell, Index, OrderError
+from kvtcp.storage.strings import Effect, Evaluated, Item, View
 
-Item = Sequence[Any]  # [op, shard, seq, answer, key, *args]
-Effect = Sequence[Any]  # [kind, key, ...]
-Result = int | bool | list[Any]  # a list is an error: [code, message, details]
+# a list of three is an error [code, message, details], a list of one holds the results of a transaction
+Result = int | bool | bytes | list[Any] | None
 LiveRow = tuple[bytes, bytes, int, int | None]  # key, value, rev, ttl_ms or None
-Evaluated = tuple[Result, list[Effect]]
 Pieces = Iterable[tuple[Sequence[bytes], Sequence[Cell]]]  # keys and their cells, in ascending order
 
 DIGEST_ROWS: Final = 256
@@ -196,11 +196,14 @@ class Table:
                 self._change(effect[1], (effect[2], rev, effect[3]))
             elif kind == op.REMOVE:
                 self._change(effect[1], None)
-            elif kind == op.DEADLINE:
+            elif kind in (op.DEADLINE, op.PATCH):
                 cell = self._index.get(effect[1])
                 if cell is None:
-                    raise DataError(f"shard {self.shard}: entry {rev} sets the deadline of a key that is absent")
-                self._change(effect[1], (cell[0], rev, effect[2]))
+                    raise DataError(f"shard {self.shard}: entry {rev} changes a key that is absent")
+                if kind == op.DEADLINE:
+                    self._change(effect[1], (cell[0], rev, effect[2]))
+                else:
+                    self._change(effect[1], (strings.patched(cell[0], effect[2], effect[3]), rev, cell[2]))
             else:
                 self._replace_index(self._new_index(), Deadlines((), self._leaf_keys_max))
 
@@ -243,76 +246,12 @@ class Table:
 
     # --- evaluation: result and effects of an operation, without a change ----------------------------
 
-    def _visible(self, key: bytes, stamp_ms: int) -> Cell | None:
+    def visible(self, key: bytes, stamp_ms: int) -> Cell | None:
+        """The cell of a key, None if there is none or its deadline is not after the stamp."""
         cell = self._index.get(key)
         if cell is not None and cell[2] is not None and cell[2] <= stamp_ms:
             return None
         return cell
-
-    def _put(self, item: Item, stamp_ms: int) -> Evaluated:
-        key, value, ttl_ms, keep_ttl = _arguments(item, 4)
-        deadline_ms = _deadline(ttl_ms, stamp_ms)
-        if keep_ttl and ttl_ms is None:
-            cell = self._visible(key, stamp_ms)
-            deadline_ms = None if cell is None else cell[2]
-        return item[2], [(op.SET, key, value, deadline_ms)]
-
-    def _add(self, item: Item, stamp_ms: int) -> Evaluated:
-        key, value, ttl_ms = _arguments(item, 3)
-        cell = self._visible(key, stamp_ms)
-        if cell is not None:
-            text = f"the key {show_bytes(key)} exists with revision {cell[1]}"
-            return [int(Code.EXISTS), text, {"rev": cell[1]}], []
-        return item[2], [(op.SET, key, value, _deadline(ttl_ms, stamp_ms))]
-
-    def _delete(self, item: Item, stamp_ms: int) -> Evaluated:
-        key, if_value, if_rev = _arguments(item, 3)
-        cell = self._visible(key, stamp_ms)
-        if cell is None or not _holds(cell, if_value, if_rev):
-            return False, []
-        return True, [(op.REMOVE, key)]
-
-    def _cas(self, item: Item, stamp_ms: int) -> Evaluated:
-        key, value, if_value, if_rev = _arguments(item, 4)
-        if if_value is None and if_rev is None:
-            return [int(Code.BAD_REQUEST), f"cas of the key {show_bytes(key)} has no condition", {}], []
-        cell = self._visible(key, stamp_ms)
-        if cell is None:
-            if if_value is None and if_rev == 0:
-                return item[2], [(op.SET, key, value, None)]
-            return [int(Code.MISMATCH), f"the key {show_bytes(key)} is absent", {"rev": 0}], []
-        if not _holds(cell, if_value, if_rev):
-            text = f"the key {show_bytes(key)} has revision {cell[1]}"
-            text += f", not {if_rev}" if if_rev is not None else " and another value than the expected one"
-            return [int(Code.MISMATCH), text, {"rev": cell[1]}], []
-        return item[2], [(op.SET, key, value, cell[2])]
-
-    def _incr(self, item: Item, stamp_ms: int) -> Evaluated:
-        key, by = _arguments(item, 2)
-        cell = self._visible(key, stamp_ms)
-        number = 0 if cell is None else _integer(cell[0])
-        if number is None:
-            text = f"the value of the key {show_bytes(key)} is not a signed 64-bit decimal integer"
-            return [int(Code.NOT_A_NUMBER), text, {}], []
-        number += by
-        if not INTEGER_MIN <= number <= INTEGER_MAX:
-            return [int(Code.RANGE), f"{number - by} + {by} at the key {show_bytes(key)} exceeds 64 bits", {}], []
-        return number, [(op.SET, key, b"%d" % number, None if cell is None else cell[2])]
-
-    def _expire(self, item: Item, stamp_ms: int) -> Evaluated:
-        key, ttl_ms = _arguments(item, 2)
-        if self._visible(key, stamp_ms) is None:
-            return False, []
-        if ttl_ms <= 0:
-            return True, [(op.REMOVE, key)]
-        return True, [(op.DEADLINE, key, _deadline(ttl_ms, stamp_ms))]
-
-    def _persist(self, item: Item, stamp_ms: int) -> Evaluated:
-        key = item[4]
-        cell = self._visible(key, stamp_ms)
-        if cell is None or cell[2] is None:
-            return False, []
-        return True, [(op.DEADLINE, key, None)]
 
     def _purge(self, item: Item, stamp_ms: int) -> Evaluated:
         _, limit = _arguments(item, 2)
@@ -325,6 +264,9 @@ class Table:
         if keys and len(keys) == len(self._index):
             return len(keys), [(op.WIPE,)]
         return len(keys), [(op.REMOVE, key) for key in keys]
+
+    def _transaction(self, item: Item, stamp_ms: int) -> Evaluated:
+        return transaction.evaluate(self, item, stamp_ms, _EVALUATE_KEYS)
 
     # --- reads -------------------------------------------------------------------------------------
 
@@ -340,13 +282,26 @@ class Table:
 
     def exists(self, key: bytes, stamp_ms: int) -> int | None:
         """The revision of a key, or None if it is not there."""
-        cell = self._visible(key, stamp_ms)
+        cell = self.visible(key, stamp_ms)
         return None if cell is None else cell[1]
 
     def ttl(self, key: bytes, stamp_ms: int) -> tuple[int, int | None] | None:
         """(rev, ttl_ms or None), or None if the key is not there."""
         answer = self.get(key, stamp_ms)
         return None if answer is None else (answer[1], answer[2])
+
+    def deadline_of(self, key: bytes, stamp_ms: int) -> tuple[int, int | None] | None:
+        """(rev, deadline_ms or None), or None if the key is not there."""
+        cell = self.visible(key, stamp_ms)
+        return None if cell is None else cell[1:]
+
+    def any_key(self, number: int, stamp_ms: int) -> bytes | None:
+        """The visible key at or after place `number`, counted around in the order of keys; None if there is none."""
+        if not len(self._index):
+            return None
+        lower = self._index.key_at(number % len(self._index))
+        found = self.keys(lower, None, 1, False, stamp_ms) or self.keys(b"", None, 1, False, stamp_ms)
+        return found[0] if found else None
 
     def count(self, lower: bytes, upper: bytes | None, stamp_ms: int) -> int:
         """Number of visible keys in [lower, upper); `upper` None is no bound. O(log n), and while expired keys wait
@@ -482,17 +437,98 @@ def _noting_deadlines(pieces: Pieces, pairs: list[tuple[int, bytes]]) -> Pieces:
         yield keys, cells
 
 
+# --- operations on one key: result and effects, without a change ---------------------------------------
+
+
+def _put(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, value, ttl_ms, keep_ttl = _arguments(item, 4)
+    deadline_ms = _deadline(ttl_ms, stamp_ms)
+    if keep_ttl and ttl_ms is None:
+        cell = view.visible(key, stamp_ms)
+        deadline_ms = None if cell is None else cell[2]
+    return item[2], [(op.SET, key, value, deadline_ms)]
+
+
+def _add(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, value, ttl_ms = _arguments(item, 3)
+    cell = view.visible(key, stamp_ms)
+    if cell is not None:
+        text = f"the key {show_bytes(key)} exists with revision {cell[1]}"
+        return [int(Code.EXISTS), text, {"rev": cell[1]}], []
+    return item[2], [(op.SET, key, value, _deadline(ttl_ms, stamp_ms))]
+
+
+def _delete(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, if_value, if_rev = _arguments(item, 3)
+    cell = view.visible(key, stamp_ms)
+    if cell is None or not _holds(cell, if_value, if_rev):
+        return False, []
+    return True, [(op.REMOVE, key)]
+
+
+def _cas(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, value, if_value, if_rev = _arguments(item, 4)
+    if if_value is None and if_rev is None:
+        return [int(Code.BAD_REQUEST), f"cas of the key {show_bytes(key)} has no condition", {}], []
+    cell = view.visible(key, stamp_ms)
+    if cell is None:
+        if if_value is None and if_rev == 0:
+            return item[2], [(op.SET, key, value, None)]
+        return [int(Code.MISMATCH), f"the key {show_bytes(key)} is absent", {"rev": 0}], []
+    if not _holds(cell, if_value, if_rev):
+        text = f"the key {show_bytes(key)} has revision {cell[1]}"
+        text += f", not {if_rev}" if if_rev is not None else " and another value than the expected one"
+        return [int(Code.MISMATCH), text, {"rev": cell[1]}], []
+    return item[2], [(op.SET, key, value, cell[2])]
+
+
+def _incr(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, by = _arguments(item, 2)
+    cell = view.visible(key, stamp_ms)
+    number = 0 if cell is None else _integer(cell[0])
+    if number is None:
+        text = f"the value of the key {show_bytes(key)} is not a signed 64-bit decimal integer"
+        return [int(Code.NOT_A_NUMBER), text, {}], []
+    number += by
+    if not INTEGER_MIN <= number <= INTEGER_MAX:
+        return [int(Code.RANGE), f"{number - by} + {by} at the key {show_bytes(key)} exceeds 64 bits", {}], []
+    return number, [(op.SET, key, b"%d" % number, None if cell is None else cell[2])]
+
+
+def _expire(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, ttl_ms = _arguments(item, 2)
+    if view.visible(key, stamp_ms) is None:
+        return False, []
+    if ttl_ms <= 0:
+        return True, [(op.REMOVE, key)]
+    return True, [(op.DEADLINE, key, _deadline(ttl_ms, stamp_ms))]
+
+
+def _persist(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key = item[4]
+    cell = view.visible(key, stamp_ms)
+    if cell is None or cell[2] is None:
+        return False, []
+    return True, [(op.DEADLINE, key, None)]
+
+
+# what can be part of a transaction
+_EVALUATE_KEYS: Final[dict[int, Callable[[View, Item, int], Evaluated]]] = {
+    op.PUT: _put,
+    op.ADD: _add,
+    op.DELETE: _delete,
+    op.CAS: _cas,
+    op.INCR: _incr,
+    op.EXPIRE: _expire,
+    op.PERSIST: _persist,
+    **strings.EVALUATE,
+}
 _EVALUATE: Final[dict[int, Callable[[Table, Item, int], Evaluated]]] = {
-    op.PUT: Table._put,
-    op.ADD: Table._add,
-    op.DELETE: Table._delete,
-    op.CAS: Table._cas,
-    op.INCR: Table._incr,
-    op.EXPIRE: Table._expire,
-    op.PERSIST: Table._persist,
+    **_EVALUATE_KEYS,
     op.PURGE: Table._purge,
     op.CLEAR: Table._clear,
+    op.TRANSACTION: Table._transaction,
 }
 assert set(_EVALUATE) == set(op.WRITE_NAMES), "every write operation is evaluated"
 
-_EFFECT_FIELDS: Final = {op.SET: 4, op.REMOVE: 2, op.DEADLINE: 3, op.WIPE: 1}
+_EFFECT_FIELDS: Final = {op.SET: 4, op.REMOVE: 2, op.DEADLINE: 3, op.WIPE: 1, op.PATCH: 4}

@@ -1,0 +1,1 @@
+"""The RESP face: clients of Redis, telnet and `nc` at the coordinator's port."""

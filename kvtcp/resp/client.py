@@ -1,0 +1,366 @@
+"""RespClient: one client of the Redis protocol, from commands to replies in order.
+
+Pure; between a session's parser and the sequencer. The cluster answers out of order, a client of Redis is answered in
+order. So each command gets a *slot*, a list of one, in a queue; whoever has the reply puts its bytes into the slot, and
+`take_output` takes the filled slots from the front.
+
+GET and SET without options are carried out here, in as few steps as possible; everything else goes through the table of
+commands. Between MULTI and EXEC plans are collected. A command that must know a result before the next one is looked at
+(WATCH) makes the client *wait*: later commands are held until `go_on`.
+
+Invariants: every command has exactly one slot, filled exactly once; after QUIT or an error of the protocol no further
+command is looked at.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from kvtcp.constants import KEY_BYTES_MAX
+from kvtcp.errors import RequestError
+from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.operations import GET, PUT
+from kvtcp.replication.multi_read import mget_read
+from kvtcp.resp.commands import COMMANDS, IMMEDIATE, CommandSpec
+from kvtcp.resp.door import Door
+from kvtcp.resp.plan import (
+    CROSS_SHARD,
+    CROSS_SHARD_MULTI,
+    CommandError,
+    Failed,
+    Operation,
+    Plan,
+    error_text,
+)
+from kvtcp.resp.replies import HEADS, OK, Simple, bulk, encode, error, nil
+
+Slot = list[bytes | None]
+
+LARGE_REPLY_BYTES: Final = 1_024
+QUEUED: Final = Simple("QUEUED")
+_SECURITY: Final = frozenset({b"POST", b"HOST:"})
+
+
+class Transaction:
+    """What was queued since MULTI."""
+
+    def __init__(self) -> None:
+        self.queued: list[Plan | bytes] = []  # a reply, of what concerns only the connection
+        self.shard: int | None = None  # of all its keys
+        self.failed = False  # a command was refused: EXEC will be too
+        self.bytes = 0
+
+
+class RespClient:
+    """One client. `wake` is called when there is output, once until it is taken."""
+
+    def __init__(self, door: Door, ident: int, peer: str, wake: Callable[[], None]) -> None:
+        self.door = door
+        self.ident = ident
+        self.peer = peer
+        self.name = ""
+        self.library = ("", "")  # name and version, as CLIENT SETINFO says
+        self.version = 2
+        self.began_ms = door.now_ms()
+        self.last_command = "NULL"
+        self.closing = False  # nothing more is read; the connection ends when all is answered
+        self.suspicious = ""  # why it was taken for an attack through a browser
+        self.slots: deque[Slot] = deque()
+        self.large_bytes = 0  # of filled slots with large replies
+        self.transaction: Transaction | None = None
+        self.watched: dict[bytes, int] = {}  # key -> revision
+        self.waits = False
+        self.held: list[list[bytes]] = []  # commands that came while it waits
+        self.is_gone = False  # the connection is lost
+        self.current: Slot = [None]  # of the command that is run
+        self._deferred: list[Callable[[], None]] = []
+        self._wake = wake
+        self._woken = False
+        self._nil = nil(2)
+        self._write = door.sequencer.write
+        self._read = door.sequencer.read
+        self._shards = door.shards
+        self._stored = _Stored(self)
+        self._quick = {b"GET": self._get, b"get": self._get, b"SET": self._set, b"set": self._set}
+
+    # --- commands -----------------------------------------------------------------------------------
+
+    def handle(self, commands: Sequence[list[bytes]]) -> None:
+        """Commands, in order."""
+        if self.closing:
+            return
+        if self.waits:
+            self.held += commands
+            return
+        quick = self._quick if self.transaction is None and self.door.is_open else _NOTHING
+        for n, arguments in enumerate(commands):
+            begin = quick.get(arguments[0])
+            if begin is not None and begin(arguments):
+                continue
+            self._handle_one(arguments)
+            if self.closing:
+                return
+            if self.waits:
+                self.held = list(commands[n + 1 :])
+                return
+            quick = self._quick if self.transaction is None and self.door.is_open else _NOTHING
+
+    def defer(self, step: Callable[[], None]) -> None:
+        """Carry out `step` with the next `go_on`: a sink must not ask the cluster for more."""
+        self._deferred.append(step)
+        if not self._woken:
+            self._woken = True
+            self._wake()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `go_on` is to be called."""
+        return bool(self._deferred) or (bool(self.held) and not self.waits)
+
+    def go_on(self) -> None:
+        """Carry out what was deferred, and the commands that were held if nothing keeps them any more."""
+        deferred, self._deferred = self._deferred, []
+        for step in deferred:
+            step()
+        if not self.waits:
+            held, self.held = self.held, []
+            self.handle(held)
+
+    def _get(self, arguments: list[bytes]) -> bool:
+        """GET key; false if it is anything else."""
+        if len(arguments) != 2 or not 0 < len(arguments[1]) <= KEY_BYTES_MAX:
+            return False
+        key = arguments[1]
+        slot: Slot = [None]
+        self.slots.append(slot)
+        self._read(GET, shard_of(key, self._shards), key, self, slot)
+        return True
+
+    def _set(self, arguments: list[bytes]) -> bool:
+        """SET key value; false if it is anything else."""
+        if len(arguments) != 3 or not 0 < len(arguments[1]) <= KEY_BYTES_MAX:
+            return False
+        _, key, value = arguments
+        slot: Slot = [None]
+        self.slots.append(slot)
+        self._write(PUT, shard_of(key, self._shards), key, (value,), len(key) + len(value), self._stored, slot)
+        return True
+
+    def _handle_one(self, arguments: list[bytes]) -> None:
+        slot: Slot = [None]
+        self.slots.append(slot)
+        name = arguments[0].upper()
+        try:
+            spec = COMMANDS.get(name)
+            if spec is None:
+                if name in _SECURITY:
+                    self.suspicious = f"{name.decode()} is no command, but what a browser sends"
+                    self.closing = True
+                raise CommandError(_unknown(arguments))
+            if not spec.takes(len(arguments)):
+                raise CommandError(f"ERR wrong number of arguments for '{spec.name}' command")
+            self.last_command = spec.name
+            if self.transaction is not None and spec.name not in IMMEDIATE:
+                self._queue(self.transaction, spec, arguments[1:], slot)
+            elif spec.compile is not None:
+                self.carry_out(spec.compile(arguments[1:]), slot)
+            else:
+                assert spec.run is not None, "a command is compiled or run"
+                self.current = slot
+                spec.run(self, arguments[1:])
+        except CommandError as refused:
+            if self.transaction is not None:
+                self.transaction.failed = True
+            self.fill(slot, error(refused.text))
+        except RequestError as refused:
+            self.fill(slot, error(error_text(Failed(refused.code, refused.message))))
+
+    def _queue(self, transaction: Transaction, spec: CommandSpec, arguments: list[bytes], slot: Slot) -> None:
+        if spec.compile is None:
+            if not spec.is_local:
+                raise CommandError(f"ERR '{spec.name}' concerns all shards and cannot be part of a transaction")
+            assert spec.run is not None, "a command is compiled or run"
+            inner: Slot = [None]
+            self.current = inner
+            spec.run(self, arguments)
+            assert inner[0] is not None, "what concerns only the connection is answered at once"
+            transaction.queued.append(inner[0])
+        else:
+            plan = spec.compile(arguments)
+            for operation in plan.operations:
+                for key in operation.keys:
+                    self.check_open(key)
+                    number = shard_of(key, self._shards)
+                    if transaction.shard not in (None, number):
+                        raise CommandError(CROSS_SHARD_MULTI)
+                    transaction.shard = number
+            self.door.check_transaction(transaction, plan)
+            transaction.queued.append(plan)
+        self.fill(slot, encode(QUEUED, self.version))
+
+    def check_open(self, key: bytes) -> None:
+        """Raise if a restore keeps everybody out of this key."""
+        if not self.door.is_open:
+            self.door.gateway.check_open(key)
+
+    def carry_out(self, plan: Plan, slot: Slot) -> None:
+        """Ask the shards; the reply comes when all have answered."""
+        operations = plan.operations
+        numbers: list[int] = []
+        for operation in operations:
+            keys = operation.keys
+            found = [shard_of(key, self._shards) for key in keys]
+            if len(found) > 1 and len(set(found)) > 1:
+                raise CommandError(CROSS_SHARD)
+            numbers.append(found[0])
+            for key in keys:
+                self.check_open(key)
+        if plan.one_shard is not None and len(operations) > 1 and len(set(numbers)) == 1:
+            operations = [plan.one_shard]
+        answer = _Answer(self, slot, plan, len(operations))
+        if len(operations) > 1 and all(operation.op == GET for operation in operations):
+            keys = [operation.key for operation in operations]
+            self.door.sequencer.multi_read(mget_read(keys, numbers, answer, None))
+            return
+        for n, operation in enumerate(operations):
+            self.ask(operation, numbers[n], answer, n)
+
+    def ask(self, operation: Operation, number: int, sink: Any, token: Any) -> None:
+        """One operation at its shard."""
+        if operation.is_write:
+            self._write(operation.op, number, operation.key, operation.args, operation.size, sink, token)
+        else:
+            self._read(operation.op, number, operation.key, sink, token)
+
+    # --- replies ------------------------------------------------------------------------------------
+
+    def fill(self, slot: Slot, reply: bytes) -> None:
+        """The reply of a command is here."""
+        slot[0] = reply
+        if len(reply) > LARGE_REPLY_BYTES:
+            self.large_bytes += len(reply)
+        if not self._woken:
+            self._woken = True
+            self._wake()
+
+    def answer(self, value: Any) -> None:
+        """The reply of the command that runs."""
+        self.fill(self.current, encode(value, self.version))
+
+    def later(self) -> Callable[[Any], None]:
+        """A function that answers the command that runs, whenever it is called."""
+        slot = self.current
+        return lambda value: self.fill(slot, encode(value, self.version))
+
+    def reply(self, slot: Slot, cell: Any) -> None:
+        """Sink of GET. The most frequent reply: everything inline."""
+        if cell is None:
+            slot[0] = self._nil
+        else:
+            value = cell[0]
+            if len(value) < LARGE_REPLY_BYTES - 16:
+                slot[0] = HEADS[len(value)] + value + b"\r\n"
+            else:
+                self.fill(slot, bulk(value))
+        if not self._woken:
+            self._woken = True
+            self._wake()
+
+    def fail(self, slot: Slot, code: int, message: str, details: dict[str, Any]) -> None:
+        """Sink of GET and SET."""
+        self.fill(slot, error(error_text(Failed(code, message))))
+
+    def take_output(self) -> list[bytes]:
+        """The replies that are next, as far as they are here."""
+        self._woken = False
+        slots = self.slots
+        out: list[bytes] = []
+        while slots:
+            reply = slots[0][0]
+            if reply is None:
+                break
+            out.append(reply)
+            slots.popleft()
+        if self.large_bytes:
+            self.large_bytes -= sum(len(reply) for reply in out if len(reply) > LARGE_REPLY_BYTES)
+        return out
+
+    def protocol_error(self, text: str) -> None:
+        """The stream is over; this is its last reply."""
+        slot: Slot = [None]
+        self.slots.append(slot)
+        self.fill(slot, error(f"ERR {text}"))
+        self.closing = True
+
+    def set_version(self, version: int) -> None:
+        """RESP2 or RESP3, of replies made from now on."""
+        self.version = version
+        self._nil = nil(version)
+
+
+_NOTHING: Final[dict[bytes, Callable[[list[bytes]], bool]]] = {}
+
+
+class _Stored:
+    """Sink of SET without options."""
+
+    __slots__ = ("client",)
+
+    def __init__(self, client: RespClient) -> None:
+        self.client = client
+
+    def reply(self, slot: Slot, rev: int) -> None:
+        client = self.client
+        slot[0] = OK
+        if not client._woken:
+            client._woken = True
+            client._wake()
+
+    def fail(self, slot: Slot, code: int, message: str, details: dict[str, Any]) -> None:
+        self.client.fail(slot, code, message, details)
+
+
+class _Answer:
+    """Sink of a plan's operations; a token is the place of one. Of an MGET all results come at once."""
+
+    __slots__ = ("client", "left", "plan", "results", "slot")
+
+    def __init__(self, client: RespClient, slot: Slot, plan: Plan, count: int) -> None:
+        self.client = client
+        self.slot = slot
+        self.plan = plan
+        self.results: list[Any] = [None] * count
+        self.left = count
+
+    def reply(self, token: int | None, result: Any) -> None:
+        if token is None:
+            self._finish(result)
+            return
+        self.results[token] = result
+        self.left -= 1
+        if not self.left:
+            self._finish(self.results)
+
+    def fail(self, token: int | None, code: int, message: str, details: dict[str, Any]) -> None:
+        failed = Failed(code, message)
+        if token is None:
+            self._finish([failed])
+        else:
+            self.reply(token, failed)
+
+    def _finish(self, results: list[Any]) -> None:
+        self.client.fill(self.slot, encode(self.plan.reply(results), self.client.version))
+
+
+def _unknown(arguments: Sequence[bytes]) -> str:
+    name = arguments[0][:128].decode("utf-8", "replace")
+    shown = ""
+    for argument in arguments[1:]:
+        if len(shown) >= 128:
+            break
+        shown += f"'{argument[: 128 - len(shown)].decode('utf-8', 'replace')}' "
+    return f"ERR unknown command '{name}', with args beginning with: {shown}"
+
+

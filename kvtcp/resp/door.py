@@ -1,0 +1,100 @@
+"""Door: what all clients of the RESP face share.
+
+Pure. It holds the coordinator's gateway, the positions of SCANs, and what the server tells of itself. Time and chance
+come from the shell.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX, SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
+from kvtcp.replication.gateway import Gateway
+from kvtcp.resp.plan import CommandError, Plan
+
+if TYPE_CHECKING:
+    from kvtcp.resp.client import RespClient, Transaction
+
+
+class Host(Protocol):
+    """What the server tells."""
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """The sections of INFO, without the number of keys."""
+
+    def status(self) -> dict[str, Any]:
+        """The map of `status`."""
+
+    def resp_clients(self) -> Iterable[RespClient]:
+        """Those that are connected."""
+
+
+class Door:
+    """One per coordinator. `random` gives numbers below its argument; `now_ms` is monotonic, `wall_us` since 1970."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        host: Host,
+        now_ms: Callable[[], int],
+        wall_us: Callable[[], int],
+        random: Callable[[int], int],
+    ) -> None:
+        self.gateway = gateway
+        self.sequencer = gateway.sequencer
+        self.shards = gateway.shards
+        self.all_shards = gateway.all_shards
+        self.host = host
+        self.now_ms = now_ms
+        self.wall_us = wall_us
+        self.random = random
+        self._last_client = 0
+        self._last_cursor = 1 + random(1 << 40)  # so that those of an earlier coordinator are not known
+        self._cursors: OrderedDict[int, tuple[bytes, int]] = OrderedDict()  # -> the first key to come, when it was used
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no restore keeps clients out of any key."""
+        return self.gateway.restoring is None
+
+    def next_client(self) -> int:
+        """A number for a client."""
+        self._last_client += 1
+        return self._last_client
+
+    def check_transaction(self, transaction: Transaction, plan: Plan) -> None:
+        """Count what a transaction holds; raises CommandError if it is too much."""
+        transaction.bytes += sum(operation.size + 64 for operation in plan.operations)
+        if transaction.bytes > MULTI_BYTES_MAX or len(transaction.queued) >= MULTI_KEYS_MAX:
+            raise CommandError(
+                f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands or {MULTI_BYTES_MAX} bytes"
+            )
+
+    # --- positions of scans -------------------------------------------------------------------------
+
+    def keep_cursor(self, key: bytes) -> int:
+        """The number of a new position: the scan goes on at this key."""
+        self._last_cursor += 1
+        self._cursors[self._last_cursor] = (key, self.now_ms())
+        self._forget_cursors()
+        return self._last_cursor
+
+    def cursor(self, number: int) -> bytes:
+        """Where the scan of this number goes on. It stays known, for a client that asks again. Raises CommandError."""
+        self._forget_cursors()
+        found = self._cursors.pop(number, None)
+        if found is None:
+            raise CommandError(
+                f"ERR the cursor {number} is not known: it is from before a restart of the server, was not used for "
+                f"{SCAN_CURSOR_IDLE_MS // 60_000} minutes, or is none; begin again with 0"
+            )
+        self._cursors[number] = (found[0], self.now_ms())
+        return found[0]
+
+    def _forget_cursors(self) -> None:
+        cursors = self._cursors
+        oldest_ms = self.now_ms() - SCAN_CURSOR_IDLE_MS
+        while cursors and (len(cursors) > SCAN_CURSORS_MAX or next(iter(cursors.values()))[1] < oldest_ms):
+            cursors.popitem(last=False)

@@ -1,0 +1,246 @@
+"""Commands over ranges of keys: KEYS, SCAN, RANDOMKEY, DBSIZE, FLUSHALL, KV.RANGE, KV.COUNT.
+
+Pure. Keys are in order, so a scan is a walk along them in pages, each of one point in time. A position is the key to go
+on at: what is there for the whole scan is found exactly once, whatever else comes and goes. The client gets a number
+for it (door.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX
+from kvtcp.protocol.messages import prefix_bounds
+from kvtcp.protocol.operations import CLEAR
+from kvtcp.replication.multi_read import any_key_read, count_read, page_read
+from kvtcp.resp.patterns import literal_prefix, matcher
+from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, CommandError, Failed, error_text, integer
+from kvtcp.resp.replies import DONE, Failure
+
+if TYPE_CHECKING:
+    from kvtcp.resp.client import RespClient
+
+Arguments = Sequence[bytes]
+Bounds = tuple[bytes, bytes | None]
+
+KEY_OVERHEAD_BYTES = 16
+
+
+class _Then:
+    """Sink of one request: `then` gets its result or Failed."""
+
+    __slots__ = ("then",)
+
+    def __init__(self, then: Callable[[Any], None]) -> None:
+        self.then = then
+
+    def reply(self, token: None, result: Any) -> None:
+        """It succeeded."""
+        self.then(result)
+
+    def fail(self, token: None, code: int, message: str, details: dict[str, Any]) -> None:
+        """It did not."""
+        self.then(Failed(code, message))
+
+
+def _check_open(client: RespClient, bounds: Bounds) -> None:
+    if not client.door.is_open:
+        client.door.gateway.check_range_open(*bounds)
+
+
+def _page(client: RespClient, bounds: Bounds, limit: int, then: Callable[[Any], None], **options: bool) -> None:
+    """The first `limit` rows of the range; `then` gets [rows, cursor or None], or Failed."""
+    door = client.door
+    reverse, keys_only = options.get("reverse", False), options.get("keys_only", True)
+    door.sequencer.multi_read(page_read(door.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None))
+
+
+def _failure(failed: Failed) -> Failure:
+    return Failure(error_text(failed))
+
+
+# --- SCAN, KEYS ---------------------------------------------------------------------------------------
+
+
+def scan(client: RespClient, arguments: Arguments) -> None:
+    """SCAN cursor [MATCH pattern] [COUNT n] [TYPE name]"""
+    number = integer(arguments[0], "ERR invalid cursor")
+    pattern, limit, is_string = b"*", 10, True
+    options = iter(arguments[1:])
+    for option in options:
+        value = next(options, None)
+        if value is None:
+            raise CommandError(SYNTAX)
+        name = option.upper()
+        if name == b"MATCH":
+            pattern = value
+        elif name == b"COUNT":
+            limit = integer(value)
+            if limit < 1:
+                raise CommandError(SYNTAX)
+        elif name == b"TYPE":
+            is_string = value.lower() == b"string"
+        else:
+            raise CommandError(SYNTAX)
+    if number < 0:
+        raise CommandError("ERR invalid cursor")
+    lower, upper = prefix_bounds(literal_prefix(pattern))
+    if number:
+        lower = max(lower, client.door.cursor(number))
+    _check_open(client, (lower, upper))
+    if upper is not None and lower >= upper:
+        client.answer([b"0", []])
+        return
+    answer = client.later()
+    matches = matcher(pattern)
+
+    def then(page: Any) -> None:
+        if type(page) is Failed:
+            answer(_failure(page))
+            return
+        rows, cursor = page
+        following = client.door.keep_cursor(rows[-1][0] + b"\0") if cursor is not None else 0
+        keys = [row[0] for row in rows if is_string and matches(row[0])]
+        answer([b"%d" % following, keys])
+
+    _page(client, (lower, upper), min(limit, PAGE_ITEMS_MAX), then)
+
+
+def keys(client: RespClient, arguments: Arguments) -> None:
+    """KEYS pattern"""
+    pattern = arguments[0]
+    bounds = prefix_bounds(literal_prefix(pattern))
+    _check_open(client, bounds)
+    answer = client.later()
+    matches = matcher(pattern)
+    found: list[bytes] = []
+    found_bytes = 0
+
+    def then(page: Any) -> None:
+        nonlocal found_bytes
+        if type(page) is Failed:
+            answer(_failure(page))
+            return
+        rows, cursor = page
+        new = [row[0] for row in rows if matches(row[0])]
+        found.extend(new)
+        found_bytes += sum(map(len, new)) + KEY_OVERHEAD_BYTES * len(new)
+        if found_bytes > RESP_KEYS_BYTES_MAX:
+            answer(Failure(f"ERR the keys that match are over the limit of {RESP_KEYS_BYTES_MAX} bytes; use SCAN"))
+        elif cursor is None or client.is_gone:
+            answer(found)
+        else:
+            client.defer(lambda: _page(client, (rows[-1][0] + b"\0", bounds[1]), PAGE_ITEMS_MAX, then))
+
+    _page(client, bounds, PAGE_ITEMS_MAX, then)
+
+
+# --- all keys -----------------------------------------------------------------------------------------
+
+
+def random_key(client: RespClient, arguments: Arguments) -> None:
+    """RANDOMKEY"""
+    _check_open(client, (b"", None))
+    answer = client.later()
+    door = client.door
+    sink = _Then(lambda key: answer(_failure(key) if type(key) is Failed else key))
+    door.sequencer.multi_read(any_key_read(door.all_shards, door.random(1 << 62), sink, None))
+
+
+def count_keys(client: RespClient, bounds: Bounds, then: Callable[[Any], None]) -> None:
+    """`then` gets how many keys of the range there are, or Failed."""
+    door = client.door
+    door.sequencer.multi_read(count_read(door.all_shards, *bounds, _Then(then), None))
+
+
+def db_size(client: RespClient, arguments: Arguments) -> None:
+    """DBSIZE"""
+    _check_open(client, (b"", None))
+    answer = client.later()
+    count_keys(client, (b"", None), lambda found: answer(_failure(found) if type(found) is Failed else found))
+
+
+def flush(client: RespClient, arguments: Arguments) -> None:
+    """FLUSHDB, FLUSHALL [ASYNC | SYNC]: each shard in one step, not all of them in the same"""
+    if len(arguments) > 1 or (arguments and arguments[0].upper() not in (b"ASYNC", b"SYNC")):
+        raise CommandError(SYNTAX)
+    _check_open(client, (b"", None))
+    answer = client.later()
+    door = client.door
+    failed: list[Failed] = []
+    left = door.shards
+
+    def then(result: Any) -> None:
+        nonlocal left
+        left -= 1
+        if type(result) is Failed:
+            failed.append(result)
+        if left:
+            return
+        if not failed:
+            answer(DONE)
+            return
+        text = error_text(failed[0])
+        if len(failed) < door.shards:
+            empty = door.shards - len(failed)
+            text = f"UNKNOWN {empty} of {door.shards} shards are empty, of the others the first says: {text}"
+        answer(Failure(text))
+
+    sink = _Then(then)
+    for number in door.all_shards:
+        door.sequencer.write(CLEAR, number, b"", (None, None), 0, sink, None)
+
+
+# --- ranges -------------------------------------------------------------------------------------------
+
+
+def _bounds(lower: bytes, upper: bytes) -> Bounds:
+    """`-` is before all keys, `+` is behind them; the lower one belongs to the range, the upper one does not."""
+    if max(len(lower), len(upper)) > KEY_BYTES_MAX + 1:
+        raise CommandError(f"ERR a bound is over the limit of {KEY_BYTES_MAX + 1} bytes")
+    return b"" if lower == b"-" else lower, None if upper == b"+" else upper
+
+
+def count(client: RespClient, arguments: Arguments) -> None:
+    """KV.COUNT lower upper"""
+    bounds = _bounds(arguments[0], arguments[1])
+    _check_open(client, bounds)
+    if bounds[1] is not None and bounds[1] <= bounds[0]:
+        client.answer(0)
+        return
+    answer = client.later()
+    count_keys(client, bounds, lambda found: answer(_failure(found) if type(found) is Failed else found))
+
+
+def range_(client: RespClient, arguments: Arguments) -> None:
+    """KV.RANGE lower upper [LIMIT n] [REV] [KEYS]: [[key, value], ...], with KEYS [key, ...]. At most PAGE_ITEMS_MAX
+    rows and PAGE_BYTES_MAX bytes, of one point in time; go on behind the last key."""
+    bounds = _bounds(arguments[0], arguments[1])
+    limit, reverse, keys_only = PAGE_ITEMS_MAX, False, False
+    options = iter(arguments[2:])
+    for option in options:
+        name = option.upper()
+        if name == b"LIMIT":
+            limit = integer(next(options, b""), NOT_AN_INTEGER)
+            if not 1 <= limit <= PAGE_ITEMS_MAX:
+                raise CommandError(f"ERR LIMIT must be from 1 to {PAGE_ITEMS_MAX}")
+        elif name == b"REV":
+            reverse = True
+        elif name == b"KEYS":
+            keys_only = True
+        else:
+            raise CommandError(SYNTAX)
+    _check_open(client, bounds)
+    if bounds[1] is not None and bounds[1] <= bounds[0]:
+        client.answer([])
+        return
+    answer = client.later()
+
+    def then(page: Any) -> None:
+        if type(page) is Failed:
+            answer(_failure(page))
+        else:
+            answer([row[0] if keys_only else [row[0], row[1]] for row in page[0]])
+
+    _page(client, bounds, limit, then, reverse=reverse, keys_only=keys_only)

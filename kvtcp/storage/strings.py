@@ -1,0 +1,211 @@
+"""Strings: the operations of a shard that read, change and write a value in one step, beside those of table.py.
+
+Pure. They are what clients of Redis expect of strings (append, set range, conditional set, rename, ...). Each function
+*evaluates* one item [op, shard, seq, answer, key, *args] to its result and its effects, as table.py says: it depends on
+nothing but what `visible` shows, the item and the stamp, so all replicas come to the same.
+
+Effects hold final values, and of a large value that is changed in one place only that place (PATCH). Where the limits
+of a value would be exceeded the result is an error and there is no effect.
+
+Decimal texts are added exactly (`decimal`, 400 digits) and rounded to 17 places, which is what Redis prints of its
+80-bit floats: 0.1 + 0.2 is 0.3, on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from typing import Any, Final, Protocol
+
+from kvtcp.constants import INTEGER_MAX, VALUE_BYTES_MAX
+from kvtcp.errors import Code, show_bytes
+from kvtcp.protocol import operations as op
+from kvtcp.storage.index import Cell
+
+Item = Sequence[Any]
+Effect = Sequence[Any]
+Evaluated = tuple[Any, list[Effect]]
+
+DECIMAL_BYTES_MAX: Final = 400
+_DECIMAL: Final = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+_ARITHMETIC: Final = Context(prec=400, rounding=ROUND_HALF_EVEN, Emin=-9_999, Emax=9_999)
+_PLACES: Final = Decimal("1e-17")
+_DECIMAL_MAX: Final = Decimal("1e308")
+
+
+class View(Protocol):
+    """What is there for an operation."""
+
+    def visible(self, key: bytes, stamp_ms: int) -> Cell | None:
+        """The cell of a key that is not past its deadline."""
+
+
+def patched(value: bytes, offset: int, data: bytes) -> bytes:
+    """`value` with `data` in the place of what is at `offset`."""
+    if offset >= len(value):
+        return value.ljust(offset, b"\0") + data
+    return value[:offset] + data + value[offset + len(data) :]
+
+
+def put_range(item: Item, cell: Cell | None, offset: int, data: bytes, result: int | None = None) -> Evaluated:
+    """The value of `cell` with `data` at `offset`. The result is the new length if none is given."""
+    key: bytes = item[4]
+    old_bytes = 0 if cell is None else len(cell[0])
+    new_bytes = max(old_bytes, offset + len(data))
+    if new_bytes > VALUE_BYTES_MAX:
+        text = f"the value of {show_bytes(key)} would have {new_bytes} bytes, the limit is {VALUE_BYTES_MAX}"
+        return [int(Code.TOO_LARGE), text, {"value_bytes": new_bytes, "value_bytes_max": VALUE_BYTES_MAX}], []
+    effect = (op.SET, key, patched(b"", offset, data), None) if cell is None else (op.PATCH, key, offset, data)
+    return new_bytes if result is None else result, [effect]
+
+
+def deadline(mode: int, ms: int, stamp_ms: int, old_ms: int | None) -> int | None:
+    """The deadline that `mode, ms` asks for."""
+    if mode == op.IN_MS:
+        return min(stamp_ms + ms, INTEGER_MAX)
+    if mode == op.AT_MS:
+        return ms
+    return old_ms if mode == op.KEEP_DEADLINE else None
+
+
+def _store(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, value, mode, ms, condition, if_value, get = item[4:11]
+    cell = view.visible(key, stamp_ms)
+    holds = (
+        condition == op.ALWAYS
+        or (condition == op.IF_ABSENT and cell is None)
+        or (condition == op.IF_PRESENT and cell is not None)
+        or (condition == op.IF_EQUAL and cell is not None and cell[0] == if_value)
+    )
+    result = (None if cell is None else cell[0]) if get else holds
+    if not holds:
+        return result, []
+    return result, [(op.SET, key, value, deadline(mode, ms, stamp_ms, None if cell is None else cell[2]))]
+
+
+def _take(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    cell = view.visible(item[4], stamp_ms)
+    return (None, []) if cell is None else (cell[0], [(op.REMOVE, item[4])])
+
+
+def _touch(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, mode, ms = item[4:7]
+    cell = view.visible(key, stamp_ms)
+    if cell is None:
+        return None, []
+    return cell[0], _new_deadline(key, cell, deadline(mode, ms, stamp_ms, cell[2]), stamp_ms)
+
+
+def _expire_if(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, mode, ms, condition = item[4:8]
+    cell = view.visible(key, stamp_ms)
+    if cell is None:
+        return False, []
+    old_ms = cell[2]
+    new_ms = deadline(mode, ms, stamp_ms, old_ms)
+    assert new_ms is not None, "a time is given"
+    holds = (
+        condition == op.ALWAYS
+        or (condition == op.IF_ABSENT and old_ms is None)
+        or (condition == op.IF_PRESENT and old_ms is not None)
+        or (condition == op.IF_LATER and old_ms is not None and new_ms > old_ms)
+        or (condition == op.IF_EARLIER and (old_ms is None or new_ms < old_ms))
+        or (condition == op.IF_PRESENT_EARLIER and old_ms is not None and new_ms < old_ms)
+    )
+    return holds, _new_deadline(key, cell, new_ms, stamp_ms) if holds else []
+
+
+def _new_deadline(key: bytes, cell: Cell, deadline_ms: int | None, stamp_ms: int) -> list[Effect]:
+    """One that is over already removes the key."""
+    if deadline_ms is not None and deadline_ms <= stamp_ms:
+        return [(op.REMOVE, key)]
+    return [] if deadline_ms == cell[2] else [(op.DEADLINE, key, deadline_ms)]
+
+
+def _append(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    cell = view.visible(item[4], stamp_ms)
+    if cell is not None and not item[5]:
+        return len(cell[0]), []
+    return put_range(item, cell, 0 if cell is None else len(cell[0]), item[5])
+
+
+def _set_range(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    cell = view.visible(item[4], stamp_ms)
+    if not item[6]:
+        return 0 if cell is None else len(cell[0]), []
+    return put_range(item, cell, item[5], item[6])
+
+
+def _set_bit(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, offset, bit = item[4:7]
+    cell = view.visible(key, stamp_ms)
+    place, mask = offset // 8, 0x80 >> offset % 8
+    old_byte = 0 if cell is None or place >= len(cell[0]) else cell[0][place]
+    byte = old_byte | mask if bit else old_byte & ~mask
+    return put_range(item, cell, place, bytes([byte]), int(old_byte & mask != 0))
+
+
+def decimal_of(text: bytes) -> Decimal | None:
+    """The number of a decimal text; None of anything else, and beyond the range of a double."""
+    if len(text) > DECIMAL_BYTES_MAX or not _DECIMAL.fullmatch(text):
+        return None
+    number = Decimal(text.decode("ascii"))
+    return number if abs(number) <= _DECIMAL_MAX else None
+
+
+def _incr_decimal(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, by_text = item[4:6]
+    cell = view.visible(key, stamp_ms)
+    number = decimal_of(b"0" if cell is None else cell[0])
+    by = decimal_of(by_text)
+    if number is None or by is None:
+        return [int(Code.NOT_A_NUMBER), f"the value of the key {show_bytes(key)} is not a decimal number", {}], []
+    total = _ARITHMETIC.quantize(_ARITHMETIC.add(number, by), _PLACES)
+    if abs(total) > _DECIMAL_MAX:
+        return [int(Code.RANGE), f"the sum at the key {show_bytes(key)} is too large", {}], []
+    text = format(total, "f").rstrip("0").rstrip(".").encode()
+    text = b"0" if text in (b"-0", b"") else text
+    return text, [(op.SET, key, text, None if cell is None else cell[2])]
+
+
+def _rename(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, new_key, if_absent = item[4:7]
+    cell = view.visible(key, stamp_ms)
+    if cell is None:
+        return op.NO_KEY, []
+    if if_absent and view.visible(new_key, stamp_ms) is not None:
+        return op.NEW_KEY_EXISTS, []
+    if key == new_key:
+        return op.RENAMED, []
+    return op.RENAMED, [(op.REMOVE, key), (op.SET, new_key, cell[0], cell[2])]
+
+
+def _copy(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    key, new_key, replace = item[4:7]
+    cell = view.visible(key, stamp_ms)
+    if cell is None or (not replace and view.visible(new_key, stamp_ms) is not None):
+        return False, []
+    return True, [(op.SET, new_key, cell[0], cell[2])]
+
+
+def _put_all(view: View, item: Item, stamp_ms: int) -> Evaluated:
+    _, pairs, if_absent = item[4:7]
+    if if_absent and any(view.visible(key, stamp_ms) is not None for key, _ in pairs):
+        return False, []
+    return True, [(op.SET, key, value, None) for key, value in pairs]
+
+
+EVALUATE: Final[dict[int, Callable[[View, Item, int], Evaluated]]] = {
+    op.STORE: _store,
+    op.TAKE: _take,
+    op.TOUCH: _touch,
+    op.EXPIRE_IF: _expire_if,
+    op.APPEND: _append,
+    op.SETRANGE: _set_range,
+    op.SETBIT: _set_bit,
+    op.INCR_DECIMAL: _incr_decimal,
+    op.RENAME: _rename,
+    op.COPY: _copy,
+    op.PUT_ALL: _put_all,
+}
