@@ -289,6 +289,11 @@ class Etcd(Peer):
         return parse_check_perf(self._control("check", "perf", "--load", load, "--command-timeout", "30s",
                                               limit_s=180.0))  # fmt: skip
 
+    def revision(self) -> int:
+        """How many changes the store has seen."""
+        status = json.loads(self._control("endpoint", "status", "-w", "json"))
+        return int(status[0]["Status"]["header"]["revision"])
+
 
 def parse_check_perf(text: str) -> float:
     """The rate that `etcdctl check perf` prints, whether it calls it a pass or a failure. Raises RespError."""
