@@ -7,7 +7,7 @@ answers do, and counts the time of each from when it should have been sent.
 
 Every value names its key, so each answer of a get is checked: `value_of(7, n)` starts with the number of the key. Keys
 are `key:` and twelve digits, as redis-benchmark makes them, so both may work on the same data. Inserted keys have
-numbers from `keys` on, and belong to the process whose turn it is (number modulo processes).
+numbers from `first_insert` on, and belong to the process whose turn it is (number modulo processes).
 
 Distributions: `uniform`; `zipfian` with theta 0.99, scattered over the keys (J. Gray et al., "Quickly generating
 billion-record synthetic databases", 1994, as in YCSB); `latest`, the same counted back from the newest key.
@@ -52,9 +52,10 @@ class Job:
     """What one process does."""
 
     url: str = ""
-    mix: dict[str, float] = field(default_factory=lambda: {"get": 1.0})  # get, put, insert, scan, rmw -> weight
+    mix: dict[str, float] = field(default_factory=lambda: {"get": 1.0})  # get, put, insert, scan, rmw, probe -> weight
     distribution: str = "uniform"
-    keys: int = 100_000
+    keys: int = 100_000  # that are loaded
+    first_insert: int = 0  # number of the first key that is inserted; 0 = `keys`
     value_bytes: int = 128
     operations: int = 10_000
     connections: int = 25
@@ -115,7 +116,7 @@ def generate(job: Job) -> list[Operation]:
     kinds = rng.choices(list(job.mix), list(job.mix.values()), k=job.operations)
     zipfian = Zipfian(job.keys) if job.distribution != "uniform" else None
     newest = job.keys - 1  # a key of this process, or loaded
-    next_insert = job.keys + job.process
+    next_insert = (job.first_insert or job.keys) + job.process
     plan: list[Operation] = []
     for kind in kinds:
         if kind == "insert":
@@ -134,7 +135,8 @@ def generate(job: Job) -> list[Operation]:
 
 def _earlier(newest: int, back: int, job: Job) -> int:
     """The key `back` places before the newest that this process knows: its own inserts, then the loaded keys."""
-    own = (newest - job.keys - job.process) // job.processes + 1 if newest >= job.keys else 0
+    first = (job.first_insert or job.keys) + job.process
+    own = (newest - first) // job.processes + 1 if newest >= first else 0
     if back < own:
         return newest - back * job.processes
     return max(0, job.keys - 1 - (back - own))
@@ -158,6 +160,8 @@ class Driver:
         key, size = key_of(number), self.job.value_bytes
         if kind == "get":
             self.check(number, await client.get(key))
+        elif kind == "probe":  # of the echo, which answers what it likes
+            await client.get(key)
         elif kind == "put":
             await client.put(key, value_of(number, size))
         elif kind == "insert":
@@ -312,19 +316,21 @@ def run_load(job: Job, processes: int = 2, before: Callable[[], None] = lambda: 
     return load.execute()
 
 
-async def _fill(url: str, keys: int, value_bytes: int) -> None:
+async def _fill(url: str, keys: int, value_bytes: int, seed: int) -> None:
     async with kvtcp.connect(url, timeout=60.0) as kv:
+        order = list(range(keys))
+        random.Random(seed).shuffle(order)
         for first in range(0, keys, 50_000):
-            numbers = range(first, min(first + 50_000, keys))
+            numbers = order[first : first + 50_000]
             await kv.put_many([(key_of(number), value_of(number, value_bytes)) for number in numbers])
         found = await kv.count()
         if found < keys:
             raise AssertionError(f"{keys} keys were put, {found} are there")
 
 
-def fill(url: str, keys: int, value_bytes: int = 128) -> None:
-    """Put keys 0 to `keys` - 1, and count them."""
-    uvloop.run(_fill(url, keys, value_bytes))
+def fill(url: str, keys: int, value_bytes: int = 128, seed: int = 1) -> None:
+    """Put keys 0 to `keys` - 1 in random order, and count them."""
+    uvloop.run(_fill(url, keys, value_bytes, seed))
 
 
 async def _count(url: str) -> int:

@@ -355,8 +355,8 @@ class PySyncObj(Peer):
 class KvtcpResp:
     """A kvtcp cluster whose coordinator speaks RESP on its main port."""
 
-    def __init__(self, factor: int, mode: str, nodes: int = 3) -> None:
-        self.cluster = Cluster(nodes, factor, mode)
+    def __init__(self, factor: int, mode: str, nodes: int = 3, shards: int = 64) -> None:
+        self.cluster = Cluster(nodes, factor, mode, shards=shards)
         self.name = f"kvtcp RF {factor} {mode}"
         self.durability = mode if factor == 1 else f"{mode} x{factor}"
         self.port = self.cluster.port
