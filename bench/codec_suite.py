@@ -105,7 +105,8 @@ def _workloads(repetitions: int) -> list[Workload]:
             ("kvtcp", "decode", _decode_all(framed), messages),
             ("msgpack", "decode", _unpack_all(bare), messages),
         ]
-        found += [CodecWorkload(who, f"{verb}: {name}", step, count, wanted, times) for who, verb, step, wanted in steps]
+        for who, verb, step, wanted in steps:
+            found.append(CodecWorkload(who, f"{verb}: {name}", step, count, wanted, times))
     return found + _resp_workloads(repetitions)
 
 
@@ -122,7 +123,8 @@ def _resp_workloads(repetitions: int) -> list[Workload]:
             ("kvtcp", lambda parse=parse, data=data: parse(data), expected),
             ("bytes.split", lambda data=data: data.split(b"\r\n"), data.split(b"\r\n")),
         ]
-        found += [CodecWorkload(who, f"RESP: {name}", step, MESSAGES, wanted, repetitions) for who, step, wanted in steps]
+        for who, step, wanted in steps:
+            found.append(CodecWorkload(who, f"RESP: {name}", step, MESSAGES, wanted, repetitions))
     return found
 
 

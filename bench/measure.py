@@ -1,9 +1,9 @@
-"""What all suites share: rows of figures and their statistics, workloads that take turns, CPU time by role, the machine.
+"""What all suites share: rows of figures, their statistics, workloads that take turns, CPU time by role, the machine.
 
 A *row* is a dict: target, workload, unit, and over the runs `median`, `min`, `max`, `runs`; where it applies also
 `cpu_us` (CPU time per operation by role), `p50_ms`, `p99_ms`, `p999_ms`, `max_ms` (medians of each run's), `durability`
-(the class, see below), `floor` (name and value in the row's unit) and `efficiency` (floor / actual as times, so 1 is the
-floor itself and 0.5 takes twice as long).
+(the class, see below), `floor` (name and value in the row's unit) and `efficiency` (floor / actual as times, so 1 is
+the floor itself and 0.5 takes twice as long).
 
 A *workload* has four phases. `prepare` once, before everything: start and fill. `generate` before each run, off the
 clock: what will be asked, from a seed. `execute`, timed. `verify` after each run: raises AssertionError if something

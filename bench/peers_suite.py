@@ -136,7 +136,7 @@ class Group:
 
     def resp(
         self, name: str, make: Callable[[], Any], depths: tuple[int, ...] = (1, 16, 64),
-        tests: tuple[str, ...] = ("set", "get"), **more: Any,
+        tests: tuple[str, ...] = ("set", "get"),
     ) -> Any:  # fmt: skip
         """A system that speaks RESP, with its tests; None if it is missing."""
         system = self.start(name, make)
@@ -144,7 +144,7 @@ class Group:
             for depth in depths:
                 requests = self._options.size(*REQUESTS[depth])
                 self.workloads += [
-                    RespWorkload(system.name, system.port, system.roles, test, depth, requests, system.durability, **more)
+                    RespWorkload(system.name, system.port, system.roles, test, depth, requests, system.durability)
                     for test in tests
                 ]
         return system

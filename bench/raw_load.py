@@ -150,7 +150,8 @@ class RawWorkload:
     def generate(self, run: int) -> list[tuple[bytes, bytes]]:
         """Batches of random keys with their replies."""
         rng = random.Random(f"{self.workload}/{run}")
-        return [self._batch([rng.randrange(self._keys) for _ in range(self._depth)], self._test) for _ in range(BATCHES)]
+        batches = [[rng.randrange(self._keys) for _ in range(self._depth)] for _ in range(BATCHES)]
+        return [self._batch(numbers, self._test) for numbers in batches]
 
     def execute(self, plan: list[tuple[bytes, bytes]]) -> Sample:
         """The run."""

@@ -142,7 +142,8 @@ class Scans:
             more: dict[str, Any] = {}
             if roles:
                 more["cpu_us"] = {role: sorted(cpu[role] for _, cpu in values)[len(values) // 2] for role in roles}
-            row = make_row("client" if workload == FLOOR else "kvtcp RF 3", workload, unit, [v for v, _ in values], **more)
+            target = "client" if workload == FLOOR else "kvtcp RF 3"
+            row = make_row(target, workload, unit, [value for value, _ in values], **more)
             is_whole = workload in ("pages", "rows")
             found.append(with_floor(row, FLOOR, sorted(floor)[len(floor) // 2]) if is_whole else row)
         return found

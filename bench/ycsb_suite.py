@@ -1,4 +1,4 @@
-"""The `ycsb` suite: the six core workloads of the Yahoo! Cloud Serving Benchmark on three nodes with three copies, `sync`.
+"""The `ycsb` suite: the six core workloads of the Yahoo! Cloud Serving Benchmark; three nodes, three copies, `sync`.
 
     A  50 % read, 50 % update         zipfian          D  95 % read, 5 % insert        latest
     B  95 % read, 5 % update          zipfian          E  95 % scan (1-100), 5 % insert   zipfian
