@@ -131,11 +131,7 @@ def make_row(target: str, workload: str, unit: str, values: Iterable[float], **m
 def find(results: Iterable[Result], suite: str | None, target: str, workload: str) -> Result | None:
     """The row of this name, None if it was not measured."""
     for row in results:
-        if (
-            (suite is None or row.get("suite") == suite)
-            and row["workload"] == workload
-            and target in (row.get("target"), row.get("structure"))
-        ):
+        if suite in (None, row.get("suite")) and row["workload"] == workload and row["target"] == target:
             return row
     return None
 
