@@ -11,8 +11,8 @@ that was answered is wrong. `interleave` runs several of them, each run in a new
 a shared machine meets all of them. Ratios are of the same run (`ratio`); their median is what is reported.
 
 Durability classes, never in one chart: `memory` (nothing is kept), `memory x3` (answered when all copies have it in
-memory), `async x3` (answered before the copies have it), `os` (in the page cache: survives the process), `sync` (on the
-disk), `sync x3` (on three disks).
+memory), `async x3` (answered before the copies have it), `os` and `os x3` (in the page cache: survives the process),
+`sync` (on the disk), `sync x3` (on three disks).
 """
 
 from __future__ import annotations

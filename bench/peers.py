@@ -9,7 +9,7 @@ All but the versions of Debian and PyPI are default settings; where a setting ma
     twemproxy           nutcracker with the hash fnv1a_64 and ketama over 3 redis-servers (memory)
     memcached           one thread, since the others have one (memory)
     etcd x3             three members (sync x3)
-    pysyncobj x3        three processes, journal in a file that is mapped and never synced (os)
+    pysyncobj x3        three processes, journal in a file that is mapped and never synced (os x3)
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def parse_check_perf(text: str) -> float:
 class PySyncObj(Peer):
     """Three processes that replicate a dict by Raft, each with a journal; the leader makes the load itself."""
 
-    name, durability = "pysyncobj, 3 nodes with journal", "os"
+    name, durability = "pysyncobj, 3 nodes with journal", "os x3"
 
     def start(self) -> None:
         library("pysyncobj")
