@@ -1,7 +1,7 @@
 """Package definition of kvtcp: `pip install .` gives the library and its three commands.
 
-With KVTCP_COMPILE=1 the coordinator's path of every request is compiled by mypyc (which needs mypy and a C compiler): the
-same source, a third less CPU per request. Everything works without, and is tested both ways.
+With KVTCP_COMPILE=1 the coordinator's path of every request is compiled by mypyc (which needs mypy and a C compiler):
+the same source, a third less CPU per request. Everything works without, and is tested both ways.
 """
 
 import os
