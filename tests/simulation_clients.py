@@ -93,6 +93,7 @@ class Request:
         elif kind == "swap":
             self.results = [None if result is None else int(result)]
         elif kind == "pair":
+            require(type(result) is list and len(result) == 4, f"a transaction gave {result!r}", self.shard)
             *cells, self.seq, other_seq = result
             require(self.seq == other_seq, f"one transaction has revisions {self.seq} and {other_seq}", self.shard)
             self.results = [None if cell is None else int(cell[0]) for cell in cells]
