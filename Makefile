@@ -40,6 +40,7 @@ model: $(READY)
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
+	$(BIN)/python tests/fuzz_resp.py $(or $(FUZZ),1000000) $(SEED)
 
 # SEEDS=<number> and SEED=<seed>: the first of them, or the only one, to tell its story again
 sim: $(READY)

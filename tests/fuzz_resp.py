@@ -1,9 +1,9 @@
-"""Fuzzer of the parser of the Redis protocol: `python tests/fuzz_resp.py [inputs] [seed]`, a million inputs by default.
+"""Fuzzer of the parser of the Redis protocol: `python tests/fuzz_resp.py [inputs] [seed]`, a million by default.
 
-Random streams, valid ones and damaged ones, are given to `RespParser` whole, in pieces, and with its quick path switched
-off, and to a model: the rules of the protocol written down once more, one byte at a time, without a thought of speed.
-All four must come to the same commands, the same error, and the same number of bytes held at the end. The limits are
-small here, so that inputs pass them often.
+Random streams, valid ones and damaged ones, are given to `RespParser` whole, in pieces, and with its quick path
+switched off, and to a model: the rules of the protocol written down once more, one byte at a time, without a thought
+of speed. All must come to the same commands, the same error, and the same number of bytes held at the end. The limits
+are small here, so that inputs pass them often.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SMALL: dict[str, Any] = {
 }
 WORDS = (b"GET", b"set", b"a", b"", b"user:1", b"\r\n", b"a\r\nb", b"$3\r\nGET\r\n", b"*1\r\n", b"\0\xff", b"x" * 63)
 DAMAGE = (
-    b"\r", b"\n", b"\r\n", b"*", b"$", b"*1\r\n", b"*0\r\n", b"*-1\r\n", b"$-1\r\n", b"*11\r\n", b"$201\r\n", b":1\r\n",
-    b"+OK\r\n", b"*1\r\n*1\r\n", b"*9999999999999999999\r\n", b"$99999999999999999999\r\n", b"*1" + b" " * 40,
-    b"*01\r\n", b"$+3\r\n", b"*\r\n", b"\"", b"'", b"\\", b"\\x4", b" ", b"\t", b"\0", b"ping\r\n", b"ping \"a\\x41\"\n",
-    b"x" * 120, b"y" * 99 + b"\r\n", b"\xce\0\0\0\1",
+    b"\r", b"\n", b"\r\n", b"*", b"$", b"*1\r\n", b"*0\r\n", b"*-1\r\n", b"$-1\r\n", b"*11\r\n", b"$201\r\n",
+    b":1\r\n", b"+OK\r\n", b"*1\r\n*1\r\n", b"*9999999999999999999\r\n", b"$99999999999999999999\r\n",
+    b"*1" + b" " * 40, b"*01\r\n", b"$+3\r\n", b"*\r\n", b"\"", b"'", b"\\", b"\\x4", b" ", b"\t", b"\0",
+    b"ping\r\n", b"ping \"a\\x41\"\n", b"x" * 120, b"y" * 99 + b"\r\n", b"\xce\0\0\0\1",
 )  # fmt: skip
 
 

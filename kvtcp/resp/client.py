@@ -75,7 +75,9 @@ class Transaction:
         if len(self.queued) >= MULTI_KEYS_MAX:
             raise CommandError(f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands")
         if self.keys + keys > RESP_KEYS_MAX or self.bytes + size > MULTI_BYTES_MAX:
-            raise CommandError(f"ERR a transaction is over the limit of {RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes")
+            raise CommandError(
+                f"ERR a transaction is over the limit of {RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes"
+            )
         self.keys += keys
         self.bytes += size
         self.queued.append(queued)
