@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The guard against becoming slower: `bench/check.py [BASE [HEAD]] [--rounds N] [--limit SHARE]`.
 
-Measures two commits with the same probe (`bench.probe` of this checkout) and tells every figure of HEAD that is worse by
-more than the limit; then the exit code is 1. Each commit stands in a git worktree of its own in a temporary directory,
-with the bench/ of this checkout laid over it, so that both are measured by the same code; their servers and clients are
-their own. They take turns, in random order in each round; what counts is the median of the ratios of one round.
+Measures two commits with the same probe (`bench.probe` of this checkout) and tells every figure of HEAD that is worse
+by more than the limit; then the exit code is 1. Each commit stands in a git worktree of its own in a temporary
+directory, with the bench/ of this checkout laid over it, so that both are measured by the same code; their servers and
+clients are their own. They take turns, in random order in each round; what counts is the median of the ratios of one
+round. On a machine that does other things too, look at min-max, and measure again with more rounds.
 
 BASE is by default the last tag before HEAD, or HEAD~1 if there is none.
 """
@@ -86,7 +87,8 @@ def rows_of(found: Sequence[Change], limit: float) -> list[list[str]]:
 
 def git(*arguments: str) -> str:
     """What git prints. Raises CalledProcessError."""
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def default_base(head: str) -> str:

@@ -46,6 +46,12 @@ loops are timed from the intended send. CPU time is that of all threads of a pro
 times: 1 would be the floor itself, which is what the machine and CPython need by themselves for the least that must be
 done. Systems with different promises are never in one chart.
 """
+PROFILE = """\
+## Where each microsecond goes
+
+CPU time per operation by a sampling profiler; what runs in C, and what the event loop does before it calls, counts for
+the Python function beside it.
+"""
 EMPTY = """\
 No full run is kept in `bench/results/` for this version yet: `make bench-full` makes one, and this page from it.
 """
@@ -90,8 +96,7 @@ def section_profile(results: Sequence[Result]) -> str:
     rows = [row for row in results if "modules" in row]
     if not rows:
         return ""
-    text = "## Where each microsecond goes\n\nCPU time per operation by a sampling profiler; what runs in C, and what the "
-    text += "event loop\ndoes before it calls, counts for the Python function beside it.\n"
+    text = PROFILE
     for target in dict.fromkeys(row["target"] for row in rows):
         cells = [["", "us", "share"]]
         for row in rows:

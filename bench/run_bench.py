@@ -32,21 +32,21 @@ from bench.measure import Options, Result, machine  # noqa: E402
 
 # suite -> its module, and the minutes it takes in full on two cores; those that targets need come first
 SUITES: dict[str, tuple[str, float]] = {
-    "floors": ("bench.floors", 1),
+    "floors": ("bench.floors", 0.5),
     "btree": ("bench.btree_suite", 9),
-    "codec": ("bench.codec_suite", 1),
+    "codec": ("bench.codec_suite", 0.5),
     "peers": ("bench.peers_suite", 13),
     "scan": ("bench.scan_suite", 1.5),
     "memory": ("bench.memory_suite", 4),
     "recovery": ("bench.recovery_suite", 3),
     "scale": ("bench.scale_suite", 5),
     "durability": ("bench.durability_suite", 4),
-    "network": ("bench.network_suite", 2),
+    "profile": ("bench.profile_suite", 1),
+    "network": ("bench.network_suite", 1.5),
     "replication": ("bench.replication_suite", 4),
     "ycsb": ("bench.ycsb_suite", 5),
     "failover": ("bench.failover_suite", 4),
     "catchup": ("bench.catchup_suite", 3),
-    "profile": ("bench.profile_suite", 1),
 }
 MINUTES_MAX = 60.0
 RESULTS = ROOT / "bench" / "results"
