@@ -9,7 +9,8 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos bench bench-full bench-check bench-report redis-suite clean
+.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos redis-suite compiled pure bench bench-full
+.PHONY: bench-check bench-report clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -41,6 +42,7 @@ model: $(READY)
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
+	$(BIN)/python tests/fuzz_resp.py $(or $(FUZZ),1000000) $(SEED)
 
 # SEEDS=<number> and SEED=<seed>: the first of them, or the only one, to tell its story again
 sim: $(READY)
@@ -66,6 +68,14 @@ chaos: $(READY)
 # ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis_suite --help`
 redis-suite: $(READY)
 	$(BIN)/python -m tests.redis_suite $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--test '$(ONLY)') $(ARGS)
+
+# the coordinator's path of every request compiled in place; `make pure` goes back
+compiled: $(READY)
+	KVTCP_COMPILE=1 $(BIN)/python setup.py -q build_ext --inplace
+
+pure:
+	find . -path ./$(VENV) -prune -o \( -name '*.cpython-*.so' -o -name '*__mypyc*.so' \) -print | xargs -r rm -f
+	rm -rf build
 
 # six figures in two minutes: an indication
 bench: $(READY)

@@ -26,8 +26,8 @@ import kvtcp
 from kvtcp.constants import FRAME_BYTES_MAX, KEY_BYTES_MAX, MIB, REQUEST_ID_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REFUSED, REPORT
+from kvtcp.server import caps as caps_module
 from kvtcp.server import coordinator as coordinator_module
-from kvtcp.server import sessions as sessions_module
 from kvtcp.server.links import NodeLink
 from kvtcp.testing.local_cluster import LocalCluster
 
@@ -110,14 +110,15 @@ async def test_frame_errors_close(
 
 
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"set a 1\r\n", b"*1\r\n$4\r\nPING\r\n"])
-async def test_another_protocol(cluster: LocalCluster, caplog: pytest.LogCaptureFixture, line: bytes) -> None:
-    """A browser, a telnet user and a redis client get one line that says what this port is."""
-    async with await Wire.open(cluster.coordinator.address, hello=False) as wire:
-        wire.write(line)
-        answer = await wire.closed()
-    assert answer.startswith(b"-ERR this port speaks the kvtcp protocol") and answer.endswith(b"\r\n")
-    assert answer.count(b"\n") == 1
-    assert logged(caplog, "first byte is")
+async def test_another_protocol(caplog: pytest.LogCaptureFixture, line: bytes) -> None:
+    """Without the face of Redis, a browser, a telnet user and a redis client get one line that says what this is."""
+    async with LocalCluster(1, resp=False) as cluster:
+        async with await Wire.open(cluster.coordinator.address, hello=False) as wire:
+            wire.write(line)
+            answer = await wire.closed()
+        assert answer.startswith(b"-ERR this port speaks the kvtcp protocol") and answer.endswith(b"\r\n")
+        assert answer.count(b"\n") == 1
+        assert logged(caplog, "first byte is")
 
 
 async def test_node_frames_on_the_client_port(cluster: LocalCluster, caplog: pytest.LogCaptureFixture) -> None:
@@ -350,7 +351,7 @@ async def test_frame_never_finished(
     cluster: LocalCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, data: bytes
 ) -> None:
     """A frame that was begun and never finished closes its connection, at whatever byte it stopped."""
-    monkeypatch.setattr(sessions_module, "FRAME_WAIT_MS", 60)
+    monkeypatch.setattr(caps_module, "FRAME_WAIT_MS", 60)
     async with healthy(cluster), await Wire.open(cluster.coordinator.address) as idle:
         async with await Wire.open(cluster.coordinator.address) as wire:
             wire.write(data)

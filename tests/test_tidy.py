@@ -46,7 +46,9 @@ LAYERS: dict[str, set[str]] = {
     "storage": {"constants", "errors", "jsonl", "protocol"},
     "replication": {"_version", "constants", "errors", "protocol", "storage"},
     "config_store": {"constants", "errors", "protocol", "storage", "replication"},
-    "server": {"_version", "constants", "errors", "jsonl", "protocol", "storage", "replication", "config_store"},
+    "resp": {"_version", "constants", "errors", "protocol", "storage", "replication"},
+    "server": {"_version", "constants", "errors", "jsonl", "protocol", "storage", "replication", "config_store",
+               "resp"},
     "client": {"_version", "constants", "errors", "protocol"},
     "sync": {"_version", "constants", "errors", "protocol", "client"},
     "shell": {"_version", "constants", "errors", "jsonl", "protocol", "client", "storage"},
@@ -57,7 +59,7 @@ LAYERS: dict[str, set[str]] = {
 
 # These are pure; so is every module whose header has a paragraph that starts with "Pure.".
 PURE = re.compile(
-    r"kvtcp/(constants|errors|jsonl|protocol/.*|storage/(btree|table|pages|index|deadlines|freeze)|replication/.*)\.py"
+    r"kvtcp/(constants|errors|jsonl|protocol/.*|storage/(btree|table|pages|index|deadlines|freeze)|replication/.*|resp/.*)\.py"
 )
 IMPURE = {
     "asyncio", "uvloop", "socket", "ssl", "select", "selectors", "socketserver", "threading", "multiprocessing",

@@ -47,6 +47,7 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     WRITE_OP_END,
 )
+from kvtcp.replication.answers import Answers
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
@@ -56,7 +57,6 @@ from kvtcp.replication.shard_state import (
     NUMBER,
     PART,
     WRITE,
-    ClusterState,
     ShardState,
     Sink,
     Waiting,
@@ -68,7 +68,7 @@ GROWING: Final = frozenset(
 )
 
 
-class Admission(ClusterState):
+class Admission(Answers):
     """Requests in."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from kvtcp.protocol.operations import RESULTS_OF
 from kvtcp.replication.admission import Admission
-from kvtcp.replication.answers import Answers
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import ANSWERED, Batch, Op, Progress
 from kvtcp.replication.shard_state import (
@@ -31,7 +30,7 @@ from kvtcp.replication.shard_state import (
 SEQ_MAX: Final = 1 << 63  # above every number
 
 
-class Members(Admission, Answers):
+class Members(Admission):
     """Members and learners of all shards."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:
@@ -223,8 +222,10 @@ class Members(Admission, Answers):
             if results is LINK_LOST:
                 self._ask(shard, orphans, asked)
                 return
+            if len(results) < len(orphans):  # they are large
+                self._ask(shard, orphans[len(results) :], asked)
             unknown = []
-            for orphan, found in zip(orphans, results, strict=True):
+            for orphan, found in zip(orphans, results, strict=False):
                 if found is None:
                     unknown.append(orphan)
                 else:

@@ -6,10 +6,12 @@ order. So each command gets a *slot*, a list of one, in a queue; whoever has the
 
 GET and SET without options are carried out here, in as few steps as possible; everything else goes through the table of
 commands. Between MULTI and EXEC plans are collected. A command that must know a result before the next one is looked at
-(WATCH) makes the client *wait*: later commands are held until `go_on`.
+(WATCH) makes the client *wait*: later commands are held until `go_on`. So are those behind TURN_BYTES_MAX of replies
+that were made at once (COMMAND, INFO): other clients have a turn between, and a client that does not read is not served
+any further.
 
-Invariants: every command has exactly one slot, filled exactly once; after QUIT or an error of the protocol no further
-command is looked at.
+Invariants: every command has exactly one slot, filled exactly once, and commands are looked at in their order; after
+QUIT or an error of the protocol no further command is looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from kvtcp.constants import KEY_BYTES_MAX
+from kvtcp.constants import (
+    CLIENT_OUTPUT_BYTES_MAX,
+    KEY_BYTES_MAX,
+    KIB,
+    MULTI_BYTES_MAX,
+    MULTI_KEYS_MAX,
+    RESP_KEYS_MAX,
+)
 from kvtcp.errors import RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import GET, PUT
@@ -39,6 +48,9 @@ from kvtcp.resp.replies import HEADS, OK, Simple, bulk, encode, error, nil
 Slot = list[bytes | None]
 
 LARGE_REPLY_BYTES: Final = 1_024
+TURN_BYTES_MAX: Final = 256 * KIB  # of replies made in one turn, a command on the whole server counted with RUN_BYTES
+RUN_BYTES: Final = 16 * KIB
+QUEUED_BYTES: Final = 64  # what a queued operation counts beyond its key and values
 QUEUED: Final = Simple("QUEUED")
 _SECURITY: Final = frozenset({b"POST", b"HOST:"})
 
@@ -50,7 +62,25 @@ class Transaction:
         self.queued: list[Plan | bytes] = []  # a reply, of what concerns only the connection
         self.shard: int | None = None  # of all its keys
         self.failed = False  # a command was refused: EXEC will be too
+        self.keys = 0  # operations, each counted with its keys: so many arrays they are on a link
         self.bytes = 0
+
+    def queue(self, queued: Plan | bytes) -> None:
+        """What EXEC is to carry out, or a reply. Raises CommandError if it is too much for one entry."""
+        if isinstance(queued, bytes):
+            keys, size = 1, len(queued) + QUEUED_BYTES
+        else:
+            keys = sum(len(operation.keys) for operation in queued.operations)
+            size = sum(operation.size + QUEUED_BYTES for operation in queued.operations)
+        if len(self.queued) >= MULTI_KEYS_MAX:
+            raise CommandError(f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands")
+        if self.keys + keys > RESP_KEYS_MAX or self.bytes + size > MULTI_BYTES_MAX:
+            raise CommandError(
+                f"ERR a transaction is over the limit of {RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes"
+            )
+        self.keys += keys
+        self.bytes += size
+        self.queued.append(queued)
 
 
 class RespClient:
@@ -69,13 +99,18 @@ class RespClient:
         self.suspicious = ""  # why it was taken for an attack through a browser
         self.slots: deque[Slot] = deque()
         self.large_bytes = 0  # of filled slots with large replies
+        self.gathered_bytes = 0  # of replies that are being put together
         self.transaction: Transaction | None = None
         self.watched: dict[bytes, int] = {}  # key -> revision
+        self.watched_bytes = 0
         self.waits = False
-        self.held: list[list[bytes]] = []  # commands that came while it waits
+        self.held: list[list[bytes]] = []  # commands that came while it waits, or behind a turn
+        self.may_begin = True  # the client reads its replies
         self.is_gone = False  # the connection is lost
         self.current: Slot = [None]  # of the command that is run
         self._deferred: list[Callable[[], None]] = []
+        self._turn_bytes = 0
+        self._last_error = ""  # of the protocol, behind what is held
         self._wake = wake
         self._woken = False
         self._nil = nil(2)
@@ -91,9 +126,10 @@ class RespClient:
         """Commands, in order."""
         if self.closing:
             return
-        if self.waits:
+        if self.waits or self.held:
             self.held += commands
             return
+        self._turn_bytes = 0
         quick = self._quick if self.transaction is None and self.door.is_open else _NOTHING
         for n, arguments in enumerate(commands):
             begin = quick.get(arguments[0])
@@ -102,31 +138,56 @@ class RespClient:
             self._handle_one(arguments)
             if self.closing:
                 return
-            if self.waits:
+            if self.waits or self._turn_bytes > TURN_BYTES_MAX:
                 self.held = list(commands[n + 1 :])
+                self._call_wake()
                 return
             quick = self._quick if self.transaction is None and self.door.is_open else _NOTHING
 
     def defer(self, step: Callable[[], None]) -> None:
         """Carry out `step` with the next `go_on`: a sink must not ask the cluster for more."""
         self._deferred.append(step)
+        self._call_wake()
+
+    def _call_wake(self) -> None:
         if not self._woken:
             self._woken = True
             self._wake()
 
     @property
+    def outstanding(self) -> int:
+        """Commands without a reply, or whose reply was not taken yet."""
+        return len(self.slots) + len(self.held) + bool(self._last_error)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the server holds for it: large replies that wait for an earlier one or are being made, what
+        was queued since MULTI, and the watched keys."""
+        queued_bytes = 0 if self.transaction is None else self.transaction.bytes
+        return self.large_bytes + self.gathered_bytes + queued_bytes + self.watched_bytes
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether nothing keeps the commands that are held."""
+        return not self.waits and self.may_begin and self.large_bytes <= CLIENT_OUTPUT_BYTES_MAX
+
+    @property
     def has_work(self) -> bool:
         """Whether `go_on` is to be called."""
-        return bool(self._deferred) or (bool(self.held) and not self.waits)
+        return bool(self._deferred) or (bool(self.held or self._last_error) and self._goes_on)
 
     def go_on(self) -> None:
         """Carry out what was deferred, and the commands that were held if nothing keeps them any more."""
         deferred, self._deferred = self._deferred, []
         for step in deferred:
             step()
-        if not self.waits:
+        if self._goes_on:
             held, self.held = self.held, []
             self.handle(held)
+            if self._last_error and not self.waits and not self.held:
+                text, self._last_error = self._last_error, ""
+                if not self.closing:
+                    self.protocol_error(text)
 
     def _get(self, arguments: list[bytes]) -> bool:
         """GET key; false if it is anything else."""
@@ -169,12 +230,16 @@ class RespClient:
             else:
                 assert spec.run is not None, "a command is compiled or run"
                 self.current = slot
+                if not spec.is_local:
+                    self._turn_bytes += RUN_BYTES
                 spec.run(self, arguments[1:])
         except CommandError as refused:
             if self.transaction is not None:
                 self.transaction.failed = True
             self.fill(slot, error(refused.text))
         except RequestError as refused:
+            if self.transaction is not None:
+                self.transaction.failed = True
             self.fill(slot, error(error_text(Failed(refused.code, refused.message))))
 
     def _queue(self, transaction: Transaction, spec: CommandSpec, arguments: list[bytes], slot: Slot) -> None:
@@ -186,7 +251,9 @@ class RespClient:
             self.current = inner
             spec.run(self, arguments)
             assert inner[0] is not None, "what concerns only the connection is answered at once"
-            transaction.queued.append(inner[0])
+            if len(inner[0]) > LARGE_REPLY_BYTES:
+                self.large_bytes -= len(inner[0])  # it is counted as a part of EXEC's reply
+            transaction.queue(inner[0])
         else:
             plan = spec.compile(arguments)
             for operation in plan.operations:
@@ -196,8 +263,7 @@ class RespClient:
                     if transaction.shard not in (None, number):
                         raise CommandError(CROSS_SHARD_MULTI)
                     transaction.shard = number
-            self.door.check_transaction(transaction, plan)
-            transaction.queued.append(plan)
+            transaction.queue(plan)
         self.fill(slot, encode(QUEUED, self.version))
 
     def check_open(self, key: bytes) -> None:
@@ -241,9 +307,8 @@ class RespClient:
         slot[0] = reply
         if len(reply) > LARGE_REPLY_BYTES:
             self.large_bytes += len(reply)
-        if not self._woken:
-            self._woken = True
-            self._wake()
+            self._turn_bytes += len(reply)
+        self._call_wake()
 
     def answer(self, value: Any) -> None:
         """The reply of the command that runs."""
@@ -289,6 +354,9 @@ class RespClient:
 
     def protocol_error(self, text: str) -> None:
         """The stream is over; this is its last reply."""
+        if self.waits or self.held:
+            self._last_error = text
+            return
         slot: Slot = [None]
         self.slots.append(slot)
         self.fill(slot, error(f"ERR {text}"))
@@ -298,6 +366,11 @@ class RespClient:
         """RESP2 or RESP3, of replies made from now on."""
         self.version = version
         self._nil = nil(version)
+
+    def unwatch(self) -> None:
+        """Forget the watched keys."""
+        self.watched = {}
+        self.watched_bytes = 0
 
 
 _NOTHING: Final[dict[bytes, Callable[[list[bytes]], bool]]] = {}

@@ -1,4 +1,8 @@
-"""Commands on the connection and the server: HELLO, PING, CLIENT, COMMAND, CONFIG, INFO and others."""
+"""Commands on the connection and the server: HELLO, PING, CLIENT, COMMAND, CONFIG, INFO and others.
+
+Pure. They are answered at once, without the cluster, but for INFO, which counts the keys. What they tell of the server
+comes from the door's host. Texts are Redis's where a client may look at them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from kvtcp._version import __version__
+from kvtcp.constants import NAME_BYTES_MAX
 from kvtcp.resp.patterns import matcher
 from kvtcp.resp.plan import SYNTAX, CommandError, Failed, integer
 from kvtcp.resp.replies import DONE, OK, Simple
@@ -21,6 +26,7 @@ NO_PASSWORD: Final = (
     "ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration "
     "is correct?"
 )
+WORDS_MAX: Final = 1_000  # arguments that are looked up
 # what clients and tools ask for, as it is here
 SETTINGS: Final = {"appendonly": "no", "databases": "1", "maxmemory": "0", "proto-max-bulk-len": "8388608", "save": ""}
 
@@ -99,7 +105,7 @@ def quit_(client: RespClient, arguments: Arguments) -> None:
 def reset(client: RespClient, arguments: Arguments) -> None:
     """RESET"""
     client.transaction = None
-    client.watched.clear()
+    client.unwatch()
     client.name = ""
     client.set_version(2)
     client.answer(Simple("RESET"))
@@ -109,6 +115,8 @@ def reset(client: RespClient, arguments: Arguments) -> None:
 
 
 def _checked_name(name: bytes) -> str:
+    if len(name) > NAME_BYTES_MAX:
+        raise CommandError(f"ERR a name is over the limit of {NAME_BYTES_MAX} bytes")
     if any(not 0x21 <= byte <= 0x7E for byte in name):
         raise CommandError("ERR Client names cannot contain spaces, newlines or special characters.")
     return name.decode("ascii")
@@ -161,6 +169,7 @@ def command(client: RespClient, arguments: Arguments) -> None:
     from kvtcp.resp.commands import COMMANDS
 
     kind = arguments[0].upper() if arguments else b""
+    _arity(arguments, 0, WORDS_MAX, "command")
     if kind == b"COUNT":
         client.answer(len(COMMANDS))
     elif kind in (b"", b"INFO"):
@@ -178,8 +187,7 @@ def config(client: RespClient, arguments: Arguments) -> None:
     """CONFIG GET pattern ..."""
     if arguments[0].upper() != b"GET":
         raise CommandError(f"ERR unknown subcommand '{_text(arguments[0])}'. Try CONFIG HELP.")
-    if len(arguments) < 2:
-        raise CommandError("ERR wrong number of arguments for 'config|get' command")
+    _arity(arguments, 2, WORDS_MAX, "config|get")
     matches = [matcher(pattern.lower()) for pattern in arguments[1:]]
     client.answer({name: value for name, value in SETTINGS.items() if any(m(name.encode()) for m in matches)})
 

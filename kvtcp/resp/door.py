@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX, SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
+from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.replication.gateway import Gateway
-from kvtcp.resp.plan import CommandError, Plan
+from kvtcp.resp.plan import CommandError
 
 if TYPE_CHECKING:
-    from kvtcp.resp.client import RespClient, Transaction
+    from kvtcp.resp.client import RespClient
 
 
 class Host(Protocol):
@@ -29,6 +29,14 @@ class Host(Protocol):
 
     def resp_clients(self) -> Iterable[RespClient]:
         """Those that are connected."""
+
+
+class Position(NamedTuple):
+    """Where a scan goes on."""
+
+    key: bytes  # the first one to come
+    used_ms: int
+    before: int  # number of the position before it
 
 
 class Door:
@@ -52,7 +60,7 @@ class Door:
         self.random = random
         self._last_client = 0
         self._last_cursor = 1 + random(1 << 40)  # so that those of an earlier coordinator are not known
-        self._cursors: OrderedDict[int, tuple[bytes, int]] = OrderedDict()  # -> the first key to come, when it was used
+        self._cursors: OrderedDict[int, Position] = OrderedDict()  # in the order in which they were used
 
     @property
     def is_open(self) -> bool:
@@ -64,37 +72,33 @@ class Door:
         self._last_client += 1
         return self._last_client
 
-    def check_transaction(self, transaction: Transaction, plan: Plan) -> None:
-        """Count what a transaction holds; raises CommandError if it is too much."""
-        transaction.bytes += sum(operation.size + 64 for operation in plan.operations)
-        if transaction.bytes > MULTI_BYTES_MAX or len(transaction.queued) >= MULTI_KEYS_MAX:
-            raise CommandError(
-                f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands or {MULTI_BYTES_MAX} bytes"
-            )
-
     # --- positions of scans -------------------------------------------------------------------------
 
-    def keep_cursor(self, key: bytes) -> int:
-        """The number of a new position: the scan goes on at this key."""
+    def keep_cursor(self, key: bytes, before: int) -> int:
+        """The number of a new position: the scan goes on at this key. `before` is the number of the last one, 0 for
+        none."""
         self._last_cursor += 1
-        self._cursors[self._last_cursor] = (key, self.now_ms())
+        self._cursors[self._last_cursor] = Position(key, self.now_ms(), before)
         self._forget_cursors()
         return self._last_cursor
 
     def cursor(self, number: int) -> bytes:
-        """Where the scan of this number goes on. It stays known, for a client that asks again. Raises CommandError."""
+        """Where the scan of this number goes on. It stays known, for a client that asks again, the one before it does
+        not: a long scan does not crowd out others. Raises CommandError."""
         self._forget_cursors()
         found = self._cursors.pop(number, None)
         if found is None:
             raise CommandError(
                 f"ERR the cursor {number} is not known: it is from before a restart of the server, was not used for "
-                f"{SCAN_CURSOR_IDLE_MS // 60_000} minutes, or is none; begin again with 0"
+                f"{SCAN_CURSOR_IDLE_MS // 60_000} minutes, made room for {SCAN_CURSORS_MAX} newer ones, or is none; "
+                "begin again with 0"
             )
-        self._cursors[number] = (found[0], self.now_ms())
-        return found[0]
+        self._cursors[number] = found._replace(used_ms=self.now_ms())
+        self._cursors.pop(found.before, None)
+        return found.key
 
     def _forget_cursors(self) -> None:
         cursors = self._cursors
         oldest_ms = self.now_ms() - SCAN_CURSOR_IDLE_MS
-        while cursors and (len(cursors) > SCAN_CURSORS_MAX or next(iter(cursors.values()))[1] < oldest_ms):
+        while cursors and (len(cursors) > SCAN_CURSORS_MAX or next(iter(cursors.values())).used_ms < oldest_ms):
             cursors.popitem(last=False)

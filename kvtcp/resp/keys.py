@@ -1,4 +1,8 @@
-"""Commands on keys, whatever their values: each is compiled to a plan."""
+"""Commands on keys, whatever their values: each is compiled to a plan (plan.py).
+
+Pure. The arguments are those behind the command's name. Deadlines are told in the units of the command and kept in ms;
+a time that is over deletes the key.
+"""
 
 from __future__ import annotations
 

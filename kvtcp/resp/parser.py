@@ -31,9 +31,11 @@ from kvtcp.constants import (
 Command = list[bytes]
 
 _STAR: Final = 0x2A
+_DOLLAR: Final = 0x24
 _COUNTS: Final = {b"*%d" % n: n for n in range(1, 65)}
 _LENGTHS: Final = {b"$%d" % n: n for n in range(4_097)}
 _HEADER_BYTES_MAX: Final = 32
+_ARGUMENT_OVERHEAD_BYTES: Final = 48  # of memory, beyond the bytes of an argument
 _ESCAPES: Final = {0x6E: b"\n", 0x72: b"\r", 0x74: b"\t", 0x62: b"\b", 0x61: b"\a"}
 _HEX_ESCAPE: Final = re.compile(rb"x[0-9a-fA-F]{2}")
 _SPACE: Final = b" \t\n\r\0\v\f"
@@ -55,9 +57,10 @@ class RespParser:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes held of what is unfinished."""
+        """Bytes held of what is unfinished, with what the arguments cost in memory; 0 = nothing is unfinished."""
         gathered = 0 if self._gathered is None else len(self._gathered)
-        return len(self._rest) + gathered + self._argument_bytes
+        overhead = _ARGUMENT_OVERHEAD_BYTES * (len(self._arguments) + 1) if self._left else 0
+        return len(self._rest) + gathered + self._argument_bytes + overhead
 
     def feed(self, data: bytes) -> list[Command]:
         """The commands that are complete with these bytes."""
@@ -147,9 +150,13 @@ class RespParser:
                 self._take_line(data[place:line_end], commands)
                 place = line_end + 1
             elif self._bulk_bytes < 0:
+                if self._left and data[place] != _DOLLAR:
+                    self._fail(f"expected '$', got '{chr(data[place])}'")
+                    return place
                 line_end = data.find(b"\r\n", place, place + _HEADER_BYTES_MAX)
                 if line_end < 0:
-                    self._look_at_unfinished(data, place)
+                    if end - place > _HEADER_BYTES_MAX:
+                        self._fail("too big bulk count string" if self._left else "too big mbulk count string")
                     return place
                 self._take_header(data[place:line_end])
                 place = line_end + 2
@@ -174,13 +181,6 @@ class RespParser:
                 return place
         return place
 
-    def _look_at_unfinished(self, data: bytes, place: int) -> None:
-        """A header that has no end yet: it may be wrong already."""
-        if self._left and data[place] != 0x24:
-            self._fail(f"expected '$', got '{chr(data[place])}'")
-        elif len(data) - place > _HEADER_BYTES_MAX:
-            self._fail("too big bulk count string" if self._left else "too big mbulk count string")
-
     def _take_header(self, line: bytes) -> None:
         """`*count` between commands, `$length` within one."""
         number = _integer(line[1:])
@@ -189,8 +189,6 @@ class RespParser:
                 self._fail("invalid multibulk length")
             else:
                 self._left = max(0, number)  # Redis passes over empty ones
-        elif line[:1] != b"$":
-            self._fail(f"expected '$', got '{line[:1].decode('latin-1')}'")
         elif number is None or not 0 <= number <= VALUE_BYTES_MAX:
             self._fail("invalid bulk length")
         elif self._argument_bytes + number > RESP_COMMAND_BYTES_MAX:
@@ -211,7 +209,7 @@ class RespParser:
     def _fail(self, reason: str) -> None:
         self.error = f"Protocol error: {reason}"
         self._rest, self._gathered = b"", None
-        self._arguments, self._argument_bytes = [], 0
+        self._arguments, self._argument_bytes, self._left = [], 0, 0
 
 
 def _integer(text: bytes) -> int | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX
+from kvtcp.errors import RequestError
 from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR
 from kvtcp.replication.multi_read import any_key_read, count_read, page_read
@@ -60,6 +61,11 @@ def _failure(failed: Failed) -> Failure:
     return Failure(error_text(failed))
 
 
+def _items_max(pattern: bytes) -> int:
+    """How many keys are looked at in one step: fewer with a long pattern, as the time is that of pattern times key."""
+    return min(PAGE_ITEMS_MAX, max(1, 16 * PAGE_ITEMS_MAX // max(1, len(pattern))))
+
+
 # --- SCAN, KEYS ---------------------------------------------------------------------------------------
 
 
@@ -100,22 +106,34 @@ def scan(client: RespClient, arguments: Arguments) -> None:
             answer(_failure(page))
             return
         rows, cursor = page
-        following = client.door.keep_cursor(rows[-1][0] + b"\0") if cursor is not None else 0
+        following = client.door.keep_cursor(rows[-1][0] + b"\0", number) if cursor is not None else 0
         keys = [row[0] for row in rows if is_string and matches(row[0])]
         answer([b"%d" % following, keys])
 
-    _page(client, (lower, upper), min(limit, PAGE_ITEMS_MAX), then)
+    _page(client, (lower, upper), min(limit, _items_max(pattern)), then)
 
 
 def keys(client: RespClient, arguments: Arguments) -> None:
     """KEYS pattern"""
     pattern = arguments[0]
-    bounds = prefix_bounds(literal_prefix(pattern))
-    _check_open(client, bounds)
-    answer = client.later()
+    lower, upper = prefix_bounds(literal_prefix(pattern))
+    _check_open(client, (lower, upper))
+    send = client.later()
     matches = matcher(pattern)
     found: list[bytes] = []
     found_bytes = 0
+
+    def answer(value: Any) -> None:
+        client.gathered_bytes -= found_bytes
+        send(value)
+
+    def ask(lower: bytes) -> None:
+        try:
+            _check_open(client, (lower, upper))  # a restore may have begun since the last page
+        except RequestError as closed:
+            answer(_failure(Failed(closed.code, closed.message)))
+        else:
+            _page(client, (lower, upper), _items_max(pattern), then)
 
     def then(page: Any) -> None:
         nonlocal found_bytes
@@ -125,15 +143,17 @@ def keys(client: RespClient, arguments: Arguments) -> None:
         rows, cursor = page
         new = [row[0] for row in rows if matches(row[0])]
         found.extend(new)
-        found_bytes += sum(map(len, new)) + KEY_OVERHEAD_BYTES * len(new)
+        new_bytes = sum(map(len, new)) + KEY_OVERHEAD_BYTES * len(new)
+        found_bytes += new_bytes
+        client.gathered_bytes += new_bytes
         if found_bytes > RESP_KEYS_BYTES_MAX:
             answer(Failure(f"ERR the keys that match are over the limit of {RESP_KEYS_BYTES_MAX} bytes; use SCAN"))
         elif cursor is None or client.is_gone:
             answer(found)
         else:
-            client.defer(lambda: _page(client, (rows[-1][0] + b"\0", bounds[1]), PAGE_ITEMS_MAX, then))
+            client.defer(lambda: ask(rows[-1][0] + b"\0"))
 
-    _page(client, bounds, PAGE_ITEMS_MAX, then)
+    ask(lower)
 
 
 # --- all keys -----------------------------------------------------------------------------------------

@@ -1,4 +1,9 @@
-"""Commands on the values of keys: each is compiled to a plan. The arguments are those behind the command's name."""
+"""Commands on the values of keys: each is compiled to a plan (plan.py).
+
+Pure. The arguments are those behind the command's name. Whatever reads, changes and writes a value is one operation of
+the table (storage/strings.py) and never a read and a write of its own; what only reads a part gets the whole value from
+the node.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from kvtcp.constants import (
     INTEGER_MAX,
     INTEGER_MIN,
+    MGET_KEYS_BYTES_MAX,
     MULTI_BYTES_MAX,
     MULTI_KEYS_MAX,
     RESP_KEYS_MAX,
@@ -169,6 +175,8 @@ def get_many(arguments: Arguments) -> Plan:
     """MGET key ..."""
     if len(arguments) > MULTI_KEYS_MAX:
         raise CommandError(f"ERR {len(arguments)} keys in one command are over the limit of {MULTI_KEYS_MAX}")
+    if sum(map(len, arguments)) > MGET_KEYS_BYTES_MAX:
+        raise CommandError(f"ERR the keys of one command are over the limit of {MGET_KEYS_BYTES_MAX} bytes")
     return Plan([read(op.GET, key) for key in arguments], lambda results: [value_of(cell) for cell in results])
 
 

@@ -8,8 +8,9 @@ in that same operation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import REVISION, TRANSACTION
 from kvtcp.resp.plan import CROSS_SHARD_MULTI, CommandError, Failed, Operation, Plan, check_key, error_text
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from kvtcp.resp.client import RespClient, Slot, Transaction
 
 Arguments = Sequence[bytes]
+
+WATCHED_BYTES: Final = 16  # what a watched key counts beyond its bytes
+UNKNOWN: Final = -1  # the revision of a watched key that could not be read: no key has it
 
 
 def multi(client: RespClient, arguments: Arguments) -> None:
@@ -37,17 +41,18 @@ def discard(client: RespClient, arguments: Arguments) -> None:
     if client.transaction is None:
         raise CommandError("ERR DISCARD without MULTI")
     client.transaction = None
-    client.watched.clear()
+    client.unwatch()
     client.answer(DONE)
 
 
 def exec_(client: RespClient, arguments: Arguments) -> None:
     """EXEC"""
+    if client.transaction is None:
+        raise CommandError("ERR EXEC without MULTI")
     transaction, client.transaction = client.transaction, None
     watched = list(client.watched.items())
-    client.watched = {}
-    if transaction is None:
-        raise CommandError("ERR EXEC without MULTI")
+    size = transaction.bytes + client.watched_bytes
+    client.unwatch()
     if transaction.failed:
         raise CommandError("EXECABORT Transaction discarded because of previous errors.")
     operations = [
@@ -62,8 +67,9 @@ def exec_(client: RespClient, arguments: Arguments) -> None:
         raise CommandError(CROSS_SHARD_MULTI)
     for key in keys:
         client.check_open(key)
+    if size > MULTI_BYTES_MAX:
+        raise CommandError(f"EXECABORT the transaction and its watched keys are over {MULTI_BYTES_MAX} bytes")
     items = [[operation.op, operation.key, *operation.args] for operation in operations]
-    size = transaction.bytes + sum(len(key) + 16 for key, _ in watched)
     operation = Operation(TRANSACTION, keys[0], (watched, items), size)
     client.ask(operation, numbers.pop(), _Executed(client, client.current, transaction), None)
 
@@ -113,12 +119,17 @@ def watch(client: RespClient, arguments: Arguments) -> None:
     if client.transaction is not None:
         client.answer(Failure("ERR WATCH inside MULTI is not allowed"))
         return
-    keys = [check_key(key) for key in arguments if key not in client.watched]
-    for key in keys:
-        client.check_open(key)
+    keys = [check_key(key) for key in dict.fromkeys(arguments) if client.watched.get(key, UNKNOWN) == UNKNOWN]
     if not keys:
         client.answer(DONE)
         return
+    size = client.watched_bytes + sum(len(key) + WATCHED_BYTES for key in keys)
+    if len(client.watched) + len(keys) > MULTI_KEYS_MAX or size > MULTI_BYTES_MAX:
+        raise CommandError(f"ERR the watched keys are over the limit of {MULTI_KEYS_MAX} or {MULTI_BYTES_MAX} bytes")
+    client.watched_bytes = size
+    client.watched |= dict.fromkeys(keys, UNKNOWN)  # if this fails, EXEC does not go on as if nothing was watched
+    for key in keys:
+        client.check_open(key)
     client.waits = True
     watching = _Watching(client, client.current, keys)
     for key in keys:
@@ -156,5 +167,6 @@ class _Watching:
 
 def unwatch(client: RespClient, arguments: Arguments) -> None:
     """UNWATCH"""
-    client.watched.clear()
+    if client.transaction is None:  # else EXEC looks at them, and forgets them then
+        client.unwatch()
     client.answer(DONE)

@@ -41,19 +41,19 @@ class RespSession(CappedConnection):
     @property
     def outstanding(self) -> int:  # type: ignore[override]
         """Commands without a reply."""
-        return len(self.client.slots) + len(self.client.held)
+        return self.client.outstanding
 
     @property
     def unfinished_bytes(self) -> int:
-        return self.parser.buffered_bytes + self.client.large_bytes
+        return self.parser.buffered_bytes + self.client.held_bytes
 
     def data_received(self, data: bytes) -> None:
         client = self.client
-        if self.transport is None or self.transport.is_closing() or client.closing:
+        if self.transport is None or self.transport.is_closing() or client.closing or self.parser.error:
             return
         self.server.begin()
         self.input_bytes += len(data)
-        before = len(client.slots)
+        before = client.outstanding
         parser = self.parser
         commands = parser.feed(data)
         if commands:
@@ -63,13 +63,18 @@ class RespSession(CappedConnection):
             log.warning("event=protocol-error peer=%s reason=%s", self.peer, parser.error)
             self.server.protocol_errors += 1
             client.protocol_error(parser.error)
-        if client.suspicious:
-            log.warning("event=protocol-error peer=%s reason=%s", self.peer, client.suspicious)
+        if self._is_attack():
+            return
+        self._asked += client.outstanding - before
+        self.took(not parser.buffered_bytes, bool(commands))
+
+    def _is_attack(self) -> bool:
+        """Whether a browser was made to send this: then nothing more is said."""
+        if self.client.suspicious:
+            log.warning("event=protocol-error peer=%s reason=%s", self.peer, self.client.suspicious)
             self.server.protocol_errors += 1
             self.abort()
-            return
-        self._asked += len(client.slots) - before
-        self.took(not parser.buffered_bytes, bool(commands))
+        return bool(self.client.suspicious)
 
     def _wake(self) -> None:
         """There are replies, or something to go on with."""
@@ -82,7 +87,7 @@ class RespSession(CappedConnection):
         if client.has_work:
             self.loop.call_soon(self._go_on)
         super().flush()
-        if client.large_bytes or self._waits_for_room:
+        if client.held_bytes or self._waits_for_room:
             self._look_for_room()
         if client.closing and not client.slots:
             self.close_now()
@@ -98,15 +103,23 @@ class RespSession(CappedConnection):
             if not self.write_paused:
                 self.resume(FOR_OUTPUT)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.client.may_begin = False
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._waits_for_room:
             self.pause(FOR_OUTPUT)
+        self.client.may_begin = True
+        if self.client.has_work:
+            self.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self.transport is not None:
+        if self.transport is not None and not self.client.suspicious:
             self.server.begin()
             self.client.go_on()
+            self._is_attack()
 
     def closed(self, reason: str) -> None:
         self.client.is_gone = True

@@ -72,6 +72,7 @@ class ClientSession(CappedConnection, FramedConnection):
             session.data_received(data)
             return
         log.warning("event=protocol-error peer=%s reason=first byte is %#04x, not 0xce", self.peer, data[0])
+        self.server.protocol_errors += 1
         self.out.append(FOREIGN_FACE)
         self.close()
 

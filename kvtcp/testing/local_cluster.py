@@ -57,6 +57,7 @@ class LocalCluster:
         min_insync: int | None = None,
         durability: str = "memory",
         backup_dir: Path | str | None = None,
+        resp: bool = True,
     ) -> None:
         if durability != "memory":
             raise ValueError(f"a LocalCluster keeps its data in memory, durability cannot be {durability!r}")
@@ -68,6 +69,7 @@ class LocalCluster:
         self.shards = shards
         self.min_insync = min(2, factor) if min_insync is None else min_insync
         self.durability = durability
+        self.resp = resp
         self.nodes: dict[str, NodeServer] = {}
         self.store = MemoryConfigStore()
         self._temporary = tempfile.TemporaryDirectory(prefix="kvtcp-") if backup_dir is None else None
@@ -122,7 +124,8 @@ class LocalCluster:
             nodes=self._addresses,
         )
         before = await own_map(keeper, first)
-        self._coordinator = CoordinatorServer(ClusterConfig(secret, self.durability, self.backup_dir), keeper, before)
+        config = ClusterConfig(secret, self.durability, self.backup_dir, self.resp)
+        self._coordinator = CoordinatorServer(config, keeper, before)
         self._coordinator.start_links()
         async with asyncio.timeout(START_S):
             await self._coordinator.wait_ready()

@@ -1,0 +1,84 @@
+"""Plans: errors in the words of Redis, partial failures, keys and integers as they are checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, KEY_BYTES_MAX
+from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, Unavailable
+from kvtcp.protocol import operations as op
+from kvtcp.resp.plan import CommandError, Failed, Plan, check_key, error_text, integer, read, write
+from kvtcp.resp.replies import Failure
+
+
+@pytest.mark.parametrize("code", [code for code in Code if code in CLASS_OF])
+def test_error_words(code: Code) -> None:
+    """The first word says what to do: TRYAGAIN only of what was not executed, UNKNOWN of what may have been."""
+    word = error_text(Failed(int(code), "text")).split()[0]
+    kind = CLASS_OF[code]
+    assert word == ("TRYAGAIN" if kind is Unavailable else "UNKNOWN" if kind is OutcomeUnknown else "ERR")
+
+
+def test_an_unknown_code_is_unknown() -> None:
+    """A code of a newer node is not taken for a refusal."""
+    assert error_text(Failed(9_999, "text")) == "UNKNOWN text"
+
+
+@pytest.mark.parametrize("code", [Code.NOT_ENOUGH_REPLICAS, Code.UNKNOWN])
+def test_partial_failure_of_writes(code: Code) -> None:
+    """When some keys were written and others not, nobody may think that nothing was: UNKNOWN, and how many."""
+    plan = Plan([write(op.PUT, b"a", b"1"), write(op.PUT, b"b", b"2")], lambda results: "done")
+    reply = plan.reply([7, Failed(code, "no room")])
+    assert type(reply) is Failure
+    assert reply.text.startswith("UNKNOWN 1 of 2 keys were written, of the others the first says: ")
+    nothing = plan.reply([Failed(code, "no room"), Failed(code, "no")])
+    assert type(nothing) is Failure and nothing.text == error_text(Failed(code, "no room"))
+    assert plan.reply([7, 8]) == "done"
+
+
+def test_partial_failure_of_reads() -> None:
+    """Reads change nothing: the error is told as it is."""
+    plan = Plan([read(op.EXISTS, b"a"), read(op.EXISTS, b"b")], sum)
+    reply = plan.reply([True, Failed(Code.RECOVERING, "wait")])
+    assert type(reply) is Failure and reply.text == "TRYAGAIN wait"
+
+
+def test_texts_of_a_plan() -> None:
+    """A plan says errors in its own words, or not at all."""
+    plan = Plan([write(op.CAS, b"a")], sum, {int(Code.MISMATCH): None, int(Code.RANGE): "ERR too far"})
+    assert plan.reply([Failed(Code.MISMATCH, "x")]) is None
+    reply = plan.reply([Failed(Code.RANGE, "x")])
+    assert type(reply) is Failure and reply.text == "ERR too far"
+
+
+def test_keys() -> None:
+    """1 to KEY_BYTES_MAX bytes."""
+    assert check_key(b"x" * KEY_BYTES_MAX)
+    for key, text in ((b"", "must not be empty"), (b"x" * (KEY_BYTES_MAX + 1), "over the limit of 4096 bytes")):
+        with pytest.raises(CommandError, match=text):
+            check_key(key)
+
+
+@pytest.mark.parametrize("number", [0, 1, -1, INTEGER_MAX, INTEGER_MIN])
+def test_integers(number: int) -> None:
+    """The whole range of 64 bits."""
+    assert integer(b"%d" % number) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"-", b"+1", b" 1", b"1 ", b"01", b"-0", b"1.0", b"1e3", b"0x1", b"--1", b"9223372036854775808",
+     b"-9223372036854775809", b"1" * 1000, "\u0661".encode(), b"\xb2"],
+)  # fmt: skip
+def test_what_is_no_integer(text: bytes) -> None:
+    """Only one spelling is taken, as in Redis."""
+    with pytest.raises(CommandError, match="ERR value is not an integer or out of range"):
+        integer(text)
+
+
+def test_all_keys_of_an_operation() -> None:
+    """Those that must be of one shard."""
+    assert write(op.RENAME, b"a", b"b", False).keys == [b"a", b"b"]
+    assert write(op.COPY, b"a", b"b", False).keys == [b"a", b"b"]
+    assert write(op.PUT_ALL, b"a", [(b"a", b"1"), (b"c", b"2")], False).keys == [b"a", b"c"]
+    assert read(op.GET, b"a").keys == [b"a"]
