@@ -61,8 +61,10 @@ def machine_text(about: dict[str, Any], took_s: dict[str, float]) -> str:
     """What it was measured on."""
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items() if number != "not installed")
     programs = ", ".join(f"{name} {number}" for name, number in about.get("programs", {}).items())
+    compiled = about.get("compiled", [])
+    how = f"{len(compiled)} modules compiled by mypyc" if compiled else "plain Python, nothing compiled"
     return (
-        f"Measured {about['time'][:10]} at commit `{about['commit']}`: {about['cpu']}, {about['cores']} cores, kernel "
+        f"Measured {about['time'][:10]} at commit `{about['commit']}` ({how}): {about['cpu']}, {about['cores']} cores, kernel "
         f"{about['kernel']}, Python {about['python']}, {packages}; {programs}. Servers, peers and load generator share "
         f"these cores. The run took {sum(took_s.values()) / 60:.0f} minutes.\n"
     )

@@ -76,7 +76,8 @@ def chosen(command: argparse.ArgumentParser, names: list[str]) -> list[str]:
 def file_of(about: dict[str, Any], names: list[str], quick: bool) -> Path:
     """Where the figures go if nobody says; those of --quick are not kept."""
     what = "quick" if quick else "-".join(names) if len(names) < len(SUITES) else "full"
-    return RESULTS / f"{what}-{about['commit']}.json{'.tmp' if quick else ''}"
+    compiled = "-compiled" if about["compiled"] else ""
+    return RESULTS / f"{what}-{about['commit']}{compiled}.json{'.tmp' if quick else ''}"
 
 
 class Run:
@@ -159,8 +160,8 @@ def main() -> int:
     about = {**machine(), "programs": peers.versions()}
     packages = ", ".join(f"{name} {number}" for name, number in {**about["packages"], **about["programs"]}.items())
     print(
-        f"kvtcp {about['commit']}, Python {about['python']}, {about['cpu']}, {about['cores']} cores, "
-        f"load {about['load']:.1f}\n{packages}"
+        f"kvtcp {about['commit']}, {len(about['compiled'])} modules compiled, Python {about['python']}, {about['cpu']}, "
+        f"{about['cores']} cores, load {about['load']:.1f}\n{packages}"
     )
     asked = Options(options.quick, options.seed, options.runs, options.keys)
     run = Run(asked, options.json or file_of(about, names, options.quick), about)

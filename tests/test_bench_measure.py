@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bench.measure import (
     Histogram,
     Options,
     Sample,
+    compiled_modules,
     cpu_rows,
     cpu_s,
     find,
@@ -181,6 +183,14 @@ def test_options_choose_sizes_and_keep_what_is_skipped(capsys: pytest.CaptureFix
     options.skip("redis", "it is not installed")
     assert options.skipped == [{"target": "redis", "why": "it is not installed"}]
     assert "NOT MEASURED: redis: it is not installed" in capsys.readouterr().err
+
+
+def test_compiled_modules_are_named(tmp_path: Path) -> None:
+    """By the extensions that stand beside the sources."""
+    (tmp_path / "kvtcp" / "resp").mkdir(parents=True)
+    for name in ("resp/parser.cpython-311-x86_64-linux-gnu.so", "resp/parser.py", "errors.py"):
+        (tmp_path / "kvtcp" / name).touch()
+    assert compiled_modules(tmp_path) == ["kvtcp/resp/parser"]
 
 
 def test_zipfian_ranks_fall_as_they_should() -> None:

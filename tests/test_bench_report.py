@@ -104,8 +104,8 @@ def a_run() -> dict[str, Any]:
     parts = {"modules": {"storage.table": 3.0, "loop": 1.0}, "functions": {"storage.table:Table.apply": 2.5}}
     rows.append({"suite": "profile", **make_row("RF 1 memory, SET depth 16", "nodes", "us/op", [4.0], **parts)})
     about = {
-        "time": "2030-01-02T03:04:05+00:00", "commit": "abc", "cpu": "a processor", "cores": 2, "kernel": "6",
-        "python": "3.11", "packages": {"msgpack": "1", "lmdb": "not installed"}, "programs": {"etcd": "3"},
+        "time": "2030-01-02T03:04:05+00:00", "commit": "abc", "compiled": [], "cpu": "a processor",
+        "cores": 2, "kernel": "6", "python": "3.11", "packages": {"msgpack": "1", "lmdb": "not installed"}, "programs": {"etcd": "3"},
     }  # fmt: skip
     skipped = [{"target": "twemproxy", "why": "nutcracker is not installed"}]
     return {"machine": about, "took_s": {"peers": 90.0}, "skipped": skipped, "failed": ["ycsb"], "results": rows}
@@ -205,11 +205,12 @@ def test_a_full_run_fits_its_hour() -> None:
 
 def test_figures_have_a_place() -> None:
     """Those of a quick run are not kept in git."""
-    about = {"commit": "abc"}
+    about: dict[str, Any] = {"commit": "abc", "compiled": []}
     names = list(run_bench.SUITES)
     assert run_bench.file_of(about, names, False).name == "full-abc.json"
     assert run_bench.file_of(about, ["btree", "scan"], False).name == "btree-scan-abc.json"
     assert run_bench.file_of(about, names, True).name == "quick-abc.json.tmp"
+    assert run_bench.file_of({**about, "compiled": ["x"]}, names, False).name == "full-abc-compiled.json"
 
 
 def test_a_suite_that_would_end_too_late_is_left_out_loudly(tmp_path: Path) -> None:
