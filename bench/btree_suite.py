@@ -2,7 +2,7 @@
 
 `run` returns a list of results and prints nothing; a result is a dict:
 
-    structure   "kvtcp index" | "kvtcp table" | "BTrees.OOBTree" | "SortedDict" | "dict"
+    target      "kvtcp index" | "kvtcp table" | "BTrees.OOBTree" | "SortedDict" | "lmdb, no sync" | "dict"
     workload    "insert" | "get" | "get same" | "overwrite" | "scan" | "mixed" | "delete" | "longest insert" | "memory"
     unit        "k/s" (higher is better) | "ms" | "bytes/key" (lower is better)
     median, min, max, runs      over the runs, in that unit; `runs` is the list of all of them
@@ -10,7 +10,8 @@
 What is compared. "kvtcp index" is what a table uses: hash index, waiting keys and B+tree together, storing the cell
 (value, revision, deadline) that it builds for every write. "kvtcp table" is the whole state machine: `Table.apply` of a
 put or delete with its packed log entry and chain, `Table.get`, `Table.rows`. The peers store the value alone, each by
-its fastest idiom. dict has no order: it is the floor for single keys, without scan.
+its fastest idiom; lmdb keeps them in a file that nobody syncs, each call below is one transaction. dict has no order:
+it is the floor for single keys, without scan.
 
     insert      N random 17-byte keys into an empty structure, one call each; every merge and every sort that is left
                 for later is done before the clock stops
@@ -41,9 +42,11 @@ import gc
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any
@@ -51,6 +54,8 @@ from typing import Any
 from BTrees.OOBTree import OOBTree
 from sortedcontainers import SortedDict
 
+from bench.floors import beside
+from bench.measure import Options, Result, make_row, resident_bytes
 from kvtcp.constants import GC_THRESHOLDS
 from kvtcp.protocol import operations as op
 from kvtcp.storage.index import Index
@@ -60,7 +65,8 @@ SCAN_ROWS = 1_000
 MIXED_INSERTS = 1_000
 MIXED_SCAN_ROWS = 100
 STAMP_MS = 1_700_000_000_000
-Result = dict[str, Any]
+LMDB_BYTES = 4 << 30
+TITLE = "B-tree: the index of a shard beside other ordered maps"
 
 
 class DictAdapter:
@@ -69,6 +75,7 @@ class DictAdapter:
     name = "dict"
     ordered = False
     peer = True
+    tracked = True  # the cyclic collector sees what it holds
 
     def __init__(self) -> None:
         self.map: Any = {}
@@ -229,7 +236,54 @@ class TableAdapter(DictAdapter):
         return self.table.rows(lower, None, limit, False, STAMP_MS)
 
 
+class LmdbAdapter(DictAdapter):
+    name = "lmdb, no sync"
+    ordered = True
+    tracked = False
+
+    def __init__(self) -> None:
+        import lmdb
+
+        self.directory = tempfile.TemporaryDirectory(prefix="kvtcp-bench-lmdb-")
+        self.map = lmdb.open(
+            self.directory.name, map_size=LMDB_BYTES, sync=False, metasync=False, writemap=True, map_async=True
+        )
+
+    def write(self, puts: Iterable[Any]) -> None:
+        with self.map.begin(write=True) as transaction:
+            put = transaction.put
+            for key, value in puts:
+                put(key, value)
+
+    def write_one(self) -> Callable[[Any], None]:
+        begin = self.map.begin
+
+        def write(pair: tuple[bytes, bytes]) -> None:
+            with begin(write=True) as transaction:
+                transaction.put(pair[0], pair[1])
+
+        return write
+
+    def get(self, keys: Iterable[bytes]) -> None:
+        with self.map.begin() as transaction:
+            get = transaction.get
+            for key in keys:
+                get(key)
+
+    def delete(self, keys: Iterable[Any]) -> None:
+        with self.map.begin(write=True) as transaction:
+            for key in keys:
+                transaction.delete(key)
+
+    def scan(self, lower: bytes, limit: int) -> Sequence[Any]:
+        with self.map.begin() as transaction, transaction.cursor() as cursor:
+            cursor.set_range(lower)
+            return list(islice(cursor.iternext(), limit))
+
+
 ADAPTERS: list[type[DictAdapter]] = [DictAdapter, SortedDictAdapter, OOBTreeAdapter, IndexAdapter, TableAdapter]
+if find_spec("lmdb") is not None:
+    ADAPTERS.append(LmdbAdapter)
 
 
 def random_keys(count: int, rng: random.Random) -> list[bytes]:
@@ -253,7 +307,7 @@ def run(keys: int = 1_000_000, seed: int = 1, runs: int = 3) -> list[Result]:
     for _ in range(runs):
         for adapter in rng.sample(ADAPTERS, len(ADAPTERS)):
             data = random_keys(keys + max(keys // 5, MIXED_INSERTS), random.Random(rng.random()))
-            settings = [GC_THRESHOLDS, default] if adapter.peer else [GC_THRESHOLDS]
+            settings = [GC_THRESHOLDS, default] if adapter.peer and adapter.tracked else [GC_THRESHOLDS]
             for number, thresholds in enumerate(settings):
                 gc.set_threshold(*thresholds)
                 try:
@@ -267,18 +321,15 @@ def run(keys: int = 1_000_000, seed: int = 1, runs: int = 3) -> list[Result]:
     for (structure, workload, unit), series in figures.items():
         better = max if unit == "k/s" else min
         values = better(series, key=statistics.median)
-        results.append(
-            {
-                "structure": structure,
-                "workload": workload,
-                "unit": unit,
-                "median": statistics.median(values),
-                "min": min(values),
-                "max": max(values),
-                "runs": values,
-            }
-        )
+        results.append(make_row(structure, workload, unit, values))
     return results
+
+
+def measure(options: Options) -> list[Result]:
+    """All structures, with dict as the floor."""
+    if find_spec("lmdb") is None:
+        options.skip("lmdb", "it is not installed: pip install '.[peers]'")
+    return beside(run(options.keys_or(1_000_000, 100_000), options.seed, options.runs_or(5)), "dict")
 
 
 def _one_run(
@@ -356,16 +407,11 @@ def bytes_per_key(make: type[DictAdapter], count: int, seed: int) -> float:
     target = make()
     keys = random_keys(count, random.Random(seed))
     gc.collect()
-    before = _resident_bytes()
+    before = resident_bytes(os.getpid())
     for start in range(0, count, SCAN_ROWS):
         target.write(target.puts(keys[start : start + SCAN_ROWS]))
     target.finish()
-    return (_resident_bytes() - before) / count
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return (resident_bytes(os.getpid()) - before) / count
 
 
 def main() -> None:
@@ -381,7 +427,7 @@ def main() -> None:
     for workload, unit in dict.fromkeys((r["workload"], r["unit"]) for r in results):
         cells = []
         for name in names:
-            found = [r for r in results if r["workload"] == workload and r["structure"] == name]
+            found = [r for r in results if r["workload"] == workload and r["target"] == name]
             text = f"{found[0]['median']:.1f} ({found[0]['min']:.1f}-{found[0]['max']:.1f})" if found else "-"
             cells.append(f"{text:>24}")
         print(f"{workload + ', ' + unit:26}" + "".join(cells))

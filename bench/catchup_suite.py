@@ -29,6 +29,8 @@ import uvloop
 import kvtcp
 from bench.cluster import Cluster
 from bench.failover_suite import wait_whole
+from bench.load import key_of
+from bench.measure import Options, Result, make_row
 from kvtcp.errors import KvtcpError
 
 CONNECTIONS: Final = 50
@@ -39,12 +41,7 @@ QUIET_S: Final = 10.0
 NODE: Final = "n2"
 AWAY_S_MAX: Final = 300.0
 SYNC_S_MAX: Final = 600.0
-Result = dict[str, Any]
-
-
-def key_of(number: int) -> bytes:
-    """16 bytes."""
-    return b"key:%012d" % number
+TITLE = "Catch-up: three nodes, RF 3, sync; a node was away"
 
 
 class OpenLoop:
@@ -184,10 +181,7 @@ class Suite:
             for name in rows[0]:
                 workload, _, unit = name.rpartition(", ")
                 values = [row[name] for row in rows]
-                found.append({
-                    "target": target, "workload": workload, "unit": unit, "median": statistics.median(values),
-                    "min": min(values), "max": max(values), "runs": values,
-                })  # fmt: skip
+                found.append(make_row(target, workload, unit, values))
         return found
 
 
@@ -210,3 +204,9 @@ def run(keys: int = 1_000_000, missed: int = 100_000, runs: int = 3, seed: int =
     """The results; takes about five minutes with the defaults."""
     with Cluster(3, 3, "sync", own_nodes=True) as cluster:
         return uvloop.run(_run(cluster, keys, missed, runs, seed))
+
+
+def measure(options: Options) -> list[Result]:
+    """A node that missed writes, and one that has nothing."""
+    missed = options.size(50_000, 10_000)
+    return run(options.keys_or(300_000, 50_000), missed, options.runs_or(2), options.seed)

@@ -1,6 +1,6 @@
 """Clusters and peers for the benchmarks: started from bin/, on free loopback ports, stopped after.
 
-`Cluster` runs the real processes; `cpu_s` reads what each has used from the process accounts, in seconds of CPU.
+`Cluster` runs the real processes.
 `EchoPeer` is a server in its own process that speaks just enough of the protocol to answer `hello` and `get` with
 constants: what the same client reaches against it is the most it could reach against any server on this machine.
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,23 +41,27 @@ def free_ports(count: int) -> int:
     raise RuntimeError("no free ports between 20000 and 32000")
 
 
-def cpu_s(pid: int) -> float:
-    """CPU time a process has used, user and system, seconds."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
-    except (OSError, ValueError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def children_of(pid: int) -> list[int]:
+    """Pids of the children of a process, ascending."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return sorted(found)
 
 
 class Process:
     """A child that prints a line when it is ready."""
 
-    def __init__(self, command: list[str], quiet: bool = False) -> None:
-        """`quiet`: what it says on stderr is dropped."""
+    def __init__(self, command: list[str], quiet: bool = False, environment: Mapping[str, str] | None = None) -> None:
+        """`quiet`: what it says on stderr is dropped. `environment`: added to ours."""
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            stderr=subprocess.DEVNULL if quiet else None,
+            stderr=subprocess.DEVNULL if quiet else None, env={**os.environ, **(environment or {})},
         )  # fmt: skip
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], START_S)
@@ -91,35 +96,53 @@ class Cluster:
     """A coordinator with its nodes: those that it spawns, or `own_nodes`, which are started and ended here."""
 
     def __init__(
-        self, nodes: int, replication_factor: int, durability: str = "memory", own_nodes: bool = False, shards: int = 64
-    ) -> None:
+        self, nodes: int, replication_factor: int, durability: str = "memory", own_nodes: bool = False,
+        shards: int = 64, profile_into: Path | None = None,
+    ) -> None:  # fmt: skip
+        """`profile_into`: own nodes and coordinator sample where they spend their time, and write that into this
+        directory when they stop (see `bench/profiling.py`)."""
         self.replication_factor = replication_factor
+        self._profile_into = profile_into
         self._directory = tempfile.TemporaryDirectory(prefix="kvtcp-bench-")
         self.data = Path(self._directory.name) / "data"
         self._durability = durability
         main_port = free_ports(nodes + 1)
         ports = range(main_port + 1, main_port + 1 + nodes)
+        self.port = main_port
         self.url = f"kvtcp://127.0.0.1:{main_port}"
         self._ports = {f"n{number}": port for number, port in enumerate(ports, 1)} if own_nodes else {}
         self.nodes = {node: self._start_node(node) for node in self._ports}
         addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
         place = ["--nodes", addresses] if own_nodes else ["--num-nodes", str(nodes), "--base-port", str(ports[0])]
         self._command = [
-            sys.executable, str(ROOT / "bin" / "kvtcp-coordinator"), *place,
+            *self._program("coordinator", "coordinator"), *place,
             "--replication-factor", str(replication_factor), "--shards", str(shards), "--main-port", str(main_port),
             "--durability", durability, "--data-dir", str(self.data),
             "--backup-dir", self._directory.name + "/backups", "--log-level", "error",
         ]  # fmt: skip
         self._process = Process(self._command)
-        self.node_pids: list[int] = []  # filled by the suite from `nodes`
+
+    def _program(self, program: str, role: str) -> list[str]:
+        """The start of a command."""
+        if self._profile_into is not None:
+            return [sys.executable, "-m", "bench.profiling", program, str(self._profile_into / f"{role}.json")]
+        return [sys.executable, str(ROOT / "bin" / f"kvtcp-{program}")]
 
     @property
     def coordinator_pid(self) -> int:
         return self._process.pid
 
+    def node_pids(self) -> list[int]:
+        """Of all nodes that run now."""
+        return [node.pid for node in self.nodes.values()] or children_of(self._process.pid)
+
+    def roles(self) -> dict[str, list[int]]:
+        """Pids by role."""
+        return {"coordinator": [self.coordinator_pid], "nodes": self.node_pids()}
+
     def _start_node(self, node: str) -> Process:
         return Process([
-            sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--id", node, "--port", str(self._ports[node]),
+            *self._program("node", node), "--id", node, "--port", str(self._ports[node]),
             "--data-dir", str(self.data / node), "--durability", self._durability, "--log-level", "error",
         ])  # fmt: skip
 

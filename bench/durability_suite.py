@@ -1,10 +1,10 @@
-"""The `durability` suite: what keeping data costs, in CPU, in latency while snapshots run, and at a restart.
+"""The `durability` suite: what keeping data costs, in CPU, and in latency while snapshots run.
 
 `run` returns a list of results and prints nothing; a result is a dict:
 
-    target      "RF 1 memory" | "RF 1 os" | "RF 1 sync" | "RF 3 ..." | "no snapshots" | "snapshots" | "recovery"
-    workload    "put 50x16" | "open loop put p50" ... "p99.9" | "restart from log" | "restart from snapshots" | ...
-    unit        "ops/s" | "ms" | "s" | "ratio"
+    target      "RF 1 memory" | "RF 1 os" | "RF 1 sync" | "RF 3 ..." | "no snapshots" | "snapshots"
+    workload    "put 50x16" | "open loop put p50" ... "p99.9" | "p99 / without" | ...
+    unit        "ops/s" | "ms" | "ratio" | "1/s"
     median, min, max, runs      over the runs
     cpu_us      {"coordinator", "nodes", "client"}: CPU per operation, of the closed loop only
 
@@ -14,10 +14,6 @@ keys; the clusters of all modes are up during the suite and take turns in random
 **Snapshots**: `sync`, RF 3, 200,000 keys. The capacity is found by a closed loop; then an open loop at half of it,
 timed from the intended send, with no snapshot, and with snapshots of all shards of all nodes one after the other all
 the time. The two take turns.
-
-**Recovery**: one node with 64 shards and a million keys of 16 bytes with values of 128, written through the storage
-itself; the time from the start of the process to its ready line, from the log alone and from snapshots. The page cache
-is warm. Every put is there afterwards: `--check` counts the keys.
 """
 
 from __future__ import annotations
@@ -26,47 +22,25 @@ import asyncio
 import gc
 import os
 import random
-import shutil
 import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
 import kvtcp
-from bench.cluster import ROOT, Cluster, Process, cpu_s, free_ports
-from kvtcp.protocol.hashing import shard_of
-from kvtcp.protocol.operations import PUT
-from kvtcp.storage.copy import Copy
-from kvtcp.storage.files import OS_DISK
-from kvtcp.storage.store import open_store
+from bench.cluster import Cluster
+from bench.floors import fdatasync_ms
+from bench.load import key_of
+from bench.measure import Options, Result, cpu_s, make_row, with_floor
 
 CONNECTIONS = 50
 DEPTH = 16
 VALUE = b"v" * 128
-SHARDS = 64
 MODES = ("memory", "os", "sync")
-Result = dict[str, Any]
-
-
-def key_of(number: int) -> bytes:
-    """16 bytes."""
-    return b"key:%012d" % number
-
-
-def result(target: str, workload: str, unit: str, values: list[float], **more: Any) -> Result:
-    """One row."""
-    return {
-        "target": target, "workload": workload, "unit": unit, "median": statistics.median(values),
-        "min": min(values), "max": max(values), "runs": values, **more,
-    }  # fmt: skip
+TITLE = "Durability: modes never share a cluster; puts of 128 bytes by our own client"
 
 
 # --- cost -------------------------------------------------------------------------------------------------
@@ -130,12 +104,12 @@ async def _cost(clusters: dict[str, Cluster], count: int, keys: int, runs: int, 
     results = []
     for name, rows in figures.items():
         cpu_us = {role: statistics.median(row[role] for row in rows) for role in ("coordinator", "nodes", "client")}
-        results.append(result(name, "put 50x16", "ops/s", [row["rate"] for row in rows], cpu_us=cpu_us))
+        results.append(make_row(name, "put 50x16", "ops/s", [row["rate"] for row in rows], cpu_us=cpu_us))
     for factor in (1, 3):
         for mode in ("os", "sync"):
             pairs = zip(figures[f"RF {factor} {mode}"], figures[f"RF {factor} memory"], strict=True)
             ratios = [(a["coordinator"] + a["nodes"]) / (b["coordinator"] + b["nodes"]) for a, b in pairs]
-            results.append(result(f"RF {factor} {mode}", "server CPU per put / memory", "ratio", ratios))
+            results.append(make_row(f"RF {factor} {mode}", "server CPU per put / memory", "ratio", ratios))
     return results
 
 
@@ -225,100 +199,19 @@ async def _latency(cluster: Cluster, keys: int, seconds: float, runs: int, seed:
                 value = latencies[min(len(latencies) - 1, int(len(latencies) * quantile))]
                 figures.setdefault((name, f"open loop put p{quantile * 100:g}"), []).append(value)
     await target.close()
-    results = [result(name, workload, "ms", values) for (name, workload), values in figures.items()]
+    results = [make_row(name, workload, "ms", values) for (name, workload), values in figures.items()]
     p99 = "open loop put p99"
     ratios = [a / b for a, b in zip(figures["snapshots", p99], figures["no snapshots", p99], strict=True)]
-    results.append(result("snapshots", "p99 / without", "ratio", ratios))
-    results.append(result("snapshots", "files published in a second", "1/s", shares))
-    results.append(result("no snapshots", "capacity, put 50x16", "ops/s", [capacity]))
+    results.append(make_row("snapshots", "p99 / without", "ratio", ratios))
+    results.append(make_row("snapshots", "files published in a second", "1/s", shares))
+    results.append(make_row("no snapshots", "capacity, put 50x16", "ops/s", [capacity]))
     return results
 
 
-# --- recovery ---------------------------------------------------------------------------------------------
-
-
-def _make_node(directory: Path, keys: int) -> float:
-    """A data directory with `keys` random keys, all of them in the log; log bytes per byte of key and value."""
-    store = open_store(OS_DISK, directory, "os", os.urandom, "")
-    copies = [Copy(shard, f"{shard:016x}") for shard in range(SHARDS)]
-    store.write_manifest(store.encode_manifest(copies))
-    tables = [copy.table for copy in copies]
-    numbers = list(range(keys))
-    random.Random(keys).shuffle(numbers)
-    entries = []
-    for count, number in enumerate(numbers, 1):
-        key = key_of(number)
-        shard = shard_of(key, SHARDS)
-        table = tables[shard]
-        table.epoch = 1
-        table.apply((PUT, shard, table.seq + 1, 0, key, VALUE), 1_700_000_000_000 + count)
-        entries.append((shard, 1, table.seq, table.chain, table.last_entry))
-        if len(entries) == 500 or count == keys:
-            prepared = store.log.prepare(entries)
-            store.log.write(prepared)
-            store.log.written(prepared)
-            entries = []
-    ratio = store.log.total_bytes / (keys * (16 + len(VALUE)))
-    store.close_clean()
-    return ratio
-
-
-@contextmanager
-def _node(directory: Path) -> Iterator[tuple[Process, float]]:
-    """A running node, and the seconds until it was ready."""
-    began = time.perf_counter()
-    process = Process([
-        sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--id", "n1", "--port", str(free_ports(1)),
-        "--data-dir", str(directory),
-    ], quiet=True)  # fmt: skip
-    took_s = time.perf_counter() - began
-    try:
-        yield process, took_s
-    finally:
-        process.stop()
-
-
-def _check_keys(directory: Path, keys: int) -> None:
-    command = [sys.executable, str(ROOT / "bin" / "kvtcp-node"), "--check", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    if f" {keys} keys" not in done.stdout:
-        raise AssertionError(f"the node should hold {keys} keys: {done.stdout}")
-
-
-def _recovery(keys: int, runs: int) -> list[Result]:
-    with tempfile.TemporaryDirectory(prefix="kvtcp-bench-") as name:
-        directory = Path(name) / "n1"
-        log_ratio = _make_node(directory, keys)
-        from_log, from_snapshots = [], []
-        for _ in range(runs):
-            copy = Path(name) / "copy"
-            shutil.copytree(directory, copy)
-            with _node(copy) as (_, took_s):
-                from_log.append(took_s)
-            shutil.rmtree(copy)
-        with _node(directory) as (process, _):
-            os.kill(process.pid, signal.SIGUSR1)
-            until = time.monotonic() + 120
-            while len(_published(directory)) < SHARDS or sum(1 for _ in (directory / "log").iterdir()) > 1:
-                if time.monotonic() > until:
-                    raise TimeoutError("the snapshots were not finished in two minutes")
-                time.sleep(0.1)
-        for _ in range(runs):
-            with _node(directory) as (_, took_s):
-                from_snapshots.append(took_s)
-        _check_keys(directory, keys)
-    return [
-        result("recovery", "restart from log", "s", from_log),
-        result("recovery", "restart from snapshots", "s", from_snapshots),
-        result("recovery", "log bytes / key and value", "ratio", [log_ratio]),
-    ]
-
-
 def run(
-    operations: int = 48_000, keys: int = 200_000, recovery_keys: int = 1_000_000, seconds: float = 10.0, runs: int = 5,
-    seed: int = 1,
-) -> list[Result]:  # fmt: skip
-    """The results; takes about six minutes with the defaults."""
+    operations: int = 48_000, keys: int = 200_000, seconds: float = 10.0, runs: int = 5, seed: int = 1
+) -> list[Result]:
+    """The results; takes about four minutes with the defaults."""
     results: list[Result] = []
     clusters = {f"RF {factor} {mode}": Cluster(3, factor, mode) for factor in (1, 3) for mode in MODES}
     try:
@@ -328,4 +221,16 @@ def run(
             cluster.stop()
     with Cluster(3, 3, "sync") as cluster:
         results += uvloop.run(_latency(cluster, keys, seconds, runs, seed))
-    return results + _recovery(recovery_keys, runs)
+    return results
+
+
+def measure(options: Options) -> list[Result]:
+    """Cost and snapshots, with the disk's own time beside the latencies."""
+    if options.quick:
+        rows = run(16_000, 50_000, 3.0, options.runs_or(1), options.seed)
+    else:
+        rows = run(keys=options.keys_or(200_000, 200_000), runs=options.runs_or(5), seed=options.seed)
+    syncs = [fdatasync_ms() for _ in range(options.runs_or(5))]
+    p50, p99 = (statistics.median(values) for values in zip(*syncs, strict=True))
+    floors = {"open loop put p50": ("fdatasync p50", p50), "open loop put p99": ("fdatasync p99", p99)}
+    return [with_floor(row, *floors[row["workload"]]) if row["workload"] in floors else row for row in rows]

@@ -21,18 +21,20 @@ than what was asked for, ends the suite with an AssertionError.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import signal
-import statistics
 import time
 from collections.abc import Awaitable, Callable
+from itertools import zip_longest
 from typing import Any, Final
 
 import uvloop
 
 import kvtcp
 from bench.cluster import Cluster
+from bench.measure import Options, Result, make_row
 from kvtcp.errors import KvtcpError, OutcomeUnknown
 
 WRITERS: Final = 24
@@ -42,7 +44,10 @@ PACE_S: Final = 0.01
 STOPPED_S: Final = 3.0
 QUIET_S: Final = 2.0  # before each event, and the length of one in which nothing happens
 WHOLE_S: Final = 60.0
-Result = dict[str, Any]
+TIMELINE_S: Final = (-0.5, 4.0)  # before and after an event
+WATCHED_S: Final = 2.0  # after an event, at least
+BIN_S: Final = 0.025
+TITLE = "Failover: three nodes, RF 3, sync; no acknowledged write was lost or doubled"
 
 
 class Worker:
@@ -55,6 +60,7 @@ class Worker:
         self.last = time.monotonic()
         self.stall_s = 0.0
         self.failed = 0
+        self.successes: list[float] = []  # times since the last event began to be waited for
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -67,6 +73,7 @@ class Worker:
                 now = time.monotonic()
                 self.stall_s = max(self.stall_s, now - self.last)
                 self.last = now
+                self.successes.append(now)
             await asyncio.sleep(PACE_S)
 
     async def step(self) -> None:
@@ -158,6 +165,22 @@ async def wait_whole(kv: Any, wait_s: float = WHOLE_S) -> float:
     raise TimeoutError(f"in {wait_s:.0f} s the cluster did not become whole: {said}")
 
 
+def timeline(times: list[float], at: float, until: float) -> list[int]:
+    """How many of these times fall into each whole bin around `at`, of those that end before `until`."""
+    begin, end = TIMELINE_S
+    counts = [0] * min(round((end - begin) / BIN_S), math.floor((until - at - begin) / BIN_S))
+    for time_ in times:
+        number = math.floor((time_ - at - begin) / BIN_S)
+        if 0 <= number < len(counts):
+            counts[number] += 1
+    return counts
+
+
+def fewest(timelines: list[list[int]]) -> list[int]:
+    """For each bin the fewest of those that reach so far."""
+    return [min(count for count in counts if count is not None) for counts in zip_longest(*timelines)]
+
+
 class Suite:
     """One cluster under load, and what happens to it."""
 
@@ -165,6 +188,7 @@ class Suite:
         self.cluster = cluster
         self.kv = kv
         self.random = random.Random(seed)
+        self.timelines: list[list[int]] = []  # of the events of the target that is measured
         self.writers: list[Worker] = [Writer(kv, number, seed) for number in range(WRITERS)]
         self.readers: list[Worker] = [Reader(kv, WRITERS + number, seed) for number in range(READERS)]
 
@@ -209,11 +233,15 @@ class Suite:
         await asyncio.sleep(QUIET_S)
         for worker in workers:
             worker.stall_s, worker.failed = 0.0, 0
+            worker.successes = worker.successes[-int(QUIET_S / PACE_S) :]
         at = time.monotonic()
         began = await happen()
         whole = await wait_whole(self.kv)
         while min(worker.last for worker in workers) < max(at, whole):  # noqa: ASYNC110 - each sets its own
             await asyncio.sleep(0.01)
+        await asyncio.sleep(max(0.0, at + WATCHED_S - time.monotonic()))
+        times = [success for worker in workers for success in worker.successes]
+        self.timelines.append(timeline(times, at, time.monotonic()))
         return {
             "longest stall of a writer": max(worker.stall_s for worker in self.writers) * 1000,
             "longest stall of a reader": max(worker.stall_s for worker in self.readers) * 1000,
@@ -231,6 +259,7 @@ class Suite:
 
     async def target(self, name: str, happen: Callable[[], Awaitable[float]], events: int) -> list[Result]:
         """All events of one kind."""
+        self.timelines = []
         tasks = [asyncio.ensure_future(worker.run()) for worker in self.writers + self.readers]
         try:
             rows = []
@@ -248,15 +277,18 @@ class Suite:
                 raise AssertionError(f"{name}: a worker ended") from error
         acknowledged = await self.check()
         units = {"back in full sync": "s", "calls without a result": "calls"}
-        return [
-            {
-                "target": name, "workload": workload, "unit": units.get(workload, "ms"), "runs": values,
-                "median": statistics.median(values), "min": min(values), "max": max(values),
-                "acknowledged": acknowledged, "lost": 0,
-            }
+        found = [
+            make_row(name, workload, units.get(workload, "ms"), [row[workload] for row in rows],
+                     acknowledged=acknowledged, lost=0)
             for workload in rows[0]
-            for values in [[row[workload] for row in rows]]
         ]  # fmt: skip
+        # the worst of the events for each time: an average would hide how long nothing is answered
+        found[0]["timeline"] = {
+            "begin_s": TIMELINE_S[0],
+            "bin_s": BIN_S,
+            "answers": fewest(self.timelines),
+        }
+        return found
 
 
 async def _run(cluster: Cluster, events: int, seed: int) -> list[Result]:
@@ -278,3 +310,8 @@ def run(events: int = 20, seed: int = 1) -> list[Result]:
     """The results; takes about eleven minutes with the defaults."""
     with Cluster(3, 3, "sync") as cluster:
         return uvloop.run(_run(cluster, events, seed))
+
+
+def measure(options: Options) -> list[Result]:
+    """All events."""
+    return run(options.runs_or(8, 2), options.seed)

@@ -27,11 +27,14 @@ from typing import Any
 import uvloop
 
 import kvtcp
-from bench.cluster import Cluster, EchoPeer, cpu_s
+from bench.cluster import Cluster, EchoPeer
+from bench.floors import beside
+from bench.load import key_of
+from bench.measure import Options, Result, cpu_s, make_row
 
 VALUE = b"v" * 128
 DEPTHS = (1, 16, 64)
-Result = dict[str, Any]
+TITLE = "Network: our own client in one process on one connection; 16-byte keys, 128-byte values"
 
 
 class Target:
@@ -50,11 +53,6 @@ class Target:
             usage["coordinator"] = cpu_s(self.coordinator_pid)
             usage["nodes"] = sum(cpu_s(pid) for pid in self.node_pids)
         return usage
-
-
-def key_of(number: int) -> bytes:
-    """16 bytes."""
-    return b"key:%012d" % number
 
 
 async def _single(target: Target, workload: str, depth: int, count: int, keys: int, seed: int) -> None:
@@ -138,20 +136,17 @@ async def _run(
 def _result(target: str, workload: str, unit: str, rows: list[dict[str, float]]) -> Result:
     rates = [row["rate"] for row in rows]
     roles = [role for role in ("coordinator", "nodes", "client") if role in rows[0]]
-    return {
-        "suite": "network",
-        "target": target,
-        "workload": workload,
-        "unit": unit,
-        "median": statistics.median(rates),
-        "min": min(rates),
-        "max": max(rates),
-        "runs": rates,
-        "cpu_us": {role: statistics.median(row[role] for row in rows) for role in roles},
-    }
+    cpu_us = {role: statistics.median(row[role] for row in rows) for role in roles}
+    return make_row(target, workload, unit, rates, cpu_us=cpu_us)
 
 
 def run(operations: int = 60_000, keys: int = 100_000, runs: int = 5, seed: int = 1) -> list[Result]:
     """The results; takes about a minute with the defaults."""
     with Cluster(3, 1) as one, Cluster(3, 3) as three, EchoPeer() as echo:
         return uvloop.run(_run([one, three], echo, operations, keys, runs, seed))
+
+
+def measure(options: Options) -> list[Result]:
+    """Both clusters, with the echo beside the gets."""
+    rows = run(options.size(60_000, 20_000), options.keys_or(100_000, 20_000), options.runs_or(5), options.seed)
+    return beside(rows, "echo peer")

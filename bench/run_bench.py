@@ -1,244 +1,173 @@
 #!/usr/bin/env python3
-"""The benchmark suite: how fast the ordered index is, a running cluster with its client, what durability costs, how
-long clients wait when something dies, and how soon a node that was away is up to date.
+"""The benchmark suite of kvtcp.
 
-    bench/run_bench.py [btree] [network] [durability] [failover] [catchup]
-                       [--quick] [--json FILE] [--seed N] [--runs N] [--keys N]
+    bench/run_bench.py --quick              six figures in two minutes: an indication, without verdicts
+    bench/run_bench.py                      all suites, at most an hour, then the table of targets with verdicts
+    bench/run_bench.py SUITE ... [--quick]  only these, or a small form of them
+                       [--json FILE] [--seed N] [--runs N] [--keys N] [--minutes N]
 
-Figures are medians over the runs with their minimum and maximum. Machines differ and are shared: compare the columns
-of one run, not two runs. The ratios below a table are those of the same run.
+Figures are medians over the runs with their minimum and maximum; systems that are compared take turns. Machines differ
+and are shared: compare the columns of one run, not two runs. All figures with versions, commit and machine are written
+to bench/results/ after each suite; `bench/report.py` makes tables and charts of them. Something that is not installed
+is passed over loudly; the peers come with `pip install '.[bench,peers]'` and
+`apt-get install redis-server redis-tools nutcracker memcached etcd-server etcd-client`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import os
-import platform
-import subprocess
 import sys
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SUITES = ("btree", "network", "durability", "failover", "catchup")
-Result = dict[str, Any]
+from bench import peers, tables, targets  # noqa: E402 - the path comes first, so that a checkout needs no installation
+from bench.measure import Options, Result, machine  # noqa: E402
+
+# suite -> its module, and the minutes it takes in full on two cores; those that targets need come first
+SUITES: dict[str, tuple[str, float]] = {
+    "floors": ("bench.floors", 0.5),
+    "btree": ("bench.btree_suite", 9),
+    "codec": ("bench.codec_suite", 0.5),
+    "peers": ("bench.peers_suite", 13),
+    "scan": ("bench.scan_suite", 1.5),
+    "memory": ("bench.memory_suite", 4),
+    "recovery": ("bench.recovery_suite", 3),
+    "scale": ("bench.scale_suite", 5),
+    "durability": ("bench.durability_suite", 4),
+    "profile": ("bench.profile_suite", 1),
+    "network": ("bench.network_suite", 1.5),
+    "replication": ("bench.replication_suite", 4),
+    "ycsb": ("bench.ycsb_suite", 5),
+    "failover": ("bench.failover_suite", 4),
+    "catchup": ("bench.catchup_suite", 3),
+}
+MINUTES_MAX = 60.0
+RESULTS = ROOT / "bench" / "results"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    versions = {}
-    for package in ("msgpack", "uvloop", "BTrees", "sortedcontainers"):
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("suites", nargs="*", metavar="SUITE", help=f"{' '.join(SUITES)} (default: all)")
+    command.add_argument("--quick", action="store_true", help="small and short: an indication, no measurement")
+    command.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (default: bench/results/)")
+    command.add_argument("--seed", type=int, default=1, help="of keys and order (default: %(default)s)")
+    command.add_argument("--runs", type=int, help="how often everything is measured (default: each suite its own)")
+    command.add_argument("--keys", type=int, help="of the suites that have one size (default: each suite its own)")
+    command.add_argument("--minutes", type=float, default=MINUTES_MAX, help="a suite that would end later is left out")
+    return command
+
+
+def chosen(command: argparse.ArgumentParser, names: list[str]) -> list[str]:
+    """The suites in their order, all if none is named. Ends the program for one that is not there."""
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        command.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    return [name for name in SUITES if not names or name in names]
+
+
+def file_of(about: dict[str, Any], names: list[str], quick: bool) -> Path:
+    """Where the figures go if nobody says; those of --quick are not kept."""
+    what = "quick" if quick else "-".join(names) if len(names) < len(SUITES) else "full"
+    compiled = "-compiled" if about["compiled"] else ""
+    return RESULTS / f"{what}-{about['commit']}{compiled}.json{'.tmp' if quick else ''}"
+
+
+class Run:
+    """What was measured so far, on disk after each suite."""
+
+    def __init__(self, options: Options, file: Path, about: dict[str, Any]) -> None:
+        self.options, self.file, self.about = options, file, about
+        self.results: list[Result] = []
+        self.failed: list[str] = []
+        self.took_s: dict[str, float] = {}
+
+    def save(self) -> None:
+        """All of it."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({
+            "machine": self.about, "seed": self.options.seed, "quick": self.options.quick, "took_s": self.took_s,
+            "skipped": self.options.skipped, "failed": self.failed, "results": self.results,
+        }, indent=1)  # fmt: skip
+        self.file.write_text(text + "\n")
+
+    def suite(self, name: str) -> None:
+        """Run one, print its table. A suite that fails is told, and the others go on."""
+        module = importlib.import_module(SUITES[name][0])
+        began = time.monotonic()
+        print(f"\n## {name}: {module.TITLE}\n", flush=True)
         try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    cpu = "unknown"
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],  # of the last minute before: what else the machine had to do
-        "packages": versions,
-    }
+            rows = module.measure(self.options)
+        except Exception:
+            traceback.print_exc()
+            self.failed.append(name)
+            rows = []
+        self.took_s[name] = time.monotonic() - began
+        if rows:
+            print(tables.text(tables.of_suite(name, rows)))
+        print(f"\n({name} took {self.took_s[name]:.0f} s)", flush=True)
+        self.results += [{"suite": name, **row} for row in rows]
+        self.save()
 
 
-def number(value: float) -> str:
-    """A figure in as many digits as mean something."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def quick(run: Run) -> int:
+    """The six figures."""
+    from bench.quick import six_figures
+
+    began = time.monotonic()
+    figures, run.results = six_figures(run.options)
+    print("\nAn indication only: one short run on a machine that may do other things. No verdicts.\n")
+    print(tables.text([["", "measured"], *([name, value] for name, value in figures)]))
+    print(f"\n({time.monotonic() - began:.0f} s)")
+    run.save()
+    return 0
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[n]) for row in [header, *rows]) for n in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        lines.append(
-            "  ".join(c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
-        )
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def show_matrix(results: list[Result], column: str) -> str:
-    """One line per workload, one column per structure or target: median (min-max)."""
-    names = sorted({result[column] for result in results}, key=lambda name: (not name.startswith("kvtcp"), name))
-    rows = []
-    for workload, unit in dict.fromkeys((result["workload"], result["unit"]) for result in results):
-        cells = [f"{workload}, {unit}"]
-        for name in names:
-            found = [r for r in results if (r["workload"], r["unit"], r[column]) == (workload, unit, name)]
-            cells.append(
-                f"{number(found[0]['median'])} ({number(found[0]['min'])}-{number(found[0]['max'])})" if found else "-"
-            )
-        rows.append(cells)
-    return table(["", *names], rows)
-
-
-def median_of(results: list[Result], column: str, name: str, workload: str) -> float | None:
-    """The median of one cell, None if it was not measured."""
-    return next((r["median"] for r in results if r[column] == name and r["workload"] == workload), None)
-
-
-def ratios(results: list[Result], column: str, wanted: list[tuple[str, str, str, str]]) -> str:
-    """Lines `what: ratio` for (workload, name, other workload, other name)."""
-    lines = []
-    for workload, name, other_workload, other in wanted:
-        mine = median_of(results, column, name, workload)
-        theirs = median_of(results, column, other, other_workload)
-        if mine and theirs:
-            lines.append(f"{workload}: {name} / {other} = {mine / theirs:.2f}")
-    return "\n".join(lines)
-
-
-def run_btree(options: argparse.Namespace) -> tuple[list[Result], str]:
-    """The btree suite and its report."""
-    from bench import btree_suite
-
-    keys = options.keys or (100_000 if options.quick else 1_000_000)
-    results = btree_suite.run(keys, options.seed, options.runs or (1 if options.quick else 3))
-    wanted = [
-        ("get", "kvtcp table", "get", "BTrees.OOBTree"),
-        ("get", "kvtcp table", "get", "SortedDict"),
-        ("get same", "kvtcp table", "get same", "BTrees.OOBTree"),
-        ("get same", "kvtcp table", "get same", "SortedDict"),
-        ("insert", "kvtcp index", "insert", "BTrees.OOBTree"),
-        ("mixed", "kvtcp index", "mixed", "BTrees.OOBTree"),
-        ("scan", "kvtcp index", "scan", "BTrees.OOBTree"),
-        ("delete", "kvtcp index", "delete", "BTrees.OOBTree"),
-    ]
-    report = f"B-tree, {keys:,} keys of 17 bytes\n\n{show_matrix(results, 'structure')}\n\n"
-    return results, report + ratios(results, "structure", wanted)
-
-
-def run_network(options: argparse.Namespace) -> tuple[list[Result], str]:
-    """The network suite and its report."""
-    from bench import network_suite
-
-    keys = min(options.keys or 100_000, 1_000_000)
-    operations = 20_000 if options.quick else 60_000
-    results = network_suite.run(operations, keys, options.runs or (1 if options.quick else 5), options.seed)
-    report = (
-        f"Network, 3 nodes, 16-byte keys, 128-byte values, one client process\n\n{show_matrix(results, 'target')}\n\n"
-    )
-    rows = [
-        [
-            f"{result['target']}, {result['workload']}",
-            *(f"{result['cpu_us'].get(role, 0):.1f}" for role in ("coordinator", "nodes", "client")),
-        ]
-        for result in results
-    ]
-    report += "CPU time, us per operation\n\n" + table(["", "coordinator", "nodes", "client"], rows) + "\n\n"
-    wanted = [(f"get depth {depth}", "kvtcp RF 1", f"get depth {depth}", "echo peer") for depth in (1, 16, 64)]
-    return results, report + ratios(results, "target", wanted)
-
-
-def run_durability(options: argparse.Namespace) -> tuple[list[Result], str]:
-    """The durability suite and its report."""
-    from bench import durability_suite
-
-    runs = options.runs or (1 if options.quick else 5)
-    if options.quick:
-        results = durability_suite.run(16_000, 50_000, 200_000, 3.0, runs, options.seed)
+def full(run: Run, names: list[str], minutes: float) -> int:
+    """These suites; then the targets, unless it is the quick form."""
+    began = time.monotonic()
+    for name in names:
+        needed = 0.0 if run.options.quick else SUITES[name][1]
+        if (time.monotonic() - began) / 60 + needed > minutes:
+            run.options.skip(name, f"it takes {needed:g} minutes, and they would end after {minutes:g}")
+            continue
+        run.suite(name)
+    if run.options.quick:
+        print("\nSmall sizes: an indication only, no verdicts.")
     else:
-        results = durability_suite.run(runs=runs, recovery_keys=options.keys or 1_000_000, seed=options.seed)
-    rows = [
-        [
-            f"{result['target']}: {result['workload']}, {result['unit']}",
-            f"{number(result['median'])} ({number(result['min'])}-{number(result['max'])})",
-            *(f"{result['cpu_us'][role]:.1f}" if "cpu_us" in result else "" for role in ("coordinator", "nodes")),
-        ]
-        for result in results
-    ]
-    report = "Durability: modes never share a cluster; puts of 128 bytes\n\n"
-    return results, report + table(["", "median (min-max)", "CPU-us coordinator", "CPU-us nodes"], rows)
-
-
-def show_list(results: list[Result]) -> str:
-    """One line per figure."""
-    rows = [
-        [
-            f"{result['target']}: {result['workload']}, {result['unit']}",
-            number(result["median"]), number(result["min"]), number(result["max"]),
-        ]
-        for result in results
-    ]  # fmt: skip
-    return table(["", "median", "min", "max"], rows)
-
-
-def run_failover(options: argparse.Namespace) -> tuple[list[Result], str]:
-    """The failover suite and its report."""
-    from bench import failover_suite
-
-    events = options.runs or (3 if options.quick else 20)
-    results = failover_suite.run(events, options.seed)
-    report = f"Failover, 3 nodes, RF 3, sync, {events} events each; no acknowledged write was lost or doubled\n\n"
-    return results, report + show_list(results)
-
-
-def run_catchup(options: argparse.Namespace) -> tuple[list[Result], str]:
-    """The catch-up suite and its report."""
-    from bench import catchup_suite
-
-    keys = options.keys or (50_000 if options.quick else 1_000_000)
-    missed = 10_000 if options.quick else 100_000
-    results = catchup_suite.run(keys, missed, options.runs or (1 if options.quick else 3), options.seed)
-    report = f"Catch-up, 3 nodes, RF 3, sync, {keys:,} keys of 16 bytes with 64, {missed:,} writes missed\n\n"
-    return results, report + show_list(results)
+        verdicts = targets.judge_all(run.results)
+        print(f"\n## Targets\n\n{tables.text(targets.rows_of(verdicts))}")
+    for each in run.options.skipped:
+        print(f"not measured: {each['target']}: {each['why']}")
+    for name in run.failed:
+        print(f"FAILED: {name}; see above")
+    print(f"\nall figures: {run.file}")
+    return 1 if run.failed else 0
 
 
 def main() -> int:
-    """Run the chosen suites, print their tables, keep the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{' '.join(SUITES)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="small and short: an indication, no measurement")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure with versions and machine")
-    parser.add_argument("--seed", type=int, default=1, help="of keys and order (default: %(default)s)")
-    parser.add_argument(
-        "--runs",
-        type=int,
-        help="how often everything is measured (default: btree and catchup 3, failover 20, others 5)",
+    """Run what was chosen, print tables, keep the figures."""
+    command = parser()
+    options = command.parse_args()
+    names = chosen(command, options.suites)
+    about = {**machine(), "programs": peers.versions()}
+    packages = ", ".join(f"{name} {number}" for name, number in {**about["packages"], **about["programs"]}.items())
+    print(
+        f"kvtcp {about['commit']}, {len(about['compiled'])} modules compiled, Python {about['python']}, {about['cpu']}, "
+        f"{about['cores']} cores, load {about['load']:.1f}\n{packages}"
     )
-    parser.add_argument(
-        "--keys", type=int, help="of btree, restarts and catchup (default: 1,000,000) or network (100,000)"
-    )
-    options = parser.parse_args()
-    unknown = set(options.suites) - set(SUITES)
-    if unknown:
-        parser.error(f"unknown suite {sorted(unknown)[0]!r}; there are {', '.join(SUITES)}")
-    about = machine()
-    packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
-    cores = f"{about['cores']} cores, load {about['load']:.1f}"
-    print(f"kvtcp {about['commit']}, Python {about['python']}, {about['cpu']}, {cores}, {packages}")
-    if options.quick:
-        print("quick: an indication only")
-    runners = {
-        "btree": run_btree, "network": run_network, "durability": run_durability, "failover": run_failover,
-        "catchup": run_catchup,
-    }  # fmt: skip
-    everything: list[Result] = []
-    for suite in SUITES:
-        if options.suites and suite not in options.suites:
-            continue
-        results, report = runners[suite](options)
-        everything += [{"suite": suite, **result} for result in results]
-        print(f"\n{report}", flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": about, "seed": options.seed, "results": everything}, indent=1))
-    return 0
+    asked = Options(options.quick, options.seed, options.runs, options.keys)
+    run = Run(asked, options.json or file_of(about, names, options.quick), about)
+    if options.quick and not options.suites:
+        return quick(run)
+    return full(run, names, options.minutes)
 
 
 if __name__ == "__main__":

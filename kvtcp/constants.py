@@ -95,6 +95,8 @@ PURGE_SHARDS_MAX: Final = 8
 WAITING_MULTI_MAX: Final = 1_024
 # requests of one shard that are sequenced in its turn when several shards waited for the same window
 DRAIN_SLICE: Final = 64
+# large results of writes of one shard that a node remembers because they may be uncommitted
+WRITE_RESULTS_BYTES_MAX: Final = 32 * MIB
 # values in one frame of results before a node sends it and goes on with the batch
 RESULTS_BYTES_MAX: Final = 1 * MIB
 PURGE_INTERVAL_MS: Final = 1_000
@@ -268,6 +270,7 @@ assert BATCH_BYTES_MAX + MGET_KEYS_BYTES_MAX + 8 * MULTI_KEYS_MAX + 64 * KIB < F
 assert RESULTS_BYTES_MAX + max(MGET_VALUES_BYTES_MAX, VALUE_BYTES_MAX) + 2 * MIB < LINK_FRAME_BYTES_MAX, (
     "a frame of results that is nearly full takes the largest result, and 2 MiB of small ones and of framing"
 )
+assert MGET_VALUES_BYTES_MAX < WRITE_RESULTS_BYTES_MAX // 2, "the largest result is remembered"
 assert 4 * DRAIN_SLICE <= WINDOW_ITEMS_MAX, "several shards have a turn when a window opens"
 assert FRAME_BYTES_MAX + BATCH_BYTES_MAX + RESULTS_BYTES_MAX + MIB < LINK_FRAME_BYTES_MAX, (
     "whatever fits a frame of a client fits one of a link, behind what is there already"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from replication_fakes import Cluster
 
@@ -9,17 +11,33 @@ from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import (
     ADD,
+    ALWAYS,
+    APPEND,
     CAS,
     CLEAR,
+    COPY,
     DELETE,
     EXPIRE,
+    EXPIRE_IF,
     GET,
+    IN_MS,
     INCR,
+    INCR_DECIMAL,
     MGET,
+    NO_DEADLINE,
     PAGE,
     PERSIST,
     PURGE,
     PUT,
+    PUT_ALL,
+    RENAME,
+    SETBIT,
+    SETRANGE,
+    STORE,
+    TAKE,
+    TOUCH,
+    TRANSACTION,
+    WRITE_NAMES,
     WRITE_OP_END,
 )
 from kvtcp.replication import admission, progress
@@ -294,19 +312,29 @@ def test_no_growing_writes_without_space() -> None:
     sequencer, answers = cluster.sequencer, cluster.answers
     sequencer.on_space("n2", 1)
     sequencer.check()
-    for op, args in ((PUT, (b"v",)), (ADD, (b"v",)), (CAS, (b"v", b"v", None)), (INCR, (1,))):
+    growing: list[tuple[int, tuple[Any, ...]]] = [
+        (PUT, (b"v",)), (ADD, (b"v",)), (CAS, (b"v", b"v", None)), (INCR, (1,)), (APPEND, (b"v",)), (SETBIT, (0, 1)),
+        (STORE, (b"v", NO_DEADLINE, 0, ALWAYS, None, False)), (SETRANGE, (0, b"v")), (INCR_DECIMAL, (b"1",)),
+        (RENAME, (b"l", False)), (COPY, (b"l", False)), (PUT_ALL, ([[b"k", b"v"]], False)), (TRANSACTION, ([], [])),
+    ]  # fmt: skip
+    for op, args in growing:
         cluster.write(op, op, args=args)
         code, text, details = answers.failed[op]
         assert (code, details) == (Code.NO_SPACE, {"shard": 0})
         assert text == "shard 0 takes no growing writes: too little disk space on n2; nothing was executed"
     sequencer.on_results("n1", 1, 1, [], [0])
     cluster.tick()
-    for op, args in ((DELETE, ()), (EXPIRE, (5,)), (PERSIST, ()), (CLEAR, (b"l", 10)), (PURGE, (10,))):
+    others: list[tuple[int, tuple[Any, ...]]] = [
+        (DELETE, ()), (EXPIRE, (5,)), (PERSIST, ()), (CLEAR, (b"l", 10)), (PURGE, (10,)), (TAKE, ()),
+        (TOUCH, (NO_DEADLINE, 0)), (EXPIRE_IF, (IN_MS, 5, ALWAYS)),
+    ]  # fmt: skip
+    assert {op for op, _ in growing} | {op for op, _ in others} == set(WRITE_NAMES)
+    for op, args in others:
         cluster.write(op, op, args=args)
     cluster.get("read")
     cluster.pump()
-    assert {DELETE, EXPIRE, PERSIST, CLEAR, PURGE, "read"} <= answers.ok.keys()
-    assert sequencer.shards[0].last_seq == 1 + 5 + 1, "and the purge of the sequencer itself"
+    assert {op for op, _ in others} | {"read"} <= answers.ok.keys()
+    assert sequencer.shards[0].last_seq == 1 + len(others) + 1, "and the purge of the sequencer itself"
     sequencer.on_space("n1", 2)
     cluster.write(DELETE, "late")
     code, text, _ = answers.failed["late"]
@@ -318,7 +346,7 @@ def test_no_growing_writes_without_space() -> None:
     assert all(shard.writable for shard in sequencer.shards)
     cluster.put("after")
     cluster.pump()
-    assert answers.ok["after"] == 8
+    assert answers.ok["after"] == 11
 
 
 def test_what_waits_is_refused_when_space_ends(small: None) -> None:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from replication_fakes import Cluster
+from replication_fakes import Cluster, wire
 
-from kvtcp.constants import WRITE_WAIT_MS
+from kvtcp.constants import VALUE_BYTES_MAX, WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, GET, INCR, TTL
+from kvtcp.protocol.operations import (
+    ADD,
+    ALWAYS,
+    APPEND,
+    CAS,
+    DEADLINE_OF,
+    DELETE,
+    EXISTS,
+    GET,
+    INCR,
+    NO_DEADLINE,
+    PUT,
+    REVISION,
+    STORE,
+    TAKE,
+    TRANSACTION,
+    TTL,
+)
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
 
 
@@ -72,6 +89,49 @@ def test_results_and_errors_of_writes() -> None:
     cluster.pump()
     assert cluster.answers.ok == {"add": 1, "cas": 3, "incr": 7, "delete": True}
     assert cluster.answers.failed["again"][0] == Code.EXISTS and cluster.answers.failed["again"][2] == {"rev": 1}
+
+
+def test_results_of_a_transaction() -> None:
+    """They come as a list, with errors as arrays among them; nil if a watched key was changed; refused it fails."""
+    cluster = Cluster(shards=1)
+    ops = [[ADD, b"k", b"v"], [ADD, b"k", b"w"], [GET, b"k"], [TAKE, b"k"]]
+    cluster.write(TRANSACTION, "all", args=([[b"k", 0]], ops))
+    cluster.write(TRANSACTION, "watched", args=([[b"k", 1]], [[PUT, b"k", b"v"]]))
+    cluster.write(TRANSACTION, "none", args=([], []))
+    large = bytes(VALUE_BYTES_MAX)
+    cluster.write(TRANSACTION, "large", args=([], [[PUT, b"k", large], [PUT, b"k", large]]))
+    cluster.write(STORE, "store", args=(b"v", NO_DEADLINE, 0, ALWAYS, None, True))
+    cluster.write(TAKE, "take")
+    cluster.write(APPEND, "append", args=(large,))
+    cluster.write(APPEND, "too large", args=(b"x",))
+    cluster.get("revision", op=REVISION)
+    cluster.get("no revision", key=b"x", op=REVISION)
+    cluster.get("no deadline", op=DEADLINE_OF)
+    cluster.pump()
+    results = wire(cluster.answers.ok.pop("all"))
+    assert results[0] == 1 and results[1][0] == Code.EXISTS and results[2:] == [[b"v", 1, None], b"v"]
+    assert cluster.answers.ok == {
+        "watched": None, "none": [], "store": None, "take": b"v", "append": VALUE_BYTES_MAX, "revision": 7,
+        "no revision": None, "no deadline": -1,
+    }  # fmt: skip
+    assert {token: failed[0] for token, failed in cluster.answers.failed.items()} == {
+        "large": Code.TOO_LARGE, "too large": Code.TOO_LARGE
+    }  # fmt: skip
+
+
+def test_a_revision_is_answered_when_it_is_committed() -> None:
+    """Like a value; an absent key when all before it is."""
+    cluster = Cluster(shards=1, nodes=2, factor=2)
+    cluster.put("put")
+    cluster.get("revision", op=REVISION)
+    cluster.get("absent", key=b"x", op=REVISION)
+    cluster.get("deadline", op=DEADLINE_OF)
+    for node in cluster.replicas:
+        cluster.apply(node)
+        cluster.results(node, durable=node == "n1")
+    assert not {"revision", "absent", "deadline", "put"} & cluster.answers.ok.keys()
+    cluster.pump()
+    assert cluster.answers.ok == {"put": 1, "revision": 1, "absent": None, "deadline": -1}
 
 
 def test_held_answers_are_refused_in_time() -> None:

@@ -76,6 +76,15 @@ class BTreeMachine(RuleBasedStateMachine):
         assert list(self.tree.range(lower, upper, reverse)) == expected
         assert self.tree.slice(lower, upper, limit, reverse) == expected[: limit if limit is None else max(0, limit)]
 
+    @rule(place=st.integers(0, 60))
+    def at(self, place: int) -> None:
+        if place < len(self.model):
+            assert self.tree.at(place) == sorted(self.model)[place]
+            return
+        for beyond in (place, len(self.model)):
+            with pytest.raises(IndexError):
+                self.tree.at(beyond)
+
     @rule()
     def settle(self) -> None:
         self.tree.settle()

@@ -40,6 +40,7 @@ def test_index_is_an_ordered_dict(fresh_keys_max: int, steps: list[tuple[str, by
             assert index.slice(key, other) == expected
             assert index.slice(key, other, 3, reverse=True) == expected[::-1][:3]
             assert index.cells_of(expected) == [model[k] for k in expected]
+            assert [index.key_at(place) for place in range(len(model))] == sorted(model)
         assert index.get(key) == model.get(key)
         assert len(index) == index.count() == len(model)
         index.check()

@@ -6,12 +6,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from replication_fakes import Cluster
+from replication_fakes import Cluster, wire
 
 from kvtcp.constants import LINK_GRACE_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import ADD, DELETE, INCR, LEARN, PUT, RESULTS_OF, UNLEARN
-from kvtcp.replication import admission
+from kvtcp.protocol.operations import (
+    ADD,
+    DELETE,
+    EXISTS,
+    GET,
+    INCR,
+    LEARN,
+    PUT,
+    RESULTS_OF,
+    STORE,
+    TRANSACTION,
+    UNLEARN,
+)
+from kvtcp.replication import admission, write_results
 from kvtcp.replication.members import part_of
 from kvtcp.replication.multi_read import count_read
 from kvtcp.replication.progress import Batch, Progress
@@ -196,6 +208,44 @@ def test_errors_are_handed_over_too() -> None:
     leave(cluster, first)
     cluster.pump()
     assert cluster.answers.failed["write"][0] == Code.EXISTS and cluster.answers.failed["write"][2] == {"rev": 1}
+
+
+def test_results_of_transactions_are_handed_over() -> None:
+    """Cells, errors, values and nil, as the lost member would have told them."""
+    cluster, first = answering()
+    ops = [[INCR, b"n", 1], [ADD, b"n", b"x"], [GET, b"n"], [EXISTS, b"x"]]
+    cluster.write(TRANSACTION, "all", key=b"n", args=([[b"n", 1]], ops))
+    cluster.write(TRANSACTION, "watched", key=b"n", args=([[b"n", 1]], ops))
+    cluster.write(STORE, "store", key=b"n", args=(b"v", 1, 0, 0, None, True))
+    cluster.apply(first)
+    others = [node for node in cluster.replicas if node != first]
+    cluster.pump(*others)
+    cluster.down(first)
+    leave(cluster, first)
+    cluster.pump(*others)
+    results = wire(cluster.answers.ok.pop("all"))
+    assert (results[0], results[1][0], results[2:]) == (6, Code.EXISTS, [[b"6", 2, None], False])
+    assert cluster.answers.ok == {"write": 5, "watched": None, "store": b"6"}
+
+
+def test_large_results_are_handed_over_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is UNKNOWN because all of them together are too much for a frame."""
+    monkeypatch.setattr(write_results, "RESULTS_BYTES_MAX", 100)
+    cluster, first = answering()
+    for number in range(9):
+        cluster.write(STORE, number, key=b"n", args=(b"%d" % number * 60, 1, 0, 0, None, True))
+    cluster.apply(first)
+    others = [node for node in cluster.replicas if node != first]
+    cluster.pump(*others)
+    cluster.down(first)
+    leave(cluster, first)
+    asked = 0
+    while len(cluster.answers.ok) < 10:
+        asked += 1
+        assert asked < 10 and not cluster.answers.failed
+        cluster.pump(*others)
+    expected: dict[Any, Any] = {number: b"%d" % (number - 1) * 60 for number in range(1, 9)}
+    assert cluster.answers.ok == {"write": 5, 0: b"5", **expected} and asked >= 4
 
 
 def test_the_member_that_was_asked_is_lost_too() -> None:

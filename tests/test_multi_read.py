@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
 from replication_fakes import Answers
 
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import COUNT, MGET, PAGE
+from kvtcp.protocol.operations import ANY_KEY, COUNT, MGET, PAGE
 from kvtcp.replication import multi_read
-from kvtcp.replication.multi_read import KEY_OVERHEAD_BYTES, MultiRead, count_read, merge_runs, mget_read, page_read
+from kvtcp.replication.multi_read import (
+    KEY_OVERHEAD_BYTES,
+    MultiRead,
+    any_key_read,
+    count_read,
+    merge_runs,
+    mget_read,
+    page_read,
+)
 
 
 def rows(*keys: str) -> list[list[Any]]:
@@ -64,6 +73,26 @@ def test_items() -> None:
     assert mget.shards == [3, 1] and mget.bytes == 4 + 3 * KEY_OVERHEAD_BYTES
     mget.start(1, {})
     assert mget.build([3]) == ((MGET, [(3, b"x"), (3, b"x")]), 2 + 2 * KEY_OVERHEAD_BYTES)
+
+
+def test_any_key_of_all_parts() -> None:
+    """A part is chosen by how many keys it has; one without a visible key is passed over; every key equally often."""
+    seen: Counter[Any] = Counter()
+    for number in range(24 * 6):
+        sink = Answers()
+        multi = any_key_read([0, 1, 2], number, sink, "t")
+        assert multi.build([0, 1]) == ((ANY_KEY, [0, 1], number), 6)
+        multi.start(3, {})
+        assert not multi.take(1, 0, [b"a%d" % (number % 2), 2]) and not multi.take(1, 1, [None, 3])
+        assert multi.take(1, 2, [b"b%d" % (number % 4), 4])
+        multi.answer()
+        seen[sink.ok["t"]] += 1
+    assert len(seen) == 6 and set(seen.values()) == {24}
+    multi = any_key_read([0, 1], 5, sink := Answers(), "none")
+    multi.start(2, {})
+    assert not multi.take(1, 0, [None, 0]) and multi.take(1, 1, [None, 2])
+    multi.answer()
+    assert sink.ok == {"none": None}
 
 
 def test_mget_puts_cells_in_their_places() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtcp.protocol import operations as op
-from kvtcp.storage.pages import ROW_BYTES, merge_frozen, merge_page
+from kvtcp.storage.pages import ROW_BYTES, any_key, merge_frozen, merge_page
 from kvtcp.storage.table import Table
 
 STAMP = 1000
@@ -94,6 +94,22 @@ def test_pages_one_after_the_other_give_every_row_once() -> None:
             else:
                 lower = last + b"\0"
         assert keys == sorted(rows, reverse=reverse)
+
+
+@settings(deadline=None, max_examples=150)
+@given(rows=ROWS, shards=st.integers(1, 5), one_shard=st.booleans(), passed_ms=st.integers(0, 4))
+def test_any_key(
+    rows: dict[bytes, tuple[bytes, int | None]], shards: int, one_shard: bool, passed_ms: int
+) -> None:
+    """Every visible key is found by some number, no other one is, and without expired ones each by exactly one."""
+    tables = tables_with(rows, shards, one_shard)
+    live = {key for key, (_, ttl_ms) in rows.items() if ttl_ms is None or ttl_ms > passed_ms}
+    found = [any_key(tables, number, STAMP + passed_ms) for number in range(7 * len(rows), 8 * len(rows))]
+    assert {key for key, _ in found} == live or (not live and all(key is None for key, _ in found))
+    assert {keys for _, keys in found} <= {len(rows)}
+    if len(live) == len(rows):
+        assert sorted(key for key, _ in found if key is not None) == sorted(rows)
+    assert any_key([], 5, STAMP) == (None, 0)
 
 
 def test_no_tables_is_an_empty_page() -> None:

@@ -11,7 +11,7 @@ import wire_golden
 
 from kvtcp import constants
 from kvtcp.errors import CLASS_OF, Code
-from kvtcp.protocol import link
+from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder
 from kvtcp.protocol.messages import REQUESTS, parse_request, request_id
 from kvtcp.replication.gateway import LIMITS
@@ -99,3 +99,17 @@ def test_the_link_kinds_are_those_of_the_code() -> None:
     """Numbers and names of the page are those of the module."""
     listed = {row[1]: int(row[0]) for row in table("kind")}
     assert listed == {name: n for name, n in wire_golden.numbers(link).items() if name != "LINK_VERSION"}
+
+
+def test_the_operations_of_the_link_are_those_of_the_code() -> None:
+    """Every operation and every effect is in the table, writes and reads apart."""
+    listed = {row[0]: [name.strip() for name in row[1].split(",")] for row in table("items")}
+    numbers = wire_golden.numbers(operations)
+    names = list(numbers)
+    effects = names[names.index("SET") : names.index("CLONE") + 1]
+    assert listed.pop("effects of an entry") == effects
+    known = set(names[: names.index("SET")]) - {"WRITE_OP_END"}
+    assert sorted(name for those in listed.values() for name in those) == sorted(known)
+    for items, those in listed.items():
+        for name in those:
+            assert (numbers[name] < operations.WRITE_OP_END) == items.startswith("writes")

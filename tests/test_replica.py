@@ -9,18 +9,28 @@ import pytest
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import (
     ADD,
+    ANY_KEY,
+    APPEND,
     CHAIN_AT,
     COUNT,
+    DEADLINE_OF,
     DELETE,
     EXISTS,
     FREEZE,
     GET,
+    INCR,
     MGET,
     PAGE,
     PUT,
+    RENAME,
+    RESULTS_OF,
+    REVISION,
+    STORE,
+    TOUCH,
+    TRANSACTION,
     TTL,
 )  # fmt: skip
-from kvtcp.replication import copy_set
+from kvtcp.replication import copy_set, write_results
 from kvtcp.replication import replica as replica_module
 from kvtcp.replication.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replica
 from kvtcp.storage.copy import Copy
@@ -165,6 +175,60 @@ def test_results_in_pieces(replica: Replica) -> None:
     assert replica.applied == 3 + len(items)
     replica.begin(103, -1, [(PAGE, [0, 1], b"", None, 9, False, True)] * 3)
     assert not replica.run([], 1), "a page of several rows counts as a whole one"
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_results_of_writes_in_pieces(replica: Replica, asked: int) -> None:
+    """Values among the results of writes count too: of strings, and of a transaction. What nobody asked for is taken
+    while the batch goes on, so that what is kept of it is bounded."""
+    batch(replica, 101, (PUT, 0, 2, 0, b"a", b"x" * 100))
+    get = [[GET, b"a"], [APPEND, b"a", b"y"]]
+    items = [
+        (STORE, 0, 3, asked, b"a", b"z" * 100, 1, 0, 0, None, 1), (APPEND, 0, 4, asked, b"a", b"z"),
+        (TRANSACTION, 0, 5, asked, b"a", [], get), (INCR, 0, 6, asked, b"n", 1), (TOUCH, 0, 7, asked, b"a", 0, 0),
+        (RENAME, 0, 8, asked, b"a", b"b", 0),
+    ]  # fmt: skip
+    replica.begin(102, -1, items)
+    pieces = []
+    finished = False
+    while not finished:
+        piece: list[Any] = []
+        finished = replica.run(piece, 99)
+        pieces.append(piece)
+    if asked:
+        assert pieces == [
+            [b"x" * 100], [101, [[(b"z" * 101, 4, None), 102]]], [1, b"z" * 101 + b"y"], [1]
+        ]  # fmt: skip
+    else:
+        assert pieces == [[]]
+    assert replica.applied == 3 + len(items) and [entry[2] for entry in replica.take_logged()][3:] == list(range(3, 9))
+    found, size = replica._results.of(0, [3, 4, 5, 8])
+    assert found == [[b"x" * 100], [101], [[[(b"z" * 101, 4, None), 102]]], [1]] and size == 100 + 101 + 32
+
+
+def test_results_that_are_asked_for_again_fill_frames_too(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several shards may have lost their answering member at once, each with large results."""
+    monkeypatch.setattr(write_results, "RESULTS_BYTES_MAX", 99)
+    batch(replica, 102, *[(STORE, 0, seq, 0, b"a", b"x" * 60, 1, 0, 0, None, 1) for seq in (2, 3, 4, 5)])
+    replica.begin(103, -1, [(RESULTS_OF, 0, [2, 3, 4, 5]), (RESULTS_OF, 0, [5]), (RESULTS_OF, 0, [5])])
+    first: list[Any] = []
+    assert not replica.run(first, 99)
+    assert first == [[[b"va"], [b"x" * 60], [b"x" * 60]]], "the rest is to be asked for again"
+    second: list[Any] = []
+    assert not replica.run(second, 99) and second == [[[b"x" * 60]]] * 2
+    assert replica.run([], 99)
+
+
+def test_reads_of_strings(replica: Replica) -> None:
+    """Deadlines as times since 1970, revisions alone, any key with the number of keys."""
+    assert batch(
+        replica, 110, (DEADLINE_OF, 1, b"b"), (DEADLINE_OF, 0, b"a"), (DEADLINE_OF, 0, b"x"), (REVISION, 0, b"a"),
+        (REVISION, 1, b"x"), (ANY_KEY, [0, 1], 2), (ANY_KEY, [0, 1], 3), (ANY_KEY, [], 3),
+    ) == [(1, 150), (1, None), None, [1], None, (b"a", 2), (b"b", 2), (None, 0)]  # fmt: skip
+    late = batch(replica, 150, (DEADLINE_OF, 1, b"b"), (REVISION, 1, b"b"), (ANY_KEY, [0, 1], 1), (ANY_KEY, [1], 0))
+    assert late == [None, None, (b"a", 2), (None, 1)]
 
 
 def test_batch_before_the_last_is_finished(replica: Replica) -> None:

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from table_items import KEYS, LIMITS, Model, as_item, run_model, visible, write_items
+from table_items import HOT, KEYS, LIMITS, STAMP, Model, as_item, run_model, transactions, visible, write_items
 
 from kvtcp.constants import INTEGER_MAX, PURGE_KEYS_MAX, TTL_MS_MAX
 from kvtcp.errors import Code, DataError, ProtocolError
 from kvtcp.protocol import operations as op
 from kvtcp.storage.table import ChainError, SequenceError, Table
 
-STAMP = 1_700_000_000_000
-
 
 def plain(result: Any) -> Any:
-    """A result as the model gives it: an error without its sentence, which must be there."""
+    """A result as the model gives it: an error without its sentence, which must be there, also in a transaction."""
     if isinstance(result, list):
+        if len(result) == 1:
+            return [[plain(each) for each in result[0]]]
         code, message, details = result
         assert isinstance(message, str) and message
         return Code(code), details
@@ -33,6 +33,9 @@ def plain(result: Any) -> Any:
 def write(table: Table, kind: int, key: bytes, *args: Any, stamp_ms: int = STAMP) -> Any:
     """Apply the next item."""
     return table.apply([kind, table.shard, table.seq + 1, 0, key, *args], stamp_ms)
+
+
+BOOLEAN = (op.DELETE, op.EXPIRE, op.PERSIST, op.EXPIRE_IF, op.COPY, op.PUT_ALL)
 
 
 class TableMachine(RuleBasedStateMachine):
@@ -53,12 +56,25 @@ class TableMachine(RuleBasedStateMachine):
         chain, seq = self.table.chain, self.table.seq + 1
         result = self.table.apply(as_item(write, seq), self.stamp_ms)
         assert plain(result) == run_model(self.model, write, seq, self.stamp_ms)
-        assert isinstance(result, bool) == (write[0] in (op.DELETE, op.EXPIRE, op.PERSIST))
+        assert isinstance(result, bool) == (write[0] in BOOLEAN or (write[0] == op.STORE and not write[-1]))
         assert self.table.seq == seq
         assert self.table.chain == zlib.crc32(self.table.last_entry, chain)
         assert msgpack.unpackb(self.table.last_entry)[:3] == [0, seq, self.stamp_ms]
         assert self.replica.apply(tuple(as_item(write, seq)), self.stamp_ms) == result
         self.replayed.apply_entry(self.table.last_entry, self.table.chain)
+
+    @rule(
+        write=transactions(),
+        watched=st.lists(st.tuples(HOT, st.sampled_from([0, 0, 0, 0, 1])), min_size=1, max_size=3),
+        passed_ms=st.sampled_from([0, 0, 1, 5]),
+    )
+    def transaction_of_watched_keys(
+        self, write: tuple[Any, ...], watched: list[tuple[bytes, int]], passed_ms: int
+    ) -> None:
+        """The revisions are those that were read before, but for a few; keys may expire in between."""
+        seen = visible(self.model, self.stamp_ms)
+        pairs = [(key, (seen[key][1] if key in seen else 0) + wrong) for key, wrong in watched]
+        self.write([op.TRANSACTION, write[1], pairs, write[3]], passed_ms)
 
     @rule(count=st.integers(1, 40))
     def put_many(self, count: int) -> None:
@@ -77,6 +93,16 @@ class TableMachine(RuleBasedStateMachine):
         assert self.table.get(key, stamp_ms) == expected
         assert self.table.exists(key, stamp_ms) == (expected and expected[1])
         assert self.table.ttl(key, stamp_ms) == (expected and expected[1:])
+        assert self.table.deadline_of(key, stamp_ms) == (row and row[1:])
+
+    @rule(number=st.integers(0, 2**62), passed_ms=st.integers(0, 12))
+    def read_any_key(self, number: int, passed_ms: int) -> None:
+        """The key at this place of all that are physically there, or the next one that is visible."""
+        stamp_ms = self.stamp_ms + passed_ms
+        keys, seen = sorted(self.model), visible(self.model, stamp_ms)
+        place = number % len(keys) if keys else 0
+        following = [key for key in (*keys[place:], *keys[:place]) if key in seen]
+        assert self.table.any_key(number, stamp_ms) == (following[0] if following else None)
 
     @rule(
         lower=st.just(b"") | KEYS,
@@ -273,6 +299,12 @@ def entry(seq: int, *effects: Any) -> bytes:
         (entry(2, []), DataError),
         (entry(2, [op.SET, b"k", b"v"]), DataError),
         (entry(2, [op.DEADLINE, b"absent", 5]), DataError),
+        (entry(2, [op.PATCH, b"absent", 0, b"x"]), DataError),
+        (entry(2, [op.PATCH, b"a", 0]), DataError),
+        (entry(2, [op.CLONE, b"b", b"absent"]), DataError),
+        (entry(2, [op.SET, b"b", b"v", None], [op.DEADLINE, b"absent", 5]), DataError),
+        (entry(2, [op.REMOVE, b"a"], [op.PATCH, b"a", 0, b"x"]), DataError),
+        (entry(2, [op.REMOVE, b"a"], [op.CLONE, b"b", b"a"]), DataError),
         (entry(3), SequenceError),
     ],
 )

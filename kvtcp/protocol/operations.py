@@ -33,8 +33,9 @@ arguments `mode, ms`: KEEP_DEADLINE, NO_DEADLINE, IN_MS (from the stamp) or AT_M
     SETBIT       key, offset, bit              result: the old bit, or TOO_LARGE; bit 0 is the highest of byte 0
     INCR_DECIMAL key, by                       by and result: decimal texts; NOT_A_NUMBER, RANGE
     RENAME       key, new_key, if_absent       the deadline goes with it; result: RENAMED, NEW_KEY_EXISTS or NO_KEY
-    COPY         key, new_key, replace         so does a copy of it; result: bool
-    PUT_ALL      key, pairs, if_absent         [[key, value], ...] of one shard; result: bool, false if one was there
+    COPY         key, new_key, replace         a copy has the same one; result: bool
+    PUT_ALL      key, pairs, if_absent         [[key, value], ...] of one shard, without deadline; result: bool, false
+                 if `if_absent` and one of the keys was there
     TRANSACTION  key, watched, ops             [[key, rev], ...], rev 0 = absent; [[op, key, ...args], ...], writes and
                  reads of one key, of one shard, each sees those before it; result: [results], or nil if the revision of
                  a watched key is another one, or TOO_LARGE. An error is a result like others and undoes nothing.
@@ -54,7 +55,8 @@ Control items stand in the link's order too and have one result each:
     DROP         the copy is removed for good
     DONATE       the shard is frozen here, to be pulled under `token`. With `seq_min`, after an accepted loss, whatever
                  copy there is counts (none: as an empty one), its position is (epoch of the promise, seq_min, chain 0)
-    RESULTS_OF   results of writes that may be uncommitted, PUT excepted; nil = not known here
+    RESULTS_OF   results of writes that may be uncommitted, PUT excepted; nil = not known here. Of the first of them
+                 only, at least one, if they are large: the others are asked for again
     AUDIT        positions at this place in the link's order; nil = no live copy
 """
 
@@ -114,6 +116,7 @@ WIPE: Final = 4  # [WIPE]: every key of the shard is removed
 # [PATCH, key, offset, bytes]: they take the place of what is there, the value grows if they go beyond its end (after
 # zero bytes, if they begin there); the deadline stays
 PATCH: Final = 5
+CLONE: Final = 6  # [CLONE, key, source]: value and deadline become those that the source has
 
 # modes of deadlines
 KEEP_DEADLINE: Final = 0

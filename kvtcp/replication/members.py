@@ -222,8 +222,10 @@ class Members(Admission):
             if results is LINK_LOST:
                 self._ask(shard, orphans, asked)
                 return
+            if len(results) < len(orphans):  # they are large
+                self._ask(shard, orphans[len(results) :], asked)
             unknown = []
-            for orphan, found in zip(orphans, results, strict=True):
+            for orphan, found in zip(orphans, results, strict=False):
                 if found is None:
                     unknown.append(orphan)
                 else:

@@ -217,7 +217,7 @@ class Replica(CopySet):
         the rest; true at the end. It ends too when enough bytes of results are ready."""
         tables = self.tables
         stamp_ms = self._stamp_ms
-        made = self._made
+        made, made_bytes = self._made, 0
         for item in self._items:
             op = item[0]
             if op == PUT:
@@ -238,12 +238,17 @@ class Replica(CopySet):
                 result = table.apply(item, stamp_ms)
                 made.append((item[1], table.generation, table.seq, table.chain, table.last_entry))
                 self._made_results.append((item[1], table.seq, result))
+                size = result_bytes(result) if op >= STORE else 0
+                if size:
+                    made_bytes += size
+                    if made_bytes > results_bytes_max:  # what is kept of them is bounded when it is taken
+                        self._take_made()
+                        made, made_bytes = self._made, 0
                 if item[3]:
                     results.append(result)
-                    if op >= STORE:
-                        self.results_bytes += result_bytes(result)
-                        if self.results_bytes > results_bytes_max:
-                            return False
+                    self.results_bytes += size
+                    if self.results_bytes > results_bytes_max:
+                        return False
             elif op >= LEARN:
                 results.append(self._control(op, item))
                 return False
@@ -301,7 +306,9 @@ class Replica(CopySet):
             return self._donate(*item[1:4])
         if op == RESULTS_OF:
             self._take_made()
-            return self._results.of(item[1], item[2])
+            found, size = self._results.of(item[1], item[2])
+            self.results_bytes += size
+            return found
         if op == AUDIT:
             return [self._audit(shard) for shard in item[1]]
         raise ValueError(f"unknown operation {op} on the link")

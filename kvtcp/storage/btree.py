@@ -379,6 +379,8 @@ class BTree:
 
     def at(self, place: int) -> bytes:
         """The key that `place` others are below. Raises IndexError if there are not so many."""
+        if place >= self._size:
+            raise IndexError(f"no key at place {place}: there are {self._size}")
         node = self._root
         while isinstance(node, Inner):
             for child in node.children:

@@ -4,8 +4,10 @@ Pure. They are what clients of Redis expect of strings (append, set range, condi
 *evaluates* one item [op, shard, seq, answer, key, *args] to its result and its effects, as table.py says: it depends on
 nothing but what `visible` shows, the item and the stamp, so all replicas come to the same.
 
-Effects hold final values, and of a large value that is changed in one place only that place (PATCH). Where the limits
-of a value would be exceeded the result is an error and there is no effect.
+Effects hold final values, but of a value that is changed in one place only that place (PATCH), and of one that is
+copied where it is (CLONE). So an entry is about as large as its item, which is what the bounds of windows, of kept
+entries and of records of the log count on. Where the limits of a value would be exceeded the result is an error and
+there is no effect.
 
 Decimal texts are added exactly (`decimal`, 400 digits) and rounded to 17 places, which is what Redis prints of its
 80-bit floats: 0.1 + 0.2 is 0.3, on every machine.
@@ -56,8 +58,12 @@ def put_range(item: Item, cell: Cell | None, offset: int, data: bytes, result: i
     if new_bytes > VALUE_BYTES_MAX:
         text = f"the value of {show_bytes(key)} would have {new_bytes} bytes, the limit is {VALUE_BYTES_MAX}"
         return [int(Code.TOO_LARGE), text, {"value_bytes": new_bytes, "value_bytes_max": VALUE_BYTES_MAX}], []
-    effect = (op.SET, key, patched(b"", offset, data), None) if cell is None else (op.PATCH, key, offset, data)
-    return new_bytes if result is None else result, [effect]
+    effects: list[Effect] = []
+    if cell is None:
+        effects.append((op.SET, key, b"" if offset else data, None))
+    if cell is not None or offset:
+        effects.append((op.PATCH, key, offset, data))
+    return new_bytes if result is None else result, effects
 
 
 def deadline(mode: int, ms: int, stamp_ms: int, old_ms: int | None) -> int | None:
@@ -151,7 +157,7 @@ def decimal_of(text: bytes) -> Decimal | None:
     if len(text) > DECIMAL_BYTES_MAX or not _DECIMAL.fullmatch(text):
         return None
     number = Decimal(text.decode("ascii"))
-    return number if abs(number) <= _DECIMAL_MAX else None
+    return number if number.copy_abs() <= _DECIMAL_MAX else None  # abs() would round
 
 
 def _incr_decimal(view: View, item: Item, stamp_ms: int) -> Evaluated:
@@ -162,7 +168,7 @@ def _incr_decimal(view: View, item: Item, stamp_ms: int) -> Evaluated:
     if number is None or by is None:
         return [int(Code.NOT_A_NUMBER), f"the value of the key {show_bytes(key)} is not a decimal number", {}], []
     total = _ARITHMETIC.quantize(_ARITHMETIC.add(number, by), _PLACES)
-    if abs(total) > _DECIMAL_MAX:
+    if total.copy_abs() > _DECIMAL_MAX:
         return [int(Code.RANGE), f"the sum at the key {show_bytes(key)} is too large", {}], []
     text = format(total, "f").rstrip("0").rstrip(".").encode()
     text = b"0" if text in (b"-0", b"") else text
@@ -178,7 +184,7 @@ def _rename(view: View, item: Item, stamp_ms: int) -> Evaluated:
         return op.NEW_KEY_EXISTS, []
     if key == new_key:
         return op.RENAMED, []
-    return op.RENAMED, [(op.REMOVE, key), (op.SET, new_key, cell[0], cell[2])]
+    return op.RENAMED, [(op.CLONE, new_key, key), (op.REMOVE, key)]
 
 
 def _copy(view: View, item: Item, stamp_ms: int) -> Evaluated:
@@ -186,7 +192,7 @@ def _copy(view: View, item: Item, stamp_ms: int) -> Evaluated:
     cell = view.visible(key, stamp_ms)
     if cell is None or (not replace and view.visible(new_key, stamp_ms) is not None):
         return False, []
-    return True, [(op.SET, new_key, cell[0], cell[2])]
+    return True, [(op.CLONE, new_key, key)]
 
 
 def _put_all(view: View, item: Item, stamp_ms: int) -> Evaluated:

@@ -139,6 +139,8 @@ class Table:
             raise DataError(f"shard {self.shard}: an effect of entry {self.seq + 1} has the wrong number of fields")
         if seq != self.seq + 1:
             raise self._out_of_order(seq)
+        if len(effects) > 1 and self._lacks_one(effects):  # a single one raises before it changes anything
+            raise self._absent(seq)
         here = zlib.crc32(packed, self.chain)
         if chain is not None and chain != here:
             raise ChainError(
@@ -196,16 +198,34 @@ class Table:
                 self._change(effect[1], (effect[2], rev, effect[3]))
             elif kind == op.REMOVE:
                 self._change(effect[1], None)
-            elif kind in (op.DEADLINE, op.PATCH):
-                cell = self._index.get(effect[1])
+            elif kind in _NEEDED_KEY:
+                cell = self._index.get(effect[_NEEDED_KEY[kind]])
                 if cell is None:
-                    raise DataError(f"shard {self.shard}: entry {rev} changes a key that is absent")
+                    raise self._absent(rev)
                 if kind == op.DEADLINE:
                     self._change(effect[1], (cell[0], rev, effect[2]))
-                else:
+                elif kind == op.PATCH:
                     self._change(effect[1], (strings.patched(cell[0], effect[2], effect[3]), rev, cell[2]))
+                else:
+                    self._change(effect[1], (cell[0], rev, cell[2]))
             else:
                 self._replace_index(self._new_index(), Deadlines((), self._leaf_keys_max))
+
+    def _lacks_one(self, effects: Sequence[Effect]) -> bool:
+        """Whether one of several effects needs a key that is absent when its turn comes."""
+        there: dict[bytes, bool] = {}
+        for effect in effects:
+            kind = effect[0]
+            if kind in _NEEDED_KEY:
+                key = effect[_NEEDED_KEY[kind]]
+                if not there.get(key, self._index.get(key) is not None):
+                    return True
+            if kind != op.WIPE:  # which is always alone
+                there[effect[1]] = kind != op.REMOVE
+        return False
+
+    def _absent(self, seq: int) -> DataError:
+        return DataError(f"shard {self.shard}: entry {seq} changes a key that is absent")
 
     def _change(self, key: bytes, cell: Cell | None) -> None:
         """Set or (None) remove a cell, and tell the open scans and the deadlines."""
@@ -531,4 +551,5 @@ _EVALUATE: Final[dict[int, Callable[[Table, Item, int], Evaluated]]] = {
 }
 assert set(_EVALUATE) == set(op.WRITE_NAMES), "every write operation is evaluated"
 
-_EFFECT_FIELDS: Final = {op.SET: 4, op.REMOVE: 2, op.DEADLINE: 3, op.WIPE: 1, op.PATCH: 4}
+_EFFECT_FIELDS: Final = {op.SET: 4, op.REMOVE: 2, op.DEADLINE: 3, op.WIPE: 1, op.PATCH: 4, op.CLONE: 3}
+_NEEDED_KEY: Final = {op.DEADLINE: 1, op.PATCH: 1, op.CLONE: 2}  # field with a key that has to be there

@@ -52,13 +52,16 @@ class Overlay:
         if kind == op.REMOVE:
             self.changed[key] = None
             return
-        cell = self.visible(key, stamp_ms)
+        cell = self.visible(effect[2] if kind == op.CLONE else key, stamp_ms)
         assert cell is not None, "these effects are of keys that are there"
         if kind == op.DEADLINE:
             self.changed[key] = (cell[0], self.seq, effect[2])
+        elif kind == op.CLONE:
+            self.effect_bytes += len(effect[2])
+            self.changed[key] = (cell[0], self.seq, cell[2])
         else:
             self.effect_bytes += len(effect[3])
-            self.copied_bytes += len(cell[0])
+            self.copied_bytes += max(len(cell[0]), effect[2] + len(effect[3]))
             if self.copied_bytes <= TRANSACTION_COPY_BYTES_MAX:
                 self.changed[key] = (patched(cell[0], effect[2], effect[3]), self.seq, cell[2])
 
@@ -113,11 +116,18 @@ def _read(view: View, number: int, key: bytes, stamp_ms: int) -> Any:
 
 
 def result_bytes(result: Any) -> int:
-    """About the bytes of the values in a write's result."""
+    """About the bytes of a write's result, if it has values or is that of a transaction; others are small."""
     if type(result) is bytes:
         return len(result)
     if type(result) is not list or len(result) != 1:
         return 0
     results: Sequence[Any] = result[0]
-    sizes = [len(r) if type(r) is bytes else len(r[0]) if type(r) is tuple else 0 for r in results]
-    return sum(sizes) + 16 * len(sizes)
+    size = 16 * len(results)
+    for each in results:
+        if type(each) is bytes:
+            size += len(each)
+        elif type(each) is tuple:  # a cell
+            size += len(each[0])
+        elif type(each) is list:  # an error
+            size += 64 + len(each[1])
+    return size
