@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 # of `make run`
 MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos redis-suite compiled pure bench clean
+.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos redis-suite compiled pure bench bench-full
+.PHONY: bench-check bench-report clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
@@ -75,8 +77,28 @@ pure:
 	find . -path ./$(VENV) -prune -o \( -name '*.cpython-*.so' -o -name '*__mypyc*.so' \) -print | xargs -r rm -f
 	rm -rf build
 
+# six figures in two minutes: an indication
 bench: $(READY)
-	$(BIN)/python bench/run_bench.py
+	$(BIN)/python bench/run_bench.py --quick
+
+# what bench-full compares with and draws; the servers among the peers: apt-get install redis-server redis-tools
+# nutcracker memcached etcd-server etcd-client
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[bench,peers]'
+	touch $(PEERS)
+
+# everything, at most an hour, with verdicts, then docs/performance.md; SUITES=<names>: only these, without the page
+bench-full: $(PEERS)
+	$(BIN)/python bench/run_bench.py $(SUITES)
+	$(if $(SUITES),,$(BIN)/python bench/report.py)
+
+# docs/performance.md and its charts from the newest full run
+bench-report: $(PEERS)
+	$(BIN)/python bench/report.py
+
+# what became slower by more than 10 % since BASE=<commit> (default: the last tag, or HEAD~1); ROUNDS=<number>
+bench-check: $(READY)
+	$(BIN)/python bench/check.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(BASE)
 
 clean:
 	rm -rf $(VENV) .redis-suite build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

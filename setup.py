@@ -15,6 +15,8 @@ VERSION = re.search(r'^__version__ = "([^"]+)"$', (HERE / "kvtcp" / "_version.py
 
 SHELL = ["prompt_toolkit>=3.0.40", "rich>=13.0"]
 BENCH = ["BTrees>=6.0", "sortedcontainers>=2.4"]
+# what `make bench-full` compares with and draws; servers among the peers are Debian's packages
+PEERS = ["lmdb>=1.4", "pysyncobj>=0.3.12", "matplotlib>=3.8"]
 TEST = [
     "pytest>=8.0",
     "pytest-asyncio>=0.24",
@@ -56,7 +58,7 @@ setup(
     package_data={"kvtcp": ["py.typed"]},
     ext_modules=extensions(),
     install_requires=["msgpack>=1.0.8", "uvloop>=0.21; sys_platform != 'win32'"],
-    extras_require={"shell": SHELL, "bench": BENCH, "test": TEST},
+    extras_require={"shell": SHELL, "bench": BENCH, "peers": PEERS, "test": TEST},
     entry_points={
         "console_scripts": [
             "kvtcp-coordinator = kvtcp.server.coordinator_main:main",

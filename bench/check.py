@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """The guard against becoming slower: `bench/check.py [BASE [HEAD]] [--rounds N] [--limit SHARE]`.
 
-Measures two commits with the same probe (`bench.probe` of this checkout) and tells every figure of HEAD that is worse by
-more than the limit; then the exit code is 1. Each commit stands in a git worktree of its own in a temporary directory,
-with the bench/ of this checkout laid over it, so that both are measured by the same code; their servers and clients are
-their own. They take turns, in random order in each round; what counts is the median of the ratios of one round.
+Measures two commits with the same probe (`bench.probe` of this checkout) and tells every figure of HEAD that is worse
+by more than the limit; then the exit code is 1. Each commit stands in a git worktree of its own in a temporary
+directory, with the bench/ of this checkout laid over it, so that both are measured by the same code; their servers and
+clients are their own. They take turns, in random order in each round; what counts is the median of the ratios of one
+round. On a machine that does other things too, look at min-max, and measure again with more rounds.
 
-BASE is by default the last tag before HEAD, or HEAD~1 if there is none.
+BASE is by default the last tag before HEAD, or HEAD~1 if there is none. `--compile` builds the compiled modules in one
+or both of them first; `bench/check.py HEAD HEAD --compile head` shows what compiling is worth.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import tables  # noqa: E402 - the path comes first
-from bench.measure import HIGHER_IS_BETTER  # noqa: E402
+from bench.measure import HIGHER_IS_BETTER, compiled_modules  # noqa: E402
 
 LIMIT = 0.10
 ROUNDS = 5
@@ -86,7 +88,8 @@ def rows_of(found: Sequence[Change], limit: float) -> list[list[str]]:
 
 def git(*arguments: str) -> str:
     """What git prints. Raises CalledProcessError."""
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def default_base(head: str) -> str:
@@ -95,6 +98,14 @@ def default_base(head: str) -> str:
         return git("describe", "--tags", "--abbrev=0", f"{head}^")
     except subprocess.CalledProcessError:
         return f"{head}~1"
+
+
+def compile_in(place: Path) -> None:
+    """Build what the checkout's setup.py compiles. Raises RuntimeError if it compiles nothing."""
+    environment = {**os.environ, "KVTCP_COMPILE": "1", "PYTHONPATH": str(place)}
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=place, env=environment, check=True)
+    if not compiled_modules(place):
+        raise RuntimeError(f"setup.py of {place.name} compiles no module")
 
 
 @contextmanager
@@ -145,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("head", nargs="?", default="HEAD", help="default: %(default)s")
     command.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
     command.add_argument("--limit", type=float, default=LIMIT, help="share that is too much (default: %(default)s)")
+    command.add_argument("--compile", choices=("base", "head", "both"), help="build compiled modules there first")
     command.add_argument("--seed", type=int, default=1, help="of keys and order (default: %(default)s)")
     return command
 
@@ -159,6 +171,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kvtcp-bench-") as directory:
         places = [Path(directory) / side for side in ("base", "head")]
         with checkout(base, places[0]) as first, checkout(options.head, places[1]) as second:
+            for place in (first, second):
+                if options.compile in (place.name, "both"):
+                    compile_in(place)
             rounds = run_rounds(first, second, options.rounds, options.seed)
     found = changes(rounds)
     print(f"base {base} ({names[0]}), head {options.head} ({names[1]}), {options.rounds} rounds, seed {options.seed}\n")

@@ -280,6 +280,12 @@ def commit_of(root: Path = ROOT) -> str:
     return done.stdout.strip() or "unknown"
 
 
+def compiled_modules(root: Path = ROOT) -> list[str]:
+    """Modules of a checkout that run compiled, since their extension stands beside the source."""
+    files = (root / "kvtcp").rglob("*.so")
+    return sorted({str(file.parent.relative_to(root) / file.name.partition(".")[0]) for file in files})
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     versions = {}
@@ -295,6 +301,7 @@ def machine() -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit_of(),
+        "compiled": compiled_modules(),
         "python": platform.python_version(),
         "kernel": platform.release(),
         "cpu": cpu,

@@ -1,4 +1,4 @@
-"""A short measurement of one checkout, for `bench.check`: `python -m bench.probe [--seed N]` prints its figures as JSON.
+"""A short measurement of one checkout, for `bench.check`: `python -m bench.probe [--seed N]` prints JSON.
 
     {"package": where kvtcp was imported from, "figures": {name: [value, unit]}}
 
@@ -26,6 +26,7 @@ from bench.measure import resident_bytes, usage_s
 KEYS = 50_000
 OPERATIONS = 24_000
 RESP_REQUESTS = 100_000
+REPEATED = 5  # of what takes a tenth of a second
 Figures = dict[str, tuple[float, str]]
 
 
@@ -161,6 +162,12 @@ def restart(seed: int) -> Figures:
         return {"restart from the log": (start_node(Path(name) / "n1"), "s")}
 
 
+def best_of(part: Callable[[int], Figures], seed: int) -> Figures:
+    """The least of a few: what lies above it is not the code's."""
+    repeated = [part(seed + number) for number in range(REPEATED)]
+    return {name: (min(each[name][0] for each in repeated), unit) for name, (_, unit) in repeated[0].items()}
+
+
 def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -169,7 +176,7 @@ def main() -> None:
     figures: Figures = {}
     for part in (tree, codec, served, scan, restart):
         try:
-            figures |= part(seed)
+            figures |= best_of(part, seed) if part in (tree, codec) else part(seed)
         except (ImportError, AttributeError, TypeError) as error:
             print(f"probe: {part.__name__} cannot be measured in this checkout: {error}", file=sys.stderr)
     print(json.dumps({"package": kvtcp.__file__, "figures": figures}))

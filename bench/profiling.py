@@ -7,7 +7,9 @@ written to FILE as JSON: `{"samples": n, "functions": {"module:function": count,
 What runs in C counts for the Python function that called it. An interruption is served when the main thread runs Python
 again: what the event loop does between callbacks (polling, reading sockets) and what other threads do meanwhile, such
 as the one that syncs the log, counts mostly for the function that is called next, `data_received` above all, and for
-`loop` if that is none of the package. The interruptions cost a few per cent, the same for all functions.
+`loop` if that is none of the package. Compiled functions are not seen either and
+count for their callers: for the finest picture profile the plain source (`make pure`). The interruptions cost a few per
+cent, the same for all functions.
 """
 
 from __future__ import annotations

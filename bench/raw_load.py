@@ -78,10 +78,10 @@ class _Connection:
             self._received += data
         if self._left > 0:
             return False
-        if self._is_first and bytes(self._received) != self._expected:
-            raise AssertionError(f"the server answered {bytes(self._received[:200])!r} instead of what was asked")
         if self._left < 0:
             raise AssertionError("the server answered more than was asked")
+        if self._is_first and bytes(self._received) != self._expected:
+            raise AssertionError(f"the server answered {bytes(self._received[:200])!r} instead of what was asked")
         self._is_first = False
         return True
 

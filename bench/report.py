@@ -46,6 +46,12 @@ loops are timed from the intended send. CPU time is that of all threads of a pro
 times: 1 would be the floor itself, which is what the machine and CPython need by themselves for the least that must be
 done. Systems with different promises are never in one chart.
 """
+PROFILE = """\
+## Where each microsecond goes
+
+CPU time per operation by a sampling profiler; what runs in C, and what the event loop does before it calls, counts for
+the Python function beside it.
+"""
 EMPTY = """\
 No full run is kept in `bench/results/` for this version yet: `make bench-full` makes one, and this page from it.
 """
@@ -55,8 +61,10 @@ def machine_text(about: dict[str, Any], took_s: dict[str, float]) -> str:
     """What it was measured on."""
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items() if number != "not installed")
     programs = ", ".join(f"{name} {number}" for name, number in about.get("programs", {}).items())
+    compiled = about.get("compiled", [])
+    how = f"{len(compiled)} modules compiled by mypyc" if compiled else "plain Python, nothing compiled"
     return (
-        f"Measured {about['time'][:10]} at commit `{about['commit']}`: {about['cpu']}, {about['cores']} cores, kernel "
+        f"Measured {about['time'][:10]} at commit `{about['commit']}` ({how}): {about['cpu']}, {about['cores']} cores, kernel "
         f"{about['kernel']}, Python {about['python']}, {packages}; {programs}. Servers, peers and load generator share "
         f"these cores. The run took {sum(took_s.values()) / 60:.0f} minutes.\n"
     )
@@ -90,8 +98,7 @@ def section_profile(results: Sequence[Result]) -> str:
     rows = [row for row in results if "modules" in row]
     if not rows:
         return ""
-    text = "## Where each microsecond goes\n\nCPU time per operation by a sampling profiler; what runs in C, and what the "
-    text += "event loop\ndoes before it calls, counts for the Python function beside it.\n"
+    text = PROFILE
     for target in dict.fromkeys(row["target"] for row in rows):
         cells = [["", "us", "share"]]
         for row in rows:

@@ -32,21 +32,21 @@ from bench.measure import Options, Result, machine  # noqa: E402
 
 # suite -> its module, and the minutes it takes in full on two cores; those that targets need come first
 SUITES: dict[str, tuple[str, float]] = {
-    "floors": ("bench.floors", 1),
+    "floors": ("bench.floors", 0.5),
     "btree": ("bench.btree_suite", 9),
-    "codec": ("bench.codec_suite", 1),
+    "codec": ("bench.codec_suite", 0.5),
     "peers": ("bench.peers_suite", 13),
     "scan": ("bench.scan_suite", 1.5),
     "memory": ("bench.memory_suite", 4),
     "recovery": ("bench.recovery_suite", 3),
     "scale": ("bench.scale_suite", 5),
     "durability": ("bench.durability_suite", 4),
-    "network": ("bench.network_suite", 2),
+    "profile": ("bench.profile_suite", 1),
+    "network": ("bench.network_suite", 1.5),
     "replication": ("bench.replication_suite", 4),
     "ycsb": ("bench.ycsb_suite", 5),
     "failover": ("bench.failover_suite", 4),
     "catchup": ("bench.catchup_suite", 3),
-    "profile": ("bench.profile_suite", 1),
 }
 MINUTES_MAX = 60.0
 RESULTS = ROOT / "bench" / "results"
@@ -76,7 +76,8 @@ def chosen(command: argparse.ArgumentParser, names: list[str]) -> list[str]:
 def file_of(about: dict[str, Any], names: list[str], quick: bool) -> Path:
     """Where the figures go if nobody says; those of --quick are not kept."""
     what = "quick" if quick else "-".join(names) if len(names) < len(SUITES) else "full"
-    return RESULTS / f"{what}-{about['commit']}.json{'.tmp' if quick else ''}"
+    compiled = "-compiled" if about["compiled"] else ""
+    return RESULTS / f"{what}-{about['commit']}{compiled}.json{'.tmp' if quick else ''}"
 
 
 class Run:
@@ -159,8 +160,8 @@ def main() -> int:
     about = {**machine(), "programs": peers.versions()}
     packages = ", ".join(f"{name} {number}" for name, number in {**about["packages"], **about["programs"]}.items())
     print(
-        f"kvtcp {about['commit']}, Python {about['python']}, {about['cpu']}, {about['cores']} cores, "
-        f"load {about['load']:.1f}\n{packages}"
+        f"kvtcp {about['commit']}, {len(about['compiled'])} modules compiled, Python {about['python']}, {about['cpu']}, "
+        f"{about['cores']} cores, load {about['load']:.1f}\n{packages}"
     )
     asked = Options(options.quick, options.seed, options.runs, options.keys)
     run = Run(asked, options.json or file_of(about, names, options.quick), about)
