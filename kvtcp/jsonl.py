@@ -5,7 +5,8 @@ Pure. A line is one JSON object:
     {"key": "user:1", "value": "Ada", "rev": 7, "ttl_ms": 60000}
 
 `key_b64` / `value_b64` (standard base64) stand instead of `key` / `value` only when the bytes are not UTF-8. `rev` and
-`ttl_ms` are left out or null where there is none. Other fields are refused, and so is a field given twice, so that
+`ttl_ms` are left out or null where there is none; more than TTL_MS_MAX (clients of Redis may give any deadline) is
+written as that, which every reader takes. Other fields are refused, and so is a field given twice, so that
 nothing is lost in silence. `decode_pair` is the only reader: whoever reads such a line gets the same checks and the
 same sentences.
 
@@ -50,7 +51,7 @@ def encode_pair(key: bytes, value: bytes, rev: int | None = None, ttl_ms: int | 
     if rev is not None:
         line += f', "rev": {rev}'
     if ttl_ms is not None:
-        line += f', "ttl_ms": {ttl_ms}'
+        line += f', "ttl_ms": {min(ttl_ms, TTL_MS_MAX)}'
     return line + "}"
 
 

@@ -51,6 +51,14 @@ def test_base64_only_where_it_is_needed(pair: Pair) -> None:
     assert fields.get("ttl_ms") == pair.ttl_ms and ("ttl_ms" in fields) == (pair.ttl_ms is not None)
 
 
+def test_a_time_to_live_beyond_the_limit() -> None:
+    """Deadlines that are given as a time since 1970 may be farther away than any time to live: a backup of such a key
+    can be read and restored, with the longest time that there is."""
+    line = encode_pair(b"k", b"v", 7, INTEGER_MAX)
+    assert decode_pair(line, "f", 1) == Pair(b"k", b"v", 7, TTL_MS_MAX)
+    assert encode_pair(b"k", b"v", 7, TTL_MS_MAX) == line
+
+
 def test_the_line_is_this_one() -> None:
     """The form in the documentation, to the character: files are compared by diff and by hash."""
     assert encode_pair(b"user:1", "Zo\xeb \"\\\n".encode(), 7, 60000) == (
