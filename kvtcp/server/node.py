@@ -54,7 +54,6 @@ from kvtcp.protocol.link import (
     LEARN_FAILED,
     LEARNED,
     LEAVE,
-    LINK_VERSION,
     PULL,
     REFUSED,
     REPORT,
@@ -64,9 +63,9 @@ from kvtcp.protocol.link import (
     SPACE,
     STATS,
     STOP,
-    TOLD,
 )
 from kvtcp.replication.replica import Refused, Replica
+from kvtcp.server import node_callers
 from kvtcp.server.backup_job import BackupJob
 from kvtcp.server.donations import Donations, DonationStream
 from kvtcp.server.durability import Durability
@@ -111,9 +110,9 @@ class LinkConnection(FramedConnection):
             elif message[0] == HELLO and not self.accepted and len(message) == 2:
                 self.server.hello(self, message[1])
             elif message[0] == GIVE and not self.accepted and len(message) == 2:
-                self.server.give(self, message[1])
+                node_callers.give(self.server, self, message[1])
             elif message[0] == ASK and not self.accepted and len(message) == 2:
-                self.server.asked(self, message[1])
+                node_callers.ask(self.server, self, message[1])
             elif self.accepted and _FRAME_TYPES.get(message[0]) == tuple(map(type, message)):
                 self.inbox.append(message)
             elif self.accepted and message[0] == STOP:
@@ -228,6 +227,7 @@ class NodeServer:
         self._leaving: asyncio.TimerHandle | None = None  # the coordinator was told that this node is about to stop
         self._server: asyncio.Server | None = None
         self._local_server: asyncio.AbstractServer | None = None
+        self._local_path: Path | None = None
         self._jobs: set[BackupJob] = set()
         self._catching_up = False  # the next slice of a buffer is due
         self.donations = Donations(self.loop, self.replica)
@@ -288,6 +288,7 @@ class NodeServer:
             try:
                 with suppress(FileNotFoundError):
                     os.unlink(local)  # of a process that is gone: this one has the directory
+                self._local_path = local
                 self._local_server = await self.loop.create_unix_server(lambda: LinkConnection(self), str(local))
             except OSError as error:  # it is served at its port all the same
                 log.warning("event=no-local-socket node=%s reason=%s", self.replica.node, error)
@@ -339,36 +340,10 @@ class NodeServer:
             manifest.map_version, manifest.map = replica.map_version, replica.map
             self.durability.write_manifest(replica.copies.values(), lambda: self._report(connection, report))
 
-    def asked(self, connection: LinkConnection, fields: Any) -> None:
-        """Somebody rebuilds a lost cluster map: tell what is here, as a restart would find it. Changes nothing."""
-        names = (b"cluster", b"secret", b"node")
-        if type(fields) is not dict or not all(type(fields.get(name)) is bytes for name in names):
-            raise ProtocolError("an ASK lacks fields")
-        code = why = ""
-        if fields.get(b"version") != LINK_VERSION:
-            code, why = "VERSION", f"this node speaks link version {LINK_VERSION}"
-        elif self.secret is not None and not hmac.compare_digest(fields[b"secret"], self.secret.encode()):
-            code, why = "SECRET", "the cluster's secret is not the one of this node"
-        elif self.cluster is not None and fields[b"cluster"] != self.cluster.encode():
-            code, why = "CLUSTER", f"this node belongs to cluster {self.cluster}"
-        elif fields[b"node"] not in (b"", self.replica.node.encode()):
-            code, why = "NODE", f"this is node {self.replica.node}"
-        if code:
-            connection.send((REFUSED, code, why, self.replica.promised, self.replica.map_version))
-            connection.close()
-            return
-        told = self.replica.report()
-        told["map"] = (self.replica.map if self.durability is None else self.durability.store.manifest.map) or None
-        told["linked"] = self._link is not None
-
-        def tell() -> None:
-            connection.send((TOLD, told))
-            connection.close()
-
-        if self.durability is None:
-            tell()
-        else:
-            self.durability.when_durable(tell)
+    @property
+    def is_linked(self) -> bool:
+        """Whether there is a coordinator."""
+        return self._link is not None
 
     def _report(self, connection: LinkConnection, report: dict[str, Any]) -> None:
         """What the report says is durable: send it, and take frames from now on."""
@@ -434,28 +409,6 @@ class NodeServer:
             self.durability.when_durable(send)
 
     # --- learning -----------------------------------------------------------------------------------
-
-    def give(self, connection: LinkConnection, fields: Any) -> None:
-        """Another node comes for what this one donates."""
-        if type(fields) is not dict or not all(type(fields.get(name)) is bytes for name in (b"cluster", b"secret")):
-            raise ProtocolError("a GIVE lacks fields")
-        code, why = "TOKEN", "nothing is donated under this token, or not any more"
-        if fields.get(b"version") != LINK_VERSION:
-            code, why = "VERSION", f"this node speaks link version {LINK_VERSION}"
-        elif (
-            self.secret is None
-            or self.cluster is None
-            or not hmac.compare_digest(fields[b"secret"], self.secret.encode())
-            or fields[b"cluster"] != self.cluster.encode()
-        ):
-            code, why = "SECRET", "cluster and secret are not those of this node"
-        else:
-            connection.stream = self.donations.give(connection, fields)
-            if connection.stream is not None:
-                return
-        log.warning("event=give-refused peer=%s code=%s reason=%s", connection.peer, code, why)
-        connection.send((REFUSED, code, why, self.replica.promised, self.replica.map_version))
-        connection.close()
 
     def replica_changed(self) -> None:
         """Copies were changed without a batch: log it and tell it; what waits in buffers is applied in slices."""
@@ -622,6 +575,9 @@ class NodeServer:
         for server in (self._server, self._local_server):
             if server is not None:
                 server.close()
+        if self._local_path is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(self._local_path)
         if self.durability is not None:
             await self.durability.close()
         for connection in list(self.connections):
