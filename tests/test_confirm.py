@@ -10,6 +10,7 @@ from replication_fakes import Cluster
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT, GET
+from kvtcp.replication import admission, progress
 from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.multi_read import count_read
@@ -209,3 +210,28 @@ def test_refusals_need_no_confirmation() -> None:
     cluster.get("read")
     cluster.sequencer.multi_read(count_read([0], b"", None, cluster.answers, "count"))
     assert cluster.answers.failed["read"][0] == cluster.answers.failed["count"][0] == Code.SHARD_DOWN
+
+
+def test_a_link_without_room_is_asked_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of a node that hangs do not pile up; when it answers again it is asked for all reads since. A node without
+    shards is never asked."""
+    for module in (admission, progress):
+        monkeypatch.setattr(module, "WINDOW_ITEMS_MAX", 64)
+    cluster = Confirming(nodes=4, min_insync=1)
+    [idle] = [node for node, link in cluster.sequencer.links.items() if not link.shards]
+    hanging = cluster.sequencer.links[next(node for node in cluster.replicas if node != idle)]
+    rounds = 0
+    while not hanging.full:
+        cluster.get(f"read {rounds}", 0)
+        cluster.sequencer.close_batches()
+        rounds += 1
+    items = hanging.items
+    for number in range(5):
+        cluster.get(f"late {number}", 0)
+        cluster.sequencer.close_batches()
+    assert hanging.items == items and rounds > 10
+    assert cluster.sequencer.links[idle].items == 0
+    for _ in range(3):
+        cluster.pump(*cluster.replicas)
+        cluster.sequencer.close_batches()
+    assert all(cluster.answers.ok[f"late {number}"] is None for number in range(5))

@@ -54,6 +54,7 @@ class ConfirmingSequencer(Sequencer):
         super().__init__(cluster_map)
         self._round = 1  # of the reads that arrive in this tick
         self._is_asked = False  # a read arrived in it
+        self._unasked: set[Progress] = set()  # links to ask for the last round, as soon as they have room
         self._confirmed: dict[Progress, int] = {}  # the last round that each link answered as what it is now
         # (deadline_ms, shards, round, sink, token, result)
         self._unconfirmed: list[tuple[int, Sequence[int], int, Sink, Any, Any]] = []
@@ -73,10 +74,12 @@ class ConfirmingSequencer(Sequencer):
         """See Sequencer.close_batches."""
         if self._is_asked:
             self._is_asked = False
-            for link in self.links.values():
-                if link.connected:
-                    self.call(link, (AUDIT, []), self._prober(link, self._round))
+            self._unasked = {link for link in self.links.values() if link.shards}
             self._round += 1
+        for link in self.links.values():
+            if link in self._unasked and link.connected and not link.full:
+                self._unasked.discard(link)
+                self.call(link, (AUDIT, []), self._prober(link, self._round - 1))
         return super().close_batches()
 
     def _prober(self, link: Progress, round_: int) -> Any:
