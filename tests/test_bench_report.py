@@ -105,7 +105,8 @@ def a_run() -> dict[str, Any]:
     rows.append({"suite": "profile", **make_row("RF 1 memory, SET depth 16", "nodes", "us/op", [4.0], **parts)})
     about = {
         "time": "2030-01-02T03:04:05+00:00", "commit": "abc", "compiled": [], "cpu": "a processor",
-        "cores": 2, "kernel": "6", "python": "3.11", "packages": {"msgpack": "1", "lmdb": "not installed"}, "programs": {"etcd": "3"},
+        "cores": 2, "kernel": "6", "python": "3.11", "programs": {"etcd": "3"},
+        "packages": {"msgpack": "1", "lmdb": "not installed"},
     }  # fmt: skip
     skipped = [{"target": "twemproxy", "why": "nutcracker is not installed"}]
     return {"machine": about, "took_s": {"peers": 90.0}, "skipped": skipped, "failed": ["ycsb"], "results": rows}
