@@ -162,6 +162,9 @@ def main() -> int:
     options = parser.parse_args()
     file = options.file or newest(ROOT / "bench" / "results")
     run = json.loads(file.read_text()) if file is not None else None
+    if run is not None and run["quick"]:
+        print(f"report: {file} is of a quick run: an indication, from which no page is made", file=sys.stderr)
+        return 2
     charts: list[str] = []
     if run is not None and importlib.util.find_spec("matplotlib") is None:
         print("report: matplotlib is not installed (pip install '.[peers]'): no charts", file=sys.stderr)

@@ -136,6 +136,16 @@ def test_the_newest_run_is_taken(tmp_path: Path) -> None:
     assert report.newest(tmp_path / "none") is None
 
 
+def test_a_quick_run_gives_no_page(tmp_path: Path) -> None:
+    """It has no verdicts, so it must not look like a measurement."""
+    file, page = tmp_path / "quick.json", tmp_path / "page.md"
+    file.write_text(json.dumps({**a_run(), "quick": True}))
+    command = [sys.executable, str(ROOT / "bench" / "report.py"), str(file), "--into", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "is of a quick run" in done.stderr
+    assert not page.exists()
+
+
 def test_charts_are_drawn_and_keep_classes_apart(tmp_path: Path) -> None:
     """One file for each class of durability, the same bytes for the same figures."""
     pytest.importorskip("matplotlib")
