@@ -43,6 +43,7 @@ model: $(READY)
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
 	$(BIN)/python tests/fuzz_resp.py $(or $(FUZZ),1000000) $(SEED)
+	$(BIN)/python tests/fuzz_resp_sockets.py $(or $(FUZZ),20000) $(SEED)
 
 # SEEDS=<number> and SEED=<seed>: the first of them, or the only one, to tell its story again
 sim: $(READY)

@@ -100,7 +100,8 @@ class Model:
         for _ in range(count):
             byte = yield
             if byte != ord("$"):
-                raise Refused(f"expected '$', got '{chr(byte)}'")
+                shown = chr(byte).encode("unicode_escape").decode()
+                raise Refused(f"expected '$', got '{shown}'")
             length = yield from self._header(byte, "too big bulk count string")
             if length is None or length < 0 or length > VALUE_BYTES_MAX:
                 raise Refused("invalid bulk length")

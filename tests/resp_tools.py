@@ -45,6 +45,18 @@ class Asked:
 
 
 @dataclass
+class FakeShard:
+    """Whether writes wait for it, and whether all its members are there."""
+
+    waiting: bool = False
+    whole: bool = True
+
+    def is_whole(self) -> bool:
+        """As of a ShardState."""
+        return self.whole
+
+
+@dataclass
 class FakeSequencer:
     """Remembers what it is asked. Reads over ranges are answered from `keys` by `answer_reads`."""
 
@@ -53,6 +65,8 @@ class FakeSequencer:
     keys: list[bytes] = field(default_factory=list)  # sorted
     refuses: tuple[int, str] | None = None  # everything is refused at once
     map: Any = field(default_factory=lambda: SimpleNamespace(shards=SHARDS))
+    waiting_items: int = 0
+    shards: list[Any] = field(default_factory=lambda: [FakeShard() for _ in range(SHARDS)])
 
     def write(self, number: int, shard: int, key: bytes, args: Any, size: int, sink: Any, token: Any) -> None:
         """A write."""

@@ -5,7 +5,8 @@ does not know it; it gives up after a while, and whatever it is told then counts
 request is answered twice. The outcome of a write that was not answered is unknown: it may have happened, or happen yet.
 
 `Request` is the sink of its answer. Each hot key has a history in the terms of the checker of linearizability; keys
-with a time to live, and counts of many shards at once, are asked for too, and their answers have to come.
+with a time to live, and counts of many shards at once, are asked for too, and their answers have to come. Two of the
+hot keys, of one shard, are written by transactions only, both with the same value: nobody may ever see them differ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, GET, INCR, PUT, TTL
+from kvtcp.protocol.operations import (
+    ADD,
+    ALWAYS,
+    APPEND,
+    CAS,
+    DELETE,
+    EXISTS,
+    GET,
+    INCR,
+    NO_DEADLINE,
+    PUT,
+    STORE,
+    TRANSACTION,
+    TTL,
+)
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
 from kvtcp.testing.linearizability import Operation, check_history
 from tests.simulation_disk import MEMORY
@@ -28,11 +43,12 @@ OPERATIONS_MAX = 1_800  # of all keys together, so of each hot key less than a t
 PATIENCE_MS = 700  # a client waits so long
 REFUSED = {Code.OVERLOADED, Code.NOT_ENOUGH_REPLICAS, Code.SHARD_DOWN, Code.NO_SPACE}
 COUNTER = b"n"
+PAIR = (b"e", b"f")
 COLD = b"zcold"  # these have a time to live
 CHECK_BUDGET = 500_000  # steps of the checker for one key; what takes more is counted as not decided
 
 READS = ("get", "get", "get", "exists", "ttl", "mget", "scan")
-WRITES = ("put", "put", "put", "delete", "add", "cas")
+WRITES = ("put", "put", "delete", "add", "cas", "swap", "append")
 
 
 class Request:
@@ -67,13 +83,24 @@ class Request:
         if kind in ("put", "add", "cas"):
             self.seq = result
             self.results = ["ok" if kind == "put" else True]
-            self._saw(0, result)
+            self._saw(0, result, is_new=True)
         elif kind in ("get", "mget"):
             cells = [result] if kind == "get" else result
             self.results = [None if cell is None else int(cell[0]) for cell in cells]
             for at, cell in enumerate(cells):
                 if cell is not None:
                     self._saw(at, cell[1])
+        elif kind == "swap":
+            self.results = [None if result is None else int(result)]
+        elif kind == "pair":
+            require(type(result) is list and len(result) == 4, f"a transaction gave {result!r}", self.shard)
+            *cells, self.seq, other_seq = result
+            require(self.seq == other_seq, f"one transaction has revisions {self.seq} and {other_seq}", self.shard)
+            self.results = [None if cell is None else int(cell[0]) for cell in cells]
+            for at, cell in enumerate(cells):
+                if cell is not None:
+                    self._saw(at, cell[1])
+                self._saw(at, self.seq, is_new=True)
         elif kind == "scan":
             found = {row[0]: row for row in result[0]}
             self.results = [int(found[key][1]) if key in found else None for key, _ in self.targets]
@@ -85,6 +112,8 @@ class Request:
             self.results = [result is not None]
         else:
             self.results = [result]
+        seen = [value for (key, _), value in zip(self.targets, self.results, strict=False) if key in PAIR]
+        require(len(seen) < 2 or seen[0] == seen[1], f"half of a transaction is seen: {seen}", self.shard)
         self._tell()
 
     def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
@@ -105,12 +134,12 @@ class Request:
         require(not self.coordinator.silent, f"{self.kind} was answered after R13", self.shard)
         self.outcome = self.outcome or outcome  # a client that gave up hears nothing
 
-    def _saw(self, at: int, rev: int) -> None:
-        """A revision of a target is answered."""
+    def _saw(self, at: int, rev: int, is_new: bool = False) -> None:
+        """A revision of a target is answered, of what was there or of what was written."""
         key, shard = self.targets[at]
         oracles = self.client.clients.oracles
         # the loss of everything shows: but for a run in memory, new revisions are above all that were lost
-        may_go_back = shard in oracles.ruined and (self.kind not in WRITES or oracles.map.durability == MEMORY)
+        may_go_back = shard in oracles.ruined and (not is_new or oracles.map.durability == MEMORY)
         floor = self.floors[at]
         require(may_go_back or rev >= floor, f"I10: {key!r} has revision {rev}, was {floor} before", shard)
         floors = self.client.clients.floors
@@ -132,7 +161,7 @@ class Request:
 
     def operation(self, at: int) -> Operation | None:
         """Of this target, for the checker; None if there is nothing to check."""
-        kind = "get" if self.kind in ("mget", "scan") else "exists" if self.kind == "ttl" else self.kind
+        kind = {"mget": "get", "scan": "get", "ttl": "exists", "pair": "swap"}.get(self.kind, self.kind)
         if self.outcome == "ok":
             return (self.call, self.ret, kind, self.argument, self.results[at])
         if self.outcome == "refused" or kind in ("get", "exists"):
@@ -187,6 +216,9 @@ class Clients:
         rng = world.rng
         keys = [b"a", b"b", b"c", b"d"][: rng.randint(2, 4)]
         self.hot = [(key, rng.randrange(shards)) for key in keys] + [(COUNTER, rng.randrange(shards))]
+        shard = rng.randrange(shards)
+        self.pair = [(key, shard) for key in PAIR]
+        self.hot += self.pair
         self.shards = shards
         self.clients = [Client(self, n) for n in range(rng.randint(4, CLIENTS_MAX))]
         self.think_ms = rng.choice((6, 15, 40))  # upper bound between an answer and the next request
@@ -229,11 +261,15 @@ class Clients:
             kind = rng.choice(WRITES)
             if target[0] == COUNTER and kind != "delete":
                 kind = "incr"
+            elif target[0] in PAIR:
+                kind = "pair"
         targets = [] if kind == "other" else self.hot if kind in ("mget", "scan") else [target]
+        if kind == "pair":
+            targets = self.pair
         request = Request(client, coordinator, kind, targets)
         self._last_value += 1
         value = self._last_value
-        if kind in ("put", "add"):
+        if kind in ("put", "add", "swap", "append", "pair"):
             request.argument = value
         elif kind == "cas":
             request.argument = (value - rng.randrange(1, 14), value)
@@ -329,6 +365,13 @@ def _write_of(kind: str, argument: Any) -> tuple[int, tuple[Any, ...]]:
         return CAS, (b"%d" % value, b"%d" % expected, None)
     if kind == "incr":
         return INCR, (argument,)
+    if kind == "swap":
+        return STORE, (b"%d" % argument, NO_DEADLINE, 0, ALWAYS, None, True)
+    if kind == "append":
+        return APPEND, (b"%d" % argument,)
+    if kind == "pair":
+        value = b"%d" % argument
+        return TRANSACTION, ([], [*([GET, key] for key in PAIR), *([PUT, key, value] for key in PAIR)])
     return DELETE, ()
 
 
@@ -340,6 +383,10 @@ def _was_seen(unknown: Operation, history: list[Operation]) -> bool:
     """Whether a value that only this write can have made was read."""
     _, _, kind, argument, _ = unknown
     value = argument[1] if kind == "cas" else argument
-    return kind in ("put", "add", "cas") and any(
-        (each[2] == "get" and each[4] == value) or (each[2] == "cas" and each[3][0] == value) for each in history
+    if kind == "append":
+        return any(each[2] in ("get", "swap") and str(value) in str(each[4]) for each in history)
+    return kind in ("put", "add", "cas", "swap") and any(
+        (each[2] in ("get", "swap") and each[4] is not None and str(each[4]).startswith(str(value)))
+        or (each[2] == "cas" and each[3][0] == value)
+        for each in history
     )

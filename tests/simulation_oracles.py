@@ -28,7 +28,7 @@ from zlib import crc32
 import msgpack
 
 from kvtcp.config_store.store import Stored as StoredMap
-from kvtcp.protocol.operations import SET
+from kvtcp.protocol.operations import PATCH, SET
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.storage.copy import Logged
 from kvtcp.storage.table import Table
@@ -89,8 +89,8 @@ class Oracles:
         require(stamp_ms >= stamp_before_ms, f"R12: stamp {stamp_ms} follows {stamp_before_ms}", shard)
         self.ledger[shard][seq, chain] = (before, epoch, stamp_ms)
         for effect in effects:
-            if effect[0] == SET:
-                value = effect[2]
+            if effect[0] in (SET, PATCH):
+                value = effect[2] if effect[0] == SET else effect[3]
                 self.values.add(value)
                 require(value not in self.refused, f"I9: {value!r} was refused and is entry {seq}", shard)
         return int(epoch)
@@ -241,6 +241,6 @@ class Oracles:
 
 def _value_of(request: Request) -> bytes | None:
     """The value that only this request can have written."""
-    if request.kind in ("put", "add"):
+    if request.kind in ("put", "add", "swap", "append", "pair"):
         return b"%d" % request.argument
     return b"%d" % request.argument[1] if request.kind == "cas" else None

@@ -8,7 +8,7 @@ import pytest
 from replication_fakes import Answers, Cluster
 
 from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
-from kvtcp.errors import Code, ProtocolError
+from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import CHANGES, REQUESTS
 from kvtcp.replication.gateway import LIMITS, Gateway, Gather
@@ -258,3 +258,45 @@ def test_gather_answers_once() -> None:
 def test_every_request_has_a_handler(served: Served) -> None:
     """The table of messages and the gateway know the same operations."""
     assert set(served.gateway._handlers) == set(REQUESTS)
+
+
+@pytest.mark.parametrize(
+    ("restoring", "lower", "upper", "is_closed"),
+    [
+        (None, b"", None, False),
+        (b"", b"a", b"b", True),
+        (b"m", b"", None, True),
+        (b"m", b"a", b"m", False),
+        (b"m", b"a", b"m\0", True),
+        (b"m", b"mz", b"mzz", True),
+        (b"m", b"n", None, False),
+        (b"\xff", b"\xff\xff", None, True),
+        (b"\xff", b"a", b"\xff", False),
+    ],
+)
+def test_ranges_that_are_closed(
+    served: Served, restoring: bytes | None, lower: bytes, upper: bytes | None, is_closed: bool
+) -> None:
+    """A range is closed if a key that is restored could be in it."""
+    served.gateway.restoring = restoring
+    if is_closed:
+        with pytest.raises(RequestError, match="closed until a restore completes") as closed:
+            served.gateway.check_range_open(lower, upper)
+        assert closed.value.code == Code.RESTORING
+    else:
+        served.gateway.check_range_open(lower, upper)
+
+
+def test_keys_that_are_closed(served: Served) -> None:
+    """A key is closed if it begins with what is restored."""
+    for restoring, key, is_closed in (
+        (None, b"a", False), (b"", b"a", True), (b"m", b"m", True), (b"m", b"mx", True), (b"m", b"l", False),
+        (b"mm", b"m", False),
+    ):  # fmt: skip
+        served.gateway.restoring = restoring
+        if is_closed:
+            with pytest.raises(RequestError) as closed:
+                served.gateway.check_open(key)
+            assert closed.value.code == Code.RESTORING
+        else:
+            served.gateway.check_open(key)

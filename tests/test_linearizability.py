@@ -27,6 +27,11 @@ VERDICTS: list[tuple[str, bool, list[Operation]]] = [
     ("delete", True, [(0, 1, "delete", None, False), (2, 3, "add", 1, True), (4, 5, "delete", None, True)]),
     ("exists", True, [(0, 1, "exists", None, False), (2, 3, "put", 1, "ok"), (4, 5, "exists", None, True)]),
     ("seen too early", False, [(0, 1, "exists", None, True), (2, 3, "put", 1, "ok")]),
+    ("swap", True, [(0, 1, "swap", 1, None), (2, 3, "swap", 2, 1), (4, 5, "get", None, 2)]),
+    ("swapped twice", False, [(0, 9, "put", 1, "ok"), (10, 19, "swap", 2, 1), (10, 19, "swap", 3, 1)]),
+    ("append", True, [(0, 1, "append", 12, 2), (2, 3, "append", 34, 4), (4, 5, "get", None, 1234)]),
+    ("append lost", False, [(0, 1, "append", 12, 2), (2, 3, "append", 34, 4), (4, 5, "append", 56, 4)]),
+    ("unknown append happened", True, [(0, None, "append", 12, 0), (2, 3, "append", 34, 4)]),
     ("backtracking", True, [(0, 9, "put", 1, "ok"), (0, 9, "put", 2, "ok"), (10, 11, "get", None, 1)]),
 ]  # fmt: skip
 
@@ -106,7 +111,7 @@ def test_twins() -> None:
 def test_unknown_kind() -> None:
     """An operation without a specification is an error, not a verdict."""
     with pytest.raises(ValueError, match="unknown kind"):
-        check_history([(0, 1, "append", 1, "ok")])
+        check_history([(0, 1, "unlink", 1, "ok")])
 
 
 def test_order_of_the_log() -> None:

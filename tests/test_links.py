@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from kvtcp.errors import KvtcpError, OutcomeUnknown
 from kvtcp.protocol.link import BATCH, HELLO, RESULTS
 from kvtcp.server import links as links_module
 from kvtcp.server.links import LinkConnection, NodeLink
+from kvtcp.server.node import LinkConnection as NodeConnection
 from kvtcp.server.node import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
 
@@ -304,3 +306,21 @@ async def test_a_removed_node_is_not_listened_to() -> None:
             assert "n4" not in coordinator.links
             await kv.put("k", "v")
         await node.close()
+
+
+async def test_a_node_on_this_machine_is_reached_by_its_socket(tmp_path: Path) -> None:
+    """The link goes over the node's Unix socket where there is one, and over its port where there is none."""
+    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
+        cluster.coordinator.local_sockets = {"n1": tmp_path / "n1.sock", "n2": tmp_path / "gone.sock"}
+        listening = await asyncio.get_running_loop().create_unix_server(
+            lambda: NodeConnection(cluster.nodes["n1"]), str(tmp_path / "n1.sock")
+        )
+        for node in ("n1", "n2"):
+            await cut_and_wait(cluster, node)
+        peers = {}
+        for node, link in cluster.coordinator.links.items():
+            assert link.connection is not None
+            peers[node] = link.connection.peer
+        assert peers["n1"] == str(tmp_path / "n1.sock") and peers["n2"].startswith("127.0.0.1:")
+        assert await kv.incr("a") == 1
+        listening.close()

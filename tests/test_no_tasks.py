@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from server_tools import Wire
 
 import kvtcp
 from kvtcp.testing.local_cluster import LocalCluster
@@ -74,8 +75,24 @@ async def every_operation(kv: Any, n: int) -> int:
     return 19
 
 
+async def redis_operations(wire: Wire, n: int) -> int:
+    """Pipelined commands of the Redis protocol, also such that wait or are refused; returns how many that were."""
+    key = b"redis-%d" % n
+    commands = [
+        b"set %b 1", b"get %b", b"incr %b", b"mget %b none", b"mset %b 2 other 3", b"expire %b 500", b"ttl %b",
+        b"append %b x", b"incr %b", b"nosuch %b", b"watch %b", b"multi", b"set %b 5", b"get %b", b"exec", b"scan 0",
+        b"keys %b", b"dbsize", b"del %b other", b"command count",
+    ]  # fmt: skip
+    lines = [command.replace(b"%b", key) + b"\r\n" for command in commands]
+    wire.write(b"".join(lines) * 10 + b"echo end\r\n")
+    async with asyncio.timeout(30):
+        await wire.reader.readuntil(b"$3\r\nend\r\n")
+    return 10 * len(lines) + 1
+
+
 async def test_no_task_and_no_future_per_operation(server_loop: Any) -> None:
-    """Ten thousand operations of every data kind, failing ones among them: no task, no future on the servers."""
+    """Ten thousand operations of every data kind, failing ones among them, and as many commands of the Redis protocol:
+    no task, no future on the servers."""
 
     def on_server(work: Callable[[], Any]) -> Any:
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(), server_loop))
@@ -92,6 +109,11 @@ async def test_no_task_and_no_future_per_operation(server_loop: Any) -> None:
             while done < OPERATIONS:
                 done += sum(await asyncio.gather(*(every_operation(kv, n + i) for i in range(50))))
                 n += 50
+            async with await Wire.open(cluster.coordinator.address, hello=False) as wire:
+                redis_done = 0
+                while redis_done < OPERATIONS:
+                    redis_done += await redis_operations(wire, redis_done)
+            done += redis_done
             made = server_loop.made - made_before
             assert cluster.coordinator.gateway.operations - operations_before >= OPERATIONS
             # the bound of stamps is moved every 5 s, which is a change of the map and makes some

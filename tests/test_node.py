@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
+from server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 
 from kvtcp.constants import MIB
 from kvtcp.protocol.link import (
@@ -438,3 +439,21 @@ async def test_stopped_in_order(stored: NodeServer) -> None:
     manifest = read_manifest(disk, DIRECTORY)
     assert manifest is not None and manifest.clean
     assert open_small(disk, seed=1).copies[0].table.seq == 8
+
+
+async def test_a_socket_for_this_machine(tmp_path: Path) -> None:
+    """A node listens at a Unix socket too, in the place of one that an earlier process left; it may do without."""
+    path = tmp_path / "link.sock"
+    path.write_bytes(b"")
+    for place, is_there in ((path, True), (tmp_path / "missing" / "link.sock", False)):
+        server = NodeServer("n1")
+        await server.start("127.0.0.1", 0, local=place)
+        assert place.is_socket() == is_there
+        if is_there:
+            reader, writer = await asyncio.open_unix_connection(str(place))
+            writer.write(pack(hello()))
+            assert (await asyncio.wait_for(reader.readexactly(1), 10)) == b"\xce"
+            writer.close()
+        async with await link(server, link=2):
+            pass
+        await server.close()

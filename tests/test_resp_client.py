@@ -111,6 +111,64 @@ def test_wakes_once() -> None:
     assert client.wakes == 2
 
 
+# --- order of reads and writes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["mget a b", "keys *", "scan 0", "dbsize", "randomkey", "kv.range - +", "info"])
+def test_reads_over_shards_do_not_pass_writes_that_wait(command: str) -> None:
+    """While writes of this client wait for room, a read that could pass them is asked when they are answered, and what
+    is behind it waits; a client that has asked for nothing before does not wait."""
+    world = World([b"a"])
+    client, other = world.connect(), world.connect()
+    client.send("set a 1")
+    (write,) = world.sequencer.asked
+    world.sequencer.waiting_items = 1
+    world.sequencer.shards[write.number].waiting = True
+    client.send(command, "set a 2")
+    other.send(command)
+    assert len(world.sequencer.multi) == 1 and len(world.sequencer.asked) == 1
+    assert world.sequencer.answer_reads() and other.output() and client.output() == b""
+    write.answer(1)
+    assert parse(client.output()) == ["OK"]
+    assert len(world.sequencer.multi) == 1 and world.sequencer.asked[1].args == (b"2",)
+    assert world.sequencer.answer_reads()
+    world.sequencer.asked[1].answer(2)
+    assert len(parse(client.output())) == 2 and not client.resp.outstanding
+
+
+@pytest.mark.parametrize("command", ["get a", "Get a", "strlen a", "exists a b", "ttl a", "mget a"])
+def test_reads_do_not_pass_writes_that_wait_for_a_node(command: str) -> None:
+    """A read of one key passes writes only if a member of its shard is missing."""
+    for is_whole in (True, False):
+        world = World()
+        client = world.connect()
+        client.send("set a 1")
+        write = world.sequencer.asked[0]
+        world.sequencer.waiting_items = 1
+        world.sequencer.shards[write.number].waiting = True
+        world.sequencer.shards[write.number].whole = is_whole
+        client.send(command, "set c 1")
+        assert (len(world.sequencer.asked) > 1) == is_whole
+        write.answer(1)
+        assert parse(client.output()) == ["OK"]
+        assert [asked.key for asked in world.sequencer.asked if asked.op < op.WRITE_OP_END] == [b"a", b"c"]
+        assert len(world.sequencer.asked) >= 3
+
+
+def test_earlier_replies_are_of_the_earlier_version() -> None:
+    """What was asked before HELLO or RESET is answered in the version of then, though the answer comes later."""
+    client = World().connect()
+    client.send("get a", "hello 3", "get b", "reset", "get c")
+    client.sequencer.take().answer(None)
+    out = client.output()
+    assert out.startswith(b"$-1\r\n%7\r\n")
+    client.sequencer.take().answer(None)
+    out = client.output()
+    assert out == b"_\r\n+RESET\r\n"
+    client.sequencer.take().answer(None)
+    assert client.output() == b"$-1\r\n"
+
+
 # --- endings ----------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -165,3 +166,10 @@ def test_bind() -> None:
             runtime.bind("127.0.0.1", port)
     with pytest.raises(StartError, match="cannot be used"):
         runtime.bind("203.0.113.1", 0)
+
+
+def test_the_socket_of_a_node() -> None:
+    """In its directory, unless the path is too long for a socket."""
+    assert runtime.link_socket(Path("data/n1")) == Path("data/n1/link.sock")
+    assert runtime.link_socket(Path("d" * 90)) == Path("d" * 90) / "link.sock"
+    assert runtime.link_socket(Path("d" * 91)) is None

@@ -11,8 +11,9 @@ from server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 
 import kvtcp
 from kvtcp.errors import Code
-from kvtcp.server import sessions
-from kvtcp.server.sessions import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL, ClientSession
+from kvtcp.server import caps
+from kvtcp.server.caps import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
+from kvtcp.server.sessions import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
 
 __all__ = ["event_loop_policy"]
@@ -34,7 +35,7 @@ async def session_of(cluster: LocalCluster) -> ClientSession:
 
 async def test_outstanding_cap(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the cap of unanswered requests a client is not read; every answer comes, and then it is read again."""
-    monkeypatch.setattr(sessions, "CLIENT_OUTSTANDING_MAX", 10)
+    monkeypatch.setattr(caps, "CLIENT_OUTSTANDING_MAX", 10)
     pauses: list[int] = []
     pause = ClientSession.pause
 
@@ -55,7 +56,7 @@ async def test_outstanding_cap(cluster: LocalCluster, monkeypatch: pytest.Monkey
 
 async def test_input_bytes_cap(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cap of unanswered bytes pauses a client that pipelines large writes, never for good."""
-    monkeypatch.setattr(sessions, "CLIENT_INPUT_BYTES_MAX", 100_000)
+    monkeypatch.setattr(caps, "CLIENT_INPUT_BYTES_MAX", 100_000)
     async with kvtcp.connect(cluster.url, timeout=10) as kv:
         await asyncio.gather(*(kv.put(f"k{n}", b"v" * 50_000) for n in range(100)))
         session = await session_of(cluster)
@@ -65,7 +66,7 @@ async def test_input_bytes_cap(cluster: LocalCluster, monkeypatch: pytest.Monkey
 
 async def test_a_write_that_waits_for_a_node_keeps_nothing_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client with a write that cannot commit goes on reading as much as it likes: only what is open is counted."""
-    monkeypatch.setattr(sessions, "CLIENT_INPUT_BYTES_MAX", 100_000)
+    monkeypatch.setattr(caps, "CLIENT_INPUT_BYTES_MAX", 100_000)
     key = "k" * 4000
     async with LocalCluster(2, shards=4) as cluster, await Wire.open(cluster.coordinator.address) as wire:
         assert (await wire.ask("put", key, "v"))[1] == 0
@@ -101,7 +102,7 @@ async def test_reasons_for_pausing_add_up(cluster: LocalCluster) -> None:
 
 async def test_pause_does_not_make_a_frame_late(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame that could not be finished because the server did not read has its time again when it does."""
-    monkeypatch.setattr(sessions, "FRAME_WAIT_MS", 150)
+    monkeypatch.setattr(caps, "FRAME_WAIT_MS", 150)
     frame = pack([1, "put", "a", "v" * 100])
     async with await Wire.open(cluster.coordinator.address) as wire:
         session = await session_of(cluster)

@@ -10,6 +10,10 @@ commands. Between MULTI and EXEC plans are collected. A command that must know a
 that were made at once (COMMAND, INFO): other clients have a turn between, and a client that does not read is not served
 any further.
 
+The shards answer in the order in which they were asked, but for two cases: a read over several shards passes writes
+that wait for room in a window, and a read of one key passes those that wait for a missing node. Such a read is carried
+out when all commands before it are answered (`when_first`), so a client sees what it wrote before.
+
 Invariants: every command has exactly one slot, filled exactly once, and commands are looked at in their order; after
 QUIT or an error of the protocol no further command is looked at.
 """
@@ -31,7 +35,7 @@ from kvtcp.constants import (
 from kvtcp.errors import RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import GET, PUT
-from kvtcp.replication.multi_read import mget_read
+from kvtcp.replication.multi_read import MultiRead, mget_read
 from kvtcp.resp.commands import COMMANDS, IMMEDIATE, CommandSpec
 from kvtcp.resp.door import Door
 from kvtcp.resp.plan import (
@@ -109,6 +113,7 @@ class RespClient:
         self.is_gone = False  # the connection is lost
         self.current: Slot = [None]  # of the command that is run
         self._deferred: list[Callable[[], None]] = []
+        self._when_first: tuple[Slot, Callable[[], None]] | None = None
         self._turn_bytes = 0
         self._last_error = ""  # of the protocol, behind what is held
         self._wake = wake
@@ -117,6 +122,7 @@ class RespClient:
         self._write = door.sequencer.write
         self._read = door.sequencer.read
         self._shards = door.shards
+        self._states = door.sequencer.shards
         self._stored = _Stored(self)
         self._quick = {b"GET": self._get, b"get": self._get, b"SET": self._set, b"set": self._set}
 
@@ -194,9 +200,13 @@ class RespClient:
         if len(arguments) != 2 or not 0 < len(arguments[1]) <= KEY_BYTES_MAX:
             return False
         key = arguments[1]
+        number = shard_of(key, self._shards)
+        state = self._states[number]
+        if state.waiting and not state.is_whole():
+            return False
         slot: Slot = [None]
         self.slots.append(slot)
-        self._read(GET, shard_of(key, self._shards), key, self, slot)
+        self._read(GET, number, key, self, slot)
         return True
 
     def _set(self, arguments: list[bytes]) -> bool:
@@ -223,13 +233,13 @@ class RespClient:
             if not spec.takes(len(arguments)):
                 raise CommandError(f"ERR wrong number of arguments for '{spec.name}' command")
             self.last_command = spec.name
+            self.current = slot
             if self.transaction is not None and spec.name not in IMMEDIATE:
                 self._queue(self.transaction, spec, arguments[1:], slot)
             elif spec.compile is not None:
                 self.carry_out(spec.compile(arguments[1:]), slot)
             else:
                 assert spec.run is not None, "a command is compiled or run"
-                self.current = slot
                 if not spec.is_local:
                     self._turn_bytes += RUN_BYTES
                 spec.run(self, arguments[1:])
@@ -288,10 +298,34 @@ class RespClient:
         answer = _Answer(self, slot, plan, len(operations))
         if len(operations) > 1 and all(operation.op == GET for operation in operations):
             keys = [operation.key for operation in operations]
-            self.door.sequencer.multi_read(mget_read(keys, numbers, answer, None))
-            return
+            self.multi_read(mget_read(keys, numbers, answer, None))
+        elif not operations[0].is_write and self._may_pass(numbers, is_multi=False):
+            self.when_first(lambda: self._ask_all(operations, numbers, answer))
+        else:
+            self._ask_all(operations, numbers, answer)
+
+    def _ask_all(self, operations: Sequence[Operation], numbers: Sequence[int], answer: _Answer) -> None:
         for n, operation in enumerate(operations):
             self.ask(operation, numbers[n], answer, n)
+
+    def multi_read(self, multi: MultiRead) -> None:
+        """A read over shards, of the command that runs."""
+        if self._may_pass(multi.shards, is_multi=True):
+            self.when_first(lambda: self.door.sequencer.multi_read(multi))
+        else:
+            self.door.sequencer.multi_read(multi)
+
+    def _may_pass(self, numbers: Sequence[int], is_multi: bool) -> bool:
+        """Whether a read of these shards could be answered without what this client asked for before."""
+        if len(self.slots) < 2 or not self.door.sequencer.waiting_items:
+            return False
+        states = [self._states[number] for number in numbers]
+        return any(state.waiting and (is_multi or not state.is_whole()) for state in states)
+
+    def when_first(self, step: Callable[[], None]) -> None:
+        """Carry out `step` when all commands before the one that runs are answered; those behind it are held."""
+        self.waits = True
+        self._when_first = (self.current, step)
 
     def ask(self, operation: Operation, number: int, sink: Any, token: Any) -> None:
         """One operation at its shard."""
@@ -348,6 +382,10 @@ class RespClient:
                 break
             out.append(reply)
             slots.popleft()
+        if self._when_first is not None and slots[0] is self._when_first[0]:
+            self._deferred.append(self._when_first[1])
+            self._when_first = None
+            self.waits = False
         if self.large_bytes:
             self.large_bytes -= sum(len(reply) for reply in out if len(reply) > LARGE_REPLY_BYTES)
         return out

@@ -6,7 +6,7 @@ comes from the door's host. Texts are Redis's where a client may look at them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from kvtcp._version import __version__
@@ -69,13 +69,18 @@ def hello(client: RespClient, arguments: Arguments) -> None:
             if option.upper() != b"SETNAME" or value is None:
                 raise CommandError(f"ERR Syntax error in HELLO option '{_text(option)}'")
             name = _checked_name(value)
-    client.set_version(version)
     if name is not None:
         client.name = name
-    client.answer({
-        "server": "kvtcp", "version": __version__, "proto": version, "id": client.ident, "mode": "standalone",
-        "role": "master", "modules": [],
-    })  # fmt: skip
+    answer = client.later()
+
+    def greet() -> None:
+        client.set_version(version)
+        answer({
+            "server": "kvtcp", "version": __version__, "proto": version, "id": client.ident, "mode": "standalone",
+            "role": "master", "modules": [],
+        })  # fmt: skip
+
+    _with_version(client, version, greet)
 
 
 def select(client: RespClient, arguments: Arguments) -> None:
@@ -107,8 +112,21 @@ def reset(client: RespClient, arguments: Arguments) -> None:
     client.transaction = None
     client.unwatch()
     client.name = ""
-    client.set_version(2)
-    client.answer(Simple("RESET"))
+    answer = client.later()
+
+    def done() -> None:
+        client.set_version(2)
+        answer(Simple("RESET"))
+
+    _with_version(client, 2, done)
+
+
+def _with_version(client: RespClient, version: int, step: Callable[[], None]) -> None:
+    """Carry out a step that changes the version: replies of earlier commands are made before."""
+    if version == client.version or client.transaction is not None or len(client.slots) < 2:
+        step()
+    else:
+        client.when_first(step)
 
 
 # --- CLIENT -------------------------------------------------------------------------------------------

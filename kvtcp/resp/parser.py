@@ -151,7 +151,7 @@ class RespParser:
                 place = line_end + 1
             elif self._bulk_bytes < 0:
                 if self._left and data[place] != _DOLLAR:
-                    self._fail(f"expected '$', got '{chr(data[place])}'")
+                    self._fail(f"expected '$', got '{_shown(data[place])}'")
                     return place
                 line_end = data.find(b"\r\n", place, place + _HEADER_BYTES_MAX)
                 if line_end < 0:
@@ -210,6 +210,11 @@ class RespParser:
         self.error = f"Protocol error: {reason}"
         self._rest, self._gathered = b"", None
         self._arguments, self._argument_bytes, self._left = [], 0, 0
+
+
+def _shown(byte: int) -> str:
+    """A byte in a sentence that is logged."""
+    return chr(byte).encode("unicode_escape").decode()
 
 
 def _integer(text: bytes) -> int | None:

@@ -14,7 +14,7 @@ from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX
 from kvtcp.errors import RequestError
 from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR
-from kvtcp.replication.multi_read import any_key_read, count_read, page_read
+from kvtcp.replication.multi_read import MultiRead, any_key_read, count_read, page_read
 from kvtcp.resp.patterns import literal_prefix, matcher
 from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, CommandError, Failed, error_text, integer
 from kvtcp.resp.replies import DONE, Failure
@@ -50,11 +50,12 @@ def _check_open(client: RespClient, bounds: Bounds) -> None:
         client.door.gateway.check_range_open(*bounds)
 
 
-def _page(client: RespClient, bounds: Bounds, limit: int, then: Callable[[Any], None], **options: bool) -> None:
+def _page(
+    client: RespClient, bounds: Bounds, limit: int, then: Callable[[Any], None], reverse: bool = False,
+    keys_only: bool = True,
+) -> MultiRead:
     """The first `limit` rows of the range; `then` gets [rows, cursor or None], or Failed."""
-    door = client.door
-    reverse, keys_only = options.get("reverse", False), options.get("keys_only", True)
-    door.sequencer.multi_read(page_read(door.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None))
+    return page_read(client.door.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None)
 
 
 def _failure(failed: Failed) -> Failure:
@@ -110,7 +111,7 @@ def scan(client: RespClient, arguments: Arguments) -> None:
         keys = [row[0] for row in rows if is_string and matches(row[0])]
         answer([b"%d" % following, keys])
 
-    _page(client, (lower, upper), min(limit, _items_max(pattern)), then)
+    client.multi_read(_page(client, (lower, upper), min(limit, _items_max(pattern)), then))
 
 
 def keys(client: RespClient, arguments: Arguments) -> None:
@@ -127,13 +128,13 @@ def keys(client: RespClient, arguments: Arguments) -> None:
         client.gathered_bytes -= found_bytes
         send(value)
 
-    def ask(lower: bytes) -> None:
+    def go_on(lower: bytes) -> None:
         try:
             _check_open(client, (lower, upper))  # a restore may have begun since the last page
         except RequestError as closed:
             answer(_failure(Failed(closed.code, closed.message)))
         else:
-            _page(client, (lower, upper), _items_max(pattern), then)
+            client.door.sequencer.multi_read(_page(client, (lower, upper), _items_max(pattern), then))
 
     def then(page: Any) -> None:
         nonlocal found_bytes
@@ -151,9 +152,9 @@ def keys(client: RespClient, arguments: Arguments) -> None:
         elif cursor is None or client.is_gone:
             answer(found)
         else:
-            client.defer(lambda: ask(rows[-1][0] + b"\0"))
+            client.defer(lambda: go_on(rows[-1][0] + b"\0"))
 
-    ask(lower)
+    client.multi_read(_page(client, (lower, upper), _items_max(pattern), then))
 
 
 # --- all keys -----------------------------------------------------------------------------------------
@@ -165,13 +166,12 @@ def random_key(client: RespClient, arguments: Arguments) -> None:
     answer = client.later()
     door = client.door
     sink = _Then(lambda key: answer(_failure(key) if type(key) is Failed else key))
-    door.sequencer.multi_read(any_key_read(door.all_shards, door.random(1 << 62), sink, None))
+    client.multi_read(any_key_read(door.all_shards, door.random(1 << 62), sink, None))
 
 
 def count_keys(client: RespClient, bounds: Bounds, then: Callable[[Any], None]) -> None:
     """`then` gets how many keys of the range there are, or Failed."""
-    door = client.door
-    door.sequencer.multi_read(count_read(door.all_shards, *bounds, _Then(then), None))
+    client.multi_read(count_read(client.door.all_shards, *bounds, _Then(then), None))
 
 
 def db_size(client: RespClient, arguments: Arguments) -> None:
@@ -263,4 +263,4 @@ def range_(client: RespClient, arguments: Arguments) -> None:
         else:
             answer([row[0] if keys_only else [row[0], row[1]] for row in page[0]])
 
-    _page(client, bounds, limit, then, reverse=reverse, keys_only=keys_only)
+    client.multi_read(_page(client, bounds, limit, then, reverse, keys_only))

@@ -18,8 +18,8 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class ClusterConfig:
     durability: str
     backup_dir: Path
     resp: bool = True  # clients of Redis are served too
+    local_sockets: Mapping[str, Path] = field(default_factory=dict)  # Unix sockets of the nodes that are watched here
 
 
 class CoordinatorServer:
@@ -78,6 +79,7 @@ class CoordinatorServer:
         self.loop = asyncio.get_running_loop()
         self.secret = config.secret
         self.durability = config.durability
+        self.local_sockets = config.local_sockets
         self.keeper = keeper
         keeper.on_lost = lambda error: self.deposed(str(error))
         self._before = before

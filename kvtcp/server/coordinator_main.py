@@ -351,7 +351,9 @@ async def serve(options: argparse.Namespace, directory: DataDirectory) -> int:
             durability=options.durability,
             nodes=addresses,
         )
-        config = ClusterConfig(secret, options.durability, options.backup_dir, not options.no_resp)
+        config = ClusterConfig(
+            secret, options.durability, options.backup_dir, not options.no_resp, supervisor.local_sockets()
+        )
         coordinator = Coordinator(config, keeper, supervisor, stop)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, supervisor.snapshot_all)
         try:

@@ -203,7 +203,8 @@ class NodeLink:
     async def _connect(self, connection: LinkConnection) -> None:
         loop = self.server.loop
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
-            await loop.create_connection(lambda: connection, *self.address)
+            if not await self._connect_locally(connection):
+                await loop.create_connection(lambda: connection, *self.address)
         hello = {
             "version": LINK_VERSION,
             "secret": self.server.secret,
@@ -226,6 +227,17 @@ class NodeLink:
         self.refused = ""
         self.connection = connection
         self.server.node_reported(self, report)
+
+    async def _connect_locally(self, connection: LinkConnection) -> bool:
+        """Connect to the Unix socket of a node that runs on this machine, if there is one."""
+        path = self.server.local_sockets.get(self.node)
+        if path is None:
+            return False
+        try:
+            await self.server.loop.create_unix_connection(lambda: connection, str(path))
+        except OSError:  # it has none, or does not run; its port tells
+            return False
+        return True
 
     def write_batches(self) -> None:
         """Write the outgoing batches as far as the transport takes them."""

@@ -28,6 +28,8 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 from kvtcp.constants import (
@@ -225,6 +227,7 @@ class NodeServer:
         self._orphan: asyncio.TimerHandle | None = None
         self._leaving: asyncio.TimerHandle | None = None  # the coordinator was told that this node is about to stop
         self._server: asyncio.Server | None = None
+        self._local_server: asyncio.AbstractServer | None = None
         self._jobs: set[BackupJob] = set()
         self._catching_up = False  # the next slice of a buffer is due
         self.donations = Donations(self.loop, self.replica)
@@ -271,13 +274,23 @@ class NodeServer:
             snapshot_log_bytes=snapshot_log_bytes,
         )
 
-    async def start(self, host: str, port: int, bound: socket.socket | None = None) -> None:
-        """Listen, on this bound socket if there is one. Raises OSError if the port is taken."""
+    async def start(
+        self, host: str, port: int, bound: socket.socket | None = None, local: Path | None = None
+    ) -> None:
+        """Listen, on this bound socket if there is one, and at the Unix socket `local`: a message there costs a third.
+        Raises OSError if the port is taken."""
         if bound is None:
             self._server = await self.loop.create_server(lambda: LinkConnection(self), host, port)
         else:
             self._server = await self.loop.create_server(lambda: LinkConnection(self), sock=bound)
         self.address = self._server.sockets[0].getsockname()[:2]
+        if local is not None:
+            try:
+                with suppress(FileNotFoundError):
+                    os.unlink(local)  # of a process that is gone: this one has the directory
+                self._local_server = await self.loop.create_unix_server(lambda: LinkConnection(self), str(local))
+            except OSError as error:  # it is served at its port all the same
+                log.warning("event=no-local-socket node=%s reason=%s", self.replica.node, error)
         log.info("event=listening node=%s address=%s:%s pid=%s", self.replica.node, *self.address, os.getpid())
         self._arm_orphan()
         self._stats.start()
@@ -576,8 +589,9 @@ class NodeServer:
         self.failure = error
         for connection in list(self.connections):
             connection.abort()
-        if self._server is not None:
-            self._server.close()
+        for server in (self._server, self._local_server):
+            if server is not None:
+                server.close()
         self.stop_requested()
 
     def leave(self) -> None:
@@ -605,8 +619,9 @@ class NodeServer:
         self._stats.stop()
         self._end_transfers("the node stops")
         self.pulls.stop()
-        if self._server is not None:
-            self._server.close()
+        for server in (self._server, self._local_server):
+            if server is not None:
+                server.close()
         if self.durability is not None:
             await self.durability.close()
         for connection in list(self.connections):

@@ -152,7 +152,7 @@ async def serve(
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, server.snapshot_all)
     runtime.on_unexpected_errors(server.failed)
     try:
-        await server.start(options.host, options.port, bound)
+        await server.start(options.host, options.port, bound, runtime.link_socket(options.data_dir))
     except OSError as error:
         raise runtime.StartError(f"port {options.port} of {options.host} cannot be used: {error.strerror}") from error
     runtime.announce(f"kvtcp-node {options.id} ready on {runtime.join_address(*server.address)}")

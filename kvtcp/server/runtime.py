@@ -15,11 +15,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, Final
 
 from kvtcp._version import __version__
 from kvtcp.constants import DURABILITIES, DURABILITY_DEFAULT, GC_THRESHOLDS, HOST_DEFAULT
 
+SOCKET_PATH_BYTES_MAX: Final = 100  # 104 on some systems, with the zero at its end
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -167,6 +169,13 @@ def give_up_broken_output() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
+
+
+def link_socket(data_dir: Path) -> Path | None:
+    """The Unix socket of a node with this data directory, for a coordinator on the same machine. None where the path is
+    too long for one. Its directory is the owner's, as is everything else in it."""
+    path = data_dir / "link.sock"
+    return path if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX else None
 
 
 def join_address(host: str, port: int) -> str:

@@ -38,7 +38,7 @@ from kvtcp.errors import ProtocolError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.link import HELLO, LINK_VERSION, REFUSED
 from kvtcp.server.identity import FILE, IdentityError, lock_holder, read_identity, write_identity
-from kvtcp.server.runtime import StartError
+from kvtcp.server.runtime import StartError, link_socket
 
 log = logging.getLogger("kvtcp.supervisor")
 
@@ -252,6 +252,11 @@ class Supervisor:
         self._watchers: list[asyncio.Task[None]] = []
         self._adopt: set[str] = set()  # nodes that the survey found running
         self.failure: BaseException | None = None  # what ended a watcher: a defect, the coordinator must end with it
+
+    def local_sockets(self) -> dict[str, Path]:
+        """Where the nodes are reached on this machine without its network."""
+        paths = {node: link_socket(self.data_dir / node) for node in self.ports}
+        return {node: path for node, path in paths.items() if path is not None}
 
     def check_directories(self) -> None:
         """The cluster has data: raises StartError if none of its nodes has a directory here."""

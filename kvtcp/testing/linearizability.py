@@ -15,6 +15,8 @@ An operation is a tuple `(call, ret, kind, argument, result)`:
     "add"           argument the value; result True if it was set, False if the key existed
     "cas"           argument (expected, new); result whether it was set
     "incr"          argument an integer; result the new integer
+    "swap"          argument the value; result the old one, None if absent
+    "append"        argument an integer whose digits are put behind those of the value; result the number of digits
 
 Where the numbers of the operations in the log are known nothing needs to be searched: `check_order` compares results
 and times with that one order, for millions of operations.
@@ -52,6 +54,11 @@ def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
     if kind == "incr":
         number = (state or 0) + argument
         return number, number
+    if kind == "swap":
+        return argument, state
+    if kind == "append":
+        digits = f"{'' if state is None else state}{argument}"
+        return int(digits), len(digits)
     raise ValueError(f"unknown kind of operation: {kind}")
 
 

@@ -1,0 +1,203 @@
+"""Caps of client connections, on a transport that records what is done to it and a server that only counts."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from test_transport import FakeTransport
+
+from kvtcp.constants import CLIENT_INPUT_BYTES_MAX, CLIENT_OUTPUT_BYTES_MAX, CLIENT_OUTSTANDING_MAX, FRAME_WAIT_MS
+from kvtcp.server.caps import FOR_OUTPUT, FOR_OUTSTANDING, FOR_STOP, FOR_TOTAL, CappedConnection
+
+
+class RecordingTransport(FakeTransport):
+    """Has a write buffer that the test sets, and says when it is not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffered_bytes = 0
+        self.is_read = True
+        self.high = 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.high = high or 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.buffered_bytes
+
+    def pause_reading(self) -> None:
+        assert self.is_read, "it is paused once"
+        self.is_read = False
+
+    def resume_reading(self) -> None:
+        assert not self.is_read, "it is resumed once"
+        self.is_read = True
+
+
+class CountingServer:
+    """What a session needs of its server."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.held_bytes = 0
+        self.time_ms = 1_000
+        self.opened: list[Any] = []
+        self.closed: list[str] = []
+
+    def now_ms(self) -> int:
+        return self.time_ms
+
+    def account(self, difference_bytes: int) -> None:
+        self.held_bytes += difference_bytes
+
+    def session_opened(self, session: Any) -> None:
+        self.opened.append(session)
+
+    def session_closed(self, session: Any, reason: str) -> None:
+        self.closed.append(reason)
+
+
+class Session(CappedConnection):
+    """One whose requests are answered by the test."""
+
+    def __init__(self, server: Any) -> None:
+        super().__init__(server)
+        self.outstanding = 0
+        self.begun_bytes = 0
+
+    @property
+    def unfinished_bytes(self) -> int:
+        return self.begun_bytes
+
+    def ask(self, requests: int, size: int) -> None:
+        """A read of the socket brought so many whole requests."""
+        self.input_bytes += size
+        self.outstanding += requests
+        self._asked += requests
+        self.took(True, True)
+
+    def answer(self, requests: int) -> None:
+        """They are answered in this tick."""
+        self.outstanding -= requests
+        self.flush()
+
+
+@pytest.fixture
+async def session() -> Session:
+    """A connection that was made."""
+    made = Session(CountingServer())
+    made.connection_made(RecordingTransport())
+    return made
+
+
+def transport(session: Session) -> RecordingTransport:
+    """Where it writes to."""
+    assert isinstance(session.transport, RecordingTransport)
+    return session.transport
+
+
+async def test_a_connection_is_made(session: Session) -> None:
+    """The server is told, and the transport knows the cap."""
+    assert session.server.opened == [session]  # type: ignore[attr-defined]
+    assert transport(session).high == CLIENT_OUTPUT_BYTES_MAX
+
+
+async def test_reasons_add_up(session: Session) -> None:
+    """The socket is read when the last reason is gone; stopping is never over."""
+    for reason in (FOR_OUTPUT, FOR_TOTAL, FOR_TOTAL):
+        session.pause(reason)
+    session.resume(FOR_OUTPUT)
+    session.resume(FOR_OUTSTANDING)
+    assert not transport(session).is_read
+    session.resume(FOR_TOTAL)
+    assert transport(session).is_read
+    session.pause(FOR_STOP)
+    session.pause_writing()
+    session.resume_writing()
+    assert not transport(session).is_read
+
+
+async def test_outstanding_requests(session: Session) -> None:
+    """Over the cap it is not read, until half of them are answered."""
+    session.ask(CLIENT_OUTSTANDING_MAX, 1000)
+    assert transport(session).is_read
+    session.ask(1, 10)
+    assert not transport(session).is_read
+    session.answer(CLIENT_OUTSTANDING_MAX // 2)
+    assert not transport(session).is_read
+    session.answer(1)
+    assert transport(session).is_read
+    session.answer(session.outstanding)
+    assert session.input_bytes == 0
+
+
+async def test_bytes_of_outstanding_requests(session: Session) -> None:
+    """Over the cap it is not read, until their share is below it; one request of any size is let through."""
+    session.ask(2, CLIENT_INPUT_BYTES_MAX + 10)
+    assert not transport(session).is_read
+    session.answer(1)
+    assert transport(session).is_read and session.input_bytes == CLIENT_INPUT_BYTES_MAX // 2 + 5
+    session.answer(1)
+    session.input_bytes = CLIENT_INPUT_BYTES_MAX * 2
+    session.took(False, False)
+    assert transport(session).is_read, "nothing is outstanding: the rest of it has to come in"
+
+
+async def test_what_is_held_is_told(session: Session) -> None:
+    """An unfinished request and unread answers are on the server's account, and off it at the end."""
+    server: Any = session.server
+    session.begun_bytes = 700
+    session.took(False, False)
+    assert server.held_bytes == 700 == session.held_bytes
+    transport(session).buffered_bytes = 5_000
+    session.flush()
+    assert server.held_bytes == 5_700
+    session.begun_bytes = 0
+    transport(session).buffered_bytes = 1_000
+    session.resume_writing()
+    assert server.held_bytes == 1_000
+    session.connection_lost(None)
+    assert server.held_bytes == 0 and server.closed == ["closed by the peer"]
+    session.begun_bytes = 9
+    session.account()
+    session.flush()
+    assert server.held_bytes == 0, "a connection that is gone holds nothing"
+
+
+async def test_late_frames(session: Session) -> None:
+    """A request that was begun must become complete in time; the time begins anew with each, and with a pause."""
+    server: Any = session.server
+    session.begun_bytes = 3
+    session.took(False, False)
+    server.time_ms += FRAME_WAIT_MS
+    session.took(False, False)
+    assert not session.frame_is_late(server.time_ms) and session.frame_is_late(server.time_ms + 1)
+    session.pause(FOR_TOTAL)
+    assert not session.frame_is_late(server.time_ms + 1)
+    session.resume(FOR_TOTAL)
+    assert not session.frame_is_late(server.time_ms + 1)
+    server.time_ms += FRAME_WAIT_MS
+    session.took(False, True)
+    assert not session.frame_is_late(server.time_ms + 1), "another request became complete"
+    session.took(True, True)
+    assert not session.frame_is_late(server.time_ms + 10 * FRAME_WAIT_MS)
+
+
+async def test_half_close(session: Session) -> None:
+    """Without anything outstanding the connection ends, else when all of it is answered."""
+    session.out.append(b"last")
+    assert session.eof_received() is False and transport(session).calls[0] == b"last"
+    other = Session(CountingServer())
+    other.connection_made(RecordingTransport())
+    other.ask(2, 10)
+    assert other.eof_received() is True
+    other.answer(1)
+    assert not transport(other).closing
+    other.long, other.outstanding = 1, 0
+    other.flush()
+    assert not transport(other).closing, "a long request is open"
+    other.long = 0
+    other.flush()
+    assert transport(other).closing
