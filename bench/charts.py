@@ -39,7 +39,7 @@ VERDICT_COLORS = {"stretch": "#1a7f37", "met": "#4c9be8", "missed": "#cf5c36"}
 def save(figure: Any, file: Path) -> Path:
     """Write and forget a figure."""
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None, "Creator": None})
+    figure.savefig(file, bbox_inches="tight", metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
     return file
 

@@ -46,7 +46,7 @@ QUIET_S: Final = 2.0  # before each event, and the length of one in which nothin
 WHOLE_S: Final = 60.0
 TIMELINE_S: Final = (-0.5, 4.0)  # before and after an event
 WATCHED_S: Final = 2.0  # after an event, at least
-BIN_S: Final = 0.025
+BIN_S: Final = 0.05  # several calls of each worker
 TITLE = "Failover: three nodes, RF 3, sync; no acknowledged write was lost or doubled"
 
 

@@ -1,11 +1,11 @@
 """Six figures in two minutes: what `make bench` prints. An indication: one run of small sizes, no verdicts.
 
-    tree, get / BTrees.OOBTree                          100,000 keys
-    SET and GET depth 16 / redis                        RF 1 memory, redis-benchmark (without redis: ops/s)
-    SET depth 16, RF 3 sync                             ops/s
-    scan through the coordinator / pages from memory    20,000 keys
-    restart from the log                                100,000 keys, s
-    longest stall of a writer when a node is killed     ms
+tree, get / BTrees.OOBTree                          100,000 keys
+SET and GET depth 16 / redis                        RF 1 memory, redis-benchmark (without redis: ops/s)
+SET depth 16, RF 3 sync                             ops/s
+scan through the coordinator / pages from memory    20,000 keys
+restart from the log                                100,000 keys, s
+longest stall of a writer when a node is killed     ms
 """
 
 from __future__ import annotations

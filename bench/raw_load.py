@@ -30,19 +30,23 @@ class Dialect:
 
     put: Callable[[bytes, bytes], bytes]
     stored: bytes
-    get: Callable[[bytes], bytes]
-    found: Callable[[bytes, bytes], bytes]
+    get: Callable[[Sequence[bytes]], bytes]
+    found: Callable[[Sequence[bytes], bytes], bytes]
+
+
+def _values(keys: Sequence[bytes], value: bytes) -> bytes:
+    return b"".join(b"VALUE %s 0 %d\r\n%s\r\n" % (key, len(value), value) for key in keys) + b"END\r\n"
 
 
 MEMCACHED = Dialect(
     lambda key, value: b"set %s 0 0 %d\r\n%s\r\n" % (key, len(value), value), b"STORED\r\n",
-    lambda key: b"get %s\r\n" % key,
-    lambda key, value: b"VALUE %s 0 %d\r\n%s\r\nEND\r\n" % (key, len(value), value),
+    # one request for all keys of a batch, which is what it is good at: it answers single ones one by one
+    lambda keys: b"get %s\r\n" % b" ".join(keys), _values,
 )  # fmt: skip
 REDIS = Dialect(
     lambda key, value: encode_command((b"SET", key, value)), b"+OK\r\n",
-    lambda key: encode_command((b"GET", key)),
-    lambda key, value: b"$%d\r\n%s\r\n" % (len(value), value),
+    lambda keys: b"".join(encode_command((b"GET", key)) for key in keys),
+    lambda keys, value: b"$%d\r\n%s\r\n" % (len(value), value) * len(keys),
 )  # fmt: skip
 
 
@@ -138,7 +142,7 @@ class RawWorkload:
         keys = [b"raw:%012d" % number for number in numbers]  # its own: others write other values
         if test == "set":
             return b"".join(dialect.put(key, value) for key in keys), dialect.stored * len(keys)
-        return b"".join(map(dialect.get, keys)), b"".join(dialect.found(key, value) for key in keys)
+        return dialect.get(keys), dialect.found(keys, value)
 
     def prepare(self) -> None:
         """Every key is there."""

@@ -64,9 +64,9 @@ def machine_text(about: dict[str, Any], took_s: dict[str, float]) -> str:
     compiled = about.get("compiled", [])
     how = f"{len(compiled)} modules compiled by mypyc" if compiled else "plain Python, nothing compiled"
     return (
-        f"Measured {about['time'][:10]} at commit `{about['commit']}` ({how}): {about['cpu']}, {about['cores']} cores, kernel "
-        f"{about['kernel']}, Python {about['python']}, {packages}; {programs}. Servers, peers and load generator share "
-        f"these cores. The run took {sum(took_s.values()) / 60:.0f} minutes.\n"
+        f"Measured {about['time'][:10]} at commit `{about['commit']}` ({how}): {about['cpu']}, {about['cores']} cores, "
+        f"kernel {about['kernel']}, Python {about['python']}, {packages}; {programs}. Servers, peers and load "
+        f"generator share these cores. The run took {sum(took_s.values()) / 60:.0f} minutes.\n"
     )
 
 
@@ -162,6 +162,9 @@ def main() -> int:
     options = parser.parse_args()
     file = options.file or newest(ROOT / "bench" / "results")
     run = json.loads(file.read_text()) if file is not None else None
+    if run is not None and run["quick"]:
+        print(f"report: {file} is of a quick run: an indication, from which no page is made", file=sys.stderr)
+        return 2
     charts: list[str] = []
     if run is not None and importlib.util.find_spec("matplotlib") is None:
         print("report: matplotlib is not installed (pip install '.[peers]'): no charts", file=sys.stderr)

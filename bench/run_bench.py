@@ -160,8 +160,8 @@ def main() -> int:
     about = {**machine(), "programs": peers.versions()}
     packages = ", ".join(f"{name} {number}" for name, number in {**about["packages"], **about["programs"]}.items())
     print(
-        f"kvtcp {about['commit']}, {len(about['compiled'])} modules compiled, Python {about['python']}, {about['cpu']}, "
-        f"{about['cores']} cores, load {about['load']:.1f}\n{packages}"
+        f"kvtcp {about['commit']}, {len(about['compiled'])} modules compiled, Python {about['python']}\n"
+        f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}\n{packages}"
     )
     asked = Options(options.quick, options.seed, options.runs, options.keys)
     run = Run(asked, options.json or file_of(about, names, options.quick), about)

@@ -71,12 +71,8 @@ def measure(options: Options) -> list[Result]:
     size = 1 if options.quick else 0
     servers = ("coordinator", "nodes")
     by_keys = {f"{n:,} keys": ((lambda: KvtcpResp(1, "memory")), n) for n in KEYS[size]}
-    by_nodes = {
-        f"{n} nodes": ((lambda n=n: KvtcpResp(min(n, 3), "memory", n)), SERIES_KEYS) for n in NODES[size]
-    }
-    by_shards = {
-        f"{n} shards": ((lambda n=n: KvtcpResp(3, "memory", 3, n)), SERIES_KEYS) for n in SHARDS[size]
-    }
+    by_nodes = {f"{n} nodes": ((lambda n=n: KvtcpResp(min(n, 3), "memory", n)), SERIES_KEYS) for n in NODES[size]}
+    by_shards = {f"{n} shards": ((lambda n=n: KvtcpResp(3, "memory", 3, n)), SERIES_KEYS) for n in SHARDS[size]}
     return (
         series(options, servers, by_keys) + series(options, ("coordinator",), by_nodes)
         + series(options, servers, by_shards)

@@ -105,7 +105,8 @@ def a_run() -> dict[str, Any]:
     rows.append({"suite": "profile", **make_row("RF 1 memory, SET depth 16", "nodes", "us/op", [4.0], **parts)})
     about = {
         "time": "2030-01-02T03:04:05+00:00", "commit": "abc", "compiled": [], "cpu": "a processor",
-        "cores": 2, "kernel": "6", "python": "3.11", "packages": {"msgpack": "1", "lmdb": "not installed"}, "programs": {"etcd": "3"},
+        "cores": 2, "kernel": "6", "python": "3.11", "programs": {"etcd": "3"},
+        "packages": {"msgpack": "1", "lmdb": "not installed"},
     }  # fmt: skip
     skipped = [{"target": "twemproxy", "why": "nutcracker is not installed"}]
     return {"machine": about, "took_s": {"peers": 90.0}, "skipped": skipped, "failed": ["ycsb"], "results": rows}
@@ -133,6 +134,16 @@ def test_the_newest_run_is_taken(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"time": time}}))
     assert report.newest(tmp_path) == tmp_path / "full-a.json"
     assert report.newest(tmp_path / "none") is None
+
+
+def test_a_quick_run_gives_no_page(tmp_path: Path) -> None:
+    """It has no verdicts, so it must not look like a measurement."""
+    file, page = tmp_path / "quick.json", tmp_path / "page.md"
+    file.write_text(json.dumps({**a_run(), "quick": True}))
+    command = [sys.executable, str(ROOT / "bench" / "report.py"), str(file), "--into", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "is of a quick run" in done.stderr
+    assert not page.exists()
 
 
 def test_charts_are_drawn_and_keep_classes_apart(tmp_path: Path) -> None:

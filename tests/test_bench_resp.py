@@ -109,7 +109,7 @@ def test_markers_show_whether_a_server_did_what_it_answered() -> None:
 
 def test_the_raw_generator_compares_the_first_answers() -> None:
     """A wrong value is an error, the right one is counted."""
-    request, reply = REDIS.get(key_of(1)), REDIS.found(key_of(1), b"v")
+    request, reply = REDIS.get([key_of(1)]), REDIS.found([key_of(1)], b"v")
     assert request == encode_command([b"GET", b"key:000000000001"])
     _, latencies = run_batches(serve(reply), [(request, reply)], 1, 1)
     assert len(latencies) == 1
