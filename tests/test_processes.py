@@ -35,7 +35,7 @@ def cluster(tmp_path: Path) -> Iterator[ProcessCluster]:
 def content(directory: Path) -> dict[str, bytes]:
     """Every file under `directory` and its bytes; of a lock file only that it is there: it names its last user."""
     return {
-        str(path.relative_to(directory)): b"" if path.name in ("lock", "link.sock") or path.is_dir() else path.read_bytes()
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() and path.name != "lock" else b""
         for path in sorted(directory.rglob("*"))
     }
 
