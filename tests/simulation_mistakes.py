@@ -485,7 +485,7 @@ def remove_last_good(garden: Garden) -> None:
     before = garden.put(Recovery, "_down", down)
 
 
-@mistake("R6")
+@mistake("R6", factor=3, min_insync=1, mode="sync", kinds=("kill_coordinator", "kill_node", "cut", "slow_disk"))
 def judged_while_shipping(garden: Garden) -> None:
     """A shard that starts over is judged by what its members had before they were sent entries."""
 
