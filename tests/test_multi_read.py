@@ -128,6 +128,7 @@ def test_merge_runs(runs: Any, limit: int, reverse: bool, expected: str, cursor:
     """A page ends where a run was cut, and at the limit; the cursor says where to go on."""
     page = merge_runs(runs, limit, reverse)
     assert (keys(page), page[1]) == (expected, cursor)
+    assert merge_runs([list(run) for run in runs], limit, reverse) == page  # as they come from the wire
 
 
 def test_merged_page_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,12 +113,13 @@ def page_read(
     return MultiRead(shards, sink, token, build, merge, size)
 
 
-def merge_runs(runs: Sequence[tuple[list[Row], bool]], limit: int, reverse: bool) -> list[Any]:
-    """One page from the sorted runs `(rows, more)` of the nodes, as `[rows, cursor or nil]`.
+def merge_runs(runs: Sequence[Sequence[Any]], limit: int, reverse: bool) -> list[Any]:
+    """One page from the sorted runs `[rows, more]` of the nodes, as `[rows, cursor or nil]`.
 
     Beyond the last key of a run that was cut that node may have more rows, so the page ends at the smallest such key
     (the largest, if reversed). It also ends at `limit` rows and at PAGE_BYTES_MAX; it has a row if there is one.
     """
+    rows: list[Row]
     if len(runs) == 1:
         rows, more = runs[0]
     else:
