@@ -382,6 +382,26 @@ def test_a_bad_copy_that_has_to_stay_is_replaced_in_its_place() -> None:
     settled(world, 0)
 
 
+def test_a_bad_copy_that_leaves_while_it_is_replaced() -> None:
+    """It had to stay when that began, and may leave now: the new copy comes in addition."""
+    world = World(3, 3)
+    write(world)
+    whole(world)
+    world.replace("n3")
+    world.store.is_held = True
+    world.up("n3")
+    shard, links = world.shards[0], world.controller.sequencer.links
+    assert links["n3"] in shard.bad and 0 in world.controller.membership.changing
+    learner = world.controller.membership.learn(shard, links["n3"], links["n1"], "n3")
+    world.pump()
+    assert learner.phase == LIVE and not learner.proposed
+    world.release_store()
+    world.run(200)
+    assert world.row() == ["n1", "n2", "n3"] and world.map.disk_of(0, "n3") == learner.disk
+    write(world)
+    settled(world)
+
+
 def test_a_new_copy_of_an_empty_shard_needs_no_transfer() -> None:
     """An empty copy has all there is."""
     world = World(2, 2)

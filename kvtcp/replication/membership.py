@@ -232,6 +232,9 @@ class Membership:
                 self.changing.difference_update(numbers)
                 if left:
                     self._around.sequencer.leave(left, link)
+                    for learner in [learner for shard in left for learner in shard.learners.values()]:
+                        if learner.replaces == link.node:  # its place is free: it comes in addition
+                            learner.replaces = None
                     self.left(link.node, left[0].number, len(left), why, level)
                 self.work_on(numbers)
 
