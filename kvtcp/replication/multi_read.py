@@ -159,7 +159,7 @@ def any_key_read(shards: Numbers, number: int, sink: Any, token: Any) -> MultiRe
     def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
         return (ANY_KEY, numbers, number), 3 * len(numbers)
 
-    def merge(parts: list[tuple[bytes | None, int]]) -> bytes | None:
+    def merge(parts: list[Any]) -> Any:  # of each node: [a key or nil, how many keys it has]
         found = [(key, keys) for key, keys in parts if key is not None]
         place = number % sum(keys for _, keys in found) if found else 0
         for key, keys in found:
