@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 import shlex
+import threading
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class FakeClient:
         self.opened: list[tuple[str, float]] = []
         self.info = FakeInfo()
         self.hangs = False  # a call waits for ever
+        self.is_hanging = threading.Event()  # one does
         self.in_flight = 0  # put_many that have not ended
         self.in_flight_max = 0
 
@@ -61,6 +63,7 @@ class FakeClient:
             failure, self.failure = self.failure, None
             raise failure
         if self.hangs:
+            self.is_hanging.set()
             await asyncio.Event().wait()
 
     def _set(self, key: bytes, value: bytes, ttl: float | None) -> int:

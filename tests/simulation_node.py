@@ -300,7 +300,8 @@ class SimNode(Process):
                 self.disk.job(partial(self.disk.dropped, shard), _nothing)
         entries = replica.take_logged()
         for entry in entries:
-            self.oracles.logged(self.name, replica.copies[entry[0]].disk, entry, replica.promised)
+            copy = replica.copies.get(entry[0])  # none if it was dropped later in the same batch
+            self.oracles.logged(self.name, "" if copy is None else copy.disk, entry, replica.promised)
         if self.disk.append(entries, end, replica.applied):
             end.durable = replica.applied
         if entries and self.mode != MEMORY:

@@ -95,9 +95,13 @@ def test_mistakes_do_not_end_it(session: Session) -> None:
 def test_ctrl_c_ends_the_command_only(session: Session) -> None:
     """Ctrl-C during a command ends it, says that a write is open, and the next command runs."""
 
+    def interrupt() -> None:
+        if session.client.is_hanging.wait(10):
+            os.kill(os.getpid(), signal.SIGINT)
+
     def hang() -> str:
         session.client.hangs = True
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Thread(target=interrupt, daemon=True).start()
         return "put a 1"
 
     def go_on() -> str:
