@@ -137,10 +137,14 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_an_interrupted_write_says_that_its_outcome_is_open() -> None:
     """Ctrl-C while a put waits: 130, and the message says that it may have been carried out."""
     program = FAKE + (
+        "import threading\n"
         "async def connect(*_):\n"
         "    client.hangs = True\n"
-        "    print('ready', flush=True)\n"
         "    return client\n"
+        "def tell():\n"
+        "    client.is_hanging.wait()\n"
+        "    print('ready', flush=True)\n"
+        "threading.Thread(target=tell, daemon=True).start()\n"
         "sys.exit(main(['put', 'a', 'b'], connect=connect))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
