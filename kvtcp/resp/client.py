@@ -24,14 +24,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from kvtcp.constants import (
-    CLIENT_OUTPUT_BYTES_MAX,
-    KEY_BYTES_MAX,
-    KIB,
-    MULTI_BYTES_MAX,
-    MULTI_KEYS_MAX,
-    RESP_KEYS_MAX,
-)
+from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX, KEY_BYTES_MAX, KIB
 from kvtcp.errors import RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import GET, PUT
@@ -48,43 +41,15 @@ from kvtcp.resp.plan import (
     error_text,
 )
 from kvtcp.resp.replies import HEADS, OK, Simple, bulk, encode, error, nil
+from kvtcp.resp.transactions import Transaction
 
 Slot = list[bytes | None]
 
 LARGE_REPLY_BYTES: Final = 1_024
 TURN_BYTES_MAX: Final = 256 * KIB  # of replies made in one turn, a command on the whole server counted with RUN_BYTES
 RUN_BYTES: Final = 16 * KIB
-QUEUED_BYTES: Final = 64  # what a queued operation counts beyond its key and values
 QUEUED: Final = Simple("QUEUED")
 _SECURITY: Final = frozenset({b"POST", b"HOST:"})
-
-
-class Transaction:
-    """What was queued since MULTI."""
-
-    def __init__(self) -> None:
-        self.queued: list[Plan | bytes] = []  # a reply, of what concerns only the connection
-        self.shard: int | None = None  # of all its keys
-        self.failed = False  # a command was refused: EXEC will be too
-        self.keys = 0  # operations, each counted with its keys: so many arrays they are on a link
-        self.bytes = 0
-
-    def queue(self, queued: Plan | bytes) -> None:
-        """What EXEC is to carry out, or a reply. Raises CommandError if it is too much for one entry."""
-        if isinstance(queued, bytes):
-            keys, size = 1, len(queued) + QUEUED_BYTES
-        else:
-            keys = sum(len(operation.keys) for operation in queued.operations)
-            size = sum(operation.size + QUEUED_BYTES for operation in queued.operations)
-        if len(self.queued) >= MULTI_KEYS_MAX:
-            raise CommandError(f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands")
-        if self.keys + keys > RESP_KEYS_MAX or self.bytes + size > MULTI_BYTES_MAX:
-            raise CommandError(
-                f"ERR a transaction is over the limit of {RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes"
-            )
-        self.keys += keys
-        self.bytes += size
-        self.queued.append(queued)
 
 
 class RespClient:

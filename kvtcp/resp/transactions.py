@@ -10,25 +10,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX
+from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX, RESP_KEYS_MAX
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import REVISION, TRANSACTION
 from kvtcp.resp.plan import CROSS_SHARD_MULTI, CommandError, Failed, Operation, Plan, check_key, error_text
 from kvtcp.resp.replies import DONE, Failure, NoArray, encode, error
 
 if TYPE_CHECKING:
-    from kvtcp.resp.client import RespClient, Slot, Transaction
+    from kvtcp.resp.client import RespClient, Slot
 
 Arguments = Sequence[bytes]
 
+QUEUED_BYTES: Final = 64  # what a queued operation counts beyond its key and values
 WATCHED_BYTES: Final = 16  # what a watched key counts beyond its bytes
 UNKNOWN: Final = -1  # the revision of a watched key that could not be read: no key has it
 
 
+class Transaction:
+    """What was queued since MULTI."""
+
+    def __init__(self) -> None:
+        self.queued: list[Plan | bytes] = []  # a reply, of what concerns only the connection
+        self.shard: int | None = None  # of all its keys
+        self.failed = False  # a command was refused: EXEC will be too
+        self.keys = 0  # operations, each counted with its keys: so many arrays they are on a link
+        self.bytes = 0
+
+    def queue(self, queued: Plan | bytes) -> None:
+        """What EXEC is to carry out, or a reply. Raises CommandError if it is too much for one entry."""
+        if isinstance(queued, bytes):
+            keys, size = 1, len(queued) + QUEUED_BYTES
+        else:
+            keys = sum(len(operation.keys) for operation in queued.operations)
+            size = sum(operation.size + QUEUED_BYTES for operation in queued.operations)
+        if len(self.queued) >= MULTI_KEYS_MAX:
+            raise CommandError(f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands")
+        if self.keys + keys > RESP_KEYS_MAX or self.bytes + size > MULTI_BYTES_MAX:
+            raise CommandError(
+                f"ERR a transaction is over the limit of {RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes"
+            )
+        self.keys += keys
+        self.bytes += size
+        self.queued.append(queued)
+
+
 def multi(client: RespClient, arguments: Arguments) -> None:
     """MULTI"""
-    from kvtcp.resp.client import Transaction
-
     if client.transaction is not None:
         client.answer(Failure("ERR MULTI calls can not be nested"))
         return
