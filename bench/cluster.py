@@ -27,6 +27,22 @@ ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0
 
 
+class StoppedAtExit:
+    """Something that runs until `stop`, or to the end of its `with`."""
+
+    def stop(self) -> None:
+        """End it, and leave nothing behind."""
+        raise AssertionError("what is started says how it is stopped")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
 def free_ports(count: int) -> int:
     """The first of `count` consecutive ports nobody uses now, below the range that the kernel gives out by itself."""
     for _ in range(1_000):
@@ -92,7 +108,7 @@ class Process:
             self.process.stdout.close()
 
 
-class Cluster:
+class Cluster(StoppedAtExit):
     """A coordinator with its nodes: those that it spawns, or `own_nodes`, which are started and ended here."""
 
     def __init__(
@@ -163,14 +179,6 @@ class Cluster:
     def start_coordinator(self) -> None:
         """Start it again."""
         self._process = Process(self._command)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End it and remove its data."""

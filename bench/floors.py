@@ -21,10 +21,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from bench.cluster import Process, free_ports
+from bench.cluster import Process, StoppedAtExit, free_ports
 from bench.measure import Options, Result, make_row, quantile, with_floor
 from bench.resp import RespWorkload, encode_command, key_of
 
@@ -33,7 +32,7 @@ MESSAGE_BYTES = 100
 SYNC_BYTES = 4096
 
 
-class FloorEcho:
+class FloorEcho(StoppedAtExit):
     """A uvloop server that answers every request of a fixed length with a constant."""
 
     def __init__(self, request_bytes: int, reply: bytes) -> None:
@@ -45,14 +44,6 @@ class FloorEcho:
     def roles(self) -> dict[str, list[int]]:
         """Pids by role."""
         return {"server": [self._process.pid]}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End it."""

@@ -27,10 +27,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from bench.cluster import Cluster, free_ports
+from bench.cluster import Cluster, StoppedAtExit, free_ports
 from bench.measure import ROOT
 from bench.resp import BENCHMARK, RespClient, RespError, speaks_resp
 
@@ -94,7 +93,7 @@ def versions() -> dict[str, str]:
     return {name: version_of(name) for name in PACKAGES}
 
 
-class Peer:
+class Peer(StoppedAtExit):
     """Some processes and a directory."""
 
     role = "server"
@@ -126,14 +125,6 @@ class Peer:
     def roles(self) -> dict[str, list[int]]:
         """Pids by role."""
         return {self.role: [process.pid for process in self.processes]}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End all processes and remove the directory."""
