@@ -166,6 +166,19 @@ async def test_what_is_held_is_told(session: Session) -> None:
     assert server.held_bytes == 0, "a connection that is gone holds nothing"
 
 
+async def test_what_was_read_silently_is_off_the_account(session: Session) -> None:
+    """Nobody is told when a client reads the last of what was written: the server looks, with every tick."""
+    server: Any = session.server
+    transport(session).buffered_bytes = 5_000
+    session.flush()
+    transport(session).buffered_bytes = 0
+    assert server.held_bytes == 5_000
+    session.look_at_unread()
+    assert server.held_bytes == 0 == session.unread_bytes
+    session.connection_lost(None)
+    session.look_at_unread()
+
+
 async def test_late_frames(session: Session) -> None:
     """A request that was begun must become complete in time; the time begins anew with each, and with a pause."""
     server: Any = session.server

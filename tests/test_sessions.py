@@ -181,3 +181,17 @@ async def test_errors_keep_their_order(cluster: LocalCluster) -> None:
         answers = [await wire.receive() for _ in requests]
         assert sorted(answer[0] for answer in answers) == list(range(300))
         assert all((answer[1] == 0) == bool(answer[0] % 3) for answer in answers)
+
+
+async def test_an_idle_client_that_has_read_everything_holds_nothing(cluster: LocalCluster) -> None:
+    """Also if it read the rest long after the last answer was written: or many of them would keep everybody out."""
+    async with await Wire.open(cluster.coordinator.address) as wire:
+        session = await session_of(cluster)
+        await wire.ask("put", "large", b"v" * 900_000)
+        wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        wire.send(*([number, "get", "large"] for number in range(10)))
+        await until(lambda: session.unread_bytes and not session.outstanding, "unread answers")
+        wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        for _ in range(10):
+            await wire.receive()
+        await until(lambda: session.held_bytes == 0 == cluster.coordinator.held_bytes, "nothing is held")

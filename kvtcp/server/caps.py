@@ -48,7 +48,7 @@ class CappedConnection(Connection):
         self.long = 0  # requests that take their time (backup, restore) and are not answered
         self.input_bytes = 0  # bytes of what is outstanding, about
         self._asked = 0  # outstanding requests as of the last flush, and those read since
-        self.unread_bytes = 0  # answers in the transport's buffer, as of the last flush
+        self.unread_bytes = 0  # answers in the transport's buffer, as of the last flush or tick
         self._paused_for = 0  # the reasons for not reading it now
         self._accounted_bytes = 0  # `held_bytes` as the server has counted it
         self._half_closed = False  # the client will send nothing more
@@ -149,6 +149,12 @@ class CappedConnection(Connection):
             self._frame_since_ms = self.server.now_ms()  # it could not be finished meanwhile
         if not self._paused_for and self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
+
+    def look_at_unread(self) -> None:
+        """How much the client has not read yet: nobody is told when it reads the rest."""
+        if self.unread_bytes and self.transport is not None:
+            self.unread_bytes = self.transport.get_write_buffer_size()
+            self.account()
 
     def account(self) -> None:
         """Tell the server how much this session makes it hold."""

@@ -287,6 +287,8 @@ class CoordinatorServer:
         for session in [s for s in self.sessions if s.frame_is_late(now_ms)]:
             log.warning("event=session-closed peer=%s reason=its frame was never finished", session.peer)
             session.abort()
+        for session in list(self.sessions):
+            session.look_at_unread()
         self._enforce_total()
         self._schedule_tick()
 
