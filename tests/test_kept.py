@@ -10,7 +10,7 @@ import pytest
 from kvtcp.constants import MIB, RECENT_ENTRY_BYTES, VALUE_BYTES_MAX, WINDOW_BYTES_MAX
 from kvtcp.storage import kept as kept_module
 from kvtcp.storage.copy import Logged
-from kvtcp.storage.kept import KeptEntries
+from kvtcp.storage.kept import INDEX_IDLE_COMMITS, KeptEntries
 
 
 def entry(shard: int, seq: int, size: int = 5) -> Logged:
@@ -380,3 +380,20 @@ def test_much_from_before_the_link_is_cut(monkeypatch: pytest.MonkeyPatch) -> No
     kept.new_link()
     assert numbers(kept, 0) == [6, 7, 8, 9] and numbers(kept, 1) == [1, 2] and kept.bytes == 30
     assert set(kept.look_up(0)) == {6, 7, 8, 9}
+
+
+def test_recent_batches_of_a_running_index_are_the_entries_themselves() -> None:
+    """What the index has goes with its batch, and a batch that was packed before the index began is found in it."""
+    kept = KeptEntries(recent_bytes_max=3 * (RECENT_ENTRY_BYTES + 5))
+    for number in range(1, 4):
+        kept.add(number, [entry(0, number)])
+        kept.commit(number)
+    assert list(kept.look_up(0).values()) == [entry(0, number) for number in (1, 2, 3)]
+    kept.add(4, [entry(0, 4)])
+    kept.commit(4)  # number 1, which was packed, is too old now
+    assert list(kept.look_up(0).values()) == [entry(0, number) for number in (2, 3, 4)]
+    for _ in range(INDEX_IDLE_COMMITS + 1):
+        kept.commit(4)
+    kept.add(5, [entry(0, 5)])
+    kept.commit(5)
+    assert list(kept.look_up(0).values()) == [entry(0, number) for number in (3, 4, 5)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvtcp.constants import RECENT_ENTRY_BYTES
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import (
     ADD,
@@ -345,7 +346,7 @@ def test_entries_after(replica: Replica) -> None:
 
 def test_entries_after_of_what_is_not_recent_any_more() -> None:
     """The oldest committed entries are gone: what follows them is not shipped, what follows the others is."""
-    node = make(kept=KeptEntries(recent_bytes_max=600))
+    node = make(kept=KeptEntries(recent_bytes_max=2 * (RECENT_ENTRY_BYTES + 20)))
     node.hello(hello())
     batch(node, 100, put(0, 1))
     batch(node, 101, put(0, 2), put(0, 3))

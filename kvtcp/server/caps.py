@@ -70,18 +70,19 @@ class CappedConnection(Connection):
         self.transport.set_write_buffer_limits(high=CLIENT_OUTPUT_BYTES_MAX)
         self.server.session_opened(self)
 
-    def took(self, is_whole: bool, is_complete: bool) -> None:
-        """Bytes were read: whether all of them belong to complete requests, and whether a request became complete."""
+    def took(self, is_whole: bool, complete: int) -> None:
+        """Bytes were read: whether all of them belong to complete requests, and how many requests became complete."""
         if is_whole:
             self._frame_since_ms = 0
         else:
             self.account()
-            if is_complete or not self._frame_since_ms:
+            if complete or not self._frame_since_ms:
                 self._frame_since_ms = self.server.now_ms()
         if self.outstanding > CLIENT_OUTSTANDING_MAX or (
             self.input_bytes > CLIENT_INPUT_BYTES_MAX and self.outstanding
         ):
             self.pause(FOR_OUTSTANDING)
+        self.server.took(complete)
 
     def eof_received(self) -> bool:
         """The client half-closed: what it asked for is still answered."""

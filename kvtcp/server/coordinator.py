@@ -1,8 +1,9 @@
 """The coordinator's server: an I/O shell around gateway and sequencer.
 
 One event loop. Clients' sockets and nodes' links bring messages; the cores queue batches and answers; once per tick
-(`_flush`, one `call_soon` however many messages came) every link and every client gets at most one write. No task and
-no future is made for an operation.
+(`_flush`, one `call_soon` however many messages came) every link and every client gets at most one write; a tick that
+brings very many requests sends in between, so that nodes and clients have work meanwhile. No task and no future is made
+for an operation.
 
 Everything that is decided is decided in the Controller; here its frames are sent, its links closed and dialled, its
 changes of the map stored, its events logged (`_act`). Clients are let in when every shard is served, or known to be
@@ -30,6 +31,7 @@ from kvtcp.constants import (
     CLIENT_CONNECTIONS_MAX,
     HEARTBEAT_MS,
     LEAVE_TIME_MS,
+    SEND_REQUESTS,
     STAMP_AHEAD_MS,
     STAMP_MOVE_MS,
     TICK_MS,
@@ -112,6 +114,7 @@ class CoordinatorServer:
         self.buffered_bytes = 0  # held for clients, as of the last tick
         self.held_bytes = 0  # held for clients by their sessions, at any time
         self.lag_ms = 0.0  # how late the last tick was
+        self._unsent = 0  # requests read since the last time everything was sent
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
         self._is_opening = False  # the takeover is over: what it found is being stored
         self._over_total = False  # clients are not read because of the total cap
@@ -251,8 +254,19 @@ class CoordinatorServer:
             self.controller.begin(wall_ms(), int(self.loop.time() * 1000))
             self.loop.call_soon(self._flush)
 
+    def took(self, requests: int) -> None:
+        """A client sent so many requests. Nodes and clients are not kept waiting until very many are read."""
+        self._unsent += requests
+        if self._unsent >= SEND_REQUESTS:
+            self._send()
+
     def _flush(self) -> None:
         self._flushing = False
+        self._send()
+
+    def _send(self) -> None:
+        """Everything that is to go out."""
+        self._unsent = 0
         controller = self.controller
         if controller.is_talkative:
             self._act()

@@ -66,7 +66,7 @@ class RespSession(CappedConnection):
         if self._is_attack():
             return
         self._asked += client.outstanding - before
-        self.took(not parser.buffered_bytes, bool(commands))
+        self.took(not parser.buffered_bytes, len(commands))
 
     def _is_attack(self) -> bool:
         """Whether a browser was made to send this: then nothing more is said."""

@@ -60,7 +60,7 @@ class ClientSession(CappedConnection, FramedConnection):
         except ProtocolError as error:
             self.protocol_error(error)
             return
-        self.took(not self.decoder.buffered_bytes, bool(messages))
+        self.took(not self.decoder.buffered_bytes, len(messages))
 
     def _other_face(self, data: bytes) -> None:
         """The first byte is none of a frame: a client of Redis, or somebody who types."""
