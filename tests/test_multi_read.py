@@ -75,6 +75,25 @@ def test_items() -> None:
     assert mget.build([3]) == ((MGET, [(3, b"x"), (3, b"x")]), 2 + 2 * KEY_OVERHEAD_BYTES)
 
 
+def test_a_node_is_asked_for_its_part_of_a_page() -> None:
+    """And for a little more, so that the page is hardly ever cut short; never for more than the page."""
+    page = page_read(range(64), b"", None, 1_000, False, False, Answers(), 0)
+    asked = [page.build(list(range(some)))[0][4] for some in (0, 1, 21, 22, 64)]
+    assert asked == [8, 39, 408, 425, 1_000]
+    few = page_read(range(64), b"", None, 10, False, False, Answers(), 0)
+    assert [few.build(list(range(some)))[0][4] for some in (1, 21)] == [9, 10]
+    rng = random.Random(3)
+    short = 0
+    for _ in range(200):  # keys fall to the nodes at random
+        parts: list[list[list[Any]]] = [[], [], []]
+        for number in range(1_300):
+            parts[rng.randrange(3)].append([b"%06d" % number, b"", 1, None])
+        rows, cursor = merge_runs([(part[:425], len(part) > 425) for part in parts], 1_000, False)
+        assert [row[0] for row in rows] == [b"%06d" % number for number in range(len(rows))] and cursor is not None
+        short += len(rows) < 1_000
+    assert short <= 2
+
+
 def test_any_key_of_all_parts() -> None:
     """A part is chosen by how many keys it has; one without a visible key is passed over; every key equally often."""
     seen: Counter[Any] = Counter()

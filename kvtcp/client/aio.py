@@ -19,7 +19,8 @@ Cancelling a call is safe for all others. A cancelled write may or may not have 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
+from contextlib import aclosing
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, overload
@@ -246,8 +247,9 @@ class AsyncClient(Generic[V]):
     ) -> AsyncIterator[tuple[bytes, Any]]:
         """Pairs in key order (or reversed): `start` inclusive to `end` exclusive, of those only with `prefix`.
 
-        At most `limit` pairs; with `keys_only` each value is None and is not sent. Read in pages as it goes along: a
-        page is one consistent cut, and a key untouched meanwhile appears exactly once. `timeout` is for each page.
+        At most `limit` pairs; with `keys_only` each value is None and is not sent. Read in pages as it goes along, the
+        next one while you have this one: a page is one consistent cut, and a key untouched meanwhile appears exactly
+        once. `timeout` is for each page.
         """
         return self._items(PageRequest(prefix, start, end, limit, reverse, keys_only), timeout, self._pair)
 
@@ -465,13 +467,29 @@ class AsyncClient(Generic[V]):
         return key
 
     async def _items(self, pages: PageRequest, timeout: float | None, of: Callable[[list[Any]], D]) -> AsyncIterator[D]:
-        while not pages.finished:
-            for row in await self._page(pages, timeout):
-                yield of(row)
+        async with aclosing(self._read_ahead(pages, timeout)) as lists:
+            async for rows in lists:
+                for row in rows:
+                    yield of(row)
 
     async def _pages(self, pages: PageRequest, timeout: float | None) -> AsyncIterator[list[tuple[bytes, V]]]:
-        while not pages.finished:
-            yield [self._pair(row) for row in await self._page(pages, timeout)]
+        async with aclosing(self._read_ahead(pages, timeout)) as lists:
+            async for rows in lists:
+                yield [self._pair(row) for row in rows]
+
+    async def _read_ahead(self, pages: PageRequest, timeout: float | None) -> AsyncGenerator[list[list[Any]], None]:
+        """The rows of each page; the next one is on its way while they are looked at."""
+        asked: asyncio.Task[list[list[Any]]] | None = None
+        try:
+            while not pages.finished:
+                rows = await (asked or self._page(pages, timeout))
+                if not pages.finished:
+                    asked = asyncio.create_task(self._page(pages, timeout))
+                    asked.add_done_callback(_look_at)  # nobody may be waiting for it any more
+                yield rows
+        finally:
+            if asked is not None:
+                asked.cancel()
 
     async def _run(self, batch: Batch, kind: Kind, timeout: float | None) -> list[Any]:
         """Send the parts of a batch, several at once, until all are done or one failed as a whole."""
@@ -590,3 +608,9 @@ def connect(
     this client. Raises RequestError (the URL), Unavailable (nobody answers), ProtocolError (not a kvtcp server).
     """
     return Connecting(url, codec, timeout, name)
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """An error of the task was seen: asyncio has nothing to complain of."""
+    if not task.cancelled():
+        task.exception()

@@ -4,10 +4,11 @@ Pure. A point read or an overwrite is one dictionary probe and never touches the
 and merged into the tree as part of a sorted batch: when `FRESH_KEYS_MAX` wait, and before anything that needs the order
 or removes a key. So every answer includes the keys that wait, and no call does more than one such merge (about 1 ms).
 
-The hash index is `HASH_PARTS` dictionaries, chosen by `hash(key) % HASH_PARTS`: the insert that makes one dictionary of
-a million keys grow takes 25 to 130 ms, in one of 31 parts 1 to 2 ms. The number is prime, because the low bits of the
-hash also choose the slot inside a dictionary. The choice costs 0.06 us a lookup. The hash of bytes differs from process
-to process; nothing that leaves this class depends on it.
+The hash index is one dictionary, `whole`, up to about `SPLIT_KEYS`, and from then on `HASH_PARTS` of them, chosen by
+`hash(key) % HASH_PARTS`: the insert that makes one dictionary of a million keys grow takes 25 to 130 ms, in one of 31
+parts 1 to 2 ms; the split itself 3 ms, once. The number is prime, because the low bits of the hash also choose the slot
+inside a dictionary. The choice costs 0.06 us a lookup, and three cache misses if other shards were used meanwhile. The
+hash of bytes differs from process to process; nothing that leaves this class depends on it.
 
 A cell is `(value, revision, deadline_ms or None)`, for a key without deadline the very tuple that a read answers with.
 Measured on CPython 3.11 with 1 M keys against one bytes object, `revision + value`: 0.02 us to build instead of 0.06,
@@ -22,7 +23,7 @@ from itertools import islice
 from operator import ge
 from typing import Any, Final
 
-from kvtcp.constants import FRESH_KEYS_MAX, HASH_PARTS, LEAF_KEYS_MAX
+from kvtcp.constants import FRESH_KEYS_MAX, HASH_PARTS, LEAF_KEYS_MAX, SPLIT_KEYS
 from kvtcp.storage.btree import BTree
 
 Cell = tuple[bytes, int, int | None]  # value, revision, deadline in ms or None
@@ -40,10 +41,11 @@ class OrderError(ValueError):
 class Index:
     """Ordered map of keys to cells. `fresh_keys_max` = 1 merges every new key at once."""
 
-    __slots__ = ("fresh", "fresh_keys_max", "parts", "tree")
+    __slots__ = ("fresh", "fresh_keys_max", "parts", "tree", "whole")
 
     def __init__(self, leaf_keys_max: int = LEAF_KEYS_MAX, fresh_keys_max: int = FRESH_KEYS_MAX) -> None:
-        self.parts = [_new_part() for _ in range(PARTS)]  # every key is in parts[hash(key) % PARTS]
+        self.whole: dict[bytes, Cell] | None = _new_part()  # all cells; None = they are split into parts
+        self.parts = [self.whole]  # the only one, or PARTS of them: every key is in parts[hash(key) % PARTS]
         self.tree = BTree(leaf_keys_max)  # all keys but the fresh ones
         self.fresh: list[bytes] = []  # keys in order of arrival that are not in the tree yet
         self.fresh_keys_max = fresh_keys_max  # len(fresh) < fresh_keys_max between two calls
@@ -54,12 +56,17 @@ class Index:
     def load(self, pieces: Iterable[tuple[Sequence[bytes], Sequence[Cell]]]) -> None:
         """Fill an empty index from pieces (keys, their cells). OrderError if keys do not ascend strictly over all."""
         assert len(self) == 0, "only an empty index is loaded"
-        parts = self.parts
         keys: list[bytes] = []  # that are not in the tree yet
         last = b""  # no key is empty
         for some, cells in pieces:
-            for key, cell in zip(some, cells, strict=True):
-                parts[hash(key) % PARTS][key] = cell
+            if self.whole is not None:
+                self.whole.update(zip(some, cells, strict=True))
+                if len(self.whole) > SPLIT_KEYS:
+                    self._split()
+            else:
+                parts = self.parts
+                for key, cell in zip(some, cells, strict=True):
+                    parts[hash(key) % PARTS][key] = cell
             # order and tree piece by piece: for a million keys at once no other thread would run for 100 ms
             if some and (last >= some[0] or any(map(ge, some, islice(some, 1, None)))):
                 raise OrderError("rows are not in ascending order of their keys")
@@ -78,13 +85,17 @@ class Index:
             part.clear()
         self.tree.release()
 
+    def part_of(self, key: bytes) -> dict[bytes, Cell]:
+        """The dictionary that has the cell of a key, if there is one."""
+        return self.whole if self.whole is not None else self.parts[hash(key) % PARTS]
+
     def get(self, key: bytes) -> Cell | None:
         """The cell of a key, or None."""
-        return self.parts[hash(key) % PARTS].get(key)
+        return self.part_of(key).get(key)
 
     def set(self, key: bytes, cell: Cell) -> None:
         """Insert or replace. (`Table.apply` has a copy of this body in its path for `put`.)"""
-        cells = self.parts[hash(key) % PARTS]
+        cells = self.part_of(key)
         before = len(cells)
         cells[key] = cell
         if len(cells) != before:
@@ -94,7 +105,7 @@ class Index:
 
     def delete(self, key: bytes) -> Cell | None:
         """Remove a key; its cell, or None if it was not there."""
-        cell = self.parts[hash(key) % PARTS].pop(key, None)
+        cell = self.part_of(key).pop(key, None)
         if cell is not None:
             if self.fresh:
                 self.merge()
@@ -103,8 +114,7 @@ class Index:
 
     def delete_all(self, keys: Iterable[bytes]) -> None:
         """Remove many keys in one pass over the tree; those that are absent are passed over."""
-        parts = self.parts
-        present = [key for key in keys if parts[hash(key) % PARTS].pop(key, None) is not None]
+        present = [key for key in keys if self.part_of(key).pop(key, None) is not None]
         present.sort()
         self.merge()
         self.tree.delete_sorted_batch(present)
@@ -116,6 +126,17 @@ class Index:
             fresh.sort()
             self.tree.insert_sorted_batch(fresh)
             fresh.clear()
+            if self.whole is not None and len(self.whole) > SPLIT_KEYS:
+                self._split()
+
+    def _split(self) -> None:
+        """From one dictionary to many, before it gets so large that growing takes long."""
+        assert self.whole is not None, "it was not split yet"
+        cells, self.whole = self.whole, None
+        del cells[None]  # type: ignore[arg-type]
+        parts = self.parts = [_new_part() for _ in range(PARTS)]
+        for key, cell in cells.items():
+            parts[hash(key) % PARTS][key] = cell
 
     def slice(
         self, lower: bytes = b"", upper: bytes | None = None, limit: int | None = None, reverse: bool = False
@@ -126,6 +147,8 @@ class Index:
 
     def cells_of(self, keys: Iterable[bytes]) -> list[Cell]:
         """The cells of present keys, in the same order."""
+        if self.whole is not None:
+            return list(map(self.whole.__getitem__, keys))
         parts = self.parts
         return [parts[hash(key) % PARTS][key] for key in keys]
 
@@ -152,7 +175,10 @@ class Index:
         for number, cells in enumerate(self.parts):
             held: dict[Any, Any] = dict(cells)
             assert held.pop(None) is _TRACKED, "the cyclic collector always tracks a part"
-            assert all(hash(key) % PARTS == number for key in held), "a key is in the part its hash names"
+            if self.whole is None:
+                assert all(hash(key) % PARTS == number for key in held), "a key is in the part its hash names"
+        assert len(self.parts) == (PARTS if self.whole is None else 1), "one, or all parts"
+        assert self.whole is None or self.whole is self.parts[0], "the one part is the whole"
         keys = sorted(key for key, _ in self.items())
         assert sorted([*self.tree, *self.fresh]) == keys, "tree and fresh keys together are the keys of the hash index"
 

@@ -15,7 +15,7 @@ from kvtcp.constants import MERGE_ROWS
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.table import Table
 
-PageRow = list[bytes | int | None]  # [key, value or None, rev, ttl_ms or None]
+PageRow = tuple[bytes, bytes | None, int, int | None]  # key, value or None, rev, ttl_ms or None
 FrozenRow = tuple[int, bytes, bytes, int, int | None]  # shard, key, value, rev, deadline_ms or None
 ROW_BYTES = 24  # counted for revision, ttl and framing of a row
 
@@ -53,25 +53,42 @@ def merge_page(
     (>= 1), and at most `bytes_max` bytes unless it is one row alone. The second result tells that rows were cut off.
     """
     assert limit >= 1, "a page has room for at least one row"
-    keys = _first_keys(tables, lower, upper, limit + 1, reverse, stamp_ms)
-    page: list[PageRow] = []
+    keys, taken = _first_keys(tables, lower, upper, limit + 1, reverse, stamp_ms)
+    more = len(keys) > limit
+    del keys[limit:]
+    if not keys:
+        return [], False
+    row_of: dict[bytes, PageRow] = {}
+    for table, some in zip(tables, taken, strict=True):
+        while some and (some[-1] < keys[-1] if reverse else some[-1] > keys[-1]):
+            some.pop()
+        row_of |= zip(some, table.rows_of(some, stamp_ms, keys_only), strict=True)
+    page = [row_of[key] for key in keys]
+    values_bytes = 0 if keys_only else sum([len(row[1] or b"") for row in page])
+    if sum(map(len, keys)) + values_bytes + ROW_BYTES * len(keys) > bytes_max:
+        fitting = _fitting(page, bytes_max)
+        more = more or fitting < len(page)
+        del page[fitting:]
+    return page, more
+
+
+def _fitting(page: Sequence[PageRow], bytes_max: int) -> int:
+    """How many rows are within so many bytes; the first one always is."""
     page_bytes = 0
-    for key, number in keys[:limit]:
-        row = tables[number].get(key, stamp_ms)
-        assert row is not None, "a visible key has a row"
-        value, rev, ttl_ms = row
-        page_bytes += len(key) + ROW_BYTES + (0 if keys_only else len(value))
-        if page and page_bytes > bytes_max:
-            break
-        page.append([key, None if keys_only else value, rev, ttl_ms])
-    return page, len(page) < len(keys)
+    for number, row in enumerate(page):
+        page_bytes += len(row[0]) + ROW_BYTES + len(row[1] or b"")
+        if number and page_bytes > bytes_max:
+            return number
+    return len(page)
 
 
 def _first_keys(
     tables: Sequence[Table], lower: bytes, upper: bytes | None, wanted: int, reverse: bool, stamp_ms: int
-) -> list[tuple[bytes, int]]:
-    """The first `wanted` keys over all tables, each with the place of its table; fewer if there are no more."""
-    found: list[tuple[bytes, int]] = []
+) -> tuple[list[bytes], list[list[bytes]]]:
+    """The first `wanted` keys over all tables, fewer if there are no more; and what was taken of each table for it, in
+    order, which may be more."""
+    found: list[bytes] = []
+    taken: list[list[bytes]] = [[] for _ in tables]
     # tables that may have more keys than were taken, each with the bounds of the rest
     open_tables = [(number, lower, upper) for number in range(len(tables))]
     while open_tables:
@@ -80,17 +97,18 @@ def _first_keys(
         rest: list[tuple[int, bytes, bytes | None]] = []
         for number, low, high in open_tables:
             keys = tables[number].keys(low, high, share, reverse, stamp_ms)
-            found += [(key, number) for key in keys]
+            found += keys
+            taken[number] += keys
             if len(keys) == share:
                 rest.append((number, low, keys[-1]) if reverse else (number, keys[-1] + b"\0", high))
         found.sort(reverse=reverse)
         del found[wanted:]
         if len(found) == wanted:
             # the rest of a table begins behind its bound; it matters only if that is before the last key of the page
-            end = found[-1][0]
+            end = found[-1]
             rest = [r for r in rest if (r[2] is not None and r[2] > end if reverse else r[1] <= end)]
         open_tables = rest
-    return found
+    return found, taken
 
 
 def merge_frozen(frozens: Sequence[Frozen], rows_per_slice: int = MERGE_ROWS) -> Iterator[FrozenRow]:
