@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import random
 import socket
@@ -911,3 +912,31 @@ async def test_cancelled_batch(kv: AsyncClient[bytes], server: FakeServer) -> No
     assert call.cancelled()
     await until(lambda: len(asyncio.all_tasks()) == 1)
     assert len(server.seen(b"mput")) == 8
+
+
+async def test_the_next_page_is_on_its_way(server: FakeServer, kv: AsyncClient[bytes]) -> None:
+    """Its request arrives while the caller has the rows of this one and does not wait for anything; the last page asks
+    for none; a scan that is left takes its request back, and an error that nobody waited for is not complained of."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    await kv.put_many({f"{number}": b"v" for number in range(5)})
+
+    def scans() -> int:
+        return sum(request[1] == b"scan" for request in server.requests)
+
+    pages = kv.scan_pages(page_items=2)
+    assert [key for key, _ in await anext(pages)] == [b"0", b"1"]
+    await until(lambda: scans() == 2)
+    assert [key for key, _ in await anext(pages)] == [b"2", b"3"]
+    assert [key for key, _ in await anext(pages)] == [b"4"]
+    assert [page async for page in pages] == [] and scans() == 3
+    server.on(b"scan", fake_server.execute, fake_server.error(Code.TOO_LARGE))
+    left = kv.scan_pages(page_items=2)
+    await anext(left)
+    await until(lambda: scans() == 5)
+    await kv.get("0")  # the error is here
+    await left.aclose()  # type: ignore[attr-defined]
+    del left
+    gc.collect()
+    await kv.get("0")
+    assert complaints == []

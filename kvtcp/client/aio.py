@@ -485,11 +485,12 @@ class AsyncClient(Generic[V]):
                 rows = await (asked or self._page(pages, timeout))
                 if not pages.finished:
                     asked = asyncio.create_task(self._page(pages, timeout))
-                    asked.add_done_callback(_look_at)  # nobody may be waiting for it any more
+                    for _ in range(2):  # it begins, its request leaves; a caller that never waits would hold it up
+                        await asyncio.sleep(0)
                 yield rows
         finally:
             if asked is not None:
-                asked.cancel()
+                asked.cancel()  # it also keeps asyncio from complaining of an error that nobody waited for
 
     async def _run(self, batch: Batch, kind: Kind, timeout: float | None) -> list[Any]:
         """Send the parts of a batch, several at once, until all are done or one failed as a whole."""
@@ -608,9 +609,3 @@ def connect(
     this client. Raises RequestError (the URL), Unavailable (nobody answers), ProtocolError (not a kvtcp server).
     """
     return Connecting(url, codec, timeout, name)
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """An error of the task was seen: asyncio has nothing to complain of."""
-    if not task.cancelled():
-        task.exception()
