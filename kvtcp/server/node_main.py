@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from kvtcp.constants import BASE_PORT_DEFAULT, MIB, ORPHAN_MS, RECOVERY_PROGRESS_MS, SNAPSHOT_LOG_BYTES
 from kvtcp.server import runtime
+from kvtcp.server.huge_pages import HugePages
 from kvtcp.server.identity import DataDirectory, IdentityError, lock_holder
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.check import by_reason, check_directory
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             with runtime.bind(options.host, options.port) as bound:  # taken before anything is made
                 store = recover(options)
+                HugePages().start()
                 return runtime.run(lambda: serve(options, directory, fields, store, bound), options.loop)
         finally:
             directory.unlock()

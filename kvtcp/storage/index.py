@@ -91,11 +91,14 @@ class Index:
 
     def get(self, key: bytes) -> Cell | None:
         """The cell of a key, or None."""
-        return self.part_of(key).get(key)
+        cells = self.whole
+        return cells.get(key) if cells is not None else self.parts[hash(key) % PARTS].get(key)
 
     def set(self, key: bytes, cell: Cell) -> None:
         """Insert or replace. (`Table.apply` has a copy of this body in its path for `put`.)"""
-        cells = self.part_of(key)
+        cells = self.whole
+        if cells is None:
+            cells = self.parts[hash(key) % PARTS]
         before = len(cells)
         cells[key] = cell
         if len(cells) != before:
