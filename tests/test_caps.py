@@ -58,6 +58,9 @@ class CountingServer:
     def session_closed(self, session: Any, reason: str) -> None:
         self.closed.append(reason)
 
+    def took(self, requests: int) -> None:
+        """Nothing is sent in between."""
+
 
 class Session(CappedConnection):
     """One whose requests are answered by the test."""

@@ -195,6 +195,7 @@ def test_more_local_nodes_and_fewer(cluster: ProcessCluster) -> None:
     cluster.nodes += ["n4", "n5"]
     command = cluster.start(*FEW)
     pairs = fill(cluster.url)
+    healed(cluster.url, "the new nodes are linked")
     with kvtcp.sync.connect(cluster.url) as kv:
         assert [row["wanted"] for row in kv.nodes()] == [8, 8, 8, 0, 0] and kv.status()["state"] == "ok"
         assert len(kv.rebalance(dry_run=True).moves) == len(kv.rebalance().moves) == 9

@@ -479,15 +479,18 @@ class AsyncClient(Generic[V]):
 
     async def _read_ahead(self, pages: PageRequest, timeout: float | None) -> AsyncGenerator[list[list[Any]], None]:
         """The rows of each page; the next one is on its way while they are looked at."""
+        if pages.finished:
+            return
+        rows = await self._page(pages, timeout)
         asked: asyncio.Task[list[list[Any]]] | None = None
         try:
             while not pages.finished:
-                rows = await (asked or self._page(pages, timeout))
-                if not pages.finished:
-                    asked = asyncio.create_task(self._page(pages, timeout))
-                    for _ in range(2):  # it begins, its request leaves; a caller that never waits would hold it up
-                        await asyncio.sleep(0)
+                asked = asyncio.create_task(self._page(pages, timeout))
+                for _ in range(2):  # it begins, its request leaves; a caller that never waits would hold it up
+                    await asyncio.sleep(0)
                 yield rows
+                rows = await asked  # it may have been there for long, and `finished` be true
+            yield rows
         finally:
             if asked is not None:
                 asked.cancel()  # it also keeps asyncio from complaining of an error that nobody waited for
