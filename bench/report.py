@@ -2,8 +2,8 @@
 """The report: `bench/report.py [FILE] [--into docs/performance.md]` makes docs/performance.md and its charts in
 docs/figures/ from the figures of a run, by default the newest full one in bench/results/.
 
-Everything in the page comes from that file and from the tables in the code (`bench.targets`, `bench.comparisons`), so a
-new measurement needs no editing. Without matplotlib the page is made without charts, and says so.
+Everything in the page comes from that file, from the tables in the code (`bench.targets`, `bench.comparisons`) and from
+bench/tried.md, so a new measurement needs no editing. Without matplotlib the page is made without charts, and says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEAD = """\
 # Performance
 
 How fast kvtcp is beside other stores on the same cores, what it costs, and where the time goes. This page is made by
-`bench/report.py`; nothing in it is written by hand.
+`bench/report.py`; nothing in it is written by hand but "What was tried", which is `bench/tried.md`.
 
 | to repeat it | |
 |---|---|
@@ -142,7 +142,7 @@ def page(run: dict[str, Any] | None, charts: Sequence[str]) -> str:
     shown = "\n".join(f"![{Path(chart).stem}]({chart})\n" for chart in charts)
     parts = [
         HEAD, machine_text(run["machine"], run["took_s"]), section_targets(targets.judge_all(results)),
-        section_peers(results), f"## Charts\n\n{shown}" if charts else "", section_profile(results),
+        (ROOT / "bench" / "tried.md").read_text(), section_peers(results), f"## Charts\n\n{shown}" if charts else "", section_profile(results),
         section_missing(run), METHOD, section_suites(results),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)

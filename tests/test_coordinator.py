@@ -30,7 +30,7 @@ from server_tools import (
 
 import kvtcp
 from kvtcp.config_store.keeper import MapKeeper
-from kvtcp.constants import STAMP_AHEAD_MS, WRITE_WAIT_MS
+from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
 from kvtcp.replication.membership import Membership
@@ -192,6 +192,25 @@ async def test_withheld_acknowledgements(monkeypatch: pytest.MonkeyPatch) -> Non
             100: 3, 101: [b"v", 3, None], 102: True, 103: None, 104: False, 105: 2, 106: [[b"v", 1, None]],
         }  # fmt: skip
         cluster.coordinator.sequencer.check()
+
+
+async def test_many_requests_are_sent_in_between() -> None:
+    """What some requests led to waits for the end of the tick; when very many were read it leaves without reading on,
+    and with it the answers that were there. Nothing is answered twice or out of order."""
+    async with LocalCluster(1, shards=4) as cluster, await Wire.open(cluster.coordinator.address) as wire:
+        await wire.ask("put", "a", b"0")
+        (session,) = cluster.coordinator.sessions
+        written = cluster.coordinator.links["n1"].progress.written
+        first, some = 10, SEND_REQUESTS - 1
+        session.data_received(b"".join(pack([ident, b"get", b"a"]) for ident in range(first, first + some)))
+        assert not written, "they wait for the end of the tick"
+        session.data_received(pack([first + some, b"incr", b"n", 1]))
+        assert sum(len(batch.items) for batch in written) == SEND_REQUESTS
+        session.data_received(pack([first + some + 1, b"get", b"n"]))
+        answers = [await wire.receive() for _ in range(SEND_REQUESTS + 1)]
+        assert sorted(answer[0] for answer in answers) == list(range(first, first + SEND_REQUESTS + 1))
+        by_ident = {answer[0]: answer[1:] for answer in answers}
+        assert by_ident[first + some] == [0, 1] and by_ident[first + some + 1][1][0] == b"1"
 
 
 async def test_slow_node() -> None:
