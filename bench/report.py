@@ -142,7 +142,8 @@ def page(run: dict[str, Any] | None, charts: Sequence[str]) -> str:
     shown = "\n".join(f"![{Path(chart).stem}]({chart})\n" for chart in charts)
     parts = [
         HEAD, machine_text(run["machine"], run["took_s"]), section_targets(targets.judge_all(results)),
-        (ROOT / "bench" / "tried.md").read_text(), section_peers(results), f"## Charts\n\n{shown}" if charts else "", section_profile(results),
+        (ROOT / "bench" / "tried.md").read_text(), section_peers(results),
+        f"## Charts\n\n{shown}" if charts else "", section_profile(results),
         section_missing(run), METHOD, section_suites(results),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)

@@ -24,6 +24,7 @@ from server_tools import (
     link_hello,
     link_number,
     linked,
+    pack,
     restart_empty,
     until,
 )
