@@ -48,6 +48,7 @@ class Options:
     runs: int | None = None
     keys: int | None = None
     skipped: list[dict[str, str]] = field(default_factory=list)  # what was not measured, and why
+    failed: list[str] = field(default_factory=list)  # suites, and parts of them, that ended with an error
 
     def runs_or(self, full: int, quick: int = 1) -> int:
         """How often everything is measured."""

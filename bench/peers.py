@@ -260,7 +260,7 @@ class Etcd(Peer):
             self.spawn([
                 binary, "--name", f"m{n}", "--data-dir", str(self.directory / f"m{n}"), "--listen-client-urls", client,
                 "--advertise-client-urls", client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-                "--initial-cluster", cluster, "--initial-cluster-state", "new",
+                "--initial-cluster", cluster, "--initial-cluster-state", "new", "--quota-backend-bytes", str(8 << 30),
             ])  # fmt: skip
         self.port = base
         wait_until(self._is_healthy, "three healthy members of etcd")

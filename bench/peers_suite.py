@@ -13,6 +13,7 @@ The floor is a uvloop server that answers redis-benchmark with constants, at the
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -230,7 +231,7 @@ def measure_etcd(options: Options) -> list[Result]:
 
 
 def measure(options: Options) -> list[Result]:
-    """All groups."""
+    """All groups. One that fails is told, and the others go on."""
     try:
         program(BENCHMARK)
     except PeerMissing as error:
@@ -238,5 +239,9 @@ def measure(options: Options) -> list[Result]:
         return []
     results = []
     for group in (measure_memory, measure_replicated, measure_sync, measure_pysyncobj, measure_etcd):
-        results += group(options)
+        try:
+            results += group(options)
+        except Exception:
+            traceback.print_exc()
+            options.failed.append(f"peers, {group.__name__}")
     return results

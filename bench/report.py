@@ -57,7 +57,7 @@ No full run is kept in `bench/results/` for this version yet: `make bench-full` 
 """
 
 
-def machine_text(about: dict[str, Any], took_s: dict[str, float]) -> str:
+def machine_text(about: dict[str, Any], took_s: dict[str, float], commits: dict[str, str]) -> str:
     """What it was measured on."""
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items() if number != "not installed")
     programs = ", ".join(f"{name} {number}" for name, number in about.get("programs", {}).items())
@@ -67,6 +67,11 @@ def machine_text(about: dict[str, Any], took_s: dict[str, float]) -> str:
         f"Measured {about['time'][:10]} at commit `{about['commit']}` ({how}): {about['cpu']}, {about['cores']} cores, "
         f"kernel {about['kernel']}, Python {about['python']}, {packages}; {programs}. Servers, peers and load "
         f"generator share these cores. The run took {sum(took_s.values()) / 60:.0f} minutes.\n"
+        + "".join(
+            f"\nThe suite {name} was measured again, at commit `{commit}`.\n"
+            for name, commit in commits.items()
+            if commit != about["commit"]
+        )
     )
 
 
@@ -141,8 +146,9 @@ def page(run: dict[str, Any] | None, charts: Sequence[str]) -> str:
     results = run["results"]
     shown = "\n".join(f"![{Path(chart).stem}]({chart})\n" for chart in charts)
     parts = [
-        HEAD, machine_text(run["machine"], run["took_s"]), section_targets(targets.judge_all(results)),
-        (ROOT / "bench" / "tried.md").read_text(), section_peers(results),
+        HEAD, machine_text(run["machine"], run["took_s"], run.get("commits", {})),
+        section_targets(targets.judge_all(results)), (ROOT / "bench" / "tried.md").read_text(),
+        section_peers(results),
         f"## Charts\n\n{shown}" if charts else "", section_profile(results),
         section_missing(run), METHOD, section_suites(results),
     ]  # fmt: skip

@@ -4,7 +4,7 @@
     bench/run_bench.py --quick              six figures in two minutes: an indication, without verdicts
     bench/run_bench.py                      all suites, at most an hour, then the table of targets with verdicts
     bench/run_bench.py SUITE ... [--quick]  only these, or a small form of them
-                       [--json FILE] [--seed N] [--runs N] [--keys N] [--minutes N]
+                       [--json FILE [--again]] [--seed N] [--runs N] [--keys N] [--minutes N]
 
 Figures are medians over the runs with their minimum and maximum; systems that are compared take turns. Machines differ
 and are shared: compare the columns of one run, not two runs. All figures with versions, commit and machine are written
@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("suites", nargs="*", metavar="SUITE", help=f"{' '.join(SUITES)} (default: all)")
     command.add_argument("--quick", action="store_true", help="small and short: an indication, no measurement")
     command.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (default: bench/results/)")
+    command.add_argument("--again", action="store_true", help="replace these suites in the file")
     command.add_argument("--seed", type=int, default=1, help="of keys and order (default: %(default)s)")
     command.add_argument("--runs", type=int, help="how often everything is measured (default: each suite its own)")
     command.add_argument("--keys", type=int, help="of the suites that have one size (default: each suite its own)")
@@ -85,16 +86,31 @@ class Run:
 
     def __init__(self, options: Options, file: Path, about: dict[str, Any]) -> None:
         self.options, self.file, self.about = options, file, about
+        self._commit = about["commit"]
         self.results: list[Result] = []
-        self.failed: list[str] = []
         self.took_s: dict[str, float] = {}
+        self.commits: dict[str, str] = {}  # suite -> what it was measured at
+
+    def go_on(self, names: list[str]) -> None:
+        """Keep what the file has of other suites than these, which are measured again. ValueError if what is compiled
+        is not the same."""
+        before = json.loads(self.file.read_text())
+        if before["machine"]["compiled"] != self.about["compiled"]:
+            raise ValueError("what is compiled now is not what was when the others were measured")
+        self.about = before["machine"]
+        self.results = [row for row in before["results"] if row["suite"] not in names]
+        self.took_s = {name: took_s for name, took_s in before["took_s"].items() if name not in names}
+        self.commits = {name: before.get("commits", {}).get(name, self.about["commit"]) for name in self.took_s}
+        self.options.failed += [name for name in before["failed"] if name.partition(",")[0] not in names]
+        self.options.skipped += before["skipped"]
 
     def save(self) -> None:
         """All of it."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({
             "machine": self.about, "seed": self.options.seed, "quick": self.options.quick, "took_s": self.took_s,
-            "skipped": self.options.skipped, "failed": self.failed, "results": self.results,
+            "skipped": self.options.skipped, "failed": self.options.failed, "commits": self.commits,
+            "results": self.results,
         }, indent=1)  # fmt: skip
         self.file.write_text(text + "\n")
 
@@ -107,9 +123,10 @@ class Run:
             rows = module.measure(self.options)
         except Exception:
             traceback.print_exc()
-            self.failed.append(name)
+            self.options.failed.append(name)
             rows = []
         self.took_s[name] = time.monotonic() - began
+        self.commits[name] = self._commit
         if rows:
             print(tables.text(tables.of_suite(name, rows)))
         print(f"\n({name} took {self.took_s[name]:.0f} s)", flush=True)
@@ -146,10 +163,10 @@ def full(run: Run, names: list[str], minutes: float) -> int:
         print(f"\n## Targets\n\n{tables.text(targets.rows_of(verdicts))}")
     for each in run.options.skipped:
         print(f"not measured: {each['target']}: {each['why']}")
-    for name in run.failed:
+    for name in run.options.failed:
         print(f"FAILED: {name}; see above")
     print(f"\nall figures: {run.file}")
-    return 1 if run.failed else 0
+    return 1 if run.options.failed else 0
 
 
 def main() -> int:
@@ -165,6 +182,13 @@ def main() -> int:
     )
     asked = Options(options.quick, options.seed, options.runs, options.keys)
     run = Run(asked, options.json or file_of(about, names, options.quick), about)
+    if options.again:
+        if not options.suites or options.quick or options.json is None or not options.json.exists():
+            command.error("--again needs --json with a file that is there, and the names of the suites; not --quick")
+        try:
+            run.go_on(names)
+        except ValueError as error:
+            command.error(str(error))
     if options.quick and not options.suites:
         return quick(run)
     return full(run, names, options.minutes)

@@ -7,11 +7,12 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench import check, comparisons, report, run_bench, tables, targets
+from bench import check, comparisons, peers_suite, report, run_bench, tables, targets
 from bench.failover_suite import BIN_S, TIMELINE_S, fewest, timeline
 from bench.measure import make_row
 from bench.profile_suite import shares
@@ -227,9 +228,55 @@ def test_figures_have_a_place() -> None:
 def test_a_suite_that_would_end_too_late_is_left_out_loudly(tmp_path: Path) -> None:
     """And a run from which a suite is missing says so at the end."""
     options = run_bench.Options()
-    run = run_bench.Run(options, tmp_path / "figures.json", {})
+    run = run_bench.Run(options, tmp_path / "figures.json", {"commit": "abc"})
     assert run_bench.full(run, ["peers"], 1.0) == 0
     assert options.skipped == [{"target": "peers", "why": "it takes 13 minutes, and they would end after 1"}]
+
+
+def test_a_suite_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures and failures are replaced, those of others stay; the page says which commit they are of."""
+    file = tmp_path / "figures.json"
+    about = {"commit": "old", "compiled": ["x"], "time": "2026-01-01T00:00", "cpu": "c", "cores": 2, "kernel": "k",
+             "python": "3", "packages": {}}  # fmt: skip
+    rows = {"scan": 1.0, "peers": 2.0}
+    suite = SimpleNamespace(TITLE="a suite")
+    monkeypatch.setattr(run_bench.importlib, "import_module", lambda _: suite)
+
+    def measured(name: str) -> Any:
+        return lambda _: [make_row("kvtcp", name, "ops/s", [rows[name]] * 5)]
+
+    first = run_bench.Run(run_bench.Options(), file, about)
+    suite.measure = measured("scan")
+    first.suite("scan")
+    first.options.failed.append("peers, measure_etcd")
+    suite.measure = measured("peers")
+    first.suite("peers")
+    rows["peers"] = 3.0
+    second = run_bench.Run(run_bench.Options(), file, {**about, "commit": "new"})
+    second.go_on(["peers"])
+    second.suite("peers")
+    kept = json.loads(file.read_text())
+    assert [(row["suite"], row["median"]) for row in kept["results"]] == [("scan", 1.0), ("peers", 3.0)]
+    assert kept["failed"] == [] and kept["machine"]["commit"] == "old"
+    assert kept["commits"] == {"scan": "old", "peers": "new"}
+    said = report.machine_text(kept["machine"], kept["took_s"], kept["commits"])
+    assert "peers was measured again, at commit `new`" in said and "scan was" not in said
+    with pytest.raises(ValueError, match="compiled"):
+        run_bench.Run(run_bench.Options(), file, {**about, "compiled": []}).go_on(["peers"])
+
+
+def test_a_group_of_peers_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of the others are kept, and it is told."""
+    for name in ("measure_memory", "measure_replicated", "measure_sync", "measure_pysyncobj"):
+        monkeypatch.setattr(peers_suite, name, lambda _, name=name: [{"workload": name}])
+    monkeypatch.setattr(peers_suite, "program", lambda _: "there")
+
+    def measure_etcd(_: Any) -> Any:
+        raise AssertionError("no writes")
+
+    monkeypatch.setattr(peers_suite, "measure_etcd", measure_etcd)
+    options = run_bench.Options()
+    assert len(peers_suite.measure(options)) == 4 and options.failed == ["peers, measure_etcd"]
 
 
 @pytest.mark.parametrize("program", ["run_bench.py", "report.py", "check.py"])
