@@ -11,8 +11,9 @@ so when `bytes_max` is exceeded, of each shard only as much is kept as a window 
 the item that crosses them, which may be the last one and the largest there is.
 
 What is committed is *recent* for a while: the newest `recent_bytes_max` of it, for nodes that were away. A batch of it
-is one string, by `marshal`: the same entries one by one, by the hundred thousand, take twice the memory. Nothing is done for a single entry until somebody asks (`look_up`): then an
-index is made, and kept up as long as it is used; the batches that are in it are lists.
+is one string, by `marshal`: the same entries one by one, by the hundred thousand, take twice the memory. Nothing is
+done for a single entry until somebody asks (`look_up`): then an index is made, and kept up as long as it is used; the
+batches that are in it are lists.
 
 What is from before the link is kept by shard: a node that was away begins with very many entries, and each of its
 shards is set aside when it learns what it missed. Out of the batches that took a tenth of a second for each of them.
