@@ -118,7 +118,9 @@ class FakeSequencer:
         assert item[0] == op.PAGE
         limit, reverse, keys_only = item[4:7]
         found = keys[low:high][::-1] if reverse else keys[low:high]
-        return [[key, None if keys_only else b"of " + key, 1, None] for key in found[:limit]], len(found) > limit
+        more = len(found) > limit
+        found = found[:limit]
+        return [found, None if keys_only else [b"of " + key for key in found], [1] * len(found), None, more]
 
 
 class FakeHost:

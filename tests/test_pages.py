@@ -2,6 +2,7 @@
 
 import random
 from binascii import crc_hqx
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,13 @@ def tables_with(rows: dict[bytes, tuple[bytes, int | None]], count: int, one_sha
         table = tables[0 if one_shard else crc_hqx(key, 0) % count]
         table.apply([op.PUT, table.shard, table.seq + 1, 0, key, value, ttl_ms], STAMP)
     return tables
+
+
+def merged(*arguments: Any) -> tuple[list[tuple[bytes, bytes | None, int, int | None]], bool]:
+    """A page of `merge_page` as rows."""
+    keys, values, revs, ttls_ms, more = merge_page(*arguments)
+    nothing = [None] * len(keys)
+    return list(zip(keys, nothing if values is None else values, revs, ttls_ms or nothing, strict=True)), more
 
 
 ROWS = st.dictionaries(
@@ -55,7 +63,7 @@ def test_page_is_the_head_of_the_sorted_rows(
 ) -> None:
     """Whatever the distribution, bounds and limits: the page is the head of all rows sorted, cut by rows or bytes."""
     tables = tables_with(rows, shards, one_shard)
-    page, more = merge_page(tables, lower, upper, limit, bytes_max, reverse, keys_only, STAMP + passed_ms)
+    page, more = merged(tables, lower, upper, limit, bytes_max, reverse, keys_only, STAMP + passed_ms)
     live = sorted(
         (
             (key, value, None if ttl_ms is None else ttl_ms - passed_ms)
@@ -85,10 +93,9 @@ def test_pages_one_after_the_other_give_every_row_once() -> None:
         keys: list[object] = []
         more = True
         while more:
-            page, more = merge_page(tables, lower, upper, 100, 4000, reverse, False, STAMP)
+            page, more = merged(tables, lower, upper, 100, 4000, reverse, False, STAMP)
             keys += [row[0] for row in page]
             last = page[-1][0]
-            assert isinstance(last, bytes)
             if reverse:
                 upper = last
             else:
@@ -114,7 +121,19 @@ def test_any_key(
 
 def test_no_tables_is_an_empty_page() -> None:
     """A node that hosts none of the shards answers an empty run."""
-    assert merge_page([], b"", None, 5, 100, False, False, STAMP) == ([], False)
+    assert merge_page([], b"", None, 5, 100, False, False, STAMP) == ((), (), (), None, False)
+    assert merge_page([], b"", None, 5, 100, False, True, STAMP) == ((), None, (), None, False)
+
+
+def test_columns_without_content_are_none() -> None:
+    """Values of a page of keys, and the deadlines of rows that have none."""
+    tables = tables_with({b"a": (b"1", None), b"b": (b"2", 50), b"c": (b"3", None)}, 1)
+    page = (b"", None, 5, 1_000, False)
+    assert merge_page(tables, *page, False, STAMP) == (
+        [b"a", b"b", b"c"], (b"1", b"2", b"3"), (1, 2, 3), [None, 50, None], False,
+    )  # fmt: skip
+    assert merge_page(tables, *page, True, STAMP)[1] is None
+    assert merge_page(tables, b"b\0", *page[1:], False, STAMP)[3] is None
 
 
 @pytest.mark.parametrize("rows_per_slice", [1, 3, 500])

@@ -145,7 +145,7 @@ def test_page_and_mget(replica: Replica) -> None:
     page, mget = batch(
         replica, 110, (PAGE, [0, 1], b"", None, 10, False, True), (MGET, [[1, b"b"], [0, b"a"], [0, b"x"]])
     )
-    assert page == ([(b"a", None, 1, None), (b"b", None, 1, 40)], False)
+    assert page == ([b"a", b"b"], None, (1, 1), [None, 40], False)
     assert mget == [(b"vb", 1, 40), (b"va", 1, None), None]
     assert batch(replica, 150, (MGET, [[1, b"b"]]), (COUNT, [1], b"", None)) == [[None], 0]
 

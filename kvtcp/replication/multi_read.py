@@ -21,7 +21,8 @@ from kvtcp.protocol.operations import ANY_KEY, COUNT, MGET, PAGE
 Numbers = Sequence[int]
 SPARE_ROWS: Final = 8  # that a node is asked for beyond its likely part of a page: for small pages
 KEY_OVERHEAD_BYTES: Final = 32  # what a key of an mget counts in a batch beyond its bytes
-Row = list[Any]  # [key, value or nil, rev, ttl_ms or nil]
+Columns = Sequence[Any]  # of a node's part of a page: keys, values or nil, revs, ttls_ms or nil, whether it was cut
+Row = tuple[bytes, bytes | None, int, int | None]  # key, value or nil, rev, ttl_ms or nil
 
 
 class MultiRead:
@@ -118,38 +119,49 @@ def page_read(
 
 def _share(limit: int, some: int, shards: int) -> int:
     """How many rows to ask a node for that has `some` of the shards. Keys are spread by their hash, so it has about
-    that part of the page's rows, and hardly ever four standard deviations more; then the page is shorter."""
-    mean = limit * some / shards
-    return min(limit, int(mean + 4 * sqrt(mean)) + SPARE_ROWS)
+    that part of the page's rows, and seldom two standard deviations and a few rows more; then the page is shorter."""
+    part = some / shards
+    mean = limit * part
+    return min(limit, int(mean + 2 * sqrt(mean * (1 - part))) + SPARE_ROWS)
 
 
-def merge_runs(runs: Sequence[Sequence[Any]], limit: int, reverse: bool) -> list[Any]:
-    """One page from the sorted runs `[rows, more]` of the nodes, as `[rows, cursor or nil]`.
+def merge_runs(runs: Sequence[Columns], limit: int, reverse: bool) -> list[Any]:
+    """One page from the sorted runs of the nodes, as `[rows, cursor or nil]`, each row `(key, value, rev, ttl_ms)`.
 
     Beyond the last key of a run that was cut that node may have more rows, so the page ends at the smallest such key
     (the largest, if reversed). It also ends at `limit` rows and at PAGE_BYTES_MAX; it has a row if there is one.
     """
-    rows: list[Row]
-    if len(runs) == 1:
-        rows, more = runs[0]
-    else:
-        rows = [row for run, _ in runs for row in run]
+    rows: list[Row] = []
+    for keys, values, revs, ttls_ms, _ in runs:
+        nothing = [None] * len(keys)
+        rows += zip(keys, values or nothing, revs, ttls_ms or nothing, strict=True)
+    ends = [keys[-1] for keys, _, _, _, is_cut in runs if is_cut and keys]
+    more = bool(ends)
+    if len(runs) > 1:
         rows.sort(key=itemgetter(0), reverse=reverse)  # timsort merges the runs
-        ends = [run[-1][0] for run, cut in runs if cut and run]
-        more = bool(ends)
         if ends:
             end = max(ends) if reverse else min(ends)
-            rows = [row for row in rows if (row[0] >= end if reverse else row[0] <= end)]
+            while rows[-1][0] < end if reverse else rows[-1][0] > end:
+                rows.pop()
     if len(rows) > limit:
         rows, more = rows[:limit], True
     if len(runs) > 1:
-        total_bytes = 0
-        for n, row in enumerate(rows):
-            total_bytes += len(row[0]) + len(row[1] or b"")
-            if total_bytes > PAGE_BYTES_MAX and n:
-                rows, more = rows[:n], True
-                break
+        fitting = _fitting(rows)
+        if fitting < len(rows):
+            rows, more = rows[:fitting], True
     return [rows, make_cursor(rows[-1][0], reverse) if more and rows else None]
+
+
+def _fitting(rows: Sequence[Row]) -> int:
+    """How many rows are within the bytes of a page; the first one always is."""
+    if sum([len(row[0]) + len(row[1] or b"") for row in rows]) <= PAGE_BYTES_MAX:
+        return len(rows)
+    size = 0
+    for number, row in enumerate(rows):
+        size += len(row[0]) + len(row[1] or b"")
+        if number and size > PAGE_BYTES_MAX:
+            return number
+    return len(rows)
 
 
 def count_read(shards: Numbers, lower: bytes, upper: bytes | None, sink: Any, token: Any) -> MultiRead:

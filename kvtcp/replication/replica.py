@@ -57,7 +57,7 @@ from kvtcp.replication.copy_set import CopySet
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.kept import KeptEntries
-from kvtcp.storage.pages import any_key, merge_page
+from kvtcp.storage.pages import any_key, merge_page, page_bytes
 from kvtcp.storage.transaction import result_bytes
 
 OLDER_COPY: Final = "its node was started on an older copy of its data directory, what was written since is missing"
@@ -335,5 +335,5 @@ class Replica(CopySet):
 def _result_bytes(op: int, result: Any) -> int:
     """About the bytes of a page's rows, or of an mget's cells."""
     if op == PAGE:
-        return sum(32 + len(row[0]) + len(row[1] or b"") for row in result[0])
+        return page_bytes(result[0], result[1])
     return sum(32 + len(cell[0]) if type(cell) in (list, tuple) else 32 for cell in result)

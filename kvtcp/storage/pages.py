@@ -4,6 +4,9 @@ Pure. A key is in exactly one shard, and every shard is in order, so this is a m
 hash: a page of 5 out of 64 shards needs a row or two of each, a page of 1,000 about 16. A page is made in rounds: take
 some keys of every shard, sort them together (runs in order, which list.sort merges at C speed), and go on with those
 shards only whose keys ended before the page did. Values are looked up for the rows of the page alone.
+
+A node's page is columns, not rows: four lists of a thousand are made, packed and unpacked in half the time of a
+thousand lists of four.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from collections.abc import Iterator, Sequence
 
 from kvtcp.constants import MERGE_ROWS
 from kvtcp.storage.freeze import Frozen
+from kvtcp.storage.index import Cell
 from kvtcp.storage.table import Table
 
-PageRow = tuple[bytes, bytes | None, int, int | None]  # key, value or None, rev, ttl_ms or None
+# keys, values (None: only the keys were asked for), revs, ttls_ms (None: no row has one), whether rows were cut off
+Page = tuple[Sequence[bytes], Sequence[bytes] | None, Sequence[int], Sequence[int | None] | None, bool]
 FrozenRow = tuple[int, bytes, bytes, int, int | None]  # shard, key, value, rev, deadline_ms or None
 ROW_BYTES = 24  # counted for revision, ttl and framing of a row
 
@@ -48,38 +53,51 @@ def merge_page(
     reverse: bool,
     keys_only: bool,
     stamp_ms: int,
-) -> tuple[list[PageRow], bool]:
+) -> Page:
     """The first visible rows of [lower, upper) over all `tables` (in descending order with `reverse`): at most `limit`
-    (>= 1), and at most `bytes_max` bytes unless it is one row alone. The second result tells that rows were cut off.
+    (>= 1), and at most `bytes_max` bytes (`page_bytes`) unless it is one row alone.
     """
     assert limit >= 1, "a page has room for at least one row"
     keys, taken = _first_keys(tables, lower, upper, limit + 1, reverse, stamp_ms)
     more = len(keys) > limit
     del keys[limit:]
     if not keys:
-        return [], False
-    row_of: dict[bytes, PageRow] = {}
+        return (), None if keys_only else (), (), None, False
+    cell_of: dict[bytes, Cell] = {}
     for table, some in zip(tables, taken, strict=True):
         while some and (some[-1] < keys[-1] if reverse else some[-1] > keys[-1]):
             some.pop()
-        row_of |= zip(some, table.rows_of(some, stamp_ms, keys_only), strict=True)
-    page = [row_of[key] for key in keys]
-    values_bytes = 0 if keys_only else sum([len(row[1] or b"") for row in page])
-    if sum(map(len, keys)) + values_bytes + ROW_BYTES * len(keys) > bytes_max:
-        fitting = _fitting(page, bytes_max)
-        more = more or fitting < len(page)
-        del page[fitting:]
-    return page, more
+        cell_of |= zip(some, table.cells_of(some), strict=True)
+    values: Sequence[bytes] | None
+    values, revs, deadlines_ms = zip(*map(cell_of.__getitem__, keys), strict=True)
+    if keys_only:
+        values = None
+    fitting = _fitting(keys, values, bytes_max)
+    if fitting < len(keys):
+        more = True
+        keys, revs, deadlines_ms = keys[:fitting], revs[:fitting], deadlines_ms[:fitting]
+        values = None if values is None else values[:fitting]
+    ttls_ms = None
+    if deadlines_ms.count(None) < len(deadlines_ms):
+        ttls_ms = [None if deadline_ms is None else deadline_ms - stamp_ms for deadline_ms in deadlines_ms]
+    return keys, values, revs, ttls_ms, more
 
 
-def _fitting(page: Sequence[PageRow], bytes_max: int) -> int:
+def page_bytes(keys: Sequence[bytes], values: Sequence[bytes] | None) -> int:
+    """What rows count against the bytes of a page."""
+    return sum(map(len, keys)) + ROW_BYTES * len(keys) + (0 if values is None else sum(map(len, values)))
+
+
+def _fitting(keys: Sequence[bytes], values: Sequence[bytes] | None, bytes_max: int) -> int:
     """How many rows are within so many bytes; the first one always is."""
-    page_bytes = 0
-    for number, row in enumerate(page):
-        page_bytes += len(row[0]) + ROW_BYTES + len(row[1] or b"")
-        if number and page_bytes > bytes_max:
+    if page_bytes(keys, values) <= bytes_max:
+        return len(keys)
+    size = 0
+    for number, key in enumerate(keys):
+        size += len(key) + ROW_BYTES + (0 if values is None else len(values[number]))
+        if number and size > bytes_max:
             return number
-    return len(page)
+    return len(keys)
 
 
 def _first_keys(

@@ -363,19 +363,14 @@ class Table:
     def rows(self, lower: bytes, upper: bytes | None, limit: int | None, reverse: bool, stamp_ms: int) -> list[LiveRow]:
         """The rows (key, value, rev, ttl_ms or None) of `keys` with the same arguments."""
         keys = self.keys(lower, upper, limit, reverse, stamp_ms)
-        return self.rows_of(keys, stamp_ms)
-
-    def rows_of(self, keys: Sequence[bytes], stamp_ms: int, keys_only: bool = False) -> list[Any]:
-        """The rows (key, value, rev, ttl_ms or None) of visible keys; with `keys_only` the values are None."""
-        cells: list[Any] = self._index.cells_of(keys)
-        if keys_only:
-            cells = [(None, rev, deadline_ms) for _, rev, deadline_ms in cells]
-        if not self._deadlines:
-            return [(key, *cell) for key, cell in zip(keys, cells, strict=True)]
         return [
             (key, value, rev, None if deadline_ms is None else deadline_ms - stamp_ms)
-            for key, (value, rev, deadline_ms) in zip(keys, cells, strict=True)
+            for key, (value, rev, deadline_ms) in zip(keys, self.cells_of(keys), strict=True)
         ]
+
+    def cells_of(self, keys: Iterable[bytes]) -> list[Cell]:
+        """The cells of keys that are there, in the same order."""
+        return self._index.cells_of(keys)
 
     def has_expired(self, stamp_ms: int) -> bool:
         """Does a key wait for a purge? Usually one comparison."""
