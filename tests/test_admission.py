@@ -263,6 +263,41 @@ def test_cover_uses_few_nodes() -> None:
     assert sorted(number for item in items for number, _ in item[1]) == list(range(8))
 
 
+def test_large_page_is_shared_out_over_idle_nodes() -> None:
+    """Over two for a thousand rows: every shard once. A busy node has no part of it, small pages are of one node, and
+    where the idle ones do not have all shards it is read as usual."""
+
+    def parts(cluster: Cluster, limit: int) -> dict[str, list[int]]:
+        read = page_read(range(8), b"", None, limit, False, False, cluster.answers, "page")
+        cluster.sequencer.multi_read(read)
+        cluster.sequencer.close_batches()
+        found = {
+            link.node: item[1]
+            for link in cluster.sequencer.links.values()
+            for batch in link.outgoing
+            for item in batch.items
+            if item[0] == PAGE
+        }
+        cluster.pump()
+        assert cluster.answers.ok.pop("page") == [[], None]
+        return found
+
+    cluster = Cluster(nodes=3, factor=3, shards=8)
+    assert parts(cluster, 1_000) == {"n1": [0, 2, 4, 6], "n2": [1, 3, 5, 7]}
+    assert list(parts(cluster, 999).values()) == [list(range(8))]
+    cluster.get("busy")
+    (busy,) = [link.node for link in cluster.sequencer.links.values() if link.items]
+    found = parts(cluster, 2_000)
+    assert len(found) == 2 and busy not in found
+    assert sorted(n for part in found.values() for n in part) == list(range(8))
+    assert len(parts(cluster, 2_000)) == 3
+    cluster.down("n1")
+    cluster.down("n2")
+    assert parts(cluster, 1_000) == {"n3": list(range(8))}
+    thin = Cluster(nodes=4, factor=1, shards=8)
+    assert len(parts(thin, 1_000)) == 4
+
+
 def test_refuse_waiting() -> None:
     """What waits is refused by its key, the rest goes on waiting, and a shard where nobody waits takes writes again."""
     cluster = Cluster(nodes=1, factor=1, shards=2)

@@ -162,7 +162,9 @@ def test_merged_page_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(multi_read, "PAGE_BYTES_MAX", 4)
     assert merge_runs([run(rows("a", "c"), False), run(rows("b"), False)], 9, False) == [rows("a", "b"), b">b\0"]
     large = [(b"a" * 9, None, 1, None)]
-    assert merge_runs([run(large, False), run([(b"b", None, 1, None)], False)], 9, False) == [large, b">" + b"a" * 9 + b"\0"]
+    assert merge_runs([run(large, False), run([(b"b", None, 1, None)], False)], 9, False) == [
+        large, b">" + b"a" * 9 + b"\0",
+    ]  # fmt: skip
 
 
 def test_pages_of_random_runs_are_complete() -> None:

@@ -203,14 +203,31 @@ class Admission(Answers):
         return False
 
     def _start_multi(self, multi: MultiRead, avoid: Progress | None) -> bool:
-        cover = self._cover(multi.shards, avoid)
+        cover = self._spread(multi.shards, multi.spread) if multi.spread > 1 and avoid is None else None
         if cover is None:
-            return False
+            cover = self._cover(multi.shards, avoid)
+            if cover is None:
+                return False
         multi.start(len(cover), {number: self.shards[number].last_seq for number in multi.shards})
         for index, (link, numbers) in enumerate(cover):
             item, size = multi.build(numbers)
             self._enqueue(link, item, [PART, multi, multi.attempt, index], size + ITEM_OVERHEAD_BYTES)
         return True
+
+    def _spread(self, numbers: Sequence[int], links_max: int) -> list[tuple[Progress, list[int]]] | None:
+        """The shards shared out over several links that nothing waits for, None if there are not two. One reader has
+        its page sooner, since the nodes work at the same time; many readers would only pay for more parts."""
+        idle = [link for link in self.links.values() if link.connected and not link.items][:links_max]
+        if len(idle) < 2:
+            return None
+        parts: list[list[int]] = [[] for _ in idle]
+        for number in numbers:
+            good = self.shards[number].good
+            able = [part for link, part in zip(idle, parts, strict=True) if link in good]
+            if not able:
+                return None
+            able[number % len(able)].append(number)
+        return [(link, part) for link, part in zip(idle, parts, strict=True) if part]
 
     def _cover(self, numbers: Sequence[int], avoid: Progress | None) -> list[tuple[Progress, list[int]]] | None:
         """Few links that hold all the shards: one if there is one, the least busy of equals."""

@@ -20,6 +20,7 @@ from kvtcp.protocol.operations import ANY_KEY, COUNT, MGET, PAGE
 
 Numbers = Sequence[int]
 SPARE_ROWS: Final = 8  # that a node is asked for beyond its likely part of a page: for small pages
+SPREAD_ROWS: Final = 500  # of a page that are worth asking one more node for
 KEY_OVERHEAD_BYTES: Final = 32  # what a key of an mget counts in a batch beyond its bytes
 Columns = Sequence[Any]  # of a node's part of a page: keys, values or nil, revs, ttls_ms or nil, whether it was cut
 Row = tuple[bytes, bytes | None, int, int | None]  # key, value or nil, rev, ttl_ms or nil
@@ -30,7 +31,7 @@ class MultiRead:
 
     __slots__ = (
         "attempt", "build", "bytes", "done", "error", "merge", "missing",
-        "movable", "moved", "needed", "parts", "shards", "sink", "token",
+        "movable", "moved", "needed", "parts", "shards", "sink", "spread", "token",
     )  # fmt: skip
 
     def __init__(
@@ -41,8 +42,10 @@ class MultiRead:
         build: Callable[[list[int]], tuple[tuple[Any, ...], int]],
         merge: Callable[[list[Any]], Any],
         size: int,
+        spread: int = 1,
     ) -> None:
         self.shards = shards
+        self.spread = spread  # among so many nodes it is worth sharing, if they are idle
         self.sink = sink
         self.token = token
         self.build = build
@@ -114,7 +117,7 @@ def page_read(
     def merge(runs: list[Any]) -> Any:
         return merge_runs(runs, limit, reverse)
 
-    return MultiRead(shards, sink, token, build, merge, size)
+    return MultiRead(shards, sink, token, build, merge, size, limit // SPREAD_ROWS)
 
 
 def _share(limit: int, some: int, shards: int) -> int:
