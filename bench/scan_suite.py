@@ -22,7 +22,7 @@ import kvtcp
 from bench import load
 from bench.cluster import Cluster
 from bench.measure import Options, Result, make_row, usage_s, with_floor
-from kvtcp.client.requests import PageRequest
+from kvtcp.client.requests import PageRequest, open_rows
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 
 TITLE = "Scan: three nodes, three copies, 16-byte keys, 128-byte values"
@@ -117,7 +117,7 @@ class Scans:
         began = time.perf_counter()
         for frame in self.frames:
             for message in decoder.feed(frame):
-                found.append([pair(row) for row in pages.rows(message[2])])
+                found.append([pair(row) for row in open_rows(pages.rows(message[2]))])
         self.record(FLOOR, "rows/s", self.keys, time.perf_counter() - began, {})
         check_pages(found, self.keys)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtcp.client.requests import Batch, PageRequest, chunks, duration_ms, item_result, put_items
+from kvtcp.client.requests import Batch, PageRequest, chunks, duration_ms, item_result, open_rows, put_items
 from kvtcp.constants import CLIENT_CHUNK_BYTES, CLIENT_CHUNK_KEYS_MAX, TTL_MS_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code, OutcomeUnknown, ProtocolError, RequestError, Unavailable
 
@@ -81,7 +81,7 @@ def test_pages_follow_the_cursor_and_the_limit() -> None:
 def test_pages_of_another_form(answer: Any) -> None:
     """What is not a page is a ProtocolError."""
     with pytest.raises(ProtocolError):
-        PageRequest(None, None, None, None, False, False).rows(answer)
+        open_rows(PageRequest(None, None, None, None, False, False).rows(answer))
 
 
 def test_batch_sorts_what_is_asked_for_again() -> None:

@@ -52,6 +52,7 @@ from kvtcp.client.requests import (
     duration_ms,
     key_bytes,
     open_cell,
+    open_rows,
     put_items,
     request,
     seconds,
@@ -432,8 +433,8 @@ class AsyncClient(Generic[V]):
         """The entry of a row of a page."""
         return Entry(row[0], self._decode(row[0], row[1]), row[2], seconds(row[3]))
 
-    async def _page(self, pages: PageRequest, timeout: float | None) -> list[list[Any]]:
-        """The rows of the next page of a scan."""
+    async def _page(self, pages: PageRequest, timeout: float | None) -> list[Any]:
+        """The rows of the next page of a scan, for `open_rows`."""
         return pages.rows(await self._call(pages.next(), READ, timeout))
 
     # --- inside ---------------------------------------------------------------------------------
@@ -478,19 +479,19 @@ class AsyncClient(Generic[V]):
                 yield [self._pair(row) for row in rows]
 
     async def _read_ahead(self, pages: PageRequest, timeout: float | None) -> AsyncGenerator[list[list[Any]], None]:
-        """The rows of each page; the next one is on its way while they are looked at."""
+        """The rows of each page; the next one is on its way while they are looked at, also by `open_rows`."""
         if pages.finished:
             return
         rows = await self._page(pages, timeout)
-        asked: asyncio.Task[list[list[Any]]] | None = None
+        asked: asyncio.Task[list[Any]] | None = None
         try:
             while not pages.finished:
                 asked = asyncio.create_task(self._page(pages, timeout))
                 for _ in range(2):  # it begins, its request leaves; a caller that never waits would hold it up
                     await asyncio.sleep(0)
-                yield rows
+                yield open_rows(rows)
                 rows = await asked  # it may have been there for long, and `finished` be true
-            yield rows
+            yield open_rows(rows)
         finally:
             if asked is not None:
                 asked.cancel()  # it also keeps asyncio from complaining of an error that nobody waited for

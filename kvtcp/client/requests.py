@@ -163,11 +163,11 @@ class PageRequest:
         items = self._page_items if self._left is None else min(self._left, self._page_items)
         return request(b"scan", self._lower, self._upper, items, *([self._options] if self._options else []))
 
-    def rows(self, answer: Any) -> list[list[Any]]:
-        """The rows `[key, value, rev, ttl_ms]` of an answer; afterwards `next` asks for those behind them."""
+    def rows(self, answer: Any) -> list[Any]:
+        """The rows of an answer, for `open_rows`; afterwards `next` asks for those behind them."""
         if type(answer) is not list or len(answer) != 2 or type(answer[0]) is not list:
             raise ProtocolError("the result of scan is not [items, cursor]")
-        rows = open_rows(answer[0])
+        rows: list[Any] = answer[0]
         if self._left is not None:
             self._left -= len(rows)
         self.finished = answer[1] is None or (self._left is not None and self._left <= 0)

@@ -28,7 +28,7 @@ from kvtcp.client.aio import connect as connect_async
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, ServerInfo
 from kvtcp.client.codecs import Codec
 from kvtcp.client.loop_thread import LoopThread
-from kvtcp.client.requests import Entry, Items, Key, PageRequest
+from kvtcp.client.requests import Entry, Items, Key, PageRequest, open_rows
 from kvtcp.client.url import URL_DEFAULT, parse_url
 from kvtcp.constants import PAGE_ITEMS_MAX
 from kvtcp.errors import KeyExists
@@ -464,7 +464,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
 
     def _pages(self, pages: PageRequest, timeout: float | None) -> Iterator[list[list[Any]]]:
         while not pages.finished:
-            yield self._run(self._live()._page(pages, timeout))
+            yield open_rows(self._run(self._live()._page(pages, timeout)))
 
     def _rows(self, pages: PageRequest, timeout: float | None) -> Iterator[list[Any]]:
         for rows in self._pages(pages, timeout):
