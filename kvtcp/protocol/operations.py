@@ -94,7 +94,8 @@ DEADLINE_OF: Final = 70  # [rev, deadline_ms or nil] or nil
 REVISION: Final = 72  # [rev] or nil
 # reads over shards of one node
 COUNT: Final = 67  # [op, shards, lower, upper] -> integer
-# [op, shards, lower, upper, limit, reverse, keys_only] -> [rows, more]; row = [key, value or nil, rev, ttl_ms or nil]
+# [op, shards, lower, upper, limit, reverse, keys_only] -> [keys, values or nil, revs, ttls_ms or nil, more], of one
+# length each; no values with keys_only, no ttls_ms if no row has one
 PAGE: Final = 68
 MGET: Final = 69  # [op, [[shard, key], ...]] -> [cell or nil, ...] as GET
 ANY_KEY: Final = 71  # [op, shards, number] -> [key or nil, keys]: one of all keys, each equally likely if the number is
