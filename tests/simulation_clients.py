@@ -286,7 +286,7 @@ class Clients:
         if kind == "mget":
             sequencer.multi_read(mget_read([k for k, _ in self.hot], [n for _, n in self.hot], request, 0))
         elif kind == "scan":
-            sequencer.multi_read(page_read(list(range(self.shards)), b"a", b"o", 100, False, False, request, 0))
+            sequencer.multi_read(page_read(list(range(self.shards)), b"a", b"o", 1_000, False, False, request, 0))
         elif kind == "other":
             self._issue_other(request, sequencer, *argument)
         else:
