@@ -83,7 +83,7 @@ def test_items() -> None:
 
 
 def test_a_node_is_asked_for_its_part_of_a_page() -> None:
-    """And for a little more, so that the page is seldom cut short, and little; never for more than the page."""
+    """And for a little more, so that the page is hardly ever cut short, and little; never for more than the page."""
     page = page_read(range(64), b"", None, 1_000, False, False, Answers(), 0)
     asked = [page.build(list(range(some)))[0][4] for some in (0, 1, 21, 22, 64)]
     assert asked == [8, 31, 365, 381, 1_000]
@@ -99,7 +99,7 @@ def test_a_node_is_asked_for_its_part_of_a_page() -> None:
         assert [row[0] for row in rows] == [b"%06d" % number for number in range(len(rows))] and cursor is not None
         assert len(rows) > 950
         short += len(rows) < 1_000
-    assert short <= 10
+    assert short <= 2
 
 
 def test_any_key_of_all_parts() -> None:
