@@ -203,11 +203,12 @@ class Admission(Answers):
         return False
 
     def _start_multi(self, multi: MultiRead, avoid: Progress | None) -> bool:
-        cover = self._spread(multi.shards, multi.spread) if multi.spread > 1 and avoid is None else None
+        cover: list[tuple[Progress, list[int]]] | None = None
+        if multi.spread > 1 and avoid is None:
+            cover = self._spread(multi.shards, multi.spread)
+        cover = cover or self._cover(multi.shards, avoid)
         if cover is None:
-            cover = self._cover(multi.shards, avoid)
-            if cover is None:
-                return False
+            return False
         multi.start(len(cover), {number: self.shards[number].last_seq for number in multi.shards})
         for index, (link, numbers) in enumerate(cover):
             item, size = multi.build(numbers)
