@@ -91,23 +91,9 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
             yield node
 
 
-def for_type_checkers(tree: ast.Module) -> set[ast.AST]:
-    """Nodes below `if TYPE_CHECKING:`, which never run."""
-    return {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for child in node.body
-        for inner in ast.walk(child)
-    }
-
-
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and full name of everything a module imports when it runs, inside functions too."""
-    skipped = for_type_checkers(tree)
+    """Line and full name of everything a module imports: inside functions, and for type checkers only, too."""
     for node in ast.walk(tree):
-        if node in skipped:
-            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -215,6 +201,63 @@ def test_layers() -> None:
             if other != layer and other not in LAYERS[layer]:
                 complaints.append(f"{name}:{line}: {layer} imports {imported}")
     assert not complaints
+
+
+# Modules that import each other. The list only shrinks.
+CIRCLES: list[set[str]] = [
+    {"replication/learner", "replication/shard_state"},
+    {"replication/audit", "replication/cluster_admin", "replication/controller"},
+    {"resp/client", "resp/commands", "resp/connection", "resp/door", "resp/scanning", "resp/transactions"},
+    {"server/backups", "server/caps", "server/coordinator", "server/links", "server/resp_host", "server/resp_session",
+     "server/sessions", "server/status"},
+    {"server/node", "server/node_callers"},
+    {"shell/commands", "shell/commands_admin", "shell/commands_cluster", "shell/commands_data"},
+]  # fmt: skip
+
+
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """The strongly connected components of more than one module, by Tarjan's algorithm (1972)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        order[name] = lowest[name] = len(order)
+        stack.append(name)
+        for other in sorted(arrows[name]):
+            if other not in order:
+                visit(other)
+                lowest[name] = min(lowest[name], lowest[other])
+            elif other in stack:
+                lowest[name] = min(lowest[name], order[other])
+        if lowest[name] == order[name]:
+            component = set(stack[stack.index(name) :])
+            del stack[stack.index(name) :]
+            if len(component) > 1:
+                found.append(component)
+
+    for name in sorted(arrows):
+        if name not in order:
+            visit(name)
+    return found
+
+
+def test_circles_are_found() -> None:
+    """Two circles that an arrow joins are two; a chain is none."""
+    arrows = {"a": {"b"}, "b": {"a", "c"}, "c": {"d"}, "d": {"e"}, "e": {"c"}, "f": {"a"}}
+    assert circles(arrows) == [{"c", "d", "e"}, {"a", "b"}]
+
+
+def test_no_modules_import_each_other() -> None:
+    """No circle of imports, those for type checkers included."""
+    short = {name: name.removeprefix("kvtcp/").removesuffix(".py") for name in trees(PACKAGE)}
+    arrows: dict[str, set[str]] = {}
+    for name, tree in trees(PACKAGE).items():
+        files = {module_file(imported) for _, imported in imports(tree) if imported.startswith("kvtcp.")}
+        arrows[short[name]] = {short[file] for file in files if file is not None and file != name}
+    found = circles(arrows)
+    assert sorted(map(sorted, found)) == sorted(map(sorted, CIRCLES))
 
 
 def test_the_layers_have_no_cycle() -> None:
