@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from shell_fakes import Shell
 
 from kvtcp.errors import DataError, Unavailable
 from kvtcp.protocol.hashing import shard_of
+from tests.shell_fakes import Shell
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import io
 import sys
 
 import pytest
-from shell_fakes import FakeEntry
 
 from kvtcp.shell.output import Output, json_line, ttl_ms_of
+from tests.shell_fakes import FakeEntry
 
 
 def written(output: Output) -> str:

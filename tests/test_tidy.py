@@ -135,15 +135,16 @@ def test_every_module_has_a_header() -> None:
 
 
 def test_every_module_has_its_tests() -> None:
-    """kvtcp/a/b.py is tested by tests/test_a_b.py, or by tests/test_b.py, which is of one module, however many packages
-    have one of that name; packages' own files are exempt."""
+    """kvtcp/a/b.py is tested by tests/a/test_b.py, or by tests/test_a_b.py, or by tests/test_b.py, which is of one
+    module, however many packages have one of that name; packages' own files are exempt."""
     missing = []
     taken: dict[str, str] = {}  # test module -> what it tests
     for name in sources(PACKAGE):
         path = Path(name)
         if path.name in ("__init__.py", "__main__.py") or name in UNTESTED:
             continue
-        wanted = [f"test_{path.parent.name}_{path.stem}.py", f"test_{path.stem}.py"]
+        mirrored = str(path.with_name(f"test_{path.name}").relative_to("kvtcp"))
+        wanted = [mirrored, f"test_{path.parent.name}_{path.stem}.py", f"test_{path.stem}.py"]
         found = [test for test in wanted if (TESTS / test).is_file() and test not in taken]
         if found:
             taken[found[0]] = name
