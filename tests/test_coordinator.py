@@ -200,7 +200,7 @@ async def test_many_requests_are_sent_in_between() -> None:
     and with it the answers that were there. Nothing is answered twice or out of order."""
     async with LocalCluster(1, shards=4) as cluster, await Wire.open(cluster.coordinator.address) as wire:
         await wire.ask("put", "a", b"0")
-        (session,) = cluster.coordinator.sessions
+        (session,) = cluster.coordinator.clients.sessions
         written = cluster.coordinator.links["n1"].progress.written
         first, some = 10, SEND_REQUESTS - 1
         session.data_received(b"".join(pack([ident, b"get", b"a"]) for ident in range(first, first + some)))

@@ -170,7 +170,7 @@ async def test_one_write_per_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     async with LocalCluster(2, shards=8) as cluster, await Wire.open(cluster.coordinator.address) as wire:
         coordinator = cluster.coordinator
         writes: dict[str, int] = {"session": 0, "n1": 0, "n2": 0}
-        session = next(iter(coordinator.sessions))
+        session = next(iter(coordinator.clients.sessions))
 
         def counted(name: str, transport: Any) -> Any:
             class Counting:

@@ -142,9 +142,9 @@ async def test_everything_restarted_in_memory(also_coordinator: bool) -> None:
 async def test_drain_answers_what_was_read() -> None:
     """A coordinator that drains takes no new clients and answers every request it has read."""
     async with LocalCluster(nodes=3, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
-        done = cluster.coordinator.gateway.operations
+        done = cluster.coordinator.clients.requests
         puts = [asyncio.ensure_future(kv.put(f"k{n}", b"v" * 1000)) for n in range(500)]
-        await until(lambda: cluster.coordinator.gateway.operations >= done + 500)
+        await until(lambda: cluster.coordinator.clients.requests >= done + 500)
         await cluster.coordinator.drain(5_000)
         assert len(await asyncio.gather(*puts)) == 500
         assert refuses(cluster.url)

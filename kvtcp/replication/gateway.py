@@ -112,7 +112,6 @@ class Gateway:
         self.shards = sequencer.map.shards
         self.all_shards = list(range(self.shards))
         self.restoring: bytes | None = None  # prefix being restored; None = none. b"" = everything
-        self.operations = 0  # requests accepted since the start, for status
         self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {
             b"hello": self._hello,
             b"get": self._get,
@@ -163,7 +162,6 @@ class Gateway:
                 handler(session, ident, message)
             except RequestError as error:
                 session.fail(ident, error.code, error.message, error.details)
-        self.operations += len(messages)
 
     # --- one key ------------------------------------------------------------------------------------
 

@@ -27,15 +27,12 @@ from typing import Any
 from kvtcp.config_store.keeper import MapKeeper, NotOwner
 from kvtcp.config_store.store import ConfigStoreError
 from kvtcp.constants import (
-    BUFFERED_BYTES_MAX,
-    CLIENT_CONNECTIONS_MAX,
     HEARTBEAT_MS,
     LEAVE_TIME_MS,
     SEND_REQUESTS,
     STAMP_AHEAD_MS,
     STAMP_MOVE_MS,
     TICK_MS,
-    WRITE_WAIT_MS,
 )
 from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.link import Report
@@ -47,12 +44,12 @@ from kvtcp.replication.recovery import StaleStore
 from kvtcp.resp.door import Door
 from kvtcp.server import status
 from kvtcp.server.backups import Backups
-from kvtcp.server.caps import FOR_STOP, FOR_TOTAL, CappedConnection
+from kvtcp.server.clients import Clients
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms, wall_us
-from kvtcp.server.resp_host import RespHost
+from kvtcp.server.port import Port
+from kvtcp.server.resp_host import ServerInfo
 from kvtcp.server.runtime import join_address
-from kvtcp.server.sessions import ClientSession
 from kvtcp.server.supervisor import who_is_there
 from kvtcp.server.write_times import WriteTimes
 
@@ -102,23 +99,18 @@ class CoordinatorServer:
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
         self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
-        self.door = Door(self.gateway, RespHost(self), self.now_ms, wall_us, secrets.randbelow) if config.resp else None
-        self.sessions: set[CappedConnection] = set()
-        self.dirty: list[CappedConnection] = []  # sessions with answers to flush in this tick
+        self.clients = Clients(self.now_ms, lambda: self.sequencer.waiting_bytes)
+        door = Door(self.gateway, ServerInfo(self), self.now_ms, wall_us, secrets.randbelow) if config.resp else None
+        self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
         self.address = ("", 0)
         self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
         self._killed = False  # it ends without another word
         self.is_deposed = False  # the nodes belong to another coordinator: they are not to be stopped
-        self.protocol_errors = 0
-        self.buffered_bytes = 0  # held for clients, as of the last tick
-        self.held_bytes = 0  # held for clients by their sessions, at any time
         self.lag_ms = 0.0  # how late the last tick was
         self._unsent = 0  # requests read since the last time everything was sent
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
         self._is_opening = False  # the takeover is over: what it found is being stored
-        self._over_total = False  # clients are not read because of the total cap
-        self._over_since_ms = 0  # since when; meaningful while _over_total
         self._tasks: set[asyncio.Task[None]] = set()
         self._bound_task: asyncio.Task[None] | None = None  # moves the bound of stamps
         self.bound_failed = ""  # why the config store did not take it, for people; empty = it did
@@ -164,8 +156,7 @@ class CoordinatorServer:
 
     def deposed(self, reason: str) -> None:
         """Another coordinator owns the cluster. R13: from this moment on no client is answered."""
-        for session in list(self.sessions):
-            session.abort()
+        self.clients.abort()
         if self._server is not None:
             self._server.close()
         self.is_deposed = True
@@ -190,25 +181,19 @@ class CoordinatorServer:
 
     async def listen(self, bound: socket.socket) -> None:
         """Accept clients on this bound socket."""
-        self._server = await self.loop.create_server(lambda: ClientSession(self), sock=bound, backlog=1024)
+        self._server = await self.loop.create_server(self.port.connection, sock=bound, backlog=1024)
         self.address = self._server.sockets[0].getsockname()[:2]
 
     async def drain(self, wait_ms: int) -> None:
         """Take no new clients and read no new requests; return when the open ones are answered, or after `wait_ms`."""
         if self._server is not None:
             self._server.close()
-        for session in self.sessions:
-            session.pause(FOR_STOP)
-        deadline = self.loop.time() + wait_ms / 1000
-        # looked at now and then: an event would have to be kept on the path of every answer
-        while self.loop.time() < deadline and any(s.outstanding or s.out for s in self.sessions):  # noqa: ASYNC110
-            await asyncio.sleep(TICK_MS / 1000 / 5)
+        await self.clients.drain(wait_ms)
 
     async def kill(self) -> None:
         """End as a process does that is killed: nothing more is said to anybody."""
         self._killed = True
-        for session in list(self.sessions):
-            session.abort()
+        self.clients.abort()
         for link in self.links.values():
             link.closing = True
             if link.connection is not None:
@@ -223,8 +208,7 @@ class CoordinatorServer:
         if self._server is not None:
             self._server.close()
         self._flush()
-        for session in list(self.sessions):
-            session.close()
+        self.clients.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -254,7 +238,7 @@ class CoordinatorServer:
             self.controller.begin(wall_ms(), int(self.loop.time() * 1000))
             self.loop.call_soon(self._flush)
 
-    def took(self, requests: int) -> None:
+    def requests_read(self, requests: int) -> None:
         """A client sent so many requests. Nodes and clients are not kept waiting until very many are read."""
         self._unsent += requests
         if self._unsent >= SEND_REQUESTS:
@@ -274,11 +258,8 @@ class CoordinatorServer:
         self.write_times.look(ready)
         for progress in ready:
             self.links[progress.node].write_batches()
-        dirty = self.dirty
-        if dirty:
-            self.dirty = []
-            for session in dirty:
-                session.flush()
+        if self.clients.dirty:
+            self.clients.flush()
 
     def _schedule_tick(self) -> None:
         self._tick_due = self.loop.time() + TICK_MS / 1000
@@ -297,13 +278,7 @@ class CoordinatorServer:
             for link in self.links.values():
                 link.heartbeat()
         self._watch_bound()
-        now_ms = self.now_ms()
-        for session in [s for s in self.sessions if s.frame_is_late(now_ms)]:
-            log.warning("event=session-closed peer=%s reason=its frame was never finished", session.peer)
-            session.abort()
-        for session in list(self.sessions):
-            session.look_at_unread()
-        self._enforce_total()
+        self.clients.tick()
         self._schedule_tick()
 
     # --- the map ------------------------------------------------------------------------------------
@@ -347,65 +322,6 @@ class CoordinatorServer:
             await self.keeper.change(lambda old: replace(old, restoring=prefix))
         except (NotOwner, ConfigStoreError) as error:
             raise OSError(f"the cluster map cannot be stored: {error}") from error
-
-    # --- clients ------------------------------------------------------------------------------------
-
-    def session_opened(self, session: CappedConnection) -> None:
-        """A client connected."""
-        self.sessions.add(session)
-        if len(self.sessions) > CLIENT_CONNECTIONS_MAX:
-            log.warning("event=session-refused peer=%s reason=%s connections", session.peer, CLIENT_CONNECTIONS_MAX)
-            session.abort()
-        elif self._over_total:
-            session.pause(FOR_TOTAL)
-
-    def session_closed(self, session: CappedConnection, reason: str) -> None:
-        """A client is gone; what it asked for is still executed."""
-        self.sessions.discard(session)
-
-    def account(self, difference_bytes: int) -> None:
-        """A session holds so much more (or less); at once, as much can come within one tick."""
-        self.held_bytes += difference_bytes
-        if self.held_bytes > BUFFERED_BYTES_MAX:
-            self._enforce_total()
-
-    def _enforce_total(self) -> None:
-        """Keep what is held for all clients under BUFFERED_BYTES_MAX.
-
-        Over it nobody is read any more. What waits for nodes is gone after WRITE_WAIT_MS, but unfinished frames and
-        unread answers may stay for ever, and would keep everybody out: the sessions that hold most of them are closed,
-        at once as far as they are over the limit by themselves, else when waiting did not help.
-        """
-        held = held_by_sessions = sum(session.held_bytes for session in self.sessions)
-        held += self.sequencer.waiting_bytes
-        self.buffered_bytes = held
-        resume_bytes = BUFFERED_BYTES_MAX * 3 // 4
-        if held > BUFFERED_BYTES_MAX and not self._over_total:
-            self._over_total = True
-            self._over_since_ms = self.now_ms()
-            log.warning("event=over-total held_bytes=%s limit_bytes=%s", held, BUFFERED_BYTES_MAX)
-            for session in self.sessions:
-                session.pause(FOR_TOTAL)
-        if not self._over_total:
-            return
-        late = self.now_ms() - self._over_since_ms > WRITE_WAIT_MS
-        allowed_bytes = resume_bytes - 1 if late else BUFFERED_BYTES_MAX
-        if held_by_sessions > allowed_bytes:
-            for session in sorted(self.sessions, key=lambda session: session.held_bytes, reverse=True):
-                log.warning(
-                    "event=session-closed peer=%s reason=the server holds %s bytes for clients, the limit is %s, "
-                    "and this client holds most of them (%s)",
-                    session.peer, held, BUFFERED_BYTES_MAX, session.held_bytes,
-                )  # fmt: skip
-                held_by_sessions -= session.held_bytes
-                held -= session.held_bytes
-                session.abort()
-                if held_by_sessions <= allowed_bytes:
-                    break
-        if held < resume_bytes:
-            self._over_total = False
-            for session in self.sessions:
-                session.resume(FOR_TOTAL)
 
     # --- nodes --------------------------------------------------------------------------------------
 

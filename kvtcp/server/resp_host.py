@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvtcp.server.coordinator import CoordinatorServer
 
 
-class RespHost:
+class ServerInfo:
     """The host of a Door."""
 
     def __init__(self, server: CoordinatorServer) -> None:
@@ -30,7 +30,7 @@ class RespHost:
 
     def resp_clients(self) -> Iterable[RespClient]:
         """Those that are connected, in the order in which they came."""
-        sessions = [session for session in self._server.sessions if isinstance(session, RespSession)]
+        sessions = [session for session in self._server.clients.sessions if isinstance(session, RespSession)]
         return sorted((session.client for session in sessions), key=lambda client: client.ident)
 
     def facts(self) -> dict[str, dict[str, Any]]:
