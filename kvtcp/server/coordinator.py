@@ -80,7 +80,8 @@ class CoordinatorServer:
         self.durability = config.durability
         self.local_sockets = config.local_sockets
         self.keeper = keeper
-        keeper.on_lost = lambda error: self.deposed(str(error))
+        keeper.changes.on_lost = lambda error: self.deposed(str(error))
+        keeper.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
         self._before = before
         self.controller = Controller(
             keeper.changes,
@@ -90,7 +91,6 @@ class CoordinatorServer:
             new_token=lambda: secrets.token_bytes(16),
         )
         self.sequencer = self.controller.sequencer
-        keeper.on_change = self._map_changed
         keeper.on_crash = self.core_failed
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.gateway = Gateway(self.sequencer, self)
@@ -282,11 +282,6 @@ class CoordinatorServer:
         self._schedule_tick()
 
     # --- the map ------------------------------------------------------------------------------------
-
-    def _map_changed(self, cluster_map: ClusterMap) -> None:
-        """A change was stored; who proposed it is told next, in this step."""
-        self.begin()
-        self.controller.map_changed(cluster_map)
 
     def _watch_bound(self) -> None:
         """R12: move the bound of stamps before the clock reaches it."""
