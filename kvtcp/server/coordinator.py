@@ -95,7 +95,7 @@ class CoordinatorServer:
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.gateway = Gateway(self.sequencer, self)
         self.backups = Backups(self, config.backup_dir)
-        self.links = {node: NodeLink(self, node) for node in self.map.nodes}
+        self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
         self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
@@ -361,7 +361,7 @@ class CoordinatorServer:
             elif kind == "close":
                 self.links[node].give_up(rest[0])
             elif kind == "add":
-                link = self.links[node] = NodeLink(self, node)
+                link = self.links[node] = NodeLink(node, self.controller, self)
                 self._start_link(link)
             else:
                 link = self.links.pop(node)
@@ -398,6 +398,10 @@ class CoordinatorServer:
         """A node refused this coordinator's epoch."""
         if self.ready.is_set():
             self.deposed(f"{link.node} says: {link.refused}")
+
+    def file_done(self, node: str, name: bytes, report: Any, error: bytes | None) -> None:
+        """See Backups."""
+        self.backups.file_done(node, name, report, error)
 
     def link_failed(self, link: NodeLink, reason: str) -> None:
         """A node cannot be reached, or refused."""
