@@ -44,7 +44,7 @@ async def cluster() -> AsyncIterator[LocalCluster]:
         await until(lambda: not running.coordinator.clients.sessions, "the end of all sessions")
         running.coordinator.sequencer.check()
         assert not running.coordinator.failed.done()
-        assert running.coordinator.degraded() == []
+        assert running.coordinator.status.degraded() == []
 
 
 def logged(caplog: pytest.LogCaptureFixture, text: str) -> bool:
@@ -197,7 +197,7 @@ async def test_a_node_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
         await until(lambda: asked > len(answers), "a try with every answer", 20)
         server.close()
         assert not coordinator.failed.done()
-        assert any("n1 is not linked" in sentence for sentence in coordinator.degraded())
+        assert any("n1 is not linked" in sentence for sentence in coordinator.status.degraded())
 
 
 # --- requests that are wrong ----------------------------------------------------------------------------
@@ -381,7 +381,7 @@ async def test_idle_connections(cluster: LocalCluster, monkeypatch: pytest.Monke
         for _ in range(20):
             wires += await asyncio.gather(*(Wire.open(address, hello=False) for _ in range(50)))
         await until(lambda: len(cluster.coordinator.clients.sessions) == 1001, "all sessions")
-        assert cluster.coordinator.status()["buffered_bytes"] == 0
+        assert cluster.coordinator.status.summary()["buffered_bytes"] == 0
         wires.append(await Wire.open(address, hello=False))
         await until(lambda: len(cluster.coordinator.clients.sessions) == 1002)
         async with await Wire.open(address, hello=False) as late:

@@ -73,7 +73,7 @@ async def test_cut_links_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             for key in keys:
                 value = int(await kv.get(key) or b"0")
                 assert acked[key] <= value <= acked[key] + unknown[key], key
-        await until(lambda: not cluster.coordinator.degraded(), "all nodes in sync")
+        await until(lambda: not cluster.coordinator.status.degraded(), "all nodes in sync")
         for number in range(16):
             tables = [node.replica.tables[number] for node in cluster.nodes.values()]
             assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1, "replicas are equal"

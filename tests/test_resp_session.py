@@ -44,7 +44,7 @@ async def cluster() -> AsyncIterator[LocalCluster]:
         running.coordinator.sequencer.check()
         assert not running.coordinator.failed.done()
         assert running.coordinator.clients.held_bytes == 0
-        assert running.coordinator.degraded() == []
+        assert running.coordinator.status.degraded() == []
 
 
 class Redis(Wire):

@@ -34,23 +34,20 @@ from kvtcp.constants import (
     STAMP_MOVE_MS,
     TICK_MS,
 )
-from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.link import Report
-from kvtcp.replication.cluster_admin import ClusterAdmin, Done
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.gateway import Gateway, Session
+from kvtcp.replication.gateway import Gateway
 from kvtcp.replication.recovery import StaleStore
 from kvtcp.resp.door import Door
-from kvtcp.server import status
+from kvtcp.server.administration import Administration
 from kvtcp.server.backups import Backups
 from kvtcp.server.clients import Clients
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms, wall_us
 from kvtcp.server.port import Port
 from kvtcp.server.resp_host import ServerInfo
-from kvtcp.server.runtime import join_address
-from kvtcp.server.supervisor import who_is_there
+from kvtcp.server.status import Status
 from kvtcp.server.write_times import WriteTimes
 
 log = logging.getLogger("kvtcp.coordinator")
@@ -77,11 +74,11 @@ class CoordinatorServer:
     def __init__(self, config: ClusterConfig, keeper: MapKeeper, before: Predecessor) -> None:
         self.loop = asyncio.get_running_loop()
         self.secret = config.secret
-        self.durability = config.durability
         self.local_sockets = config.local_sockets
         self.keeper = keeper
         keeper.changes.on_lost = lambda error: self.deposed(str(error))
         keeper.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
+        keeper.on_crash = self.core_failed
         self._before = before
         self.controller = Controller(
             keeper.changes,
@@ -91,40 +88,53 @@ class CoordinatorServer:
             new_token=lambda: secrets.token_bytes(16),
         )
         self.sequencer = self.controller.sequencer
-        keeper.on_crash = self.core_failed
-        self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
-        self.gateway = Gateway(self.sequencer, self)
-        self.backups = Backups(self, config.backup_dir)
         self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
+        self.clients = Clients(self.now_ms, lambda: self.sequencer.waiting_bytes)
+        self.gateway = Gateway(self.sequencer)
+        self.backups = Backups(
+            config.backup_dir,
+            self.sequencer,
+            self.gateway,
+            begin=self.begin,
+            remember=self.remember_restoring,
+            start_task=self._start_task,
+        )
+        self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
+        self.status = Status(self.controller, self.links, self.clients, self.backups, self.write_times)
+        self.gateway.administration = Administration(
+            self.controller,
+            self.backups,
+            self.status,
+            config.secret,
+            begin=self.begin,
+            act=self._act,
+            start_task=self._start_task,
+        ).requests
+        info = ServerInfo(self.status, self.clients, lambda: self.address[1])
+        door = Door(self.gateway, info, self.now_ms, wall_us, secrets.randbelow) if config.resp else None
+        self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
-        self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
-        self.clients = Clients(self.now_ms, lambda: self.sequencer.waiting_bytes)
-        door = Door(self.gateway, ServerInfo(self), self.now_ms, wall_us, secrets.randbelow) if config.resp else None
-        self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
         self.address = ("", 0)
         self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
         self._killed = False  # it ends without another word
         self.is_deposed = False  # the nodes belong to another coordinator: they are not to be stopped
-        self.lag_ms = 0.0  # how late the last tick was
         self._unsent = 0  # requests read since the last time everything was sent
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
         self._is_opening = False  # the takeover is over: what it found is being stored
         self._tasks: set[asyncio.Task[None]] = set()
         self._bound_task: asyncio.Task[None] | None = None  # moves the bound of stamps
-        self.bound_failed = ""  # why the config store did not take it, for people; empty = it did
         self._bound_retry_ms = 0  # monotonic time before which that is not tried again
         self._server: asyncio.Server | None = None
         self._ticks = 0
-        self._started_at = self.loop.time()
         self._tick_due = 0.0
         self._tick_handle: asyncio.TimerHandle | None = None
 
     @property
     def map(self) -> ClusterMap:
         """The cluster map as the config store holds it."""
-        return self.keeper.map
+        return self.controller.map
 
     # --- life ---------------------------------------------------------------------------------------
 
@@ -138,11 +148,10 @@ class CoordinatorServer:
         link.task = self._start_task(link.run(), f"link to {link.node}")
 
     def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """A task that must not fail."""
+        """Start a task that must not fail: an exception of it ends the process."""
         task = self.loop.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(self.core_task_done)
+        task.add_done_callback(self._task_done)
         return task
 
     def core_failed(self, error: BaseException) -> None:
@@ -164,8 +173,8 @@ class CoordinatorServer:
             CannotServe(f"this coordinator does not own the cluster any more: {reason}", not self.ready.is_set())
         )
 
-    def core_task_done(self, task: asyncio.Task[None]) -> None:
-        """Done callback of tasks that must not fail: the exception of one ends the process."""
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self.core_failed(error)
@@ -223,10 +232,6 @@ class CoordinatorServer:
 
     # --- ticks --------------------------------------------------------------------------------------
 
-    def uptime_s(self) -> float:
-        """How long the coordinator runs."""
-        return self.loop.time() - self._started_at
-
     def now_ms(self) -> int:
         """Monotonic milliseconds, for deadlines."""
         return int(self.loop.time() * 1000)
@@ -266,14 +271,14 @@ class CoordinatorServer:
         self._tick_handle = self.loop.call_later(TICK_MS / 1000, self._tick)
 
     def _tick(self) -> None:
-        self.lag_ms = max(0.0, (self.loop.time() - self._tick_due) * 1000)
+        lag_ms = self.status.lag_ms = max(0.0, (self.loop.time() - self._tick_due) * 1000)
         self._ticks += 1
         self.begin()
         self.controller.tick()
         self._act()
         for link in self.links.values():
             # after a stall of this process nobody can be called silent: what they said may still lie in the sockets
-            link.watch_silence(self.sequencer.now_ms, self.lag_ms >= HEARTBEAT_MS)
+            link.watch_silence(self.sequencer.now_ms, lag_ms >= HEARTBEAT_MS)
         if self._ticks % HEARTBEAT_TICKS == 0:
             for link in self.links.values():
                 link.heartbeat()
@@ -292,12 +297,12 @@ class CoordinatorServer:
     async def _move_bound(self) -> None:
         try:
             await self.keeper.change(lambda old: old.with_stamp_bound(wall_ms() + STAMP_AHEAD_MS))
-            self.bound_failed = ""
+            self.status.bound_failed = ""
         except NotOwner:
             return  # `deposed` was told
         except (OSError, ConfigStoreError) as error:
             log.error("event=bound-not-moved reason=%s", error)
-            self.bound_failed = str(error)
+            self.status.bound_failed = str(error)
             self._bound_retry_ms = self.now_ms() + BOUND_RETRY_MS
         finally:
             self._bound_task = None
@@ -381,7 +386,7 @@ class CoordinatorServer:
 
         def edit(old: ClusterMap) -> ClusterMap:
             is_empty = not any(shard.last_seq or not shard.serving for shard in shards)
-            new = replace(old, durability=self.durability, restoring=None if is_empty else old.restoring)
+            new = replace(old, durability=self.controller.durability, restoring=None if is_empty else old.restoring)
             return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
 
         stored: asyncio.Future[ClusterMap] = self.loop.create_future()
@@ -408,85 +413,3 @@ class CoordinatorServer:
         self.begin()
         self.controller.node_down(link.node, reason)
         log.debug("event=link-failed node=%s reason=%s", link.node, reason)
-
-    # --- administration -----------------------------------------------------------------------------
-
-    def start_backup(self, session: Session, ident: int, name: str | None) -> None:
-        """See Backups."""
-        self.backups.start_backup(session, ident, name)
-
-    def start_restore(
-        self, session: Session, ident: int, name: str, mode: str, prefix: bytes, dry_run: bool
-    ) -> None:
-        """See Backups."""
-        self.backups.start_restore(session, ident, name, mode, prefix, dry_run)
-
-    def node_add(self, session: Session, ident: int, host: str, port: int) -> None:
-        """A node at this address becomes one of the cluster."""
-        self._start_task(self._add_node(session, ident, host, port), "node add")
-
-    async def _add_node(self, session: Session, ident: int, host: str, port: int) -> None:
-        """A wrong address would be a node for ever that is never linked, and keep the next coordinator from starting:
-        look who is there before."""
-        node = f"n{self.map.last_node + 1}"
-        if (host, port) not in self.map.nodes.values():  # else it is refused below
-            found = await who_is_there(host, port, node, self.map.cluster, self.secret)
-            self.begin()  # a tick, at whose end the answer leaves
-            if found.kind != "ours":
-                what = f"is {found.what}" if found.what else "nobody answers"
-                text = f"at {join_address(host, port)} {what}; start the new node there with --id {node}, then add it"
-                session.fail(ident, Code.REFUSED, text, {})
-                return
-        self._change(session, ident, lambda admin, done: admin.add_node(host, port, done))
-
-    def node_drain(self, session: Session, ident: int, node: str) -> None:
-        """Everything a node holds is to be moved to others."""
-        self._change(session, ident, lambda admin, done: admin.drain(node, done))
-
-    def node_undrain(self, session: Session, ident: int, node: str) -> None:
-        """A node may hold shards again."""
-        self._change(session, ident, lambda admin, done: admin.undrain(node, done))
-
-    def node_remove(self, session: Session, ident: int, node: str) -> None:
-        """A node that holds nothing leaves the cluster."""
-        self._change(session, ident, lambda admin, done: admin.remove(node, done))
-
-    def node_forget(self, session: Session, ident: int, node: str) -> None:
-        """A node is destroyed: it will never come back with what it held."""
-        self._change(session, ident, lambda admin, done: admin.forget(node, done))
-
-    def rebalance(self, session: Session, ident: int, dry_run: bool) -> None:
-        """Spread the shards evenly over the nodes, by the fewest moves."""
-        self._change(session, ident, lambda admin, done: admin.rebalance(dry_run, done))
-
-    def shard_accept_loss(self, session: Session, ident: int, shard: int) -> None:
-        """A shard that is down goes on with what is left of it."""
-        self._change(session, ident, lambda admin, done: admin.accept_loss(shard, done))
-
-    def _change(self, session: Session, ident: int, change: Callable[[ClusterAdmin, Done], None]) -> None:
-        """Answer when the change is stored; its refusal is an answer too."""
-
-        def done(answer: dict[str, Any] | AdminError) -> None:
-            if isinstance(answer, AdminError):
-                session.fail(ident, answer.code, answer.message, answer.details)
-            else:
-                session.reply(ident, answer)
-
-        change(self.controller.admin, done)
-        self._act()
-
-    def degraded(self) -> list[str]:
-        """Everything that is not as it should be, one sentence each."""
-        return status.degraded(self)
-
-    def status(self) -> dict[str, Any]:
-        """The map of `status`; docs/administration.md explains every key."""
-        return status.status(self)
-
-    def nodes(self) -> list[dict[str, Any]]:
-        """The list of `nodes`."""
-        return status.nodes(self)
-
-    def shards(self) -> list[dict[str, Any]]:
-        """The list of `shards`."""
-        return status.shards(self)
