@@ -89,7 +89,7 @@ class CoordinatorServer:
         )
         self.sequencer = self.controller.sequencer
         self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
-        self.clients = Clients(self.now_ms, lambda: self.sequencer.waiting_bytes)
+        self.clients = Clients(lambda: int(self.loop.time() * 1000), lambda: self.sequencer.waiting_bytes)
         self.gateway = Gateway(self.sequencer)
         self.backups = Backups(
             config.backup_dir,
@@ -111,7 +111,7 @@ class CoordinatorServer:
             start_task=self._start_task,
         ).requests
         info = ServerInfo(self.status, self.clients, lambda: self.address[1])
-        door = Door(self.gateway, info, self.now_ms, wall_us, secrets.randbelow) if config.resp else None
+        door = Door(self.gateway, info, self.clients.now_ms, wall_us, secrets.randbelow) if config.resp else None
         self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
@@ -141,11 +141,8 @@ class CoordinatorServer:
     def start_links(self) -> None:
         """Dial the nodes and let time pass."""
         for link in self.links.values():
-            self._start_link(link)
+            link.start(self._start_task)
         self._schedule_tick()
-
-    def _start_link(self, link: NodeLink) -> None:
-        link.task = self._start_task(link.run(), f"link to {link.node}")
 
     def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a task that must not fail: an exception of it ends the process."""
@@ -162,16 +159,6 @@ class CoordinatorServer:
             else:
                 log.critical("event=core-failed reason=%r", error, exc_info=error)
             self.failed.set_exception(error)
-
-    def deposed(self, reason: str) -> None:
-        """Another coordinator owns the cluster. R13: from this moment on no client is answered."""
-        self.clients.abort()
-        if self._server is not None:
-            self._server.close()
-        self.is_deposed = True
-        self.core_failed(
-            CannotServe(f"this coordinator does not own the cluster any more: {reason}", not self.ready.is_set())
-        )
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -232,10 +219,6 @@ class CoordinatorServer:
 
     # --- ticks --------------------------------------------------------------------------------------
 
-    def now_ms(self) -> int:
-        """Monotonic milliseconds, for deadlines."""
-        return int(self.loop.time() * 1000)
-
     def begin(self) -> None:
         """Something happened: this tick gets its stamp, and is flushed at its end."""
         if not self._flushing:
@@ -286,12 +269,34 @@ class CoordinatorServer:
         self.clients.tick()
         self._schedule_tick()
 
-    # --- the map ------------------------------------------------------------------------------------
+    # --- the map: opening, the bound of stamps, the end of ownership --------------------------------
+
+    async def _open_shards(self) -> None:
+        """Store what the takeover found, then serve."""
+        shards = self.sequencer.shards
+        reports = self.controller.reports.values()
+        stamp_ms = max([self._before.stamp_bound_ms, *(report.stamp_ms for report in reports)])
+
+        def edit(old: ClusterMap) -> ClusterMap:
+            is_empty = not any(shard.last_seq or not shard.serving for shard in shards)
+            new = replace(old, durability=self.controller.durability, restoring=None if is_empty else old.restoring)
+            return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
+
+        stored: asyncio.Future[ClusterMap] = self.loop.create_future()
+        self.controller.propose(edit, stored.set_result)
+        self.keeper.wake()
+        await stored
+        self.begin()
+        self.sequencer.stamp_ms = max(self.sequencer.stamp_ms, stamp_ms)
+        self.backups.resume(self.map.restoring)
+        self.ready.set()
+        log.info("event=ready cluster=%s nodes=%s epoch=%s", self.map.cluster, len(self.links), self.map.epoch)
 
     def _watch_bound(self) -> None:
         """R12: move the bound of stamps before the clock reaches it."""
         is_near = wall_ms() + STAMP_MOVE_MS > self.map.stamp_bound_ms
-        if is_near and self.ready.is_set() and self._bound_task is None and self.now_ms() >= self._bound_retry_ms:
+        may_try = self._bound_task is None and self.clients.now_ms() >= self._bound_retry_ms
+        if is_near and may_try and self.ready.is_set():
             self._bound_task = self._start_task(self._move_bound(), "bound of stamps")
 
     async def _move_bound(self) -> None:
@@ -303,7 +308,7 @@ class CoordinatorServer:
         except (OSError, ConfigStoreError) as error:
             log.error("event=bound-not-moved reason=%s", error)
             self.status.bound_failed = str(error)
-            self._bound_retry_ms = self.now_ms() + BOUND_RETRY_MS
+            self._bound_retry_ms = self.clients.now_ms() + BOUND_RETRY_MS
         finally:
             self._bound_task = None
 
@@ -315,6 +320,21 @@ class CoordinatorServer:
                 await self.keeper.change(lambda old: old.with_last_stamp(stamp_ms))
         except (OSError, NotOwner, ConfigStoreError) as error:  # a TimeoutError is an OSError
             log.warning("event=time-not-left reason=%s", error or "no answer in time")
+
+    def deposed(self, reason: str) -> None:
+        """Another coordinator owns the cluster. R13: from this moment on no client is answered."""
+        self.clients.abort()
+        if self._server is not None:
+            self._server.close()
+        self.is_deposed = True
+        self.core_failed(
+            CannotServe(f"this coordinator does not own the cluster any more: {reason}", not self.ready.is_set())
+        )
+
+    def fenced(self, link: NodeLink) -> None:
+        """A node refused this coordinator's epoch."""
+        if self.ready.is_set():
+            self.deposed(f"{link.node} says: {link.refused}")
 
     async def remember_restoring(self, prefix: bytes | None) -> None:
         """The next coordinator shall know which prefix is in pieces; None for none. Raises OSError if it will not."""
@@ -367,7 +387,7 @@ class CoordinatorServer:
                 self.links[node].give_up(rest[0])
             elif kind == "add":
                 link = self.links[node] = NodeLink(node, self.controller, self)
-                self._start_link(link)
+                link.start(self._start_task)
             else:
                 link = self.links.pop(node)
                 link.stop_node()
@@ -377,32 +397,6 @@ class CoordinatorServer:
         if controller.is_ready and not self._is_opening:
             self._is_opening = True
             self._start_task(self._open_shards(), "end of the takeover")
-
-    async def _open_shards(self) -> None:
-        """Store what the takeover found, then serve."""
-        shards = self.sequencer.shards
-        reports = self.controller.reports.values()
-        stamp_ms = max([self._before.stamp_bound_ms, *(report.stamp_ms for report in reports)])
-
-        def edit(old: ClusterMap) -> ClusterMap:
-            is_empty = not any(shard.last_seq or not shard.serving for shard in shards)
-            new = replace(old, durability=self.controller.durability, restoring=None if is_empty else old.restoring)
-            return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
-
-        stored: asyncio.Future[ClusterMap] = self.loop.create_future()
-        self.controller.propose(edit, stored.set_result)
-        self.keeper.wake()
-        await stored
-        self.begin()
-        self.sequencer.stamp_ms = max(self.sequencer.stamp_ms, stamp_ms)
-        self.backups.resume(self.map.restoring)
-        self.ready.set()
-        log.info("event=ready cluster=%s nodes=%s epoch=%s", self.map.cluster, len(self.links), self.map.epoch)
-
-    def fenced(self, link: NodeLink) -> None:
-        """A node refused this coordinator's epoch."""
-        if self.ready.is_set():
-            self.deposed(f"{link.node} says: {link.refused}")
 
     def file_done(self, node: str, name: bytes, report: Any, error: bytes | None) -> None:
         """See Backups."""

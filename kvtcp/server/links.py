@@ -53,6 +53,7 @@ from kvtcp.protocol.link import (
 )
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.progress import LinkError, Progress
+from kvtcp.server.runtime import StartTask
 from kvtcp.server.transport import FramedConnection
 
 log = logging.getLogger("kvtcp.link")
@@ -208,6 +209,10 @@ class NodeLink:
     def address(self) -> tuple[str, int]:
         """Where the node listens."""
         return self.controller.map.nodes[self.node]
+
+    def start(self, start_task: StartTask) -> None:
+        """Dial, in a task that runs until `end`."""
+        self.task = start_task(self.run(), f"link to {self.node}")
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
