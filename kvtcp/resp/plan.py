@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, KEY_BYTES_MAX
+from kvtcp.constants import KEY_BYTES_MAX
 from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, Unavailable, show_bytes
+from kvtcp.protocol.numbers import integer_of
 from kvtcp.protocol.operations import COPY, PUT_ALL, RENAME, WRITE_OP_END
 from kvtcp.resp.replies import Failure
 
@@ -118,12 +119,10 @@ def check_key(key: bytes) -> bytes:
 
 def integer(text: bytes, error: str = NOT_AN_INTEGER) -> int:
     """A signed 64-bit integer in its only spelling."""
-    digits = text[1:] if text[:1] == b"-" else text
-    if len(text) <= 20 and digits.isdigit():
-        number = int(text)
-        if b"%d" % number == text and INTEGER_MIN <= number <= INTEGER_MAX:
-            return number
-    raise CommandError(error)
+    number = integer_of(text)
+    if number is None:
+        raise CommandError(error)
+    return number
 
 
 def write(op: int, key: bytes, *args: Any, size: int = 0) -> Operation:
