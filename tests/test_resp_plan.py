@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvtcp.constants import INTEGER_MIN, KEY_BYTES_MAX
-from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, Unavailable
+from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, RequestError, Unavailable
 from kvtcp.protocol import operations as op
-from kvtcp.resp.plan import CommandError, Failed, Plan, check_key, error_text, integer, read, write
+from kvtcp.resp.plan import CommandError, Failed, Plan, error_text, integer, read, write
 from kvtcp.resp.replies import Failure
 
 
@@ -53,10 +53,10 @@ def test_texts_of_a_plan() -> None:
 
 def test_keys() -> None:
     """1 to KEY_BYTES_MAX bytes."""
-    assert check_key(b"x" * KEY_BYTES_MAX)
+    assert read(op.GET, b"x" * KEY_BYTES_MAX).key
     for key, text in ((b"", "must not be empty"), (b"x" * (KEY_BYTES_MAX + 1), "over the limit of 4096 bytes")):
-        with pytest.raises(CommandError, match=text):
-            check_key(key)
+        with pytest.raises(RequestError, match=text):
+            read(op.GET, key)
 
 
 def test_integers() -> None:

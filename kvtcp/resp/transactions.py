@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX, RESP_KEYS_MAX
 from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.messages import check_key
 from kvtcp.protocol.operations import REVISION, TRANSACTION
-from kvtcp.resp.plan import CROSS_SHARD_MULTI, CommandError, Failed, Operation, Plan, check_key, error_text
+from kvtcp.resp.plan import CROSS_SHARD_MULTI, CommandError, Failed, Operation, Plan, error_text
 from kvtcp.resp.replies import DONE, Failure, NoArray, encode, error
 
 if TYPE_CHECKING:
