@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.hashing import shard_of
@@ -148,7 +147,7 @@ class World:
     def __init__(self, keys: Iterable[bytes] = ()) -> None:
         self.now_ms = 1_000_000
         self.sequencer = FakeSequencer(keys=sorted(keys))
-        self.gateway = Gateway(self.sequencer, Mock())  # type: ignore[arg-type]
+        self.gateway = Gateway(self.sequencer)  # type: ignore[arg-type]
         self.host = FakeHost()
         self.door = Door(
             self.gateway, self.host, lambda: self.now_ms, lambda: 1_700_000_000_123_456, lambda below: below // 2

@@ -2,7 +2,8 @@
 
 Pure. It stands between the sessions (one per client connection, which decode and encode) and the sequencer. Each
 request is checked by the message table, its keys are hashed to shards, and one request on many keys becomes one op per
-key (writes) or one read at one cut. Administrative requests go to the server, which may take its time over them.
+key (writes) or one read at one cut. Administrative requests are handed over, by the table `administration`, to parts
+that may take their time over them.
 
 A session is the sink of its requests: `reply`, `fail`, and `progress` for administration. Errors raised by the
 checkers are answered here; ProtocolError is not: it closes the connection.
@@ -10,7 +11,7 @@ checkers are answered here; ProtocolError is not: it closes the connection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kvtcp._version import __version__
@@ -61,23 +62,8 @@ class Session(Sink, Protocol):
         """Such a request is about to be answered."""
 
 
-class Administration(Protocol):
-    """What the server does for administrative requests; each answers `session` itself."""
-
-    def status(self) -> dict[str, Any]: ...
-    def nodes(self) -> list[dict[str, Any]]: ...
-    def shards(self) -> list[dict[str, Any]]: ...
-    def start_backup(self, session: Session, ident: int, name: str | None) -> None: ...
-    def start_restore(
-        self, session: Session, ident: int, name: str, mode: str, prefix: bytes, dry_run: bool
-    ) -> None: ...
-    def node_add(self, session: Session, ident: int, host: str, port: int) -> None: ...
-    def node_drain(self, session: Session, ident: int, node: str) -> None: ...
-    def node_undrain(self, session: Session, ident: int, node: str) -> None: ...
-    def node_remove(self, session: Session, ident: int, node: str) -> None: ...
-    def node_forget(self, session: Session, ident: int, node: str) -> None: ...
-    def rebalance(self, session: Session, ident: int, dry_run: bool) -> None: ...
-    def shard_accept_loss(self, session: Session, ident: int, shard: int) -> None: ...
+# called with session, number of the request and checked arguments; answers the session. May raise RequestError
+AdministrativeRequest = Callable[..., None]
 
 
 class Gather:
@@ -106,14 +92,14 @@ class Gather:
 class Gateway:
     """One per coordinator."""
 
-    def __init__(self, sequencer: Sequencer, administration: Administration) -> None:
+    def __init__(self, sequencer: Sequencer) -> None:
         self.sequencer = sequencer
-        self.administration = administration
+        self.administration: Mapping[bytes, AdministrativeRequest] = {}  # operation -> who carries it out
         self.shards = sequencer.map.shards
         self.all_shards = list(range(self.shards))
         self.restoring: bytes | None = None  # prefix being restored; None = none. b"" = everything
-        self.operations = 0  # requests accepted since the start, for status
         self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {
+            **dict.fromkeys(REQUESTS, self._hand_over),
             b"hello": self._hello,
             b"get": self._get,
             b"put": self._put,
@@ -130,20 +116,7 @@ class Gateway:
             b"mdelete": self._mdelete,
             b"scan": self._scan,
             b"count": self._count,
-            b"status": self._status,
-            b"nodes": self._nodes,
-            b"shards": self._shards,
-            b"backup": self._backup,
-            b"restore": self._restore,
-            b"node_add": self._change(administration.node_add),
-            b"node_drain": self._change(administration.node_drain),
-            b"node_undrain": self._change(administration.node_undrain),
-            b"node_remove": self._change(administration.node_remove),
-            b"node_forget": self._change(administration.node_forget),
-            b"rebalance": self._change(administration.rebalance),
-            b"shard_accept_loss": self._shard_accept_loss,
         }
-        assert set(self._handlers) == set(REQUESTS), "every request of the table has a handler"
 
     def handle(self, session: Session, messages: Sequence[Any]) -> None:
         """The requests of one read of a socket, in order. Raises ProtocolError if the peer cannot be answered."""
@@ -163,7 +136,6 @@ class Gateway:
                 handler(session, ident, message)
             except RequestError as error:
                 session.fail(ident, error.code, error.message, error.details)
-        self.operations += len(messages)
 
     # --- one key ------------------------------------------------------------------------------------
 
@@ -273,36 +245,10 @@ class Gateway:
             },
         )
 
-    def _status(self, session: Session, ident: int, message: Message) -> None:
-        REQUESTS[b"status"](message)
-        session.reply(ident, self.administration.status())
-
-    def _nodes(self, session: Session, ident: int, message: Message) -> None:
-        REQUESTS[b"nodes"](message)
-        session.reply(ident, self.administration.nodes())
-
-    def _shards(self, session: Session, ident: int, message: Message) -> None:
-        REQUESTS[b"shards"](message)
-        session.reply(ident, self.administration.shards())
-
-    def _backup(self, session: Session, ident: int, message: Message) -> None:
-        self.administration.start_backup(session, ident, *REQUESTS[b"backup"](message))
-
-    def _restore(self, session: Session, ident: int, message: Message) -> None:
-        self.administration.start_restore(session, ident, *REQUESTS[b"restore"](message))
-
-    def _change(self, carry_out: Callable[..., None]) -> Callable[[Session, int, Message], None]:
-        def handle(session: Session, ident: int, message: Message) -> None:
-            carry_out(session, ident, *REQUESTS[message[1]](message))
-
-        return handle
-
-    def _shard_accept_loss(self, session: Session, ident: int, message: Message) -> None:
-        (shard,) = REQUESTS[b"shard_accept_loss"](message)
-        if shard >= self.shards:
-            text = f"shard must be from 0 to {self.shards - 1}, not {shard}"
-            raise RequestError(text, Code.BAD_REQUEST, {"shard": shard})
-        self.administration.shard_accept_loss(session, ident, shard)
+    def _hand_over(self, session: Session, ident: int, message: Message) -> None:
+        """A request that is not about keys."""
+        op = message[1]
+        self.administration[op](session, ident, *REQUESTS[op](message))
 
     # --- restoring ----------------------------------------------------------------------------------
 

@@ -413,7 +413,7 @@ class Coordinator:
         runtime.on_unexpected_errors(server.core_failed)
         server.failed.add_done_callback(lambda _: self._stop.set())
         server.on_node_removed = self._supervisor.release
-        server.restarts_of = self._supervisor.restarts_of
+        server.status.restarts_of = self._supervisor.restarts_of
         server.start_links()
         await self._ready(server)
 
@@ -537,7 +537,7 @@ async def _open(server: CoordinatorServer, main_socket: socket.socket, is_new: b
         raise StartError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
     runtime.announce(
         f"kvtcp-coordinator ready on kvtcp://{runtime.join_address(*server.address)} ({len(server.links)} nodes, "
-        f"{server.map.shards} shards, replication factor {server.map.factor}, durability {server.durability}"
+        f"{server.map.shards} shards, replication factor {server.map.factor}, durability {server.controller.durability}"
         + (", a new cluster)" if is_new else ")")
     )
 
