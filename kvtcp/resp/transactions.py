@@ -90,11 +90,11 @@ def exec_(client: RespClient, arguments: Arguments) -> None:
     if not keys:
         _Executed(client, client.current, transaction).reply(None, [])
         return
-    numbers = {shard_of(key, client.door.shards) for key in keys}
+    numbers = {shard_of(key, client.door.keyspace.shards) for key in keys}
     if len(numbers) > 1:
         raise CommandError(CROSS_SHARD_MULTI)
     for key in keys:
-        client.check_open(key)
+        client.door.keyspace.check_open(key)
     if size > MULTI_BYTES_MAX:
         raise CommandError(f"EXECABORT the transaction and its watched keys are over {MULTI_BYTES_MAX} bytes")
     items = [[operation.op, operation.key, *operation.args] for operation in operations]
@@ -157,11 +157,11 @@ def watch(client: RespClient, arguments: Arguments) -> None:
     client.watched_bytes = size
     client.watched |= dict.fromkeys(keys, UNKNOWN)  # if this fails, EXEC does not go on as if nothing was watched
     for key in keys:
-        client.check_open(key)
+        client.door.keyspace.check_open(key)
     client.waits = True
     watching = _Watching(client, client.current, keys)
     for key in keys:
-        client.ask(Operation(REVISION, key, (), len(key)), shard_of(key, client.door.shards), watching, key)
+        client.ask(Operation(REVISION, key, (), len(key)), shard_of(key, client.door.keyspace.shards), watching, key)
 
 
 class _Watching:
