@@ -11,7 +11,8 @@ from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import CHANGES, REQUESTS
-from kvtcp.replication.gateway import LIMITS, Gateway, Gather
+from kvtcp.replication.gateway import LIMITS, Gateway
+from kvtcp.replication.keyspace import Keyspace
 
 HANDED_OVER = {b"status", b"nodes", b"shards", b"backup", b"restore", *CHANGES}  # whose table is not the gateway's
 
@@ -34,10 +35,9 @@ class Served:
     def __init__(self) -> None:
         self.cluster = Cluster(nodes=3, factor=2, shards=8)
         self.calls: list[tuple[Any, ...]] = []  # what was handed over
-        self.gateway = Gateway(self.cluster.sequencer)
-        self.gateway.administration = {
-            op: lambda *args, op=op: self.calls.append((op.decode(), *args)) for op in HANDED_OVER
-        }
+        self.keyspace = Keyspace(8)
+        administration = {op: lambda *args, op=op: self.calls.append((op.decode(), *args)) for op in HANDED_OVER}
+        self.gateway = Gateway(self.cluster.sequencer, self.keyspace, administration)
         self.session = Session()
         self.ident = 0
 
@@ -121,7 +121,7 @@ def test_hello_comes_first(served: Served) -> None:
 
 def test_administration(served: Served) -> None:
     """What is about no key is handed over with its checked arguments, also while a restore runs."""
-    served.gateway.restoring = b""
+    served.keyspace.restoring = b""
     session = served.session
     requests = [
         [1, b"status"], [2, b"nodes"], [3, b"shards"], [4, b"backup"], [5, b"restore", b"b1", {b"prefix": b"p"}],
@@ -135,7 +135,7 @@ def test_administration(served: Served) -> None:
 
 def test_changes_of_the_cluster(served: Served) -> None:
     """Each is handed over, with its checked arguments, also while a restore runs; a refusal is its answer."""
-    served.gateway.restoring = b""
+    served.keyspace.restoring = b""
     requests = [
         [1, b"node_add", b"h", 5000], [2, b"node_drain", b"n1"], [3, b"node_remove", b"n2"],
         [4, b"node_forget", b"n3"], [5, b"rebalance"], [6, b"rebalance", {b"dry_run": True}],
@@ -190,7 +190,7 @@ def test_request_without_an_id(served: Served) -> None:
 
 def test_guard_of_a_restore(served: Served) -> None:
     """What touches the prefix is refused, not executed; everything else goes on."""
-    served.gateway.restoring = b"p"
+    served.keyspace.restoring = b"p"
     for request in (
         (b"get", b"p1"), (b"put", b"p", b"v"), (b"mget", [b"a", b"pp"]), (b"mdelete", [b"p1"]),
         (b"mput", [[b"p1", b"v"]]),
@@ -204,20 +204,9 @@ def test_guard_of_a_restore(served: Served) -> None:
         (b"count", None, b"p"), (b"mdelete", [b"q"]),
     ):  # fmt: skip
         assert type(served.ask(*request)) is not tuple
-    served.gateway.restoring = b""
+    served.keyspace.restoring = b""
     assert "all keys are closed until a restore completes" in served.ask(b"get", b"a")[1]
     assert served.ask(b"nonsense")[0] == Code.UNKNOWN_OP
-
-
-def test_gather_answers_once() -> None:
-    """When the last key is here, in the order of the keys."""
-    sink = Answers()
-    gather = Gather(sink, "t", 3)
-    gather.reply(2, "c")
-    gather.fail(0, 31, "text", {})
-    assert not sink.ok
-    gather.reply(1, "b")
-    assert sink.ok == {"t": [[31, "text", {}], "b", "c"]}
 
 
 def test_every_request_has_a_handler(served: Served) -> None:
@@ -225,45 +214,3 @@ def test_every_request_has_a_handler(served: Served) -> None:
     handlers = served.gateway._handlers
     assert set(handlers) == set(REQUESTS)
     assert {op for op in handlers if handlers[op] == served.gateway._hand_over} == HANDED_OVER
-
-
-@pytest.mark.parametrize(
-    ("restoring", "lower", "upper", "is_closed"),
-    [
-        (None, b"", None, False),
-        (b"", b"a", b"b", True),
-        (b"m", b"", None, True),
-        (b"m", b"a", b"m", False),
-        (b"m", b"a", b"m\0", True),
-        (b"m", b"mz", b"mzz", True),
-        (b"m", b"n", None, False),
-        (b"\xff", b"\xff\xff", None, True),
-        (b"\xff", b"a", b"\xff", False),
-    ],
-)
-def test_ranges_that_are_closed(
-    served: Served, restoring: bytes | None, lower: bytes, upper: bytes | None, is_closed: bool
-) -> None:
-    """A range is closed if a key that is restored could be in it."""
-    served.gateway.restoring = restoring
-    if is_closed:
-        with pytest.raises(RequestError, match="closed until a restore completes") as closed:
-            served.gateway.check_range_open(lower, upper)
-        assert closed.value.code == Code.RESTORING
-    else:
-        served.gateway.check_range_open(lower, upper)
-
-
-def test_keys_that_are_closed(served: Served) -> None:
-    """A key is closed if it begins with what is restored."""
-    for restoring, key, is_closed in (
-        (None, b"a", False), (b"", b"a", True), (b"m", b"m", True), (b"m", b"mx", True), (b"m", b"l", False),
-        (b"mm", b"m", False),
-    ):  # fmt: skip
-        served.gateway.restoring = restoring
-        if is_closed:
-            with pytest.raises(RequestError) as closed:
-                served.gateway.check_open(key)
-            assert closed.value.code == Code.RESTORING
-        else:
-            served.gateway.check_open(key)

@@ -28,9 +28,11 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code, RequestError, show_bytes
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.protocol.messages import CHANGES, REQUESTS, Message, check_key, check_value, prefix_bounds, request_id
+from kvtcp.protocol.messages import CHANGES, REQUESTS, Message, check_key, check_value, request_id
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
+from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from kvtcp.replication.requests import Gather
 from kvtcp.replication.sequencer import Sequencer, Sink
 
 LIMITS = {
@@ -66,38 +68,16 @@ class Session(Sink, Protocol):
 AdministrativeRequest = Callable[..., None]
 
 
-class Gather:
-    """The answers of one request's keys, in order; replies once when the last one is here."""
-
-    __slots__ = ("left", "results", "sink", "token")
-
-    def __init__(self, sink: Sink, token: Any, count: int) -> None:
-        self.sink = sink
-        self.token = token
-        self.results: list[Any] = [None] * count
-        self.left = count
-
-    def reply(self, token: Any, result: Any) -> None:
-        """The answer of key number `token`."""
-        self.results[token] = result
-        self.left -= 1
-        if not self.left:
-            self.sink.reply(self.token, self.results)
-
-    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """The error of key number `token`: an array in its place."""
-        self.reply(token, [code, message, details])
-
-
 class Gateway:
     """One per coordinator."""
 
-    def __init__(self, sequencer: Sequencer) -> None:
+    def __init__(
+        self, sequencer: Sequencer, keyspace: Keyspace, administration: Mapping[bytes, AdministrativeRequest]
+    ) -> None:
         self.sequencer = sequencer
-        self.administration: Mapping[bytes, AdministrativeRequest] = {}  # operation -> who carries it out
-        self.shards = sequencer.map.shards
-        self.all_shards = list(range(self.shards))
-        self.restoring: bytes | None = None  # prefix being restored; None = none. b"" = everything
+        self.keyspace = keyspace
+        self.administration = administration  # operation -> what carries it out
+        self.shards = keyspace.shards
         self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {
             **dict.fromkeys(REQUESTS, self._hand_over),
             b"hello": self._hello,
@@ -120,7 +100,7 @@ class Gateway:
 
     def handle(self, session: Session, messages: Sequence[Any]) -> None:
         """The requests of one read of a socket, in order. Raises ProtocolError if the peer cannot be answered."""
-        handlers = self._handlers
+        handlers, keyspace = self._handlers, self.keyspace
         for message in messages:
             ident = request_id(message)
             op = message[1]
@@ -131,7 +111,7 @@ class Gateway:
                     raise RequestError(f"unknown operation {shown}", Code.UNKNOWN_OP)
                 if not session.greeted and op != b"hello":
                     raise RequestError("the first request of a connection must be hello")
-                if self.restoring is not None:
+                if keyspace.restoring is not None:
                     self._guard(op, message)
                 handler(session, ident, message)
             except RequestError as error:
@@ -220,14 +200,15 @@ class Gateway:
         if upper is not None and upper <= lower:
             session.reply(ident, [[], None])
             return
-        self.sequencer.multi_read(page_read(self.all_shards, lower, upper, limit, reverse, keys_only, session, ident))
+        all_shards = self.keyspace.all_shards
+        self.sequencer.multi_read(page_read(all_shards, lower, upper, limit, reverse, keys_only, session, ident))
 
     def _count(self, session: Session, ident: int, message: Message) -> None:
         lower, upper = REQUESTS[b"count"](message)
         if upper is not None and upper <= lower:
             session.reply(ident, 0)
             return
-        self.sequencer.multi_read(count_read(self.all_shards, lower, upper, session, ident))
+        self.sequencer.multi_read(count_read(self.keyspace.all_shards, lower, upper, session, ident))
 
     # --- administration -----------------------------------------------------------------------------
 
@@ -254,39 +235,16 @@ class Gateway:
 
     def _guard(self, op: bytes, message: Message) -> None:
         """Refuse what touches the prefix being restored; nothing of the request is executed."""
-        assert self.restoring is not None
         if op in _TOUCHES_NO_KEY:
             return
         arguments = REQUESTS[op](message)
         if op in (b"scan", b"count"):
-            self.check_range_open(*arguments[:2])
-            return
-        if op in (b"mget", b"mdelete"):
-            touched = any(key.startswith(self.restoring) for key in arguments[0])
+            self.keyspace.check_range_open(*arguments[:2])
+        elif op in (b"mget", b"mdelete"):
+            for key in arguments[0]:
+                self.keyspace.check_open(key)
         elif op == b"mput":
-            touched = any(item[0].startswith(self.restoring) for item in arguments[0])
+            for item in arguments[0]:
+                self.keyspace.check_open(item[0])
         else:
-            touched = arguments[0].startswith(self.restoring)
-        if touched:
-            raise self._closed()
-
-    def check_open(self, key: bytes) -> None:
-        """Raise RequestError (RESTORING) if this key is being restored."""
-        if self.restoring is not None and key.startswith(self.restoring):
-            raise self._closed()
-
-    def check_range_open(self, lower: bytes, upper: bytes | None) -> None:
-        """Raise RequestError (RESTORING) if keys of [lower, upper) are being restored."""
-        if self.restoring is not None:
-            low, high = prefix_bounds(self.restoring)
-            if (high is None or lower < high) and (upper is None or low < upper):
-                raise self._closed()
-
-    def _closed(self) -> RequestError:
-        assert self.restoring is not None, "something is being restored"
-        shown = f"keys that begin with {show_bytes(self.restoring)} are" if self.restoring else "all keys are"
-        return RequestError(
-            f"{shown} closed until a restore completes; nothing was executed (if none is running, one stopped "
-            "half-way: repeat it)",
-            Code.RESTORING,
-        )
+            self.keyspace.check_open(arguments[0])

@@ -30,8 +30,10 @@ from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR, FREEZE, PUT
-from kvtcp.replication.gateway import Gateway, Gather, Session
+from kvtcp.replication.gateway import Session
+from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import count_read, page_read
+from kvtcp.replication.requests import Gather
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.server.runtime import StartTask
 from kvtcp.storage import backup as files
@@ -105,7 +107,7 @@ class Backups:
         self,
         backup_dir: Path,
         sequencer: Sequencer,
-        gateway: Gateway,
+        keyspace: Keyspace,
         *,
         begin: Callable[[], None],
         remember: Callable[[bytes | None], Awaitable[None]],
@@ -113,7 +115,7 @@ class Backups:
     ) -> None:
         self.backup_dir = backup_dir.absolute()
         self.sequencer = sequencer
-        self.gateway = gateway
+        self.keyspace = keyspace
         self._loop = asyncio.get_running_loop()
         self._begin = begin
         self._remember = remember
@@ -129,7 +131,7 @@ class Backups:
         """The shards were taken over: what an earlier coordinator left in pieces stays closed."""
         if restoring is not None:
             log.warning("event=restore-unfinished prefix=%s", show_bytes(restoring))
-            self.restoring = self.gateway.restoring = restoring
+            self.restoring = self.keyspace.restoring = restoring
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -367,7 +369,7 @@ class Backups:
         return saved
 
     def _close_prefix(self, prefix: bytes) -> None:
-        self.restoring = self.gateway.restoring = prefix
+        self.restoring = self.keyspace.restoring = prefix
         self.sequencer.refuse_waiting(
             Code.RESTORING, "the key is being restored; nothing was executed", lambda key: key.startswith(prefix)
         )
@@ -376,19 +378,19 @@ class Backups:
         )
 
     def _open_prefix(self) -> None:
-        self.restoring = self.gateway.restoring = None
+        self.restoring = self.keyspace.restoring = None
 
     async def _count(self, prefix: bytes) -> int:
         future: asyncio.Future[int] = self._loop.create_future()
         self._begin()
-        shards = self.gateway.all_shards
+        shards = self.keyspace.all_shards
         self.sequencer.multi_read(count_read(shards, *prefix_bounds(prefix), FutureSink(future), None))
         return await future
 
     async def _clear(self, prefix: bytes, progress: Progress) -> None:
         lower, upper = prefix_bounds(prefix)
-        for number in range(self.gateway.shards):
-            progress({"phase": "clear", "shards_done": number, "shards": self.gateway.shards})
+        for number in range(self.keyspace.shards):
+            progress({"phase": "clear", "shards_done": number, "shards": self.keyspace.shards})
             while await self._write(CLEAR, number, lower, (upper, CLEAR_KEYS)) > 0:
                 self._cleared += 1
 
@@ -411,7 +413,7 @@ class Backups:
             for index, pair in enumerate(left):
                 args = (pair.value,) if pair.ttl_ms is None else (pair.value, pair.ttl_ms)
                 size = len(pair.key) + len(pair.value)
-                shard = shard_of(pair.key, self.gateway.shards)
+                shard = shard_of(pair.key, self.keyspace.shards)
                 self.sequencer.write(PUT, shard, pair.key, args, size, gather, index)
             results = await future
             failed = [result for result in results if type(result) is list]
@@ -463,7 +465,7 @@ class Backups:
             future: asyncio.Future[Any] = self._loop.create_future()
             self._begin()
             sink = FutureSink(future)
-            shards = self.gateway.all_shards
+            shards = self.keyspace.all_shards
             self.sequencer.multi_read(page_read(shards, lower, upper, PAGE_ITEMS_MAX, False, False, sink, None))
             rows, cursor = await future
             yield rows, cursor is None

@@ -38,6 +38,7 @@ from kvtcp.protocol.link import Report
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import Gateway
+from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.recovery import StaleStore
 from kvtcp.resp.door import Door
 from kvtcp.server.administration import Administration
@@ -90,18 +91,18 @@ class CoordinatorServer:
         self.sequencer = self.controller.sequencer
         self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
         self.clients = Clients(lambda: int(self.loop.time() * 1000), lambda: self.sequencer.waiting_bytes)
-        self.gateway = Gateway(self.sequencer)
+        self.keyspace = Keyspace(self.map.shards)
         self.backups = Backups(
             config.backup_dir,
             self.sequencer,
-            self.gateway,
+            self.keyspace,
             begin=self.begin,
             remember=self.remember_restoring,
             start_task=self._start_task,
         )
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.status = Status(self.controller, self.links, self.clients, self.backups, self.write_times)
-        self.gateway.administration = Administration(
+        administration = Administration(
             self.controller,
             self.backups,
             self.status,
@@ -109,9 +110,12 @@ class CoordinatorServer:
             begin=self.begin,
             act=self._act,
             start_task=self._start_task,
-        ).requests
+        )
+        self.gateway = Gateway(self.sequencer, self.keyspace, administration.requests)
         info = ServerInfo(self.status, self.clients, lambda: self.address[1])
-        door = Door(self.gateway, info, self.clients.now_ms, wall_us, secrets.randbelow) if config.resp else None
+        door = None
+        if config.resp:
+            door = Door(self.sequencer, self.keyspace, info, self.clients.now_ms, wall_us, secrets.randbelow)
         self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
