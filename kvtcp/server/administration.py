@@ -89,7 +89,7 @@ class Administration:
         self._change(self._controller.admin.add_node)(session, ident, host, port)
 
     def _shard_accept_loss(self, session: Session, ident: int, shard: int) -> None:
-        """Let a shard that is down go on with what is left of it. Raises RequestError."""
+        """Serve a shard that is down with what is left of it. Raises RequestError."""
         shards = self._controller.map.shards
         if shard >= shards:
             text = f"shard must be from 0 to {shards - 1}, not {shard}"

@@ -282,7 +282,7 @@ async def _open(server: CoordinatorServer, main_socket: socket.socket, is_new: b
     """Let clients in and say so. Raises StartError."""
     try:
         await server.listen(main_socket)
-    except OSError as error:  # somebody took the port between bind and listen
+    except OSError as error:  # another process took the port between bind and listen
         host, port = main_socket.getsockname()[:2]
         raise StartError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
     runtime.announce(

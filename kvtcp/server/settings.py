@@ -103,7 +103,7 @@ def settle_nodes(
     spawned: Collection[str] | None,
     directories: Collection[str] = (),
 ) -> Nodes:
-    """Who the nodes are and where. Raises StartError.
+    """Ids and addresses of the nodes. Raises StartError.
 
     Nodes of the map keep their ids. With --nodes all are started elsewhere. Else those are local that this data
     directory `spawned` before (None: that was not remembered), or that run as if it had; others are those of
@@ -158,7 +158,7 @@ def find_places(settings: Settings, spawned: Collection[str] | None, directories
 
 
 def node_arguments(settings: Settings) -> list[str]:
-    """What a node that is spawned is told on its command line, but for id, address and directory."""
+    """Command line of a node that is spawned, without id, address and directory."""
     return [
         "--log-level", settings.log_level, "--loop", settings.loop, "--orphan-ms", str(settings.orphan_ms),
         "--durability", settings.durability,
