@@ -33,7 +33,7 @@ async def _connection(cluster: LocalCluster, number: int, rng: random.Random) ->
             if wire.writer.is_closing():  # it was refused
                 break
             wire.write(data[low : low + max(piece_bytes, len(data) // 20)])
-            most = max(most, cluster.coordinator.held_bytes)
+            most = max(most, cluster.coordinator.clients.held_bytes)
             await asyncio.sleep(0)
         if number % 3 == 0 and not wire.writer.is_closing():
             with contextlib.suppress(OSError):  # the server was faster
@@ -53,11 +53,11 @@ async def attack(cluster: LocalCluster, inputs: int, seed: int) -> int:
             numbers = range(start, min(start + AT_ONCE, inputs))
             most = max(most, *await asyncio.gather(*(_connection(cluster, number, rng) for number in numbers)))
     coordinator = cluster.coordinator
-    await until(lambda: not coordinator.sessions, f"seed {seed}: the end of all sessions")
+    await until(lambda: not coordinator.clients.sessions, f"seed {seed}: the end of all sessions")
     assert most < HELD_BYTES_MAX, f"seed {seed}: {most} bytes were held"
-    assert coordinator.held_bytes == 0 and not coordinator.failed.done(), f"seed {seed}"
+    assert coordinator.clients.held_bytes == 0 and not coordinator.failed.done(), f"seed {seed}"
     coordinator.sequencer.check()
-    assert coordinator.protocol_errors > inputs // 20, f"seed {seed}: some streams are none"
+    assert coordinator.clients.protocol_errors > inputs // 20, f"seed {seed}: some streams are none"
     return most
 
 

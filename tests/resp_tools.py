@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.replication.gateway import Gateway
+from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.resp.client import RespClient
 from kvtcp.resp.door import Door
@@ -148,10 +147,15 @@ class World:
     def __init__(self, keys: Iterable[bytes] = ()) -> None:
         self.now_ms = 1_000_000
         self.sequencer = FakeSequencer(keys=sorted(keys))
-        self.gateway = Gateway(self.sequencer, Mock())  # type: ignore[arg-type]
+        self.keyspace = Keyspace(SHARDS)
         self.host = FakeHost()
         self.door = Door(
-            self.gateway, self.host, lambda: self.now_ms, lambda: 1_700_000_000_123_456, lambda below: below // 2
+            self.sequencer,  # type: ignore[arg-type]
+            self.keyspace,
+            self.host,
+            lambda: self.now_ms,
+            lambda: 1_700_000_000_123_456,
+            lambda below: below // 2,
         )
 
     def connect(self) -> Client:

@@ -164,7 +164,7 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
         "coordinator": coordinator.map.owner,
         "link": link_number(coordinator, to) + 1,
         "node": to,
-        "durability": coordinator.durability,
+        "durability": coordinator.controller.durability,
         "map": coordinator.map.to_json(),
         "map_version": coordinator.map.version,
         "heard_version": 0,

@@ -657,7 +657,7 @@ async def test_restarted_node_and_restore(
                 await impatient.restore("base", mode)
         assert cluster.coordinator.backups.restoring is None
         assert len(await everything(kv)) == len(keys_of_shards(cluster))
-    await until(lambda: not cluster.coordinator.degraded(), "the new copies")
+    await until(lambda: not cluster.coordinator.status.degraded(), "the new copies")
     await kv.put("more", "1")
     await kv.restore("base", "replace")
     assert await everything(kv) == {key.encode(): b"v" for key in keys_of_shards(cluster)}
@@ -674,7 +674,7 @@ async def test_with_a_node_less(tmp_path: Path) -> None:
         await kv.put_many({"more": "1", **dict.fromkeys(pairs, "w")})
         await kv.restore("base", "replace")
         await restart_empty(cluster, "n2")
-        await until(lambda: not cluster.coordinator.degraded(), "three copies")
+        await until(lambda: not cluster.coordinator.status.degraded(), "three copies")
         await kill_node(cluster, "n1")
         await kill_node(cluster, "n3")
         assert await everything(kv) == pairs

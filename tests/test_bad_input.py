@@ -16,8 +16,9 @@ from kvtcp.constants import FRAME_BYTES_MAX, KEY_BYTES_MAX, MIB, REQUEST_ID_MAX,
 from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REFUSED, REPORT
 from kvtcp.server import caps as caps_module
-from kvtcp.server import coordinator as coordinator_module
+from kvtcp.server import clients as clients_module
 from kvtcp.server.links import NodeLink
+from kvtcp.server.sessions import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.server_tools import (
     BOTH_LOOPS,
@@ -40,10 +41,10 @@ async def cluster() -> AsyncIterator[LocalCluster]:
     """Two nodes with both copies; at the end everything is checked and nobody is left behind."""
     async with LocalCluster(2, shards=8) as running:
         yield running
-        await until(lambda: not running.coordinator.sessions, "the end of all sessions")
+        await until(lambda: not running.coordinator.clients.sessions, "the end of all sessions")
         running.coordinator.sequencer.check()
         assert not running.coordinator.failed.done()
-        assert running.coordinator.degraded() == []
+        assert running.coordinator.status.degraded() == []
 
 
 def logged(caplog: pytest.LogCaptureFixture, text: str) -> bool:
@@ -106,7 +107,7 @@ async def test_frame_errors_close(
         wire.write(data)
         await wire.closed()
     assert logged(caplog, reason)
-    assert cluster.coordinator.protocol_errors == 1
+    assert cluster.coordinator.clients.protocol_errors == 1
 
 
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"set a 1\r\n", b"*1\r\n$4\r\nPING\r\n"])
@@ -196,7 +197,7 @@ async def test_a_node_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
         await until(lambda: asked > len(answers), "a try with every answer", 20)
         server.close()
         assert not coordinator.failed.done()
-        assert any("n1 is not linked" in sentence for sentence in coordinator.degraded())
+        assert any("n1 is not linked" in sentence for sentence in coordinator.status.degraded())
 
 
 # --- requests that are wrong ----------------------------------------------------------------------------
@@ -241,7 +242,7 @@ async def test_wrong_requests(cluster: LocalCluster) -> None:
         assert (await wire.ask("put", "k" * KEY_BYTES_MAX, ""))[1] == 0
         wire.send([REQUEST_ID_MAX, "count", "", None])
         assert (await wire.receive())[:2] == [REQUEST_ID_MAX, 0]
-    assert cluster.coordinator.protocol_errors == 0
+    assert cluster.coordinator.clients.protocol_errors == 0
 
 
 async def test_errors_of_nodes_are_text(cluster: LocalCluster) -> None:
@@ -336,14 +337,14 @@ async def test_half_closed_connection(cluster: LocalCluster) -> None:
 async def test_dribbled_frame(cluster: LocalCluster) -> None:
     """A frame that arrives byte by byte is a frame."""
     async with await Wire.open(cluster.coordinator.address, hello=False) as wire:
-        session = await until(lambda: next(iter(cluster.coordinator.sessions), None))
         for byte in pack([1, "hello", 1, "slow"]) + pack([2, "put", "slow", "value"]):
             wire.write(bytes([byte]))
             await wire.writer.drain()
             await asyncio.sleep(0)
         assert (await wire.receive())[:2] == [1, 0]
         assert (await wire.receive())[:2] == [2, 0]
-        assert session.name == "slow"
+        (session,) = cluster.coordinator.clients.sessions
+        assert isinstance(session, ClientSession) and session.name == "slow"
 
 
 @pytest.mark.parametrize("data", [b"\xce", b"\xce\0\0\0\x09", b"\xce\0\0\0\x09\x93", b"\xce\0\x50\0\0x"])
@@ -373,16 +374,16 @@ async def test_truncated_frame(cluster: LocalCluster) -> None:
 
 async def test_idle_connections(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand idle connections cost nothing that others notice; one over the limit is closed."""
-    monkeypatch.setattr(coordinator_module, "CLIENT_CONNECTIONS_MAX", 1002)
+    monkeypatch.setattr(clients_module, "CLIENT_CONNECTIONS_MAX", 1002)
     address = cluster.coordinator.address
     async with healthy(cluster):
         wires = []
         for _ in range(20):
             wires += await asyncio.gather(*(Wire.open(address, hello=False) for _ in range(50)))
-        await until(lambda: len(cluster.coordinator.sessions) == 1001, "all sessions")
-        assert cluster.coordinator.status()["buffered_bytes"] == 0
+        await until(lambda: len(cluster.coordinator.clients.sessions) == 1001, "all sessions")
+        assert cluster.coordinator.status.summary()["buffered_bytes"] == 0
         wires.append(await Wire.open(address, hello=False))
-        await until(lambda: len(cluster.coordinator.sessions) == 1002)
+        await until(lambda: len(cluster.coordinator.clients.sessions) == 1002)
         async with await Wire.open(address, hello=False) as late:
             assert await late.closed() == b""
         await asyncio.gather(*(wire.close() for wire in wires))
@@ -397,48 +398,48 @@ async def test_client_that_never_reads(
     """Answers nobody reads stop the reading of that client's requests; over the total cap it is closed, it alone."""
     async with await Wire.open(cluster.coordinator.address) as wire, kvtcp.connect(cluster.url) as kv:
         await kv.put("large", b"v" * MIB)
-        session = await until(lambda: next(s for s in cluster.coordinator.sessions if s.name == "test"))
+        session = await until(lambda: next(s for s in cluster.coordinator.clients.sessions if s.name == "test"))
         async with healthy(cluster):
             for n in range(40):
                 wire.send([n, "get", "large"])
             await until(lambda: session.unread_bytes > 20 * MIB and not session.outstanding, "unread answers")
             assert session.write_paused
-            operations = cluster.coordinator.gateway.operations
+            operations = cluster.coordinator.clients.requests
             wire.send(*([n, "incr", "unread", 1] for n in range(1000, 1100)))
             ticks = cluster.coordinator._ticks
             await until(lambda: cluster.coordinator._ticks > ticks + 1, "two ticks, in which it must not be read")
-            assert session.outstanding == 0 and cluster.coordinator.gateway.operations >= operations
+            assert session.outstanding == 0 and cluster.coordinator.clients.requests >= operations
             assert await kv.get("unread") is None, "its socket is not read any more"
-            assert cluster.coordinator.sessions >= {session}, "its own cap alone does not close it"
-            monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 16 * MIB)
-            await until(lambda: session not in cluster.coordinator.sessions, "its end")
+            assert cluster.coordinator.clients.sessions >= {session}, "its own cap alone does not close it"
+            monkeypatch.setattr(clients_module, "BUFFERED_BYTES_MAX", 16 * MIB)
+            await until(lambda: session not in cluster.coordinator.clients.sessions, "its end")
         assert logged(caplog, "this client holds most of them")
-        await until(lambda: cluster.coordinator.buffered_bytes < MIB, "the memory back")
+        await until(lambda: cluster.coordinator.clients.buffered_bytes < MIB, "the memory back")
 
 
 async def test_large_answers_of_one_tick_against_the_total(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The total is looked at whenever answers are written, not only now and then: it cannot be passed by far."""
-    monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 16 * MIB)
+    monkeypatch.setattr(clients_module, "BUFFERED_BYTES_MAX", 16 * MIB)
     coordinator = cluster.coordinator
     peak = 0
-    account = coordinator.account
+    account = coordinator.clients.account
 
     def watched(difference_bytes: int) -> None:
         nonlocal peak
-        peak = max(peak, coordinator.held_bytes + difference_bytes)
+        peak = max(peak, coordinator.clients.held_bytes + difference_bytes)
         account(difference_bytes)
 
-    monkeypatch.setattr(coordinator, "account", watched)
+    monkeypatch.setattr(coordinator.clients, "account", watched)
     async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url) as kv:
         await kv.put("large", b"v" * MIB)
-        session = await until(lambda: next(s for s in coordinator.sessions if s.name == "test"))
+        session = await until(lambda: next(s for s in coordinator.clients.sessions if s.name == "test"))
         wire.send(*([n, "get", "large"] for n in range(200)))
-        await until(lambda: session not in coordinator.sessions, "its end")
+        await until(lambda: session not in coordinator.clients.sessions, "its end")
         assert 16 * MIB < peak < 48 * MIB
         assert await kv.put("small", "v") > 0
-    await until(lambda: coordinator.held_bytes == 0, "nothing held any more")
+    await until(lambda: coordinator.clients.held_bytes == 0, "nothing held any more")
 
 
 async def test_reader_that_wakes_up(cluster: LocalCluster) -> None:
@@ -446,7 +447,7 @@ async def test_reader_that_wakes_up(cluster: LocalCluster) -> None:
     async with await Wire.open(cluster.coordinator.address) as wire, kvtcp.connect(cluster.url) as kv:
         await kv.put("large", b"v" * MIB)
         wire.send(*([n, "get", "large"] for n in range(30)))
-        session = await until(lambda: next(s for s in cluster.coordinator.sessions if s.name == "test"))
+        session = await until(lambda: next(s for s in cluster.coordinator.clients.sessions if s.name == "test"))
         await until(lambda: session.write_paused, "the pause")
         wire.send([100, "incr", "awake", 1])
         answers = [await wire.receive() for _ in range(31)]
@@ -458,7 +459,7 @@ async def test_partial_frames_against_the_total(
     cluster: LocalCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many big unfinished frames reach the total cap: the largest holders are closed until others can go on."""
-    monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 24 * MIB)
+    monkeypatch.setattr(clients_module, "BUFFERED_BYTES_MAX", 24 * MIB)
     peak = 0
     async with healthy(cluster):
         wires = [await Wire.open(cluster.coordinator.address) for _ in range(12)]
@@ -475,9 +476,9 @@ async def test_partial_frames_against_the_total(
         await until(lambda: logged(caplog, "event=over-total"), "the cap")
         await until(lambda: logged(caplog, "this client holds most of them"), "the first one closed")
         for _ in range(100):
-            peak = max(peak, sum(session.held_bytes for session in cluster.coordinator.sessions))
+            peak = max(peak, sum(session.held_bytes for session in cluster.coordinator.clients.sessions))
             await asyncio.sleep(0)
-        await until(lambda: not cluster.coordinator._over_total, "reading again")
+        await until(lambda: not cluster.coordinator.clients.is_over_total, "reading again")
         for wire in wires:
             await wire.close()
         await asyncio.gather(*pushes)
@@ -490,12 +491,12 @@ async def test_total_between_the_limits(cluster: LocalCluster, monkeypatch: pyte
         wires = [await Wire.open(cluster.coordinator.address) for _ in range(5)]
         for wire in wires:
             wire.write(b"\xce" + (15 * MIB).to_bytes(4, "big") + b"x" * MIB)
-        sessions = cluster.coordinator.sessions
+        sessions = cluster.coordinator.clients.sessions
         await until(lambda: sum(s.held_bytes for s in sessions) >= 5 * MIB, "all of it buffered")
-        monkeypatch.setattr(coordinator_module, "WRITE_WAIT_MS", 100)
-        monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 5 * MIB - 1)
+        monkeypatch.setattr(clients_module, "WRITE_WAIT_MS", 100)
+        monkeypatch.setattr(clients_module, "BUFFERED_BYTES_MAX", 5 * MIB - 1)
         await until(lambda: len(sessions) == 5, "one closed for the limit")
-        assert cluster.coordinator._over_total, "what is left is above the mark for reading again"
+        assert cluster.coordinator.clients.is_over_total, "what is left is above the mark for reading again"
         assert (await other.ask("incr", "other", 1))[1:] == [0, 1], "more are closed until it is not"
         for wire in wires:
             await wire.close()
@@ -503,7 +504,7 @@ async def test_total_between_the_limits(cluster: LocalCluster, monkeypatch: pyte
 
 async def test_waiting_writes_against_the_total(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of writes that wait for a node stops the reading of clients, but closes nobody: it goes by itself."""
-    monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 2 * MIB)
+    monkeypatch.setattr(clients_module, "BUFFERED_BYTES_MAX", 2 * MIB)
     async with await Wire.open(cluster.coordinator.address) as wire:
         go_on = asyncio.Event()
         connect = NodeLink._connect
@@ -516,10 +517,10 @@ async def test_waiting_writes_against_the_total(cluster: LocalCluster, monkeypat
         cut_link(cluster.coordinator, "n1")
         await until(lambda: not cluster.coordinator.links["n1"].progress.connected, "the cut")
         wire.send(*([n, "put", f"w{n}", b"v" * 100_000] for n in range(40)))
-        await until(lambda: cluster.coordinator._over_total, "the cap")
+        await until(lambda: cluster.coordinator.clients.is_over_total, "the cap")
         for _ in range(40):
             assert (await wire.receive())[1] == Code.NOT_ENOUGH_REPLICAS
-        await until(lambda: not cluster.coordinator._over_total, "reading again")
+        await until(lambda: not cluster.coordinator.clients.is_over_total, "reading again")
         assert (await wire.ask("get", "w1"))[1:] == [0, None]
         go_on.set()
         await until(lambda: cluster.coordinator.links["n1"].progress.connected, "the link")

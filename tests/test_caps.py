@@ -1,14 +1,14 @@
-"""Caps of client connections, on a transport that records what is done to it and a server that only counts."""
+"""Limits of client connections, on a transport that records what is done to it, with a clock that the test sets."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
 
 from kvtcp.constants import CLIENT_INPUT_BYTES_MAX, CLIENT_OUTPUT_BYTES_MAX, CLIENT_OUTSTANDING_MAX, FRAME_WAIT_MS
-from kvtcp.server.caps import FOR_OUTPUT, FOR_OUTSTANDING, FOR_STOP, FOR_TOTAL, CappedConnection
+from kvtcp.server.caps import ClientConnection
+from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_STOP, FOR_TOTAL, Clients
 from tests.test_transport import FakeTransport
 
 
@@ -20,6 +20,10 @@ class RecordingTransport(FakeTransport):
         self.buffered_bytes = 0
         self.is_read = True
         self.high = 0
+        self.protocol: Any = None
+
+    def set_protocol(self, protocol: Any) -> None:
+        self.protocol = protocol
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self.high = high or 0
@@ -36,38 +40,21 @@ class RecordingTransport(FakeTransport):
         self.is_read = True
 
 
-class CountingServer:
-    """What a session needs of its server."""
+class Clock(Clients):
+    """Clients whose time, and what waits for nodes, is set by the test."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.held_bytes = 0
+        super().__init__(lambda: self.time_ms, lambda: self.waiting_bytes)
         self.time_ms = 1_000
-        self.opened: list[Any] = []
-        self.closed: list[str] = []
-
-    def now_ms(self) -> int:
-        return self.time_ms
-
-    def account(self, difference_bytes: int) -> None:
-        self.held_bytes += difference_bytes
-
-    def session_opened(self, session: Any) -> None:
-        self.opened.append(session)
-
-    def session_closed(self, session: Any, reason: str) -> None:
-        self.closed.append(reason)
-
-    def took(self, requests: int) -> None:
-        """Nothing is sent in between."""
+        self.waiting_bytes = 0
 
 
-class Session(CappedConnection):
+class Session(ClientConnection):
     """One whose requests are answered by the test."""
 
-    def __init__(self, server: Any) -> None:
-        super().__init__(server)
-        self.outstanding = 0
+    def __init__(self, clients: Clients | None = None) -> None:
+        self.complete: list[int] = []  # requests of each read
+        super().__init__(clients or Clock(), lambda: None, self.complete.append)
         self.begun_bytes = 0
 
     @property
@@ -79,7 +66,7 @@ class Session(CappedConnection):
         self.input_bytes += size
         self.outstanding += requests
         self._asked += requests
-        self.took(True, True)
+        self.bytes_read(True, requests)
 
     def answer(self, requests: int) -> None:
         """They are answered in this tick."""
@@ -90,7 +77,7 @@ class Session(CappedConnection):
 @pytest.fixture
 async def session() -> Session:
     """A connection that was made."""
-    made = Session(CountingServer())
+    made = Session()
     made.connection_made(RecordingTransport())
     return made
 
@@ -102,8 +89,8 @@ def transport(session: Session) -> RecordingTransport:
 
 
 async def test_a_connection_is_made(session: Session) -> None:
-    """The server is told, and the transport knows the cap."""
-    assert session.server.opened == [session]  # type: ignore[attr-defined]
+    """It is one of the clients, and the transport knows the cap."""
+    assert session.clients.sessions == {session}
     assert transport(session).high == CLIENT_OUTPUT_BYTES_MAX
 
 
@@ -134,6 +121,7 @@ async def test_outstanding_requests(session: Session) -> None:
     assert transport(session).is_read
     session.answer(session.outstanding)
     assert session.input_bytes == 0
+    assert session.complete == [CLIENT_OUTSTANDING_MAX, 1] and session.clients.requests == CLIENT_OUTSTANDING_MAX + 1
 
 
 async def test_bytes_of_outstanding_requests(session: Session) -> None:
@@ -144,68 +132,68 @@ async def test_bytes_of_outstanding_requests(session: Session) -> None:
     assert transport(session).is_read and session.input_bytes == CLIENT_INPUT_BYTES_MAX // 2 + 5
     session.answer(1)
     session.input_bytes = CLIENT_INPUT_BYTES_MAX * 2
-    session.took(False, False)
+    session.bytes_read(False, 0)
     assert transport(session).is_read, "nothing is outstanding: the rest of it has to come in"
 
 
 async def test_what_is_held_is_told(session: Session) -> None:
-    """An unfinished request and unread answers are on the server's account, and off it at the end."""
-    server: Any = session.server
+    """An unfinished request and unread answers are on the account of all clients, and off it at the end."""
+    clients: Any = session.clients
     session.begun_bytes = 700
-    session.took(False, False)
-    assert server.held_bytes == 700 == session.held_bytes
+    session.bytes_read(False, 0)
+    assert clients.held_bytes == 700 == session.held_bytes
     transport(session).buffered_bytes = 5_000
     session.flush()
-    assert server.held_bytes == 5_700
+    assert clients.held_bytes == 5_700
     session.begun_bytes = 0
     transport(session).buffered_bytes = 1_000
     session.resume_writing()
-    assert server.held_bytes == 1_000
+    assert clients.held_bytes == 1_000
     session.connection_lost(None)
-    assert server.held_bytes == 0 and server.closed == ["closed by the peer"]
+    assert clients.held_bytes == 0 and not clients.sessions
     session.begun_bytes = 9
     session.account()
     session.flush()
-    assert server.held_bytes == 0, "a connection that is gone holds nothing"
+    assert clients.held_bytes == 0, "a connection that is gone holds nothing"
 
 
 async def test_what_was_read_silently_is_off_the_account(session: Session) -> None:
     """Nobody is told when a client reads the last of what was written: the server looks, with every tick."""
-    server: Any = session.server
+    clients: Any = session.clients
     transport(session).buffered_bytes = 5_000
     session.flush()
     transport(session).buffered_bytes = 0
-    assert server.held_bytes == 5_000
-    session.look_at_unread()
-    assert server.held_bytes == 0 == session.unread_bytes
+    assert clients.held_bytes == 5_000
+    session.check_unread()
+    assert clients.held_bytes == 0 == session.unread_bytes
     session.connection_lost(None)
-    session.look_at_unread()
+    session.check_unread()
 
 
 async def test_late_frames(session: Session) -> None:
     """A request that was begun must become complete in time; the time begins anew with each, and with a pause."""
-    server: Any = session.server
+    clients: Any = session.clients
     session.begun_bytes = 3
-    session.took(False, False)
-    server.time_ms += FRAME_WAIT_MS
-    session.took(False, False)
-    assert not session.frame_is_late(server.time_ms) and session.frame_is_late(server.time_ms + 1)
+    session.bytes_read(False, 0)
+    clients.time_ms += FRAME_WAIT_MS
+    session.bytes_read(False, 0)
+    assert not session.frame_is_late(clients.time_ms) and session.frame_is_late(clients.time_ms + 1)
     session.pause(FOR_TOTAL)
-    assert not session.frame_is_late(server.time_ms + 1)
+    assert not session.frame_is_late(clients.time_ms + 1)
     session.resume(FOR_TOTAL)
-    assert not session.frame_is_late(server.time_ms + 1)
-    server.time_ms += FRAME_WAIT_MS
-    session.took(False, True)
-    assert not session.frame_is_late(server.time_ms + 1), "another request became complete"
-    session.took(True, True)
-    assert not session.frame_is_late(server.time_ms + 10 * FRAME_WAIT_MS)
+    assert not session.frame_is_late(clients.time_ms + 1)
+    clients.time_ms += FRAME_WAIT_MS
+    session.bytes_read(False, 1)
+    assert not session.frame_is_late(clients.time_ms + 1), "another request became complete"
+    session.bytes_read(True, 1)
+    assert not session.frame_is_late(clients.time_ms + 10 * FRAME_WAIT_MS)
 
 
 async def test_half_close(session: Session) -> None:
     """Without anything outstanding the connection ends, else when all of it is answered."""
     session.out.append(b"last")
     assert session.eof_received() is False and transport(session).calls[0] == b"last"
-    other = Session(CountingServer())
+    other = Session()
     other.connection_made(RecordingTransport())
     other.ask(2, 10)
     assert other.eof_received() is True

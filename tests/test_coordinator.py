@@ -8,29 +8,23 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
 
 import pytest
 
 import kvtcp
 from kvtcp.config_store.keeper import MapKeeper
 from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
-from kvtcp.errors import AdminError, Code
+from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
 from kvtcp.replication.membership import Membership
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import Recovery
 from kvtcp.server import coordinator as module
 from kvtcp.server import status
-from kvtcp.server.node import NodeServer
 from kvtcp.server.ownership import CannotServe
-from kvtcp.server.supervisor import Found
 from kvtcp.testing import local_cluster
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.process_cluster import free_ports
-from tests.replication_fakes import Answers
 from tests.server_tools import (
     BOTH_LOOPS,
     Wire,
@@ -40,7 +34,6 @@ from tests.server_tools import (
     kill_node,
     link_hello,
     link_number,
-    linked,
     pack,
     restart_empty,
     until,
@@ -124,7 +117,7 @@ async def test_writes_go_on_without_a_node(caplog: pytest.LogCaptureFixture) -> 
             assert told["under_replicated"] == told["moving"] == 16 and told["counters"]["left_in_sync"] == 1
             assert {row["state"] for row in await kv.shards()} == {"under-replicated"}
             await restart_empty(cluster, "n2")
-            await until(lambda: not coordinator.degraded(), "all nodes in sync")
+            await until(lambda: not coordinator.status.degraded(), "all nodes in sync")
             assert (await kv.status())["counters"]["joined_in_sync"] == 16
             await kv.put_many(dict.fromkeys(keys, "w"))
             assert all_equal(cluster, 3)
@@ -157,7 +150,7 @@ async def test_node_restarted_empty(monkeypatch: pytest.MonkeyPatch, caplog: pyt
             assert {shard["state"] for shard in await kv.shards()} == {"read-only"}
             assert "event=node-not-a-member node=n1 shards=8 first=0" in caplog.text
             assert not cluster.nodes["n1"].replica.operations, "it was asked nothing"
-        await until(lambda: not cluster.coordinator.degraded(), "the new copies")
+        await until(lambda: not cluster.coordinator.status.degraded(), "the new copies")
         await kv.put_many(dict.fromkeys(keys, "w"))
         assert all_equal(cluster, 2)
         replica = cluster.nodes["n1"].replica
@@ -200,7 +193,7 @@ async def test_many_requests_are_sent_in_between() -> None:
     and with it the answers that were there. Nothing is answered twice or out of order."""
     async with LocalCluster(1, shards=4) as cluster, await Wire.open(cluster.coordinator.address) as wire:
         await wire.ask("put", "a", b"0")
-        (session,) = cluster.coordinator.sessions
+        (session,) = cluster.coordinator.clients.sessions
         written = cluster.coordinator.links["n1"].progress.written
         first, some = 10, SEND_REQUESTS - 1
         session.data_received(b"".join(pack([ident, b"get", b"a"]) for ident in range(first, first + some)))
@@ -240,12 +233,12 @@ async def test_silent_node_is_named() -> None:
         transport.pause_reading()
         node._stats.stop()
         silent = cluster.coordinator.links["n2"]
-        await until(lambda: cluster.coordinator.nodes()[1]["state"] == "silent", "the silence")
+        await until(lambda: cluster.coordinator.status.nodes()[1]["state"] == "silent", "the silence")
         [sentence] = (await kv.status())["degraded"]
         assert sentence.startswith("n2 has not answered for") and silent.progress.connected
         transport.resume_reading()
         node._stats.start()
-        await until(lambda: not cluster.coordinator.degraded(), "an answer")
+        await until(lambda: not cluster.coordinator.status.degraded(), "an answer")
         assert link_number(cluster.coordinator, "n2") == 1, "the link was never lost"
 
 
@@ -256,8 +249,7 @@ async def test_core_task_that_fails_ends_the_coordinator() -> None:
         async def fail() -> None:
             raise RuntimeError("a defect")
 
-        task = asyncio.get_running_loop().create_task(fail())
-        task.add_done_callback(cluster.coordinator.core_task_done)
+        cluster.coordinator._start_task(fail(), "a task")
         with pytest.raises(RuntimeError, match="a defect"):
             await cluster.coordinator.failed
 
@@ -378,7 +370,7 @@ async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
             for each in (module, status):
                 patch.setattr(each, "wall_ms", lambda: bound_ms + 700)
             await until(lambda: coordinator.sequencer.stamp_ms == bound_ms, "the bound")
-            await until(lambda: coordinator.bound_failed, "the failed move")
+            await until(lambda: coordinator.status.bound_failed, "the failed move")
             await kv.put("a", "1", ttl=0.5)
             assert await kv.get("a") == b"1"
             [sentence] = (await kv.status())["degraded"]
@@ -428,7 +420,7 @@ async def test_node_short_of_space() -> None:
         await kv.put("a", "1")
         node = cluster.nodes["n2"]
         node._space_changed(1)
-        await until(lambda: cluster.coordinator.degraded(), "the frame")
+        await until(lambda: cluster.coordinator.status.degraded(), "the frame")
         with pytest.raises(kvtcp.Unavailable, match="takes no growing writes: too little disk space on n2") as refused:
             await kv.put("a", "2")
         assert refused.value.code == Code.NO_SPACE
@@ -438,11 +430,11 @@ async def test_node_short_of_space() -> None:
         await until(lambda: cluster.coordinator.links["n2"].progress.connected, "the next report")
         assert await kv.delete("a") and await kv.get("a") is None
         node._space_changed(2)
-        await until(lambda: "refuse writes" in str(cluster.coordinator.degraded()), "the frame")
+        await until(lambda: "refuse writes" in str(cluster.coordinator.status.degraded()), "the frame")
         with pytest.raises(kvtcp.Unavailable, match="takes no writes"):
             await kv.delete("a")
         node._space_changed(0)
-        await until(lambda: not cluster.coordinator.degraded(), "the frame")
+        await until(lambda: not cluster.coordinator.status.degraded(), "the frame")
         await kv.put("a", "2")
 
 
@@ -455,83 +447,4 @@ async def test_node_of_another_durability() -> None:
         link = cluster.coordinator.links["n1"]
         await until(lambda: "started with --durability os, the coordinator with --durability memory" in link.refused)
         assert not link.progress.connected
-        assert any("n1 is not linked: not used: it was started with" in text for text in cluster.coordinator.degraded())
-
-
-class Changes:
-    """An administration that remembers what it was asked, and refuses to remove a node."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def change(*arguments: Any) -> None:
-            *what, done = arguments
-            self.calls.append((name, *what))
-            if name == "remove":
-                done(AdminError(f"{what[0]} holds 21 shards: drain it first", details={"node": what[0]}))
-            else:
-                done({"number": len(self.calls)})
-
-        return change
-
-
-async def test_changes_of_the_cluster_are_the_controllers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is handed to the controller, and its answer or its refusal is the client's."""
-    server = object.__new__(module.CoordinatorServer)
-    changes, session, acts = Changes(), Answers(), []
-    server.controller = SimpleNamespace(admin=changes)  # type: ignore[assignment]
-    server.keeper = SimpleNamespace(map=SimpleNamespace(last_node=3, cluster="c", nodes={}))  # type: ignore[assignment]
-    server.secret = "s"
-    monkeypatch.setattr(module, "who_is_there", AsyncMock(return_value=Found("ours")))
-    monkeypatch.setattr(server, "begin", lambda: None)
-    monkeypatch.setattr(server, "_act", lambda: acts.append(len(changes.calls)))
-    await server._add_node(session, 1, "h", 5000)  # type: ignore[arg-type]
-    server.node_drain(session, 2, "n1")  # type: ignore[arg-type]
-    server.node_remove(session, 3, "n1")  # type: ignore[arg-type]
-    server.node_forget(session, 4, "n2")  # type: ignore[arg-type]
-    server.rebalance(session, 5, True)  # type: ignore[arg-type]
-    server.shard_accept_loss(session, 6, 7)  # type: ignore[arg-type]
-    assert changes.calls == [
-        ("add_node", "h", 5000), ("drain", "n1"), ("remove", "n1"), ("forget", "n2"), ("rebalance", True),
-        ("accept_loss", 7),
-    ]  # fmt: skip
-    assert session.ok == {1: {"number": 1}, 2: {"number": 2}, 4: {"number": 4}, 5: {"number": 5}, 6: {"number": 6}}
-    assert session.failed == {3: (Code.REFUSED, "n1 holds 21 shards: drain it first", {"node": "n1"})}
-    assert acts == [1, 2, 3, 4, 5, 6], "what a change wants is done at once"
-
-
-async def test_nodes_that_are_not_added() -> None:
-    """A node more is looked at before it is in the map for ever: nobody, no name of a host, somebody else and a node
-    with another id are refused; one of the cluster already too. The right one is linked, and a link that cannot be
-    made harms nobody."""
-    other = NodeServer("n7")
-    await other.start("127.0.0.1", 0)
-    right = NodeServer("n3")
-    await right.start("127.0.0.1", 0)
-    async with LocalCluster(2, shards=2) as foreign, LocalCluster(2, shards=2) as cluster:
-        coordinator = cluster.coordinator
-        async with kvtcp.connect(cluster.url, timeout=5) as kv:
-            for address, words in (
-                (("127.0.0.1", free_ports(1)), "nobody answers; start the new node there with --id n3, then add it"),
-                (("a..b", 1), "is something that does not answer"),
-                (foreign.nodes["n1"].address, "is a node of another cluster"),
-                (other.address, "is another node of this cluster"),
-                (cluster.nodes["n2"].address, "is the address of node n2 already"),
-            ):
-                with pytest.raises(kvtcp.AdminError, match=words):
-                    await kv.node_add(*address)
-            assert coordinator.map.last_node == 2 and coordinator.links.keys() == {"n1", "n2"}
-            assert (await kv.node_add(*right.address)).node == "n3"
-            await linked(coordinator, 3)
-            added: list[Any] = []
-            coordinator.controller.admin.add_node("a..b", 1, added.append)
-            coordinator.keeper.wake()
-            await until(lambda: added and "n4" in coordinator.links, "the node in the map")
-            coordinator._act()
-            await until(lambda: "idna" in coordinator.sequencer.links["n4"].reason, "a try to link it")
-            assert not coordinator.failed.done()
-            await kv.node_remove("n4")
-            await kv.put("a", "1")
-    for node in (other, right):
-        await node.close()
+        assert "n1 is not linked: not used: it was started with" in str(cluster.coordinator.status.degraded())

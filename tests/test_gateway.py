@@ -10,8 +10,11 @@ from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import CHANGES, REQUESTS
-from kvtcp.replication.gateway import LIMITS, Gateway, Gather
+from kvtcp.replication.gateway import LIMITS, Gateway
+from kvtcp.replication.keyspace import Keyspace
 from tests.replication_fakes import Answers, Cluster
+
+HANDED_OVER = {b"status", b"nodes", b"shards", b"backup", b"restore", *CHANGES}  # whose table is not the gateway's
 
 
 class Session(Answers):
@@ -26,56 +29,15 @@ class Session(Answers):
         raise AssertionError("the gateway itself has no progress to tell")
 
 
-class Administration:
-    """Remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def status(self) -> dict[str, Any]:
-        return {"state": "ok"}
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [{"node": "n1"}]
-
-    def shards(self) -> list[dict[str, Any]]:
-        return [{"shard": 0}]
-
-    def start_backup(self, *args: Any) -> None:
-        self.calls.append(("backup", *args))
-
-    def start_restore(self, *args: Any) -> None:
-        self.calls.append(("restore", *args))
-
-    def node_add(self, *args: Any) -> None:
-        self.calls.append(("node_add", *args))
-
-    def node_undrain(self, *args: Any) -> None:
-        self.calls.append(("node_undrain", *args))
-
-    def node_drain(self, *args: Any) -> None:
-        self.calls.append(("node_drain", *args))
-
-    def node_remove(self, *args: Any) -> None:
-        self.calls.append(("node_remove", *args))
-
-    def node_forget(self, *args: Any) -> None:
-        self.calls.append(("node_forget", *args))
-
-    def rebalance(self, *args: Any) -> None:
-        self.calls.append(("rebalance", *args))
-
-    def shard_accept_loss(self, *args: Any) -> None:
-        self.calls.append(("shard_accept_loss", *args))
-
-
 class Served:
     """A gateway over a cluster whose links answer at once."""
 
     def __init__(self) -> None:
         self.cluster = Cluster(nodes=3, factor=2, shards=8)
-        self.administration = Administration()
-        self.gateway = Gateway(self.cluster.sequencer, self.administration)
+        self.calls: list[tuple[Any, ...]] = []  # what was handed over
+        self.keyspace = Keyspace(8)
+        administration = {op: lambda *args, op=op: self.calls.append((op.decode(), *args)) for op in HANDED_OVER}
+        self.gateway = Gateway(self.cluster.sequencer, self.keyspace, administration)
         self.session = Session()
         self.ident = 0
 
@@ -109,7 +71,6 @@ def test_single_keys(served: Served) -> None:
     assert ask(b"incr", b"n", 4) == 4 and ask(b"incr", b"n", -5) == -1
     assert ask(b"expire", b"k", 1_000) is True and ask(b"exists", b"k") is True
     assert ask(b"delete", b"k", {b"value": b"no"}) is False and ask(b"delete", b"k") is True
-    assert served.gateway.operations == served.ident
 
 
 def test_many_keys(served: Served) -> None:
@@ -159,19 +120,22 @@ def test_hello_comes_first(served: Served) -> None:
 
 
 def test_administration(served: Served) -> None:
-    """Status, nodes and shards are answered at once; backup and restore are the server's."""
-    assert served.ask(b"status") == {"state": "ok"}
-    assert served.ask(b"nodes") == [{"node": "n1"}] and served.ask(b"shards") == [{"shard": 0}]
-    served.gateway.handle(served.session, [[90, b"backup"], [91, b"restore", b"b1", {b"prefix": b"p"}]])
+    """What is about no key is handed over with its checked arguments, also while a restore runs."""
+    served.keyspace.restoring = b""
     session = served.session
-    assert served.administration.calls == [
-        ("backup", session, 90, None), ("restore", session, 91, "b1", "merge", b"p", False),
+    requests = [
+        [1, b"status"], [2, b"nodes"], [3, b"shards"], [4, b"backup"], [5, b"restore", b"b1", {b"prefix": b"p"}],
+    ]  # fmt: skip
+    served.gateway.handle(session, requests)
+    assert served.calls == [
+        ("status", session, 1), ("nodes", session, 2), ("shards", session, 3), ("backup", session, 4, None),
+        ("restore", session, 5, "b1", "merge", b"p", False),
     ]  # fmt: skip
 
 
 def test_changes_of_the_cluster(served: Served) -> None:
-    """Each is the server's, with its checked arguments, also while a restore runs; a shard that is not is refused."""
-    served.gateway.restoring = b""
+    """Each is handed over, with its checked arguments, also while a restore runs; a refusal is its answer."""
+    served.keyspace.restoring = b""
     requests = [
         [1, b"node_add", b"h", 5000], [2, b"node_drain", b"n1"], [3, b"node_remove", b"n2"],
         [4, b"node_forget", b"n3"], [5, b"rebalance"], [6, b"rebalance", {b"dry_run": True}],
@@ -179,17 +143,19 @@ def test_changes_of_the_cluster(served: Served) -> None:
     ]  # fmt: skip
     session = served.session
     served.gateway.handle(session, requests)
-    assert served.administration.calls == [
+    assert served.calls == [
         ("node_add", session, 1, "h", 5000), ("node_drain", session, 2, "n1"), ("node_remove", session, 3, "n2"),
         ("node_forget", session, 4, "n3"), ("rebalance", session, 5, False), ("rebalance", session, 6, True),
         ("shard_accept_loss", session, 7, 7), ("node_undrain", session, 8, "n1"),
     ]  # fmt: skip
     assert {request[1] for request in requests} == CHANGES
-    served.ident = 7
-    assert served.ask(b"shard_accept_loss", 8) == (
-        Code.BAD_REQUEST, "shard must be from 0 to 7, not 8", {"shard": 8}
-    )  # fmt: skip
-    assert len(served.administration.calls) == 8
+
+    def refuse(session: Session, ident: int, shard: int) -> None:
+        raise RequestError("there is no such shard", Code.BAD_REQUEST, {"shard": shard})
+
+    served.gateway.administration = {b"shard_accept_loss": refuse}
+    served.ident = 8
+    assert served.ask(b"shard_accept_loss", 8) == (Code.BAD_REQUEST, "there is no such shard", {"shard": 8})
 
 
 @pytest.mark.parametrize(
@@ -224,7 +190,7 @@ def test_request_without_an_id(served: Served) -> None:
 
 def test_guard_of_a_restore(served: Served) -> None:
     """What touches the prefix is refused, not executed; everything else goes on."""
-    served.gateway.restoring = b"p"
+    served.keyspace.restoring = b"p"
     for request in (
         (b"get", b"p1"), (b"put", b"p", b"v"), (b"mget", [b"a", b"pp"]), (b"mdelete", [b"p1"]),
         (b"mput", [[b"p1", b"v"]]),
@@ -235,68 +201,16 @@ def test_guard_of_a_restore(served: Served) -> None:
         assert code == Code.RESTORING and "keys that begin with" in text
     for request in (
         (b"put", b"a", b"v"), (b"mget", [b"a", b"o"]), (b"mput", [[b"q", b"v"]]), (b"scan", b"q", None, 5),
-        (b"status",),
         (b"count", None, b"p"), (b"mdelete", [b"q"]),
     ):  # fmt: skip
         assert type(served.ask(*request)) is not tuple
-    served.gateway.restoring = b""
+    served.keyspace.restoring = b""
     assert "all keys are closed until a restore completes" in served.ask(b"get", b"a")[1]
     assert served.ask(b"nonsense")[0] == Code.UNKNOWN_OP
 
 
-def test_gather_answers_once() -> None:
-    """When the last key is here, in the order of the keys."""
-    sink = Answers()
-    gather = Gather(sink, "t", 3)
-    gather.reply(2, "c")
-    gather.fail(0, 31, "text", {})
-    assert not sink.ok
-    gather.reply(1, "b")
-    assert sink.ok == {"t": [[31, "text", {}], "b", "c"]}
-
-
 def test_every_request_has_a_handler(served: Served) -> None:
-    """The table of messages and the gateway know the same operations."""
-    assert set(served.gateway._handlers) == set(REQUESTS)
-
-
-@pytest.mark.parametrize(
-    ("restoring", "lower", "upper", "is_closed"),
-    [
-        (None, b"", None, False),
-        (b"", b"a", b"b", True),
-        (b"m", b"", None, True),
-        (b"m", b"a", b"m", False),
-        (b"m", b"a", b"m\0", True),
-        (b"m", b"mz", b"mzz", True),
-        (b"m", b"n", None, False),
-        (b"\xff", b"\xff\xff", None, True),
-        (b"\xff", b"a", b"\xff", False),
-    ],
-)
-def test_ranges_that_are_closed(
-    served: Served, restoring: bytes | None, lower: bytes, upper: bytes | None, is_closed: bool
-) -> None:
-    """A range is closed if a key that is restored could be in it."""
-    served.gateway.restoring = restoring
-    if is_closed:
-        with pytest.raises(RequestError, match="closed until a restore completes") as closed:
-            served.gateway.check_range_open(lower, upper)
-        assert closed.value.code == Code.RESTORING
-    else:
-        served.gateway.check_range_open(lower, upper)
-
-
-def test_keys_that_are_closed(served: Served) -> None:
-    """A key is closed if it begins with what is restored."""
-    for restoring, key, is_closed in (
-        (None, b"a", False), (b"", b"a", True), (b"m", b"m", True), (b"m", b"mx", True), (b"m", b"l", False),
-        (b"mm", b"m", False),
-    ):  # fmt: skip
-        served.gateway.restoring = restoring
-        if is_closed:
-            with pytest.raises(RequestError) as closed:
-                served.gateway.check_open(key)
-            assert closed.value.code == Code.RESTORING
-        else:
-            served.gateway.check_open(key)
+    """The table of messages and the gateway know the same operations; administration is handed over."""
+    handlers = served.gateway._handlers
+    assert set(handlers) == set(REQUESTS)
+    assert {op for op in handlers if handlers[op] == served.gateway._hand_over} == HANDED_OVER

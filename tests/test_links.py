@@ -73,7 +73,7 @@ async def test_cut_links_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             for key in keys:
                 value = int(await kv.get(key) or b"0")
                 assert acked[key] <= value <= acked[key] + unknown[key], key
-        await until(lambda: not cluster.coordinator.degraded(), "all nodes in sync")
+        await until(lambda: not cluster.coordinator.status.degraded(), "all nodes in sync")
         for number in range(16):
             tables = [node.replica.tables[number] for node in cluster.nodes.values()]
             assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1, "replicas are equal"
@@ -170,7 +170,7 @@ async def test_one_write_per_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     async with LocalCluster(2, shards=8) as cluster, await Wire.open(cluster.coordinator.address) as wire:
         coordinator = cluster.coordinator
         writes: dict[str, int] = {"session": 0, "n1": 0, "n2": 0}
-        session = next(iter(coordinator.sessions))
+        session = next(iter(coordinator.clients.sessions))
 
         def counted(name: str, transport: Any) -> Any:
             class Counting:

@@ -79,9 +79,9 @@ async def test_a_killed_node_and_its_return() -> None:
         await cluster.kill_node("n2")
         assert await kv.get("k1") == b"v"
         await kv.put("k1", "w")
-        await until(lambda: any("n2 is not linked" in text for text in cluster.coordinator.degraded()))
+        await until(lambda: any("n2 is not linked" in text for text in cluster.coordinator.status.degraded()))
         await cluster.restart_node("n2")
-        await until(lambda: not cluster.coordinator.degraded())
+        await until(lambda: not cluster.coordinator.status.degraded())
         assert await kv.count() == 50
         assert len({node.replica.tables[n].digest() for node in cluster.nodes.values() for n in range(4)}) == 4
         with pytest.raises(KeyError):
@@ -133,7 +133,7 @@ async def test_everything_restarted_in_memory(also_coordinator: bool) -> None:
         if also_coordinator:
             await cluster.restart_coordinator()
         else:
-            await until(lambda: not cluster.coordinator.degraded())
+            await until(lambda: not cluster.coordinator.status.degraded())
         assert await kv.count() == 0
         await kv.put("a", "1")
         assert (await kv.status())["state"] == "ok"
@@ -142,9 +142,9 @@ async def test_everything_restarted_in_memory(also_coordinator: bool) -> None:
 async def test_drain_answers_what_was_read() -> None:
     """A coordinator that drains takes no new clients and answers every request it has read."""
     async with LocalCluster(nodes=3, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
-        done = cluster.coordinator.gateway.operations
+        done = cluster.coordinator.clients.requests
         puts = [asyncio.ensure_future(kv.put(f"k{n}", b"v" * 1000)) for n in range(500)]
-        await until(lambda: cluster.coordinator.gateway.operations >= done + 500)
+        await until(lambda: cluster.coordinator.clients.requests >= done + 500)
         await cluster.coordinator.drain(5_000)
         assert len(await asyncio.gather(*puts)) == 500
         assert refuses(cluster.url)

@@ -105,7 +105,7 @@ async def test_no_task_and_no_future_per_operation(server_loop: Any) -> None:
         async with kvtcp.connect(cluster.url, timeout=10) as kv:
             await every_operation(kv, 0)
             made_before, done, n = server_loop.made, 0, 1
-            operations_before = cluster.coordinator.gateway.operations
+            operations_before = cluster.coordinator.clients.requests
             while done < OPERATIONS:
                 done += sum(await asyncio.gather(*(every_operation(kv, n + i) for i in range(50))))
                 n += 50
@@ -115,7 +115,7 @@ async def test_no_task_and_no_future_per_operation(server_loop: Any) -> None:
                     redis_done += await redis_operations(wire, redis_done)
             done += redis_done
             made = server_loop.made - made_before
-            assert cluster.coordinator.gateway.operations - operations_before >= OPERATIONS
+            assert cluster.coordinator.clients.requests - operations_before >= OPERATIONS
             # the bound of stamps is moved every 5 s, which is a change of the map and makes some
             assert made < done // 200, f"{made} tasks and futures for {done} operations"
             # the counter counts: a backup is administration, and makes some

@@ -275,7 +275,7 @@ def test_order_behind_a_turn() -> None:
 def test_restoring_closes_the_quick_way() -> None:
     """GET and SET meet a restore too, whenever it begins."""
     client = World().connect()
-    client.world.gateway.restoring = b"a"
+    client.world.keyspace.restoring = b"a"
     client.send("get a", "set a v", "set b v")
     replies = client.resp.take_output()
     assert all(reply.startswith(b"-TRYAGAIN keys that begin with ") for reply in replies)

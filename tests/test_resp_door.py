@@ -6,24 +6,13 @@ import pytest
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.resp.plan import CommandError
-from tests.resp_tools import SHARDS, World
+from tests.resp_tools import World
 
 
 def test_clients_are_numbered() -> None:
     """No number twice."""
     door = World().door
     assert [door.next_client() for _ in range(3)] == [1, 2, 3]
-    assert door.all_shards == list(range(SHARDS)) and door.is_open
-
-
-def test_is_open() -> None:
-    """Not while anything is restored, be it everything."""
-    world = World()
-    for prefix in (b"", b"a"):
-        world.gateway.restoring = prefix
-        assert not world.door.is_open
-    world.gateway.restoring = None
-    assert world.door.is_open
 
 
 def test_cursors_begin_anywhere() -> None:

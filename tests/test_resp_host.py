@@ -8,7 +8,7 @@ import pytest
 
 import kvtcp
 from kvtcp.resp.replies import encode
-from kvtcp.server.resp_host import RespHost
+from kvtcp.server.resp_host import RedisInfo
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.resp_tools import parse
 from tests.server_tools import Wire, until
@@ -17,6 +17,12 @@ from tests.server_tools import Wire, until
 def facts_of(text: bytes) -> dict[str, str]:
     """The lines of INFO."""
     return dict(line.split(":", 1) for line in text.decode().splitlines() if ":" in line)  # type: ignore[misc]
+
+
+def info_of(cluster: LocalCluster) -> RedisInfo:
+    """What a cluster tells."""
+    coordinator = cluster.coordinator
+    return RedisInfo(coordinator.status, coordinator.clients, lambda: 5000)
 
 
 async def ask(wire: Wire, *commands: str) -> list[Any]:
@@ -35,7 +41,7 @@ async def test_info_of_a_cluster() -> None:
         assert facts["redis_mode"] == "standalone" and facts["kvtcp_durability"] == "memory"
         assert int(facts["used_memory"]) > 1 << 20 and float(facts["used_cpu_user"]) > 0
         assert facts_of(clients) == {"connected_clients": "1", "blocked_clients": "0"}
-        assert set(RespHost(cluster.coordinator).facts()) == {
+        assert set(info_of(cluster).facts()) == {
             "Server", "Clients", "Memory", "Persistence", "Stats", "Replication", "CPU", "Cluster",
         }  # fmt: skip
 
@@ -44,7 +50,7 @@ async def test_info_of_a_cluster() -> None:
 async def test_status_can_be_told(version: int) -> None:
     """Every value of `status`, also of a cluster that misses a node, is one that a reply can hold."""
     async with LocalCluster(2, shards=4) as cluster:
-        host = RespHost(cluster.coordinator)
+        host = info_of(cluster)
         await cluster.kill_node("n2")
         await until(lambda: host.status()["state"] != "ok", "the news")
         reply = parse(encode(host.status(), version))[0]
@@ -57,7 +63,7 @@ async def test_clients_in_the_order_in_which_they_came() -> None:
     """Only those of this face, while they are connected."""
     async with LocalCluster(1, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
         await kv.put("a", "1")
-        host = RespHost(cluster.coordinator)
+        host = info_of(cluster)
         wires = [await Wire.open(cluster.coordinator.address, hello=False) for _ in range(4)]
         for n, wire in enumerate(wires):
             wire.write(b"client setname c%d\r\n" % n)

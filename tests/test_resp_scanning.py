@@ -290,7 +290,7 @@ def test_flush() -> None:
 def test_closed_by_a_restore(command: str, is_closed: bool) -> None:
     """What touches the prefix that is restored is refused, and nothing of it is asked; the rest goes on."""
     client = World([b"a"]).connect()
-    client.world.gateway.restoring = b"m"
+    client.world.keyspace.restoring = b"m"
     client.send(command)
     assert bool(client.sequencer.asked or client.sequencer.multi) != is_closed
     if is_closed:
@@ -303,6 +303,6 @@ def test_a_restore_that_begins_during_keys() -> None:
     client = world.connect()
     client.send("keys *")
     world.sequencer.answer_reads()
-    world.gateway.restoring = b""
+    world.keyspace.restoring = b""
     assert one(client.output()).startswith("TRYAGAIN all keys are closed")
     assert client.resp.gathered_bytes == 0

@@ -21,7 +21,7 @@ from kvtcp.constants import (
 )
 from kvtcp.resp.client import TURN_BYTES_MAX
 from kvtcp.server import caps
-from kvtcp.server import coordinator as coordinator_module
+from kvtcp.server import clients as clients_module
 from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.fuzz_resp import array
@@ -40,11 +40,11 @@ async def cluster() -> AsyncIterator[LocalCluster]:
     """Two nodes with both copies; at the end everything is checked and nobody is left behind."""
     async with LocalCluster(2, shards=8) as running:
         yield running
-        await until(lambda: not running.coordinator.sessions, "the end of all sessions")
+        await until(lambda: not running.coordinator.clients.sessions, "the end of all sessions")
         running.coordinator.sequencer.check()
         assert not running.coordinator.failed.done()
-        assert running.coordinator.held_bytes == 0
-        assert running.coordinator.degraded() == []
+        assert running.coordinator.clients.held_bytes == 0
+        assert running.coordinator.status.degraded() == []
 
 
 class Redis(Wire):
@@ -87,30 +87,10 @@ async def session_of(cluster: LocalCluster) -> RespSession:
     """The only session of a Redis client."""
 
     def found() -> RespSession | None:
-        return next((s for s in cluster.coordinator.sessions if isinstance(s, RespSession)), None)
+        return next((s for s in cluster.coordinator.clients.sessions if isinstance(s, RespSession)), None)
 
     session: RespSession = await until(found, "a session")
     return session
-
-
-# --- both faces -------------------------------------------------------------------------------------------
-
-
-async def test_the_first_byte_decides(cluster: LocalCluster) -> None:
-    """On one port a frame begins kvtcp's protocol, everything else that of Redis; both see the same bytes."""
-    value = bytes(range(256)) * 10 + b"\r\n"
-    async with await connect(cluster) as wire, kvtcp.connect(cluster.url, timeout=10) as kv:
-        wire.write(array(b"SET", b"a\0\xff", value))
-        assert await wire.replies(1) == ["OK"]
-        assert await kv.get(b"a\0\xff") == value
-        await kv.put("b", value, ttl=100)
-        wire.write(array(b"GET", b"b") + array(b"TTL", b"b") + array(b"EXISTS", b"a\0\xff"))
-        assert await wire.replies(3) == [value, 100, 1]
-        assert await kv.incr("n", 5) == 5 and await wire.do("incrby n 2") == 7 and await kv.get("n") == b"7"
-        await wire.do("expire n 50")
-        ttl = await kv.ttl("n")
-        assert ttl is not None and 45 < ttl <= 50
-        assert [key async for key, _ in kv.scan()] == await wire.do("keys *")
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7])
@@ -123,15 +103,6 @@ async def test_bytes_one_by_one(cluster: LocalCluster, piece_bytes: int) -> None
             await wire.writer.drain()
             await asyncio.sleep(0)
         assert await wire.replies(4) == ["OK", b"x\r\ny", [b"x\r\ny", None], "PONG"]
-
-
-async def test_without_the_face(caplog: pytest.LogCaptureFixture) -> None:
-    """`--no-resp`: one line that says so, a closed connection, a warning in the log, and a count."""
-    async with LocalCluster(1, shards=4, resp=False) as cluster:
-        async with await connect(cluster) as wire:
-            wire.write(array(b"PING"))
-            assert (await wire.closed()).startswith(b"-ERR this port speaks the kvtcp protocol")
-        assert cluster.coordinator.protocol_errors == 1 and "first byte is 0x2a" in caplog.text
 
 
 # --- order and transactions -------------------------------------------------------------------------------
@@ -233,7 +204,7 @@ async def test_browsers(cluster: LocalCluster, caplog: pytest.LogCaptureFixture,
     async with await connect(cluster) as wire:
         wire.write(data)
         await wire.closed()
-    assert f"reason={reason}" in caplog.text and cluster.coordinator.protocol_errors == 1
+    assert f"reason={reason}" in caplog.text and cluster.coordinator.clients.protocol_errors == 1
     async with await connect(cluster) as wire:
         assert await wire.do("get a") is None
 
@@ -244,7 +215,7 @@ async def test_protocol_errors(cluster: LocalCluster, caplog: pytest.LogCaptureF
         wire.write(b"set a 1\r\nwatch a\r\nget a\r\n*1\r\n:5\r\n")
         wire.write(b"get a\r\n")
         assert parse(await wire.closed()) == ["OK", "OK", b"1", "ERR Protocol error: expected '$', got ':'"]
-    assert cluster.coordinator.protocol_errors == 1 and caplog.text.count("event=protocol-error") == 1
+    assert cluster.coordinator.clients.protocol_errors == 1 and caplog.text.count("event=protocol-error") == 1
 
 
 async def test_quit(cluster: LocalCluster) -> None:
@@ -267,6 +238,7 @@ async def test_a_client_that_vanishes(cluster: LocalCluster) -> None:
     """In the midst of KEYS, of a pipeline and of a transaction: what it held is off the account."""
     async with kvtcp.connect(cluster.url, timeout=10) as kv:
         await kv.put_many({f"key-{n}": "v" * 100 for n in range(5000)})
+        clients = cluster.coordinator.clients
         queued = b"multi\r\n" + b"set a 1\r\n" * 500
         for data in (b"keys *\r\n" * 50, b"mget key-1 key-2\r\n" * 500, queued, b"watch a\r\n"):
             wire = await connect(cluster)
@@ -274,8 +246,8 @@ async def test_a_client_that_vanishes(cluster: LocalCluster) -> None:
             session = await session_of(cluster)
             await until(lambda session=session: session.client.last_command != "NULL", "the first command")
             wire.writer.transport.abort()
-            await until(lambda session=session: session not in cluster.coordinator.sessions, "the end of the session")
-            await until(lambda: not cluster.coordinator.held_bytes, "the account without it")
+            await until(lambda session=session: session not in clients.sessions, "the end of the session")
+            await until(lambda: not clients.held_bytes, "the account without it")
         assert await kv.count() >= 5000
 
 
@@ -369,7 +341,7 @@ async def test_replies_behind_a_slow_one(cluster: LocalCluster) -> None:
         wire.write(array(b"GET", b"large") * 30)
         await until(lambda: session._paused_for & caps.FOR_OUTPUT, "the pause")
         assert session.client.large_bytes > CLIENT_OUTPUT_BYTES_MAX and session.held_bytes > CLIENT_OUTPUT_BYTES_MAX
-        assert cluster.coordinator.held_bytes >= session.held_bytes
+        assert cluster.coordinator.clients.held_bytes >= session.held_bytes
         assert await other.do("ping") == "PONG"
         session.client.fill(session.client.slots[0], b"+SLOW\r\n")
         assert (await wire.replies(31))[0] == "SLOW"
@@ -381,7 +353,7 @@ async def test_the_total_cap(
 ) -> None:
     """Unfinished commands, queued transactions and gathered keys of all clients together: the client that holds most is
     closed, and others go on."""
-    monkeypatch.setattr(coordinator_module, "BUFFERED_BYTES_MAX", 4 * MIB)
+    monkeypatch.setattr(clients_module, "BUFFERED_BYTES_MAX", 4 * MIB)
     async with healthy(cluster), await connect(cluster) as small:
         assert await small.do("set a 1") == "OK"
         greedy = [
@@ -404,15 +376,15 @@ async def test_many_unfinished_commands_are_counted(cluster: LocalCluster) -> No
         wire.write(b"*60001\r\n" + b"$0\r\n\r\n" * 60_000)
         session = await session_of(cluster)
         await until(lambda: session.held_bytes > 60_000 * 40, "what they cost")
-        await until(lambda: cluster.coordinator.held_bytes == session.held_bytes, "the account")
+        await until(lambda: cluster.coordinator.clients.held_bytes == session.held_bytes, "the account")
 
 
 async def test_connections_over_the_limit(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions that were handed over count once."""
-    monkeypatch.setattr(coordinator_module, "CLIENT_CONNECTIONS_MAX", 2)
+    monkeypatch.setattr(clients_module, "CLIENT_CONNECTIONS_MAX", 2)
     async with await connect(cluster) as one, await connect(cluster) as two:
         assert await one.do("ping") == "PONG" and await two.do("ping") == "PONG"
-        assert len(cluster.coordinator.sessions) == 2
+        assert len(cluster.coordinator.clients.sessions) == 2
         async with await connect(cluster) as three:
             three.write(b"ping\r\n")
             assert await three.closed() == b""

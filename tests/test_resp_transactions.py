@@ -124,13 +124,13 @@ def test_closed_by_a_restore() -> None:
     """What a restore keeps out is refused when it is queued, and then nothing of the transaction is executed; one that
     began after that is met at EXEC."""
     client = World().connect()
-    client.world.gateway.restoring = b"a"
+    client.world.keyspace.restoring = b"a"
     client.send("multi", "set {x}b 1", "set a{x} 1", "exec")
     replies = parse(client.output())
     assert replies[2].startswith("TRYAGAIN keys that begin with") and replies[3] == ABORTED
-    client.world.gateway.restoring = None
+    client.world.keyspace.restoring = None
     client.send("multi", "set a 1")
-    client.world.gateway.restoring = b""
+    client.world.keyspace.restoring = b""
     client.send("exec", "watch a", "set a 1")
     replies = parse(client.output())
     assert all(reply.startswith("TRYAGAIN all keys are closed until a restore") for reply in replies[2:])

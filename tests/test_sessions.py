@@ -1,4 +1,4 @@
-"""Client sessions: their caps, what pauses and resumes their reading, and when they end."""
+"""Client sessions: their limits, what pauses and resumes their reading, and when they end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import kvtcp
 from kvtcp.errors import Code
 from kvtcp.server import caps
-from kvtcp.server.caps import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
+from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
 from kvtcp.server.sessions import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
@@ -29,7 +29,7 @@ async def cluster() -> AsyncIterator[LocalCluster]:
 
 async def session_of(cluster: LocalCluster) -> ClientSession:
     """The only session."""
-    session: ClientSession = await until(lambda: next(iter(cluster.coordinator.sessions), None), "a session")
+    session: ClientSession = await until(lambda: next(iter(cluster.coordinator.clients.sessions), None), "a session")
     return session
 
 
@@ -92,10 +92,10 @@ async def test_reasons_for_pausing_add_up(cluster: LocalCluster) -> None:
         session.resume(FOR_OUTPUT)
         session.resume(FOR_OUTSTANDING)
         wire.send([1, "get", "a"])
-        operations = cluster.coordinator.gateway.operations
+        operations = cluster.coordinator.clients.requests
         ticks = cluster.coordinator._ticks
         await until(lambda: cluster.coordinator._ticks > ticks + 1, "two ticks")
-        assert cluster.coordinator.gateway.operations == operations and session._paused_for == FOR_TOTAL
+        assert cluster.coordinator.clients.requests == operations and session._paused_for == FOR_TOTAL
         session.resume(FOR_TOTAL)
         assert (await wire.receive())[:2] == [1, 0]
 
@@ -110,10 +110,10 @@ async def test_pause_does_not_make_a_frame_late(cluster: LocalCluster, monkeypat
         await until(lambda: session.decoder.buffered_bytes, "half a frame")
         session.pause(FOR_TOTAL)
         since = session._frame_since_ms
-        await until(lambda: cluster.coordinator.now_ms() > since + 250, "more than the time of a frame")
-        assert not session.frame_is_late(cluster.coordinator.now_ms())
+        await until(lambda: cluster.coordinator.clients.now_ms() > since + 250, "more than the time of a frame")
+        assert not session.frame_is_late(cluster.coordinator.clients.now_ms())
         session.resume(FOR_TOTAL)
-        assert not session.frame_is_late(cluster.coordinator.now_ms())
+        assert not session.frame_is_late(cluster.coordinator.clients.now_ms())
         wire.write(frame[50:])
         assert (await wire.receive())[:2] == [1, 0]
         assert session._frame_since_ms == 0
@@ -135,7 +135,7 @@ async def test_client_that_left_is_answered_to_nobody(cluster: LocalCluster) -> 
     """Requests of a client that vanished are executed, their answers are dropped, nothing is kept."""
     async with kvtcp.connect(cluster.url) as kv:
         wire = await Wire.open(cluster.coordinator.address)
-        before = set(cluster.coordinator.sessions)
+        before = set(cluster.coordinator.clients.sessions)
         session = await until(lambda: next((s for s in before if s.name == "test"), None))
         link = cluster.coordinator.links["n1"].connection
         assert link is not None
@@ -146,7 +146,7 @@ async def test_client_that_left_is_answered_to_nobody(cluster: LocalCluster) -> 
         await until(lambda: session._half_closed or session.transport is None, "the news that it is gone")
         link.resume_writing()
         await until(lambda: not session.outstanding, "the answers")
-        await until(lambda: session not in cluster.coordinator.sessions, "the end of the session")
+        await until(lambda: session not in cluster.coordinator.clients.sessions, "the end of the session")
         assert await kv.get("left") == b"50"
         assert session.out == [] and session.held_bytes == 0
 
@@ -163,7 +163,7 @@ async def test_long_requests_do_not_count(cluster: LocalCluster) -> None:
         cluster.coordinator.begin()
         ticks = cluster.coordinator._ticks
         await until(lambda: cluster.coordinator._ticks > ticks + 1, "two ticks")
-        assert session in cluster.coordinator.sessions
+        assert session in cluster.coordinator.clients.sessions
         cluster.coordinator.begin()
         session.progress(3, {"done": 1})
         session.long_ends()
@@ -194,4 +194,4 @@ async def test_an_idle_client_that_has_read_everything_holds_nothing(cluster: Lo
         wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
         for _ in range(10):
             await wire.receive()
-        await until(lambda: session.held_bytes == 0 == cluster.coordinator.held_bytes, "nothing is held")
+        await until(lambda: session.held_bytes == 0 == cluster.coordinator.clients.held_bytes, "nothing is held")

@@ -46,11 +46,11 @@ async def test_counters_and_learners_are_documented(monkeypatch: pytest.MonkeyPa
         await cluster.kill_node("n3")
         await until(lambda: cluster.coordinator.controller.membership.evictions, "the eviction")
         await cluster.restart_node("n3")
-        await until(lambda: cluster.coordinator.shards()[0]["learners"], "a learner")
-        [learner] = cluster.coordinator.shards()[0]["learners"]
+        await until(lambda: cluster.coordinator.status.shards()[0]["learners"], "a learner")
+        [learner] = cluster.coordinator.status.shards()[0]["learners"]
         told = await kv.status()
         assert told["learning"] == 2 and told["moving"] == 2
-        assert cluster.coordinator.nodes()[2]["state"] == "learning"
+        assert cluster.coordinator.status.nodes()[2]["state"] == "learning"
     assert all(f"`{key}`" in rows["learners"] for key in learner), learner
     assert all(f"`{key}`" in rows["counters"] for key in told["counters"]), told["counters"]
 
@@ -60,7 +60,7 @@ async def test_every_trouble_has_its_sentence(monkeypatch: pytest.MonkeyPatch) -
     still, a map that cannot change, a closed prefix: all at once."""
     async with LocalCluster(2, shards=6, min_insync=1) as cluster:
         server = cluster.coordinator
-        assert module.degraded(server) == []
+        assert server.status.degraded() == []
         sequencer = server.sequencer
         first = sequencer.links["n1"]
         down, bad, recovering, short = sequencer.shards[1:5]
@@ -75,7 +75,7 @@ async def test_every_trouble_has_its_sentence(monkeypatch: pytest.MonkeyPatch) -
         sequencer.links["n2"].heard_ms -= 60_000
         with monkeypatch.context() as patch:
             patch.setattr(module, "wall_ms", lambda: server.map.stamp_bound_ms + 1)
-            sentences = module.degraded(server)
+            sentences = server.status.degraded()
         assert sentences[0].startswith("n2 has not answered for 60")
         assert sentences[1:] == [
             "1 shards are down, the first is shard 1: its members differ",
@@ -86,14 +86,14 @@ async def test_every_trouble_has_its_sentence(monkeypatch: pytest.MonkeyPatch) -
             "deadlines do not pass: the config store does not take the next bound of time (its answer is awaited)",
             "keys that begin with \"in/\" are closed until a restore completes",
         ]
-        assert [(row["state"], row["reason"]) for row in module.nodes(server)] == [
+        assert [(row["state"], row["reason"]) for row in server.status.nodes()] == [
             ("up", "its copy of shard 2 cannot be used: it has an incomplete copy"), ("silent", ""),
         ]  # fmt: skip
-        assert [row["state"] for row in module.shards(server)] == [
+        assert [row["state"] for row in server.status.shards()] == [
             "ok", "down", "read-only", "recovering", "under-replicated", "ok",
         ]  # fmt: skip
         server.keeper.changes.trouble = "no answer"
-        assert "in-sync sets cannot change: no answer" in module.degraded(server)
+        assert "in-sync sets cannot change: no answer" in server.status.degraded()
         server.backups.restoring, server.keeper.changes.trouble = None, ""
         for shard in (down, recovering, bad, short):
             shard.serving = False  # nothing of this is to be healed
@@ -126,8 +126,8 @@ async def test_nodes_that_come_and_go() -> None:
         await kv.put_many({f"k{n}": "v" for n in range(40)})
         assert [row["shards"] for row in await kv.nodes()] == [row["wanted"] for row in await kv.nodes()]
         await kv.node_drain("n3")
-        assert module.nodes(cluster.coordinator)[2]["wanted"] == 0
-        await until(lambda: module.nodes(cluster.coordinator)[2]["state"] == "drained", "an empty node")
+        assert cluster.coordinator.status.nodes()[2]["wanted"] == 0
+        await until(lambda: cluster.coordinator.status.nodes()[2]["state"] == "drained", "an empty node")
         row = (await kv.nodes())[2]
         assert row["shards"] == row["member_of"] == 0 and not cluster.nodes["n3"].replica.copies
         assert (await kv.status())["state"] == "ok" and await kv.count() == 40

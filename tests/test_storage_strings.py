@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvtcp.constants import INTEGER_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
-from kvtcp.storage.strings import DECIMAL_BYTES_MAX, decimal_of, patched
+from kvtcp.storage.strings import patched
 from kvtcp.storage.table import Table
 from tests.table_items import STAMP, as_item, string_items
 
@@ -174,20 +174,6 @@ def test_all_or_none(shard: Shard) -> None:
     assert shard.cell(b"x") is None and shard.effects() == []
     assert shard.write(op.PUT_ALL, b"x", [[b"x", b"1"], [b"k", b"2"], [b"x", b"3"]], False) is True
     assert (shard.cell(b"x"), shard.cell(b"k")) == ((b"3", 4, None), (b"2", 4, None))
-
-
-@pytest.mark.parametrize(("text", "number"), [
-    (b"0", "0"), (b"-0", "-0"), (b"+1", "1"), (b"1.", "1"), (b".5", "0.5"), (b"-.5e1", "-5"), (b"00", "0"),
-    (b"1e308", "1e308"), (b"-1e308", "-1e308"), (b"1e-999", "1e-999"), (b"0e999", "0"),
-    (b"1e309", None), (b"100000000000000000000000000001e280", None), (b"1e1000", None), (b"", None), (b".", None),
-    (b"1 ", None), (b"1\n", None), (b"1_0", None), (b"nan", None), (b"inf", None), (b"0x10", None),
-    ("١".encode(), None), (b"1e", None), (b"9" * 308, "9" * 308), (b"0" * (DECIMAL_BYTES_MAX + 1), None),
-])  # fmt: skip
-def test_decimal_texts(text: bytes, number: str | None) -> None:
-    """Digits with a point and an exponent, up to the range of a double, exactly; nothing else that Python takes."""
-    found = decimal_of(text)
-    assert (found is None) == (number is None)
-    assert number is None or found == type(found)(number)
 
 
 @pytest.mark.parametrize(("value", "by", "expected"), [

@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "storage": {"constants", "errors", "jsonl", "protocol"},
     "replication": {"_version", "constants", "errors", "protocol", "storage"},
     "config_store": {"constants", "errors", "protocol", "storage", "replication"},
-    "resp": {"_version", "constants", "errors", "protocol", "storage", "replication"},
+    "resp": {"_version", "constants", "errors", "protocol", "replication"},
     "server": {"_version", "constants", "errors", "jsonl", "protocol", "storage", "replication", "config_store",
                "resp"},
     "client": {"_version", "constants", "errors", "protocol"},

@@ -53,24 +53,6 @@ class MapKeeper:
         """Whether a change is in flight."""
         return self._task is not None
 
-    @property
-    def on_change(self) -> Callable[[ClusterMap], None]:
-        """Told of every map that was stored, before those who proposed it."""
-        return self.changes.on_change
-
-    @on_change.setter
-    def on_change(self, told: Callable[[ClusterMap], None]) -> None:
-        self.changes.on_change = told
-
-    @property
-    def on_lost(self) -> Callable[[NotOwner], None]:
-        """Told once that another coordinator owns the map."""
-        return self.changes.on_lost
-
-    @on_lost.setter
-    def on_lost(self, told: Callable[[NotOwner], None]) -> None:
-        self.changes.on_lost = told
-
     async def found(self, first: ClusterMap) -> None:
         """Store the first map. Raises OSError (nothing was stored), NotOwner, ConfigStoreError."""
         future = self._future()

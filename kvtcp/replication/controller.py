@@ -57,7 +57,7 @@ class Controller:
         sequencer: type[Sequencer] = Sequencer,
     ) -> None:
         self.changes = changes
-        changes.on_change = self.map_changed
+        changes.on_change.append(self.map_changed)
         self.durability = durability
         self.now_ms = 0
         self.reports: dict[str, Report] = {}

@@ -2,7 +2,8 @@
 
 Pure. It stands between the sessions (one per client connection, which decode and encode) and the sequencer. Each
 request is checked by the message table, its keys are hashed to shards, and one request on many keys becomes one op per
-key (writes) or one read at one cut. Administrative requests go to the server, which may take its time over them.
+key (writes) or one read at one cut. Administrative requests are handed over, by the table `administration`, to parts
+that may take their time over them.
 
 A session is the sink of its requests: `reply`, `fail`, and `progress` for administration. Errors raised by the
 checkers are answered here; ProtocolError is not: it closes the connection.
@@ -10,7 +11,7 @@ checkers are answered here; ProtocolError is not: it closes the connection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kvtcp._version import __version__
@@ -27,9 +28,11 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code, RequestError, show_bytes
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.protocol.messages import CHANGES, REQUESTS, Message, check_key, check_value, prefix_bounds, request_id
+from kvtcp.protocol.messages import CHANGES, REQUESTS, Message, check_key, check_value, request_id
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
+from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from kvtcp.replication.requests import Gather
 from kvtcp.replication.sequencer import Sequencer, Sink
 
 LIMITS = {
@@ -61,59 +64,22 @@ class Session(Sink, Protocol):
         """Such a request is about to be answered."""
 
 
-class Administration(Protocol):
-    """What the server does for administrative requests; each answers `session` itself."""
-
-    def status(self) -> dict[str, Any]: ...
-    def nodes(self) -> list[dict[str, Any]]: ...
-    def shards(self) -> list[dict[str, Any]]: ...
-    def start_backup(self, session: Session, ident: int, name: str | None) -> None: ...
-    def start_restore(
-        self, session: Session, ident: int, name: str, mode: str, prefix: bytes, dry_run: bool
-    ) -> None: ...
-    def node_add(self, session: Session, ident: int, host: str, port: int) -> None: ...
-    def node_drain(self, session: Session, ident: int, node: str) -> None: ...
-    def node_undrain(self, session: Session, ident: int, node: str) -> None: ...
-    def node_remove(self, session: Session, ident: int, node: str) -> None: ...
-    def node_forget(self, session: Session, ident: int, node: str) -> None: ...
-    def rebalance(self, session: Session, ident: int, dry_run: bool) -> None: ...
-    def shard_accept_loss(self, session: Session, ident: int, shard: int) -> None: ...
-
-
-class Gather:
-    """The answers of one request's keys, in order; replies once when the last one is here."""
-
-    __slots__ = ("left", "results", "sink", "token")
-
-    def __init__(self, sink: Sink, token: Any, count: int) -> None:
-        self.sink = sink
-        self.token = token
-        self.results: list[Any] = [None] * count
-        self.left = count
-
-    def reply(self, token: Any, result: Any) -> None:
-        """The answer of key number `token`."""
-        self.results[token] = result
-        self.left -= 1
-        if not self.left:
-            self.sink.reply(self.token, self.results)
-
-    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """The error of key number `token`: an array in its place."""
-        self.reply(token, [code, message, details])
+# called with session, number of the request and checked arguments; answers the session. May raise RequestError
+AdministrativeRequest = Callable[..., None]
 
 
 class Gateway:
     """One per coordinator."""
 
-    def __init__(self, sequencer: Sequencer, administration: Administration) -> None:
+    def __init__(
+        self, sequencer: Sequencer, keyspace: Keyspace, administration: Mapping[bytes, AdministrativeRequest]
+    ) -> None:
         self.sequencer = sequencer
-        self.administration = administration
-        self.shards = sequencer.map.shards
-        self.all_shards = list(range(self.shards))
-        self.restoring: bytes | None = None  # prefix being restored; None = none. b"" = everything
-        self.operations = 0  # requests accepted since the start, for status
+        self.keyspace = keyspace
+        self.administration = administration  # operation -> what carries it out
+        self.shards = keyspace.shards
         self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {
+            **dict.fromkeys(REQUESTS, self._hand_over),
             b"hello": self._hello,
             b"get": self._get,
             b"put": self._put,
@@ -130,24 +96,11 @@ class Gateway:
             b"mdelete": self._mdelete,
             b"scan": self._scan,
             b"count": self._count,
-            b"status": self._status,
-            b"nodes": self._nodes,
-            b"shards": self._shards,
-            b"backup": self._backup,
-            b"restore": self._restore,
-            b"node_add": self._change(administration.node_add),
-            b"node_drain": self._change(administration.node_drain),
-            b"node_undrain": self._change(administration.node_undrain),
-            b"node_remove": self._change(administration.node_remove),
-            b"node_forget": self._change(administration.node_forget),
-            b"rebalance": self._change(administration.rebalance),
-            b"shard_accept_loss": self._shard_accept_loss,
         }
-        assert set(self._handlers) == set(REQUESTS), "every request of the table has a handler"
 
     def handle(self, session: Session, messages: Sequence[Any]) -> None:
         """The requests of one read of a socket, in order. Raises ProtocolError if the peer cannot be answered."""
-        handlers = self._handlers
+        handlers, keyspace = self._handlers, self.keyspace
         for message in messages:
             ident = request_id(message)
             op = message[1]
@@ -158,12 +111,11 @@ class Gateway:
                     raise RequestError(f"unknown operation {shown}", Code.UNKNOWN_OP)
                 if not session.greeted and op != b"hello":
                     raise RequestError("the first request of a connection must be hello")
-                if self.restoring is not None:
+                if keyspace.restoring is not None:
                     self._guard(op, message)
                 handler(session, ident, message)
             except RequestError as error:
                 session.fail(ident, error.code, error.message, error.details)
-        self.operations += len(messages)
 
     # --- one key ------------------------------------------------------------------------------------
 
@@ -248,14 +200,15 @@ class Gateway:
         if upper is not None and upper <= lower:
             session.reply(ident, [[], None])
             return
-        self.sequencer.multi_read(page_read(self.all_shards, lower, upper, limit, reverse, keys_only, session, ident))
+        all_shards = self.keyspace.all_shards
+        self.sequencer.multi_read(page_read(all_shards, lower, upper, limit, reverse, keys_only, session, ident))
 
     def _count(self, session: Session, ident: int, message: Message) -> None:
         lower, upper = REQUESTS[b"count"](message)
         if upper is not None and upper <= lower:
             session.reply(ident, 0)
             return
-        self.sequencer.multi_read(count_read(self.all_shards, lower, upper, session, ident))
+        self.sequencer.multi_read(count_read(self.keyspace.all_shards, lower, upper, session, ident))
 
     # --- administration -----------------------------------------------------------------------------
 
@@ -273,74 +226,25 @@ class Gateway:
             },
         )
 
-    def _status(self, session: Session, ident: int, message: Message) -> None:
-        REQUESTS[b"status"](message)
-        session.reply(ident, self.administration.status())
-
-    def _nodes(self, session: Session, ident: int, message: Message) -> None:
-        REQUESTS[b"nodes"](message)
-        session.reply(ident, self.administration.nodes())
-
-    def _shards(self, session: Session, ident: int, message: Message) -> None:
-        REQUESTS[b"shards"](message)
-        session.reply(ident, self.administration.shards())
-
-    def _backup(self, session: Session, ident: int, message: Message) -> None:
-        self.administration.start_backup(session, ident, *REQUESTS[b"backup"](message))
-
-    def _restore(self, session: Session, ident: int, message: Message) -> None:
-        self.administration.start_restore(session, ident, *REQUESTS[b"restore"](message))
-
-    def _change(self, carry_out: Callable[..., None]) -> Callable[[Session, int, Message], None]:
-        def handle(session: Session, ident: int, message: Message) -> None:
-            carry_out(session, ident, *REQUESTS[message[1]](message))
-
-        return handle
-
-    def _shard_accept_loss(self, session: Session, ident: int, message: Message) -> None:
-        (shard,) = REQUESTS[b"shard_accept_loss"](message)
-        if shard >= self.shards:
-            text = f"shard must be from 0 to {self.shards - 1}, not {shard}"
-            raise RequestError(text, Code.BAD_REQUEST, {"shard": shard})
-        self.administration.shard_accept_loss(session, ident, shard)
+    def _hand_over(self, session: Session, ident: int, message: Message) -> None:
+        """A request that is not about keys."""
+        op = message[1]
+        self.administration[op](session, ident, *REQUESTS[op](message))
 
     # --- restoring ----------------------------------------------------------------------------------
 
     def _guard(self, op: bytes, message: Message) -> None:
         """Refuse what touches the prefix being restored; nothing of the request is executed."""
-        assert self.restoring is not None
         if op in _TOUCHES_NO_KEY:
             return
         arguments = REQUESTS[op](message)
         if op in (b"scan", b"count"):
-            self.check_range_open(*arguments[:2])
-            return
-        if op in (b"mget", b"mdelete"):
-            touched = any(key.startswith(self.restoring) for key in arguments[0])
+            self.keyspace.check_range_open(*arguments[:2])
+        elif op in (b"mget", b"mdelete"):
+            for key in arguments[0]:
+                self.keyspace.check_open(key)
         elif op == b"mput":
-            touched = any(item[0].startswith(self.restoring) for item in arguments[0])
+            for item in arguments[0]:
+                self.keyspace.check_open(item[0])
         else:
-            touched = arguments[0].startswith(self.restoring)
-        if touched:
-            raise self._closed()
-
-    def check_open(self, key: bytes) -> None:
-        """Raise RequestError (RESTORING) if this key is being restored."""
-        if self.restoring is not None and key.startswith(self.restoring):
-            raise self._closed()
-
-    def check_range_open(self, lower: bytes, upper: bytes | None) -> None:
-        """Raise RequestError (RESTORING) if keys of [lower, upper) are being restored."""
-        if self.restoring is not None:
-            low, high = prefix_bounds(self.restoring)
-            if (high is None or lower < high) and (upper is None or low < upper):
-                raise self._closed()
-
-    def _closed(self) -> RequestError:
-        assert self.restoring is not None, "something is being restored"
-        shown = f"keys that begin with {show_bytes(self.restoring)} are" if self.restoring else "all keys are"
-        return RequestError(
-            f"{shown} closed until a restore completes; nothing was executed (if none is running, one stopped "
-            "half-way: repeat it)",
-            Code.RESTORING,
-        )
+            self.keyspace.check_open(arguments[0])

@@ -90,7 +90,7 @@ class MapChanges:
         self.due_ms = 0  # `to_send` has nothing before that time
         self.lost = ""  # sentence: somebody else owns the map, for good
         self.trouble = ""  # sentence: what the store said last, if it did not do what it was asked for
-        self.on_change: Callable[[ClusterMap], None] = lambda cluster_map: None  # told of every map that was stored
+        self.on_change: list[Callable[[ClusterMap], None]] = []  # called in order with every map that was stored
         self.on_lost: Callable[[NotOwner], None] = lambda error: None
 
     @classmethod
@@ -263,7 +263,8 @@ class MapChanges:
         self.store_version = (flight.expected or 0) + 1
         self.due_ms = 0
         self.trouble = ""
-        self.on_change(flight.new)
+        for listener in self.on_change:
+            listener(flight.new)
         for change in flight.changes:
             change.done(flight.new)
 

@@ -86,7 +86,8 @@ class RespClient:
         self._nil = nil(2)
         self._write = door.sequencer.write
         self._read = door.sequencer.read
-        self._shards = door.shards
+        self._keyspace = door.keyspace
+        self._shards = door.keyspace.shards
         self._states = door.sequencer.shards
         self._stored = _Stored(self)
         self._quick = {b"GET": self._get, b"get": self._get, b"SET": self._set, b"set": self._set}
@@ -101,7 +102,7 @@ class RespClient:
             self.held += commands
             return
         self._turn_bytes = 0
-        quick = self._quick if self.transaction is None and self.door.is_open else _NOTHING
+        quick = self._quick if self.transaction is None and self._keyspace.is_open else _NOTHING
         for n, arguments in enumerate(commands):
             begin = quick.get(arguments[0])
             if begin is not None and begin(arguments):
@@ -113,7 +114,7 @@ class RespClient:
                 self.held = list(commands[n + 1 :])
                 self._call_wake()
                 return
-            quick = self._quick if self.transaction is None and self.door.is_open else _NOTHING
+            quick = self._quick if self.transaction is None and self._keyspace.is_open else _NOTHING
 
     def defer(self, step: Callable[[], None]) -> None:
         """Carry out `step` with the next `go_on`: a sink must not ask the cluster for more."""
@@ -233,18 +234,13 @@ class RespClient:
             plan = spec.compile(arguments)
             for operation in plan.operations:
                 for key in operation.keys:
-                    self.check_open(key)
+                    self._keyspace.check_open(key)
                     number = shard_of(key, self._shards)
                     if transaction.shard not in (None, number):
                         raise CommandError(CROSS_SHARD_MULTI)
                     transaction.shard = number
             transaction.queue(plan)
         self.fill(slot, encode(QUEUED, self.version))
-
-    def check_open(self, key: bytes) -> None:
-        """Raise if a restore keeps everybody out of this key."""
-        if not self.door.is_open:
-            self.door.gateway.check_open(key)
 
     def carry_out(self, plan: Plan, slot: Slot) -> None:
         """Ask the shards; the reply comes when all have answered."""
@@ -257,7 +253,7 @@ class RespClient:
                 raise CommandError(CROSS_SHARD)
             numbers.append(found[0])
             for key in keys:
-                self.check_open(key)
+                self._keyspace.check_open(key)
         if plan.one_shard is not None and len(operations) > 1 and len(set(numbers)) == 1:
             operations = [plan.one_shard]
         answer = _Answer(self, slot, plan, len(operations))

@@ -1,7 +1,7 @@
 """Door: what all clients of the RESP face share.
 
-Pure. It holds the coordinator's gateway, the positions of SCANs, and what the server tells of itself. Time and chance
-come from the shell.
+Pure. It holds the sequencer and the keyspace, the positions of SCANs, and what the server tells of itself. Time and
+chance come from the shell.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
-from kvtcp.replication.gateway import Gateway
+from kvtcp.replication.keyspace import Keyspace
+from kvtcp.replication.sequencer import Sequencer
 from kvtcp.resp.plan import CommandError
 
 if TYPE_CHECKING:
@@ -44,16 +45,15 @@ class Door:
 
     def __init__(
         self,
-        gateway: Gateway,
+        sequencer: Sequencer,
+        keyspace: Keyspace,
         host: Host,
         now_ms: Callable[[], int],
         wall_us: Callable[[], int],
         random: Callable[[int], int],
     ) -> None:
-        self.gateway = gateway
-        self.sequencer = gateway.sequencer
-        self.shards = gateway.shards
-        self.all_shards = gateway.all_shards
+        self.sequencer = sequencer
+        self.keyspace = keyspace
         self.host = host
         self.now_ms = now_ms
         self.wall_us = wall_us
@@ -61,11 +61,6 @@ class Door:
         self._last_client = 0
         self._last_cursor = 1 + random(1 << 40)  # so that those of an earlier coordinator are not known
         self._cursors: OrderedDict[int, Position] = OrderedDict()  # in the order in which they were used
-
-    @property
-    def is_open(self) -> bool:
-        """Whether no restore keeps clients out of any key."""
-        return self.gateway.restoring is None
 
     def next_client(self) -> int:
         """A number for a client."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, KEY_BYTES_MAX
-from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, Unavailable, show_bytes
+from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, Unavailable
+from kvtcp.protocol.messages import check_key
+from kvtcp.protocol.numbers import integer_of
 from kvtcp.protocol.operations import COPY, PUT_ALL, RENAME, WRITE_OP_END
 from kvtcp.resp.replies import Failure
 
@@ -107,30 +108,19 @@ def count(results: list[Any]) -> int:
     return sum(map(bool, results))
 
 
-def check_key(key: bytes) -> bytes:
-    """A key: 1 to KEY_BYTES_MAX bytes."""
-    if 0 < len(key) <= KEY_BYTES_MAX:
-        return key
-    if not key:
-        raise CommandError("ERR a key must not be empty")
-    raise CommandError(f"ERR the key {show_bytes(key)} is over the limit of {KEY_BYTES_MAX} bytes")
-
-
 def integer(text: bytes, error: str = NOT_AN_INTEGER) -> int:
     """A signed 64-bit integer in its only spelling."""
-    digits = text[1:] if text[:1] == b"-" else text
-    if len(text) <= 20 and digits.isdigit():
-        number = int(text)
-        if b"%d" % number == text and INTEGER_MIN <= number <= INTEGER_MAX:
-            return number
-    raise CommandError(error)
+    number = integer_of(text)
+    if number is None:
+        raise CommandError(error)
+    return number
 
 
 def write(op: int, key: bytes, *args: Any, size: int = 0) -> Operation:
-    """A write of a key; `size` are the bytes of its values."""
+    """A write of a key; `size` are the bytes of its values. Raises RequestError if it is no key."""
     return Operation(op, check_key(key), args, len(key) + size)
 
 
 def read(op: int, key: bytes) -> Operation:
-    """A read of a key."""
+    """A read of a key. Raises RequestError if it is none."""
     return Operation(op, check_key(key), (), len(key))

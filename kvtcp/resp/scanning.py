@@ -45,17 +45,12 @@ class _Then:
         self.then(Failed(code, message))
 
 
-def _check_open(client: RespClient, bounds: Bounds) -> None:
-    if not client.door.is_open:
-        client.door.gateway.check_range_open(*bounds)
-
-
 def _page(
     client: RespClient, bounds: Bounds, limit: int, then: Callable[[Any], None], reverse: bool = False,
     keys_only: bool = True,
 ) -> MultiRead:
     """The first `limit` rows of the range; `then` gets [rows, cursor or None], or Failed."""
-    return page_read(client.door.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None)
+    return page_read(client.door.keyspace.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None)
 
 
 def _failure(failed: Failed) -> Failure:
@@ -95,7 +90,7 @@ def scan(client: RespClient, arguments: Arguments) -> None:
     lower, upper = prefix_bounds(literal_prefix(pattern))
     if number:
         lower = max(lower, client.door.cursor(number))
-    _check_open(client, (lower, upper))
+    client.door.keyspace.check_range_open(lower, upper)
     if upper is not None and lower >= upper:
         client.answer([b"0", []])
         return
@@ -118,7 +113,7 @@ def keys(client: RespClient, arguments: Arguments) -> None:
     """KEYS pattern"""
     pattern = arguments[0]
     lower, upper = prefix_bounds(literal_prefix(pattern))
-    _check_open(client, (lower, upper))
+    client.door.keyspace.check_range_open(lower, upper)
     send = client.later()
     matches = matcher(pattern)
     found: list[bytes] = []
@@ -130,7 +125,7 @@ def keys(client: RespClient, arguments: Arguments) -> None:
 
     def go_on(lower: bytes) -> None:
         try:
-            _check_open(client, (lower, upper))  # a restore may have begun since the last page
+            client.door.keyspace.check_range_open(lower, upper)  # a restore may have begun since the last page
         except RequestError as closed:
             answer(_failure(Failed(closed.code, closed.message)))
         else:
@@ -162,21 +157,21 @@ def keys(client: RespClient, arguments: Arguments) -> None:
 
 def random_key(client: RespClient, arguments: Arguments) -> None:
     """RANDOMKEY"""
-    _check_open(client, (b"", None))
+    client.door.keyspace.check_range_open(b"", None)
     answer = client.later()
     door = client.door
     sink = _Then(lambda key: answer(_failure(key) if type(key) is Failed else key))
-    client.multi_read(any_key_read(door.all_shards, door.random(1 << 62), sink, None))
+    client.multi_read(any_key_read(door.keyspace.all_shards, door.random(1 << 62), sink, None))
 
 
 def count_keys(client: RespClient, bounds: Bounds, then: Callable[[Any], None]) -> None:
     """`then` gets how many keys of the range there are, or Failed."""
-    client.multi_read(count_read(client.door.all_shards, *bounds, _Then(then), None))
+    client.multi_read(count_read(client.door.keyspace.all_shards, *bounds, _Then(then), None))
 
 
 def db_size(client: RespClient, arguments: Arguments) -> None:
     """DBSIZE"""
-    _check_open(client, (b"", None))
+    client.door.keyspace.check_range_open(b"", None)
     answer = client.later()
     count_keys(client, (b"", None), lambda found: answer(_failure(found) if type(found) is Failed else found))
 
@@ -185,11 +180,11 @@ def flush(client: RespClient, arguments: Arguments) -> None:
     """FLUSHDB, FLUSHALL [ASYNC | SYNC]: each shard in one step, not all of them in the same"""
     if len(arguments) > 1 or (arguments and arguments[0].upper() not in (b"ASYNC", b"SYNC")):
         raise CommandError(SYNTAX)
-    _check_open(client, (b"", None))
+    client.door.keyspace.check_range_open(b"", None)
     answer = client.later()
-    door = client.door
+    sequencer, shards = client.door.sequencer, client.door.keyspace.shards
     failed: list[Failed] = []
-    left = door.shards
+    left = shards
 
     def then(result: Any) -> None:
         nonlocal left
@@ -202,14 +197,14 @@ def flush(client: RespClient, arguments: Arguments) -> None:
             answer(DONE)
             return
         text = error_text(failed[0])
-        if len(failed) < door.shards:
-            empty = door.shards - len(failed)
-            text = f"UNKNOWN {empty} of {door.shards} shards are empty, of the others the first says: {text}"
+        if len(failed) < shards:
+            empty = shards - len(failed)
+            text = f"UNKNOWN {empty} of {shards} shards are empty, of the others the first says: {text}"
         answer(Failure(text))
 
     sink = _Then(then)
-    for number in door.all_shards:
-        door.sequencer.write(CLEAR, number, b"", (None, None), 0, sink, None)
+    for number in range(shards):
+        sequencer.write(CLEAR, number, b"", (None, None), 0, sink, None)
 
 
 # --- ranges -------------------------------------------------------------------------------------------
@@ -225,7 +220,7 @@ def _bounds(lower: bytes, upper: bytes) -> Bounds:
 def count(client: RespClient, arguments: Arguments) -> None:
     """KV.COUNT lower upper"""
     bounds = _bounds(arguments[0], arguments[1])
-    _check_open(client, bounds)
+    client.door.keyspace.check_range_open(*bounds)
     if bounds[1] is not None and bounds[1] <= bounds[0]:
         client.answer(0)
         return
@@ -251,7 +246,7 @@ def range_(client: RespClient, arguments: Arguments) -> None:
             keys_only = True
         else:
             raise CommandError(SYNTAX)
-    _check_open(client, bounds)
+    client.door.keyspace.check_range_open(*bounds)
     if bounds[1] is not None and bounds[1] <= bounds[0]:
         client.answer([])
         return

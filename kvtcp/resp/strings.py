@@ -22,6 +22,8 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
+from kvtcp.protocol.messages import check_key
+from kvtcp.protocol.numbers import decimal_of
 from kvtcp.resp.plan import (
     NOT_A_FLOAT,
     NOT_AN_INTEGER,
@@ -29,7 +31,6 @@ from kvtcp.resp.plan import (
     CommandError,
     Operation,
     Plan,
-    check_key,
     count,
     first,
     integer,
@@ -37,7 +38,6 @@ from kvtcp.resp.plan import (
     write,
 )
 from kvtcp.resp.replies import DONE
-from kvtcp.storage.strings import decimal_of
 
 Arguments = Sequence[bytes]
 

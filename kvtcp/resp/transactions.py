@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX, RESP_KEYS_MAX
 from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.messages import check_key
 from kvtcp.protocol.operations import REVISION, TRANSACTION
-from kvtcp.resp.plan import CROSS_SHARD_MULTI, CommandError, Failed, Operation, Plan, check_key, error_text
+from kvtcp.resp.plan import CROSS_SHARD_MULTI, CommandError, Failed, Operation, Plan, error_text
 from kvtcp.resp.replies import DONE, Failure, NoArray, encode, error
 
 if TYPE_CHECKING:
@@ -89,11 +90,11 @@ def exec_(client: RespClient, arguments: Arguments) -> None:
     if not keys:
         _Executed(client, client.current, transaction).reply(None, [])
         return
-    numbers = {shard_of(key, client.door.shards) for key in keys}
+    numbers = {shard_of(key, client.door.keyspace.shards) for key in keys}
     if len(numbers) > 1:
         raise CommandError(CROSS_SHARD_MULTI)
     for key in keys:
-        client.check_open(key)
+        client.door.keyspace.check_open(key)
     if size > MULTI_BYTES_MAX:
         raise CommandError(f"EXECABORT the transaction and its watched keys are over {MULTI_BYTES_MAX} bytes")
     items = [[operation.op, operation.key, *operation.args] for operation in operations]
@@ -156,11 +157,11 @@ def watch(client: RespClient, arguments: Arguments) -> None:
     client.watched_bytes = size
     client.watched |= dict.fromkeys(keys, UNKNOWN)  # if this fails, EXEC does not go on as if nothing was watched
     for key in keys:
-        client.check_open(key)
+        client.door.keyspace.check_open(key)
     client.waits = True
     watching = _Watching(client, client.current, keys)
     for key in keys:
-        client.ask(Operation(REVISION, key, (), len(key)), shard_of(key, client.door.shards), watching, key)
+        client.ask(Operation(REVISION, key, (), len(key)), shard_of(key, client.door.keyspace.shards), watching, key)
 
 
 class _Watching:

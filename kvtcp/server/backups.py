@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from kvtcp._version import __version__
 from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX, PROGRESS_MS, TICK_MS
@@ -30,14 +30,15 @@ from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR, FREEZE, PUT
-from kvtcp.replication.gateway import Gather, Session
+from kvtcp.replication.gateway import Session
+from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import count_read, page_read
+from kvtcp.replication.requests import Gather
+from kvtcp.replication.sequencer import Sequencer
+from kvtcp.server.runtime import StartTask
 from kvtcp.storage import backup as files
 from kvtcp.storage.backup_manifest import FileReport, Manifest, ShardCut
 from kvtcp.storage.files import OsDisk
-
-if TYPE_CHECKING:
-    from kvtcp.server.coordinator import CoordinatorServer
 
 log = logging.getLogger("kvtcp.backup")
 
@@ -96,23 +97,41 @@ class Pulse:
 
 
 class Backups:
-    """One per coordinator; one backup or restore at a time."""
+    """One per coordinator; one backup or restore at a time.
 
-    def __init__(self, server: CoordinatorServer, backup_dir: Path) -> None:
-        self.server = server
+    `begin` begins a turn. `remember` stores which prefix is in pieces, None for none, for the next coordinator; it
+    raises OSError. `start_task` starts a task that must not fail.
+    """
+
+    def __init__(
+        self,
+        backup_dir: Path,
+        sequencer: Sequencer,
+        keyspace: Keyspace,
+        *,
+        begin: Callable[[], None],
+        remember: Callable[[bytes | None], Awaitable[None]],
+        start_task: StartTask,
+    ) -> None:
         self.backup_dir = backup_dir.absolute()
+        self.sequencer = sequencer
+        self.keyspace = keyspace
+        self._loop = asyncio.get_running_loop()
+        self._begin = begin
+        self._remember = remember
+        self._start_task = start_task
         self.busy = ""  # what is running, for people; empty = nothing
         self.restoring: bytes | None = None  # prefix whose content is in pieces or being replaced
         self._cleared = 0  # entries by which the running `replace` removed keys
         self._files: dict[str, asyncio.Future[Any]] = {}  # node -> its file of the running backup
         self._name = ""  # of the running backup as the nodes know it
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None  # of what is running, or ran last
 
     def resume(self, restoring: bytes | None) -> None:
         """The shards were taken over: what an earlier coordinator left in pieces stays closed."""
         if restoring is not None:
             log.warning("event=restore-unfinished prefix=%s", show_bytes(restoring))
-            self.restoring = self.server.gateway.restoring = restoring
+            self.restoring = self.keyspace.restoring = restoring
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -135,16 +154,13 @@ class Backups:
             return
         self.busy = what
         session.long_began()
-        task = self.server.loop.create_task(self._run(what, session, ident, work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(self.server.core_task_done)
+        self._task = self._start_task(self._run(what, session, ident, work), what)
 
     async def _run(self, what: str, session: Session, ident: int, work: Callable[[Progress], Any]) -> None:
         log.info("event=started what=%s", what)
         error: KvtcpError
         try:
-            with Pulse(self.server.loop, lambda progress: session.progress(ident, progress)) as progress:
+            with Pulse(self._loop, lambda progress: session.progress(ident, progress)) as progress:
                 summary = await work(progress)
         except KvtcpError as failed:
             error = failed
@@ -161,16 +177,16 @@ class Backups:
             return
         finally:
             self.busy = ""
-            self.server.begin()
+            self._begin()
         log.warning("event=failed what=%s reason=%s", what, error)
         session.long_ends()
         session.fail(ident, error.code, error.message, error.details)
 
     async def close(self) -> None:
         """End what is running."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     # --- backup -------------------------------------------------------------------------------------
 
@@ -226,7 +242,7 @@ class Backups:
     def _spread(self) -> dict[str, list[int]]:
         """node -> shards it saves: one connected replica a shard, as evenly as membership allows."""
         chosen: dict[str, list[int]] = {}
-        for shard in self.server.sequencer.shards:
+        for shard in self.sequencer.shards:
             members = [link for link in shard.good if link.connected]
             if not members or not shard.serving:
                 raise Unavailable(f"no replica of shard {shard.number} can be read", Code.NOT_ENOUGH_REPLICAS)
@@ -235,14 +251,14 @@ class Backups:
         return chosen
 
     async def _attempt(self, attempt_name: str, tmp_dir: Path, progress: Progress) -> Manifest:
-        server, sequencer = self.server, self.server.sequencer
+        sequencer = self.sequencer
         chosen = self._spread()
         self._name = attempt_name
-        self._files = {node: server.loop.create_future() for node in chosen}
-        cuts = {node: server.loop.create_future() for node in chosen}
+        self._files = {node: self._loop.create_future() for node in chosen}
+        cuts = {node: self._loop.create_future() for node in chosen}
         created = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         # One synchronous step: between two of these items no write can be sequenced.
-        server.begin()
+        self._begin()
         for node, shards in chosen.items():
             item = (FREEZE, shards, attempt_name, str(tmp_dir))
             queued = sequencer.control(node, item, shards, FutureSink(cuts[node]), None)
@@ -304,7 +320,7 @@ class Backups:
         if not again:
             try:
                 summary["saved_as"] = await self._save(progress)
-                await self.server.remember_restoring(prefix)
+                await self._remember(prefix)
             except BaseException:
                 self._open_prefix()  # nothing was changed yet
                 raise
@@ -313,10 +329,10 @@ class Backups:
             await self._clear(prefix, progress)
             await self._load(directory, prefix, wanted, progress)
             await self._compare(directory, prefix, wanted, progress)
-            await self.server.remember_restoring(None)
+            await self._remember(None)
         except (KvtcpError, OSError) as error:
             if not again and not self._cleared and isinstance(error, Unavailable):
-                await self.server.remember_restoring(None)
+                await self._remember(None)
                 self._open_prefix()  # the first removal was refused: nothing was changed
                 raise
             shown = f"the keys that begin with {show_bytes(prefix)} stay" if prefix else "all keys stay"
@@ -329,7 +345,7 @@ class Backups:
     def _check_members(self) -> None:
         """A restore writes to all shards: it is not begun while one of them takes no writes."""
         missing: dict[str, None] = {}  # in order, each once
-        for shard in self.server.sequencer.shards:
+        for shard in self.sequencer.shards:
             if not shard.serving:
                 missing[f"shard {shard.number} is down ({shard.reason})"] = None
             for link, why in shard.bad.items():
@@ -353,28 +369,28 @@ class Backups:
         return saved
 
     def _close_prefix(self, prefix: bytes) -> None:
-        self.restoring = self.server.gateway.restoring = prefix
-        self.server.sequencer.refuse_waiting(
+        self.restoring = self.keyspace.restoring = prefix
+        self.sequencer.refuse_waiting(
             Code.RESTORING, "the key is being restored; nothing was executed", lambda key: key.startswith(prefix)
         )
-        self.server.sequencer.refuse_waiting_multi(
+        self.sequencer.refuse_waiting_multi(
             Code.RESTORING, "keys are being restored; nothing was executed, repeat the request"
         )
 
     def _open_prefix(self) -> None:
-        self.restoring = self.server.gateway.restoring = None
+        self.restoring = self.keyspace.restoring = None
 
     async def _count(self, prefix: bytes) -> int:
-        future: asyncio.Future[int] = self.server.loop.create_future()
-        self.server.begin()
-        shards = self.server.gateway.all_shards
-        self.server.sequencer.multi_read(count_read(shards, *prefix_bounds(prefix), FutureSink(future), None))
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._begin()
+        shards = self.keyspace.all_shards
+        self.sequencer.multi_read(count_read(shards, *prefix_bounds(prefix), FutureSink(future), None))
         return await future
 
     async def _clear(self, prefix: bytes, progress: Progress) -> None:
         lower, upper = prefix_bounds(prefix)
-        for number in range(self.server.map.shards):
-            progress({"phase": "clear", "shards_done": number, "shards": self.server.map.shards})
+        for number in range(self.keyspace.shards):
+            progress({"phase": "clear", "shards_done": number, "shards": self.keyspace.shards})
             while await self._write(CLEAR, number, lower, (upper, CLEAR_KEYS)) > 0:
                 self._cleared += 1
 
@@ -389,23 +405,23 @@ class Backups:
 
     async def _put_all(self, chunk: list[Pair]) -> None:
         left = chunk
-        deadline = self.server.loop.time() + LOAD_WAIT_S
+        deadline = self._loop.time() + LOAD_WAIT_S
         while left:
-            future: asyncio.Future[list[Any]] = self.server.loop.create_future()
+            future: asyncio.Future[list[Any]] = self._loop.create_future()
             gather = Gather(FutureSink(future), None, len(left))
-            self.server.begin()
+            self._begin()
             for index, pair in enumerate(left):
                 args = (pair.value,) if pair.ttl_ms is None else (pair.value, pair.ttl_ms)
                 size = len(pair.key) + len(pair.value)
-                shard = shard_of(pair.key, self.server.map.shards)
-                self.server.sequencer.write(PUT, shard, pair.key, args, size, gather, index)
+                shard = shard_of(pair.key, self.keyspace.shards)
+                self.sequencer.write(PUT, shard, pair.key, args, size, gather, index)
             results = await future
             failed = [result for result in results if type(result) is list]
             unknown = [result for result in failed if result[0] == Code.UNKNOWN]
             if unknown and self.restoring is None:
                 # with `merge` others go on writing: a put that did happen must not be repeated over theirs
                 raise error_from_wire(*unknown[0])
-            if failed and self.server.loop.time() > deadline:
+            if failed and self._loop.time() > deadline:
                 raise error_from_wire(*failed[0])
             left = [pair for pair, result in zip(left, results, strict=True) if type(result) is list]
             if failed:  # a refusal may come at once: others get their turn before the next try
@@ -444,16 +460,13 @@ class Backups:
 
     async def _pages(self, prefix: bytes) -> AsyncIterator[tuple[list[Any], bool]]:
         """The rows with a prefix, page by page; with the last page True."""
-        server = self.server
         lower, upper = prefix_bounds(prefix)
         while True:
-            future: asyncio.Future[Any] = server.loop.create_future()
-            server.begin()
+            future: asyncio.Future[Any] = self._loop.create_future()
+            self._begin()
             sink = FutureSink(future)
-            shards = server.gateway.all_shards
-            server.sequencer.multi_read(
-                page_read(shards, lower, upper, PAGE_ITEMS_MAX, False, False, sink, None)
-            )
+            shards = self.keyspace.all_shards
+            self.sequencer.multi_read(page_read(shards, lower, upper, PAGE_ITEMS_MAX, False, False, sink, None))
             rows, cursor = await future
             yield rows, cursor is None
             if cursor is None:
@@ -461,10 +474,10 @@ class Backups:
             lower = rows[-1][0] + b"\0"
 
     async def _write(self, op: int, number: int, key: bytes, args: tuple[Any, ...]) -> int:
-        future: asyncio.Future[int] = self.server.loop.create_future()
-        self.server.begin()
-        self.server.sequencer.write(op, number, key, args, len(key), FutureSink(future), None)
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._begin()
+        self.sequencer.write(op, number, key, args, len(key), FutureSink(future), None)
         return await future
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        return await self.server.loop.run_in_executor(None, lambda: work(*args))
+        return await self._loop.run_in_executor(None, lambda: work(*args))

@@ -1,9 +1,8 @@
-"""Caps: what one client connection may make the coordinator hold, whatever protocol it speaks.
+"""Client connections: what one of them may make the coordinator hold, whatever protocol it speaks.
 
-I/O shell, the base of both kinds of sessions. A client's socket is not read while its own caps are reached
+I/O shell, the base of all sessions. A client's socket is not read while its own limits are reached
 (CLIENT_OUTPUT_BYTES_MAX of answers it has not read, CLIENT_OUTSTANDING_MAX requests or CLIENT_INPUT_BYTES_MAX bytes not
-answered) or while the server holds BUFFERED_BYTES_MAX for all clients together; others do not notice. If the total is
-still exceeded, the session that holds most is closed, with the reason in the log (`CoordinatorServer._enforce_total`).
+answered) or while the server holds BUFFERED_BYTES_MAX for all clients together (clients.py); others do not notice.
 
 Simplification: `input_bytes` is no sum over requests. It grows with what is read and shrinks, once per flush, by the
 share of the outstanding requests that were answered, as if all were of one size. That saves bookkeeping on every
@@ -14,7 +13,7 @@ writes hold is bounded where they are: by the windows of the links.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
 
 from kvtcp.constants import (
     CLIENT_INPUT_BYTES_MAX,
@@ -22,35 +21,28 @@ from kvtcp.constants import (
     CLIENT_OUTSTANDING_MAX,
     FRAME_WAIT_MS,
 )
+from kvtcp.errors import ProtocolError
+from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, Clients
 from kvtcp.server.transport import Connection
 
-if TYPE_CHECKING:
-    from kvtcp.server.coordinator import CoordinatorServer
 
-# reasons for not reading a client's socket; it is read when none is left
-FOR_OUTPUT: Final = 1
-FOR_OUTSTANDING: Final = 2
-FOR_TOTAL: Final = 4
-FOR_STOP: Final = 8  # the server stops: never resumed
+class ClientConnection(Connection):
+    """A client connection with limits. Subclasses count `outstanding`, call `begin` before they handle what they read,
+    and `bytes_read` after it. `requests_read` is called with the number of requests that a read made complete."""
 
+    outstanding = 0  # requests read and not answered, without the long ones
 
-class CappedConnection(Connection):
-    """A client connection with caps. Subclasses count `outstanding`, and call `took` after every read."""
-
-    outstanding: int  # requests read and not answered, without the long ones
-
-    def __init__(self, server: CoordinatorServer) -> None:
-        super().__init__(server.loop)
-        self._begin_caps(server)
-
-    def _begin_caps(self, server: CoordinatorServer) -> None:
-        self.server = server
+    def __init__(self, clients: Clients, begin: Callable[[], None], requests_read: Callable[[int], None]) -> None:
+        super().__init__(asyncio.get_running_loop())
+        self.clients = clients
+        self.begin = begin
+        self._requests_read = requests_read
         self.long = 0  # requests that take their time (backup, restore) and are not answered
         self.input_bytes = 0  # bytes of what is outstanding, about
         self._asked = 0  # outstanding requests as of the last flush, and those read since
         self.unread_bytes = 0  # answers in the transport's buffer, as of the last flush or tick
         self._paused_for = 0  # the reasons for not reading it now
-        self._accounted_bytes = 0  # `held_bytes` as the server has counted it
+        self._accounted_bytes = 0  # `held_bytes` as `clients` has counted it
         self._half_closed = False  # the client will send nothing more
         self._frame_since_ms = 0  # monotonic time since when a request is unfinished, 0 = none
 
@@ -68,24 +60,37 @@ class CappedConnection(Connection):
         super().connection_made(transport)
         assert self.transport is not None
         self.transport.set_write_buffer_limits(high=CLIENT_OUTPUT_BYTES_MAX)
-        self.server.session_opened(self)
+        self.clients.session_opened(self)
 
-    def took(self, is_whole: bool, complete: int) -> None:
-        """Bytes were read: whether all of them belong to complete requests, and how many requests became complete."""
+    def take_over(self, other: ClientConnection) -> None:
+        """Continue the connection of `other`, which saw its first bytes."""
+        assert other.transport is not None, "it was made"
+        self.clients.session_closed(other)
+        self._paused_for = other._paused_for
+        other.transport.set_protocol(self)
+        self.connection_made(other.transport)
+
+    def protocol_error(self, error: ProtocolError) -> None:
+        super().protocol_error(error)
+        self.clients.protocol_errors += 1
+
+    def bytes_read(self, is_whole: bool, complete: int) -> None:
+        """Account for a read: whether all its bytes belong to complete requests, and how many became complete."""
+        self.clients.requests += complete
         if is_whole:
             self._frame_since_ms = 0
         else:
             self.account()
             if complete or not self._frame_since_ms:
-                self._frame_since_ms = self.server.now_ms()
+                self._frame_since_ms = self.clients.now_ms()
         if self.outstanding > CLIENT_OUTSTANDING_MAX or (
             self.input_bytes > CLIENT_INPUT_BYTES_MAX and self.outstanding
         ):
             self.pause(FOR_OUTSTANDING)
-        self.server.took(complete)
+        self._requests_read(complete)
 
     def eof_received(self) -> bool:
-        """The client half-closed: what it asked for is still answered."""
+        """Answer what was asked for before the client half-closed."""
         self._half_closed = True
         if self.outstanding or self.long:
             return True
@@ -93,9 +98,9 @@ class CappedConnection(Connection):
         return False
 
     def closed(self, reason: str) -> None:
-        self.server.account(-self._accounted_bytes)
+        self.clients.account(-self._accounted_bytes)
         self._accounted_bytes = self.unread_bytes = 0
-        self.server.session_closed(self, reason)
+        self.clients.session_closed(self)
 
     def flush(self) -> None:
         super().flush()
@@ -142,28 +147,28 @@ class CappedConnection(Connection):
         self._paused_for |= reason
 
     def resume(self, reason: int) -> None:
-        """`reason` is over; read on if it was the last one."""
+        """End the pause for `reason`; read on if it was the last one."""
         if not self._paused_for & reason:
             return
         self._paused_for &= ~reason
         if self._frame_since_ms:
-            self._frame_since_ms = self.server.now_ms()  # it could not be finished meanwhile
+            self._frame_since_ms = self.clients.now_ms()  # it could not be finished meanwhile
         if not self._paused_for and self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
 
-    def look_at_unread(self) -> None:
-        """How much the client has not read yet: nobody is told when it reads the rest."""
+    def check_unread(self) -> None:
+        """Look how much the client has not read yet: its reading the rest is no event."""
         if self.unread_bytes and self.transport is not None:
             self.unread_bytes = self.transport.get_write_buffer_size()
             self.account()
 
     def account(self) -> None:
-        """Tell the server how much this session makes it hold."""
+        """Put on the account of all clients what this session holds."""
         held_bytes = self.held_bytes
         difference_bytes = held_bytes - self._accounted_bytes
         self._accounted_bytes = held_bytes
         if self.transport is not None:
-            self.server.account(difference_bytes)
+            self.clients.account(difference_bytes)
 
     def frame_is_late(self, now_ms: int) -> bool:
         """Whether a frame was begun long ago and is still not complete."""

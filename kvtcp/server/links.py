@@ -1,10 +1,10 @@
 """Links: the coordinator's end of the FIFO connections to the nodes.
 
 I/O shell around Progress. One NodeLink per node keeps one connection: it dials with back-off, says HELLO, hands the
-report to the server, then writes batches and passes results on. The dialling is a task (it is a control path); batches
-and results are moved by callbacks alone.
+report to its owner, then writes batches and passes results on to the sequencer. The dialling is a task (it is a control
+path); batches and results are moved by callbacks alone.
 
-A link can be half-open: the other side, or the way to it, is gone and nobody said so. As every node answers heartbeats,
+A link can be half-open: the other side, or the way to it, is gone without a sign. As every node answers heartbeats,
 a link on which nothing moves for LINK_SILENCE_MS is closed and dialled again, which loses nothing: what was kept is
 sent again. It moves if anything comes from the node, or if the node's kernel takes what was sent, so that a large
 value on a slow line is no silence.
@@ -18,8 +18,9 @@ import logging
 import random
 import struct
 import termios
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 from kvtcp.constants import (
     BACKOFF_MAX_MS,
@@ -50,22 +51,51 @@ from kvtcp.protocol.link import (
     Report,
     parse_report,
 )
+from kvtcp.replication.controller import Controller
 from kvtcp.replication.progress import LinkError, Progress
+from kvtcp.server.runtime import StartTask
 from kvtcp.server.transport import FramedConnection
 
-if TYPE_CHECKING:
-    from kvtcp.server.coordinator import CoordinatorServer
-
 log = logging.getLogger("kvtcp.link")
+
+
+class LinkOwner(Protocol):
+    """What links need besides the controller: what they dial with, and a place for their news."""
+
+    secret: str
+    local_sockets: Mapping[str, Path]  # node -> its Unix socket, of those that run on this machine
+
+    def begin(self) -> None:
+        """Begin a turn: something was read."""
+
+    def node_reported(self, link: NodeLink, report: Report) -> None:
+        """A node answered HELLO: from now on batches flow."""
+
+    def node_frame(self, node: str, message: list[Any]) -> None:
+        """A frame for the controller. Raises LinkError if it cannot be true."""
+
+    def node_lost(self, node: str, reason: str) -> None:
+        """The link of a node that had reported is gone."""
+
+    def link_failed(self, link: NodeLink, reason: str) -> None:
+        """A node cannot be reached, or refused."""
+
+    def fenced(self, link: NodeLink) -> None:
+        """A node refused this coordinator's epoch."""
+
+    def file_done(self, node: str, name: bytes, report: Any, error: bytes | None) -> None:
+        """A node finished its file of a backup, or failed to."""
 
 
 class LinkConnection(FramedConnection):
     """One connection of a link."""
 
     def __init__(self, link: NodeLink) -> None:
-        super().__init__(link.server.loop, LINK_FRAME_BYTES_MAX)
+        super().__init__(asyncio.get_running_loop(), LINK_FRAME_BYTES_MAX)
         self.link = link
-        self.answered: asyncio.Future[Report] = link.server.loop.create_future()  # the report
+        self._owner = link.owner
+        self._sequencer = link.controller.sequencer
+        self.answered: asyncio.Future[Report] = self.loop.create_future()  # the report
         self.lost = asyncio.Event()
         self.live = False  # the report was accepted: batches flow
         self.moved_ms = 0  # monotonic time at which the node's kernel was seen to take something last
@@ -79,9 +109,9 @@ class LinkConnection(FramedConnection):
 
     def data_received(self, data: bytes) -> None:
         if self.link.closing:
-            return  # the node was removed, and nobody knows it any more
-        self.link.server.begin()
-        self.link.server.sequencer.heard(self.link.node)
+            return  # the node was removed: the controller does not know it any more
+        self._owner.begin()
+        self._sequencer.heard(self.link.node)
         super().data_received(data)
 
     def messages_received(self, messages: list[Any]) -> None:
@@ -91,7 +121,7 @@ class LinkConnection(FramedConnection):
             kind = message[0]
             if kind == RESULTS and self.live and tuple(map(type, message)) == _RESULTS_TYPES:
                 try:
-                    self.link.server.sequencer.on_results(self.link.node, *message[1:])
+                    self._sequencer.on_results(self.link.node, *message[1:])
                 except LinkError as error:
                     raise ProtocolError(str(error)) from error
             elif kind == REPORT and len(message) == 2:
@@ -101,7 +131,7 @@ class LinkConnection(FramedConnection):
                     self.answered.set_result(report)
             elif kind in _CORE_FRAMES and self.link.connection is self and _CORE_FRAMES[kind](message):
                 try:
-                    self.link.server.node_frame(self.link.node, message)
+                    self._owner.node_frame(self.link.node, message)
                 except LinkError as error:
                     raise ProtocolError(str(error)) from error
             elif kind == STATS and len(message) == 2 and type(message[1]) is dict:
@@ -111,13 +141,13 @@ class LinkConnection(FramedConnection):
             elif kind == SPACE and len(message) == 2 and message[1] in (0, 1, 2):
                 self.link.space = message[1]
                 if self.live:
-                    self.link.server.sequencer.on_space(self.link.node, message[1])
+                    self._sequencer.on_space(self.link.node, message[1])
             elif kind == BACKUP and len(message) == 4 and type(message[1]) is bytes:
-                self.link.server.backups.file_done(self.link.node, *message[1:])
+                self._owner.file_done(self.link.node, *message[1:])
             elif kind == REFUSED and tuple(map(type, message)) == _REFUSED_TYPES:
                 self.link.refused = message[2].decode("utf-8", "replace")
                 if message[1] == b"FENCED":
-                    self.link.server.fenced(self.link)
+                    self._owner.fenced(self.link)
                 self._refuse(f"refused: {self.link.refused}")
             else:
                 raise ProtocolError("not a frame of a kvtcp node")
@@ -149,7 +179,7 @@ class LinkConnection(FramedConnection):
         reason = self.given_up or reason
         if not self.answered.done():
             self.answered.set_exception(ConnectionError(reason))
-            self.answered.exception()  # looked at: nobody may be waiting any more
+            self.answered.exception()  # looked at: `run` may not be waiting any more
         self.lost.set()
         is_current = self.link.connection is self
         if is_current:
@@ -162,12 +192,13 @@ class LinkConnection(FramedConnection):
 class NodeLink:
     """The link to one node: dials, and dials again."""
 
-    def __init__(self, server: CoordinatorServer, node: str) -> None:
-        self.server = server
+    def __init__(self, node: str, controller: Controller, owner: LinkOwner) -> None:
         self.node = node
+        self.controller = controller
+        self.owner = owner
         self.task: asyncio.Task[None] | None = None  # of `run`
         self.stats: dict[str, Any] = {}  # what the node says of itself once a second
-        self.progress: Progress = server.sequencer.links[node]
+        self.progress: Progress = controller.sequencer.links[node]
         self.connection: LinkConnection | None = None
         self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: Report | None = None  # the last one
@@ -177,7 +208,11 @@ class NodeLink:
     @property
     def address(self) -> tuple[str, int]:
         """Where the node listens."""
-        return self.server.map.nodes[self.node]
+        return self.controller.map.nodes[self.node]
+
+    def start(self, start_task: StartTask) -> None:
+        """Dial, in a task that runs until `end`."""
+        self.task = start_task(self.run(), f"link to {self.node}")
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
@@ -191,7 +226,7 @@ class NodeLink:
             except (OSError, TimeoutError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
                 refused = isinstance(error, ConnectionRefusedError)
                 reason = "connection refused" if refused else str(error) or "no answer in time"
-                self.server.link_failed(self, reason)
+                self.owner.link_failed(self, reason)
                 connection.abort()
                 await asyncio.sleep(backoff_ms / 1000 * random.uniform(0.5, 1.0))
                 backoff_ms = min(backoff_ms * 2, BACKOFF_MAX_MS // 10)
@@ -201,15 +236,14 @@ class NodeLink:
                 raise
 
     async def _connect(self, connection: LinkConnection) -> None:
-        loop = self.server.loop
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             if not await self._connect_locally(connection):
-                await loop.create_connection(lambda: connection, *self.address)
+                await connection.loop.create_connection(lambda: connection, *self.address)
         hello = {
             "version": LINK_VERSION,
-            "secret": self.server.secret,
-            "durability": self.server.durability,
-            **self.server.controller.hello_fields(self.node),
+            "secret": self.owner.secret,
+            "durability": self.controller.durability,
+            **self.controller.hello_fields(self.node),
         }
         connection.send((HELLO, hello))
         connection.flush()
@@ -217,24 +251,24 @@ class NodeLink:
             report = await connection.answered
         if connection.lost.is_set():
             raise ConnectionError("the connection was lost after the report")
-        if report.durability != self.server.durability:
+        if report.durability != self.controller.durability:
             self.refused = (
                 f"it was started with --durability {report.durability}, the coordinator with --durability "
-                f"{self.server.durability}"
+                f"{self.controller.durability}"
             )
             raise ConnectionError(f"not used: {self.refused}")
         self.report = report
         self.refused = ""
         self.connection = connection
-        self.server.node_reported(self, report)
+        self.owner.node_reported(self, report)
 
     async def _connect_locally(self, connection: LinkConnection) -> bool:
         """Connect to the Unix socket of a node that runs on this machine, if there is one."""
-        path = self.server.local_sockets.get(self.node)
+        path = self.owner.local_sockets.get(self.node)
         if path is None:
             return False
         try:
-            await self.server.loop.create_unix_connection(lambda: connection, str(path))
+            await connection.loop.create_unix_connection(lambda: connection, str(path))
         except OSError:  # it has none, or does not run; its port tells
             return False
         return True
@@ -245,10 +279,10 @@ class NodeLink:
         if connection is None or not connection.live:
             return
         progress = self.progress
-        server = self.server
         if progress.outgoing and not connection.write_paused:
-            committed = server.sequencer.committed_ordinal(progress)
-            while (batch := progress.next_outgoing(server.sequencer.now_ms)) is not None:
+            sequencer = self.controller.sequencer
+            committed = sequencer.committed_ordinal(progress)
+            while (batch := progress.next_outgoing(sequencer.now_ms)) is not None:
                 connection.send((BATCH, batch.stamp_ms, committed, batch.items))
             connection.flush()
 
@@ -256,7 +290,7 @@ class NodeLink:
         """An empty batch on an idle link: the node looks for expired keys, and a dead link is noticed."""
         connection = self.connection
         if connection is not None and connection.live and not connection.write_paused:
-            sequencer = self.server.sequencer
+            sequencer = self.controller.sequencer
             connection.send((BATCH, sequencer.stamp_ms, sequencer.committed_ordinal(self.progress), []))
             connection.flush()
 
@@ -276,10 +310,10 @@ class NodeLink:
             connection.abort()
 
     def connection_lost(self, reason: str) -> None:
-        """The live connection is gone."""
+        """Report the loss of the live connection."""
         if self.closing:
             return
-        self.server.node_lost(self.node, f"connection lost: {reason}")
+        self.owner.node_lost(self.node, f"connection lost: {reason}")
 
     def give_up(self, reason: str) -> None:
         """Close the connection; it is dialled again."""
@@ -288,7 +322,7 @@ class NodeLink:
             self.connection.abort()
 
     def end(self) -> None:
-        """The node belongs to the cluster no more."""
+        """Stop dialling: the node does not belong to the cluster any more."""
         self.closing = True
         if self.task is not None:
             self.task.cancel()

@@ -1,6 +1,6 @@
 """What the coordinator tells clients of the Redis protocol about itself: the sections of INFO, KV.STATUS, CLIENT LIST.
 
-It reads the server and changes nothing.
+RedisInfo reads the status and the sessions and changes nothing.
 """
 
 from __future__ import annotations
@@ -8,41 +8,41 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from kvtcp.resp.client import RespClient
+from kvtcp.server.clients import Clients
 from kvtcp.server.resp_session import RespSession
-
-if TYPE_CHECKING:
-    from kvtcp.server.coordinator import CoordinatorServer
+from kvtcp.server.status import Status
 
 
-class RespHost:
-    """The host of a Door."""
+class RedisInfo:
+    """The host of a Door. `port` tells where clients connect."""
 
-    def __init__(self, server: CoordinatorServer) -> None:
-        self._server = server
+    def __init__(self, status: Status, clients: Clients, port: Callable[[], int]) -> None:
+        self._status = status
+        self._clients = clients
+        self._port = port
 
     def status(self) -> dict[str, Any]:
         """The map of `status`."""
-        return self._server.status()
+        return self._status.summary()
 
     def resp_clients(self) -> Iterable[RespClient]:
         """Those that are connected, in the order in which they came."""
-        sessions = [session for session in self._server.sessions if isinstance(session, RespSession)]
+        sessions = [session for session in self._clients.sessions if isinstance(session, RespSession)]
         return sorted((session.client for session in sessions), key=lambda client: client.ident)
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """The sections of INFO, without the number of keys."""
-        server = self._server
-        status = server.status()
+        status = self._status.summary()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         resident_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "Server": {
                 "redis_mode": "standalone", "os": sys.platform, "process_id": os.getpid(),
-                "tcp_port": server.address[1], "uptime_in_seconds": status["uptime_s"],
+                "tcp_port": self._port(), "uptime_in_seconds": status["uptime_s"],
                 "uptime_in_days": status["uptime_s"] // 86_400,
             },
             "Clients": {"connected_clients": status["clients"], "blocked_clients": 0},

@@ -1,41 +1,38 @@
 """RESP sessions: the coordinator's end of connections of Redis clients, telnet and `nc`.
 
 I/O shell around a parser and a `RespClient`. Bytes become commands, replies leave in order with one write per tick. The
-caps are those of every session (caps.py); replies that wait for an earlier one count as unread.
+limits are those of every client connection (caps.py); replies that wait for an earlier one count as unread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX
 from kvtcp.resp.client import RespClient
 from kvtcp.resp.door import Door
 from kvtcp.resp.parser import RespParser
-from kvtcp.server.caps import FOR_OUTPUT, CappedConnection
-
-if TYPE_CHECKING:
-    from kvtcp.server.coordinator import CoordinatorServer
+from kvtcp.server.caps import ClientConnection
+from kvtcp.server.clients import FOR_OUTPUT, Clients
 
 log = logging.getLogger("kvtcp.session")
 
 
-class RespSession(CappedConnection):
-    """One connection. It takes over from a session that saw its first byte."""
+class RespSession(ClientConnection):
+    """One client connection."""
 
-    def __init__(self, server: CoordinatorServer, door: Door) -> None:
-        super().__init__(server)
-        self.door = door
+    def __init__(
+        self, clients: Clients, begin: Callable[[], None], requests_read: Callable[[int], None], door: Door
+    ) -> None:
+        super().__init__(clients, begin, requests_read)
         self.parser = RespParser()
         self.client = RespClient(door, door.next_client(), self.peer, self._wake)
         self._waits_for_room = False  # too much is held in replies that wait for an earlier one
 
-    def take_over(self, transport: asyncio.Transport, paused_for: int) -> None:
-        """The connection is made already."""
-        self.connection_made(transport)
-        self._paused_for = paused_for
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
         self.client.peer = self.peer
 
     @property
@@ -51,35 +48,34 @@ class RespSession(CappedConnection):
         client = self.client
         if self.transport is None or self.transport.is_closing() or client.closing or self.parser.error:
             return
-        self.server.begin()
+        self.begin()
         self.input_bytes += len(data)
         before = client.outstanding
         parser = self.parser
         commands = parser.feed(data)
         if commands:
             client.handle(commands)
-            self.server.gateway.operations += len(commands)
         if parser.error and not client.closing:
             log.warning("event=protocol-error peer=%s reason=%s", self.peer, parser.error)
-            self.server.protocol_errors += 1
+            self.clients.protocol_errors += 1
             client.protocol_error(parser.error)
         if self._is_attack():
             return
         self._asked += client.outstanding - before
-        self.took(not parser.buffered_bytes, len(commands))
+        self.bytes_read(not parser.buffered_bytes, len(commands))
 
     def _is_attack(self) -> bool:
         """Whether a browser was made to send this: then nothing more is said."""
         if self.client.suspicious:
             log.warning("event=protocol-error peer=%s reason=%s", self.peer, self.client.suspicious)
-            self.server.protocol_errors += 1
+            self.clients.protocol_errors += 1
             self.abort()
         return bool(self.client.suspicious)
 
     def _wake(self) -> None:
-        """There are replies, or something to go on with."""
-        self.server.dirty.append(self)
-        self.server.begin()
+        """Have replies sent, or commands resumed, at the end of this turn."""
+        self.clients.dirty.append(self)
+        self.begin()
 
     def flush(self) -> None:
         client = self.client
@@ -117,7 +113,7 @@ class RespSession(CappedConnection):
 
     def _go_on(self) -> None:
         if self.transport is not None and not self.client.suspicious:
-            self.server.begin()
+            self.begin()
             self.client.go_on()
             self._is_attack()
 

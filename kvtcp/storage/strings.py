@@ -8,32 +8,22 @@ Effects hold final values, but of a value that is changed in one place only that
 copied where it is (CLONE). So an entry is about as large as its item, which is what the bounds of windows, of kept
 entries and of records of the log count on. Where the limits of a value would be exceeded the result is an error and
 there is no effect.
-
-Decimal texts are added exactly (`decimal`, 400 digits) and rounded to 17 places, which is what Redis prints of its
-80-bit floats: 0.1 + 0.2 is 0.3, on every machine.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from decimal import ROUND_HALF_EVEN, Context, Decimal
 from typing import Any, Final, Protocol
 
 from kvtcp.constants import INTEGER_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code, show_bytes
 from kvtcp.protocol import operations as op
+from kvtcp.protocol.numbers import decimal_of, decimal_sum
 from kvtcp.storage.index import Cell
 
 Item = Sequence[Any]
 Effect = Sequence[Any]
 Evaluated = tuple[Any, list[Effect]]
-
-DECIMAL_BYTES_MAX: Final = 400
-_DECIMAL: Final = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
-_ARITHMETIC: Final = Context(prec=400, rounding=ROUND_HALF_EVEN, Emin=-9_999, Emax=9_999)
-_PLACES: Final = Decimal("1e-17")
-_DECIMAL_MAX: Final = Decimal("1e308")
 
 
 class View(Protocol):
@@ -152,14 +142,6 @@ def _set_bit(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return put_range(item, cell, place, bytes([byte]), int(old_byte & mask != 0))
 
 
-def decimal_of(text: bytes) -> Decimal | None:
-    """The number of a decimal text; None of anything else, and beyond the range of a double."""
-    if len(text) > DECIMAL_BYTES_MAX or not _DECIMAL.fullmatch(text):
-        return None
-    number = Decimal(text.decode("ascii"))
-    return number if number.copy_abs() <= _DECIMAL_MAX else None  # abs() would round
-
-
 def _incr_decimal(view: View, item: Item, stamp_ms: int) -> Evaluated:
     key, by_text = item[4:6]
     cell = view.visible(key, stamp_ms)
@@ -167,11 +149,9 @@ def _incr_decimal(view: View, item: Item, stamp_ms: int) -> Evaluated:
     by = decimal_of(by_text)
     if number is None or by is None:
         return [int(Code.NOT_A_NUMBER), f"the value of the key {show_bytes(key)} is not a decimal number", {}], []
-    total = _ARITHMETIC.quantize(_ARITHMETIC.add(number, by), _PLACES)
-    if total.copy_abs() > _DECIMAL_MAX:
+    text = decimal_sum(number, by)
+    if text is None:
         return [int(Code.RANGE), f"the sum at the key {show_bytes(key)} is too large", {}], []
-    text = format(total, "f").rstrip("0").rstrip(".").encode()
-    text = b"0" if text in (b"-0", b"") else text
     return text, [(op.SET, key, text, None if cell is None else cell[2])]
 
 

@@ -30,6 +30,7 @@ import msgpack
 from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, LEAF_KEYS_MAX, TTL_MS_MAX
 from kvtcp.errors import Code, DataError, ProtocolError, show_bytes
 from kvtcp.protocol import operations as op
+from kvtcp.protocol.numbers import integer_of
 from kvtcp.storage import strings, transaction
 from kvtcp.storage.deadlines import Deadlines
 from kvtcp.storage.freeze import Frozen
@@ -43,7 +44,6 @@ Pieces = Iterable[tuple[Sequence[bytes], Sequence[Cell]]]  # keys and their cell
 
 DIGEST_ROWS: Final = 256
 ROW_BYTES: Final = 16  # counted for revision, deadline and framing of a row
-INTEGER_TEXT_MAX: Final = 20  # bytes of "-9223372036854775808"
 
 # One packer for all tables of the process: it keeps a buffer as large as the largest entry it has packed. Tables are
 # changed by one thread only.
@@ -447,15 +447,6 @@ def _holds(cell: Cell, if_value: bytes | None, if_rev: int | None) -> bool:
     return (if_value is None or cell[0] == if_value) and (if_rev is None or cell[1] == if_rev)
 
 
-def _integer(text: bytes) -> int | None:
-    """The number of a canonical decimal text (no plus, no leading zero, no "-0") of 64 bits; None of anything else."""
-    digits = text[1:] if text[:1] == b"-" else text
-    if len(text) > INTEGER_TEXT_MAX or not digits.isdigit():
-        return None
-    number = int(text)
-    return number if b"%d" % number == text and INTEGER_MIN <= number <= INTEGER_MAX else None
-
-
 def _noting_deadlines(pieces: Pieces, pairs: list[tuple[int, bytes]]) -> Pieces:
     for keys, cells in pieces:
         pairs += [(cell[2], key) for key, cell in zip(keys, cells, strict=True) if cell[2] is not None]
@@ -510,7 +501,7 @@ def _cas(view: View, item: Item, stamp_ms: int) -> Evaluated:
 def _incr(view: View, item: Item, stamp_ms: int) -> Evaluated:
     key, by = _arguments(item, 2)
     cell = view.visible(key, stamp_ms)
-    number = 0 if cell is None else _integer(cell[0])
+    number = 0 if cell is None else integer_of(cell[0])
     if number is None:
         text = f"the value of the key {show_bytes(key)} is not a signed 64-bit decimal integer"
         return [int(Code.NOT_A_NUMBER), text, {}], []
