@@ -26,7 +26,6 @@ FUNCTION_LINES_MAX = 70
 LONG: dict[str, str] = {
     "kvtcp/client/aio.py": "one class with every method that users call",
     "kvtcp/server/node.py": "to be split: its decisions go into a core",
-    "kvtcp/server/coordinator_main.py:make_parser": "to be split from the launch",
 }
 
 # module -> why there is no test module of its own
@@ -211,8 +210,6 @@ CIRCLES: list[set[str]] = [
     {"replication/learner", "replication/shard_state"},
     {"replication/audit", "replication/cluster_admin", "replication/controller"},
     {"resp/client", "resp/commands", "resp/connection", "resp/door", "resp/scanning", "resp/transactions"},
-    {"server/backups", "server/caps", "server/coordinator", "server/links", "server/resp_host", "server/resp_session",
-     "server/sessions", "server/status"},
     {"server/node", "server/node_callers"},
     {"shell/commands", "shell/commands_admin", "shell/commands_cluster", "shell/commands_data"},
 ]  # fmt: skip
