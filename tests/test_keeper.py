@@ -77,7 +77,7 @@ async def test_a_change() -> None:
     """A change is stored with the next version before it is told; the next keeper finds it."""
     keeper, store = await founded()
     told: list[ClusterMap] = []
-    keeper.on_change = told.append
+    keeper.changes.on_change.append(told.append)
     new = await keeper.change(lambda old: replace(old, restoring=b"p"))
     assert (new.version, new.restoring) == (2, b"p")
     assert told == [new] and new == keeper.map == await held(store)
@@ -138,7 +138,7 @@ async def test_a_conflict_is_final(script: tuple[str, ...]) -> None:
     await other.change(lambda old: replace(old, owner="other"))
     store.script.extend(script)
     lost: list[NotOwner] = []
-    keeper.on_lost = lost.append
+    keeper.changes.on_lost = lost.append
     with pytest.raises(NotOwner, match="another coordinator owns it now"):
         await keeper.change(lambda old: replace(old, restoring=b"p"))
     calls = store.calls
@@ -183,7 +183,7 @@ async def test_propose() -> None:
     """Who proposes is told the map after `on_change`, and is not asked again; an error of the disk is tried again."""
     keeper, store = await founded("error", "lost")
     told: list[object] = []
-    keeper.on_change = lambda stored: told.append(stored.version)
+    keeper.changes.on_change.append(lambda stored: told.append(stored.version))
     keeper.propose(lambda old: replace(old, restoring=b"p"), lambda stored: told.append(stored.restoring))
     keeper.propose(lambda old: replace(old, factor=9), told.append, told.append)
     await until(lambda: not keeper.is_busy, "the change")

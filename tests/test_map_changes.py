@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from replication_fakes import make_map
 
+from kvtcp.config_store.store import NOTHING, Outcome, Stored
 from kvtcp.constants import MAP_RESEND_MS
 from kvtcp.replication.cluster_map import ClusterMap, MapError
-from kvtcp.replication.map_changes import LOST, NOTHING, Edit, MapChanges, NotOwner, Outcome, Stored
+from kvtcp.replication.map_changes import LOST, Edit, MapChanges, NotOwner
 
 Sent = tuple[int | None, bytes]
 
@@ -23,7 +24,7 @@ class Told:
     def __init__(self, changes: MapChanges) -> None:
         self.changes = changes
         self.events: list[tuple[str, str, object]] = []
-        changes.on_change = lambda stored: self.events.append(("", "map", stored))
+        changes.on_change.append(lambda stored: self.events.append(("", "map", stored)))
         changes.on_lost = lambda error: self.events.append(("", "lost", error))
 
     def propose(self, name: str, edit: Edit, *, can_fail: bool = False) -> None:
@@ -297,7 +298,7 @@ def test_an_edit_that_is_wrong() -> None:
 def test_proposals_out_of_what_is_told() -> None:
     """Whoever is told may propose at once; it is the next change."""
     changes, told = made()
-    changes.on_change = lambda stored: told.propose("b", prefix("b")) if stored.version == 2 else None
+    changes.on_change.append(lambda stored: told.propose("b", prefix("b")) if stored.version == 2 else None)
     changes.propose(prefix("a"), lambda stored: told.propose("c", prefix("c")))
     sent(changes)
     changes.on_outcome(Outcome.DONE, now_ms=0)

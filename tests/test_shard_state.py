@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from replication_fakes import Cluster
 
-from kvtcp.replication.shard_state import IGNORE, ShardState
+from kvtcp.replication.requests import IGNORE
+from kvtcp.replication.shard_state import ShardState
 
 DAMAGE: list[tuple[str, Callable[[ShardState], object]]] = [
     ("commit is at most", lambda shard: setattr(shard, "commit", 9)),

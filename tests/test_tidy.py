@@ -44,18 +44,20 @@ LAYERS: dict[str, set[str]] = {
     "jsonl": {"constants", "errors"},
     "protocol": {"constants", "errors"},
     "storage": {"constants", "errors", "jsonl", "protocol"},
-    "replication": {"_version", "constants", "errors", "protocol", "storage"},
-    "config_store": {"constants", "errors", "protocol", "storage", "replication"},
+    "cluster": {"constants", "errors", "protocol", "storage"},
+    "replication": {"_version", "constants", "errors", "protocol", "storage", "cluster"},
     "resp": {"_version", "constants", "errors", "protocol", "storage", "replication"},
-    "server": {"_version", "constants", "errors", "jsonl", "protocol", "storage", "replication", "config_store",
-               "resp"},
+    "server": {"_version", "constants", "errors", "jsonl", "protocol", "storage", "cluster", "replication", "resp"},
     "client": {"_version", "constants", "errors", "protocol"},
     "sync": {"_version", "constants", "errors", "protocol", "client"},
     "shell": {"_version", "constants", "errors", "jsonl", "protocol", "client", "storage"},
-    "testing": {"_version", "constants", "errors", "protocol", "storage", "replication", "config_store", "server",
+    "testing": {"_version", "constants", "errors", "protocol", "storage", "cluster", "replication", "server",
                 "client"},
     "__init__": {"_version", "constants", "errors", "client", "sync"},
 }  # fmt: skip
+
+# The map and the store that holds it are one layer in two folders.
+CLUSTER = re.compile(r"kvtcp\.(config_store|replication\.(cluster_map|placement|map_changes|map_recovery))\b")
 
 # These are pure; so is every module whose header has a paragraph that starts with "Pure.".
 PURE = re.compile(
@@ -117,7 +119,10 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def layer_of(name: str) -> str:
     """The layer of a dotted name or of a path below kvtcp."""
-    parts = name.removesuffix(".py").replace("/", ".").split(".")
+    dotted = name.removesuffix(".py").replace("/", ".")
+    if CLUSTER.match(dotted):
+        return "cluster"
+    parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kvtcp.config_store.store import ConfigStore, ConfigStoreError, Outcome, Stored
+from kvtcp.config_store.store import NOTHING, ConfigStore, ConfigStoreError, Outcome, Stored
 from kvtcp.replication.cluster_map import ClusterMap, MapError
-from kvtcp.replication.map_changes import NOTHING, Done, Edit, Failed, MapChanges, NotOwner
+from kvtcp.replication.map_changes import Done, Edit, Failed, MapChanges, NotOwner
 
 __all__ = ["Edit", "MapKeeper", "NotOwner"]
 
@@ -52,24 +52,6 @@ class MapKeeper:
     def is_busy(self) -> bool:
         """Whether a change is in flight."""
         return self._task is not None
-
-    @property
-    def on_change(self) -> Callable[[ClusterMap], None]:
-        """Told of every map that was stored, before those who proposed it."""
-        return self.changes.on_change
-
-    @on_change.setter
-    def on_change(self, told: Callable[[ClusterMap], None]) -> None:
-        self.changes.on_change = told
-
-    @property
-    def on_lost(self) -> Callable[[NotOwner], None]:
-        """Told once that another coordinator owns the map."""
-        return self.changes.on_lost
-
-    @on_lost.setter
-    def on_lost(self, told: Callable[[NotOwner], None]) -> None:
-        self.changes.on_lost = told
 
     async def found(self, first: ClusterMap) -> None:
         """Store the first map. Raises OSError (nothing was stored), NotOwner, ConfigStoreError."""

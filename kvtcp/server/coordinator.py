@@ -39,7 +39,7 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.link import Report
-from kvtcp.replication.cluster_admin import ClusterAdmin, Done
+from kvtcp.replication.cluster_admin import Admin, Done
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import Gateway, Session
@@ -83,17 +83,16 @@ class CoordinatorServer:
         self.durability = config.durability
         self.local_sockets = config.local_sockets
         self.keeper = keeper
-        keeper.on_lost = lambda error: self.deposed(str(error))
+        keeper.changes.on_lost = lambda error: self.deposed(str(error))
+        keeper.changes.on_change.append(lambda cluster_map: self.begin())  # the parts of the core are next
         self._before = before
         self.controller = Controller(
             keeper.changes,
-            durability=config.durability,
             map_version_before=before.map_version,
             stamp_before_ms=before.stamp_bound_ms,
             new_token=lambda: secrets.token_bytes(16),
         )
         self.sequencer = self.controller.sequencer
-        keeper.on_change = self._map_changed
         keeper.on_crash = self.core_failed
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.gateway = Gateway(self.sequencer, self)
@@ -308,11 +307,6 @@ class CoordinatorServer:
 
     # --- the map ------------------------------------------------------------------------------------
 
-    def _map_changed(self, cluster_map: ClusterMap) -> None:
-        """A change was stored; who proposed it is told next, in this step."""
-        self.begin()
-        self.controller.map_changed(cluster_map)
-
     def _watch_bound(self) -> None:
         """R12: move the bound of stamps before the clock reaches it."""
         is_near = wall_ms() + STAMP_MOVE_MS > self.map.stamp_bound_ms
@@ -474,7 +468,7 @@ class CoordinatorServer:
             return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
 
         stored: asyncio.Future[ClusterMap] = self.loop.create_future()
-        self.controller.propose(edit, stored.set_result)
+        self.controller.proposals.propose(edit, stored.set_result)
         self.keeper.wake()
         await stored
         self.begin()
@@ -548,7 +542,7 @@ class CoordinatorServer:
         """A shard that is down goes on with what is left of it."""
         self._change(session, ident, lambda admin, done: admin.accept_loss(shard, done))
 
-    def _change(self, session: Session, ident: int, change: Callable[[ClusterAdmin, Done], None]) -> None:
+    def _change(self, session: Session, ident: int, change: Callable[[Admin, Done], None]) -> None:
         """Answer when the change is stored; its refusal is an answer too."""
 
         def done(answer: dict[str, Any] | AdminError) -> None:

@@ -169,7 +169,7 @@ def nodes(server: CoordinatorServer) -> list[dict[str, Any]]:
 def _node(server: CoordinatorServer, link: NodeLink) -> dict[str, Any]:
     cluster_map, progress = server.map, link.progress
     shards = server.sequencer.shards
-    learners = [shard.learners[progress] for shard in progress.shards if progress in shard.learners]
+    learners = [learner for learner in server.controller.membership.learners() if learner.link is progress]
     wanted = sum(link.node in row for row in cluster_map.wanted)
     member_of = len(cluster_map.shards_of(link.node))
     lag_entries = sum(shard.last_seq - shard.acked.get(progress, shard.last_seq) for shard in progress.shards)
@@ -216,7 +216,7 @@ def _node_state(server: CoordinatorServer, link: NodeLink, member_of: int, learn
     if not link.progress.connected:
         return "down"
     if link.node in cluster_map.draining:
-        return "draining" if member_of or server.controller.copies_of(link.node) else "drained"
+        return "draining" if member_of or server.controller.membership.copies_of(link.node) else "drained"
     if _is_silent(server, link):
         return "silent"
     return "learning" if learns else "up"
@@ -236,7 +236,7 @@ def _shard(server: CoordinatorServer, shard: ShardState) -> dict[str, Any]:
         "nodes": [link.node for link in shard.members],
         "insync": server.map.nodes_of(shard.number),
         "wanted": list(server.map.wanted[shard.number]),
-        "learners": [_learner(link, learner) for link, learner in shard.learners.items()],
+        "learners": [_learner(learner) for learner in server.controller.membership.learners_of(shard.number)],
         "seq": shard.last_seq,
         "commit": shard.commit,
         "lag_entries": max(behind, default=0),
@@ -246,9 +246,9 @@ def _shard(server: CoordinatorServer, shard: ShardState) -> dict[str, Any]:
     }
 
 
-def _learner(link: Progress, learner: Learner) -> dict[str, Any]:
+def _learner(learner: Learner) -> dict[str, Any]:
     return {
-        "node": link.node,
+        "node": learner.link.node,
         "donor": learner.donor.node,
         "phase": learner.phase,
         "entries_left": learner.entries_left,
