@@ -18,10 +18,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from kvtcp.config_store.store import Outcome
 from kvtcp.errors import AdminError
 from kvtcp.protocol.link import LEAVE
 from kvtcp.protocol.operations import INCR
-from kvtcp.replication.map_changes import Outcome
 from tests.controller_world import World
 
 STEPS = 400

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+from kvtcp.config_store.store import Outcome, Stored
 from kvtcp.constants import TICK_MS
 from kvtcp.protocol.link import (
     BATCH,
@@ -31,7 +32,7 @@ from kvtcp.protocol.link import (
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import FRAME_KINDS, Controller
-from kvtcp.replication.map_changes import MapChanges, Outcome, Stored
+from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.storage.copy import Copy

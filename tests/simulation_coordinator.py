@@ -291,8 +291,7 @@ class SimCoordinator(Process):
         """The core."""
         return self.controller_class(
             changes,
-            durability=self.mode,
-            map_version_before=before.version,
+            durability=self.mode, map_version_before=before.version,
             stamp_before_ms=before.stamp_bound_ms,
             sequencer=self.confirming_class if self.store.shared else self.sequencer_class,
             new_token=self._new_token,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from kvtcp.config_store.store import Outcome
 from kvtcp.errors import Code
 from kvtcp.replication import learner, recovery
 from kvtcp.replication.answers import Answers
@@ -32,14 +33,15 @@ from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.learner import Learner
-from kvtcp.replication.map_changes import MapChanges, Outcome
+from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.members import Members
 from kvtcp.replication.membership import Membership
 from kvtcp.replication.progress import Batch
 from kvtcp.replication.recovery import Recovery
 from kvtcp.replication.replica import Replica
+from kvtcp.replication.requests import NUMBER
 from kvtcp.replication.sequencer import Sequencer
-from kvtcp.replication.shard_state import NUMBER, ShardState
+from kvtcp.replication.shard_state import ShardState
 from kvtcp.storage.table import Table
 from tests.simulation import Result, Simulation, run_seed
 from tests.simulation_clients import Client
@@ -155,9 +157,9 @@ def ack_before_cas(garden: Garden) -> None:
         if leaving:
             numbers = [shard.number for shard in leaving]
             self.changing.update(numbers)
-            self._around.sequencer.leave(leaving, link)
+            self._sequencer.leave(leaving, link)
             edit = partial(_without, numbers, link.node)
-            self._around.propose_rows(numbers, edit, lambda: self.changing.difference_update(numbers))
+            self._proposals.propose(edit, lambda _: self.changing.difference_update(numbers))
         return len(leaving)
 
     garden.put(Membership, "evict", evict)
@@ -175,29 +177,29 @@ def _grow_late(garden: Garden, on_unknown: bool) -> None:
         if one.replaces is not None:
             before(self, one)
             return
-        if one.proposed or number in self.changing or one.acked < shard.commit:
+        if one.proposed or number in self.changing or one.following.acked < shard.commit:
             return
         one.proposed = True
-        node, disk = one.link.node, one.disk
+        node, disk = one.link.node, one.following.disk
         self.changing.add(number)
         if on_unknown:
-            self._around.sequencer.join(shard, one.link)
+            self._sequencer.join(shard, one.link)
 
         def stored(_: Any = None) -> None:
             self.changing.discard(number)
             if not on_unknown and one.link in shard.learners:
-                shard.learners[one.link].acked = max(one.acked, shard.commit)
-                self._around.sequencer.join(shard, one.link)
+                one.following.acked = max(one.following.acked, shard.commit)
+                self._sequencer.join(shard, one.link)
 
         def failed(_: Any) -> None:
             self.changing.discard(number)
             if one.link in shard.acked:
-                self._around.sequencer.leave([shard], one.link)
+                self._sequencer.leave([shard], one.link)
 
         edit = partial(_joined, number, node, disk)
-        self._around.changes.propose(edit, stored, failed if on_unknown else None)
+        self._proposals._changes.propose(edit, stored, failed if on_unknown else None)
 
-    before = garden.put(Membership, "learner_is_live", learner_is_live)
+    before = garden.put(Membership, "_learner_is_live", learner_is_live)
 
 
 def _joined(number: int, node: str, disk: str, old: ClusterMap) -> ClusterMap:
@@ -229,19 +231,20 @@ def join_before_committed(garden: Garden) -> None:
     """A learner joins before it has everything committed."""
 
     def learner_is_live(self: Any, one: Learner) -> None:
-        behind, one.acked = one.acked, max(one.acked, one.shard.commit)
+        following = one.following
+        behind, following.acked = following.acked, max(following.acked, one.shard.commit)
         before(self, one)
         if one.link in one.shard.acked:
             one.shard.acked[one.link] = max(behind, one.shard.commit)
 
-    before = garden.put(Membership, "learner_is_live", learner_is_live)
+    before = garden.put(Membership, "_learner_is_live", learner_is_live)
 
     def on_learn(self: Any, result: Any) -> None:
         on_learn_before(self, result)
         if result is not None and not self.fresh and not self.replaces:
             self.phase = learner.LIVE
-            self.acked = self.seq
-            self._around.learner_is_live(self)
+            self.following.acked = self.seq
+            self._on_live(self)
 
     on_learn_before = garden.put(Learner, "_on_learn", on_learn)
 
@@ -252,9 +255,9 @@ def learner_counts_before_live(garden: Garden) -> None:
 
     def acknowledged(self: Any, seq: int) -> None:
         self.phase = learner.LIVE
-        self.acked = max(self.acked, seq)
-        if self.disk:
-            self._around.learner_is_live(self)
+        self.following.acked = max(self.following.acked, seq)
+        if self.following.disk:
+            self._on_live(self)
 
     garden.put(Learner, "acknowledged", acknowledged)
 
@@ -267,12 +270,11 @@ def two_leave_at_once(garden: Garden) -> None:
         shards = list(shards)
         for shard in shards:
             other = shard.members[-1] if shard.members else link
-            may_both = len(shard.members) > self._around.map.min_insync + 1
+            may_both = len(shard.members) > self._map.min_insync + 1
             if other is not link and may_both and self.may_leave(shard, link):
-                number, core = shard.number, self._around
+                number = shard.number
                 self.changing.add(number)
-                core.propose_rows(
-                    [number],
+                self._proposals.propose(
                     lambda old: old.without([number], link.node).without([number], other.node),  # noqa: B023
                     partial(_left, self, shard, link, other),
                 )
@@ -282,10 +284,10 @@ def two_leave_at_once(garden: Garden) -> None:
     before = garden.put(Membership, "evict", evict)
 
 
-def _left(membership: Any, shard: ShardState, *links: Any) -> None:
+def _left(membership: Any, shard: ShardState, *rest: Any) -> None:
     membership.changing.discard(shard.number)
-    for link in links:
-        membership._around.sequencer.leave([shard], link)
+    for link in rest[:-1]:  # behind them is the map
+        membership._sequencer.leave([shard], link)
 
 
 @mistake("R9", factor=2, min_insync=2, liveness=True, mode="sync", kinds=("destroy_node", "cut"))
@@ -301,8 +303,8 @@ def replacement_before_committed(garden: Garden) -> None:
     def on_learn(self: Any, result: Any) -> None:
         before(self, result)
         if result is not None and self.replaces is not None:
-            self.phase, self.acked = learner.LIVE, max(self.seq, self.shard.commit)
-            self._around.learner_is_live(self)
+            self.phase, self.following.acked = learner.LIVE, max(self.seq, self.shard.commit)
+            self._on_live(self)
 
     before = garden.put(Learner, "_on_learn", on_learn)
 
@@ -431,15 +433,15 @@ def recover_from_any(garden: Garden) -> None:
     """A shard is served with the members that answered; the others are not waited for, and stay."""
 
     def judge(self: Any, shard: Any) -> None:
-        around = self._around
-        rows = list(around.map.members)
+        proposals, reports = self._proposals, self._reports
+        rows = list(proposals.map.members)
         row = rows[shard.number]
-        heard = tuple(member for member in row if member[0] in around.reports)
-        copies = {node: around.reports[node].copies.get(shard.number) for node, _ in heard}
+        heard = tuple(member for member in row if member[0] in reports)
+        copies = {node: reports[node].copies.get(shard.number) for node, _ in heard}
         good = [node for node, disk in heard if copies[node] is not None and copies[node].disk == disk]
         if shard.state == recovery.WAITING and good and len(heard) < len(row) and all(disk for _, disk in row):
             rows[shard.number] = heard
-            with mock.patch.object(type(around), "map", _with_rows(around.map, rows)):
+            with mock.patch.object(type(proposals), "map", _with_rows(proposals.map, rows)):
                 before(self, shard)
         else:
             before(self, shard)
@@ -465,7 +467,7 @@ def swap_in_recovery(garden: Garden) -> None:
         before(self, shard, why)
         if shard.silent and shard.good:
             node = shard.silent[0]
-            self._around.propose(lambda old: old.with_destroyed(node), lambda _: self.begin(shard.number))
+            self._proposals.propose(lambda old: old.with_destroyed(node), lambda _: self.begin(shard.number))
 
     before = garden.put(Recovery, "_down", down)
 
@@ -475,10 +477,10 @@ def remove_last_good(garden: Garden) -> None:
     """A silent member is removed before a good one has answered."""
 
     def down(self: Any, shard: Any, why: str) -> None:
-        row = self._around.map.members[shard.number]
-        if not shard.good and shard.bad and shard.silent and len(row) > self._around.map.min_insync:
+        row = self._map.members[shard.number]
+        if not shard.good and shard.bad and shard.silent and len(row) > self._map.min_insync:
             node, number = shard.silent[0], shard.number
-            self._around.propose(lambda old: old.without([number], node), lambda _: self.begin(number))
+            self._proposals.propose(lambda old: old.without([number], node), lambda _: self.begin(number))
         else:
             before(self, shard, why)
 
@@ -540,7 +542,7 @@ def wiped_member_is_good(garden: Garden) -> None:
 @mistake("R9", liveness=True, mode="sync", factor=2, min_insync=2, kinds=("wipe_node", "kill_coordinator", "cut"))
 def bad_member_never_kept(garden: Garden) -> None:
     """A bad member that cannot be removed is waited for, for ever."""
-    garden.put(Controller, "repair", lambda self, number, seq, bad: None)
+    garden.put(Membership, "repair", lambda self, number: None)
 
 
 @mistake("R9")
@@ -564,10 +566,10 @@ def new_disk_before_map(garden: Garden) -> None:
         was = one.proposed
         before(self, one)
         if one.proposed and not was and one.replaces is not None and one.shard.serving:
-            sequencer = self._around.sequencer
+            sequencer = self._sequencer
             sequencer.swap(one.shard, sequencer.links[one.replaces], one.link)
 
-    before = garden.put(Membership, "learner_is_live", learner_is_live)
+    before = garden.put(Membership, "_learner_is_live", learner_is_live)
 
     def swap(self: Any, shard: ShardState, old: Any, link: Any) -> None:
         if link in shard.learners:

@@ -11,12 +11,12 @@ import pytest
 from kvtcp.constants import LINK_GRACE_MS, NODES_MAX, RECOVER_WAIT_MS
 from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.operations import DONATE, DROP
-from kvtcp.replication.cluster_admin import ClusterAdmin
+from kvtcp.replication.cluster_admin import Admin
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.recovery import DOWN
 from tests.controller_world import World
 
-Request = Callable[[ClusterAdmin, Callable[[Any], None]], None]
+Request = Callable[[Admin, Callable[[Any], None]], None]
 
 
 def ask(world: World, name: str, *args: Any) -> list[Any]:
@@ -213,12 +213,12 @@ def test_a_node_that_is_about_to_be_removed_learns_nothing() -> None:
     world.run(LINK_GRACE_MS)
     world.store.is_held = True
     removed, forgotten = ask(world, "remove", "n3"), ask(world, "forget", "n2")
-    assert world.controller.is_leaving("n3")
+    assert "n3" in world.controller.membership.leaving
     world.store.is_held = False
     world.run(1_000)
     assert removed == [{"node": "n3"}] and world.map.nodes.keys() == {"n1", "n2"}
     assert isinstance(forgotten[0], AdminError), "every shard needs two nodes"
-    assert not world.controller.is_leaving("n3")
+    assert "n3" not in world.controller.membership.leaving
 
 
 def test_a_removal_that_is_refused_when_its_turn_comes() -> None:
@@ -229,7 +229,8 @@ def test_a_removal_that_is_refused_when_its_turn_comes() -> None:
     rebalanced = ask(world, "drain", "n3")
     removed = ask(world, "remove", "n4")
     world.release_store()
-    assert len(rebalanced) == 1 and isinstance(removed[0], AdminError) and not world.controller.is_leaving("n4")
+    assert len(rebalanced) == 1 and isinstance(removed[0], AdminError)
+    assert "n4" not in world.controller.membership.leaving
     settled(world)
     assert counts(world) == {"n1": 1, "n2": 1, "n3": 0, "n4": 1}
 
@@ -258,9 +259,9 @@ def test_a_destroyed_node_is_removed_by_itself_and_by_an_operator() -> None:
     assert answer(world, "forget", "n4")["shards"] == 0
     world.store.is_held = True
     world.tick()
-    assert world.changes.is_busy and "n4" in world.controller.admin.leaving
+    assert world.changes.is_busy and "n4" in world.controller.membership.leaving
     answers = ask(world, "remove", "n4") + ask(world, "remove", "n4")
-    world.controller.admin.leaving.discard("n4")  # as after a request of that kind that was refused
+    world.controller.membership.leaving.discard("n4")  # as after a request of that kind that was refused
     world.tick()
     world.release_store()
     world.run(200)

@@ -11,8 +11,8 @@ from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT, GET
 from kvtcp.replication import admission, progress
 from kvtcp.replication.confirm import ConfirmingSequencer
-from kvtcp.replication.learner import Learner
 from kvtcp.replication.multi_read import count_read
+from kvtcp.replication.shard_state import Following
 from tests.replication_fakes import Cluster
 
 
@@ -174,9 +174,8 @@ def test_what_a_learner_answered_does_not_confirm(how: str) -> None:
     cluster.pump("n1", "n2")
     cluster.apply("n3")
     cluster.results("n3")
-    learner = Learner(shard, link, shard.members[0], None, None)  # type: ignore[arg-type]
-    learner.disk = "disk"
-    shard.learners[link] = learner
+    shard.learners[link] = following = Following(lambda seq: None)
+    following.disk = "disk"
     if how == "join":
         sequencer.join(shard, link)
     else:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from kvtcp.config_store.store import Outcome
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.link import ENTRIES, LEARN_FAILED, LEARNED, LEAVE, SHIPPED, STOP, CopyReport, Report
 from kvtcp.protocol.operations import AUDIT, INCR, LEARN, UNLEARN
+from kvtcp.replication import recovery
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.map_changes import Outcome
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
 from tests.controller_walk import walk
@@ -299,7 +300,7 @@ def test_the_end_of_a_run_in_memory() -> None:
     world.take_over()
     world.up("n1", "n2")
     world.pump()
-    assert world.controller.emptied == [0] and len(world.words("began-empty")) == 1
+    assert world.controller.recovery.emptied == [0] and len(world.words("began-empty")) == 1
     assert world.shards[0].commit == 0 and world.shards[0].writable
 
 
@@ -358,7 +359,7 @@ def test_a_copy_is_lost_again_before_it_is_known_to_be_a_member() -> None:
     assert state(world) == DOWN
     world.controller.admin.forget("n2", lambda answer: setattr(world.store, "is_held", True))
     world.run(500)
-    assert state(world) == REPAIRING and world.controller.repair_in_flight(0)
+    assert state(world) == REPAIRING and world.controller.membership.repair_in_flight(0)
     world.replace("n3")
     world.up("n3")
     world.pump()
@@ -434,7 +435,7 @@ def test_shards_of_a_run_in_memory_with_one_copy_left() -> None:
     world.take_over()
     world.up("n1", "n2")
     world.run(500)
-    assert world.controller.emptied == [] and world.shards[0].commit == 1
+    assert world.controller.recovery.emptied == [] and world.shards[0].commit == 1
     world.assert_equal()
 
 
@@ -536,7 +537,7 @@ def test_a_link_that_breaks_while_a_replacement_is_stored(lost: str, comes_back:
     world.store.is_held = True
     world.up("n1", "n2")
     world.pump()
-    assert world.changes.is_busy and world.controller.repair_in_flight(0)
+    assert world.changes.is_busy and world.controller.membership.repair_in_flight(0)
     sent = world.sent
     assert sent is not None
     if outcome != "held":
@@ -695,7 +696,7 @@ def test_a_directory_that_was_missing_for_a_while() -> None:
     world.take_over()
     world.up("n2", "n3")
     world.run(RECOVER_WAIT_MS)
-    world.controller.propose(lambda old: old, lambda _: None)
+    world.controller.proposals.propose(lambda old: old, lambda _: None)
     world.pump("n2", "n3")
     assert state(world) == DOWN and world.map.heard == {"n1": 2, "n2": 2, "n3": 2}
     world.down("n2", "n3")
@@ -722,11 +723,11 @@ def test_whether_there_is_something_to_do() -> None:
     """The shell looks only then."""
     world = World(3, 3)
     assert not world.controller.is_talkative
-    world.controller.event("info", "word", number=1)
+    world.controller.outbox.event("info", "word", number=1)
     assert world.controller.is_talkative and world.controller.take_events() == [("info", "word", {"number": 1})]
-    world.controller.add_action("add", "n9")
+    world.controller.outbox.actions.append(("add", "n9"))
     assert world.controller.is_talkative and world.controller.take_actions() == [("add", "n9")]
-    world.controller.propose(lambda old: replace(old, restoring=b"x"), lambda stored: None)
+    world.controller.proposals.propose(lambda old: replace(old, restoring=b"x"), lambda stored: None)
     assert world.controller.is_talkative
     world.store_map()
     assert not world.controller.is_talkative and world.map.restoring == b"x"
@@ -753,7 +754,7 @@ def test_check_finds() -> None:
     """Broken invariants are named."""
     world = World(2, 2)
     shard = world.shards[0]
-    world.controller.recovery.shards[0] = world.controller.recovery.__class__(world.controller, [0]).shards[0]
+    world.controller.recovery.shards[0] = recovery._Shard(0)
     with pytest.raises(AssertionError, match="a shard is served or recovers"):
         world.controller.check()
     del world.controller.recovery.shards[0]
@@ -785,7 +786,7 @@ def test_the_map_is_the_one_that_is_stored() -> None:
     """A change in flight is none yet."""
     world = World(2, 2)
     world.store.is_held = True
-    world.controller.propose(lambda old: replace(old, restoring=b"x"), lambda stored: None)
+    world.controller.proposals.propose(lambda old: replace(old, restoring=b"x"), lambda stored: None)
     world.flush()
     assert world.map.restoring is None
     world.release_store()

@@ -19,18 +19,23 @@ from kvtcp.replication.learner import (
     PULLING,
     SHIPPING,
     Learner,
-    is_entry,
 )
+from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import LinkError, Progress
-from kvtcp.replication.shard_state import LINK_LOST, ShardState
+from kvtcp.replication.requests import LINK_LOST
+from kvtcp.replication.shard_state import ShardState
+from tests.replication_fakes import make_map
 
 LAST = 10  # last number given when the learner is attached
 
 
-class Around:
-    """What a learner needs; it remembers what it was asked for."""
+class Around(Outbox):
+    """What a learner needs: sequencer and outbox in one, and what Membership answers. It remembers what it was asked
+    for."""
 
     def __init__(self) -> None:
+        super().__init__(("n1", "n2", "n3"))
+        self.map = make_map(3, 2, shards=4)
         self.asked: list[tuple[str, tuple[Any, ...]]] = []  # node, item or frame
         self.calls: list[Callable[[Any], None]] = []  # of the items, in order
         self.failed: list[str] = []
@@ -47,24 +52,20 @@ class Around:
         self.asked.append((link.node, item))
         self.calls.append(then)
 
-    def send(self, link: Progress, frame: tuple[Any, ...]) -> None:
-        self.asked.append((link.node, frame))
+    def send(self, node: str, frame: tuple[Any, ...]) -> None:
+        self.asked.append((node, frame))
 
-    def address_of(self, node: str) -> tuple[str, int]:
-        return f"host-{node}", 7
-
-    def new_token(self) -> bytes:
+    def token_for(self, learner: Learner) -> bytes:
+        if not self.may:
+            return b""
         self.tokens += 1
         return b"token%d" % self.tokens
 
-    def may_transfer(self, learner: Learner) -> bool:
-        return self.may
-
-    def learner_failed(self, learner: Learner, why: str) -> None:
+    def on_failed(self, learner: Learner, why: str) -> None:
         self.failed.append(why)
 
-    def learner_is_live(self, learner: Learner) -> None:
-        self.live.append(learner.acked)
+    def on_live(self, learner: Learner) -> None:
+        self.live.append(learner.following.acked)
 
     def take(self) -> list[tuple[str, tuple[Any, ...]]]:
         """What was asked for since the last call."""
@@ -84,8 +85,11 @@ class Case:
         for link in links.values():
             link.connected = True
         self.links = links
-        self.around = Around()
-        self.learner = Learner(self.shard, links["n3"], links[donor], self.around, None, seq_min)
+        self.around = around = Around()
+        self.learner = Learner(
+            self.shard, links["n3"], links[donor], None, seq_min, sequencer=around, outbox=around,
+            token_for=around.token_for, on_live=around.on_live, on_failed=around.on_failed,
+        )  # fmt: skip
         self.learner.start(copy)
 
     def learn(self, fresh: bool, seq: int = 0, last: int = LAST) -> None:
@@ -139,7 +143,7 @@ def pulling() -> Case:
     """The node fetches it."""
     case = freezing()
     case.around.calls[-1]([1, LAST, 110, 55])
-    assert case.around.take() == [("n3", (PULL, 3, "host-n1", 7, b"token1"))] and case.learner.phase == PULLING
+    assert case.around.take() == [("n3", (PULL, 3, "h", 1, b"token1"))] and case.learner.phase == PULLING
     assert case.learner.keys_total == 55
     return case
 
@@ -166,7 +170,7 @@ def test_by_entries() -> None:
     acknowledged counts from LEARNED on."""
     case = shipping()
     learner = case.learner
-    assert learner.disk == "old" and learner.entries_left == LAST - 7
+    assert learner.following.disk == "old" and learner.entries_left == LAST - 7
     learner.on_shipped("n3", 9, 109, None)
     assert case.around.take() == [("n1", (FETCH, 3, 9))] and learner.phase == FETCHING and learner.entries_left == 1
     learner.on_entries("n1", 9, 109, entries(10, 12))
@@ -174,13 +178,13 @@ def test_by_entries() -> None:
     learner.on_shipped("n3", 12, 112, None)
     assert case.around.take() == [] and learner.phase == SHIPPING
     learner.acknowledged(11)
-    assert learner.acked == 0 and not case.around.live
+    assert learner.following.acked == 0 and not case.around.live
     case.shard.last_seq = 14
     learner.on_learned("n3", b"old", 13)
-    assert learner.phase == LIVE and (learner.acked, learner.seq) == (13, 13) and case.around.live == [13]
+    assert learner.phase == LIVE and (learner.following.acked, learner.seq) == (13, 13) and case.around.live == [13]
     learner.acknowledged(13)
     learner.acknowledged(14)
-    assert learner.acked == 14 and case.around.live == [13, 14] and learner.entries_left == 0
+    assert learner.following.acked == 14 and case.around.live == [13, 14] and learner.entries_left == 0
 
 
 @pytest.mark.parametrize("order", ["entries, learned", "learned, entries"])
@@ -195,20 +199,20 @@ def test_a_copy_that_has_everything_is_compared_all_the_same(order: str) -> None
     first, second = order.split(", ")
     answers[first]()
     case.learner.acknowledged(LAST + 2)
-    assert case.learner.acked == 0 and case.learner.phase != LIVE
+    assert case.learner.following.acked == 0 and case.learner.phase != LIVE
     answers[second]()
     assert case.learner.phase == LIVE and case.around.take() == []
-    assert case.learner.acked == (LAST + 2 if first == "learned" else LAST)
+    assert case.learner.following.acked == (LAST + 2 if first == "learned" else LAST)
 
 
 def test_by_a_whole_copy() -> None:
     """Frozen at the donor after the learner was attached, pulled, published, live."""
     case = pulling()
-    assert case.learner.token == b"token1" and case.learner.disk == "new"
+    assert case.learner.token == b"token1" and case.learner.following.disk == "new"
     case.learner.acknowledged(LAST + 1)
-    assert case.learner.acked == 0
+    assert case.learner.following.acked == 0
     case.learner.on_learned("n3", b"new", LAST)
-    assert case.learner.phase == LIVE and case.learner.acked == LAST
+    assert case.learner.phase == LIVE and case.learner.following.acked == LAST
 
 
 def test_a_copy_that_gives_itself() -> None:
@@ -216,13 +220,13 @@ def test_a_copy_that_gives_itself() -> None:
     case = Case(copy(4), donor="n3", seq_min=500)
     learner, around = case.learner, case.around
     assert around.take() == [("n3", (DONATE, 3, b"token1", 500))] and learner.phase == FREEZING
-    assert not learner.takes_writes
+    assert not learner.following.takes_writes
     around.calls[-1]([2, 501, 0, 9])
     case.learn(True, last=501)
-    assert learner.takes_writes
-    assert around.take() == [("n3", (PULL, 3, "host-n3", 7, b"token1"))] and learner.keys_total == 9
+    assert learner.following.takes_writes
+    assert around.take() == [("n3", (PULL, 3, "h", 3, b"token1"))] and learner.keys_total == 9
     learner.on_learned("n3", b"new", 501)
-    assert learner.phase == LIVE and learner.acked == 501 and learner.entries_left == 0
+    assert learner.phase == LIVE and learner.following.acked == 501 and learner.entries_left == 0
 
 
 @pytest.mark.parametrize(
@@ -391,7 +395,7 @@ def test_frames_that_are_not_awaited(phase: str) -> None:
     """Of other nodes, of other numbers, of other disks, of earlier attempts: they change nothing."""
     case = PHASES[phase]()
     learner = case.learner
-    before = (learner.phase, learner.seq, learner.acked, learner.fresh, learner.token)
+    before = (learner.phase, learner.seq, learner.following.acked, learner.fresh, learner.token)
     case.around.take()
     learner.on_entries("n2", 7, 107, entries(8, 10))
     learner.on_entries("n1", 6, 106, entries(7, 10))
@@ -409,7 +413,7 @@ def test_frames_that_are_not_awaited(phase: str) -> None:
     if phase in (ASKED, LIVE):
         learner.on_failed("n3", "why")
         learner.on_learned("n3", b"old", LAST)
-    assert before == (learner.phase, learner.seq, learner.acked, learner.fresh, learner.token)
+    assert before == (learner.phase, learner.seq, learner.following.acked, learner.fresh, learner.token)
     assert case.around.take() == [] and not case.around.failed
 
 
@@ -433,7 +437,7 @@ def test_learned_of_an_earlier_attachment_by_the_same_disk() -> None:
     case.learner.on_entries("n1", LAST, 110, [])
     assert case.learner.phase == SHIPPING
     case.learner.on_learned("n3", b"old", LAST)
-    assert case.learner.phase == LIVE and case.learner.acked == LAST
+    assert case.learner.phase == LIVE and case.learner.following.acked == LAST
 
 
 def test_a_number_that_was_never_given() -> None:
@@ -453,16 +457,10 @@ def test_a_learner_that_runs_after_the_members() -> None:
     case = live()
     for _ in range(3 * HURRY_TICKS):
         case.learner.tick()
-    assert not case.learner.hurry and set(case.around.live) == {LAST}
+    assert not case.learner.following.holds_writes and set(case.around.live) == {LAST}
     case.shard.last_seq = case.shard.commit = LAST + 5
     for _ in range(HURRY_TICKS):
         case.learner.tick()
-    assert not case.learner.hurry
+    assert not case.learner.following.holds_writes
     case.learner.tick()
-    assert case.learner.hurry
-
-
-def test_entries() -> None:
-    """A chain and the packed entry."""
-    assert is_entry([1, b"packed"])
-    assert not any(map(is_entry, ([1], [1, b"p", 2], (1, b"p"), [b"1", b"p"], [1, "p"], None)))
+    assert case.learner.following.holds_writes

@@ -108,3 +108,9 @@ def test_parse_told() -> None:
     for changes in ({b"map": 1}, {b"linked": 1}, {b"linked": None}, {b"pid": b"42"}):
         with pytest.raises(ProtocolError):
             link.parse_told(told_fields() | changes)
+
+
+def test_entries() -> None:
+    """A chain and the packed entry."""
+    assert link.is_entry([1, b"packed"])
+    assert not any(map(link.is_entry, ([1], [1, b"p", 2], (1, b"p"), [b"1", b"p"], [1, "p"], None)))

@@ -413,7 +413,7 @@ def test_a_learner_that_is_detached_is_told_so_behind_its_writes() -> None:
     world = World()
     learning(world)
     world.put("buffered")
-    [learner] = world.shards[0].learners.values()
+    [learner] = world.controller.membership.learners_of(0)
     learner.fail("a test")
     world.check()
     world.put("not for it")
@@ -431,7 +431,7 @@ def test_a_learner_whose_window_is_full_holds_writes_back() -> None:
     world.put("waits")
     world.pump("n1", "n2")
     assert "waits" not in world.answers
-    [learner] = world.shards[0].learners.values()
+    [learner] = world.controller.membership.learners_of(0)
     learner.fail("a test")
     world.pump("n1", "n2")
     assert world.answers.ok == {"waits": 1}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvtcp.config_store.store import Outcome
 from kvtcp.constants import (
     BACKOFF_MIN_MS,
     EVICT_AFTER_MS,
@@ -27,7 +28,6 @@ from kvtcp.protocol.operations import DONATE, DROP, INCR, LEARN, PUT, UNLEARN
 from kvtcp.replication import membership
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
-from kvtcp.replication.map_changes import Outcome
 from kvtcp.replication.recovery import DOWN
 from tests.controller_world import World
 
@@ -39,7 +39,7 @@ def wanted(*rows: list[str]) -> Callable[[ClusterMap], ClusterMap]:
 
 def want(world: World, *rows: list[str]) -> None:
     """Change that in a running cluster."""
-    world.controller.propose(wanted(*rows), lambda stored: world.controller.membership.work())
+    world.controller.proposals.propose(wanted(*rows), lambda stored: world.controller.membership.work())
 
 
 def whole(world: World) -> None:
@@ -373,12 +373,12 @@ def test_a_bad_copy_that_has_to_stay_is_replaced_in_its_place() -> None:
     assert world.answers.failed["pending"][0] == Code.UNKNOWN
     world.put("waiting")
     world.pump()
-    [learner] = world.shards[0].learners.values()
-    assert learner.phase == LIVE and learner.proposed and learner.acked == 2 and world.shards[0].commit == 1
+    [learner] = world.controller.membership.learners_of(0)
+    assert learner.phase == LIVE and learner.proposed and learner.following.acked == 2 and world.shards[0].commit == 1
     assert world.row() == world.members() == ["n1", "n2"] and "waiting" not in world.answers
     world.release_store()
     world.pump()
-    assert world.answers.ok["waiting"] == 3 and world.map.disk_of(0, "n2") == learner.disk != "n2-1"
+    assert world.answers.ok["waiting"] == 3 and world.map.disk_of(0, "n2") == learner.following.disk != "n2-1"
     settled(world, 0)
 
 
@@ -397,7 +397,7 @@ def test_a_bad_copy_that_leaves_while_it_is_replaced() -> None:
     assert learner.phase == LIVE and not learner.proposed
     world.release_store()
     world.run(200)
-    assert world.row() == ["n1", "n2", "n3"] and world.map.disk_of(0, "n3") == learner.disk
+    assert world.row() == ["n1", "n2", "n3"] and world.map.disk_of(0, "n3") == learner.following.disk
     write(world)
     settled(world)
 
@@ -448,7 +448,7 @@ def test_a_link_that_breaks_before_a_replacement_in_a_served_shard_is_proposed()
     world.nodes["n2"].holds_pulls = True
     world.up("n2")
     world.pump()
-    assert [learner.phase for learner in world.shards[0].learners.values()] == [PULLING]
+    assert [learner.phase for learner in world.controller.membership.learners_of(0)] == [PULLING]
     world.down("n2")
     assert not world.shards[0].learners and world.shards[0].bad
     world.nodes["n2"].holds_pulls = False
@@ -748,7 +748,7 @@ def test_a_learner_that_is_live_while_another_change_is_on_its_way() -> None:
     world.nodes["n4"].holds_pulls = False
     world.run(500)
     [learner] = world.controller.membership.learners()
-    assert learner.phase == LIVE and not learner.proposed and not learner.hurry
+    assert learner.phase == LIVE and not learner.proposed and not learner.following.holds_writes
     world.release_store()
     world.run(100)
     assert world.row() == ["n1", "n2", "n4"]
@@ -779,7 +779,7 @@ def test_writes_wait_for_a_learner_that_runs_after_the_members(ending: str) -> N
     away(world)
     world.up("n3")
     late = n = 0
-    while not any(learner.hurry for learner in world.controller.membership.learners()):
+    while not any(learner.following.holds_writes for learner in world.controller.membership.learners()):
         n += 1
         world.put(n)
         world.flush()
@@ -825,7 +825,7 @@ def test_a_copy_moves() -> None:
     settled(world)
     assert world.rows() == [["n1", "n2", "n3"], ["n1", "n2", "n3", "n4"], ["n1", "n2", "n4"]]
     assert world.items("n3", DROP) == [[DROP, 0]] and not world.nodes["n3"].replica.copies
-    assert not world.controller.copies_of("n3")
+    assert not world.controller.membership.copies_of("n3")
     assert world.words("left-in-sync")[-1]["reason"] == "it is not wanted there any more"
 
 
@@ -872,13 +872,13 @@ def test_a_drop_that_died_with_the_link_is_asked_for_again() -> None:
         world.run(TICK_MS)
     world.nodes["n3"].is_paused = True
     world.run(3_000)
-    assert world.controller.copies_of("n3").keys() == {0}
+    assert world.controller.membership.copies_of("n3").keys() == {0}
     world.down("n3")
     world.nodes["n3"].is_paused = False
     world.up("n3")
-    assert world.controller.copies_of("n3").keys() == {0} and world.items("n3", DROP) == []
+    assert world.controller.membership.copies_of("n3").keys() == {0} and world.items("n3", DROP) == []
     settled(world)
-    assert world.items("n3", DROP) == [[DROP, 0]] and not world.controller.copies_of("n3")
+    assert world.items("n3", DROP) == [[DROP, 0]] and not world.controller.membership.copies_of("n3")
     world.down("n3")
     world.up("n3")
     world.run(3_000)
@@ -999,7 +999,7 @@ def test_a_substitute_that_is_lost_while_the_map_is_changed(comes_back: str) -> 
     world.flush()
     world.store.is_held = True
     world.pump()
-    [learner] = world.shards[0].learners.values()
+    [learner] = world.controller.membership.learners_of(0)
     assert learner.proposed and learner.link.node == "n3"
     if comes_back == "wiped":
         world.replace("n3")
@@ -1013,7 +1013,7 @@ def test_a_substitute_that_is_lost_while_the_map_is_changed(comes_back: str) -> 
     world.release_store()
     settled(world, 1_000)
     assert world.answers.ok["waits"] == 3 and world.row() == ["n1", "n3"]
-    assert (world.map.disk_of(0, "n3") == learner.disk) is (comes_back == "as it was")
+    assert (world.map.disk_of(0, "n3") == learner.following.disk) is (comes_back == "as it was")
 
 
 def test_writes_of_a_learner_are_its_shards_alone() -> None:

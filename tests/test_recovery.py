@@ -3,7 +3,7 @@ reports and changes of the map are moved by hand; tests/test_controller.py has i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,11 @@ from kvtcp.constants import RECOVER_WAIT_MS
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
 from kvtcp.replication import recovery
 from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
+from kvtcp.replication.copy_reports import LOST_DATA, UNKNOWN_COPY
+from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
+from kvtcp.replication.sequencer import Sequencer
 from tests.replication_fakes import make_map
 
 ENTRY = b"packed"
@@ -31,59 +34,77 @@ def entries(first: int, last: int) -> list[list[Any]]:
     return [[100 + seq, ENTRY] for seq in range(first, last + 1)]
 
 
-class Around:
-    """What a recovery needs; it remembers what it was told. A change of the map is stored by `store`."""
+class Watched(Sequencer):
+    """A sequencer that remembers what the recovery told it."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:
-        self.now_ms = 1_000
-        self.reports: dict[str, Report] = {}
-        self.map = cluster_map
-        self.sent: list[tuple[str, tuple[Any, ...]]] = []
+        super().__init__(cluster_map)
         self.served: dict[int, tuple[int, int]] = {}
         self.repairs: dict[int, tuple[int, dict[str, str]]] = {}
-        self.in_flight: set[int] = set()
-        self.stopped: list[int] = []
         self.rows: list[tuple[int, list[str]]] = []
-        self.downs: list[tuple[int, str]] = []
-        self.alarms: list[str] = []
-        self.emptied: list[int] = []
-        self.changes: list[tuple[list[int], Callable[[ClusterMap], ClusterMap], Callable[[], None]]] = []
-        self.recovery = Recovery(self, range(cluster_map.shards))
 
-    def propose_rows(
-        self, numbers: Iterable[int], edit: Callable[[ClusterMap], ClusterMap], done: Callable[[], None]
-    ) -> None:
-        self.changes.append((list(numbers), edit, done))
-
-    def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
-        assert node in self.reports
-        self.sent.append((node, frame))
-
-    def row_changed(self, number: int) -> None:
-        self.rows.append((number, self.map.nodes_of(number)))
-
-    def recovered(self, number: int, seq: int, chain: int) -> None:
+    def serve(self, number: int, seq: int, chain: int) -> None:
+        super().serve(number, seq, chain)
         assert number not in self.served
         self.served[number] = (seq, chain)
 
-    def repair(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
+    def equalized(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
+        super().equalized(number, seq, bad)
         self.repairs[number] = (seq, dict(bad))
+
+    def set_members(self, number: int, nodes: Sequence[str]) -> None:
+        super().set_members(number, nodes)
+        self.rows.append((number, list(nodes)))
+
+
+class Around:
+    """What a recovery needs, by hand: its changes of the map, which `store` stores, and Membership, which replaces
+    nothing."""
+
+    def __init__(self, cluster_map: ClusterMap) -> None:
+        self.map = cluster_map
+        self.reports: dict[str, Report] = {}
+        self.sequencer = Watched(cluster_map)
+        self.served, self.repairs, self.rows = self.sequencer.served, self.sequencer.repairs, self.sequencer.rows
+        self.outbox = Outbox(self.reports)
+        self.in_flight: set[int] = set()
+        self.repairing: set[int] = set()
+        self.unsettled: set[int] = set()
+        self.changes: list[tuple[Callable[[ClusterMap], ClusterMap], Callable[[ClusterMap], None]]] = []
+        self.recovery = Recovery(self.sequencer, self, self.outbox, self.reports, self)  # type: ignore[arg-type]
+        self.emptied = self.recovery.emptied
+        self.sequencer.now_ms = 1_000
+
+    def propose(self, edit: Callable[[ClusterMap], ClusterMap], done: Callable[[ClusterMap], None]) -> None:
+        self.changes.append((edit, done))
+
+    def repair(self, number: int) -> None:
+        assert self.repairs[number] and self.recovery.shards[number].state == REPAIRING
+        self.repairing.add(number)
 
     def repair_in_flight(self, number: int) -> bool:
         return number in self.in_flight
 
     def stop_repair(self, number: int) -> None:
         assert number not in self.in_flight
-        self.stopped.append(number)
+        self.repairing.discard(number)
 
-    def is_down(self, number: int, why: str) -> None:
-        self.downs.append((number, why))
+    # --- what it said -----------------------------------------------------------------------------------
 
-    def alarm(self, sentence: str) -> None:
-        self.alarms.append(sentence)
+    @property
+    def downs(self) -> list[tuple[int, str]]:
+        """Shards that are down, and why."""
+        return [(fields["shard"], fields["reason"]) for _, word, fields in self.outbox.events if word == "shard-down"]
 
-    def began_empty(self, number: int) -> None:
-        self.emptied.append(number)
+    @property
+    def alarms(self) -> list[str]:
+        """What should never be seen."""
+        return [fields["reason"] for _, word, fields in self.outbox.events if word == "alarm"]
+
+    @property
+    def sent(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """The frames since the last `take_sent`."""
+        return [action[1:] for action in self.outbox.actions]
 
     # --- by hand ----------------------------------------------------------------------------------------
 
@@ -100,20 +121,21 @@ class Around:
 
     def wait(self, ms: int = RECOVER_WAIT_MS) -> None:
         """So much time passes."""
-        self.now_ms += ms
+        self.sequencer.now_ms += ms
         self.recovery.tick()
 
     def store(self) -> None:
         """The changes that were proposed are stored, in their order."""
         changes, self.changes = self.changes, []
-        for _, edit, done in changes:
+        for edit, done in changes:
             self.map = edit(self.map)
             self.map.check()
-            done()
+            done(self.map)
 
     def take_sent(self) -> list[tuple[str, tuple[Any, ...]]]:
         """The frames since the last call."""
-        sent, self.sent = self.sent, []
+        sent = self.sent
+        self.outbox.actions.clear()
         return sent
 
     def state(self, number: int = 0) -> str:
@@ -158,7 +180,7 @@ def test_each_shard_waits_for_its_own_members() -> None:
 def test_silent_members_are_waited_for() -> None:
     """RECOVER_WAIT_MS from the first look on, however long the process needed before; then they are removed."""
     around = Around(make_map(3, 3, shards=1))
-    around.now_ms = 500_000
+    around.sequencer.now_ms = 500_000
     around.report("n1", copy(7))
     around.report("n2", copy(7))
     around.wait(RECOVER_WAIT_MS - 1)
@@ -181,8 +203,9 @@ def test_what_changes_in_one_step_is_one_change_of_the_map() -> None:
     around.report("n3", copy(7), None, copy(7), copy(7))
     assert around.served.keys() == {0} and not around.changes
     around.wait()
-    [(numbers, _, _)] = around.changes
-    assert numbers == [1, 2, 3]
+    [(edit, _)] = around.changes
+    new = edit(around.map)
+    assert [number for number in range(4) if new.members[number] != around.map.members[number]] == [1, 2, 3]
     around.store()
     assert [around.map.nodes_of(number) for number in range(4)] == [
         ["n1", "n2", "n3"], ["n1"], ["n3", "n1"], ["n2", "n3"],
@@ -483,7 +506,7 @@ def test_a_link_that_breaks_while_the_map_is_changed_and_stays_away() -> None:
     """After the change it is waited for as at the beginning."""
     around = begin(copy(7), copy(7), copy(disk="new"))
     around.lose("n2")
-    around.now_ms += 5 * RECOVER_WAIT_MS
+    around.sequencer.now_ms += 5 * RECOVER_WAIT_MS
     around.store()
     assert around.state() == WAITING and not around.changes
     around.wait()
@@ -501,20 +524,25 @@ def test_a_link_that_breaks_while_a_member_is_replaced() -> None:
     assert around.state() == REPAIRING
     around.in_flight.add(0)
     around.lose("n1")
-    assert around.state() == REPAIRING and around.recovery.must_restart(0)
+    assert around.state() == REPAIRING and around.recovery.shards[0].again
     around.in_flight.clear()
     around.recovery.begin(0)
-    assert around.state() == WAITING and not around.recovery.must_restart(0)
+    assert around.state() == WAITING and not around.recovery.shards[0].again
 
 
 def test_members_that_were_replaced() -> None:
     """When all bad members are, the shard is served at the position of those that were good."""
     around = begin(copy(7), copy(disk="new"), min_insync=2)
-    around.map = around.map.replaced(0, "n2", "n2", "new")
-    around.recovery.repaired(0)
-    assert around.served == {0: (7, 107)}
+    shipping = begin(copy(4), copy(7))
+    for case in (around, shipping):
+        case.map = case.map.replaced(0, "n2", "n2", "new")
+        case.reports["n2"].copies[0] = copy(7, disk="new")
+        case.sequencer.shards[0].mark(case.sequencer.links["n2"], "")
+    around.recovery.replaced(0, "n2", "new")
+    assert around.served == {0: (7, 107)} and not around.repairing
+    shipping.repairing.add(0)
     with pytest.raises(AssertionError, match="only a shard under repair is repaired"):
-        begin(copy(4), copy(7)).recovery.repaired(0)
+        shipping.recovery.replaced(0, "n2", "new")
 
 
 # --- bad members ------------------------------------------------------------------------------------
@@ -632,7 +660,7 @@ def test_a_row_that_names_lost_copies() -> None:
     around.report("n2", copy(0, disk="b"))
     assert around.state() == DOWN
     (_, why), *_ = around.downs
-    assert f"n1 {recovery.UNKNOWN_COPY}; n2 {recovery.LOST_DATA}" in why
+    assert f"n1 {UNKNOWN_COPY}; n2 {LOST_DATA}" in why
 
 
 # --- new disks --------------------------------------------------------------------------------------

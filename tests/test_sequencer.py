@@ -13,8 +13,8 @@ from kvtcp.protocol.operations import ADD, CHAIN_AT, DELETE, GET, INCR, PURGE, P
 from kvtcp.replication import progress
 from kvtcp.replication.multi_read import count_read, mget_read
 from kvtcp.replication.progress import LinkError
+from kvtcp.replication.requests import LINK_LOST
 from kvtcp.replication.sequencer import Sequencer
-from kvtcp.replication.shard_state import LINK_LOST
 from tests.replication_fakes import Cluster
 
 # --- links ------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvtcp.replication.shard_state import IGNORE, ShardState
+from kvtcp.replication.requests import IGNORE
+from kvtcp.replication.shard_state import ShardState
 from tests.replication_fakes import Cluster
 
 DAMAGE: list[tuple[str, Callable[[ShardState], object]]] = [

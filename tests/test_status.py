@@ -10,7 +10,7 @@ import pytest
 import kvtcp
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.replication.learner import Learner
-from kvtcp.replication.recovery import Recovery
+from kvtcp.replication.recovery import Recovery, _Shard
 from kvtcp.server import status as module
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.server_tools import until
@@ -68,7 +68,7 @@ async def test_every_trouble_has_its_sentence(monkeypatch: pytest.MonkeyPatch) -
         bad.mark(first, "has an incomplete copy")
         bad.update_writable()
         recovering.serving, recovering.reason = False, "its members have not reported yet"
-        server.controller.recovery.shards = Recovery(server.controller, [recovering.number]).shards
+        server.controller.recovery.shards = {recovering.number: _Shard(recovering.number)}
         sequencer.leave([short], first)
         sequencer.on_space("n2", 1)
         server.backups.restoring = b"in/"

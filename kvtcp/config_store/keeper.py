@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kvtcp.config_store.store import ConfigStore, ConfigStoreError, Outcome, Stored
+from kvtcp.config_store.store import NOTHING, ConfigStore, ConfigStoreError, Outcome, Stored
 from kvtcp.replication.cluster_map import ClusterMap, MapError
-from kvtcp.replication.map_changes import NOTHING, Done, Edit, Failed, MapChanges, NotOwner
+from kvtcp.replication.map_changes import Done, Edit, Failed, MapChanges, NotOwner
 
 __all__ = ["Edit", "MapKeeper", "NotOwner"]
 

@@ -1,5 +1,7 @@
 """ConfigStore: what kvtcp needs of a config store, one value that is changed by compare-and-set only.
 
+Pure. The contract: MapChanges decides by it without a store, MapKeeper brings both together.
+
 The value is JSON text that the store does not look into. Its version counts the changes: none at first, then 1, 2, 3...
 Everything is asynchronous, because a store may be a service on other machines.
 
@@ -10,11 +12,28 @@ moved, which is safe: it can be applied once only.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Protocol
 
-from kvtcp.replication.map_changes import Outcome, Stored
 
-__all__ = ["ConfigStore", "ConfigStoreError", "Outcome", "Stored"]  # those of the core belong to this contract
+class Outcome(Enum):
+    """Of a compare-and-set."""
+
+    DONE = "done"  # the value is stored; its version is the expected one + 1
+    CONFLICT = "conflict"  # the version is not the expected one; nothing was changed
+    UNKNOWN = "unknown"  # the value may be stored, now or later
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a store holds."""
+
+    version: int
+    value: bytes
+
+
+NOTHING: Final = Stored(0, b"")  # what a read shows of a store without a value
 
 
 class ConfigStoreError(Exception):

@@ -121,6 +121,11 @@ _REPORT_FIELDS: Final = {
 _COPY_TYPES: Final = [int, bytes, int, bool, int, int, int, int]
 
 
+def is_entry(entry: Any) -> bool:
+    """Whether this is [chain, packed entry], as in ENTRIES."""
+    return type(entry) is list and len(entry) == 2 and type(entry[0]) is int and type(entry[1]) is bytes
+
+
 def parse_report(fields: Any) -> Report:
     """The second field of a REPORT frame. Raises ProtocolError."""
     if type(fields) is not dict:

@@ -51,16 +51,8 @@ from kvtcp.replication.answers import Answers
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
-from kvtcp.replication.shard_state import (
-    AWAITED,
-    ITEM_OVERHEAD_BYTES,
-    NUMBER,
-    PART,
-    WRITE,
-    ShardState,
-    Sink,
-    Waiting,
-)
+from kvtcp.replication.requests import AWAITED, ITEM_OVERHEAD_BYTES, NUMBER, PART, WRITE, Sink, Waiting
+from kvtcp.replication.shard_state import ShardState
 
 # writes that a node short of disk space cannot take
 GROWING: Final = frozenset(

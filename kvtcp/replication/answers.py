@@ -23,18 +23,8 @@ from kvtcp.protocol.operations import EXISTS, GET, REVISION
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
-from kvtcp.replication.shard_state import (
-    AWAITED,
-    CALL,
-    DUE,
-    LOST,
-    NUMBER,
-    PART,
-    ClusterState,
-    Held,
-    ShardState,
-    Sink,
-)
+from kvtcp.replication.requests import AWAITED, CALL, DUE, LOST, NUMBER, PART, Held, Sink
+from kvtcp.replication.shard_state import ClusterState, ShardState
 
 
 class Answers(ClusterState):
@@ -48,7 +38,7 @@ class Answers(ClusterState):
     def _acknowledged(self, shard: ShardState, link: Progress, seq: int) -> None:
         """`link` has the entries of `shard` up to `seq`."""
         if shard.learners and link in shard.learners:
-            shard.learners[link].acknowledged(seq)
+            shard.learners[link].on_acknowledged(seq)
             return
         acked = shard.acked
         if seq <= acked.get(link, seq):  # nothing new, or the link left the members meanwhile

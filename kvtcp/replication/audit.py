@@ -8,27 +8,29 @@ shard whose members differ is stopped: whichever of them is read may be wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvtcp.protocol.operations import AUDIT
+from kvtcp.replication.membership import Membership
+from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import Progress
-from kvtcp.replication.shard_state import LINK_LOST
-
-if TYPE_CHECKING:
-    from kvtcp.replication.controller import Controller
+from kvtcp.replication.requests import LINK_LOST
+from kvtcp.replication.sequencer import Sequencer
 
 
 class Audit:
-    """Of one controller."""
+    """Of the shards of a sequencer. Learners of a shard that is stopped are given up."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
+    def __init__(self, sequencer: Sequencer, membership: Membership, outbox: Outbox) -> None:
+        self._sequencer = sequencer
+        self._membership = membership
+        self._outbox = outbox
 
     def begin(self) -> None:
         """I6: ask all members in one step for the chains of their shards. Links are in order, so they all answer for
         the same moment."""
         asked: dict[int, list[Progress]] = {}
-        for shard in self._controller.sequencer.shards:
+        for shard in self._sequencer.shards:
             good = [link for link in shard.good if link.connected and not link.full]
             if shard.serving and len(good) > 1:
                 asked[shard.number] = good
@@ -38,7 +40,7 @@ class Audit:
             for link in links:
                 by_link.setdefault(link, []).append(number)
         for link, numbers in by_link.items():
-            self._controller.call(link, (AUDIT, numbers), self._auditor(link, numbers, answers, asked))
+            self._sequencer.call(link, (AUDIT, numbers), self._auditor(link, numbers, answers, asked))
 
     def _auditor(
         self, link: Progress, numbers: list[int], answers: dict[int, dict[str, Any]], asked: dict[int, list[Progress]]
@@ -55,12 +57,11 @@ class Audit:
         return take
 
     def _compare(self, number: int, positions: Mapping[str, Any]) -> None:
-        shard = self._controller.sequencer.shards[number]
+        shard = self._sequencer.shards[number]
         if len(set(positions.values())) == 1 or not shard.serving:
             return
         told = ", ".join(f"{node} {position}" for node, position in sorted(positions.items()))
         why = f"its members differ (number, chain): {told}"
-        self._controller.alarm(f"shard {number} was stopped: {why}")
-        self._controller.sequencer.stop_serving(number, why)
-        for learner in list(shard.learners.values()):
-            learner.fail("its shard was stopped")
+        self._outbox.alarm(f"shard {number} was stopped: {why}")
+        self._sequencer.stop_serving(number, why)
+        self._membership.end_learners(number, "its shard was stopped")

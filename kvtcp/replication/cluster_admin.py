@@ -1,4 +1,4 @@
-"""Cluster administration: what an operator asks of the cluster, as changes of its map.
+"""Administration: what an operator asks of the cluster, as changes of its map.
 
 Pure, a part of the controller. Everything is a change of where copies shall be, or of who is a node; Membership then
 does the moving. A request is refused with AdminError, one sentence that says why and what to do, and nothing was
@@ -14,51 +14,54 @@ changed; or it is answered through `done` when its change is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kvtcp.constants import NODES_MAX
 from kvtcp.errors import AdminError
+from kvtcp.protocol.link import Report
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.learner import Learner
+from kvtcp.replication.membership import Membership
+from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.placement import plan
-from kvtcp.replication.recovery import DOWN
-
-if TYPE_CHECKING:
-    from kvtcp.replication.controller import Controller
+from kvtcp.replication.proposals import Proposals
+from kvtcp.replication.recovery import DOWN, Recovery
+from kvtcp.replication.sequencer import Sequencer
 
 Done = Callable[[dict[str, Any] | AdminError], None]
 
 
-class ClusterAdmin:
-    """Of one controller."""
+class Admin:
+    """Requests of operators, one method each. `node_down` is told of a linked node that leaves the cluster."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._core = controller
-        self.leaving: set[str] = set()  # nodes that are about to be removed from the map: nothing learns there
-        self._losses: dict[int, Learner] = {}  # shards whose loss was accepted, until they are judged again
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        proposals: Proposals,
+        outbox: Outbox,
+        reports: Mapping[str, Report],
+        membership: Membership,
+        recovery: Recovery,
+        node_down: Callable[[str, str], None],
+    ) -> None:
+        self._sequencer = sequencer
+        self._proposals = proposals
+        self._outbox = outbox
+        self._reports = reports
+        self._membership = membership
+        self._recovery = recovery
+        self._node_down = node_down
+
+    @property
+    def _map(self) -> ClusterMap:
+        return self._proposals.map
 
     def tick(self) -> None:
         """A destroyed node of which nothing is left in the map leaves it."""
-        for node in self._core.map.destroyed:
-            if node in self._core.map.nodes and node not in self.leaving and not self._core.map.shards_of(node):
+        leaving = self._membership.leaving
+        for node in self._map.destroyed:
+            if node in self._map.nodes and node not in leaving and not self._map.shards_of(node):
                 self._remove_destroyed(node)
-
-    def node_down(self, node: str) -> None:
-        """A link is gone, and with it the learners on it."""
-        for loss in list(self._losses.values()):
-            if loss.link.node == node and not loss.proposed:
-                self.learner_failed(loss, f"the link to {node} was lost")
-
-    def learner_failed(self, learner: Learner, why: str) -> None:
-        """A learner is over."""
-        if self._losses.pop(learner.shard.number, None) is not None:
-            self._core.event("error", "loss-not-accepted", shard=learner.shard.number, reason=why)
-
-    def replaced(self, number: int) -> None:
-        """A member of a shard that is not served was replaced in the map."""
-        if self._losses.pop(number, None) is not None:
-            self._core.event("warning", "loss-accepted", shard=number)
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -75,13 +78,13 @@ class ClusterAdmin:
             new, node = old.with_node(host, port)
             added.append(node)
             if any(len(row) < new.factor for row in new.wanted):
-                new = new.with_wanted(plan(new.wanted, usable_nodes(new), new.factor))
+                new = new.with_wanted(plan(new.wanted, new.usable_nodes(), new.factor))
             return new
 
         def stored() -> dict[str, Any]:
             node = added[-1]
-            self._core.add_action("add", node)
-            self._core.event("info", "node-added", node=node, address=f"{host}:{port}")
+            self._outbox.actions.append(("add", node))
+            self._outbox.event("info", "node-added", node=node, address=f"{host}:{port}")
             return {"node": node}
 
         self._request(edit, stored, done)
@@ -91,7 +94,7 @@ class ClusterAdmin:
 
         def edit(old: ClusterMap) -> ClusterMap:
             _check_node(old, node)
-            usable = [each for each in usable_nodes(old) if each != node]
+            usable = [each for each in old.usable_nodes() if each != node]
             if len(usable) < old.factor:
                 raise ValueError(
                     f"without {node} there are {len(usable)} nodes for a replication factor of {old.factor}; "
@@ -100,8 +103,8 @@ class ClusterAdmin:
             return old.with_draining(node, True).with_wanted(plan(old.wanted, usable, old.factor))
 
         def stored() -> dict[str, Any]:
-            self._core.membership.work()
-            return {"node": node, "shards": len(self._core.map.shards_of(node))}
+            self._membership.work()
+            return {"node": node, "shards": len(self._map.shards_of(node))}
 
         self._request(edit, stored, done)
 
@@ -121,7 +124,9 @@ class ClusterAdmin:
 
         def edit(old: ClusterMap) -> ClusterMap:
             _check_node(old, node)
-            held = len({*old.shards_of(node), *self._core.copies_of(node), *self._core.shards_on(node)})
+            link = self._sequencer.links.get(node)
+            taking_part = [] if link is None else [shard.number for shard in link.shards]  # whatever is stored
+            held = len({*old.shards_of(node), *self._membership.copies_of(node), *taking_part})
             wanted = sum(node in row for row in old.wanted)
             if held or wanted:
                 is_empty_soon = node in old.draining and not old.shards_of(node) and not wanted
@@ -137,11 +142,11 @@ class ClusterAdmin:
 
         def answered(answer: dict[str, Any] | AdminError) -> None:
             if not was_leaving:  # else another request is about it still
-                self.leaving.discard(node)
+                self._membership.leaving.discard(node)
             done(answer)
 
-        was_leaving = node in self.leaving
-        self.leaving.add(node)
+        was_leaving = node in self._membership.leaving
+        self._membership.leaving.add(node)
         self._request(edit, stored, answered)
 
     def forget(self, node: str, done: Done) -> None:
@@ -149,9 +154,9 @@ class ClusterAdmin:
 
         def edit(old: ClusterMap) -> ClusterMap:
             _check_node(old, node)
-            if node in self._core.reports:
+            if node in self._reports:
                 raise ValueError(f"{node} is linked: a node that answers is not destroyed; drain it instead")
-            usable = [each for each in usable_nodes(old) if each != node]
+            usable = [each for each in old.usable_nodes() if each != node]
             if len(usable) < old.min_insync:
                 raise ValueError(
                     f"without {node} there are {len(usable)} nodes, and every shard needs {old.min_insync}; "
@@ -160,15 +165,15 @@ class ClusterAdmin:
             return old.with_destroyed(node).with_wanted(plan(old.wanted, usable, old.factor))
 
         def stored() -> dict[str, Any]:
-            shards = len(self._core.map.shards_of(node))
-            self._core.event("warning", "node-destroyed", node=node, shards=shards)
-            if node in self._core.reports:  # it came while that was stored
-                self._core.close_link(self._core.sequencer.links[node], "it was declared destroyed")
-            for number, shard in list(self._core.recovery.shards.items()):
+            shards = len(self._map.shards_of(node))
+            self._outbox.event("warning", "node-destroyed", node=node, shards=shards)
+            if node in self._reports:  # it came while that was stored
+                self._outbox.close_link(node, "it was declared destroyed")
+            for number, shard in list(self._recovery.shards.items()):
                 if shard.state == DOWN:
-                    self._core.recovery.begin(number)
-            self._core.recovery.tick()
-            self._core.membership.work()
+                    self._recovery.begin(number)
+            self._recovery.tick()
+            self._membership.work()
             return {"node": node, "shards": shards}
 
         self._request(edit, stored, done)
@@ -178,16 +183,16 @@ class ClusterAdmin:
         moves: list[list[Any]] = []
 
         def edit(old: ClusterMap) -> ClusterMap:
-            rows = plan(old.wanted, usable_nodes(old), old.factor)
+            rows = plan(old.wanted, old.usable_nodes(), old.factor)
             moves[:] = _moves(old.wanted, rows)
             return old.with_wanted(rows)
 
         def answer() -> dict[str, Any]:
-            self._core.membership.work()
-            return {"moves": moves, "left": len(self._core.membership.unsettled)}
+            self._membership.work()
+            return {"moves": moves, "left": len(self._membership.unsettled)}
 
         if dry_run:
-            edit(self._core.map)
+            edit(self._map)
             done(answer())
         else:
             self._request(edit, answer, done)
@@ -210,11 +215,11 @@ class ClusterAdmin:
             done(AdminError(str(error)))
 
         try:
-            edit(self._core.map)
+            edit(self._map)
         except ValueError as error:
             refused(error)
         else:
-            self._core.propose(edit, lambda _: done(stored()), refused)
+            self._proposals.propose(edit, lambda _: done(stored()), refused)
 
     def _remove_destroyed(self, node: str) -> None:
         def edit(old: ClusterMap) -> ClusterMap:
@@ -223,81 +228,64 @@ class ClusterAdmin:
                 raise ValueError(f"{node} joined before it was known that it is destroyed")
             return old.without_node(node)
 
-        self.leaving.add(node)
-        self._core.propose(edit, lambda _: self._forget_node(node), lambda error: self.leaving.discard(node))
+        leaving = self._membership.leaving
+        leaving.add(node)
+        self._proposals.propose(edit, lambda _: self._forget_node(node), lambda error: leaving.discard(node))
 
     def _forget_node(self, node: str) -> None:
-        self.leaving.discard(node)
-        if node in self._core.reports:
-            self._core.node_down(node, "it was removed from the cluster")
-        self._core.membership.nodes.pop(node)
-        self._core.sequencer.remove_link(node)
-        self._core.add_action("remove", node)
-        self._core.event("info", "node-removed", node=node)
+        self._membership.leaving.discard(node)
+        if node in self._reports:
+            self._node_down(node, "it was removed from the cluster")
+        self._membership.nodes.pop(node)
+        self._sequencer.remove_link(node)
+        self._outbox.actions.append(("remove", node))
+        self._outbox.event("info", "node-removed", node=node)
 
     def _accept_loss(self, number: int) -> dict[str, Any]:
-        core = self._core
-        if not 0 <= number < core.map.shards:
-            raise ValueError(f"there is no shard {number}; the last one is {core.map.shards - 1}")
-        found = core.recovery.shards.get(number)
-        if found is None and not core.sequencer.shards[number].serving:
+        if not 0 <= number < self._map.shards:
+            raise ValueError(f"there is no shard {number}; the last one is {self._map.shards - 1}")
+        found = self._recovery.shards.get(number)
+        if found is None and not self._sequencer.shards[number].serving:
             raise ValueError(f"shard {number} was stopped in this run: restart the coordinator, which looks at it anew")
         if found is None or found.state != DOWN:
             raise ValueError(f"shard {number} is not down: nothing is lost")
         if found.good and not found.differ:
             raise ValueError(
-                f"shard {number} has a good copy on {', '.join(found.good)}: {core.sequencer.shards[number].reason}; "
+                f"shard {number} has a good copy on {', '.join(found.good)}: {self._sequencer.shards[number].reason}; "
                 "if a node will never come back, say so with: node forget ID destroyed"
             )
-        if number in self._losses:
+        if number in self._recovery.losses:
             raise ValueError(f"the loss of shard {number} is being accepted already")
         copies = {
             node: report.copies[number]
-            for node, report in core.reports.items()
+            for node, report in self._reports.items()
             if number in report.copies and report.copies[number].complete
         }
-        row = core.map.nodes_of(number)
+        row = self._map.nodes_of(number)
         if copies:
             node = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row))
         else:
             node = self._node_to_begin_empty(number)
-        replaces = node if node in row else next((each for each in row if each not in core.reports), row[0])
-        link = core.sequencer.links[node]
+        replaces = node if node in row else next((each for each in row if each not in self._reports), row[0])
         # no shard takes a thousand writes in every millisecond since 1970
-        seq_min = max(core.map.stamp_bound_ms * 1_000, max([copy.seq for copy in copies.values()], default=0) + 1)
-        shard = core.sequencer.shards[number]
-        self._losses[number] = core.membership.learn(shard, link, link, replaces, seq_min)
+        seq_min = max(self._map.stamp_bound_ms * 1_000, max([copy.seq for copy in copies.values()], default=0) + 1)
+        self._recovery.begin_from(number, node, replaces, seq_min)
         seq = copies[node].seq if copies else 0
         return {"shard": number, "node": node, "seq": seq, "goes_on_at": seq_min}
 
-    def begin_empty(self, number: int, given: int) -> None:
-        """Nobody has anything of a shard that was kept in memory: a member begins empty, above the numbers that were
-        given. Nobody needs to accept that."""
-        core = self._core
-        node = core.map.nodes_of(number)[0]
-        link, shard = core.sequencer.links[node], core.sequencer.shards[number]
-        self._losses[number] = core.membership.learn(shard, link, link, node, given + 1)
-
     def _node_to_begin_empty(self, number: int) -> str:
         """A linked node for a shard of which nothing is left. Raises ValueError if something may still come."""
-        core = self._core
-        missing = [n for n in core.map.nodes_of(number) if n not in core.reports and n not in core.map.destroyed]
+        missing = [n for n in self._map.nodes_of(number) if n not in self._reports and n not in self._map.destroyed]
         if missing:
             raise ValueError(
                 f"no linked node has a complete copy of shard {number}, {', '.join(missing)} may have one: start it, "
                 "or, if it will never come back, say so with: node forget ID destroyed"
             )
-        able = [node for node in (*core.map.wanted[number], *usable_nodes(core.map)) if node in core.reports]
-        able = [node for node in able if node not in self.leaving]
+        able = [node for node in (*self._map.wanted[number], *self._map.usable_nodes()) if node in self._reports]
+        able = [node for node in able if node not in self._membership.leaving]
         if not able:
             raise ValueError(f"no node that may hold shard {number} is linked; start one first")
         return able[0]
-
-
-def usable_nodes(cluster_map: ClusterMap) -> list[str]:
-    """The nodes that may hold shards."""
-    out = {*cluster_map.draining, *cluster_map.destroyed}
-    return [node for node in cluster_map.nodes if node not in out]
 
 
 def _check_node(cluster_map: ClusterMap, node: str) -> None:

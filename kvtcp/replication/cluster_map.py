@@ -101,6 +101,10 @@ class ClusterMap:
         """The nodes that hold `shard`, first the one that answers."""
         return [node for node, _ in self.members[shard]]
 
+    def usable_nodes(self) -> list[str]:
+        """The nodes that may hold shards."""
+        return [node for node in self.nodes if node not in self.draining and node not in self.destroyed]
+
     def disk_of(self, shard: int, node: str) -> str:
         """The disk by which `node` is a member of `shard`; "" before it is known."""
         return dict(self.members[shard])[node]

@@ -23,8 +23,9 @@ from kvtcp.protocol.operations import AUDIT
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Progress
+from kvtcp.replication.requests import LINK_LOST, Sink
 from kvtcp.replication.sequencer import Sequencer
-from kvtcp.replication.shard_state import LINK_LOST, ShardState, Sink
+from kvtcp.replication.shard_state import ShardState
 
 
 class _Confirmed:

@@ -1,7 +1,8 @@
 """The learner: one node's copy of one shard on its way into the in-sync set.
 
-Pure. Rejoin after a crash, replacement of a lost copy and a move to another node are all this one mechanism. The
-controller owns the learners; a learner asks through it for items and frames, and is told what came back.
+Pure. Rejoin after a crash, replacement of a lost copy and a move to another node are all this one mechanism.
+Membership begins and ends learners. A learner queues its items by way of the sequencer and its frames by way of the
+outbox; the controller brings back what nodes answered. The shard sees of it only its `following`.
 
     ASKED      the item LEARN is queued: from there on the node gets, and sets aside, every write of the shard
     FETCHING   a member is asked for the entries that the node lacks
@@ -16,22 +17,22 @@ before LIVE (`acknowledged`), and it joins only when that is everything committe
 
 Requests of an attempt that is over may still be answered; what is not awaited is not looked at.
 
-Invariants: `acked` is 0 before LIVE; a copy that was not replaced whole is LIVE only after its chain was compared.
+Invariants: `following.acked` is 0 before LIVE; a copy that was not replaced whole is LIVE only after its chain was
+compared.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable
+from typing import Any, Final
 
-from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport
+from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport, is_entry
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
+from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import LinkError, Progress
-from kvtcp.replication.shard_state import LINK_LOST
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.requests import LINK_LOST
+from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.shard_state import Following, ShardState
 
 ASKED: Final = "asked"
 FETCHING: Final = "fetching"
@@ -43,59 +44,46 @@ LIVE: Final = "live"
 HURRY_TICKS: Final = 4  # ticks for which a live learner runs after the members before writes wait for it
 
 
-class Surroundings(Protocol):
-    """What a learner needs of the controller."""
-
-    def attach(self, shard: ShardState, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
-        """Queue the item, and from it on every write of the shard, to the link, in one step."""
-
-    def call(self, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
-        """Queue a control item; `then` gets its result or LINK_LOST."""
-
-    def send(self, link: Progress, frame: tuple[Any, ...]) -> None:
-        """Send a frame."""
-
-    def address_of(self, node: str) -> tuple[str, int]:
-        """Where the node listens."""
-
-    def new_token(self) -> bytes:
-        """A name for a transfer that nobody can guess."""
-
-    def may_transfer(self, learner: Learner) -> bool:
-        """Whether its donor is free to give a whole copy."""
-
-    def learner_failed(self, learner: Learner, why: str) -> None:
-        """It will not become a member; try again later."""
-
-    def learner_is_live(self, learner: Learner) -> None:
-        """It acknowledged more: perhaps everything committed."""
-
-
 class Learner:
     """One attempt. `replaces` is the member whose place it takes at the end: the same node with the disk that it had,
     or one that was declared destroyed; None if it comes in addition."""
 
     def __init__(
-        self, shard: ShardState, link: Progress, donor: Progress, around: Surroundings, replaces: str | None,
-        seq_min: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        shard: ShardState,
+        link: Progress,
+        donor: Progress,
+        replaces: str | None,
+        seq_min: int,
+        *,
+        sequencer: Sequencer,
+        outbox: Outbox,
+        token_for: Callable[[Learner], bytes],
+        on_live: Callable[[Learner], None],
+        on_failed: Callable[[Learner, str], None],
+    ) -> None:
+        """Numbers up to `seq_min` were lost with an accepted loss; 0 = nothing was. `token_for` gives a name for its
+        transfer that nobody can guess, empty as long as its donor gives another copy. `on_live` is called when it
+        acknowledged more, `on_failed` once, when it will not become a member."""
         self.shard = shard
         self.link = link
         self.donor = donor
         self.replaces = replaces
+        self.following = Following(self.acknowledged)
         self.phase = ASKED
         self.fresh = False  # the copy is replaced whole
-        self.disk = ""  # of the copy that it will be a member by
         self.seq = 0  # how far its own copy was when it was last heard of
-        self.acked = 0  # number up to which it has everything, durably; 0 before LIVE
         self.proposed = False  # the change of the map that makes it a member is on its way
-        self.lost = ""  # why its copy is not what it was when that was proposed; empty = it is
         self.entries_shipped = 0
         self.keys_total = 0  # of the copy that is transferred
-        self._around = around
-        self._chain = 0  # of `seq`
         self.token = b""  # of the transfer that was asked for; empty = none was
-        self._seq_min = seq_min  # numbers up to it were lost with an accepted loss; 0 = nothing was
+        self._sequencer = sequencer
+        self._outbox = outbox
+        self._token_for = token_for
+        self._on_live = on_live
+        self._on_failed = on_failed
+        self._chain = 0  # of `seq`
+        self._seq_min = seq_min
         self._attempt = 0  # counts attachments: results of earlier ones are not looked at
         self._attach_seq = 0  # last number given before the writes that are queued to the learner
         self._compared = False  # the copy's chain is that of the donor, or the copy is a transferred one
@@ -103,18 +91,12 @@ class Learner:
         self._fetches = False  # FETCH was sent and not answered
         self._shipped_to = 0  # last number of what was sent to it
         self._ticks_behind = 0  # ticks in which it was live and lacked something committed
-        self.hurry = False  # it does not catch up while writes go on: they wait a moment
         self._over = False
-
-    @property
-    def takes_writes(self) -> bool:
-        """Whether the writes of the shard are queued to it."""
-        return self._attempt > 0 and not self.lost
 
     @property
     def entries_left(self) -> int:
         """Numbers that it does not have yet, as far as is known."""
-        return max(0, self.shard.last_seq - max(self.seq, self.acked))
+        return max(0, self.shard.last_seq - max(self.seq, self.following.acked))
 
     def start(self, copy: CopyReport | None) -> None:
         """Attach it. `copy` is what its node reported."""
@@ -133,13 +115,14 @@ class Learner:
         self._attempt += 1
         shard = self.shard
         self._attach_seq = max(shard.last_seq, self._seq_min)
+        self.following.attached = True
         item = (LEARN, shard.number, int(fresh), self._attach_seq)
-        self._around.attach(shard, self.link, item, self._guarded(self._on_learn))
+        self._sequencer.attach(shard, self.link, item, self._guarded(self._on_learn))
 
     def _give_itself(self) -> None:
         """After an accepted loss: a copy begins anew from what it has, with higher numbers."""
         self.phase = FREEZING
-        self.token = token = self._around.new_token()
+        self.token = token = self._token_for(self)
 
         def frozen(result: Any) -> None:
             if result is None:
@@ -149,7 +132,8 @@ class Learner:
             self._attach(fresh=True)
             self.token = token
 
-        self._around.call(self.donor, (DONATE, self.shard.number, token, self._seq_min), self._guarded(frozen))
+        item = (DONATE, self.shard.number, token, self._seq_min)
+        self._sequencer.call(self.donor, item, self._guarded(frozen))
 
     def _guarded(self, then: Callable[[Any], None]) -> Callable[[Any], None]:
         """`then`, unless this attempt is over when the result comes."""
@@ -174,18 +158,18 @@ class Learner:
         if not self._over and not self.proposed:
             self._over = True
             if self.link.connected:
-                self._around.call(self.link, (UNLEARN, self.shard.number), lambda _: None)
-            self._around.learner_failed(self, why)
+                self._sequencer.call(self.link, (UNLEARN, self.shard.number), lambda _: None)
+            self._on_failed(self, why)
 
     def tick(self) -> None:
         """Ask again a donor that was behind; do not let a learner run after the others for ever."""
         if self.phase == FETCHING and not self._fetches:
             self._fetch()
         elif self.phase == LIVE and not self.proposed:
-            self._around.learner_is_live(self)
-            if not self.proposed and self.acked < self.shard.commit:
+            self._on_live(self)
+            if not self.proposed and self.following.acked < self.shard.commit:
                 self._ticks_behind += 1
-                self.hurry = self._ticks_behind > HURRY_TICKS
+                self.following.holds_writes = self._ticks_behind > HURRY_TICKS
 
     def go_on(self) -> None:
         """The donor may be free now."""
@@ -203,7 +187,7 @@ class Learner:
                 self._attach(fresh=True)
             return
         disk, _, _, _, seq, chain = result
-        self.disk, self.seq, self._chain = disk.decode(), seq, chain
+        self.following.disk, self.seq, self._chain = disk.decode(), seq, chain
         if self.donor is self.link:
             self._pull()
         elif self.fresh:
@@ -214,7 +198,7 @@ class Learner:
     def _fetch(self) -> None:
         self.phase = FETCHING
         self._fetches = True
-        self._around.send(self.donor, (FETCH, self.shard.number, self.seq))
+        self._outbox.send(self.donor.node, (FETCH, self.shard.number, self.seq))
 
     def on_entries(self, node: str, after: int, chain: int | None, entries: Any) -> None:
         """ENTRIES of the donor. Raises LinkError if they are none."""
@@ -233,7 +217,7 @@ class Learner:
             self.phase = SHIPPING
             self._shipped_to = after + len(entries)
             self.entries_shipped += len(entries)
-            self._around.send(self.link, (SHIP, self.shard.number, entries))
+            self._outbox.send(self.link.node, (SHIP, self.shard.number, entries))
         elif after >= self._attach_seq:
             self.phase = SHIPPING  # it has all, and says so when it is durable
             self._look_whether_live()
@@ -251,11 +235,11 @@ class Learner:
 
     def _freeze(self) -> None:
         self.phase = FREEZING
-        if not self._around.may_transfer(self):
+        self.token = self._token_for(self)
+        if not self.token:
             return  # `go_on` tries again
-        self.token = self._around.new_token()
         item = (DONATE, self.shard.number, self.token, self._seq_min)
-        self._around.call(self.donor, item, self._guarded(self._on_frozen))
+        self._sequencer.call(self.donor, item, self._guarded(self._on_frozen))
 
     def _on_frozen(self, result: Any) -> None:
         """The donor has everything that was queued before the learner was attached, and more."""
@@ -267,12 +251,12 @@ class Learner:
 
     def _pull(self) -> None:
         self.phase = PULLING
-        host, port = self._around.address_of(self.donor.node)
-        self._around.send(self.link, (PULL, self.shard.number, host, port, self.token))
+        host, port = self._sequencer.map.nodes[self.donor.node]
+        self._outbox.send(self.link.node, (PULL, self.shard.number, host, port, self.token))
 
     def on_learned(self, node: str, disk: bytes, seq: int) -> None:
         """LEARNED: the copy is complete and live, up to this number. Raises LinkError if it cannot be."""
-        if self.phase in (ASKED, LIVE) or node != self.link.node or disk.decode() != self.disk:
+        if self.phase in (ASKED, LIVE) or node != self.link.node or disk.decode() != self.following.disk:
             return  # of an attempt that is over
         if seq < self._attach_seq:
             return  # of one with the same disk: what is durable there is told late
@@ -285,8 +269,8 @@ class Learner:
     def _look_whether_live(self) -> None:
         if self._learned >= 0 and self._compared:
             self.phase = LIVE
-            self.seq = self.acked = self._learned
-            self._around.learner_is_live(self)
+            self.seq = self.following.acked = self._learned
+            self._on_live(self)
 
     def on_failed(self, node: str, why: str) -> None:
         """LEARN_FAILED: the node is as it was before."""
@@ -294,7 +278,7 @@ class Learner:
             return  # of an attempt that is over
         if self.fresh:
             self._over = True
-            self._around.learner_failed(self, why)
+            self._on_failed(self, why)
         else:
             self._attach(fresh=True)
 
@@ -302,13 +286,8 @@ class Learner:
         """An ordinal of the link covers the entries up to this number. Counts only when the copy is live: before, the
         node had set them aside."""
         if self.phase == LIVE:
-            if seq > self.acked:
-                self.seq = self.acked = seq
-                self._around.learner_is_live(self)
+            if seq > self.following.acked:
+                self.seq = self.following.acked = seq
+                self._on_live(self)
         elif 0 <= self._learned < seq:
             self._learned = seq  # live as far as the node knows, but not compared yet
-
-
-def is_entry(entry: Any) -> bool:
-    """Whether this is [chain, packed entry], as in ENTRIES."""
-    return type(entry) is list and len(entry) == 2 and type(entry[0]) is int and type(entry[1]) is bytes

@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Final
 
+from kvtcp.config_store.store import Outcome, Stored
 from kvtcp.constants import MAP_RESEND_MS
 from kvtcp.replication.cluster_map import ClusterMap
 
@@ -32,25 +32,6 @@ Done = Callable[[ClusterMap], None]
 Failed = Callable[[Exception], None]
 
 LOST: Final = "the cluster map was changed by somebody else: another coordinator owns it now"
-
-
-class Outcome(Enum):
-    """Of a compare-and-set."""
-
-    DONE = "done"  # the value is stored; its version is the expected one + 1
-    CONFLICT = "conflict"  # the version is not the expected one; nothing was changed
-    UNKNOWN = "unknown"  # the value may be stored, now or later
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a store holds."""
-
-    version: int
-    value: bytes
-
-
-NOTHING: Final = Stored(0, b"")  # what a read shows of a store without a value
 
 
 class NotOwner(Exception):
@@ -90,8 +71,9 @@ class MapChanges:
         self.due_ms = 0  # `to_send` has nothing before that time
         self.lost = ""  # sentence: somebody else owns the map, for good
         self.trouble = ""  # sentence: what the store said last, if it did not do what it was asked for
-        self.on_change: list[Callable[[ClusterMap], None]] = []  # called in order with every map that was stored
-        self.on_lost: Callable[[NotOwner], None] = lambda error: None
+        # called in order with every map that was stored, before those who proposed it
+        self.on_change: list[Callable[[ClusterMap], None]] = []
+        self.on_lost: Callable[[NotOwner], None] = lambda error: None  # called once: another coordinator owns the map
 
     @classmethod
     def of(cls, stored: Stored | None) -> MapChanges:
@@ -263,8 +245,8 @@ class MapChanges:
         self.store_version = (flight.expected or 0) + 1
         self.due_ms = 0
         self.trouble = ""
-        for listener in self.on_change:
-            listener(flight.new)
+        for on_change in self.on_change:
+            on_change(flight.new)
         for change in flight.changes:
             change.done(flight.new)
 

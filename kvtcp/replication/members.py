@@ -17,15 +17,8 @@ from kvtcp.protocol.operations import RESULTS_OF
 from kvtcp.replication.admission import Admission
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import ANSWERED, Batch, Op, Progress
-from kvtcp.replication.shard_state import (
-    AWAITED,
-    CALL,
-    DUE,
-    ITEM_OVERHEAD_BYTES,
-    LINK_LOST,
-    LOST,
-    ShardState,
-)
+from kvtcp.replication.requests import AWAITED, CALL, DUE, ITEM_OVERHEAD_BYTES, LINK_LOST, LOST
+from kvtcp.replication.shard_state import ShardState
 
 SEQ_MAX: Final = 1 << 63  # above every number
 
@@ -103,7 +96,7 @@ class Members(Admission):
         shard.acked = {member: acked[member] for member in shard.members}
         shard.joining[link] = learner.disk
         self._retarget([shard])
-        if learner.hurry:
+        if learner.holds_writes:
             self._resume([shard])
 
     def leave(self, shards: Sequence[ShardState], link: Progress) -> None:
@@ -132,8 +125,8 @@ class Members(Admission):
         else:
             self._forget_kept(old, {shard.number})
         shard.bad.pop(old, None)
-        if learner.lost:
-            shard.bad[link] = learner.lost
+        if learner.lost_reason:
+            shard.bad[link] = learner.lost_reason
         shard.members = [link if member is old else member for member in shard.members]
         acked = {**shard.acked, link: learner.acked}
         shard.acked = {member: acked[member] for member in shard.members}

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from kvtcp.constants import (
     BACKOFF_MAX_MS,
@@ -34,49 +34,19 @@ from kvtcp.constants import (
     RECOVER_WAIT_MS,
     SLOW_INTERVAL_MS,
 )
-from kvtcp.protocol.link import STOP, CopyReport
+from kvtcp.protocol.link import STOP, CopyReport, Report
 from kvtcp.protocol.operations import DROP
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, PULLING, Learner
+from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import Batch, Progress
+from kvtcp.replication.proposals import Proposals
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
 
-Edit = Callable[[ClusterMap], ClusterMap]
-
 DONOR_MISSES_MAX: Final = 8  # shards without a free donor after which no more are looked at now
 DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for
-
-
-class Surroundings(Protocol):
-    """What membership needs of the controller, beyond what its learners need."""
-
-    map: ClusterMap
-    sequencer: Sequencer
-
-    def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
-        """Change these rows of the map; `done` when that is stored."""
-
-    def send(self, link: Progress, frame: tuple[Any, ...]) -> None:
-        """Send a frame."""
-
-    def close_link(self, link: Progress, reason: str) -> None:
-        """Close the connection; it is dialled again."""
-
-    def replaced(self, number: int, node: str, disk: str) -> None:
-        """A member of a shard that is not served was replaced in the map, by this copy."""
-
-    def hand_back(self, number: int, why: str) -> None:
-        """Do not serve the shard any more: the recovery judges it anew."""
-
-    def copies_of(self, node: str) -> dict[int, CopyReport]:
-        """The copies of a linked node, as far as is known."""
-
-    def is_leaving(self, node: str) -> bool:
-        """Whether the node is about to be removed from the map."""
-
-    def event(self, level: str, word: str, **fields: Any) -> None:
-        """For the log."""
+RECOVERED_ANEW: Final = "its shard is recovered anew"
 
 
 @dataclass
@@ -92,38 +62,73 @@ class NodeState:
 
 
 class Membership:
-    """All decisions about members and learners. `around` is the controller."""
+    """All decisions about members and learners. `reports` are those of the linked nodes, `new_token` makes names that
+    nobody can guess."""
 
-    def __init__(self, around: Any) -> None:
-        self._around = around
-        self.nodes: dict[str, NodeState] = {node: NodeState() for node in around.map.nodes}
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        proposals: Proposals,
+        outbox: Outbox,
+        reports: Mapping[str, Report],
+        new_token: Callable[[], bytes],
+    ) -> None:
+        self._sequencer = sequencer
+        self._proposals = proposals
+        self._outbox = outbox
+        self._reports = reports
+        self._new_token = new_token
+        self.nodes: dict[str, NodeState] = {node: NodeState() for node in proposals.map.nodes}
+        self.leaving: set[str] = set()  # nodes that are about to be removed from the map: nothing learns there
         self.changing: set[int] = set()  # shards with a change of their row on its way
         self.repairing: set[int] = set()  # shards that are not served before their bad members are replaced
         self.unsettled: set[int] = set()  # shards whose members are not what is wanted, or not all good
         self._lost_since_ms: dict[int, int] = {}  # shards without a good member that is linked, and since when
-        self._learning: dict[int, None] = {}  # shards with learners, and some that had
+        self._learners: dict[int, list[Learner]] = {}  # of each shard, and some that are over
         self._waiting: dict[int, None] = {}  # shards that want a learner, and some that did, in their order
         self.evictions = 0
         self.joins = 0
         self._last_slow_ms = -SLOW_INTERVAL_MS
         self._last_drop_ms = 0  # when copies that are not wanted were looked for
         self._looks_at_all = True
+        # A member of a shard that is not served was replaced in the map, by this copy: number, node, disk.
+        self.on_replaced: Callable[[int, str, str], None] = lambda number, node, disk: None
+        # A served shard has no good member any more, and why: the recovery judges it anew.
+        self.on_hand_back: Callable[[int, str], None] = lambda number, why: None
+        self.on_learner_failed: Callable[[Learner, str], None] = lambda learner, why: None
+
+    @property
+    def _map(self) -> ClusterMap:
+        return self._proposals.map
 
     @property
     def _now_ms(self) -> int:
-        return int(self._around.now_ms)
+        return self._sequencer.now_ms
 
     @property
     def _shards(self) -> list[ShardState]:
-        shards: list[ShardState] = self._around.sequencer.shards
-        return shards
+        return self._sequencer.shards
 
     def learners(self) -> list[Learner]:
         """All of them. They are few, so that nothing here takes long for each of thousands of shards."""
-        shards = self._shards
-        for number in [number for number in self._learning if not shards[number].learners]:
-            del self._learning[number]
-        return [learner for number in self._learning for learner in shards[number].learners.values()]
+        return [learner for number in list(self._learners) for learner in self.learners_of(number)]
+
+    def learners_of(self, number: int) -> list[Learner]:
+        """Those of one shard."""
+        if number not in self._learners:
+            return []
+        followings = self._shards[number].learners
+        found = [each for each in self._learners[number] if followings.get(each.link) is each.following]
+        if found:
+            self._learners[number] = found
+        else:
+            del self._learners[number]
+        return list(found)
+
+    def copies_of(self, node: str) -> dict[int, CopyReport]:
+        """The copies of a linked node, as far as is known; none of one that is not."""
+        report = self._reports.get(node)
+        return {} if report is None else report.copies
 
     # --- events -------------------------------------------------------------------------------------
 
@@ -143,7 +148,7 @@ class Membership:
                 continue  # it counts when the map says so, linked or not
             if learner.link.node == node:
                 learner.give_up()
-                self._around.sequencer.detach(learner.shard, learner.link)
+                self._sequencer.detach(learner.shard, learner.link)
             elif learner.donor.node == node:
                 learner.fail(f"the link to {node}, which gave it its data, was lost")
 
@@ -153,7 +158,7 @@ class Membership:
             self._last_slow_ms = max(self._last_slow_ms, self._now_ms - SLOW_INTERVAL_MS + EVICT_AFTER_MS)
         for learner in self.learners():
             learner.tick()
-            if learner.hurry:
+            if learner.following.holds_writes:
                 learner.shard.writable = False
         self._evict_lost()
         self._evict_slow()
@@ -165,7 +170,7 @@ class Membership:
 
     def work(self) -> None:
         """Take the next steps of all shards."""
-        wanted = self._around.map.wanted
+        wanted = self._map.wanted
         shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
         self._looks_at_all = False
         self.unsettled = {shard.number for shard in shards if _is_unsettled(shard, wanted[shard.number])}
@@ -174,7 +179,7 @@ class Membership:
     def work_on(self, numbers: Sequence[int]) -> None:
         """Take the next steps of these shards."""
         for number in numbers:
-            if _is_unsettled(self._shards[number], self._around.map.wanted[number]):
+            if _is_unsettled(self._shards[number], self._map.wanted[number]):
                 self.unsettled.add(number)
             else:
                 self.unsettled.discard(number)
@@ -204,6 +209,27 @@ class Membership:
         every frame."""
         self._looks_at_all = True
 
+    # --- shards that are not served -----------------------------------------------------------------
+
+    def repair(self, number: int) -> None:
+        """Replace the bad members of a shard that is not served; the others are equal."""
+        self.repairing.add(number)
+        self.work_on([number])
+
+    def stop_repair(self, number: int) -> None:
+        """Replace none of its members."""
+        self.repairing.discard(number)
+        self.end_learners(number, RECOVERED_ANEW)
+
+    def repair_in_flight(self, number: int) -> bool:
+        """Whether the map is being changed for a member that was replaced."""
+        return any(learner.proposed for learner in self.learners_of(number))
+
+    def end_learners(self, number: int, why: str) -> None:
+        """Give up all learners of a shard."""
+        for learner in self.learners_of(number):
+            learner.fail(why)
+
     # --- leaving ------------------------------------------------------------------------------------
 
     def may_leave(self, shard: ShardState, link: Progress) -> bool:
@@ -212,7 +238,7 @@ class Membership:
             shard.serving
             and shard.number not in self.changing
             and link in shard.acked
-            and len(shard.members) > self._around.map.min_insync
+            and len(shard.members) > self._map.min_insync
             and _leaves_a_good_one(shard, link)
         )
 
@@ -228,34 +254,34 @@ class Membership:
                 left[:] = [shard for shard in leaving if _leaves_a_good_one(shard, link)]
                 return old.without([shard.number for shard in left], link.node)
 
-            def stored() -> None:
+            def stored(_: ClusterMap) -> None:
                 self.changing.difference_update(numbers)
                 if left:
-                    self._around.sequencer.leave(left, link)
-                    for learner in [learner for shard in left for learner in shard.learners.values()]:
+                    self._sequencer.leave(left, link)
+                    for learner in [learner for shard in left for learner in self.learners_of(shard.number)]:
                         if learner.replaces == link.node:  # its place is free: it comes in addition
                             learner.replaces = None
                     self.left(link.node, left[0].number, len(left), why, level)
                 self.work_on(numbers)
 
             self.changing.update(numbers)
-            self._around.propose_rows(numbers, edit, stored)
+            self._proposals.propose(edit, stored)
         return len(leaving)
 
     def left(self, node: str, first: int, count: int, why: str, level: str = "warning") -> None:
         """The map does not name the node any more as a member of so many shards."""
         self.evictions += 1
-        self._around.event(level, "left-in-sync", node=node, shards=count, first=first, reason=why)
+        self._outbox.event(level, "left-in-sync", node=node, shards=count, first=first, reason=why)
 
     def _evict_lost(self) -> None:
         for node, state in self.nodes.items():
-            link = self._around.sequencer.links[node]
+            link = self._sequencer.links[node]
             if state.leaves and link.connected:
                 left = self.evict(link, list(link.shards), "it is about to stop")
                 waits = left or any(shard.number in self.changing for shard in link.shards)
                 if not waits and not state.may_stop:
                     state.may_stop = True
-                    self._around.send(link, (STOP,))
+                    self._outbox.send(node, (STOP,))
             elif state.lost_ms is not None and self._now_ms - state.lost_ms >= LINK_GRACE_MS:
                 self.evict(link, list(link.shards), link.reason)
 
@@ -264,7 +290,7 @@ class Membership:
         if now_ms - self._last_slow_ms < SLOW_INTERVAL_MS:
             return
         for node, state in self.nodes.items():
-            link = self._around.sequencer.links[node]
+            link = self._sequencer.links[node]
             if not link.connected:
                 continue
             oldest = link.oldest_unacknowledged()
@@ -277,9 +303,9 @@ class Membership:
             self._last_slow_ms = now_ms
             state.learns_after_ms = now_ms + SLOW_INTERVAL_MS
             why = f"it acknowledged nothing for {now_ms - oldest.written_ms} ms while others did"
-            self._around.event("warning", "slow-node", node=node, reason=why)
+            self._outbox.event("warning", "slow-node", node=node, reason=why)
             self.evict(link, list(link.shards), why)
-            self._around.close_link(link, why)
+            self._outbox.close_link(node, why)
             return
 
     def _patience_ms(self, link: Progress, batch: Batch) -> int:
@@ -293,7 +319,7 @@ class Membership:
         that are slow, it would go on."""
         for number, seq in batch.last_seqs.items():
             acked = self._shards[number].acked
-            if sum(acked[other] >= seq for other in acked if other is not link) >= self._around.map.min_insync:
+            if sum(acked[other] >= seq for other in acked if other is not link) >= self._map.min_insync:
                 return True
         return False
 
@@ -306,13 +332,12 @@ class Membership:
             shard = self._shards[number]
             if not shard.serving or number in self.changing:
                 continue
-            if any(link.node not in self._around.map.destroyed for link in shard.good):
+            if any(link.node not in self._map.destroyed for link in shard.good):
                 continue
             lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
             if self._now_ms - since_ms >= RECOVER_WAIT_MS:
-                for learner in list(shard.learners.values()):
-                    learner.fail("its shard is recovered anew")
-                self._around.hand_back(number, "none of its members has its data")
+                self.end_learners(number, RECOVERED_ANEW)
+                self.on_hand_back(number, "none of its members has its data")
         self._lost_since_ms = lost
 
     def _evict_bad(self, shard: ShardState) -> None:
@@ -322,13 +347,13 @@ class Membership:
 
     def _give_up_unwanted(self, shard: ShardState) -> None:
         """A learner that comes in addition, on a node where the copy is not wanted any more."""
-        for learner in list(shard.learners.values()):
-            if learner.replaces is None and learner.link.node not in self._around.map.wanted[shard.number]:
+        for learner in self.learners_of(shard.number):
+            if learner.replaces is None and learner.link.node not in self._map.wanted[shard.number]:
                 learner.fail("it is not wanted there any more")
 
     def _shrink_moved(self, shard: ShardState) -> None:
         """A member that is not wanted leaves when there are enough wanted ones."""
-        wanted = self._around.map.wanted[shard.number]
+        wanted = self._map.wanted[shard.number]
         if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
             return
         link = next(link for link in shard.members if link.node not in wanted)
@@ -336,24 +361,23 @@ class Membership:
 
     def _drop_copies(self) -> None:
         """Copies of shards that are as they are wanted, on nodes that are not: they are let go."""
-        around = self._around
         for node, state in self.nodes.items():
-            link = around.sequencer.links[node]
+            link = self._sequencer.links[node]
             if not link.connected:
                 continue
-            for number in list(around.copies_of(node)):
+            for number in list(self.copies_of(node)):
                 shard = self._shards[number]
                 is_settled = shard.serving and number not in self.unsettled and shard.is_whole()
                 if is_settled and link not in shard.acked and number not in state.dropping:
                     state.dropping.add(number)
-                    around.call(link, (DROP, number), self._dropped(node, number))
+                    self._sequencer.call(link, (DROP, number), self._dropped(node, number))
 
     def _dropped(self, node: str, number: int) -> Callable[[Any], None]:
         def done(result: Any) -> None:
             state = self.nodes.get(node)
             if state is not None and result is None:
                 state.dropping.discard(number)
-                self._around.copies_of(node).pop(number, None)
+                self.copies_of(node).pop(number, None)
 
         return done
 
@@ -386,50 +410,51 @@ class Membership:
         self, shard: ShardState, link: Progress, donor: Progress, replaces: str | None, seq_min: int = 0
     ) -> Learner:
         """Begin to bring a copy up to date."""
-        learner = Learner(shard, link, donor, self._around, replaces, seq_min)
-        shard.learners[link] = learner
-        self._learning[shard.number] = None
+        learner = Learner(
+            shard, link, donor, replaces, seq_min, sequencer=self._sequencer, outbox=self._outbox,
+            token_for=self._token_for, on_live=self._learner_is_live, on_failed=self._learner_failed,
+        )  # fmt: skip
+        shard.learners[link] = learner.following
+        self._learners[shard.number] = [*self.learners_of(shard.number), learner]
         self.unsettled.add(shard.number)
-        learner.start(self._around.copies_of(link.node).get(shard.number))
-        self._around.event("info", "learner-begins", shard=shard.number, node=link.node, donor=donor.node)
+        learner.start(self.copies_of(link.node).get(shard.number))
+        self._outbox.event("info", "learner-begins", shard=shard.number, node=link.node, donor=donor.node)
         return learner
 
     def _candidate(self, shard: ShardState) -> tuple[Progress, str | None] | None:
         """Who shall learn the shard next, and whose place it takes."""
-        around = self._around
-        links: dict[str, Progress] = around.sequencer.links
+        links = self._sequencer.links
         for link in shard.bad:  # those that could leave have left, or are about to
-            if link.node in around.map.destroyed:
+            if link.node in self._map.destroyed:
                 return self._substitute(shard, link)
             if self._can_learn(link):
                 return link, link.node
         if shard.bad or not shard.serving:
             return None
         for link in shard.members:
-            if link.node in around.map.destroyed and len(shard.members) <= around.map.min_insync:
+            if link.node in self._map.destroyed and len(shard.members) <= self._map.min_insync:
                 return self._substitute(shard, link)
-        if len(shard.members) > around.map.factor:
+        if len(shard.members) > self._map.factor:
             return None
-        for node in around.map.wanted[shard.number]:
+        for node in self._map.wanted[shard.number]:
             if links[node] not in shard.acked and self._can_learn(links[node]):
                 return links[node], None
         return None
 
     def _substitute(self, shard: ShardState, gone: Progress) -> tuple[Progress, str | None] | None:
         """Another node for a member that was declared destroyed and cannot just leave."""
-        around = self._around
-        out = {*around.map.draining, *around.map.destroyed}
-        wanted = around.map.wanted[shard.number]
-        nodes = [*wanted, *(node for node in around.map.nodes if node not in wanted and node not in out)]
+        out = {*self._map.draining, *self._map.destroyed}
+        wanted = self._map.wanted[shard.number]
+        nodes = [*wanted, *(node for node in self._map.nodes if node not in wanted and node not in out)]
         for node in nodes:
-            link = around.sequencer.links[node]
+            link = self._sequencer.links[node]
             if link not in shard.acked and self._can_learn(link):
                 return link, gone.node
         return None
 
     def _can_learn(self, link: Progress) -> bool:
         state = self.nodes[link.node]
-        is_leaving = state.leaves or self._around.is_leaving(link.node)
+        is_leaving = state.leaves or link.node in self.leaving
         return link.connected and not is_leaving and state.learns_after_ms <= self._now_ms
 
     def _donor(self, shard: ShardState, link: Progress, gives: Mapping[Progress, int]) -> Progress | None:
@@ -438,14 +463,15 @@ class Membership:
         able = [each for each in able if gives.get(each, 0) < LEARNERS_PER_DONOR_MAX]
         return min(able, key=lambda each: (gives.get(each, 0), each.node), default=None)
 
-    def may_transfer(self, learner: Learner) -> bool:
-        """Whole copies leave a donor one after the other."""
-        return not any(
+    def _token_for(self, learner: Learner) -> bytes:
+        """Whole copies leave a donor one after the other; one that its node gives to itself waits for none."""
+        is_busy = learner.donor is not learner.link and any(
             other is not learner and other.donor is learner.donor and other.phase in (FREEZING, PULLING) and other.token
             for other in self.learners()
         )
+        return b"" if is_busy else self._new_token()
 
-    def learner_failed(self, learner: Learner, why: str) -> None:
+    def _learner_failed(self, learner: Learner, why: str) -> None:
         """Try again after a while."""
         state = self.nodes[learner.link.node]
         if state.learns_after_ms <= self._now_ms:  # else another one failed just now: of a node they fail together
@@ -454,32 +480,33 @@ class Membership:
             state.learns_after_ms = self._now_ms + wait_ms
         wait_ms = state.learns_after_ms - self._now_ms
         number, node = learner.shard.number, learner.link.node
-        self._around.event("warning", "learner-failed", shard=number, node=node, reason=why, again_in_ms=wait_ms)
-        self._around.sequencer.detach(learner.shard, learner.link)
+        self._outbox.event("warning", "learner-failed", shard=number, node=node, reason=why, again_in_ms=wait_ms)
+        self._sequencer.detach(learner.shard, learner.link)
+        self.on_learner_failed(learner, why)
 
-    def learner_is_live(self, learner: Learner) -> None:
+    def _learner_is_live(self, learner: Learner) -> None:
         """R2: if it acknowledged everything committed, it joins in this step, and then the map is changed; one that
         takes the place of another joins when the map says so (R9)."""
         shard = learner.shard
         number = shard.number
-        if learner.proposed or number in self.changing or learner.acked < shard.commit:
+        if learner.proposed or number in self.changing or learner.following.acked < shard.commit:
             return
         learner.proposed = True
-        link, node, disk, replaces = learner.link, learner.link.node, learner.disk, learner.replaces
+        link, node, disk, replaces = learner.link, learner.link.node, learner.following.disk, learner.replaces
         self.nodes[node].failures = 0
         self.changing.add(number)
-        is_first = self._around.map.wanted[number][0] == node  # so that answering is spread as it was planned
+        is_first = self._map.wanted[number][0] == node  # so that answering is spread as it was planned
         if replaces is None:
-            self._around.sequencer.join(shard, link, is_first)
+            self._sequencer.join(shard, link, is_first)
 
-        def stored() -> None:
+        def stored(_: ClusterMap) -> None:
             self.changing.discard(number)
             self.joins += 1
             if replaces is not None:
-                self._around.sequencer.swap(shard, self._around.sequencer.links[replaces], link)
-            self._around.event("info", "joined-in-sync", node=node, shard=number, seq=learner.acked)
+                self._sequencer.swap(shard, self._sequencer.links[replaces], link)
+            self._outbox.event("info", "joined-in-sync", node=node, shard=number, seq=learner.following.acked)
             if not shard.serving:
-                self._around.replaced(number, node, disk)
+                self.on_replaced(number, node, disk)
             self.work_on([number])
 
         if replaces is None:
@@ -487,9 +514,9 @@ class Membership:
                 new = old.with_member(number, node, disk)
                 return new.first_answers(number, node) if is_first else new
 
-            self._around.propose_rows([number], joined, stored)
+            self._proposals.propose(joined, stored)
         else:
-            self._around.propose_rows([number], lambda old: old.replaced(number, replaces, node, disk), stored)
+            self._proposals.propose(lambda old: old.replaced(number, replaces, node, disk), stored)
 
 
 def _is_unsettled(shard: ShardState, wanted: Collection[str]) -> bool:

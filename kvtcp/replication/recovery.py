@@ -1,8 +1,8 @@
 """Recovery: a coordinator finds out what the members of a shard have, and makes them equal before the shard is served.
 
 Pure. Every shard begins here with a coordinator's epoch, each for itself, and goes to the sequencer when it is through;
-one that is down stays here and is judged again when a node comes. The controller brings reports and answers in, and
-does what is asked for: frames, changes of the map, learners.
+one that is down stays here and is judged again when a node comes. The controller brings reports and answers in; bad
+members are replaced by Membership.
 
     WAITING    for reports of its members, RECOVER_WAIT_MS at most; without limit while the cluster is being founded
     CHANGING   a change of its row in the map is on its way
@@ -36,18 +36,20 @@ is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
-from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
+from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report, is_entry
 from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
-from kvtcp.replication.learner import is_entry
+from kvtcp.replication.copy_reports import UNKNOWN_COPY, foreign_copy, incomplete_copy
+from kvtcp.replication.learner import Learner
+from kvtcp.replication.membership import Membership
+from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import LinkError
-
-LOST_DATA: Final = "came back without its data"
-UNKNOWN_COPY: Final = "may lack writes: the cluster map, which said whether it does, was lost"
+from kvtcp.replication.proposals import Proposals
+from kvtcp.replication.sequencer import Sequencer
 
 WAITING: Final = "waiting"
 CHANGING: Final = "changing"
@@ -55,67 +57,9 @@ SHIPPING: Final = "shipping"
 REPAIRING: Final = "repairing"
 DOWN: Final = "down"
 
-Edit = Callable[[ClusterMap], ClusterMap]
-
 
 class StaleStore(Exception):
     """The config store does not know what the nodes know: it was lost, or replaced by an older copy."""
-
-
-class Surroundings(Protocol):
-    """What a recovery needs of the controller."""
-
-    now_ms: int
-    reports: dict[str, Report]  # of the nodes that are linked, with what changed since
-
-    @property
-    def map(self) -> ClusterMap:
-        """As the config store holds it."""
-
-    def propose_rows(self, numbers: Iterable[int], edit: Edit, done: Callable[[], None]) -> None:
-        """Change these rows of the map; `done` when that is stored."""
-
-    def row_changed(self, number: int) -> None:
-        """That is stored: these are its members now, though it is not served yet."""
-
-    def send_to(self, node: str, frame: tuple[Any, ...]) -> None:
-        """Send a frame to a node that reported."""
-
-    def recovered(self, number: int, seq: int, chain: int) -> None:
-        """All members are equal: serve the shard."""
-
-    def repair(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
-        """Replace these members by learners, then call `repaired`, or `begin` if a link broke meanwhile."""
-
-    def repair_in_flight(self, number: int) -> bool:
-        """Whether a change of the map for such a member is on its way."""
-
-    def stop_repair(self, number: int) -> None:
-        """Replace none of its members: the recovery begins anew, or goes on without an accepted loss."""
-
-    def is_down(self, number: int, why: str) -> None:
-        """The shard cannot be served now."""
-
-    def alarm(self, sentence: str) -> None:
-        """What should never be seen."""
-
-    def began_empty(self, number: int) -> None:
-        """The data of a run in memory is gone."""
-
-    def begin_empty(self, number: int, given: int) -> None:
-        """A member begins empty with the numbers above `given`; then the shard is judged anew."""
-
-
-def foreign_copy(copy: CopyReport) -> str:
-    """Why a copy whose disk is not the member's is bad."""
-    if copy.damage:
-        return f"has a damaged copy: {copy.damage}"
-    return f"{LOST_DATA}: what it has is not what was written to this cluster" if copy.seq else LOST_DATA
-
-
-def incomplete_copy(copy: CopyReport) -> str:
-    """Why an incomplete copy is bad."""
-    return f"has an incomplete copy: {copy.damage or 'it was never finished'}"
 
 
 class _Shard:
@@ -157,35 +101,53 @@ class _Change:
 
 
 class Recovery:
-    """The shards that are not served."""
+    """The shards that are not served. `reports` are those of the linked nodes, with what changed since."""
 
-    def __init__(self, around: Surroundings, numbers: Iterable[int]) -> None:
-        self._around = around
-        self.shards = {number: _Shard(number) for number in numbers}
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        proposals: Proposals,
+        outbox: Outbox,
+        reports: Mapping[str, Report],
+        membership: Membership,
+    ) -> None:
+        self._sequencer = sequencer
+        self._proposals = proposals
+        self._outbox = outbox
+        self._reports = reports
+        self._membership = membership
+        self.shards = {number: _Shard(number) for number in range(proposals.map.shards)}
+        self.emptied: list[int] = []  # shards of a run in memory whose data is gone
+        self.losses: dict[int, Learner] = {}  # shards whose loss was accepted, until they are judged again
         self._queue: list[_Shard] = []  # SHIPPING, and waiting for their turn
         self._running = 0  # SHIPPING, and in their turn
         self._changes: list[_Change] = []  # of this step, not proposed yet
         self._removed: dict[str, list[tuple[int, str]]] = {}  # node -> shards it was removed from and why, to be told
 
     @property
+    def _map(self) -> ClusterMap:
+        return self._proposals.map
+
+    @property
+    def _now_ms(self) -> int:
+        return self._sequencer.now_ms
+
+    @property
     def is_settled(self) -> bool:
         """Whether every shard that is not served waits for something that may take long."""
         return all(shard.state in (DOWN, REPAIRING) for shard in self.shards.values())
 
-    def take_back(self, number: int, given: int) -> None:
-        """A shard that was served has no good member any more; `given` is the last number that was given to it."""
+    def take_back(self, number: int, why: str) -> None:
+        """A shard that was served has no good member any more."""
         shard = self.shards[number] = _Shard(number)
-        shard.given = given
+        shard.given = self._sequencer.shards[number].last_seq
+        self._sequencer.hand_back(number, why)
 
     def begin(self, number: int) -> None:
         """A shard starts over: a member of it was replaced, or it is down and is judged anew."""
         self._restart(self.shards[number])
         self._start_some()
         self._propose()
-
-    def must_restart(self, number: int) -> bool:
-        """Whether a link of it broke while a change of the map was on its way."""
-        return self.shards[number].again
 
     def take_removed(self) -> dict[str, list[tuple[int, str]]]:
         """Which nodes were removed from which shards, and why, since this was asked last."""
@@ -199,7 +161,7 @@ class Recovery:
         for shard in self._of(node):
             if shard.state == DOWN:
                 shard.state = WAITING
-                shard.since_ms = self._around.now_ms
+                shard.since_ms = self._now_ms
             shard.found.pop(node, None)
             shard.unanswered = [each for each in shard.unanswered if each != node]
             self._judge(shard)
@@ -213,6 +175,9 @@ class Recovery:
             self._restart(shard)
         self._start_some()  # not before all of them gave up their turns: the node is gone
         self._propose()
+        for loss in list(self.losses.values()):
+            if loss.link.node == node and not loss.proposed:
+                self.learner_failed(loss, f"the link to {node} was lost")
 
     def tick(self) -> None:
         """Time passed."""
@@ -221,11 +186,33 @@ class Recovery:
                 self._judge(shard)
         self._propose()
 
-    def repaired(self, number: int) -> None:
-        """All members that were to be replaced are."""
-        shard = self.shards[number]
-        assert shard.state == REPAIRING and not shard.again, "only a shard under repair is repaired"
-        self._finish(shard)
+    def replaced(self, number: int, node: str, disk: str) -> None:
+        """A member of a shard that is not served was replaced in the map, by this copy of the node, which may have lost
+        it since that was proposed."""
+        if number in self.shards:
+            shard, repairing = self.shards[number], self._membership.repairing
+            is_repair = number in repairing  # else a loss was accepted
+            if not is_repair or shard.again or not self._has(node, number, disk):
+                repairing.discard(number)
+                self.begin(number)
+            elif not self._sequencer.shards[number].bad:
+                repairing.discard(number)
+                assert shard.state == REPAIRING, "only a shard under repair is repaired"
+                self._finish(shard)
+        if self.losses.pop(number, None) is not None:
+            self._outbox.event("warning", "loss-accepted", shard=number)
+
+    def begin_from(self, number: int, node: str, replaces: str, seq_min: int) -> None:
+        """A shard goes on, above `seq_min`, with what this node has, which is nothing if it has no copy. The node gives
+        that to itself under a new disk, which takes the place of the member `replaces`."""
+        link = self._sequencer.links[node]
+        self.losses[number] = self._membership.learn(self._sequencer.shards[number], link, link, replaces, seq_min)
+
+    def learner_failed(self, learner: Learner, why: str) -> None:
+        """A learner is over."""
+        number = learner.shard.number
+        if self.losses.pop(number, None) is not None:
+            self._outbox.event("error", "loss-not-accepted", shard=number, reason=why)
 
     def on_entries(self, node: str, number: int, after: int, chain: int | None, entries: Any) -> None:
         """An ENTRIES frame. What was not asked for is not looked at. Raises LinkError if it is none."""
@@ -256,15 +243,15 @@ class Recovery:
             return
         shard.awaited = (target, SHIP)
         shard.unanswered.append(target)
-        self._around.send_to(target, (SHIP, number, entries))
+        self._outbox.send(target, (SHIP, number, entries))
 
     def _take_shipped(self, node: str, number: int, epoch: int, seq: int, chain: int, error: bytes | None) -> None:
         shard = self.shards[number]
         if node not in shard.unanswered:
             return  # to a learner
         shard.unanswered.remove(node)
-        before = self._around.reports[node].copies[number]
-        self._around.reports[node].copies[number] = before._replace(epoch=epoch, seq=seq, chain=chain)
+        before = self._reports[node].copies[number]
+        self._reports[node].copies[number] = before._replace(epoch=epoch, seq=seq, chain=chain)
         if shard.state != SHIPPING or shard.awaited != (node, SHIP):
             self._judge(shard)  # it was waited for, if anybody waits
             return
@@ -277,7 +264,7 @@ class Recovery:
                 shard, f"has another history than {shard.donors[0]}: they differ at number {seq} or before"
             )
         else:
-            shard.good[node] = self._around.reports[node].copies[number]
+            shard.good[node] = self._reports[node].copies[number]
             if seq < shard.seq:
                 self._fetch(shard)
             else:
@@ -286,21 +273,21 @@ class Recovery:
     # --- judging ------------------------------------------------------------------------------------
 
     def _of(self, node: str) -> list[_Shard]:
-        members = self._around.map.members
+        members = self._map.members
         return [
             shard for shard in list(self.shards.values()) if any(each == node for each, _ in members[shard.number])
         ]
 
     def _restart(self, shard: _Shard) -> None:
-        if shard.state == CHANGING or (shard.state == REPAIRING and self._around.repair_in_flight(shard.number)):
+        if shard.state == CHANGING or (shard.state == REPAIRING and self._membership.repair_in_flight(shard.number)):
             shard.again = True
             return
         if shard.state == REPAIRING:
-            self._around.stop_repair(shard.number)
+            self._membership.stop_repair(shard.number)
         shard.again = False
         self._leave_shipping(shard)
         shard.state = WAITING
-        shard.since_ms = self._around.now_ms
+        shard.since_ms = self._now_ms
         shard.found.clear()
 
     def _leave_shipping(self, shard: _Shard) -> None:
@@ -313,18 +300,17 @@ class Recovery:
 
     def _judge(self, shard: _Shard) -> None:
         """Look at the reports of a shard that is WAITING, and go on as far as they allow."""
-        around = self._around
-        if shard.state != WAITING or around.repair_in_flight(shard.number):
+        if shard.state != WAITING or self._membership.repair_in_flight(shard.number):
             return  # an accepted loss is being stored: it begins anew after that
         if shard.unanswered:
             return
         if shard.since_ms is None:
-            shard.since_ms = around.now_ms
-        row = around.map.members[shard.number]
-        reports, destroyed = around.reports, around.map.destroyed
+            shard.since_ms = self._now_ms
+        row = self._map.members[shard.number]
+        reports, destroyed = self._reports, self._map.destroyed
         shard.silent = [node for node, _ in row if node not in reports and node not in destroyed]
         is_founding = any(not disk for _, disk in row)
-        if shard.silent and (is_founding or around.now_ms < shard.since_ms + RECOVER_WAIT_MS):
+        if shard.silent and (is_founding or self._now_ms < shard.since_ms + RECOVER_WAIT_MS):
             return
         shard.good, shard.bad, empty, hint = {}, {}, {}, 0
         for node, disk in row:
@@ -352,7 +338,7 @@ class Recovery:
         for node, copy in list(shard.good.items()):
             if copy.seq < hint:
                 self._is_bad(shard, node, f"ends at number {copy.seq}, but number {hint} was committed")
-                around.alarm(f"{node} {shard.bad[node]} in shard {shard.number}")
+                self._outbox.alarm(f"{node} {shard.bad[node]} in shard {shard.number}")
         if not self._adopt_empty(shard, empty, len(row)):
             self._go_on(shard)
 
@@ -362,24 +348,28 @@ class Recovery:
 
     def _adopt_empty(self, shard: _Shard, empty: Mapping[str, str], size: int) -> bool:
         """The exceptions for empty copies; true if a change of the map is on its way."""
-        around = self._around
-        is_founding = any(not disk for _, disk in around.map.members[shard.number])
+        is_founding = any(not disk for _, disk in self._map.members[shard.number])
         never_written = bool(shard.good) and all(copy.seq == 0 for copy in shard.good.values())
-        ended = len(empty) == size and not is_founding and around.map.durability == "memory"
+        ended = len(empty) == size and not is_founding and self._map.durability == "memory"
         if not empty or not (never_written or ended or (is_founding and len(empty) == size)):
             return False
         if ended:
-            around.began_empty(shard.number)
+            self.emptied.append(shard.number)
+            self._outbox.event(
+                "warning", "began-empty", shard=shard.number, reason="the last run kept its data in memory"
+            )
             if shard.given:  # not with the same numbers again in the same epoch
                 shard.state = DOWN
-                around.begin_empty(shard.number, shard.given)
+                nodes = self._map.nodes_of(shard.number)
+                self._sequencer.set_members(shard.number, nodes)
+                self.begin_from(shard.number, nodes[0], nodes[0], shard.given + 1)
                 return True
         self._change(shard, _Change(shard, disks=dict(empty)))
         return True
 
     def _change(self, shard: _Shard, change: _Change) -> None:
         """Change the row of the shard, with others in this step, and judge it again."""
-        self._around.stop_repair(shard.number)
+        self._membership.stop_repair(shard.number)
         shard.state = CHANGING
         self._changes.append(change)
 
@@ -404,17 +394,19 @@ class Recovery:
                 new = new.without(numbers, node)
             return new
 
-        def done() -> None:
+        def done(_: ClusterMap) -> None:
             for change in changes:
                 self._changed(change)
             self._propose()
 
-        self._around.propose_rows([change.shard.number for change in changes], edit, done)
+        self._proposals.propose(edit, done)
 
     def _changed(self, change: _Change) -> None:
         """It is stored."""
         shard = change.shard
-        self._around.row_changed(shard.number)
+        nodes = self._map.nodes_of(shard.number)
+        if nodes != [link.node for link in self._sequencer.shards[shard.number].members]:
+            self._sequencer.set_members(shard.number, nodes)
         for node, why in change.removed.items() if change.is_made else ():
             self._removed.setdefault(node, []).append((shard.number, why))
         shard.state = WAITING
@@ -424,19 +416,18 @@ class Recovery:
 
     def _go_on(self, shard: _Shard) -> None:
         """Who is good is known: remove, ship, repair or serve."""
-        around = self._around
-        row = around.map.members[shard.number]
+        row = self._map.members[shard.number]
         if not shard.good:
             whys = [f"{node} {why}" for node, why in shard.bad.items()]
             whys += [f"{node} is missing" for node in shard.silent]
             self._down(shard, f"none of its members has its data: {'; '.join(whys)}")
             return
-        around.stop_repair(shard.number)
+        self._membership.stop_repair(shard.number)
         if not self._choose_best(shard):
             return
-        gone = shard.silent + [node for node in shard.bad if node in around.map.destroyed]
+        gone = shard.silent + [node for node in shard.bad if node in self._map.destroyed]
         gone += [node for node in shard.bad if node not in gone]
-        gone = gone[: len(row) - around.map.min_insync]
+        gone = gone[: len(row) - self._map.min_insync]
         if gone:
             whys_gone = {node: f"it {shard.bad.get(node, 'did not report in time')}" for node in gone}
             self._change(shard, _Change(shard, removed=whys_gone))
@@ -455,7 +446,7 @@ class Recovery:
 
     def _has(self, node: str, number: int, disk: str) -> bool:
         """Whether the node is linked, and has this copy."""
-        report = self._around.reports.get(node)
+        report = self._reports.get(node)
         copy = None if report is None else report.copies.get(number)
         return copy is not None and copy.disk == disk
 
@@ -466,7 +457,7 @@ class Recovery:
         if shard.differ:
             names = ", ".join(shard.donors)
             why = f"its members differ: {names} end at number {best.seq} with different histories"
-            self._around.alarm(f"shard {shard.number}: {why}")
+            self._outbox.alarm(f"shard {shard.number}: {why}")
             self._down(shard, why)
             return False
         if best.seq < shard.given:
@@ -484,17 +475,22 @@ class Recovery:
     def _repair_or_finish(self, shard: _Shard) -> None:
         if shard.bad:
             shard.state = REPAIRING
-            self._around.repair(shard.number, shard.seq, shard.bad)
+            self._sequencer.equalized(shard.number, shard.seq, shard.bad)
+            self._membership.repair(shard.number)
         else:
             self._finish(shard)
 
     def _finish(self, shard: _Shard) -> None:
         del self.shards[shard.number]
-        self._around.recovered(shard.number, shard.seq, shard.chain)
+        self._sequencer.serve(shard.number, shard.seq, shard.chain)
+        self._membership.unsettled.add(shard.number)
 
     def _down(self, shard: _Shard, why: str) -> None:
         shard.state = DOWN
-        self._around.is_down(shard.number, why)
+        known = self._sequencer.shards[shard.number]
+        if known.reason != why:
+            known.reason = why
+            self._outbox.event("error", "shard-down", shard=shard.number, reason=why)
 
     # --- shipping -----------------------------------------------------------------------------------
 
@@ -519,7 +515,7 @@ class Recovery:
             self._found_bad(shard, f"lacks what follows number {after}, and no member can ship it any more")
             return
         shard.awaited = (shard.donors[0], FETCH)
-        self._around.send_to(shard.donors[0], (FETCH, shard.number, after))
+        self._outbox.send(shard.donors[0], (FETCH, shard.number, after))
 
     def _found_bad(self, shard: _Shard, why: str) -> None:
         """The target cannot be brought up to date: judge the shard again with that."""

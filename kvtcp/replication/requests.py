@@ -1,14 +1,60 @@
-"""Requests: what is kept of each on its way through the sequencer, and where its answer goes.
+"""Requests: the shapes of what the path of requests keeps for each of them, and where their answers go.
 
-Pure. A request on many keys becomes one op for each key; `Gather` is the sink of these ops, and answers the request
-when it has heard from all of them.
+Pure. Ops are lists, not objects, and one list is all that a request costs in the sequencer (making an instance costs
+five times as much):
+
+    write  [WRITE, sink, token, result]                                            sink None = answered already
+    read   [op, sink, token, shard state, last number queued before it, key]       sink None = answered already
+    part   [PART, multi read, attempt, index]
+    call   [CALL, function]                                                        of a control item: called once with
+                                                                                   its result, or LINK_LOST; None = was
+
+Simplification: a sink must not raise. Its methods only append to buffers, and an exception from one of them is a
+defect after which the state of the sequencer is not to be trusted: whoever runs it ends the process.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, Protocol
 
-from kvtcp.replication.shard_state import Sink
+WRITE: Final = 0
+PART: Final = -1
+CALL: Final = -3  # -2 is ANSWERED, see progress.py
+ITEM_OVERHEAD_BYTES: Final = 32  # what an item counts in a window beyond its key and value
+
+NUMBER: Final = object()  # result of a write that is its own number (put)
+AWAITED: Final = object()  # result that has not arrived
+LOST: Final = object()  # result that died with a link: the entry is applied, nobody knows any more what it gave
+DUE: Final = object()  # result that has not arrived of a write that is committed
+LINK_LOST: Final = object()  # what a call gets instead of a result
+
+# unsequenced: (deadline_ms, bytes, op, key, args or None for a read, sink, token)
+Waiting = tuple[int, int, int, bytes, Any, Any, Any]
+# an answer: (commit it waits for, order, deadline_ms, sink or None for a multi read, token or multi read, result)
+Held = tuple[int, int, int, Any, Any, Any]
+
+
+class Sink(Protocol):
+    """Where answers go."""
+
+    def reply(self, token: Any, result: Any) -> None:
+        """The request succeeded."""
+
+    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
+        """The request ended with an error."""
+
+
+class _Ignore:
+    """Sink of the sequencer's own writes."""
+
+    def reply(self, token: Any, result: Any) -> None:
+        """Nobody waits for it."""
+
+    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
+        """Nobody waits for it."""
+
+
+IGNORE: Final = _Ignore()
 
 
 class Gather:

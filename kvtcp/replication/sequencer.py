@@ -33,20 +33,11 @@ from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PURGE
 from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.replication.copy_reports import LOST_DATA, foreign_copy, incomplete_copy
 from kvtcp.replication.members import Members, part_of
 from kvtcp.replication.progress import ANSWERED, Batch, LinkError, Op, Progress
-from kvtcp.replication.recovery import LOST_DATA, foreign_copy, incomplete_copy
-from kvtcp.replication.shard_state import (
-    AWAITED,
-    CALL,
-    DUE,
-    IGNORE,
-    LINK_LOST,
-    PART,
-    WRITE,
-    ShardState,
-    Sink,
-)
+from kvtcp.replication.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, PART, WRITE, Sink
+from kvtcp.replication.shard_state import ShardState
 
 # what a node has of a shard that is not served yet is not committed, whatever the number
 NEVER: Final = 1 << 63
@@ -153,6 +144,16 @@ class Sequencer(Members):
         self._look_whether_stuck(shard)
         shard.update_writable()
 
+    def equalized(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
+        """The members of a shard that is not served are equal up to `seq`, but for the bad ones, which are replaced
+        before it is."""
+        shard = self.shards[number]
+        shard.last_seq = shard.commit = seq
+        for link in shard.members:
+            shard.acked[link] = seq
+            shard.mark(link, bad.get(link.node, ""))
+        shard.reason = "; ".join(f"{node} {why}" for node, why in bad.items()) + ": it is being replaced"
+
     def stop_serving(self, number: int, reason: str) -> None:
         """Nothing more is read or written; what is pending is answered UNKNOWN, what waits is refused."""
         shard = self.shards[number]
@@ -204,7 +205,7 @@ class Sequencer(Members):
             if copy is None or why:
                 bad[shard.number] = why
                 if learner is not None:
-                    learner.lost = why
+                    learner.lost_reason = why
                     shard.update_targets()
                 else:
                     self._abandon(shard, link, why)

@@ -3,56 +3,37 @@
 Pure. `Admission` (requests in), `Answers` (answers out) and `Sequencer` (links, results, time) all work on one
 `ClusterState`; it is a base class of theirs and not an object beside them because an attribute of `self` is the
 cheapest thing to reach on the path of every operation.
-
-Ops are lists, not objects, and one list is all that a request costs here (making an instance costs five times as much):
-
-    write  [WRITE, sink, token, result]                                            sink None = answered already
-    read   [op, sink, token, shard state, last number queued before it, key]       sink None = answered already
-    part   [PART, multi read, attempt, index]
-    call   [CALL, function]                                                        of a control item: called once with
-                                                                                   its result, or LINK_LOST; None = was
-
-Simplification: a sink must not raise. Its methods only append to buffers, and an exception from one of them is a
-defect after which the state here is not to be trusted: whoever runs the sequencer ends the process.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from kvtcp.errors import Code
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import Op, Progress
-
-if TYPE_CHECKING:
-    from kvtcp.replication.learner import Learner
-
-WRITE: Final = 0
-PART: Final = -1
-CALL: Final = -3  # -2 is ANSWERED, see progress.py
-ITEM_OVERHEAD_BYTES: Final = 32  # what an item counts in a window beyond its key and value
-
-NUMBER: Final = object()  # result of a write that is its own number (put)
-AWAITED: Final = object()  # result that has not arrived
-LOST: Final = object()  # result that died with a link: the entry is applied, nobody knows any more what it gave
-DUE: Final = object()  # result that has not arrived of a write that is committed
-LINK_LOST: Final = object()  # what a call gets instead of a result
-
-# unsequenced: (deadline_ms, bytes, op, key, args or None for a read, sink, token)
-Waiting = tuple[int, int, int, bytes, Any, Any, Any]
-# an answer: (commit it waits for, order, deadline_ms, sink or None for a multi read, token or multi read, result)
-Held = tuple[int, int, int, Any, Any, Any]
+from kvtcp.replication.requests import Held, Sink, Waiting
 
 
-class Sink(Protocol):
-    """Where answers go."""
+class Following:
+    """What a shard knows of a learner: one node's copy on its way into the in-sync set. The learner fills it in."""
 
-    def reply(self, token: Any, result: Any) -> None:
-        """The request succeeded."""
+    __slots__ = ("acked", "attached", "disk", "holds_writes", "lost_reason", "on_acknowledged")
 
-    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """The request ended with an error."""
+    def __init__(self, on_acknowledged: Callable[[int], None]) -> None:
+        self.on_acknowledged = on_acknowledged  # called with the number up to which an ordinal of the link covers it
+        self.attached = False  # LEARN was queued
+        self.holds_writes = False  # it does not catch up while writes go on: they wait a moment
+        self.acked = 0  # number up to which it has everything, durably; 0 as long as nothing of it counts
+        self.disk = ""  # of the copy that it will be a member by
+        self.lost_reason = ""  # why its copy is not what it was when it was proposed as a member; empty = it is
+
+    @property
+    def takes_writes(self) -> bool:
+        """Whether the writes of the shard are queued to it."""
+        return self.attached and not self.lost_reason
 
 
 class ShardState:
@@ -67,7 +48,7 @@ class ShardState:
     def __init__(self, number: int, members: list[Progress]) -> None:
         self.number = number
         self.members = members  # E: all of them must have an entry before it is committed; the first answers writes
-        self.learners: dict[Progress, Learner] = {}  # nodes whose copies are being brought up to date
+        self.learners: dict[Progress, Following] = {}  # nodes whose copies are being brought up to date
         self.joining: dict[Progress, str] = {}  # disks of members that the map as it is stored does not name yet
         self.targets = members  # to whom writes are queued: good members, then learners
         self.bad: dict[Progress, str] = {}  # members that do not count, and why, as the end of a sentence
@@ -118,7 +99,7 @@ class ShardState:
 
     def is_blocked(self) -> bool:
         """Whether a member or a learner cannot take a write now."""
-        if self.bad or any(learner.hurry for learner in self.learners.values()):
+        if self.bad or any(learner.holds_writes for learner in self.learners.values()):
             return True
         blocked = False
         for link in self.targets:
@@ -217,16 +198,3 @@ class ClusterState:
     def _refuse(self, sink: Sink, token: Any, code: Code, text: str, shard: ShardState) -> None:
         self.unavailable += 1
         sink.fail(token, code, text, {"shard": shard.number})
-
-
-class _Ignore:
-    """Sink of the sequencer's own writes."""
-
-    def reply(self, token: Any, result: Any) -> None:
-        """Nobody waits for it."""
-
-    def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """Nobody waits for it."""
-
-
-IGNORE: Final = _Ignore()

@@ -287,7 +287,7 @@ class CoordinatorServer:
             return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
 
         stored: asyncio.Future[ClusterMap] = self.loop.create_future()
-        self.controller.propose(edit, stored.set_result)
+        self.controller.proposals.propose(edit, stored.set_result)
         self.keeper.wake()
         await stored
         self.begin()

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from kvtcp.config_store.keeper import MapKeeper, NotOwner
 from kvtcp.config_store.store import ConfigStoreError
 from kvtcp.constants import STAMP_AHEAD_MS
-from kvtcp.replication.cluster_admin import usable_nodes
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.placement import plan
 from kvtcp.server.supervisor import Found
@@ -69,7 +68,7 @@ def _next_epoch(old: ClusterMap, first: ClusterMap) -> ClusterMap:
         new, given = new.with_node(*first.nodes[node])
         assert given == node, "new nodes have the next ids"
     if new.nodes.keys() != old.nodes.keys() and any(len(row) < new.factor for row in new.wanted):
-        new = new.with_wanted(plan(new.wanted, usable_nodes(new), new.factor))
+        new = new.with_wanted(plan(new.wanted, new.usable_nodes(), new.factor))
     return new if new.min_insync == first.min_insync else new.with_min_insync(first.min_insync)
 
 

@@ -185,7 +185,7 @@ class Status:
     def _node(self, link: NodeLink) -> dict[str, Any]:
         cluster_map, progress = self._controller.map, link.progress
         shards = self._sequencer.shards
-        learners = [shard.learners[progress] for shard in progress.shards if progress in shard.learners]
+        learners = [learner for learner in self._controller.membership.learners() if learner.link is progress]
         wanted = sum(link.node in row for row in cluster_map.wanted)
         member_of = len(cluster_map.shards_of(link.node))
         lag_entries = sum(shard.last_seq - shard.acked.get(progress, shard.last_seq) for shard in progress.shards)
@@ -223,7 +223,7 @@ class Status:
         if not link.progress.connected:
             return "down"
         if link.node in cluster_map.draining:
-            return "draining" if member_of or self._controller.copies_of(link.node) else "drained"
+            return "draining" if member_of or self._controller.membership.copies_of(link.node) else "drained"
         if self._is_silent(link):
             return "silent"
         return "learning" if learns else "up"
@@ -241,7 +241,7 @@ class Status:
             "nodes": [link.node for link in shard.members],
             "insync": self._controller.map.nodes_of(shard.number),
             "wanted": list(self._controller.map.wanted[shard.number]),
-            "learners": [_learner(link, learner) for link, learner in shard.learners.items()],
+            "learners": [_learner(learner) for learner in self._controller.membership.learners_of(shard.number)],
             "seq": shard.last_seq,
             "commit": shard.commit,
             "lag_entries": max(behind, default=0),
@@ -259,9 +259,9 @@ def _first_bad(progress: Progress) -> str:
     return ""
 
 
-def _learner(link: Progress, learner: Learner) -> dict[str, Any]:
+def _learner(learner: Learner) -> dict[str, Any]:
     return {
-        "node": link.node,
+        "node": learner.link.node,
         "donor": learner.donor.node,
         "phase": learner.phase,
         "entries_left": learner.entries_left,
