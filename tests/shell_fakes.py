@@ -8,41 +8,30 @@ import math
 import shlex
 import threading
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvtcp.client.administration import LossAccepted, Move, NodeChange, Rebalance
+from kvtcp.client.aio import AsyncClient
+from kvtcp.client.channel import ServerInfo
+from kvtcp.client.requests import Entry
 from kvtcp.errors import Code, KeyExists, Mismatch, RequestError, show_bytes
 from kvtcp.protocol.messages import check_key, check_value, prefix_bounds
 from kvtcp.shell.context import Streams
 from kvtcp.shell.main import main
 
 
-class FakeEntry(NamedTuple):
-    """What get_entry and scan_entries give."""
-
-    key: bytes
-    value: bytes
-    rev: int
-    ttl: float | None
-
-
-class FakeInfo(NamedTuple):
-    """What the server said at hello."""
-
-    shards: int = 64
-
-
-class FakeClient:
+class FakeClient(AsyncClient[bytes]):
     """The calls of the client over a dict; time stands still. `failure` is raised by the next call, once."""
 
+    info = ServerInfo("kvtcp", 1, "c-1", 64, {})
+
     def __init__(self) -> None:
-        self.cells: dict[bytes, FakeEntry] = {}
+        self.cells: dict[bytes, Entry[bytes]] = {}
         self.rev = 0
         self.failure: BaseException | None = None
         self.calls: list[tuple[Any, ...]] = []
         self.closed = 0
         self.opened: list[tuple[str, float]] = []
-        self.info = FakeInfo()
         self.hangs = False  # a call waits for ever
         self.is_hanging = threading.Event()  # one does
         self.in_flight = 0  # put_many that have not ended
@@ -68,7 +57,7 @@ class FakeClient:
 
     def _set(self, key: bytes, value: bytes, ttl: float | None) -> int:
         self.rev += 1
-        self.cells[check_key(key)] = FakeEntry(key, check_value(value, key), self.rev, ttl)
+        self.cells[check_key(key)] = Entry(key, check_value(value, key), self.rev, ttl)
         return self.rev
 
     async def put(self, key: bytes, value: bytes, *, ttl: float | None = None) -> int:
@@ -81,7 +70,7 @@ class FakeClient:
             raise KeyExists(f"the key {show_bytes(key)} exists", Code.EXISTS, {"key": key})
         return self._set(key, value, ttl)
 
-    async def get_entry(self, key: bytes) -> FakeEntry | None:
+    async def get_entry(self, key: bytes) -> Entry[bytes] | None:
         await self._enter()
         return self.cells.get(key)
 
@@ -138,7 +127,7 @@ class FakeClient:
 
     def _select(
         self, prefix: bytes | None, start: bytes | None, end: bytes | None, limit: int | None, reverse: bool
-    ) -> list[FakeEntry]:
+    ) -> list[Entry[bytes]]:
         low, high = prefix_bounds(prefix) if prefix else (b"", None)
         low = max(low, start or b"")
         keys = [k for k in self.cells if k >= low and (high is None or k < high) and (end is None or k < end)]
@@ -152,7 +141,7 @@ class FakeClient:
         end: bytes | None = None,
         limit: int | None = None,
         reverse: bool = False,
-    ) -> AsyncIterator[FakeEntry]:
+    ) -> AsyncIterator[Entry[bytes]]:
         await self._enter()
         for entry in self._select(prefix, start, end, limit, reverse):
             yield entry
@@ -302,7 +291,7 @@ class Shell:
     def run(self, *arguments: str, stdin: bytes = b"", terminal: bool = False) -> int:
         """One call of the program; the exit code."""
         streams = self.streams(stdin, terminal=terminal)
-        code = main(arguments, streams=streams, connect=self.client.connect)  # type: ignore[arg-type]
+        code = main(arguments, streams=streams, connect=self.client.connect)
         assert isinstance(streams.stdout, io.BytesIO) and isinstance(streams.stderr, io.StringIO), "memory streams"
         self.out, self.err = streams.stdout.getvalue(), streams.stderr.getvalue()
         return code

@@ -5,61 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.shell.commands import Command, find, group, parse_error_text, table, take_command, take_form
+from kvtcp.shell.commands import TABLE, find, group, parse_error_text, take_command, take_form
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import ParseError, split_line
-
-
-async def nothing(*_: object) -> None:  # type: ignore[misc]
-    """A handler that is not called."""
-
-
-COMMAND = Command("go A B [C] [x=N] [y=N] [flag] [red|blue]", "s", "go 1 2", nothing)  # type: ignore[arg-type]
-
-
-def test_usage_is_read() -> None:
-    """The usage line alone says what a call may have."""
-    assert (COMMAND.name, COMMAND.required, COMMAND.optional) == ("go", ("A", "B"), ("C",))
-    assert COMMAND.options == {"x", "y"} and COMMAND.flags == {"flag", "red", "blue"}
-
-
-@pytest.mark.parametrize(
-    ("line", "words", "options", "flags"),
-    [
-        ("1 2", ["1", "2"], {}, set()),
-        ("flag x=1 3", ["flag", "x=1", "3"], {}, set()),
-        ("1 2 3 x=4 flag blue", ["1", "2", "3"], {"x": "4"}, {"flag", "blue"}),
-        ("1 2 blue y=5 3", ["1", "2", "3"], {"y": "5"}, {"blue"}),
-        ('1 2 "flag"', ["1", "2", '"flag"'], {}, set()),
-        ('1 2 "x=1" x=2', ["1", "2", '"x=1"'], {"x": "2"}, set()),
-        ("1 2 b64:AA==", ["1", "2", "b64:AA=="], {}, set()),
-    ],
-)
-def test_bind(line: str, words: list[str], options: dict[str, str], flags: set[str]) -> None:
-    """Required words take what stands there; behind them options and flags are known by name, in any order."""
-    bound = COMMAND.bind(split_line(line))
-    assert [bound.words[name].raw for name in ("A", "B", "C") if name in bound.words] == words
-    assert ({name: word.raw for name, word in bound.options.items()}, bound.flags) == (options, flags)
-
-
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("1", "B is missing"),
-        ("1 2 3 4", "what does '4' mean here"),
-        ("1 2 z=1", "what does 'z=1' mean here"),
-        ("1 2 --flag", "what does '--flag' mean here"),
-        ("1 2 x=1 x=2", "x= is given twice"),
-        ("1 2 x=", "nothing follows x="),
-        ("1 2 red blue", "red and blue exclude each other"),
-    ],
-)
-def test_bind_refuses(line: str, text: str) -> None:
-    """What does not fit is named, and the usage is shown."""
-    with pytest.raises(UsageError, match=text) as caught:
-        COMMAND.bind(split_line(line))
-    assert "usage: go A B" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -116,21 +65,6 @@ def test_commands_of_two_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("n1", "destroyed is missing; usage: node forget ID destroyed [yes]"),
-        ("n1 yes", "the word destroyed must stand in the place of 'yes'; usage: node forget ID destroyed [yes]"),
-        ('n1 "destroyed"', "the word destroyed must stand in the place of '\"destroyed\"'; usage: node forget"),
-    ],
-)
-def test_words_that_must_stand(line: str, text: str) -> None:
-    """A word in small letters stands for itself and nothing else."""
-    with pytest.raises(UsageError) as caught:
-        table()["node forget"].bind(split_line(line))
-    assert text in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("word", "url"),
     [
         ("127.0.0.1:8000", "kvtcp://127.0.0.1:8000"),
@@ -160,8 +94,8 @@ def test_table_names_every_command_of_the_contract() -> None:
         "backup verify restore import export help exit quit"
     )
     of_two_words = {"node-add", "node-drain", "node-undrain", "node-remove", "node-forget", "shard-accept-loss"}
-    assert list(table()) == [name.replace("-", " ", 1) if name in of_two_words else name for name in names.split()]
-    assert all(command.name == name for name, command in table().items())
+    assert list(TABLE) == [name.replace("-", " ", 1) if name in of_two_words else name for name in names.split()]
+    assert all(command.name == name for name, command in TABLE.items())
 
 
 def document_tables() -> dict[str, list[list[str]]]:
@@ -183,7 +117,7 @@ def document_tables() -> dict[str, list[list[str]]]:
 def test_the_document_has_every_command_form_and_exit_code() -> None:
     """docs/shell.md lists the commands as the table has them, in its order, and so for forms and exit codes."""
     tables = document_tables()
-    assert tables["command"] == [[command.usage, command.summary] for command in table().values()]
+    assert tables["command"] == [[command.usage, command.summary] for command in TABLE.values()]
     assert tables["code"] == [[str(code.value), meaning] for code, meaning in MEANINGS.items()]
     assert {row[0] for row in tables["form"]} == set(FORMATS)
 

@@ -1,16 +1,13 @@
 """Commands for the cluster as a whole, in every form."""
 
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
 
 import pytest
 
 from kvtcp.errors import DataError, Unavailable
 from kvtcp.protocol.hashing import shard_of
+from kvtcp.storage import backup
 from tests.shell_fakes import Shell
 
 
@@ -68,19 +65,6 @@ def test_shards_in_all_forms(shell: Shell) -> None:
     assert json.loads(shell.out)[63] == {"shard": 63, "in_sync": ["n1", "n2"], "keys": 630}
 
 
-def test_rows_of_maps_by_name(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nodes as a map of maps, and as a map that holds a list, are the same rows."""
-    answers: list[Any] = [{"n1": {"up": True}}, {"nodes": [{"node": "n1", "up": True}]}]
-
-    async def nodes() -> Any:
-        return answers.pop(0)
-
-    monkeypatch.setattr(shell.client, "nodes", nodes)
-    for _ in range(2):
-        assert shell.run("nodes") == 0
-        assert shell.out == b"node\tup\nn1\tyes\n"
-
-
 def test_restore_modes_exclude_each_other(shell: Shell) -> None:
     """merge and replace together are a mistake."""
     assert shell.run("restore", "b1", "merge", "replace") == 2
@@ -112,49 +96,26 @@ def test_unreachable_cluster(shell: Shell) -> None:
     assert shell.err == "kvtcp-shell: no connection to kvtcp://127.0.0.1:8000 within 2 s, nothing was sent\n"
 
 
-@dataclass
-class Report:
-    """A report as a dataclass."""
-
-    files: int
-    keys: int
+REPORT = backup.VerifyReport(pairs=10, bytes=200, files=3, shards=64, cluster="c-1", created="2026-01-01T00:00:00Z")
 
 
-class ReportTuple(NamedTuple):
-    """A report as a named tuple."""
-
-    files: int
-    keys: int
-
-
-@pytest.fixture
-def backup_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A stand-in for kvtcp.storage.backup; `verify` is set by the test."""
-    import kvtcp.storage
-
-    module = ModuleType("kvtcp.storage.backup")
-    monkeypatch.setitem(sys.modules, "kvtcp.storage.backup", module)
-    monkeypatch.setattr(kvtcp.storage, "backup", module, raising=False)
-    return module
-
-
-@pytest.mark.parametrize("report", [Report(3, 10), ReportTuple(3, 10), {"files": 3, "keys": 10}])
-def test_verify_needs_no_server(shell: Shell, backup_module: ModuleType, tmp_path: Path, report: object) -> None:
-    """`verify` reads the directory from here and shows its report, of whatever kind it is."""
+def test_verify_needs_no_server(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify` reads the directory from here and shows its report."""
     seen: list[Path] = []
-    backup_module.verify = lambda path: seen.append(path) or report  # type: ignore[attr-defined]
+    monkeypatch.setattr(backup, "verify", lambda path: seen.append(path) or REPORT)
     assert shell.run("verify", str(tmp_path)) == 0
-    assert (shell.out, seen, shell.client.opened) == (b"files\t3\nkeys\t10\n", [tmp_path], [])
+    assert (seen, shell.client.opened) == ([tmp_path], [])
+    assert shell.out == b"pairs\t10\nbytes\t200\nfiles\t3\nshards\t64\ncluster\tc-1\ncreated\t2026-01-01T00:00:00Z\n"
 
 
 def test_verify_finds_a_name_among_the_backups(
-    shell: Shell, backup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that is no directory here is looked for in backups/; a directory here goes first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backups" / "monday").mkdir(parents=True)
     seen: list[Path] = []
-    backup_module.verify = lambda path: seen.append(path) or {"files": 3}  # type: ignore[attr-defined]
+    monkeypatch.setattr(backup, "verify", lambda path: seen.append(path) or REPORT)
     assert shell.run("verify", "monday") == 0
     (tmp_path / "monday").mkdir()
     assert shell.run("verify", "monday") == 0
@@ -173,12 +134,12 @@ def test_verify_suggests_the_backup_of_that_name(
     assert shell.err.endswith("old/tuesday/manifest.json: no such backup\n")
 
 
-def test_verify_of_a_damaged_backup(shell: Shell, backup_module: ModuleType) -> None:
+def test_verify_of_a_damaged_backup(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage ends with 7, and the sentence names file and line."""
 
     def verify(path: Path) -> None:
         raise DataError("node-n1.jsonl, line 3: not JSON")
 
-    backup_module.verify = verify  # type: ignore[attr-defined]
+    monkeypatch.setattr(backup, "verify", verify)
     assert shell.run("verify", "b") == 7
     assert (shell.out, shell.err) == (b"", "kvtcp-shell: node-n1.jsonl, line 3: not JSON\n")

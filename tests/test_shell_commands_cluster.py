@@ -95,7 +95,7 @@ class Asked:
 
 async def run(shell: Shell, line: str, ask: Asked) -> Exit:
     """A command with somebody to ask."""
-    context = Context(shell.streams(), lambda: shell.client.connect("", 0), "plain", ask)  # type: ignore[arg-type, return-value]
+    context = Context(shell.streams(), lambda: shell.client.connect("", 0), "plain", ask)
     command, rest = take_command(split_line(line))
     return await command.handler(context, command.bind(rest), context.output())
 

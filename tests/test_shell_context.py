@@ -16,7 +16,7 @@ from tests.shell_fakes import FakeClient, Shell
 def make(client: FakeClient, *, stdin: bytes = b"", terminal: bool = False) -> Context:
     """A context over a fake client."""
     streams = Shell().streams(stdin, terminal=terminal)
-    return Context(streams, lambda: client.connect("kvtcp://h:1", 1.0))  # type: ignore[arg-type, return-value]
+    return Context(streams, lambda: client.connect("kvtcp://h:1", 1.0))
 
 
 async def test_client_is_opened_once_and_again_after_a_failure() -> None:

@@ -30,7 +30,7 @@ class Session:
     def __init__(self) -> None:
         self.client = FakeClient()
         self.streams = Shell().streams()
-        self.context = Context(self.streams, lambda: self.client.connect(ADDRESS, 2.0))  # type: ignore[arg-type, return-value]
+        self.context = Context(self.streams, lambda: self.client.connect(ADDRESS, 2.0))
 
     def run(self, front: interactive.Front) -> int:
         return run_session(self.context, ADDRESS, front)
@@ -341,7 +341,7 @@ def test_prompt_toolkit_notices_a_lost_server_at_the_prompt(session: Session) ->
             asyncio.get_running_loop().call_soon(tick)
             return session.client
 
-        session.context.connect = connect  # type: ignore[assignment]
+        session.context.connect = connect
         front = PromptFront(None, input=keys, output=DummyOutput())
         keys.send_text("count\r")
         assert session.run(front) == 0

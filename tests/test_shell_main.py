@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtcp import __version__
-from kvtcp.shell.commands import group, table
+from kvtcp.shell.commands import TABLE, group
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.main import parse_arguments
 from tests.shell_fakes import Shell
@@ -63,14 +63,14 @@ def test_version_and_help() -> None:
     shell = Shell()
     assert (shell.run("--version"), shell.out) == (0, f"kvtcp {__version__}\n".encode())
     assert shell.run("--help") == 0
-    for command in table().values():
+    for command in TABLE.values():
         assert command.usage in shell.out.decode()
     for code, meaning in MEANINGS.items():
         assert f"\n  {code.value:>3}  {meaning}\n" in shell.out.decode()
     assert shell.client.opened == []
 
 
-@pytest.mark.parametrize("name", list(table()))
+@pytest.mark.parametrize("name", list(TABLE))
 def test_help_of_every_command(name: str) -> None:
     """`help COMMAND` and `COMMAND --help` show usage and an example, which is a call that can be bound."""
     shell = Shell()
@@ -82,7 +82,7 @@ def test_help_of_every_command(name: str) -> None:
     from kvtcp.shell.commands import take_command, take_form
     from kvtcp.shell.parser import split_line
 
-    words, _ = take_form(split_line(table()[name].example.splitlines()[0]))
+    words, _ = take_form(split_line(TABLE[name].example.splitlines()[0]))
     command, rest = take_command(words)
     assert command.name == name
     command.bind(rest)
@@ -93,7 +93,7 @@ def test_help_lists_all_and_suggests() -> None:
     shell = Shell()
     assert shell.run("help") == 0
     usages = [line.split("\t")[0] for line in shell.out.decode().splitlines()]
-    assert usages == [command.usage for command in table().values()]
+    assert usages == [command.usage for command in TABLE.values()]
     for arguments in (["help", "node"], ["node", "--help"]):
         assert shell.run(*arguments) == 0
         starts = [line for line in shell.out.decode().splitlines() if line.startswith("usage: ")]

@@ -54,7 +54,7 @@ def run_piped(shell: Shell, data: bytes, *arguments: str) -> int:
         streams.stdin = stdin
         from kvtcp.shell.main import main
 
-        code = main(arguments, streams=streams, connect=shell.client.connect)  # type: ignore[arg-type]
+        code = main(arguments, streams=streams, connect=shell.client.connect)
     thread.join(10)
     assert isinstance(streams.stdout, io.BytesIO) and isinstance(streams.stderr, io.StringIO), "memory streams"
     shell.out, shell.err = streams.stdout.getvalue(), streams.stderr.getvalue()
@@ -182,7 +182,7 @@ def test_later_of_equal_keys_wins() -> None:
             return await put_many(items)
 
         client.put_many = slow_first  # type: ignore[method-assign]
-        sender = Sender(client)  # type: ignore[arg-type]
+        sender = Sender(client)
         builder = ChunkBuilder("x")
         chunks = []
         for value in (b'"1"', b'"2"'):

@@ -28,7 +28,7 @@ class Clock:
 def context_of(client: Moving) -> Context:
     """A context whose stderr is a terminal in memory."""
     streams = Streams(io.BytesIO(), io.BytesIO(), io.StringIO(), stderr_is_terminal=True)
-    return Context(streams, lambda: client.connect("", 0))  # type: ignore[arg-type, return-value]
+    return Context(streams, lambda: client.connect("", 0))
 
 
 async def waited(client: Moving, left: Left, clock: Clock | None = None) -> str:
@@ -44,17 +44,17 @@ async def waited(client: Moving, left: Left, clock: Clock | None = None) -> str:
 async def test_until_nothing_is_left() -> None:
     """The whole cluster is told by `status`, one node by `nodes`; the bar shows what is left."""
     client = Moving(12, 5, 0, 7)
-    assert "rebalance   0% [" + "." * 30 + "] 12 shards left" in await waited(client, moving_left(client))  # type: ignore[arg-type]
+    assert "rebalance   0% [" + "." * 30 + "] 12 shards left" in await waited(client, moving_left(client))
     assert client.polls == [7], "it stopped when nothing was left"
     client = Moving(3, 0, 9)
-    await waited(client, node_left(client, "n1"))  # type: ignore[arg-type]
+    await waited(client, node_left(client, "n1"))
     assert client.polls == [9]
 
 
 async def test_a_node_that_is_gone_holds_nothing() -> None:
     """A node that was removed meanwhile is not waited for."""
     client = Moving(3)
-    assert await node_left(client, "n9")() == 0  # type: ignore[arg-type]
+    assert await node_left(client, "n9")() == 0
 
 
 @pytest.mark.parametrize("key", ["moving", "member_of"])
@@ -67,28 +67,28 @@ async def test_an_older_server(key: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(client, "status" if key == "moving" else "nodes", answer)
     with pytest.raises(DataError, match=f"does not tell {key}"):
-        await waited(client, moving_left(client) if key == "moving" else node_left(client, "n1"))  # type: ignore[arg-type]
+        await waited(client, moving_left(client) if key == "moving" else node_left(client, "n1"))
 
 
 async def test_a_short_silence_is_waited_out() -> None:
     """A coordinator that is started again goes on; each answer ends the silence."""
     lost = Unavailable("no connection", Code.UNREACHABLE)
     client = Moving(5, lost, lost, 4, lost, lost, 0)
-    await waited(client, moving_left(client), Clock(SILENCE_S / 4))  # type: ignore[arg-type]
+    await waited(client, moving_left(client), Clock(SILENCE_S / 4))
 
 
 async def test_a_long_silence_ends_it() -> None:
     """Then nobody knows how far it is, and the sentence says so."""
     client = Moving(5, Unavailable("no connection", Code.UNREACHABLE))
     with pytest.raises(OutcomeUnknown, match=r"the change was accepted; since 60 s nobody tells .*\(no connection\)"):
-        await waited(client, moving_left(client), Clock(SILENCE_S / 4))  # type: ignore[arg-type]
+        await waited(client, moving_left(client), Clock(SILENCE_S / 4))
 
 
 async def test_ctrl_c_ends_the_waiting_only() -> None:
     """The bar goes, and a sentence says that the shards go on."""
     client = Moving(5)
     context = context_of(client)
-    task = asyncio.create_task(until_moved(context, "rebalance", moving_left(client)))  # type: ignore[arg-type]
+    task = asyncio.create_task(until_moved(context, "rebalance", moving_left(client)))
     assert isinstance(context.streams.stderr, io.StringIO)
     deadline = asyncio.get_running_loop().time() + 5
     while "5 shards left" not in context.streams.stderr.getvalue():

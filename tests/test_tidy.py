@@ -214,7 +214,6 @@ def test_layers() -> None:
 CIRCLES: list[set[str]] = [
     {"resp/client", "resp/commands", "resp/connection", "resp/door", "resp/scanning", "resp/transactions"},
     {"server/node", "server/node_callers"},
-    {"shell/commands", "shell/commands_admin", "shell/commands_cluster", "shell/commands_data"},
 ]  # fmt: skip
 
 

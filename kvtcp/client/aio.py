@@ -349,13 +349,13 @@ class AsyncClient(Generic[V]):
         """The state of the cluster, names as text."""
         return await self._administer(b"status", dict, timeout)
 
-    async def nodes(self, *, timeout: float | None = None) -> Any:
+    async def nodes(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The nodes of the cluster, names as text."""
-        return decode_tree(await self._call([0, b"nodes"], READ, timeout))
+        return await self._administer(b"nodes", list, timeout)
 
-    async def shards(self, *, timeout: float | None = None) -> Any:
+    async def shards(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The shards of the cluster and who holds them, names as text."""
-        return decode_tree(await self._call([0, b"shards"], READ, timeout))
+        return await self._administer(b"shards", list, timeout)
 
     async def backup(
         self, name: str | None = None, *, progress: ProgressCallback | None = None, timeout: float = ADMIN_IDLE_S
@@ -551,10 +551,7 @@ class AsyncClient(Generic[V]):
         return True
 
     async def _administer(self, op: bytes, shape: type[D], timeout: float | None) -> D:
-        answer = decode_tree(await self._call([0, op], READ, timeout))
-        if not isinstance(answer, shape):
-            raise DataError(f"the answer to {op.decode()} is not a {shape.__name__}")
-        return answer
+        return _shaped(await self._call([0, op], READ, timeout), op, shape)
 
     async def _change(self, message: list[Any], timeout: float | None) -> Any:
         return decode_tree(await self._call(message, WRITE, timeout))
@@ -563,8 +560,15 @@ class AsyncClient(Generic[V]):
         self, message: list[Any], progress: ProgressCallback | None, idle_s: float
     ) -> dict[str, Any]:
         callback = None if progress is None else lambda fields: progress(decode_tree(fields))
-        result: dict[str, Any] = decode_tree(await self._channel.call_long(message, idle_s, callback))
-        return result
+        return _shaped(await self._channel.call_long(message, idle_s, callback), message[1], dict)
+
+
+def _shaped(answer: Any, op: bytes, shape: type[D]) -> D:
+    """An answer of the administration, names as text: a map, or a list of maps. Raises DataError for any other."""
+    tree = decode_tree(answer)
+    if not isinstance(tree, shape) or (isinstance(tree, list) and any(type(row) is not dict for row in tree)):
+        raise DataError(f"the answer to {op.decode()} is not a {'list of maps' if shape is list else 'map'}")
+    return tree
 
 
 class Connecting(Generic[V]):

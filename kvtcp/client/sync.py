@@ -268,11 +268,11 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         """The state of the cluster, names as text."""
         return self._run(self._live().status(timeout=timeout))
 
-    def nodes(self, *, timeout: float | None = None) -> Any:
+    def nodes(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The nodes of the cluster, names as text."""
         return self._run(self._live().nodes(timeout=timeout))
 
-    def shards(self, *, timeout: float | None = None) -> Any:
+    def shards(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The shards of the cluster and who holds them, names as text."""
         return self._run(self._live().shards(timeout=timeout))
 

@@ -7,55 +7,28 @@ taken back needs a word: `destroyed`, and `yes` where nobody can be asked.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from kvtcp.client.administration import NodeChange
 from kvtcp.constants import SHARDS_MAX
 from kvtcp.errors import DataError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.shell.cluster_view import View, nodes_view, shards_view, status_rows
-from kvtcp.shell.commands import Arguments, Command
+from kvtcp.shell.command import Arguments, Command
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, Refused, UsageError
 from kvtcp.shell.output import Output
 from kvtcp.shell.text import cell
 from kvtcp.shell.wait import moving_left, node_left, until_moved
 
-if TYPE_CHECKING:
-    from kvtcp.client.administration import NodeChange
-
 Rows = Sequence[Mapping[str, Any]]
-
-
-def record_of(answer: Any) -> dict[str, Any]:
-    """An answer as a map: dataclasses and named tuples by their fields."""
-    if isinstance(answer, Mapping):
-        return dict(answer)
-    if hasattr(answer, "_asdict"):
-        return dict(answer._asdict())
-    if dataclasses.is_dataclass(answer) and not isinstance(answer, type):
-        return dataclasses.asdict(answer)
-    return {"result": answer}
-
-
-def rows_of(answer: Any, name: str) -> list[dict[str, Any]]:
-    """An answer as rows: a list of maps, a map of maps by `name`, or a map that holds one of these as its only list."""
-    if isinstance(answer, Mapping):
-        if answer and all(isinstance(row, Mapping) for row in answer.values()):
-            return [{name: key, **row} for key, row in answer.items()]
-        lists = [value for value in answer.values() if isinstance(value, list | tuple)]
-        if len(lists) != 1:
-            return [dict(answer)]
-        answer = lists[0]
-    return [record_of(row) for row in answer]
-
 
 # --- how it is --------------------------------------------------------------------------------------
 
 
 async def _status(context: Context, arguments: Arguments, output: Output) -> Exit:
-    fields = record_of(await (await context.client()).status())
+    fields = await (await context.client()).status()
     if output.form == "table":
         output.table(("", ""), status_rows(fields, output.columns), header_shown=False)
     else:
@@ -64,13 +37,13 @@ async def _status(context: Context, arguments: Arguments, output: Output) -> Exi
 
 
 async def _nodes(context: Context, arguments: Arguments, output: Output) -> Exit:
-    rows = rows_of(await (await context.client()).nodes(), "node")
+    rows = await (await context.client()).nodes()
     _show(output, rows, nodes_view)
     return Exit.OK
 
 
 async def _shards(context: Context, arguments: Arguments, output: Output) -> Exit:
-    rows = rows_of(await (await context.client()).shards(), "shard")
+    rows = await (await context.client()).shards()
     _show(output, rows, shards_view)
     return Exit.OK
 
@@ -90,8 +63,8 @@ async def _where(context: Context, arguments: Arguments, output: Output) -> Exit
     key = context.content(arguments.words["K"])
     client = await context.client()
     shard = shard_of(key, client.info.shards)
-    for row in rows_of(await client.shards(), "shard"):
-        if row.get("shard") in (shard, str(shard)):
+    for row in await client.shards():
+        if row.get("shard") == shard:
             _show(output, [row], shards_view)
             return Exit.OK
     raise DataError(f"the server's list of shards has no shard {shard}")
@@ -176,7 +149,7 @@ async def _shard_accept_loss(context: Context, arguments: Arguments, output: Out
     if "yes" not in arguments.flags:
         if context.ask is None:
             raise UsageError("nobody can be asked here; add `yes` to accept the loss")
-        rows = rows_of(await (await context.client()).shards(), "shard")
+        rows = await (await context.client()).shards()
         state = next((row for row in rows if row.get("shard") == shard), {})
         why = f" ({cell(state['reason'])})" if state.get("reason") else ""
         told = f"shard {shard} is {cell(state.get('state'))}{why}. " if state.get("state") else ""
@@ -203,25 +176,25 @@ COMMANDS: Final = (
     Command("where K", "the shard of a key and the nodes that hold it", "where user:1", _where,
             "If the key contains a {tag}, only the tag decides: {user:1}:name and {user:1}:mail are in one shard."),
     Command("node add HOST:PORT", "make a running node one of the cluster", "node add 10.0.0.4:5000\nnode\tn4",
-            _node_add, "It holds nothing until a `rebalance`.", True),
+            _node_add, "It holds nothing until a `rebalance`."),
     Command("node drain ID [wait]", "move everything that a node holds to others",
             "node drain n1 wait\nnode\tn1\nshards\t21\nleft\t0", _node_drain,
             "`wait` shows how many shards it still holds, until there are none; Ctrl-C ends the waiting, not the\n"
-            "moves. Afterwards `node remove`.", True),
+            "moves. Afterwards `node remove`."),
     Command("node undrain ID", "let a node that was to be emptied hold shards again", "node undrain n1\nnode\tn1",
-            _node_undrain, "What has moved comes back with a `rebalance`.", True),
+            _node_undrain, "What has moved comes back with a `rebalance`."),
     Command("node remove ID", "take a node that holds nothing out of the cluster", "node remove n1\nnode\tn1",
-            _node_remove, "Refused while it holds something: `node drain` comes first.", True),
+            _node_remove, "Refused while it holds something: `node drain` comes first."),
     Command("node forget ID destroyed [yes]", "declare that a node will never come back",
             "node forget n1 destroyed yes\nnode\tn1", _node_forget,
             "Nobody waits for what it held any more. What it alone held is lost: look at `shards` first. Asks on a\n"
-            "terminal; `yes` answers. If the node runs still, stop it and remove its data directory.", True),
+            "terminal; `yes` answers. If the node runs still, stop it and remove its data directory."),
     Command("rebalance [dry-run] [wait]", "spread the shards evenly over the nodes",
             "rebalance wait\nshard\tfrom\tto\n5\tn1\tn4", _rebalance,
             "By the fewest moves. dry-run only shows them. `wait` stays until no shard of the cluster is left to\n"
-            "move; Ctrl-C ends the waiting, not the moves.", True),
+            "move; Ctrl-C ends the waiting, not the moves."),
     Command("shard accept-loss N [yes]", "let a shard that is down go on with what is left of it",
             "shard accept-loss 5 yes\nshard\t5", _shard_accept_loss,
             "The last resort, when no node with all its data will come back: acknowledged writes may be lost for\n"
-            "ever. Asks; `yes` answers.", True),
+            "ever. Asks; `yes` answers."),
 )  # fmt: skip

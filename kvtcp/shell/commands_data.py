@@ -11,11 +11,10 @@ from typing import Final
 
 from kvtcp.constants import INTEGER_MAX, INTEGER_MIN
 from kvtcp.errors import show_bytes
-from kvtcp.shell.client_api import in_pages
-from kvtcp.shell.commands import Arguments, Command
+from kvtcp.shell.command import Arguments, Command
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, Refused, UsageError
-from kvtcp.shell.output import Output
+from kvtcp.shell.output import Output, in_pages
 from kvtcp.shell.text import number
 
 
@@ -183,23 +182,23 @@ In scripts: printf %s "$v" | kvtcp-shell put KEY -    nothing in the value is in
 
 COMMANDS: Final = (
     Command("add K V [ttl=60]", "store a new key; refuse one that exists", "add user:1 Ada\nOK 7", _add,
-            _QUOTING, True),
+            _QUOTING),
     Command("put K V [ttl=60]", "store a key, replacing its value", "put user:1 @ada.json ttl=3600\nOK 8", _put,
-            _QUOTING + "\nWithout ttl= the key has no deadline, also if it had one.", True),
+            _QUOTING + "\nWithout ttl= the key has no deadline, also if it had one."),
     Command("get K", "the value of a key", "get user:1\nAda", _get,
             "A newline is added to the value; -o raw gives its bytes only, -o json also revision and deadline.\n"
             "Exit code 1 if there is no such key."),
     Command("delete K [V]", "delete a key; with V only if that is its value", "delete user:1\n1", _delete,
-            "Prints 1, or 0 (exit code 1) if there was no such key or its value is another.", True),
+            "Prints 1, or 0 (exit code 1) if there was no such key or its value is another."),
     Command("exists K", "whether a key is there", "exists user:1\n1", _exists, "Prints 1, or 0 (exit code 1)."),
     Command("cas K OLD NEW", "replace a value only if it is OLD", "cas user:1 Ada Eve\nOK 9", _cas,
-            "Exit code 1 if the value is another. The deadline stays.", True),
+            "Exit code 1 if the value is another. The deadline stays."),
     Command("incr K [N]", "add N (1) to a number and show it", "incr hits 5\n5", _incr,
-            "A missing key counts from 0. A negative N subtracts. Signed 64 bits.", True),
+            "A missing key counts from 0. A negative N subtracts. Signed 64 bits."),
     Command("expire K S", "let a key expire in S seconds", "expire user:1 60\n1", _expire,
-            "Prints 1, or 0 (exit code 1) if there is no such key.", True),
+            "Prints 1, or 0 (exit code 1) if there is no such key."),
     Command("persist K", "remove the deadline of a key", "persist user:1\n1", _persist,
-            "Prints 1, or 0 (exit code 1) if there was no key with a deadline.", True),
+            "Prints 1, or 0 (exit code 1) if there was no key with a deadline."),
     Command("ttl K", "seconds until a key expires", "ttl user:1\n59.998", _ttl,
             "Prints -1 for a key without deadline. Exit code 1 if there is no such key."),
     Command("all_values", "every pair of the cluster, in key order", "all_values\nuser:1\tAda", _scan,
@@ -211,5 +210,5 @@ COMMANDS: Final = (
     Command("delete-prefix P [dry-run] [max=N] [all] [yes]", "delete all keys that start with P",
             "delete-prefix session: max=1000 yes\n37", _delete_prefix,
             "Shows the number and asks; `yes` answers. dry-run only shows it. max=N refuses if there are more than N.\n"
-            'An empty prefix ("") needs `all`. Not atomic: keys written meanwhile may stay.', True),
+            'An empty prefix ("") needs `all`. Not atomic: keys written meanwhile may stay.'),
 )

@@ -7,14 +7,15 @@ command of an interactive session; an attempt that failed is made again by the n
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO, TextIO
 
+from kvtcp.client.aio import AsyncClient
 from kvtcp.constants import MAIN_PORT_DEFAULT, VALUE_BYTES_MAX
-from kvtcp.shell.client_api import Client
 from kvtcp.shell.exits import UsageError
 from kvtcp.shell.output import Output
 from kvtcp.shell.parser import File, Stdin, Word
@@ -23,6 +24,7 @@ from kvtcp.shell.progress import ProgressBar
 ADDRESS_DEFAULT = f"kvtcp://127.0.0.1:{MAIN_PORT_DEFAULT}"
 PROGRAM = "kvtcp-shell"
 
+Client = AsyncClient[bytes]
 Connect = Callable[[], Awaitable[Client]]
 Ask = Callable[[str], Awaitable[bool]]
 
@@ -112,8 +114,6 @@ def ctrl_c_raises() -> Iterator[None]:
     While asyncio.Runner runs, Ctrl-C only cancels its task, at the next turn of the loop: the read would go on, and
     what was typed next would be cancelled in its place.
     """
-    import signal
-
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from kvtcp.shell.commands import group, parse_error_text, table
+from kvtcp.shell.commands import TABLE, group, parse_error_text
 from kvtcp.shell.context import Context, ctrl_c_raises
 from kvtcp.shell.exits import Exit
 from kvtcp.shell.output import FORMATS
@@ -116,7 +116,7 @@ def completions(before: str) -> list[str]:
         del words[0]
         command = None
     else:
-        command = table().get(" ".join(words[:2])) or table().get(" ".join(words[:1]))
+        command = TABLE.get(" ".join(words[:2])) or TABLE.get(" ".join(words[:1]))
     candidates: Iterable[str] = ()
     if command is not None:
         given = len(words) - len(command.name.split())
@@ -125,7 +125,7 @@ def completions(before: str) -> list[str]:
         elif command.required[given].islower():
             candidates = [command.required[given]]
     elif not words:
-        candidates = dict.fromkeys(name.split()[0] for name in table())
+        candidates = dict.fromkeys(name.split()[0] for name in TABLE)
     elif len(words) == 1:
         candidates = [member.name.split()[1] for member in group(words[0])]
     return [word for word in candidates if word.startswith(current) and word not in words]

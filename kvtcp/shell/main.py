@@ -9,23 +9,23 @@ need is imported where it is needed: no argparse, rich, prompt_toolkit or uvloop
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TextIO, cast
 
 from kvtcp._version import __version__
+from kvtcp.client.aio import connect
 from kvtcp.constants import CLIENT_TIMEOUT_MS
-from kvtcp.shell.client_api import Client
-from kvtcp.shell.commands import check_form, table
-from kvtcp.shell.context import ADDRESS_DEFAULT, PROGRAM, Context, Streams, ctrl_c_raises
+from kvtcp.shell.commands import TABLE, check_form
+from kvtcp.shell.context import ADDRESS_DEFAULT, PROGRAM, Client, Context, Streams, ctrl_c_raises
 from kvtcp.shell.exits import MEANINGS, Exit, UsageError
+from kvtcp.shell.interactive import run_session
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import Word, word_of_argument
-
-if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
+from kvtcp.shell.run import run_words
 
 USAGE = f"usage: {PROGRAM} [kvtcp://host:port] [-o {'|'.join(FORMATS)}] [--timeout S] [--] [COMMAND ...]"
 ConnectTo = Callable[[str, float], Awaitable[Client]]
@@ -89,15 +89,13 @@ def _timeout(text: str) -> float:
 
 async def connect_to(address: str, timeout_s: float) -> Client:
     """The real client of an address. Raises RequestError for an address that is none, Unavailable."""
-    from kvtcp.client.aio import connect
-
     return await connect(address, timeout=timeout_s)
 
 
 def help_page() -> str:
     """What --help prints."""
-    width = max(len(command.usage) for command in table().values())
-    commands = "\n".join(f"  {command.usage:<{width}}  {command.summary}" for command in table().values())
+    width = max(len(command.usage) for command in TABLE.values())
+    commands = "\n".join(f"  {command.usage:<{width}}  {command.summary}" for command in TABLE.values())
     return f"""{USAGE}
 
 Shell of kvtcp. With a command it runs once, without one it is interactive.
@@ -207,16 +205,11 @@ def _main(argv: Sequence[str], streams: Streams, connect: ConnectTo) -> int:
     context = Context(streams, lambda: connect(call.address, call.timeout_s), call.form)
     if call.words:
         return _run_once(context, call.words)
-    from kvtcp.shell.interactive import run_session
 
     return run_session(context, call.address)
 
 
 def _run_once(context: Context, words: list[Word]) -> int:
-    import asyncio
-
-    from kvtcp.shell.run import run_words
-
     if context.streams.stderr_is_terminal and sys.stdin.isatty():
         context.ask = _ask
 
@@ -230,7 +223,7 @@ def _run_once(context: Context, words: list[Word]) -> int:
         return runner.run(run())
 
 
-def _loop_factory(words: Sequence[Word]) -> Callable[[], AbstractEventLoop] | None:
+def _loop_factory(words: Sequence[Word]) -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop for the commands that move many records; for one request its import costs more than it gains."""
     if any(word.raw in ("import", "export") for word in words[:2]):  # the first may be `--`
         try:

@@ -19,25 +19,38 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import IO, Any, BinaryIO, Final, Generic, TypeVar
 
+from kvtcp.client.requests import Entry
 from kvtcp.jsonl import encode_pair
-from kvtcp.shell.client_api import Entry
 from kvtcp.shell.text import cell, cut, decoded, display_width, escape, for_people, number
 
 T = TypeVar("T")
+PAGE_ITEMS: Final = 500  # items handled at once: enough to pay for a system call, little enough to be smooth
 FORMATS: Final = ("table", "plain", "json", "jsonl", "raw")
 _COLUMN_MIN: Final = 8  # a cut cell keeps at least so many columns
 _GAP: Final = "  "
 
 
-def ttl_ms_of(entry: Entry) -> int | None:
+async def in_pages(items: AsyncIterator[T]) -> AsyncIterator[list[T]]:
+    """The items of a stream in lists of PAGE_ITEMS, the last one shorter; no empty list."""
+    page: list[T] = []
+    async for item in items:
+        page.append(item)
+        if len(page) == PAGE_ITEMS:
+            yield page
+            page = []
+    if page:
+        yield page
+
+
+def ttl_ms_of(entry: Entry[bytes]) -> int | None:
     """Milliseconds until the deadline of an entry, at least 1; None without deadline."""
     return None if entry.ttl is None else max(1, round(entry.ttl * 1000))
 
 
-def pair_line(entry: Entry) -> str:
+def pair_line(entry: Entry[bytes]) -> str:
     """The JSON object of an entry, as in exports."""
     return encode_pair(entry.key, entry.value, entry.rev, ttl_ms_of(entry))
 
@@ -100,7 +113,7 @@ class Output:
         else:
             self.line(text)
 
-    def entry(self, entry: Entry) -> None:
+    def entry(self, entry: Entry[bytes]) -> None:
         """One value."""
         if self.form in ("json", "jsonl"):
             self.line(pair_line(entry))
@@ -111,7 +124,7 @@ class Output:
         else:
             self.line(for_people(entry.value))
 
-    def pairs(self) -> PageWriter[Entry]:
+    def pairs(self) -> PageWriter[Entry[bytes]]:
         """A stream of pairs."""
         if self.form == "table":
             # the value comes last: it is the column that gives way
@@ -189,11 +202,11 @@ def _flat(fields: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str
             yield full, cell(value)
 
 
-def _pair_plain(entry: Entry) -> str:
+def _pair_plain(entry: Entry[bytes]) -> str:
     return f"{escape(entry.key)}\t{escape(entry.value)}"
 
 
-def _pair_row(entry: Entry) -> tuple[str, ...]:
+def _pair_row(entry: Entry[bytes]) -> tuple[str, ...]:
     return escape(entry.key), str(entry.rev), "-" if entry.ttl is None else number(entry.ttl), escape(entry.value)
 
 

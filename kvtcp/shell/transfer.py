@@ -31,9 +31,8 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import BatchError, DataError, KvtcpError
 from kvtcp.jsonl import decode_pair
-from kvtcp.shell.client_api import Client, Item, in_pages
-from kvtcp.shell.context import Context
-from kvtcp.shell.output import pair_line
+from kvtcp.shell.context import Client, Context
+from kvtcp.shell.output import in_pages, pair_line
 from kvtcp.shell.progress import ProgressBar
 
 STDIN_NAME: Final = "standard input"
@@ -43,6 +42,7 @@ _GZIP_WBITS: Final = 31  # zlib: 15 bits of window, plus 16 for the gzip contain
 _GZIP_LEVEL: Final = 6
 
 Stream = BinaryIO | IO[bytes]
+Item = tuple[bytes, bytes, float | None]  # key, value, seconds to live
 
 
 class LineReader:

@@ -14,8 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from kvtcp.errors import DataError, OutcomeUnknown, Unavailable
-from kvtcp.shell.client_api import Client
-from kvtcp.shell.context import Context
+from kvtcp.shell.context import Client, Context
 
 POLL_S: Final = 0.5
 SILENCE_S: Final = 60.0  # a coordinator that is started again answers sooner
