@@ -43,7 +43,7 @@ async def test_one_too_many(clients: Clock, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_the_greediest_is_closed(clients: Clock) -> None:
-    """Over the total nobody is read, new ones neither; the session that holds most is closed at once, others go on."""
+    """Over the total the session that holds most is closed at once, and the others are read as before."""
     small, greedy = opened(clients, MIB), opened(clients, LIMIT - MIB)
     assert not clients.is_over_total
     other = opened(clients, 1)

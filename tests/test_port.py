@@ -74,7 +74,7 @@ class Reader(Session):
 
 
 async def test_reasons_to_pause_are_kept() -> None:
-    """The session goes on with the connection as it was left; the byte that was looked at is its first one."""
+    """The session continues the connection as it was left; the byte that was looked at is its first one."""
     clients: Any = Clock()
     port = Port(clients, lambda: None, lambda requests: None, None, None)  # type: ignore[arg-type]
     port.sessions_by_byte[ord("x")] = lambda: Reader(clients)

@@ -10,7 +10,7 @@ from server_tools import Wire, until
 
 import kvtcp
 from kvtcp.resp.replies import encode
-from kvtcp.server.resp_host import ServerInfo
+from kvtcp.server.resp_host import RedisInfo
 from kvtcp.testing.local_cluster import LocalCluster
 
 
@@ -19,10 +19,10 @@ def facts_of(text: bytes) -> dict[str, str]:
     return dict(line.split(":", 1) for line in text.decode().splitlines() if ":" in line)  # type: ignore[misc]
 
 
-def info_of(cluster: LocalCluster) -> ServerInfo:
+def info_of(cluster: LocalCluster) -> RedisInfo:
     """What a cluster tells."""
     coordinator = cluster.coordinator
-    return ServerInfo(coordinator.status, coordinator.clients, lambda: 5000)
+    return RedisInfo(coordinator.status, coordinator.clients, lambda: 5000)
 
 
 async def ask(wire: Wire, *commands: str) -> list[Any]:

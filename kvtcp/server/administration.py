@@ -13,8 +13,8 @@ from typing import Any
 from kvtcp.errors import AdminError, Code, RequestError
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import AdministrativeRequest, Session
-from kvtcp.server.backups import Backups, StartTask
-from kvtcp.server.runtime import join_address
+from kvtcp.server.backups import Backups
+from kvtcp.server.runtime import StartTask, join_address
 from kvtcp.server.status import Status
 from kvtcp.server.supervisor import who_is_there
 
@@ -89,7 +89,7 @@ class Administration:
         self._change(self._controller.admin.add_node)(session, ident, host, port)
 
     def _shard_accept_loss(self, session: Session, ident: int, shard: int) -> None:
-        """Let a shard that is down go on with what is left of it. Raises RequestError."""
+        """Serve a shard that is down with what is left of it. Raises RequestError."""
         shards = self._controller.map.shards
         if shard >= shards:
             text = f"shard must be from 0 to {shards - 1}, not {shard}"

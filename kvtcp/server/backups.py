@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import count_read, page_read
 from kvtcp.replication.requests import Gather
 from kvtcp.replication.sequencer import Sequencer
+from kvtcp.server.runtime import StartTask
 from kvtcp.storage import backup as files
 from kvtcp.storage.backup_manifest import FileReport, Manifest, ShardCut
 from kvtcp.storage.files import OsDisk
@@ -51,7 +52,6 @@ LOAD_WAIT_S: Final = 10 * CLIENT_TIMEOUT_MS / 1000  # for a chunk of a restore t
 PROGRESS_S: Final = PROGRESS_MS / 1000
 
 Progress = Callable[[dict[str, Any]], None]
-StartTask = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
 
 class FutureSink:

@@ -28,7 +28,7 @@ from kvtcp.server.transport import Connection
 
 class ClientConnection(Connection):
     """A client connection with limits. Subclasses count `outstanding`, call `begin` before they handle what they read,
-    and `bytes_read` after it. `requests_read` is told how many requests a read made complete."""
+    and `bytes_read` after it. `requests_read` is called with the number of requests that a read made complete."""
 
     outstanding = 0  # requests read and not answered, without the long ones
 
@@ -63,7 +63,7 @@ class ClientConnection(Connection):
         self.clients.session_opened(self)
 
     def take_over(self, other: ClientConnection) -> None:
-        """Go on with a made connection in place of `other`, which saw its first bytes."""
+        """Continue the connection of `other`, which saw its first bytes."""
         assert other.transport is not None, "it was made"
         self.clients.session_closed(other)
         self._paused_for = other._paused_for
@@ -90,7 +90,7 @@ class ClientConnection(Connection):
         self._requests_read(complete)
 
     def eof_received(self) -> bool:
-        """The client half-closed: what it asked for is still answered."""
+        """Answer what was asked for before the client half-closed."""
         self._half_closed = True
         if self.outstanding or self.long:
             return True
@@ -147,7 +147,7 @@ class ClientConnection(Connection):
         self._paused_for |= reason
 
     def resume(self, reason: int) -> None:
-        """`reason` is over; read on if it was the last one."""
+        """End the pause for `reason`; read on if it was the last one."""
         if not self._paused_for & reason:
             return
         self._paused_for &= ~reason

@@ -140,8 +140,8 @@ class Clients:
         """Keep what is held for all clients under BUFFERED_BYTES_MAX.
 
         Over it no client is read any more. What waits for nodes is gone after WRITE_WAIT_MS, but unfinished frames and
-        unread answers may stay for ever, and would keep everybody out: the sessions that hold most of them are closed,
-        at once as far as they are over the limit by themselves, else when waiting did not help.
+        unread answers may stay for ever, and would keep all clients out: the sessions that hold most of them are
+        closed, at once as far as they are over the limit by themselves, else when waiting did not help.
         """
         held = held_by_sessions = sum(session.held_bytes for session in self.sessions)
         held += self._waiting_bytes()

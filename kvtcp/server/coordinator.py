@@ -9,7 +9,7 @@ Everything that is decided is decided in the Controller; here its frames are sen
 changes of the map stored, its events logged (`_act`). Clients are let in when every shard is served, or known to be
 down, and what the takeover found is in the map.
 
-The map belongs to this coordinator until somebody else changes it or a node refuses its epoch (R13). Then it is
+The map belongs to this coordinator until another one changes it or a node refuses its epoch (R13). Then it is
 `deposed`: no client gets another answer, and the process ends.
 """
 
@@ -47,7 +47,7 @@ from kvtcp.server.clients import Clients
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms, wall_us
 from kvtcp.server.port import Port
-from kvtcp.server.resp_host import ServerInfo
+from kvtcp.server.resp_host import RedisInfo
 from kvtcp.server.status import Status
 from kvtcp.server.write_times import WriteTimes
 
@@ -90,7 +90,7 @@ class CoordinatorServer:
         )
         self.sequencer = self.controller.sequencer
         self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
-        self.clients = Clients(self.now_ms, lambda: self.sequencer.waiting_bytes)
+        self.clients = Clients(lambda: int(self.loop.time() * 1000), lambda: self.sequencer.waiting_bytes)
         self.keyspace = Keyspace(self.map.shards)
         self.backups = Backups(
             config.backup_dir,
@@ -112,10 +112,10 @@ class CoordinatorServer:
             start_task=self._start_task,
         )
         self.gateway = Gateway(self.sequencer, self.keyspace, administration.requests)
-        info = ServerInfo(self.status, self.clients, lambda: self.address[1])
+        info = RedisInfo(self.status, self.clients, lambda: self.address[1])
         door = None
         if config.resp:
-            door = Door(self.sequencer, self.keyspace, info, self.now_ms, wall_us, secrets.randbelow)
+            door = Door(self.sequencer, self.keyspace, info, self.clients.now_ms, wall_us, secrets.randbelow)
         self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
@@ -145,11 +145,8 @@ class CoordinatorServer:
     def start_links(self) -> None:
         """Dial the nodes and let time pass."""
         for link in self.links.values():
-            self._start_link(link)
+            link.start(self._start_task)
         self._schedule_tick()
-
-    def _start_link(self, link: NodeLink) -> None:
-        link.task = self._start_task(link.run(), f"link to {link.node}")
 
     def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a task that must not fail: an exception of it ends the process."""
@@ -159,23 +156,13 @@ class CoordinatorServer:
         return task
 
     def core_failed(self, error: BaseException) -> None:
-        """Something unexpected happened where it must not: the process ends rather than go on with damaged state."""
+        """End the process: an unexpected error may have damaged its state."""
         if not self.failed.done():
             if isinstance(error, CannotServe):
                 log.critical("event=cannot-serve reason=%s", error)
             else:
                 log.critical("event=core-failed reason=%r", error, exc_info=error)
             self.failed.set_exception(error)
-
-    def deposed(self, reason: str) -> None:
-        """Another coordinator owns the cluster. R13: from this moment on no client is answered."""
-        self.clients.abort()
-        if self._server is not None:
-            self._server.close()
-        self.is_deposed = True
-        self.core_failed(
-            CannotServe(f"this coordinator does not own the cluster any more: {reason}", not self.ready.is_set())
-        )
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -204,7 +191,7 @@ class CoordinatorServer:
         await self.clients.drain(wait_ms)
 
     async def kill(self) -> None:
-        """End as a process does that is killed: nothing more is said to anybody."""
+        """End as a killed process does: nothing more is sent."""
         self._killed = True
         self.clients.abort()
         for link in self.links.values():
@@ -236,19 +223,15 @@ class CoordinatorServer:
 
     # --- ticks --------------------------------------------------------------------------------------
 
-    def now_ms(self) -> int:
-        """Monotonic milliseconds, for deadlines."""
-        return int(self.loop.time() * 1000)
-
     def begin(self) -> None:
-        """Something happened: this tick gets its stamp, and is flushed at its end."""
+        """Begin a turn, unless one is under way: it has one stamp, and is flushed at its end."""
         if not self._flushing:
             self._flushing = True
             self.controller.begin(wall_ms(), int(self.loop.time() * 1000))
             self.loop.call_soon(self._flush)
 
     def requests_read(self, requests: int) -> None:
-        """A client sent so many requests. Nodes and clients are not kept waiting until very many are read."""
+        """Send in between when a turn reads very many requests: nodes and clients are not kept waiting for its end."""
         self._unsent += requests
         if self._unsent >= SEND_REQUESTS:
             self._send()
@@ -258,7 +241,7 @@ class CoordinatorServer:
         self._send()
 
     def _send(self) -> None:
-        """Everything that is to go out."""
+        """Send everything that is queued."""
         self._unsent = 0
         controller = self.controller
         if controller.is_talkative:
@@ -281,7 +264,7 @@ class CoordinatorServer:
         self.controller.tick()
         self._act()
         for link in self.links.values():
-            # after a stall of this process nobody can be called silent: what they said may still lie in the sockets
+            # after a stall of this process no node can be called silent: its answers may still lie in the sockets
             link.watch_silence(self.sequencer.now_ms, lag_ms >= HEARTBEAT_MS)
         if self._ticks % HEARTBEAT_TICKS == 0:
             for link in self.links.values():
@@ -290,97 +273,7 @@ class CoordinatorServer:
         self.clients.tick()
         self._schedule_tick()
 
-    # --- the map ------------------------------------------------------------------------------------
-
-    def _watch_bound(self) -> None:
-        """R12: move the bound of stamps before the clock reaches it."""
-        is_near = wall_ms() + STAMP_MOVE_MS > self.map.stamp_bound_ms
-        if is_near and self.ready.is_set() and self._bound_task is None and self.now_ms() >= self._bound_retry_ms:
-            self._bound_task = self._start_task(self._move_bound(), "bound of stamps")
-
-    async def _move_bound(self) -> None:
-        try:
-            await self.keeper.change(lambda old: old.with_stamp_bound(wall_ms() + STAMP_AHEAD_MS))
-            self.status.bound_failed = ""
-        except NotOwner:
-            return  # `deposed` was told
-        except (OSError, ConfigStoreError) as error:
-            log.error("event=bound-not-moved reason=%s", error)
-            self.status.bound_failed = str(error)
-            self._bound_retry_ms = self.now_ms() + BOUND_RETRY_MS
-        finally:
-            self._bound_task = None
-
-    async def _leave_time(self) -> None:
-        """Nothing gets a stamp any more: the next coordinator need not begin with the bound, seconds ahead."""
-        stamp_ms = self.sequencer.end_time()
-        try:
-            async with asyncio.timeout(LEAVE_TIME_MS / 1000):
-                await self.keeper.change(lambda old: old.with_last_stamp(stamp_ms))
-        except (OSError, NotOwner, ConfigStoreError) as error:  # a TimeoutError is an OSError
-            log.warning("event=time-not-left reason=%s", error or "no answer in time")
-
-    async def remember_restoring(self, prefix: bytes | None) -> None:
-        """The next coordinator shall know which prefix is in pieces; None for none. Raises OSError if it will not."""
-        try:
-            await self.keeper.change(lambda old: replace(old, restoring=prefix))
-        except (NotOwner, ConfigStoreError) as error:
-            raise OSError(f"the cluster map cannot be stored: {error}") from error
-
-    # --- nodes --------------------------------------------------------------------------------------
-
-    def node_reported(self, link: NodeLink, report: Report) -> None:
-        """A node answered HELLO: from now on batches flow."""
-        self.begin()
-        assert link.connection is not None, "a node reports on its connection"
-        link.connection.live = True
-        self.progressed_at = self.loop.time()
-        try:
-            self.controller.node_up(link.node, report)
-        except StaleStore as error:
-            self.core_failed(CannotServe(stale_store(str(error)), not self.ready.is_set()))
-            return
-        self._act()
-
-    def node_frame(self, node: str, message: list[Any]) -> None:
-        """A frame for the core. Raises LinkError if it cannot be true."""
-        self.progressed_at = self.loop.time()
-        self.controller.on_frame(node, message)
-        self._act()
-
-    def node_lost(self, node: str, reason: str) -> None:
-        """The link of a node that had reported is gone."""
-        self.backups.node_lost(node)
-        self.begin()
-        self.controller.node_down(node, reason)
-        self._act()
-
-    def _act(self) -> None:
-        """Do what the core wants."""
-        controller = self.controller
-        for level, word, fields in controller.take_events():
-            text = " ".join(f"{name}={value}" for name, value in fields.items())
-            log.log(_LEVELS[level], "event=%s %s", word, text)
-        for kind, node, *rest in controller.take_actions():
-            if kind == "send":
-                connection = self.links[node].connection
-                if connection is not None:
-                    connection.send(rest[0])
-                    connection.flush()
-            elif kind == "close":
-                self.links[node].give_up(rest[0])
-            elif kind == "add":
-                link = self.links[node] = NodeLink(node, self.controller, self)
-                self._start_link(link)
-            else:
-                link = self.links.pop(node)
-                link.stop_node()
-                link.end()
-                self.on_node_removed(node)
-        self.keeper.wake()
-        if controller.is_ready and not self._is_opening:
-            self._is_opening = True
-            self._start_task(self._open_shards(), "end of the takeover")
+    # --- the map: opening, the bound of stamps, the end of ownership --------------------------------
 
     async def _open_shards(self) -> None:
         """Store what the takeover found, then serve."""
@@ -403,17 +296,118 @@ class CoordinatorServer:
         self.ready.set()
         log.info("event=ready cluster=%s nodes=%s epoch=%s", self.map.cluster, len(self.links), self.map.epoch)
 
+    def _watch_bound(self) -> None:
+        """R12: move the bound of stamps before the clock reaches it."""
+        is_near = wall_ms() + STAMP_MOVE_MS > self.map.stamp_bound_ms
+        may_try = self._bound_task is None and self.clients.now_ms() >= self._bound_retry_ms
+        if is_near and may_try and self.ready.is_set():
+            self._bound_task = self._start_task(self._move_bound(), "bound of stamps")
+
+    async def _move_bound(self) -> None:
+        try:
+            await self.keeper.change(lambda old: old.with_stamp_bound(wall_ms() + STAMP_AHEAD_MS))
+            self.status.bound_failed = ""
+        except NotOwner:
+            return  # `deposed` was called
+        except (OSError, ConfigStoreError) as error:
+            log.error("event=bound-not-moved reason=%s", error)
+            self.status.bound_failed = str(error)
+            self._bound_retry_ms = self.clients.now_ms() + BOUND_RETRY_MS
+        finally:
+            self._bound_task = None
+
+    async def _leave_time(self) -> None:
+        """Store the last stamp, so that the next coordinator need not begin with the bound, seconds ahead."""
+        stamp_ms = self.sequencer.end_time()
+        try:
+            async with asyncio.timeout(LEAVE_TIME_MS / 1000):
+                await self.keeper.change(lambda old: old.with_last_stamp(stamp_ms))
+        except (OSError, NotOwner, ConfigStoreError) as error:  # a TimeoutError is an OSError
+            log.warning("event=time-not-left reason=%s", error or "no answer in time")
+
+    def deposed(self, reason: str) -> None:
+        """End: another coordinator owns the cluster. R13: from this moment on no client is answered."""
+        self.clients.abort()
+        if self._server is not None:
+            self._server.close()
+        self.is_deposed = True
+        self.core_failed(
+            CannotServe(f"this coordinator does not own the cluster any more: {reason}", not self.ready.is_set())
+        )
+
     def fenced(self, link: NodeLink) -> None:
-        """A node refused this coordinator's epoch."""
+        """End, as a node refused this coordinator's epoch, unless it is starting: then `refused` says why."""
         if self.ready.is_set():
             self.deposed(f"{link.node} says: {link.refused}")
+
+    async def remember_restoring(self, prefix: bytes | None) -> None:
+        """Store for the next coordinator which prefix is in pieces, None for none. Raises OSError."""
+        try:
+            await self.keeper.change(lambda old: replace(old, restoring=prefix))
+        except (NotOwner, ConfigStoreError) as error:
+            raise OSError(f"the cluster map cannot be stored: {error}") from error
+
+    # --- nodes --------------------------------------------------------------------------------------
+
+    def node_reported(self, link: NodeLink, report: Report) -> None:
+        """Take a node into use that answered HELLO: from now on batches flow."""
+        self.begin()
+        assert link.connection is not None, "a node reports on its connection"
+        link.connection.live = True
+        self.progressed_at = self.loop.time()
+        try:
+            self.controller.node_up(link.node, report)
+        except StaleStore as error:
+            self.core_failed(CannotServe(stale_store(str(error)), not self.ready.is_set()))
+            return
+        self._act()
+
+    def node_frame(self, node: str, message: list[Any]) -> None:
+        """Pass a frame to the controller. Raises LinkError if it cannot be true."""
+        self.progressed_at = self.loop.time()
+        self.controller.on_frame(node, message)
+        self._act()
+
+    def node_lost(self, node: str, reason: str) -> None:
+        """Fail what waits for a node whose link is gone."""
+        self.backups.node_lost(node)
+        self.begin()
+        self.controller.node_down(node, reason)
+        self._act()
+
+    def _act(self) -> None:
+        """Do what the controller wants."""
+        controller = self.controller
+        for level, word, fields in controller.take_events():
+            text = " ".join(f"{name}={value}" for name, value in fields.items())
+            log.log(_LEVELS[level], "event=%s %s", word, text)
+        for kind, node, *rest in controller.take_actions():
+            if kind == "send":
+                connection = self.links[node].connection
+                if connection is not None:
+                    connection.send(rest[0])
+                    connection.flush()
+            elif kind == "close":
+                self.links[node].give_up(rest[0])
+            elif kind == "add":
+                link = self.links[node] = NodeLink(node, self.controller, self)
+                link.start(self._start_task)
+            else:
+                link = self.links.pop(node)
+                link.stop_node()
+                link.end()
+                self.on_node_removed(node)
+        self.keeper.wake()
+        if controller.is_ready and not self._is_opening:
+            self._is_opening = True
+            self._start_task(self._open_shards(), "end of the takeover")
 
     def file_done(self, node: str, name: bytes, report: Any, error: bytes | None) -> None:
         """See Backups."""
         self.backups.file_done(node, name, report, error)
 
     def link_failed(self, link: NodeLink, reason: str) -> None:
-        """A node cannot be reached, or refused."""
+        """Remember why a node is not linked."""
         self.begin()
         self.controller.node_down(link.node, reason)
         log.debug("event=link-failed node=%s reason=%s", link.node, reason)

@@ -4,7 +4,7 @@ I/O shell around Progress. One NodeLink per node keeps one connection: it dials 
 report to its owner, then writes batches and passes results on to the sequencer. The dialling is a task (it is a control
 path); batches and results are moved by callbacks alone.
 
-A link can be half-open: the other side, or the way to it, is gone and nobody said so. As every node answers heartbeats,
+A link can be half-open: the other side, or the way to it, is gone without a sign. As every node answers heartbeats,
 a link on which nothing moves for LINK_SILENCE_MS is closed and dialled again, which loses nothing: what was kept is
 sent again. It moves if anything comes from the node, or if the node's kernel takes what was sent, so that a large
 value on a slow line is no silence.
@@ -53,6 +53,7 @@ from kvtcp.protocol.link import (
 )
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.progress import LinkError, Progress
+from kvtcp.server.runtime import StartTask
 from kvtcp.server.transport import FramedConnection
 
 log = logging.getLogger("kvtcp.link")
@@ -108,7 +109,7 @@ class LinkConnection(FramedConnection):
 
     def data_received(self, data: bytes) -> None:
         if self.link.closing:
-            return  # the node was removed, and nobody knows it any more
+            return  # the node was removed: the controller does not know it any more
         self._owner.begin()
         self._sequencer.heard(self.link.node)
         super().data_received(data)
@@ -178,7 +179,7 @@ class LinkConnection(FramedConnection):
         reason = self.given_up or reason
         if not self.answered.done():
             self.answered.set_exception(ConnectionError(reason))
-            self.answered.exception()  # looked at: nobody may be waiting any more
+            self.answered.exception()  # looked at: `run` may not be waiting any more
         self.lost.set()
         is_current = self.link.connection is self
         if is_current:
@@ -208,6 +209,10 @@ class NodeLink:
     def address(self) -> tuple[str, int]:
         """Where the node listens."""
         return self.controller.map.nodes[self.node]
+
+    def start(self, start_task: StartTask) -> None:
+        """Dial, in a task that runs until `end`."""
+        self.task = start_task(self.run(), f"link to {self.node}")
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
@@ -305,7 +310,7 @@ class NodeLink:
             connection.abort()
 
     def connection_lost(self, reason: str) -> None:
-        """The live connection is gone."""
+        """Report the loss of the live connection."""
         if self.closing:
             return
         self.owner.node_lost(self.node, f"connection lost: {reason}")
@@ -317,7 +322,7 @@ class NodeLink:
             self.connection.abort()
 
     def end(self) -> None:
-        """The node belongs to the cluster no more."""
+        """Stop dialling: the node does not belong to the cluster any more."""
         self.closing = True
         if self.task is not None:
             self.task.cancel()

@@ -1,6 +1,6 @@
 """What the coordinator tells clients of the Redis protocol about itself: the sections of INFO, KV.STATUS, CLIENT LIST.
 
-ServerInfo reads the status and the sessions and changes nothing.
+RedisInfo reads the status and the sessions and changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvtcp.server.resp_session import RespSession
 from kvtcp.server.status import Status
 
 
-class ServerInfo:
+class RedisInfo:
     """The host of a Door. `port` tells where clients connect."""
 
     def __init__(self, status: Status, clients: Clients, port: Callable[[], int]) -> None:

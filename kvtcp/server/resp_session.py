@@ -73,7 +73,7 @@ class RespSession(ClientConnection):
         return bool(self.client.suspicious)
 
     def _wake(self) -> None:
-        """There are replies, or something to go on with."""
+        """Have replies sent, or commands resumed, at the end of this turn."""
         self.clients.dirty.append(self)
         self.begin()
 

@@ -26,6 +26,9 @@ EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 
+# starts a task under a name; an exception of it ends the process
+StartTask = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+
 
 class StartError(Exception):
     """The server cannot start as asked: one sentence for the user, exit code 2."""
