@@ -34,7 +34,7 @@ TEST = [
 COMPILED = [
     "constants", "errors", "protocol/hashing", "protocol/operations", "replication/progress", "replication/shard_state",
     "replication/multi_read", "replication/answers", "replication/admission", "replication/members",
-    "replication/sequencer", "resp/parser", "resp/replies", "resp/client",
+    "replication/sequencer", "resp/parser", "resp/replies", "resp/client_state", "resp/client",
 ]  # fmt: skip
 
 

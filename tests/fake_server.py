@@ -154,7 +154,7 @@ class FakeServer:
         """`[0, result]` or `[code, text, details]`."""
         op = message[1]
         try:
-            args = REQUESTS[op](message)
+            args = REQUESTS[op].check(message)
             return [0, getattr(self, "do_" + op.decode())(*args)]
         except KvtcpError as refused:
             return [int(refused.code), refused.message, refused.details]

@@ -16,6 +16,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.resp.client import RespClient
+from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.door import Door
 from kvtcp.resp.parser import RespParser
 
@@ -136,9 +137,9 @@ class FakeHost:
         """KV.STATUS."""
         return {"state": "ok", "nodes": [1, 2.5, None, True]}
 
-    def resp_clients(self) -> Iterable[RespClient]:
+    def resp_clients(self) -> Iterable[ClientState]:
         """CLIENT LIST."""
-        return self.clients
+        return [client.state for client in self.clients]
 
 
 class World:
@@ -171,7 +172,7 @@ class Client:
         self.sequencer = world.sequencer
         self.wakes = 0
         self.parser = RespParser()
-        self.resp = RespClient(world.door, world.door.next_client(), "127.0.0.1:9", self._wake)
+        self.resp = RespClient(world.door, "127.0.0.1:9", self._wake)
         world.host.clients.append(self.resp)
 
     def _wake(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.client.core import KIND_OF, SILENCE_S, TICKS_PER_S, ConnectionCore, Kind
+from kvtcp.client.core import SILENCE_S, TICKS_PER_S, ConnectionCore
 from kvtcp.constants import FRAME_BYTES_MAX, REQUEST_ID_MAX
 from kvtcp.errors import (
     Code,
@@ -19,10 +19,11 @@ from kvtcp.errors import (
     Unavailable,
 )
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
-from kvtcp.protocol.messages import CHANGES, REQUESTS, WRITES
+from kvtcp.protocol.messages import Kind
 
 TICK_S = 1 / TICKS_PER_S
 encode = FrameEncoder().encode
+OF_KIND = {Kind.READ: b"get", Kind.WRITE: b"put", Kind.ADMIN: b"rebalance", Kind.LONG: b"backup"}
 
 
 class Harness:
@@ -35,8 +36,8 @@ class Harness:
         self.ids: dict[str, int] = {}
 
     def ask(self, waiter: str, kind: Kind = Kind.READ, timeout_s: float = 1.0, **more: Any) -> int:
-        message: list[Any] = [0, b"get", waiter.encode()]
-        self.core.request(message, kind, waiter, self.now, timeout_s, **more)
+        message: list[Any] = [0, OF_KIND[kind], waiter.encode()]
+        self.core.request(message, waiter, self.now, timeout_s, **more)
         self.ids[waiter] = message[0]
         return self.ids[waiter]
 
@@ -49,12 +50,6 @@ class Harness:
     def later(self, by_s: float) -> list[Any]:
         self.now += by_s
         return self.core.expire(self.now)
-
-
-def test_every_request_has_a_kind() -> None:
-    """The table of kinds knows every request, and its writes are the protocol's."""
-    assert set(KIND_OF) == set(REQUESTS)
-    assert {op for op, kind in KIND_OF.items() if kind is Kind.WRITE} == WRITES | CHANGES
 
 
 def test_answers_in_any_order() -> None:
@@ -154,7 +149,8 @@ def test_next_due_is_the_earliest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "error_class"), [(Kind.READ, Unavailable), (Kind.WRITE, OutcomeUnknown), (Kind.ADMIN, OutcomeUnknown)]
+    ("kind", "error_class"),
+    [(Kind.READ, Unavailable), (Kind.WRITE, OutcomeUnknown), (Kind.ADMIN, OutcomeUnknown), (Kind.LONG, OutcomeUnknown)],
 )
 def test_out_of_time(kind: Kind, error_class: type[KvtcpError]) -> None:
     """A read without an answer may be repeated, a write has an unknown outcome."""
@@ -170,7 +166,7 @@ def test_progress_gives_more_time() -> None:
     """Progress frames are passed on, keep the call, and start its time again."""
     h = Harness()
     seen: list[Any] = []
-    ident = h.ask("a", Kind.ADMIN, timeout_s=1.0, progress=seen.append)
+    ident = h.ask("a", Kind.LONG, timeout_s=1.0, progress=seen.append)
     h.sent()
     for keys in range(5):
         h.later(0.8)
@@ -183,7 +179,7 @@ def test_progress_gives_more_time() -> None:
 def test_progress_of_a_call_that_was_given_up() -> None:
     """Progress for a call nobody waits for is dropped, and its id stays taken."""
     h = Harness()
-    ident = h.ask("a", Kind.ADMIN, timeout_s=1.0, progress=lambda fields: pytest.fail("nobody listens"))
+    ident = h.ask("a", Kind.LONG, timeout_s=1.0, progress=lambda fields: pytest.fail("nobody listens"))
     h.sent()
     assert len(h.later(1.1)) == 1
     assert h.hear((ident, 1, {})) == []
@@ -200,7 +196,7 @@ def test_progress_callback_that_fails() -> None:
     def fail(fields: Any) -> None:
         raise error
 
-    ident = h.ask("a", Kind.ADMIN, progress=fail)
+    ident = h.ask("a", Kind.LONG, progress=fail)
     other = h.ask("b")
     h.sent()
     assert h.hear((ident, 1, {}), (other, 0, 1)) == [("a", None, error), ("b", 1, None)]
@@ -268,7 +264,7 @@ def test_request_over_the_limit_changes_nothing() -> None:
     """A request that does not fit a frame is refused and leaves no trace."""
     h = Harness()
     with pytest.raises(RequestError) as caught:
-        h.core.request([0, b"put", b"k", bytes(FRAME_BYTES_MAX)], Kind.WRITE, "a", h.now, 1.0)
+        h.core.request([0, b"put", b"k", bytes(FRAME_BYTES_MAX)], "a", h.now, 1.0)
     assert caught.value.code == Code.TOO_LARGE
     assert (h.core.outstanding, h.core.outstanding_bytes, h.core.take_output(), h.core.next_due) == (0, 0, b"", None)
 
@@ -292,7 +288,7 @@ def test_silence() -> None:
 def test_long_calls_do_not_make_a_lively_connection_silent() -> None:
     """A call that waited long and ran out of time says nothing about a connection that was heard a moment ago."""
     h = Harness()
-    h.ask("long", Kind.ADMIN, timeout_s=60)
+    h.ask("long", Kind.LONG, timeout_s=60)
     h.later(59)
     ident = h.ask("a")
     h.sent()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvtcp.protocol import operations
-from kvtcp.protocol.messages import WRITES
+from kvtcp.protocol.messages import REQUESTS, Kind
 from kvtcp.protocol.operations import WRITE_NAMES, WRITE_OP_END
 from tests import wire_golden
 
@@ -45,7 +45,7 @@ def test_writes_are_below_the_split() -> None:
 
 def test_writes_of_clients_become_writes_of_the_link() -> None:
     """Each write of the request table is one of the link, or several of one; the link adds only upkeep."""
-    singles = {name.decode().removeprefix("m") if name.startswith(b"m") else name.decode() for name in WRITES}
+    singles = {op.decode().removeprefix("m") for op, spec in REQUESTS.items() if spec.kind is Kind.WRITE}
     assert set(WRITE_NAMES.values()) - singles == {"purge", "clear"} | OF_STRINGS
     assert singles <= set(WRITE_NAMES.values())
 

@@ -218,7 +218,7 @@ def test_a_turn_is_bounded(command: str) -> None:
     answered, and those behind them in order."""
     world = World([b"a"])
     client = world.connect()
-    client.resp.name = "n" * 200
+    client.resp.state.name = "n" * 200
     client.send(*[command] * 500, "ping", "get a")
     done = len(client.resp.slots)
     assert done <= max(TURN_BYTES_MAX // RUN_BYTES, TURN_BYTES_MAX // LARGE_REPLY_BYTES) + 1 or command == "client list"

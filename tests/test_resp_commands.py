@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtcp.resp.commands import COMMANDS, IMMEDIATE, CommandSpec
+from kvtcp.resp.commands import COMMANDS, IMMEDIATE
 from tests.resp_tools import Error, World
 
 
@@ -18,12 +18,6 @@ def test_arity(name: bytes) -> None:
         for spelled in (name, name.lower()):
             reply = World().connect().ask([spelled, *[b"1"] * (count - 1)])
             assert type(reply) is Error and reply == f"ERR wrong number of arguments for '{spec.name}' command"
-
-
-def test_takes() -> None:
-    """Exactly so many, or at least."""
-    exact, least = (CommandSpec("x", arity, "g", "s") for arity in (2, -2))
-    assert [n for n in range(5) if exact.takes(n)] == [2] and [n for n in range(5) if least.takes(n)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

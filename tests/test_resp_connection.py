@@ -78,7 +78,7 @@ def test_what_is_refused(command: str, reply: str) -> None:
     client = World().connect()
     found = client.ask(command)
     assert type(found) is Error and found.startswith(reply)
-    assert client.resp.version == 2 and client.resp.name == ""
+    assert client.resp.state.version == 2 and client.resp.state.name == ""
 
 
 def test_too_many_words() -> None:
@@ -116,7 +116,8 @@ def test_reset() -> None:
     client = World().connect()
     client.send("hello 3 setname me", "multi", "reset")
     client.output()
-    assert client.ask("client getname") is None and client.resp.version == 2 and client.resp.transaction is None
+    assert client.ask("client getname") is None
+    assert client.resp.state.version == 2 and client.resp.state.transaction is None
 
 
 def test_time_and_function() -> None:

@@ -244,7 +244,7 @@ async def test_a_client_that_vanishes(cluster: LocalCluster) -> None:
             wire = await connect(cluster)
             wire.write(data)
             session = await session_of(cluster)
-            await until(lambda session=session: session.client.last_command != "NULL", "the first command")
+            await until(lambda session=session: session.client.state.last_command != "NULL", "the first command")
             wire.writer.transport.abort()
             await until(lambda session=session: session not in clients.sessions, "the end of the session")
             await until(lambda: not clients.held_bytes, "the account without it")

@@ -45,7 +45,7 @@ def test_a_transaction_is_one_operation() -> None:
     assert parse(client.output()) == [
         ["OK", b"x", "PONG", "OK", "ERR value is not an integer or out of range", None, -1]
     ]
-    assert client.resp.transaction is None
+    assert client.resp.state.transaction is None
 
 
 def test_empty_transaction() -> None:
@@ -96,7 +96,7 @@ def test_keys_of_several_shards() -> None:
     client.sequencer.take().answer(3)
     client.send("multi", "set a 1", "exec")
     assert parse(client.output())[-1].startswith("CROSSSLOT")
-    assert not client.sequencer.asked and not client.resp.watched
+    assert not client.sequencer.asked and not client.resp.state.watched
 
 
 def test_nested_and_without() -> None:
@@ -157,13 +157,13 @@ def test_watch() -> None:
     client.sequencer.asked.clear()
     asked.answer(None)
     assert parse(client.output()) == ["OK", "OK", "QUEUED", NilArray]
-    assert client.resp.watched == {} and client.resp.watched_bytes == 0
+    assert client.resp.state.watched == {} and client.resp.state.watched_bytes == 0
     for end in ("discard", "reset"):
         client.send("watch a")
         client.sequencer.take().answer(1)
         client.send("multi", end)
         client.output()
-        assert client.resp.watched == {} and client.resp.watched_bytes == 0, end
+        assert client.resp.state.watched == {} and client.resp.state.watched_bytes == 0, end
 
 
 def test_watch_alone_is_compared_too() -> None:
@@ -240,7 +240,7 @@ def test_a_watch_that_failed_lets_no_exec_pass() -> None:
     client.sequencer.take().fail(Code.RECOVERING)
     client.send("watch {a}2")
     client.sequencer.take().answer(5)
-    assert client.resp.watched == {b"{a}2": 5}, "it may be tried again"
+    assert client.resp.state.watched == {b"{a}2": 5}, "it may be tried again"
 
 
 def test_a_watch_that_is_refused_at_once() -> None:
@@ -273,26 +273,6 @@ def test_limits_of_a_transaction() -> None:
     assert RESP_KEYS_MAX + MULTI_KEYS_MAX < ARRAY_ITEMS_MAX and MULTI_BYTES_MAX <= FRAME_BYTES_MAX
 
 
-def test_replies_that_are_queued_count() -> None:
-    """What concerns only the connection is held as its reply until EXEC, and counts as that."""
-    client = World().connect()
-    large = [b"ECHO", b"v" * (6 << 20)]
-    client.send("multi", large, large, large, "discard")
-    assert [reply for reply in parse(client.output()) if "over the limit" in str(reply)]
-    assert client.resp.large_bytes == 0 and client.resp.held_bytes == 0
-
-
-def test_queued_replies_do_not_stay_on_the_account() -> None:
-    """A large reply within a transaction is counted once, as a part of EXEC's, and not any more when that left."""
-    client = World().connect()
-    for _ in range(5):
-        client.send("multi", [b"ECHO", b"v" * 500_000])
-        assert client.resp.held_bytes > 500_000
-        client.send("exec")
-        client.output()
-        assert client.resp.large_bytes == 0 and client.resp.held_bytes == 0
-
-
 def test_limits_of_watched_keys() -> None:
     """However many WATCHes there are, and they are counted as held."""
     client = World().connect()
@@ -303,7 +283,7 @@ def test_limits_of_watched_keys() -> None:
     client.send("watch another", "watch 5")
     limit = f"ERR the watched keys are over the limit of {MULTI_KEYS_MAX} or {MULTI_BYTES_MAX} bytes"
     assert parse(client.output()) == ["OK", limit, "OK"]
-    assert client.resp.held_bytes == client.resp.watched_bytes == sum(len(key) + 16 for key in keys)
+    assert client.resp.held_bytes == client.resp.state.watched_bytes == sum(len(key) + 16 for key in keys)
     client.send("reset", [b"WATCH", *[b"%d" % n + b"k" * (KEY_BYTES_MAX - 4) for n in range(4200)]])
     assert parse(client.output()) == ["RESET", limit]
 

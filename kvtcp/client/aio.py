@@ -39,7 +39,6 @@ from kvtcp.client.administration import (
 )
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, decode_tree, may_repeat
 from kvtcp.client.codecs import Codec
-from kvtcp.client.core import READ, WRITE, Kind
 from kvtcp.client.requests import (
     NEVER,
     Batch,
@@ -111,13 +110,13 @@ class AsyncClient(Generic[V]):
     async def get(self, key: Key, default: Any = None, *, timeout: float | None = None) -> Any:
         """The value of a key, or `default` when there is none."""
         name = key_bytes(key)
-        cell = await self._call([0, b"get", name], READ, timeout)
+        cell = await self._call([0, b"get", name], timeout)
         return default if cell is None else self._decode(name, open_cell(cell)[0])
 
     async def get_entry(self, key: Key, *, timeout: float | None = None) -> Entry[V] | None:
         """Value, revision and remaining life of a key, or None."""
         name = key_bytes(key)
-        cell = await self._call([0, b"get", name], READ, timeout)
+        cell = await self._call([0, b"get", name], timeout)
         return self._cell(name, cell)
 
     async def put(
@@ -138,15 +137,13 @@ class AsyncClient(Generic[V]):
         message = [0, b"put", name, data]
         if ttl is not None or keep_ttl:
             message = request(b"put", name, data, *ttl_options(ttl, keep_ttl))
-        rev: int = await self._call(message, WRITE, timeout)
+        rev: int = await self._call(message, timeout)
         return rev
 
     async def add(self, key: Key, value: V | str, *, ttl: float | None = None, timeout: float | None = None) -> int:
         """Store a value under a key that is not there yet; returns the revision. Raises KeyExists."""
         name = key_bytes(key)
-        rev: int = await self._call(
-            request(b"add", name, self._encode(name, value), *ttl_options(ttl)), WRITE, timeout
-        )
+        rev: int = await self._call(request(b"add", name, self._encode(name, value), *ttl_options(ttl)), timeout)
         return rev
 
     async def delete(
@@ -155,9 +152,7 @@ class AsyncClient(Generic[V]):
         """Delete a key, with a condition only if its value or revision is this; returns whether it was deleted."""
         name = key_bytes(key)
         options = self._condition(name, if_value, if_rev)
-        deleted: bool = await self._call(
-            request(b"delete", name, *([options] if options else [])), WRITE, timeout
-        )
+        deleted: bool = await self._call(request(b"delete", name, *([options] if options else [])), timeout)
         return deleted
 
     async def cas(
@@ -176,7 +171,7 @@ class AsyncClient(Generic[V]):
         """
         name = key_bytes(key)
         message = request(b"cas", name, self._encode(name, value), self._condition(name, if_value, if_rev))
-        rev: int = await self._call(message, WRITE, timeout)
+        rev: int = await self._call(message, timeout)
         return rev
 
     async def incr(self, key: Key, by: int = 1, *, timeout: float | None = None) -> int:
@@ -184,27 +179,27 @@ class AsyncClient(Generic[V]):
 
         The value is a signed 64-bit integer in decimal text; RequestError (NOT_A_NUMBER, RANGE) changes nothing.
         """
-        total: int = await self._call(request(b"incr", key_bytes(key), by), WRITE, timeout)
+        total: int = await self._call(request(b"incr", key_bytes(key), by), timeout)
         return total
 
     async def exists(self, key: Key, *, timeout: float | None = None) -> bool:
         """Whether a key is there."""
-        there: bool = await self._call([0, b"exists", key_bytes(key)], READ, timeout)
+        there: bool = await self._call([0, b"exists", key_bytes(key)], timeout)
         return there
 
     async def expire(self, key: Key, ttl: float, *, timeout: float | None = None) -> bool:
         """Give a key `ttl` more seconds to live; returns whether it is there."""
-        there: bool = await self._call([0, b"expire", key_bytes(key), duration_ms(ttl)], WRITE, timeout)
+        there: bool = await self._call([0, b"expire", key_bytes(key), duration_ms(ttl)], timeout)
         return there
 
     async def persist(self, key: Key, *, timeout: float | None = None) -> bool:
         """Take a key's deadline away; returns whether it had one."""
-        had_one: bool = await self._call([0, b"persist", key_bytes(key)], WRITE, timeout)
+        had_one: bool = await self._call([0, b"persist", key_bytes(key)], timeout)
         return had_one
 
     async def ttl(self, key: Key, *, timeout: float | None = None) -> float | None:
         """Seconds a key has left: `math.inf` without a deadline, None when there is no such key."""
-        ttl_ms: int | None = await self._call([0, b"ttl", key_bytes(key)], READ, timeout)
+        ttl_ms: int | None = await self._call([0, b"ttl", key_bytes(key)], timeout)
         if ttl_ms is None:
             return None
         return NEVER if ttl_ms < 0 else ttl_ms / 1000
@@ -303,14 +298,12 @@ class AsyncClient(Generic[V]):
         timeout: float | None = None,
     ) -> int:
         """How many keys there are, in a range or with a prefix."""
-        keys: int = await self._call(count_request(prefix, start, end), READ, timeout)
+        keys: int = await self._call(count_request(prefix, start, end), timeout)
         return keys
 
     # --- many keys ------------------------------------------------------------------------------
 
-    async def put_many(
-        self, items: Items[V], *, ttl: float | None = None, timeout: float | None = None
-    ) -> list[int]:
+    async def put_many(self, items: Items[V], *, ttl: float | None = None, timeout: float | None = None) -> list[int]:
         """Store many values: a mapping, pairs, or triples `(key, value, ttl)`; returns their revisions in order.
 
         Not atomic. Sent in requests of about 1 MiB, several under way at once; `timeout` is for each of them. `ttl` is
@@ -326,7 +319,7 @@ class AsyncClient(Generic[V]):
             rows.append(row if life_ms is None else [*row, life_ms])
         keys = [row[0] for row in rows]
         batch = Batch(b"mput", rows, keys, [len(row[0]) + len(row[1]) for row in rows])
-        return await self._run(batch, WRITE, timeout)
+        return await self._run(batch, timeout)
 
     async def get_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[V | None]:
         """The values of many keys in their order, None for those that are missing. Raises as `put_many`."""
@@ -335,13 +328,13 @@ class AsyncClient(Generic[V]):
     async def get_many_entries(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[Entry[V] | None]:
         """As `get_many`, with revisions and remaining lives."""
         names = [key_bytes(key) for key in keys]
-        cells = await self._run(Batch(b"mget", names, names, [len(name) for name in names]), READ, timeout)
+        cells = await self._run(Batch(b"mget", names, names, [len(name) for name in names]), timeout)
         return [self._cell(name, cell) for name, cell in zip(names, cells, strict=True)]
 
     async def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
         """Delete many keys; returns in their order whether each was there. Not atomic. Raises as `put_many`."""
         names = [key_bytes(key) for key in keys]
-        return await self._run(Batch(b"mdelete", names, names, [len(name) for name in names]), WRITE, timeout)
+        return await self._run(Batch(b"mdelete", names, names, [len(name) for name in names]), timeout)
 
     # --- administration -------------------------------------------------------------------------
 
@@ -435,7 +428,7 @@ class AsyncClient(Generic[V]):
 
     async def _page(self, pages: PageRequest, timeout: float | None) -> list[Any]:
         """The rows of the next page of a scan, for `open_rows`."""
-        return pages.rows(await self._call(pages.next(), READ, timeout))
+        return pages.rows(await self._call(pages.next(), timeout))
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -496,7 +489,7 @@ class AsyncClient(Generic[V]):
             if asked is not None:
                 asked.cancel()  # it also keeps asyncio from complaining of an error that nobody waited for
 
-    async def _run(self, batch: Batch, kind: Kind, timeout: float | None) -> list[Any]:
+    async def _run(self, batch: Batch, timeout: float | None) -> list[Any]:
         """Send the parts of a batch, several at once, until all are done or one failed as a whole."""
         runs = iter(batch.runs)
         failed = False
@@ -506,7 +499,7 @@ class AsyncClient(Generic[V]):
             for run in runs:
                 if failed:
                     return
-                failed = not await self._run_part(batch, list(run), kind, timeout) or failed
+                failed = not await self._run_part(batch, list(run), timeout) or failed
 
         workers = min(len(batch.runs), CLIENT_CHUNKS_MAX) if batch.distinct else 1
         if workers > 1:
@@ -520,7 +513,7 @@ class AsyncClient(Generic[V]):
             await work()
         return batch.finish()
 
-    async def _run_part(self, batch: Batch, indexes: list[int], kind: Kind, timeout: float | None) -> bool:
+    async def _run_part(self, batch: Batch, indexes: list[int], timeout: float | None) -> bool:
         """One part, and again what may be repeated of it within its timeout. Returns whether to go on with others."""
         timeout = self._channel.timeout_s if timeout is None else timeout
         began = monotonic()
@@ -528,7 +521,7 @@ class AsyncClient(Generic[V]):
         while parts:
             part = parts.pop()
             try:
-                answers = await self._call(batch.message(part), kind, timeout, began)
+                answers = await self._call(batch.message(part), timeout, began)
                 again = batch.take(part, answers)
             except KvtcpError as error:
                 batch.fail(part, error)
@@ -542,7 +535,7 @@ class AsyncClient(Generic[V]):
                 tries += 1
                 pause_s = self._channel.pause_s(tries)
                 remaining_s = began + timeout - monotonic() - pause_s
-                refused = [i for i in refused if may_repeat(batch.results[i], kind, remaining_s)]
+                refused = [i for i in refused if may_repeat(batch.results[i], batch.op, remaining_s)]
                 if refused:
                     parts.insert(0, refused)
                     await asyncio.sleep(pause_s)
@@ -551,10 +544,10 @@ class AsyncClient(Generic[V]):
         return True
 
     async def _administer(self, op: bytes, shape: type[D], timeout: float | None) -> D:
-        return _shaped(await self._call([0, op], READ, timeout), op, shape)
+        return _shaped(await self._call([0, op], timeout), op, shape)
 
     async def _change(self, message: list[Any], timeout: float | None) -> Any:
-        return decode_tree(await self._call(message, WRITE, timeout))
+        return decode_tree(await self._call(message, timeout))
 
     async def _administer_long(
         self, message: list[Any], progress: ProgressCallback | None, idle_s: float

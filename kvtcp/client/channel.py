@@ -30,7 +30,7 @@ from time import monotonic
 from typing import Any, Final, NamedTuple, cast
 
 from kvtcp._version import __version__
-from kvtcp.client.core import Completion, ConnectionCore, Kind, Progress, show_seconds
+from kvtcp.client.core import Completion, ConnectionCore, Progress, show_seconds
 from kvtcp.client.url import Address
 from kvtcp.constants import (
     CLIENT_BACKOFF_MAX_MS,
@@ -45,7 +45,7 @@ from kvtcp.constants import (
     WRITE_WAIT_MS,
 )
 from kvtcp.errors import Code, KvtcpError, ProtocolError, RequestError, Unavailable
-from kvtcp.protocol.messages import Message
+from kvtcp.protocol.messages import REQUESTS, Kind, Message
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +94,13 @@ def backoff_s(failures: int, fraction: float) -> float:
     return fraction * bound_ms / 1000
 
 
-def may_repeat(error: KvtcpError, kind: Kind, remaining_s: float) -> bool:
+def may_repeat(error: KvtcpError, op: bytes, remaining_s: float) -> bool:
     """Whether a request that ended with `error` may be sent once more with so much time left.
 
     A write that waited in vain for a replica or for room is refused after a wait again: without the time to hear of it
     the caller would be told "unknown" of a write that is known not to have been executed.
     """
-    waits = kind is Kind.WRITE and error.code in _REFUSED_LATE
+    waits = error.code in _REFUSED_LATE and REQUESTS[op].kind in (Kind.WRITE, Kind.ADMIN)
     return isinstance(error, Unavailable) and remaining_s > (_REFUSAL_S if waits else 0)
 
 
@@ -135,11 +135,11 @@ class Connection(asyncio.Protocol):
         return self._ended
 
     def send(
-        self, message: Message, kind: Kind, began: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, began: float, timeout_s: float, progress: Progress | None = None
     ) -> asyncio.Future[Any]:
         """The future of a call, whose time ends `timeout_s` after `began`. Raises RequestError (TOO_LARGE)."""
         future = self._loop.create_future()
-        self._core.request(message, kind, future, began, timeout_s, progress)
+        self._core.request(message, future, began, timeout_s, progress)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -341,9 +341,7 @@ class Channel:
         if self._connection is not None:
             self._connection.disown()
 
-    async def call(
-        self, message: Message, kind: Kind, timeout_s: float | None = None, began: float | None = None
-    ) -> Any:
+    async def call(self, message: Message, timeout_s: float | None = None, began: float | None = None) -> Any:
         """The result of a request; `message[0]` is overwritten with its id. Raises what errors.py says.
 
         The time runs from `began` (of the monotonic clock), None = now.
@@ -353,21 +351,20 @@ class Channel:
             began = monotonic()
         connection = self._connection
         if connection is None or not connection.has_room:
-            return await self._persist(message, kind, began, timeout_s)
+            return await self._persist(message, began, timeout_s)
         try:
-            return await connection.send(message, kind, began, timeout_s)
+            return await connection.send(message, began, timeout_s)
         except Unavailable as error:
-            return await self._persist(message, kind, began, timeout_s, error)
+            return await self._persist(message, began, timeout_s, error)
 
     async def call_long(self, message: Message, idle_s: float, progress: Progress | None) -> Any:
         """As `call` for administration: to get it started has the usual timeout, then only silence ends it."""
         check_timeout(idle_s)
-        return await self._persist(message, Kind.ADMIN, monotonic(), self.timeout_s, None, idle_s, progress)
+        return await self._persist(message, monotonic(), self.timeout_s, None, idle_s, progress)
 
     async def _persist(
         self,
         message: Message,
-        kind: Kind,
         began: float,
         timeout_s: float,
         error: Unavailable | None = None,
@@ -381,7 +378,7 @@ class Channel:
             if error is not None:
                 tries += 1
                 pause_s = self.pause_s(tries)
-                if self._closed or not may_repeat(error, kind, deadline - monotonic() - pause_s):
+                if self._closed or not may_repeat(error, message[1], deadline - monotonic() - pause_s):
                     raise error
                 await asyncio.sleep(pause_s)
             connection = await self._ready(message, deadline, timeout_s, error)
@@ -390,8 +387,8 @@ class Channel:
                 raise error or self._unreachable(timeout_s)
             try:
                 if idle_s is not None:
-                    return await connection.send(message, kind, now, idle_s, progress)
-                return await connection.send(message, kind, began, timeout_s)
+                    return await connection.send(message, now, idle_s, progress)
+                return await connection.send(message, began, timeout_s)
             except Unavailable as refused:
                 # that the last try ran out of time says less than why the cluster refused the one before
                 if error is None or refused.code != Code.UNREACHABLE or monotonic() < deadline:
@@ -462,7 +459,7 @@ class Channel:
                 if connection.ended:
                     raise Unavailable("the server closed the connection", Code.UNREACHABLE)
                 hello = [0, b"hello", PROTOCOL_VERSION, self._name]
-                info = _server_info(await connection.send(hello, Kind.READ, monotonic(), self.timeout_s))
+                info = _server_info(await connection.send(hello, monotonic(), self.timeout_s))
         except (OSError, Unavailable) as error:
             self._failures += 1
             hung_up = connection is not None and connection.ended and getattr(error, "code", None) == Code.UNREACHABLE

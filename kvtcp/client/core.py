@@ -8,7 +8,7 @@ abandoned id behind, and the late answer finds that id and is dropped. So an ans
 
 What a call ends with, if not with its answer:
 
-    |                  | not handed to the socket | read                 | write, admin    |
+    |                  | not handed to the socket | a read               | any other       |
     |------------------|--------------------------|----------------------|-----------------|
     | connection lost  | Unavailable              | Unavailable          | OutcomeUnknown  |
     | peer talks trash | Unavailable              | ProtocolError        | OutcomeUnknown  |
@@ -24,13 +24,12 @@ abandoned. The adapter may also forget a waiter on its own (a cancelled future) 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, Final, Generic, TypeVar
 
 from kvtcp.constants import CLIENT_SILENCE_MS, CLIENT_TICK_MS, REQUEST_ID_MAX
 from kvtcp.errors import Code, KvtcpError, OutcomeUnknown, ProtocolError, Unavailable, error_from_wire
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
-from kvtcp.protocol.messages import CHANGES, WRITES, Message
+from kvtcp.protocol.messages import REQUESTS, Kind, Message
 
 W = TypeVar("W")
 Progress = Callable[[Any], None]
@@ -39,32 +38,15 @@ TICKS_PER_S: Final = 1000 / CLIENT_TICK_MS
 SILENCE_S: Final = CLIENT_SILENCE_MS / 1000
 
 
-class Kind(Enum):
-    """What may be concluded when the answer to a request does not come."""
-
-    READ = "read"  # changes nothing: may always be repeated
-    WRITE = "write"  # may have happened: never repeated blindly
-    ADMIN = "admin"  # as a write, and long: its time runs out only without progress
-
-
-READ, WRITE, ADMIN = Kind.READ, Kind.WRITE, Kind.ADMIN
-KIND_OF: Final = {
-    **dict.fromkeys((b"hello", b"get", b"exists", b"mget", b"ttl", b"scan", b"count"), Kind.READ),
-    **dict.fromkeys((b"status", b"nodes", b"shards"), Kind.READ),
-    **dict.fromkeys(WRITES | CHANGES, Kind.WRITE),
-    **dict.fromkeys((b"backup", b"restore"), Kind.ADMIN),
-}
-
-
 class Call(Generic[W]):
     """A request without its answer. `id` is in exactly one set, `due`, until the call ends or is abandoned."""
 
-    __slots__ = ("due", "frame_bytes", "kind", "progress", "timeout_s", "waiter")
+    __slots__ = ("due", "frame_bytes", "op", "progress", "timeout_s", "waiter")
 
     def __init__(
-        self, kind: Kind, waiter: W | None, timeout_s: float, frame_bytes: int, due: set[int], progress: Progress | None
+        self, op: bytes, waiter: W | None, timeout_s: float, frame_bytes: int, due: set[int], progress: Progress | None
     ) -> None:
-        self.kind = kind
+        self.op = op
         self.waiter = waiter  # None: abandoned, nobody waits for the answer any more
         self.timeout_s = timeout_s
         self.frame_bytes = frame_bytes
@@ -100,7 +82,7 @@ class ConnectionCore(Generic[W]):
         return len(self._calls)
 
     def request(
-        self, message: Message, kind: Kind, waiter: W, began: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, waiter: W, began: float, timeout_s: float, progress: Progress | None = None
     ) -> None:
         """Put a call into the table and its frame into the output; `message[0]` becomes its id.
 
@@ -119,7 +101,7 @@ class ConnectionCore(Generic[W]):
         self.outstanding_bytes += frame_bytes
         due = self._due_set(began + timeout_s)
         due.add(call_id)
-        calls[call_id] = Call(kind, waiter, timeout_s, frame_bytes, due, progress)
+        calls[call_id] = Call(message[1], waiter, timeout_s, frame_bytes, due, progress)
         self._frames.append(frame)
         self._unsent.append(call_id)
 
@@ -238,10 +220,11 @@ def show_seconds(timeout_s: float) -> str:
 
 def _out_of_time(call: Call[Any]) -> KvtcpError:
     time = show_seconds(call.timeout_s)
-    if call.kind is READ:
+    kind = REQUESTS[call.op].kind
+    if kind is Kind.READ:
         return Unavailable(f"no answer within {time}", Code.UNREACHABLE, {"timeout_s": call.timeout_s})
     return OutcomeUnknown(
-        f"the request was sent and had no {'progress' if call.kind is ADMIN else 'answer'} within {time};"
+        f"the request was sent and had no {'progress' if kind is Kind.LONG else 'answer'} within {time};"
         " whether it was executed is not known",
         details={"timeout_s": call.timeout_s},
     )
@@ -251,7 +234,7 @@ def _without_connection(call: Call[Any], unsent: bool, reason: str, failure: Pro
     error: KvtcpError
     if unsent:
         error = Unavailable(f"{reason}; the request was not sent", Code.UNREACHABLE)
-    elif call.kind is not READ:
+    elif REQUESTS[call.op].kind is not Kind.READ:
         error = OutcomeUnknown(f"{reason} after the request was sent; whether it was executed is not known")
     elif failure is not None:
         error = ProtocolError(f"{reason}: {failure.message}", failure.code)

@@ -102,7 +102,7 @@ def seconds(ttl_ms: int | None) -> float | None:
 def request(op: bytes, *args: Any) -> Message:
     """A checked request without its id. Raises RequestError."""
     message = [0, op, *args]
-    REQUESTS[op](message)
+    REQUESTS[op].check(message)
     return message
 
 

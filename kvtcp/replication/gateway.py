@@ -28,7 +28,7 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code, RequestError, show_bytes
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.protocol.messages import CHANGES, REQUESTS, Message, check_key, check_value, request_id
+from kvtcp.protocol.messages import REQUESTS, Message, Touches, check_key, check_value, request_id
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
 from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
@@ -44,8 +44,6 @@ LIMITS = {
     "page_items_max": PAGE_ITEMS_MAX,
     "page_bytes_max": PAGE_BYTES_MAX,
 }
-# what is answered while a restore keeps everybody out of all keys
-_TOUCHES_NO_KEY = frozenset({b"hello", b"status", b"nodes", b"shards", b"backup", b"restore"}) | CHANGES
 
 
 class Session(Sink, Protocol):
@@ -123,7 +121,7 @@ class Gateway:
         if len(message) == 3:
             key = check_key(message[2])
         else:
-            (key,) = REQUESTS[b"get"](message)  # raises: the number of arguments is wrong
+            (key,) = REQUESTS[b"get"].check(message)  # raises: the number of arguments is wrong
         self.sequencer.read(GET, shard_of(key, self.shards), key, session, ident)
 
     def _put(self, session: Session, ident: int, message: Message) -> None:
@@ -132,21 +130,21 @@ class Gateway:
             value = check_value(message[3], key)
             args: tuple[Any, ...] = (value,)
         else:
-            key, *rest = REQUESTS[b"put"](message)
+            key, *rest = REQUESTS[b"put"].check(message)
             value = rest[0]
             args = tuple(rest)
         self.sequencer.write(PUT, shard_of(key, self.shards), key, args, len(key) + len(value), session, ident)
 
     def _read_key(self, op: int) -> Callable[[Session, int, Message], None]:
         def handle(session: Session, ident: int, message: Message) -> None:
-            (key,) = REQUESTS[message[1]](message)
+            (key,) = REQUESTS[message[1]].check(message)
             self.sequencer.read(op, shard_of(key, self.shards), key, session, ident)
 
         return handle
 
     def _write_value(self, op: int) -> Callable[[Session, int, Message], None]:
         def handle(session: Session, ident: int, message: Message) -> None:
-            key, *args = REQUESTS[message[1]](message)
+            key, *args = REQUESTS[message[1]].check(message)
             size = len(key) + len(args[0])
             self.sequencer.write(op, shard_of(key, self.shards), key, args, size, session, ident)
 
@@ -154,7 +152,7 @@ class Gateway:
 
     def _write_key(self, op: int) -> Callable[[Session, int, Message], None]:
         def handle(session: Session, ident: int, message: Message) -> None:
-            key, *args = REQUESTS[message[1]](message)
+            key, *args = REQUESTS[message[1]].check(message)
             self.sequencer.write(op, shard_of(key, self.shards), key, args, len(key), session, ident)
 
         return handle
@@ -162,7 +160,7 @@ class Gateway:
     # --- many keys ----------------------------------------------------------------------------------
 
     def _mget(self, session: Session, ident: int, message: Message) -> None:
-        (keys,) = REQUESTS[b"mget"](message)
+        (keys,) = REQUESTS[b"mget"].check(message)
         if not keys:
             session.reply(ident, [])
             return
@@ -175,7 +173,7 @@ class Gateway:
         self.sequencer.multi_read(mget_read(keys, numbers, session, ident))
 
     def _mput(self, session: Session, ident: int, message: Message) -> None:
-        (items,) = REQUESTS[b"mput"](message)
+        (items,) = REQUESTS[b"mput"].check(message)
         if not items:
             session.reply(ident, [])
             return
@@ -187,7 +185,7 @@ class Gateway:
             write(PUT, shard_of(key, shards), key, args, len(key) + len(value), gather, index)
 
     def _mdelete(self, session: Session, ident: int, message: Message) -> None:
-        (keys,) = REQUESTS[b"mdelete"](message)
+        (keys,) = REQUESTS[b"mdelete"].check(message)
         if not keys:
             session.reply(ident, [])
             return
@@ -196,7 +194,7 @@ class Gateway:
             self.sequencer.write(DELETE, shard_of(key, self.shards), key, (), len(key), gather, index)
 
     def _scan(self, session: Session, ident: int, message: Message) -> None:
-        lower, upper, limit, reverse, keys_only = REQUESTS[b"scan"](message)
+        lower, upper, limit, reverse, keys_only = REQUESTS[b"scan"].check(message)
         if upper is not None and upper <= lower:
             session.reply(ident, [[], None])
             return
@@ -204,7 +202,7 @@ class Gateway:
         self.sequencer.multi_read(page_read(all_shards, lower, upper, limit, reverse, keys_only, session, ident))
 
     def _count(self, session: Session, ident: int, message: Message) -> None:
-        lower, upper = REQUESTS[b"count"](message)
+        lower, upper = REQUESTS[b"count"].check(message)
         if upper is not None and upper <= lower:
             session.reply(ident, 0)
             return
@@ -213,7 +211,7 @@ class Gateway:
     # --- administration -----------------------------------------------------------------------------
 
     def _hello(self, session: Session, ident: int, message: Message) -> None:
-        _, session.name = REQUESTS[b"hello"](message)
+        _, session.name = REQUESTS[b"hello"].check(message)
         session.greeted = True
         session.reply(
             ident,
@@ -229,22 +227,18 @@ class Gateway:
     def _hand_over(self, session: Session, ident: int, message: Message) -> None:
         """A request that is not about keys."""
         op = message[1]
-        self.administration[op](session, ident, *REQUESTS[op](message))
+        self.administration[op](session, ident, *REQUESTS[op].check(message))
 
     # --- restoring ----------------------------------------------------------------------------------
 
     def _guard(self, op: bytes, message: Message) -> None:
         """Refuse what touches the prefix being restored; nothing of the request is executed."""
-        if op in _TOUCHES_NO_KEY:
+        check, _, touches = REQUESTS[op]
+        if touches is Touches.NOTHING:
             return
-        arguments = REQUESTS[op](message)
-        if op in (b"scan", b"count"):
+        arguments = check(message)
+        if touches is Touches.RANGE:
             self.keyspace.check_range_open(*arguments[:2])
-        elif op in (b"mget", b"mdelete"):
-            for key in arguments[0]:
-                self.keyspace.check_open(key)
-        elif op == b"mput":
-            for item in arguments[0]:
-                self.keyspace.check_open(item[0])
         else:
-            self.keyspace.check_open(arguments[0])
+            for item in arguments[0] if touches is Touches.KEYS else arguments[:1]:
+                self.keyspace.check_open(item if type(item) is bytes else item[0])

@@ -29,7 +29,9 @@ from kvtcp.errors import RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.replication.multi_read import MultiRead, mget_read
-from kvtcp.resp.commands import COMMANDS, IMMEDIATE, CommandSpec
+from kvtcp.resp.caller import CommandSpec, Slot
+from kvtcp.resp.client_state import ClientState, Transaction
+from kvtcp.resp.commands import COMMANDS, IMMEDIATE
 from kvtcp.resp.door import Door
 from kvtcp.resp.plan import (
     CROSS_SHARD,
@@ -41,9 +43,6 @@ from kvtcp.resp.plan import (
     error_text,
 )
 from kvtcp.resp.replies import HEADS, OK, Simple, bulk, encode, error, nil
-from kvtcp.resp.transactions import Transaction
-
-Slot = list[bytes | None]
 
 LARGE_REPLY_BYTES: Final = 1_024
 TURN_BYTES_MAX: Final = 256 * KIB  # of replies made in one turn, a command on the whole server counted with RUN_BYTES
@@ -55,23 +54,16 @@ _SECURITY: Final = frozenset({b"POST", b"HOST:"})
 class RespClient:
     """One client. `wake` is called when there is output, once until it is taken."""
 
-    def __init__(self, door: Door, ident: int, peer: str, wake: Callable[[], None]) -> None:
-        self.door = door
-        self.ident = ident
-        self.peer = peer
-        self.name = ""
-        self.library = ("", "")  # name and version, as CLIENT SETINFO says
-        self.version = 2
-        self.began_ms = door.now_ms()
-        self.last_command = "NULL"
+    def __init__(self, door: Door, peer: str, wake: Callable[[], None]) -> None:
+        self.state = ClientState(door.next_client(), peer, door.now_ms())
+        self.service = door
+        self.keyspace = door.keyspace
+        self.table = COMMANDS
         self.closing = False  # nothing more is read; the connection ends when all is answered
         self.suspicious = ""  # why it was taken for an attack through a browser
         self.slots: deque[Slot] = deque()
         self.large_bytes = 0  # of filled slots with large replies
         self.gathered_bytes = 0  # of replies that are being put together
-        self.transaction: Transaction | None = None
-        self.watched: dict[bytes, int] = {}  # key -> revision
-        self.watched_bytes = 0
         self.waits = False
         self.held: list[list[bytes]] = []  # commands that came while it waits, or behind a turn
         self.may_begin = True  # the client reads its replies
@@ -86,7 +78,6 @@ class RespClient:
         self._nil = nil(2)
         self._write = door.sequencer.write
         self._read = door.sequencer.read
-        self._keyspace = door.keyspace
         self._shards = door.keyspace.shards
         self._states = door.sequencer.shards
         self._stored = _Stored(self)
@@ -102,7 +93,7 @@ class RespClient:
             self.held += commands
             return
         self._turn_bytes = 0
-        quick = self._quick if self.transaction is None and self._keyspace.is_open else _NOTHING
+        quick = self._quick if self.state.transaction is None and self.keyspace.is_open else _NOTHING
         for n, arguments in enumerate(commands):
             begin = quick.get(arguments[0])
             if begin is not None and begin(arguments):
@@ -114,7 +105,7 @@ class RespClient:
                 self.held = list(commands[n + 1 :])
                 self._call_wake()
                 return
-            quick = self._quick if self.transaction is None and self._keyspace.is_open else _NOTHING
+            quick = self._quick if self.state.transaction is None and self.keyspace.is_open else _NOTHING
 
     def defer(self, step: Callable[[], None]) -> None:
         """Carry out `step` with the next `go_on`: a sink must not ask the cluster for more."""
@@ -135,8 +126,9 @@ class RespClient:
     def held_bytes(self) -> int:
         """Bytes that the server holds for it: large replies that wait for an earlier one or are being made, what
         was queued since MULTI, and the watched keys."""
-        queued_bytes = 0 if self.transaction is None else self.transaction.bytes
-        return self.large_bytes + self.gathered_bytes + queued_bytes + self.watched_bytes
+        transaction = self.state.transaction
+        queued_bytes = 0 if transaction is None else transaction.bytes
+        return self.large_bytes + self.gathered_bytes + queued_bytes + self.state.watched_bytes
 
     @property
     def _goes_on(self) -> bool:
@@ -198,10 +190,10 @@ class RespClient:
                 raise CommandError(_unknown(arguments))
             if not spec.takes(len(arguments)):
                 raise CommandError(f"ERR wrong number of arguments for '{spec.name}' command")
-            self.last_command = spec.name
+            self.state.last_command = spec.name
             self.current = slot
-            if self.transaction is not None and spec.name not in IMMEDIATE:
-                self._queue(self.transaction, spec, arguments[1:], slot)
+            if self.state.transaction is not None and spec.name not in IMMEDIATE:
+                self._queue(self.state.transaction, spec, arguments[1:], slot)
             elif spec.compile is not None:
                 self.carry_out(spec.compile(arguments[1:]), slot)
             else:
@@ -210,13 +202,14 @@ class RespClient:
                     self._turn_bytes += RUN_BYTES
                 spec.run(self, arguments[1:])
         except CommandError as refused:
-            if self.transaction is not None:
-                self.transaction.failed = True
-            self.fill(slot, error(refused.text))
+            self._refuse(slot, refused.text)
         except RequestError as refused:
-            if self.transaction is not None:
-                self.transaction.failed = True
-            self.fill(slot, error(error_text(Failed(refused.code, refused.message))))
+            self._refuse(slot, error_text(Failed(refused.code, refused.message)))
+
+    def _refuse(self, slot: Slot, text: str) -> None:
+        if self.state.transaction is not None:
+            self.state.transaction.failed = True
+        self.fill(slot, error(text))
 
     def _queue(self, transaction: Transaction, spec: CommandSpec, arguments: list[bytes], slot: Slot) -> None:
         if spec.compile is None:
@@ -234,13 +227,13 @@ class RespClient:
             plan = spec.compile(arguments)
             for operation in plan.operations:
                 for key in operation.keys:
-                    self._keyspace.check_open(key)
+                    self.keyspace.check_open(key)
                     number = shard_of(key, self._shards)
                     if transaction.shard not in (None, number):
                         raise CommandError(CROSS_SHARD_MULTI)
                     transaction.shard = number
             transaction.queue(plan)
-        self.fill(slot, encode(QUEUED, self.version))
+        self.fill(slot, encode(QUEUED, self.state.version))
 
     def carry_out(self, plan: Plan, slot: Slot) -> None:
         """Ask the shards; the reply comes when all have answered."""
@@ -253,7 +246,7 @@ class RespClient:
                 raise CommandError(CROSS_SHARD)
             numbers.append(found[0])
             for key in keys:
-                self._keyspace.check_open(key)
+                self.keyspace.check_open(key)
         if plan.one_shard is not None and len(operations) > 1 and len(set(numbers)) == 1:
             operations = [plan.one_shard]
         answer = _Answer(self, slot, plan, len(operations))
@@ -272,13 +265,18 @@ class RespClient:
     def multi_read(self, multi: MultiRead) -> None:
         """A read over shards, of the command that runs."""
         if self._may_pass(multi.shards, is_multi=True):
-            self.when_first(lambda: self.door.sequencer.multi_read(multi))
+            self.when_first(lambda: self.service.sequencer.multi_read(multi))
         else:
-            self.door.sequencer.multi_read(multi)
+            self.service.sequencer.multi_read(multi)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether all commands before the one that runs are answered."""
+        return len(self.slots) < 2
 
     def _may_pass(self, numbers: Sequence[int], is_multi: bool) -> bool:
         """Whether a read of these shards could be answered without what this client asked for before."""
-        if len(self.slots) < 2 or not self.door.sequencer.waiting_items:
+        if self.is_first or not self.service.sequencer.waiting_items:
             return False
         states = [self._states[number] for number in numbers]
         return any(state.waiting and (is_multi or not state.is_whole()) for state in states)
@@ -307,12 +305,12 @@ class RespClient:
 
     def answer(self, value: Any) -> None:
         """The reply of the command that runs."""
-        self.fill(self.current, encode(value, self.version))
+        self.fill(self.current, encode(value, self.state.version))
 
     def later(self) -> Callable[[Any], None]:
         """A function that answers the command that runs, whenever it is called."""
         slot = self.current
-        return lambda value: self.fill(slot, encode(value, self.version))
+        return lambda value: self.fill(slot, encode(value, self.state.version))
 
     def reply(self, slot: Slot, cell: Any) -> None:
         """Sink of GET. The most frequent reply: everything inline."""
@@ -363,13 +361,8 @@ class RespClient:
 
     def set_version(self, version: int) -> None:
         """RESP2 or RESP3, of replies made from now on."""
-        self.version = version
+        self.state.version = version
         self._nil = nil(version)
-
-    def unwatch(self) -> None:
-        """Forget the watched keys."""
-        self.watched = {}
-        self.watched_bytes = 0
 
 
 _NOTHING: Final[dict[bytes, Callable[[list[bytes]], bool]]] = {}
@@ -423,7 +416,7 @@ class _Answer:
             self.reply(token, failed)
 
     def _finish(self, results: list[Any]) -> None:
-        self.client.fill(self.slot, encode(self.plan.reply(results), self.client.version))
+        self.client.fill(self.slot, encode(self.plan.reply(results), self.client.state.version))
 
 
 def _unknown(arguments: Sequence[bytes]) -> str:

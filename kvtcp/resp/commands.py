@@ -7,43 +7,11 @@ that is, concerns nothing but the connection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final
 
 from kvtcp.protocol import operations as op
 from kvtcp.resp import connection, keys, scanning, strings, transactions
-from kvtcp.resp.plan import Plan
-
-if TYPE_CHECKING:
-    from kvtcp.resp.client import RespClient
-
-Compile = Callable[[Sequence[bytes]], Plan]
-Run = Callable[["RespClient", Sequence[bytes]], None]
-
-
-class CommandSpec(NamedTuple):
-    """One command. `arity` as Redis counts it: with the name, negative = at least."""
-
-    name: str
-    arity: int
-    group: str
-    summary: str
-    compile: Compile | None = None
-    run: Run | None = None
-    is_local: bool = False
-    is_write: bool = False
-    first_key: int = 0
-    last_key: int = 0
-    key_step: int = 0
-
-    def takes(self, count: int) -> bool:
-        """Whether so many arguments, the name included, are right."""
-        return count == self.arity if self.arity >= 0 else count >= -self.arity
-
-    def as_reply(self) -> list[Any]:
-        """What COMMAND INFO says of it."""
-        flags = ["write" if self.is_write else "readonly"] if self.compile else ["fast"]
-        return [self.name, self.arity, flags, self.first_key, self.last_key, self.key_step, [], [], [], []]
+from kvtcp.resp.caller import CommandSpec, Compile, Run
 
 
 def _reads(name: str, arity: int, group: str, summary: str, compile_: Compile, last: int = 1) -> CommandSpec:

@@ -1,25 +1,22 @@
 """Commands on the connection and the server: HELLO, PING, CLIENT, COMMAND, CONFIG, INFO and others.
 
 Pure. They are answered at once, without the cluster, but for INFO, which counts the keys. What they tell of the server
-comes from the door's host. Texts are Redis's where a client may look at them.
+comes from the host of the service. Texts are Redis's where a client may look at them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import Any, Final
 
 from kvtcp._version import __version__
 from kvtcp.constants import NAME_BYTES_MAX
+from kvtcp.resp.caller import Caller
+from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.patterns import matcher
-from kvtcp.resp.plan import SYNTAX, CommandError, Failed, integer
-from kvtcp.resp.replies import DONE, OK, Simple
+from kvtcp.resp.plan import SYNTAX, Arguments, CommandError, Failed, integer
+from kvtcp.resp.replies import DONE, Simple
 from kvtcp.resp.scanning import count_keys
-
-if TYPE_CHECKING:
-    from kvtcp.resp.client import RespClient
-
-Arguments = Sequence[bytes]
 
 REDIS_VERSION: Final = "7.0.0"  # whose commands these are: clients decide by it what they may use
 NO_PASSWORD: Final = (
@@ -40,20 +37,20 @@ def _arity(arguments: Arguments, low: int, high: int, what: str) -> None:
         raise CommandError(f"ERR wrong number of arguments for '{what}' command")
 
 
-def ping(client: RespClient, arguments: Arguments) -> None:
+def ping(caller: Caller, arguments: Arguments) -> None:
     """PING [message]"""
     _arity(arguments, 0, 1, "ping")
-    client.answer(arguments[0] if arguments else Simple("PONG"))
+    caller.answer(arguments[0] if arguments else Simple("PONG"))
 
 
-def echo(client: RespClient, arguments: Arguments) -> None:
+def echo(caller: Caller, arguments: Arguments) -> None:
     """ECHO message"""
-    client.answer(arguments[0])
+    caller.answer(arguments[0])
 
 
-def hello(client: RespClient, arguments: Arguments) -> None:
+def hello(caller: Caller, arguments: Arguments) -> None:
     """HELLO [2 | 3 [AUTH user password] [SETNAME name]]"""
-    version, name = client.version, None
+    version, name = caller.state.version, None
     if arguments:
         version = integer(arguments[0], "ERR Protocol version is not an integer or out of range")
         if version not in (2, 3):
@@ -70,63 +67,64 @@ def hello(client: RespClient, arguments: Arguments) -> None:
                 raise CommandError(f"ERR Syntax error in HELLO option '{_text(option)}'")
             name = _checked_name(value)
     if name is not None:
-        client.name = name
-    answer = client.later()
+        caller.state.name = name
+    answer = caller.later()
 
     def greet() -> None:
-        client.set_version(version)
+        caller.set_version(version)
         answer({
-            "server": "kvtcp", "version": __version__, "proto": version, "id": client.ident, "mode": "standalone",
+            "server": "kvtcp", "version": __version__, "proto": version, "id": caller.state.ident, "mode": "standalone",
             "role": "master", "modules": [],
         })  # fmt: skip
 
-    _with_version(client, version, greet)
+    _with_version(caller, version, greet)
 
 
-def select(client: RespClient, arguments: Arguments) -> None:
+def select(caller: Caller, arguments: Arguments) -> None:
     """SELECT 0"""
     if integer(arguments[0]) != 0:
         raise CommandError("ERR DB index is out of range")
-    client.answer(DONE)
+    caller.answer(DONE)
 
 
-def auth(client: RespClient, arguments: Arguments) -> None:
+def auth(caller: Caller, arguments: Arguments) -> None:
     """AUTH [user] password"""
     raise CommandError(NO_PASSWORD if len(arguments) < 3 else SYNTAX)
 
 
-def time(client: RespClient, arguments: Arguments) -> None:
+def time(caller: Caller, arguments: Arguments) -> None:
     """TIME"""
-    s, us = divmod(client.door.wall_us(), 1_000_000)
-    client.answer([b"%d" % s, b"%d" % us])
+    s, us = divmod(caller.service.wall_us(), 1_000_000)
+    caller.answer([b"%d" % s, b"%d" % us])
 
 
-def quit_(client: RespClient, arguments: Arguments) -> None:
+def quit_(caller: Caller, arguments: Arguments) -> None:
     """QUIT"""
-    client.fill(client.current, OK)
-    client.closing = True
+    caller.answer(DONE)
+    caller.closing = True
 
 
-def reset(client: RespClient, arguments: Arguments) -> None:
+def reset(caller: Caller, arguments: Arguments) -> None:
     """RESET"""
-    client.transaction = None
-    client.unwatch()
-    client.name = ""
-    answer = client.later()
+    state = caller.state
+    state.transaction = None
+    state.unwatch()
+    state.name = ""
+    answer = caller.later()
 
     def done() -> None:
-        client.set_version(2)
+        caller.set_version(2)
         answer(Simple("RESET"))
 
-    _with_version(client, 2, done)
+    _with_version(caller, 2, done)
 
 
-def _with_version(client: RespClient, version: int, step: Callable[[], None]) -> None:
+def _with_version(caller: Caller, version: int, step: Callable[[], None]) -> None:
     """Carry out a step that changes the version: replies of earlier commands are made before."""
-    if version == client.version or client.transaction is not None or len(client.slots) < 2:
+    if version == caller.state.version or caller.state.transaction is not None or caller.is_first:
         step()
     else:
-        client.when_first(step)
+        caller.when_first(step)
 
 
 # --- CLIENT -------------------------------------------------------------------------------------------
@@ -140,88 +138,89 @@ def _checked_name(name: bytes) -> str:
     return name.decode("ascii")
 
 
-def client(client: RespClient, arguments: Arguments) -> None:
+def client(caller: Caller, arguments: Arguments) -> None:
     """CLIENT ID | GETNAME | SETNAME name | SETINFO LIB-NAME|LIB-VER text | INFO | LIST"""
+    state = caller.state
     name, rest = arguments[0].upper(), arguments[1:]
     if name in (b"ID", b"GETNAME", b"INFO"):
         _arity(rest, 0, 0, f"client|{name.decode().lower()}")
     if name == b"ID":
-        client.answer(client.ident)
+        caller.answer(state.ident)
     elif name == b"GETNAME":
-        client.answer(client.name.encode() if client.name else None)
+        caller.answer(state.name.encode() if state.name else None)
     elif name == b"SETNAME":
         _arity(rest, 1, 1, "client|setname")
-        client.name = _checked_name(rest[0])
-        client.answer(DONE)
+        state.name = _checked_name(rest[0])
+        caller.answer(DONE)
     elif name == b"SETINFO":
         _arity(rest, 2, 2, "client|setinfo")
         kind, text = rest[0].upper(), _checked_name(rest[1])
         if kind not in (b"LIB-NAME", b"LIB-VER"):
             raise CommandError(f"ERR Unrecognized option '{_text(rest[0])}'")
-        library, version = client.library
-        client.library = (text, version) if kind == b"LIB-NAME" else (library, text)
-        client.answer(DONE)
+        library, version = state.library
+        state.library = (text, version) if kind == b"LIB-NAME" else (library, text)
+        caller.answer(DONE)
     elif name == b"INFO":
-        client.answer(_line(client))
+        caller.answer(_line(state, caller.service.now_ms()))
     elif name == b"LIST":
-        client.answer("".join(map(_line, client.door.host.resp_clients())))
+        now_ms = caller.service.now_ms()
+        caller.answer("".join(_line(each, now_ms) for each in caller.service.host.resp_clients()))
     else:
         raise CommandError(f"ERR unknown subcommand '{_text(arguments[0])}'. Try CLIENT HELP.")
 
 
-def _line(client: RespClient) -> str:
-    age_s = (client.door.now_ms() - client.began_ms) // 1000
-    queued = -1 if client.transaction is None else len(client.transaction.queued)
+def _line(state: ClientState, now_ms: int) -> str:
+    age_s = (now_ms - state.began_ms) // 1000
+    queued = -1 if state.transaction is None else len(state.transaction.queued)
     return (
-        f"id={client.ident} addr={client.peer} name={client.name} age={age_s} db=0 multi={queued} "
-        f"watch={len(client.watched)} cmd={client.last_command} resp={client.version} "
-        f"lib-name={client.library[0]} lib-ver={client.library[1]}\n"
+        f"id={state.ident} addr={state.peer} name={state.name} age={age_s} db=0 multi={queued} "
+        f"watch={len(state.watched)} cmd={state.last_command} resp={state.version} "
+        f"lib-name={state.library[0]} lib-ver={state.library[1]}\n"
     )
 
 
 # --- COMMAND, CONFIG, INFO ----------------------------------------------------------------------------
 
 
-def command(client: RespClient, arguments: Arguments) -> None:
+def command(caller: Caller, arguments: Arguments) -> None:
     """COMMAND [COUNT | INFO name ... | DOCS name ...]"""
-    from kvtcp.resp.commands import COMMANDS
-
+    table = caller.table
     kind = arguments[0].upper() if arguments else b""
     _arity(arguments, 0, WORDS_MAX, "command")
     if kind == b"COUNT":
-        client.answer(len(COMMANDS))
+        caller.answer(len(table))
     elif kind in (b"", b"INFO"):
-        names = [name.upper() for name in arguments[1:]] or list(COMMANDS)
-        client.answer([COMMANDS[name].as_reply() if name in COMMANDS else None for name in names])
+        names = [name.upper() for name in arguments[1:]] or list(table)
+        caller.answer([table[name].as_reply() if name in table else None for name in names])
     elif kind == b"DOCS":
-        names = [name.upper() for name in arguments[1:]] or list(COMMANDS)
-        specs = [COMMANDS[name] for name in names if name in COMMANDS]
-        client.answer({spec.name: {"summary": spec.summary, "group": spec.group} for spec in specs})
+        names = [name.upper() for name in arguments[1:]] or list(table)
+        specs = [table[name] for name in names if name in table]
+        caller.answer({spec.name: {"summary": spec.summary, "group": spec.group} for spec in specs})
     else:
         raise CommandError(f"ERR unknown subcommand '{_text(arguments[0])}'. Try COMMAND HELP.")
 
 
-def config(client: RespClient, arguments: Arguments) -> None:
+def config(caller: Caller, arguments: Arguments) -> None:
     """CONFIG GET pattern ..."""
     if arguments[0].upper() != b"GET":
         raise CommandError(f"ERR unknown subcommand '{_text(arguments[0])}'. Try CONFIG HELP.")
     _arity(arguments, 2, WORDS_MAX, "config|get")
     matches = [matcher(pattern.lower()) for pattern in arguments[1:]]
-    client.answer({name: value for name, value in SETTINGS.items() if any(m(name.encode()) for m in matches)})
+    caller.answer({name: value for name, value in SETTINGS.items() if any(m(name.encode()) for m in matches)})
 
 
-def function(client: RespClient, arguments: Arguments) -> None:
+def function(caller: Caller, arguments: Arguments) -> None:
     """FUNCTION FLUSH: there are none, so none is left"""
     if arguments[0].upper() != b"FLUSH":
         raise CommandError(f"ERR unknown subcommand '{_text(arguments[0])}'. Try FUNCTION HELP.")
-    client.answer(DONE)
+    caller.answer(DONE)
 
 
-def info(client: RespClient, arguments: Arguments) -> None:
+def info(caller: Caller, arguments: Arguments) -> None:
     """INFO [section ...]"""
     wanted = {_text(argument).lower() for argument in arguments} - {"all", "default", "everything"}
-    answer = client.later()
-    sections = client.door.host.facts()
+    answer = caller.later()
+    sections = caller.service.host.facts()
     sections["Server"] = {"redis_version": REDIS_VERSION, "kvtcp_version": __version__, **sections["Server"]}
 
     def then(keys: Any) -> None:
@@ -234,9 +233,9 @@ def info(client: RespClient, arguments: Arguments) -> None:
                 parts.append("".join(line + "\r\n" for line in lines))
         answer("\r\n".join(parts))
 
-    count_keys(client, (b"", None), then)
+    count_keys(caller, (b"", None), then)
 
 
-def status(client: RespClient, arguments: Arguments) -> None:
+def status(caller: Caller, arguments: Arguments) -> None:
     """KV.STATUS"""
-    client.answer(client.door.host.status())
+    caller.answer(caller.service.host.status())

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.sequencer import Sequencer
+from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.plan import CommandError
-
-if TYPE_CHECKING:
-    from kvtcp.resp.client import RespClient
 
 
 class Host(Protocol):
@@ -28,7 +26,7 @@ class Host(Protocol):
     def status(self) -> dict[str, Any]:
         """The map of `status`."""
 
-    def resp_clients(self) -> Iterable[RespClient]:
+    def resp_clients(self) -> Iterable[ClientState]:
         """Those that are connected."""
 
 

@@ -16,6 +16,8 @@ from kvtcp.protocol.numbers import integer_of
 from kvtcp.protocol.operations import COPY, PUT_ALL, RENAME, WRITE_OP_END
 from kvtcp.resp.replies import Failure
 
+Arguments = Sequence[bytes]  # of a command, those behind its name
+
 NOT_AN_INTEGER: Final = "ERR value is not an integer or out of range"
 NOT_A_FLOAT: Final = "ERR value is not a valid float"
 SYNTAX: Final = "ERR syntax error"

@@ -7,22 +7,19 @@ for it (door.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX
 from kvtcp.errors import RequestError
 from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR
 from kvtcp.replication.multi_read import MultiRead, any_key_read, count_read, page_read
+from kvtcp.resp.caller import Caller
 from kvtcp.resp.patterns import literal_prefix, matcher
-from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, CommandError, Failed, error_text, integer
+from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, Arguments, CommandError, Failed, error_text, integer
 from kvtcp.resp.replies import DONE, Failure
 
-if TYPE_CHECKING:
-    from kvtcp.resp.client import RespClient
-
-Arguments = Sequence[bytes]
 Bounds = tuple[bytes, bytes | None]
 
 KEY_OVERHEAD_BYTES = 16
@@ -46,11 +43,11 @@ class _Then:
 
 
 def _page(
-    client: RespClient, bounds: Bounds, limit: int, then: Callable[[Any], None], reverse: bool = False,
+    caller: Caller, bounds: Bounds, limit: int, then: Callable[[Any], None], reverse: bool = False,
     keys_only: bool = True,
 ) -> MultiRead:
     """The first `limit` rows of the range; `then` gets [rows, cursor or None], or Failed."""
-    return page_read(client.door.keyspace.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None)
+    return page_read(caller.keyspace.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None)
 
 
 def _failure(failed: Failed) -> Failure:
@@ -65,7 +62,7 @@ def _items_max(pattern: bytes) -> int:
 # --- SCAN, KEYS ---------------------------------------------------------------------------------------
 
 
-def scan(client: RespClient, arguments: Arguments) -> None:
+def scan(caller: Caller, arguments: Arguments) -> None:
     """SCAN cursor [MATCH pattern] [COUNT n] [TYPE name]"""
     number = integer(arguments[0], "ERR invalid cursor")
     pattern, limit, is_string = b"*", 10, True
@@ -89,12 +86,12 @@ def scan(client: RespClient, arguments: Arguments) -> None:
         raise CommandError("ERR invalid cursor")
     lower, upper = prefix_bounds(literal_prefix(pattern))
     if number:
-        lower = max(lower, client.door.cursor(number))
-    client.door.keyspace.check_range_open(lower, upper)
+        lower = max(lower, caller.service.cursor(number))
+    caller.keyspace.check_range_open(lower, upper)
     if upper is not None and lower >= upper:
-        client.answer([b"0", []])
+        caller.answer([b"0", []])
         return
-    answer = client.later()
+    answer = caller.later()
     matches = matcher(pattern)
 
     def then(page: Any) -> None:
@@ -102,34 +99,34 @@ def scan(client: RespClient, arguments: Arguments) -> None:
             answer(_failure(page))
             return
         rows, cursor = page
-        following = client.door.keep_cursor(rows[-1][0] + b"\0", number) if cursor is not None else 0
+        following = caller.service.keep_cursor(rows[-1][0] + b"\0", number) if cursor is not None else 0
         keys = [row[0] for row in rows if is_string and matches(row[0])]
         answer([b"%d" % following, keys])
 
-    client.multi_read(_page(client, (lower, upper), min(limit, _items_max(pattern)), then))
+    caller.multi_read(_page(caller, (lower, upper), min(limit, _items_max(pattern)), then))
 
 
-def keys(client: RespClient, arguments: Arguments) -> None:
+def keys(caller: Caller, arguments: Arguments) -> None:
     """KEYS pattern"""
     pattern = arguments[0]
     lower, upper = prefix_bounds(literal_prefix(pattern))
-    client.door.keyspace.check_range_open(lower, upper)
-    send = client.later()
+    caller.keyspace.check_range_open(lower, upper)
+    send = caller.later()
     matches = matcher(pattern)
     found: list[bytes] = []
     found_bytes = 0
 
     def answer(value: Any) -> None:
-        client.gathered_bytes -= found_bytes
+        caller.gathered_bytes -= found_bytes
         send(value)
 
     def go_on(lower: bytes) -> None:
         try:
-            client.door.keyspace.check_range_open(lower, upper)  # a restore may have begun since the last page
+            caller.keyspace.check_range_open(lower, upper)  # a restore may have begun since the last page
         except RequestError as closed:
             answer(_failure(Failed(closed.code, closed.message)))
         else:
-            client.door.sequencer.multi_read(_page(client, (lower, upper), _items_max(pattern), then))
+            caller.service.sequencer.multi_read(_page(caller, (lower, upper), _items_max(pattern), then))
 
     def then(page: Any) -> None:
         nonlocal found_bytes
@@ -141,48 +138,47 @@ def keys(client: RespClient, arguments: Arguments) -> None:
         found.extend(new)
         new_bytes = sum(map(len, new)) + KEY_OVERHEAD_BYTES * len(new)
         found_bytes += new_bytes
-        client.gathered_bytes += new_bytes
+        caller.gathered_bytes += new_bytes
         if found_bytes > RESP_KEYS_BYTES_MAX:
             answer(Failure(f"ERR the keys that match are over the limit of {RESP_KEYS_BYTES_MAX} bytes; use SCAN"))
-        elif cursor is None or client.is_gone:
+        elif cursor is None or caller.is_gone:
             answer(found)
         else:
-            client.defer(lambda: go_on(rows[-1][0] + b"\0"))
+            caller.defer(lambda: go_on(rows[-1][0] + b"\0"))
 
-    client.multi_read(_page(client, (lower, upper), _items_max(pattern), then))
+    caller.multi_read(_page(caller, (lower, upper), _items_max(pattern), then))
 
 
 # --- all keys -----------------------------------------------------------------------------------------
 
 
-def random_key(client: RespClient, arguments: Arguments) -> None:
+def random_key(caller: Caller, arguments: Arguments) -> None:
     """RANDOMKEY"""
-    client.door.keyspace.check_range_open(b"", None)
-    answer = client.later()
-    door = client.door
+    caller.keyspace.check_range_open(b"", None)
+    answer = caller.later()
     sink = _Then(lambda key: answer(_failure(key) if type(key) is Failed else key))
-    client.multi_read(any_key_read(door.keyspace.all_shards, door.random(1 << 62), sink, None))
+    caller.multi_read(any_key_read(caller.keyspace.all_shards, caller.service.random(1 << 62), sink, None))
 
 
-def count_keys(client: RespClient, bounds: Bounds, then: Callable[[Any], None]) -> None:
+def count_keys(caller: Caller, bounds: Bounds, then: Callable[[Any], None]) -> None:
     """`then` gets how many keys of the range there are, or Failed."""
-    client.multi_read(count_read(client.door.keyspace.all_shards, *bounds, _Then(then), None))
+    caller.multi_read(count_read(caller.keyspace.all_shards, *bounds, _Then(then), None))
 
 
-def db_size(client: RespClient, arguments: Arguments) -> None:
+def db_size(caller: Caller, arguments: Arguments) -> None:
     """DBSIZE"""
-    client.door.keyspace.check_range_open(b"", None)
-    answer = client.later()
-    count_keys(client, (b"", None), lambda found: answer(_failure(found) if type(found) is Failed else found))
+    caller.keyspace.check_range_open(b"", None)
+    answer = caller.later()
+    count_keys(caller, (b"", None), lambda found: answer(_failure(found) if type(found) is Failed else found))
 
 
-def flush(client: RespClient, arguments: Arguments) -> None:
+def flush(caller: Caller, arguments: Arguments) -> None:
     """FLUSHDB, FLUSHALL [ASYNC | SYNC]: each shard in one step, not all of them in the same"""
     if len(arguments) > 1 or (arguments and arguments[0].upper() not in (b"ASYNC", b"SYNC")):
         raise CommandError(SYNTAX)
-    client.door.keyspace.check_range_open(b"", None)
-    answer = client.later()
-    sequencer, shards = client.door.sequencer, client.door.keyspace.shards
+    caller.keyspace.check_range_open(b"", None)
+    answer = caller.later()
+    sequencer, shards = caller.service.sequencer, caller.keyspace.shards
     failed: list[Failed] = []
     left = shards
 
@@ -217,18 +213,18 @@ def _bounds(lower: bytes, upper: bytes) -> Bounds:
     return b"" if lower == b"-" else lower, None if upper == b"+" else upper
 
 
-def count(client: RespClient, arguments: Arguments) -> None:
+def count(caller: Caller, arguments: Arguments) -> None:
     """KV.COUNT lower upper"""
     bounds = _bounds(arguments[0], arguments[1])
-    client.door.keyspace.check_range_open(*bounds)
+    caller.keyspace.check_range_open(*bounds)
     if bounds[1] is not None and bounds[1] <= bounds[0]:
-        client.answer(0)
+        caller.answer(0)
         return
-    answer = client.later()
-    count_keys(client, bounds, lambda found: answer(_failure(found) if type(found) is Failed else found))
+    answer = caller.later()
+    count_keys(caller, bounds, lambda found: answer(_failure(found) if type(found) is Failed else found))
 
 
-def range_(client: RespClient, arguments: Arguments) -> None:
+def range_(caller: Caller, arguments: Arguments) -> None:
     """KV.RANGE lower upper [LIMIT n] [REV] [KEYS]: [[key, value], ...], with KEYS [key, ...]. At most PAGE_ITEMS_MAX
     rows and PAGE_BYTES_MAX bytes, of one point in time; go on behind the last key."""
     bounds = _bounds(arguments[0], arguments[1])
@@ -246,11 +242,11 @@ def range_(client: RespClient, arguments: Arguments) -> None:
             keys_only = True
         else:
             raise CommandError(SYNTAX)
-    client.door.keyspace.check_range_open(*bounds)
+    caller.keyspace.check_range_open(*bounds)
     if bounds[1] is not None and bounds[1] <= bounds[0]:
-        client.answer([])
+        caller.answer([])
         return
-    answer = client.later()
+    answer = caller.later()
 
     def then(page: Any) -> None:
         if type(page) is Failed:
@@ -258,4 +254,4 @@ def range_(client: RespClient, arguments: Arguments) -> None:
         else:
             answer([row[0] if keys_only else [row[0], row[1]] for row in page[0]])
 
-    client.multi_read(_page(client, bounds, limit, then, reverse, keys_only))
+    caller.multi_read(_page(caller, bounds, limit, then, reverse, keys_only))

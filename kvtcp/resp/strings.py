@@ -28,6 +28,7 @@ from kvtcp.resp.plan import (
     NOT_A_FLOAT,
     NOT_AN_INTEGER,
     SYNTAX,
+    Arguments,
     CommandError,
     Operation,
     Plan,
@@ -38,8 +39,6 @@ from kvtcp.resp.plan import (
     write,
 )
 from kvtcp.resp.replies import DONE
-
-Arguments = Sequence[bytes]
 
 TOO_LONG: Final = f"ERR string exceeds maximum allowed size ({VALUE_BYTES_MAX} bytes)"
 OVERFLOW: Final = "ERR increment or decrement would overflow"

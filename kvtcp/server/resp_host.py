@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kvtcp.resp.client import RespClient
+from kvtcp.resp.client_state import ClientState
 from kvtcp.server.clients import Clients
 from kvtcp.server.resp_session import RespSession
 from kvtcp.server.status import Status
@@ -29,10 +29,10 @@ class RedisInfo:
         """The map of `status`."""
         return self._status.summary()
 
-    def resp_clients(self) -> Iterable[RespClient]:
+    def resp_clients(self) -> Iterable[ClientState]:
         """Those that are connected, in the order in which they came."""
         sessions = [session for session in self._clients.sessions if isinstance(session, RespSession)]
-        return sorted((session.client for session in sessions), key=lambda client: client.ident)
+        return sorted((session.client.state for session in sessions), key=lambda state: state.ident)
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """The sections of INFO, without the number of keys."""

@@ -28,12 +28,12 @@ class RespSession(ClientConnection):
     ) -> None:
         super().__init__(clients, begin, requests_read)
         self.parser = RespParser()
-        self.client = RespClient(door, door.next_client(), self.peer, self._wake)
+        self.client = RespClient(door, self.peer, self._wake)
         self._waits_for_room = False  # too much is held in replies that wait for an earlier one
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.client.peer = self.peer
+        self.client.state.peer = self.peer
 
     @property
     def outstanding(self) -> int:  # type: ignore[override]
