@@ -31,8 +31,7 @@ from kvtcp.protocol.link import (
     parse_told,
 )
 from kvtcp.protocol.operations import GET, MGET, PUT
-from kvtcp.server import node as node_module
-from kvtcp.server import node_stats
+from kvtcp.server import node_connection, node_stats
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
 from tests.crash_disk import CrashDisk
@@ -134,12 +133,12 @@ async def test_large_results_are_split(node: NodeServer) -> None:
 
 async def test_reader_that_stops(node: NodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the coordinator does not read, nothing more is applied, and the node reads no more either."""
-    monkeypatch.setattr(node_module, "LINK_WRITE_BUFFER_BYTES", 2 * MIB)
+    monkeypatch.setattr(node_connection, "LINK_WRITE_BUFFER_BYTES", 2 * MIB)
     async with await link(node) as wire:
         wire.send([BATCH, 1, 0, [[PUT, 0, 1, 0, "a", b"v" * MIB]]])
         assert (await wire.receive())[1] == 1
         wire.send(*([BATCH, 2, 0, [[GET, 0, "a"]]] for _ in range(60)), [BATCH, 3, 0, [[PUT, 0, 2, 0, "b", "x"]]])
-        connection = await until(lambda: node._link)
+        connection = (await until(lambda: node.core.link)).connection
         await until(lambda: connection.write_paused, "the pause")
         assert node.replica.tables[0].seq == 1
         assert connection.transport.get_write_buffer_size() < 8 * MIB
@@ -314,7 +313,7 @@ async def test_a_report_waits_for_what_was_applied(stored: NodeServer) -> None:
         await newer.closed()  # before the report no other frame is accepted
     async with await Wire.open(stored.address, hello=False) as newest:
         newest.send(hello(epoch=2, link=3))
-        await until(lambda: stored._link_number == 3)
+        await until(lambda: stored.core.link_number == 3)
         disk.go.set()
         kind, report = await newest.receive()
         assert kind == REPORT and report[b"shards"][0][5] == 1
@@ -330,7 +329,7 @@ async def test_what_is_told_is_durable(stored: NodeServer) -> None:
         await until(disk.waiting.is_set, "the sync")
         wire.send([ASK, {"version": LINK_VERSION, "cluster": "c", "secret": "s", "node": ""}])
         await older.close()
-        await until(lambda: stored._link is None)
+        await until(lambda: stored.core.link is None)
         disk.go.set()
         told = parse_told((await wire.receive())[1])
         assert told.report.copies[0].seq == 1 and told.map == b"{}"
