@@ -187,6 +187,7 @@ class NodeCore:
         self.identity = identity
         self.link: CoordinatorLink | None = None  # the newest accepted one
         self.link_number = 0  # of it; only grows in an epoch
+        self.results_bytes_max = RESULTS_BYTES_MAX  # values in one frame of results, before the batch goes on
         self._surrounding = surrounding
         self._young_cells = 0  # made since the last collection, at most
         self._is_catching_up = False  # the next slice of a buffer is due
@@ -215,7 +216,7 @@ class NodeCore:
         self._surrounding.end_transfers("the link it was asked for on is gone")
         self._surrounding.linked()
         self._surrounding.log("info", "linked", peer=link.connection.peer, epoch=epoch, link=number)
-        self.persistence.remember(self.replica, partial(self._report, link, report))
+        self._report_when_durable(link, report)
 
     def _older_link(self, epoch: int, number: int) -> Refused | None:
         """Links of one coordinator may arrive in another order than it made them."""
@@ -231,6 +232,9 @@ class NodeCore:
             older.inbox.clear()
             older.accepted = False
             older.connection.abort()
+
+    def _report_when_durable(self, link: CoordinatorLink, report: dict[str, Any]) -> None:
+        self.persistence.remember(self.replica, partial(self._report, link, report))
 
     def _report(self, link: CoordinatorLink, report: dict[str, Any]) -> None:
         """Everything that the report says is durable: send it, and take frames from now on."""
@@ -309,6 +313,7 @@ class NodeCore:
 
     def _run(self, link: CoordinatorLink) -> None:
         replica, inbox, connection = self.replica, link.inbox, link.connection
+        bytes_max = self.results_bytes_max
         results: list[Any] = []
         heartbeat = False  # a batch without items wants an answer of its own
         while inbox and not connection.write_paused:
@@ -318,12 +323,12 @@ class NodeCore:
             if not link.running:
                 replica.begin(*inbox[0][1:])
                 link.running = True
-            finished = replica.run(results, RESULTS_BYTES_MAX)
+            finished = replica.run(results, bytes_max)
             if finished:
                 link.running = False
                 heartbeat = not inbox.popleft()[3] or heartbeat
             is_last = not inbox or inbox[0][0] != BATCH
-            if not finished or is_last or replica.results_bytes > RESULTS_BYTES_MAX:
+            if not finished or is_last or replica.results_bytes > bytes_max:
                 if self._log_applied(link) or results or heartbeat:
                     self._send_results(link, results)
                 results = []
