@@ -57,7 +57,7 @@ class MapStore:
 
 class Node:
     """One node: a core whose frames wait in two queues. Everything applied is durable at once, unless withheld. It is
-    the connection, the `Persistence` and the `Surrounding` of its core."""
+    the connection, the `Persistence` and the `NodeProcess` of its core."""
 
     peer = "the coordinator"
     write_paused = False

@@ -411,9 +411,9 @@ def older_links_go_on(garden: Garden) -> None:
         link.inbox.extendleft(reversed(left))
 
     def run(self: Any, link: Any) -> None:
-        rng = self._surrounding.world.rng
+        rng = self._process.world.rng
         if rng.random() < 0.5:  # a busy node: what arrives lies in its inbox for a while
-            self._surrounding.later(rng.randrange(1, 6), lambda: run_before(self, link) if link is self.link else None)
+            self._process.later(rng.randrange(1, 6), lambda: run_before(self, link) if link is self.link else None)
         else:
             run_before(self, link)
 
@@ -910,7 +910,7 @@ def learner_acknowledges_before_it_published(garden: Garden) -> None:
         if not self.is_wanted(learning) or not self.replica.published(learning.shard):
             return False
         copies = list(self.replica.copies.values())
-        self._surrounding.later(40, partial(self.persistence.change_copies, copies, pulled))
+        self._process.later(40, partial(self.persistence.change_copies, copies, pulled))
         self.changed()
         return True
 

@@ -77,7 +77,7 @@ class _Pull:
 
 
 class SimNode(Process):
-    """One node, and the `Surrounding` of its core. `port` is its address."""
+    """One node, and the `NodeProcess` of its core. `port` is its address."""
 
     def __init__(
         self, world: World, name: str, port: int, mode: str, network: Network, oracles: Oracles, by_port: dict[int, Any]
@@ -200,7 +200,11 @@ class SimNode(Process):
     # --- what the core wants ----------------------------------------------------------------------------
 
     def log(self, level: str, event: str, **fields: Any) -> None:
-        """Nobody reads it."""
+        """Nobody reads it; but a link that was accepted is newer than all before."""
+        if event == "linked":
+            newest = (fields["epoch"], fields["link"])
+            require(newest > self._newest, f"R5: {self.name} had link {self._newest}, {newest} takes its place")
+            self._newest = newest
 
     def failed(self, error: BaseException) -> None:
         """There is no error that a node may end by."""
@@ -214,11 +218,7 @@ class SimNode(Process):
         """The identity is kept."""
 
     def linked(self) -> None:
-        """A link was accepted: it is newer than all before."""
-        assert self.core is not None and self.replica is not None
-        newest = (self.replica.promised, self.core.link_number)
-        require(newest > self._newest, f"R5: {self.name} had link {self._newest}, {newest} takes its place")
-        self._newest = newest
+        """There is a coordinator."""
 
     def unlinked(self) -> None:
         """It waits for the next one."""

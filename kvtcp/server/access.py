@@ -1,8 +1,8 @@
 """Access: what a caller of a node has to say in its first frame, and the one check of who it is.
 
-Pure; part of node_core.py. The first frame of a connection is HELLO (a coordinator links), ASK (a caller wants to know
-what is here) or GIVE (another node comes for a copy). All three name the link version, the cluster and its secret, and
-`check` is the only place that compares them. A node that belongs to no cluster yet takes every caller: the first
+Pure. A part of the node's core. The first frame of a connection is HELLO (a coordinator links), ASK (a caller wants to
+know what is here) or GIVE (another node comes for a copy). All three name the link version, the cluster and its secret,
+and `check` is the only place that compares them. A node that belongs to no cluster yet takes every caller: the first
 coordinator whose HELLO it accepts founds its identity.
 """
 

@@ -2,7 +2,7 @@
 
 I/O shell: it performs what the NodeCore decides. It listens on one port, and at a Unix socket for callers on the same
 machine; connections are in node_connection.py, the disk in durability.py, transfers in donations.py and pulls.py,
-backups in backup_job.py. It implements the `Surrounding` of the core.
+backups in backup_job.py. It implements the `NodeProcess` of the core.
 
 An exception while applying, or an error of the disk, ends the process without another acknowledgement.
 """
@@ -144,7 +144,7 @@ class NodeServer:
         """Stop, after the coordinator took this node out of the in-sync sets."""
         self.core.leave()
 
-    # --- the surrounding of the core ------------------------------------------------------------------
+    # --- what the core wants --------------------------------------------------------------------------
 
     def log(self, level: str, event: str, **fields: Any) -> None:
         """A line for the log."""

@@ -3,7 +3,7 @@
 Pure: no loop, clock, file or log. First frames of callers, frames of the link, durable ordinals, ends of transfers and
 lost connections come in as calls. What is to happen goes out as calls of three things that the caller hands over: the
 *connection* of a link, the `Persistence` of the node (what it must not forget, and when that is durable) and its
-`Surrounding`: timers, transfers, the log, the end of the process. The node's server performs them with sockets, threads
+`NodeProcess`: timers, transfers, the log, the end of the process. The node's server performs them with sockets, threads
 and a disk; a simulation performs them with its own. On top of the `Replica` nothing is decided but here.
 
 - The newest accepted link is the only one. Older ones are closed with their unread input, and everything that was begun
@@ -135,7 +135,7 @@ class InMemory:
         """A restart finds none."""
 
 
-class Surrounding(Protocol):
+class NodeProcess(Protocol):
     """What a node needs of its process."""
 
     def log(self, level: str, event: str, **fields: Any) -> None:
@@ -181,14 +181,14 @@ class Surrounding(Protocol):
 class NodeCore:
     """One node. `persistence` may be replaced before the first call."""
 
-    def __init__(self, replica: Replica, surrounding: Surrounding, identity: Identity) -> None:
+    def __init__(self, replica: Replica, process: NodeProcess, identity: Identity) -> None:
         self.replica = replica
         self.persistence: Persistence = InMemory()
         self.identity = identity
         self.link: CoordinatorLink | None = None  # the newest accepted one
         self.link_number = 0  # of it; only grows in an epoch
         self.results_bytes_max = RESULTS_BYTES_MAX  # values in one frame of results, before the batch goes on
-        self._surrounding = surrounding
+        self._process = process
         self._young_cells = 0  # made since the last collection, at most
         self._is_catching_up = False  # the next slice of a buffer is due
         self._is_leaving = False  # the coordinator was told that this node is about to stop
@@ -211,11 +211,11 @@ class NodeCore:
         if self.identity.secret is None:  # only now: a coordinator that is refused, or just asks, founds no cluster
             cluster, secret = fields[b"cluster"].decode(), fields[b"secret"].decode()
             self.identity.cluster, self.identity.secret = cluster, secret
-            self._surrounding.founded(cluster, secret)
+            self._process.founded(cluster, secret)
         self._replace_link(link, number)
-        self._surrounding.end_transfers("the link it was asked for on is gone")
-        self._surrounding.linked()
-        self._surrounding.log("info", "linked", peer=link.connection.peer, epoch=epoch, link=number)
+        self._process.end_transfers("the link it was asked for on is gone")
+        self._process.linked()
+        self._process.log("info", "linked", peer=link.connection.peer, epoch=epoch, link=number)
         self._report_when_durable(link, report)
 
     def _older_link(self, epoch: int, number: int) -> Refused | None:
@@ -269,14 +269,14 @@ class NodeCore:
         if refused is None:
             found = self.replica.take_donation(fields[b"token"]) if access.names_copy(fields) else None
             if found is not None:
-                self._surrounding.donations_changed()
+                self._process.donations_changed()
                 return found
             refused = Refused("TOKEN", "nothing is donated under this token, or not any more")
         self._refuse(connection, "give-refused", refused, "warning")
         return None
 
     def _refuse(self, connection: CallerConnection, event: str, refused: Refused, level: str) -> None:
-        self._surrounding.log(level, event, peer=connection.peer, code=refused.code, reason=refused)
+        self._process.log(level, event, peer=connection.peer, code=refused.code, reason=refused)
         connection.send((REFUSED, refused.code, str(refused), self.replica.promised, self.replica.map_version))
         connection.close()
 
@@ -293,8 +293,8 @@ class NodeCore:
             if frame[0] == BATCH and len(frame) == 4:
                 inbox.append(frame)
             elif frame[0] == STOP:
-                self._surrounding.log("info", "stop", reason="asked by the coordinator")
-                self._surrounding.stop()
+                self._process.log("info", "stop", reason="asked by the coordinator")
+                self._process.stop()
             elif _FRAME_TYPES.get(frame[0]) == tuple(map(type, frame)):
                 inbox.append(frame)
             else:
@@ -309,7 +309,7 @@ class NodeCore:
             self._run(link)
         except Exception as error:
             link.connection.abort()
-            self._surrounding.failed(error)
+            self._process.failed(error)
 
     def _run(self, link: CoordinatorLink) -> None:
         replica, inbox, connection = self.replica, link.inbox, link.connection
@@ -335,7 +335,7 @@ class NodeCore:
                 heartbeat = False
         self.persistence.flush()
         while replica.freezes:
-            self._surrounding.start_backup(replica.freezes.popleft())
+            self._process.start_backup(replica.freezes.popleft())
         if replica.news:
             self._tell_news()
 
@@ -351,13 +351,13 @@ class NodeCore:
         if replica.news:
             dropped = replica.take_dropped()
             if dropped:
-                self._surrounding.log("info", "dropped", shards=dropped)
+                self._process.log("info", "dropped", shards=dropped)
                 self.persistence.change_copies(replica.copies.values())
         entries = replica.take_logged()
         self._young_cells += len(entries)
         if self._young_cells > YOUNG_CELLS_MAX:
             self._young_cells = 0
-            self._surrounding.collect_young()
+            self._process.collect_young()
         if self.persistence.append(entries, link, replica.applied):
             link.durable = replica.applied
             return True
@@ -376,13 +376,13 @@ class NodeCore:
         link.inbox.clear()
         if link is not self.link:
             return
-        self._surrounding.log("info", "link-closed", reason=reason)
+        self._process.log("info", "link-closed", reason=reason)
         self.link = None
         self.replica.link_lost()
-        self._surrounding.end_transfers("the link closed")
-        self._surrounding.unlinked()
+        self._process.end_transfers("the link closed")
+        self._process.unlinked()
         if self._is_leaving:
-            self._surrounding.stop()
+            self._process.stop()
 
     def send(self, frame: Any) -> None:
         """To the coordinator, if there is one that takes frames."""
@@ -414,7 +414,7 @@ class NodeCore:
         if self.replica.kept.index_some():
             self.send((ENTRIES, shard, after, *self.replica.entries_after(shard, after)))
         else:
-            self._surrounding.later(PAUSE_MS, partial(self._fetch, link, shard, after))
+            self._process.later(PAUSE_MS, partial(self._fetch, link, shard, after))
 
     def _ship(self, link: CoordinatorLink, shard: int, entries: list[Any]) -> None:
         replica = self.replica
@@ -426,12 +426,12 @@ class NodeCore:
         self.changed()
 
     def _pull(self, shard: int, host: bytes, port: int, token: bytes) -> None:
-        self._surrounding.end_pull(shard, "another transfer was asked for")
+        self._process.end_pull(shard, "another transfer was asked for")
         learning = self.replica.learning.get(shard)
         if learning is None or not learning.fresh or learning.copy is not None:
             self.send((LEARN_FAILED, shard, "the shard is not being learned"))
         else:
-            self._surrounding.start_pull(learning, host.decode("utf-8", "replace"), port, token)
+            self._process.start_pull(learning, host.decode("utf-8", "replace"), port, token)
 
     # --- copies -------------------------------------------------------------------------------------
 
@@ -445,13 +445,13 @@ class NodeCore:
             self._log_applied(link)
         except Exception as error:
             link.connection.abort()
-            self._surrounding.failed(error)
+            self._process.failed(error)
             return
         self.persistence.flush()
         self._tell_news()
         if more and not self._is_catching_up:
             self._is_catching_up = True
-            self._surrounding.later(PAUSE_MS, self._catch_up)
+            self._process.later(PAUSE_MS, self._catch_up)
 
     def _catch_up(self) -> None:
         self._is_catching_up = False
@@ -461,18 +461,18 @@ class NodeCore:
         """Copies that could not be learned, or are live; donations that begin to wait."""
         replica, link = self.replica, self.link
         replica.news = False
-        self._surrounding.donations_changed()
+        self._process.donations_changed()
         if link is None:
             return
         for shard, reason in replica.take_failed():
-            self._surrounding.log("warning", "learn-failed", shard=shard, reason=reason)
+            self._process.log("warning", "learn-failed", shard=shard, reason=reason)
             self.send((LEARN_FAILED, shard, reason))
         was_doubtful = False
         for shard in replica.take_learned():
             copy = replica.copies[shard]
             was_doubtful = was_doubtful or bool(copy.reason)
             copy.reason = ""  # what was wrong with it is made good, by what others have
-            self._surrounding.log("info", "learned", shard=shard, disk=copy.disk, seq=copy.table.seq)
+            self._process.log("info", "learned", shard=shard, disk=copy.disk, seq=copy.table.seq)
             self._send_when_durable(link, (LEARNED, shard, copy.disk, copy.generation, *copy.table.position))
         if was_doubtful:
             self.persistence.remember(replica, _nothing)
@@ -521,10 +521,10 @@ class NodeCore:
         """Stop, but let the coordinator take this node out of the in-sync sets first, so that no write waits for it. It
         answers with STOP; without a link, at the second call, or after LEAVE_MS the node stops as it is."""
         if self.link is None or not self.link.accepted or self._is_leaving:
-            self._surrounding.stop()
+            self._process.stop()
             return
         self._is_leaving = True
-        self._surrounding.later(LEAVE_MS, self._surrounding.stop)
+        self._process.later(LEAVE_MS, self._process.stop)
         self.send((LEAVE,))
 
 
