@@ -9,33 +9,24 @@ After every step the cores check themselves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import count
 from typing import Any
 
 from kvtcp.config_store.store import Outcome, Stored
 from kvtcp.constants import TICK_MS
-from kvtcp.protocol.link import (
-    BATCH,
-    ENTRIES,
-    FETCH,
-    LEARN_FAILED,
-    LEARNED,
-    LINK_VERSION,
-    PULL,
-    RESULTS,
-    SHIP,
-    SHIPPED,
-    STOP,
-    parse_report,
-)
+from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, RESULTS, parse_report
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import FRAME_KINDS, Controller
+from kvtcp.replication.learning import Learning
 from kvtcp.replication.map_changes import MapChanges
-from kvtcp.replication.replica import Replica
+from kvtcp.replication.replica import FreezeRequest, Replica
 from kvtcp.replication.sequencer import Sequencer, ShardState
-from kvtcp.storage.copy import Copy
+from kvtcp.server.access import Identity
+from kvtcp.server.node_core import CoordinatorLink, NodeCore
+from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from tests.replication_fakes import STAMP_MAX_MS, Answers, wire
@@ -66,7 +57,11 @@ class MapStore:
 
 
 class Node:
-    """One node: a replica whose frames wait in two queues. Everything applied is durable at once, unless withheld."""
+    """One node: a core whose frames wait in two queues. Everything applied is durable at once, unless withheld. It is
+    the connection, the `Persistence` and the `NodeProcess` of its core."""
+
+    peer = "the coordinator"
+    write_paused = False
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
@@ -88,17 +83,21 @@ class Node:
         promised, coordinator, version = self.promise
         self.replica = Replica(
             self.name, 1, lambda: next(self.disks), self.world.durability, self.copies, self.kept, promised,
-            coordinator, version, 0, self.generations,
+            coordinator, version, generations=self.generations,
         )  # fmt: skip
+        self.core = NodeCore(self.replica, self, Identity())
+        self.core.persistence = self
+        self.link = CoordinatorLink(self)
         self.inbox: deque[Any] = deque()
         self.outbox: deque[Any] = deque()
-        self.pulls: list[tuple[int, int, bytes]] = []  # shard, port of the donor, token
-        self.durable = 0
-        self.when_durable: list[Any] = []  # frames
+        self.pulls: list[tuple[Learning, int, bytes]] = []  # with the port of the donor, and the token
+        self.due: deque[Callable[[], None]] = deque()  # what is to be called later
+        self.withheld: list[Callable[[], None]] = []  # what is to be called when it is durable, in order
         self.is_stopped = False
 
     def stop(self) -> None:
-        """The process ends; what it had is on its disk."""
+        """The process ends; what it had is on its disk. Or the coordinator wants it to."""
+        self.is_stopped = True
         replica = self.replica
         self.copies = list(replica.copies.values())
         self.generations = replica.generations
@@ -114,92 +113,120 @@ class Node:
 
     def hello(self, fields: dict[str, Any]) -> Any:
         """A new link; the report."""
+        self.lost("another link")
+        self.link = CoordinatorLink(self)
+        more = {"version": LINK_VERSION, "secret": "s", "durability": self.world.durability}
+        self.core.hello(self.link, wire({**more, **fields}))
+        kind, report = self.outbox.popleft()
+        assert kind == REPORT, report
+        return report
+
+    def lost(self, reason: str) -> None:
+        """The link is lost, with all that is under way."""
+        self.core.closed(self.link, reason)
         self.inbox.clear()
         self.outbox.clear()
-        self.pulls.clear()
-        self.when_durable.clear()
-        self.durable = 0
-        return self.replica.hello(wire({"version": LINK_VERSION, **fields}))
+        self.withheld.clear()
 
     def work(self) -> None:
         """Everything in the inbox."""
-        replica = self.replica
         while self.inbox:
             frame = self.inbox.popleft()
             self.frames.append(frame)
-            kind = frame[0]
-            if kind == BATCH:
-                results: list[Any] = []
-                replica.begin(*frame[1:])
-                assert replica.run(results)
-                replica.take_logged()
-                self.sync()
-                self.say((RESULTS, replica.applied, self.durable, results, replica.take_flags()))
-            elif kind == FETCH:
-                self.say((ENTRIES, frame[1], frame[2], *replica.entries_after(frame[1], frame[2])))
-            elif kind == SHIP:
-                error = replica.ship(frame[1], frame[2])
-                copy = replica.copies.get(frame[1])
-                self.say_when_durable((SHIPPED, frame[1], *(copy.table.position if copy else (0, 0, 0)), error))
-            elif kind == PULL:
-                self.pulls.append((frame[1], frame[3], frame[4]))
-            else:
-                assert kind == STOP
-                self.is_stopped = True
-            self.tell_news()
+            self.core.received(self.link, [frame])
+            while self.due:
+                self.due.popleft()()
         if not self.holds_pulls:
             self.pull()
-
-    def sync(self) -> None:
-        """What was applied is durable, unless it is withheld."""
-        if not self.withholds:
-            self.durable = self.replica.applied
-            waiting, self.when_durable = self.when_durable, []
-            for frame in waiting:
-                self.say(frame)
 
     def release(self) -> None:
         """What was withheld is durable now, and that is told."""
         self.withholds = False
-        self.sync()
-        self.say((RESULTS, self.replica.applied, self.durable, [], []))
-
-    def say(self, frame: Any) -> None:
-        """To the coordinator."""
-        self.outbox.append(wire(frame))
-
-    def say_when_durable(self, frame: Any) -> None:
-        """To the coordinator, when everything applied so far is durable."""
-        self.when_durable.append(frame)
-        self.sync()
+        withheld, self.withheld = self.withheld, []
+        for done in withheld:
+            done()
 
     def tell_news(self) -> None:
-        """Copies that came, or could not; as the server does."""
-        replica = self.replica
-        replica.catch_up()
-        replica.take_logged()
-        replica.take_dropped()
-        for shard, reason in replica.take_failed():
-            self.say((LEARN_FAILED, shard, reason))
-        for shard in replica.take_learned():
-            copy = replica.copies[shard]
-            self.say_when_durable((LEARNED, shard, copy.disk, copy.generation, *copy.table.position))
+        """Something was done to the replica by hand."""
+        self.core.changed()
+        while self.due:
+            self.due.popleft()()
 
     def pull(self) -> None:
         """The bulk transfers end: by the bytes of a snapshot, as between servers."""
         pulls, self.pulls = self.pulls, []
-        for shard, port, token in pulls:
+        for learning, port, token in pulls:
             donor = next(node for node in self.world.nodes.values() if node.port == port).replica
-            donation, learning = donor.donations.pop(token, None), self.replica.learning.get(shard)
-            if donation is None or learning is None:
-                self.replica.learn_failed(shard, "nothing is donated under this token")
-            else:
-                header = SnapshotHeader(CLUSTER, shard, learning.generation, *donation.position)
-                kept = [entry for entry in donor.kept.of_shard(shard) if entry[2] <= donation.position[1]]
-                data = b"".join(encode_snapshot(header, donation.frozen, kept))
-                if self.replica.loaded(shard, *decode_snapshot(data, header.name, CLUSTER)) is not None:
-                    self.replica.published(shard)
-            self.tell_news()
+            given = donor.take_donation(token) if self.core.is_wanted(learning) else None
+            if given is None:
+                self.core.pull_failed(learning, "nothing is donated under this token")
+                continue
+            donation, kept = given
+            header = SnapshotHeader(CLUSTER, learning.shard, learning.generation, *donation.position)
+            data = b"".join(encode_snapshot(header, donation.frozen, kept))
+            if self.core.loaded(learning, *decode_snapshot(data, header.name, CLUSTER)):
+                self.core.published(learning, None)
+
+    # --- the connection, the disk and the process of the core ---------------------------------------------
+
+    def send(self, frame: Any) -> None:
+        """To the coordinator."""
+        self.outbox.append(wire(frame))
+
+    def close(self) -> None:
+        """The world does it."""
+
+    flush = abort = linked = unlinked = donations_changed = collect_young = close
+
+    def append(self, entries: list[Logged], link: CoordinatorLink, ordinal: int) -> bool:
+        """Durable, unless it is withheld."""
+        if self.withholds:
+            self.withheld.append(partial(self.core.durable, link, ordinal))
+        return not self.withholds
+
+    def when_durable(self, done: Callable[[], None]) -> None:
+        """At once, or when it is released."""
+        if self.withholds:
+            self.withheld.append(done)
+        else:
+            done()
+
+    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+        """A promise is never withheld."""
+        done()
+
+    def change_copies(self, copies: Iterable[Copy], pulled: Any = None) -> None:
+        """The copies of the replica are those of the disk."""
+
+    def log(self, level: str, event: str, **fields: Any) -> None:
+        """Nobody reads it."""
+
+    def later(self, delay_ms: int, callback: Callable[[], None], /) -> None:
+        """When the frame is worked off."""
+        self.due.append(callback)
+
+    def failed(self, error: BaseException) -> None:
+        """There is no error that a node may end by."""
+        raise error
+
+    def founded(self, cluster: str, secret: str) -> None:
+        """It is of this cluster."""
+
+    def end_transfers(self, reason: str) -> None:
+        """Those of the link that was lost."""
+        self.pulls.clear()
+
+    def start_pull(self, learning: Learning, host: str, port: int, token: bytes) -> None:
+        """The next time that bulk transfers end."""
+        self.pulls.append((learning, port, token))
+
+    def end_pull(self, shard: int, reason: str) -> None:
+        """Nobody wants it."""
+        self.pulls = [pull for pull in self.pulls if pull[0].shard != shard]
+
+    def start_backup(self, request: FreezeRequest) -> None:
+        """Nobody makes one."""
+        raise AssertionError("there is no backup in this world")
 
 
 class World:
@@ -345,15 +372,14 @@ class World:
         """Link these nodes."""
         for node in nodes:
             report = self.nodes[node].hello(self.controller.hello_fields(node))
-            self.controller.node_up(node, parse_report(wire(report)))
+            self.controller.node_up(node, parse_report(report))
             self.check()
             self.act()
 
     def down(self, *nodes: str, reason: str = "cut") -> None:
         """Lose the links of these nodes."""
         for node in nodes:
-            self.nodes[node].inbox.clear()
-            self.nodes[node].outbox.clear()
+            self.nodes[node].lost(reason)
             self.controller.node_down(node, reason)
             self.check()
             self.act()

@@ -200,6 +200,8 @@ class Simulation:
                 require(table.chain == known, f"I13: {node} has another chain", number)
                 stored = by_name[node].disk.manifest.copies[number]
                 require(stored.seq == table.seq, f"I13: {node} has {stored.seq} on its disk", number)
+                doubt = replica.copies[number].reason
+                require(stored.reason == doubt, f"{node} doubts {stored.disk}: {doubt!r}, {stored.reason!r}", number)
 
 
 def run_seed(seed: int, simulation_class: type[Simulation] = Simulation, **fixed: Any) -> Result:

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import msgpack
 
+from kvtcp.replication.replica import Replica
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.table import Table
@@ -156,6 +158,17 @@ class Manifest:
         self.generations: dict[int, int] = {}  # highest that was given for each shard
 
 
+class Named:
+    """A copy as it is named in a manifest now; the copy itself goes on."""
+
+    def __init__(self, copy: Copy) -> None:
+        self.shard = copy.shard
+        self.disk = copy.disk
+        self.generation = copy.generation
+        self.reason = copy.reason
+        self.table = copy.table
+
+
 class _Group:
     """Entries that will be one record, and the ordinals that are durable with it, by connection."""
 
@@ -177,7 +190,8 @@ class _Job:
 
 
 class NodeDisk:
-    """The disk of one node. `later` is how its process waits, `on_durable` how it is told."""
+    """The disk of one node, and the `Persistence` of its core. `later` is how its process waits, `on_durable` how it is
+    told, `logged` how the oracles hear of entries."""
 
     def __init__(self, node: Any, mode: str, archive: dict[str, Stored]) -> None:
         self.node = node
@@ -191,18 +205,19 @@ class NodeDisk:
         self._unflushed: list[list[Logged]] = []  # records that a power cut may take, in order
         self._queue: deque[_Group | _Job] = deque()
         self._flight: _Group | _Job | None = None
-        self._began = False  # the sync of the flight has begun: what is appended now is not in it
+        self._changes = 0  # of copies: jobs in the queue that name others
 
     def new_disk(self) -> str:
         """A uuid."""
         self._disks += 1
         return f"{self.node.name}/{self._disks}"
 
-    def found(self, copies: Sequence[Copy]) -> None:
+    def found(self, copies: Sequence[Named]) -> None:
         """The manifest is to name these copies: those it does not know are new and empty. Part of a job."""
         for copy in copies:
             known = self.manifest.copies.get(copy.shard)
             if known is not None and known.disk == copy.disk:
+                known.reason = copy.reason
                 continue
             if copy.disk in self.archive:  # one that was to be replaced, and is not
                 self._adopt(self.archive[copy.disk])
@@ -218,7 +233,7 @@ class NodeDisk:
         self.manifest.copies[stored.shard] = stored
         self._written[stored.shard, stored.generation] = stored
 
-    def publish(self, copy: Any, base: Base, history: tuple[int, list[int]], kept: list[Logged]) -> None:
+    def publish(self, copy: Named, base: Base, history: tuple[int, list[int]], kept: list[Logged]) -> None:
         """A copy that was learned as a whole takes the place of the one that was there. Part of a job."""
         stored = Stored(self.node.name, copy.shard, copy.disk, copy.generation)
         stored.base, stored.kept = base, kept
@@ -232,10 +247,15 @@ class NodeDisk:
     # --- the log --------------------------------------------------------------------------------------
 
     def append(self, entries: list[Logged], connection: Any, ordinal: int) -> bool:
-        """Log these entries, applied up to `ordinal` of a connection. True if all of it is durable already."""
+        """Log these entries, applied up to `ordinal` of a link. True if all of it is durable already."""
+        if entries:
+            self.node.logged(entries)
         if self.mode == MEMORY:
             self._write(entries)
             return True
+        if self._changes and not entries:  # a copy that is not there any more may be what is waited for
+            self.job(None, partial(self.node.on_durable, connection, ordinal))
+            return False
         if entries:
             if not self._queue or not isinstance(self._queue[-1], _Group):
                 self._queue.append(_Group())
@@ -252,6 +272,43 @@ class NodeDisk:
             self._flight.marks[connection] = ordinal
             return False
         return True
+
+    def when_durable(self, done: Callable[[], None]) -> None:
+        """Call `done` when everything queued so far is durable."""
+        self.job(None, done)
+
+    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+        """Promise and copies are durable as they are now."""
+        promise = (replica.promised, replica.coordinator, replica.map_version)
+        copies = [Named(copy) for copy in replica.copies.values()]
+        self.job(partial(self._remember, promise, copies, dict(replica.generations)), done)
+
+    def _remember(self, promise: tuple[int, str, int], copies: list[Named], generations: dict[int, int]) -> None:
+        manifest = self.manifest
+        manifest.promised, manifest.coordinator, manifest.map_version = promise
+        manifest.generations = generations
+        self.found(copies)
+
+    def change_copies(self, copies: Iterable[Copy], pulled: tuple[Copy, Base, list[Logged]] | None = None) -> None:
+        """There are these copies from now on. `pulled`: the new one, its content, and entries before it."""
+        shards, generations = {copy.shard for copy in copies}, dict(self.node.replica.generations)
+        publish: Callable[[], None] = _nothing
+        if pulled is not None:
+            copy, base, kept = pulled
+            history = self.node.oracles.history(copy.shard, base.epoch, base.seq, base.chain)
+            publish = partial(self.publish, Named(copy), base, history, kept)
+        self._changes += 1
+
+        def work() -> None:
+            publish()
+            for shard in [shard for shard in self.manifest.copies if shard not in shards]:
+                self.dropped(shard)
+            self.manifest.generations = generations
+
+        def done() -> None:
+            self._changes -= 1
+
+        self.job(work, done)
 
     def job(self, work: Callable[[], None] | None, done: Callable[[], None]) -> _Job:
         """Do it when everything appended so far is durable."""
@@ -301,6 +358,7 @@ class NodeDisk:
         """The process is gone; with `power` also what the kernel had not written."""
         flight, self._flight = self._flight, None
         self._queue.clear()
+        self._changes = 0
         if flight is not None and self.rng.random() < 0.5:
             if isinstance(flight, _Group):
                 self._write(flight.entries)
@@ -335,3 +393,7 @@ class NodeDisk:
         self.manifest = Manifest()
         self._written = {}
         self._unflushed = []
+
+
+def _nothing() -> None:
+    """Nothing is published."""

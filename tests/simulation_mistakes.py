@@ -27,6 +27,7 @@ from unittest import mock
 
 from kvtcp.config_store.store import Outcome
 from kvtcp.errors import Code
+from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED
 from kvtcp.replication import learner, recovery
 from kvtcp.replication.answers import Answers
 from kvtcp.replication.cluster_map import ClusterMap
@@ -42,6 +43,7 @@ from kvtcp.replication.replica import Replica
 from kvtcp.replication.requests import NUMBER
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
+from kvtcp.server.node_core import NodeCore
 from kvtcp.storage.table import Table
 from tests.simulation import Result, Simulation, run_seed
 from tests.simulation_clients import Client
@@ -388,7 +390,7 @@ def epoch_volatile(garden: Garden) -> None:
     def remember(self: Any, promise: Any, copies: Any, generations: Any) -> None:
         before(self, (0, "", promise[2]), copies, generations)
 
-    before = garden.put(SimNode, "_remember", remember)
+    before = garden.put(NodeDisk, "_remember", remember)
     garden.put(SimNode, "start", _forgetting_promises(SimNode.start))
 
 
@@ -404,25 +406,27 @@ def _forgetting_promises(start: Callable[[SimNode], None]) -> Callable[[SimNode]
 def older_links_go_on(garden: Garden) -> None:
     """What an older link sent is applied after the report to the next one."""
 
-    def hello(self: Any, end: Any, fields: Any) -> None:
-        older = self._link
-        left = [] if older is None else [frame for frame in older.inbox if frame[0] == 3]
-        before(self, end, fields)
-        if self._link is end and older is not None and not older.running:
-            end.inbox.extendleft(reversed(left))
+    def replace_link(self: Any, link: Any, number: int) -> None:
+        older = self.link
+        left = [] if older is None or older.running else [frame for frame in older.inbox if frame[0] == BATCH]
+        before(self, link, number)
+        link.inbox.extendleft(reversed(left))
 
-    before = garden.put(SimNode, "_hello", hello)
-    garden.put(SimNode, "_work", _late_work(SimNode._work))
-
-
-def _late_work(work: Any) -> Any:
-    def worked(self: Any, end: Any) -> None:
-        if self.world.rng.random() < 0.5:  # a busy node: what arrives lies in its inbox for a while
-            self.later(self.world.rng.randrange(1, 6), lambda: work(self, end) if end is self._link else None)
+    def run(self: Any, link: Any) -> None:
+        rng = self._process.world.rng
+        if rng.random() < 0.5:  # a busy node: what arrives lies in its inbox for a while
+            self._process.later(rng.randrange(1, 6), lambda: run_before(self, link) if link is self.link else None)
         else:
-            work(self, end)
+            run_before(self, link)
 
-    return worked
+    before = garden.put(NodeCore, "_replace_link", replace_link)
+    run_before = garden.put(NodeCore, "run", run)
+
+
+@mistake("R5")
+def link_number_not_checked(garden: Garden) -> None:
+    """A HELLO that was late takes the place of the link that its coordinator made after it."""
+    garden.put(NodeCore, "_older_link", lambda self, epoch, number: None)
 
 
 # --- R6, R9: recovery -----------------------------------------------------------------------------------------
@@ -502,13 +506,11 @@ def judged_while_shipping(garden: Garden) -> None:
 def report_before_durable(garden: Garden) -> None:
     """A node reports what it has in memory."""
 
-    def job(self: Any, work: Any, done: Any) -> Any:
-        if getattr(getattr(done, "func", None), "__name__", "") == "_report" and self.mode != "memory":
-            done()
-            return before(self, work, lambda: None)
-        return before(self, work, done)
+    def report_when_durable(self: Any, link: Any, report: Any) -> None:
+        self._report(link, report)
+        self.persistence.remember(self.replica, lambda: None)
 
-    before = garden.put(NodeDisk, "job", job)
+    garden.put(NodeCore, "_report_when_durable", report_when_durable)
 
 
 @mistake("R9")
@@ -906,24 +908,73 @@ def ack_during_sync(garden: Garden) -> None:
 def learner_acknowledges_before_it_published(garden: Garden) -> None:
     """A copy that was pulled counts before it is on the disk."""
 
-    def publish(self: Any, *rest: Any) -> None:
-        self.later(40, before, self, *rest)
+    def published(self: Any, learning: Any, pulled: Any) -> bool:
+        if not self.is_wanted(learning) or not self.replica.published(learning.shard):
+            return False
+        copies = list(self.replica.copies.values())
+        self._process.later(40, partial(self.persistence.change_copies, copies, pulled))
+        self.changed()
+        return True
 
-    before = garden.put(SimNode, "_publish", publish)
+    garden.put(NodeCore, "published", published)
+
+
+def _sent_at_once(garden: Garden, kind: int) -> None:
+    def send_when_durable(self: Any, link: Any, frame: Any) -> None:
+        if frame[0] == kind:
+            self.send(frame)
+        else:
+            before(self, link, frame)
+
+    before = garden.put(NodeCore, "_send_when_durable", send_when_durable)
 
 
 @mistake("I4")
 def learned_before_durable(garden: Garden) -> None:
     """LEARNED is sent when the copy is live in memory."""
+    _sent_at_once(garden, LEARNED)
 
-    def job(self: Any, work: Any, done: Any) -> Any:
-        frame = done.args[-1] if isinstance(done, partial) and done.args else None
-        if type(frame) is tuple and frame[0] == 15:
-            done()
-            return None
-        return before(self, work, done)
 
-    before = garden.put(NodeDisk, "job", job)
+@mistake("I4")
+def shipped_before_durable(garden: Garden) -> None:
+    """SHIPPED is sent when the entries are applied."""
+    _sent_at_once(garden, SHIPPED)
+
+
+@mistake("I11")
+def applied_is_durable(garden: Garden) -> None:
+    """A node acknowledges what it has handed to the disk."""
+
+    def log_applied(self: Any, link: Any) -> bool:
+        before(self, link)
+        link.durable = self.replica.applied
+        return True
+
+    before = garden.put(NodeCore, "_log_applied", log_applied)
+
+
+@mistake("R9", mode="os", kinds=("power_cut", "kill_node", "cut"))
+def doubted_for_ever(garden: Garden) -> None:
+    """A copy that was doubtful and has learned from the others is doubtful still."""
+
+    def tell_news(self: Any) -> None:
+        doubts = {shard: self.replica.copies[shard].reason for shard in self.replica._learned}
+        before(self)
+        for shard, reason in doubts.items():
+            self.replica.copies[shard].reason = reason
+
+    before = garden.put(NodeCore, "_tell_news", tell_news)
+
+
+@mistake("R9", liveness=True, mode="os", kinds=("power_cut", "kill_node", "cut"))
+def doubt_outlives_the_process(garden: Garden) -> None:
+    """A node forgets its doubt about a copy, and its disk does not."""
+
+    def tell_news(self: Any) -> None:
+        with mock.patch.object(NodeDisk, "remember", lambda *_: None):
+            before(self)
+
+    before = garden.put(NodeCore, "_tell_news", tell_news)
 
 
 @mistake("I1")

@@ -591,8 +591,8 @@ async def test_cut_that_cannot_commit(
 async def restart_on_other_terms(cluster: LocalCluster, kv: Any) -> None:
     """n1 stops reading with writes on their way to it, then is killed."""
     node = cluster.nodes["n1"]
-    assert node._link is not None and node._link.transport is not None
-    node._link.transport.pause_reading()
+    assert node.core.link is not None and node.core.link.connection.transport is not None
+    node.core.link.connection.transport.pause_reading()
     keys = keys_of_shards(cluster)
     writes = [asyncio.ensure_future(kv.put(key, "pending", timeout=0.2)) for key in keys]
     await asyncio.gather(*writes, return_exceptions=True)

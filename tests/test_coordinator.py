@@ -46,8 +46,9 @@ pytestmark = BOTH_LOOPS
 @contextlib.contextmanager
 def withheld(cluster: LocalCluster, node: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The node applies and answers, but acknowledges nothing as durable; at the end it acknowledges everything."""
-    connection = cluster.nodes[node]._link
-    assert connection is not None
+    link = cluster.nodes[node].core.link
+    assert link is not None
+    connection = link.connection
     send, replica = connection.send, cluster.nodes[node].replica
 
     def hold(message: Any) -> None:
@@ -212,8 +213,8 @@ async def test_slow_node() -> None:
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "0")
         node = cluster.nodes["n2"]
-        assert node._link is not None and node._link.transport is not None
-        transport = node._link.transport
+        assert node.core.link is not None and node.core.link.connection.transport is not None
+        transport = node.core.link.connection.transport
         transport.pause_reading()
         writes = [asyncio.ensure_future(kv.incr("a")) for _ in range(200)]
         await until(lambda: cluster.coordinator.links["n2"].progress.items >= 200, "writes on their way")
@@ -228,8 +229,8 @@ async def test_silent_node_is_named() -> None:
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
         assert (await kv.status())["state"] == "ok"
         node = cluster.nodes["n2"]
-        assert node._link is not None and node._link.transport is not None
-        transport = node._link.transport
+        assert node.core.link is not None and node.core.link.connection.transport is not None
+        transport = node.core.link.connection.transport
         transport.pause_reading()
         node._stats.stop()
         silent = cluster.coordinator.links["n2"]
@@ -263,8 +264,8 @@ async def test_takeover_ships_what_a_member_lacks(monkeypatch: pytest.MonkeyPatc
     async with LocalCluster(3, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "0")
         slow = cluster.nodes["n2"]
-        assert slow._link is not None and slow._link.transport is not None
-        slow._link.transport.pause_reading()
+        assert slow.core.link is not None and slow.core.link.connection.transport is not None
+        slow.core.link.connection.transport.pause_reading()
         writes = [asyncio.ensure_future(kv.incr(f"n{n % 20}", timeout=0.3)) for n in range(300)]
         outcomes = await asyncio.gather(*writes, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {kvtcp.OutcomeUnknown}
@@ -292,8 +293,8 @@ async def test_a_shard_begins_anew_when_a_link_breaks(monkeypatch: pytest.Monkey
     async with LocalCluster(2, shards=1) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "0")
         slow = cluster.nodes["n2"]
-        assert slow._link is not None and slow._link.transport is not None
-        slow._link.transport.pause_reading()
+        assert slow.core.link is not None and slow.core.link.connection.transport is not None
+        slow.core.link.connection.transport.pause_reading()
         with pytest.raises(kvtcp.OutcomeUnknown):
             await kv.put("a", "1", timeout=0.1)
         monkeypatch.setattr(Recovery, "on_entries", broken)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from kvtcp.constants import MIB
 from kvtcp.protocol.link import (
     ASK,
     BATCH,
@@ -29,8 +28,7 @@ from kvtcp.protocol.link import (
     STOP,
     parse_told,
 )
-from kvtcp.protocol.operations import GET, MGET, PUT
-from kvtcp.server import node as node_module
+from kvtcp.protocol.operations import GET, PUT
 from kvtcp.server import node_stats
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
@@ -88,67 +86,6 @@ async def test_identity_is_given_once(node: NodeServer) -> None:
             assert (await wire.receive())[:2] == [REFUSED, b"SECRET"]
 
 
-async def test_newest_link_is_the_only_one(node: NodeServer) -> None:
-    """A newer link closes the older one, and nothing unread of that is applied; an older number is refused."""
-    async with await link(node) as older, await link(node, link=2) as newer:
-        older.send([BATCH, 1, 0, [[PUT, 0, 1, 0, "a", "old"]]])
-        await older.closed()
-        newer.send([BATCH, 1, 0, [[PUT, 0, 1, 0, "a", "new"], [GET, 0, "a"]]])
-        assert (await newer.receive())[3] == [[b"new", 1, None]]
-        async with await Wire.open(node.address, hello=False) as wire:
-            wire.send(hello(link=2))
-            assert (await wire.receive())[:2] == [REFUSED, b"LINK"]
-    async with await link(node, epoch=2, coordinator="other"):
-        assert node.replica.promised == 2
-
-
-async def test_one_frame_for_one_read(node: NodeServer) -> None:
-    """All batches of one read are acknowledged with one frame, in order."""
-    async with await link(node) as wire:
-        wire.send(*([BATCH, n, 0, [[PUT, 0, n, 0, "a", str(n)], [GET, 0, "a"]]] for n in range(1, 51)))
-        kind, applied, durable, results, _ = await wire.receive()
-        assert (kind, applied, durable) == (RESULTS, 100, 100)
-        assert results == [[str(n).encode(), n, None] for n in range(1, 51)]
-
-
-async def test_large_results_are_split(node: NodeServer) -> None:
-    """Large results leave in several frames, over batches and within one; the ordinal stands still within a batch."""
-    async with await link(node) as wire:
-        wire.send([BATCH, 1, 0, [[PUT, 0, 1, 0, "a", b"v" * 700_000], [PUT, 0, 2, 0, "b", b"w" * (15 * MIB)]]])
-        assert (await wire.receive())[1] == 2
-        wire.send(
-            *([BATCH, 2, 0, [[GET, 0, "a"]]] for _ in range(10)),
-            [BATCH, 2, 0, [[MGET, [[0, "b"]]], [MGET, [[0, "b"], [0, "a"]]], [GET, 0, "b"], [GET, 0, "none"]]],
-        )
-        got: list[Any] = []
-        ordinals = []
-        while len(got) < 14:
-            _, applied, _, results, _ = await wire.receive()
-            got += results
-            ordinals.append(applied)
-        assert [len(cell[0]) for cell in got[:10]] == [700_000] * 10
-        assert len(got[10][0][0]) == 15 * MIB and got[11][0] >= 10, "an mget over its limit is an error"
-        assert len(got[12][0]) == 15 * MIB and got[13] is None
-        assert ordinals == sorted(ordinals) and ordinals[-1] == 16 and len(ordinals) > 6
-
-
-async def test_reader_that_stops(node: NodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the coordinator does not read, nothing more is applied, and the node reads no more either."""
-    monkeypatch.setattr(node_module, "LINK_WRITE_BUFFER_BYTES", 2 * MIB)
-    async with await link(node) as wire:
-        wire.send([BATCH, 1, 0, [[PUT, 0, 1, 0, "a", b"v" * MIB]]])
-        assert (await wire.receive())[1] == 1
-        wire.send(*([BATCH, 2, 0, [[GET, 0, "a"]]] for _ in range(60)), [BATCH, 3, 0, [[PUT, 0, 2, 0, "b", "x"]]])
-        connection = await until(lambda: node._link)
-        await until(lambda: connection.write_paused, "the pause")
-        assert node.replica.tables[0].seq == 1
-        assert connection.transport.get_write_buffer_size() < 8 * MIB
-        count = 0
-        while count < 60:
-            count += len((await wire.receive())[3])
-        await until(lambda: node.replica.tables[0].seq == 2, "the rest")
-
-
 @pytest.mark.parametrize(
     "items", [[[PUT, 0, 5, 0, "a", "x"]], [[PUT, 9, 1, 0, "a", "x"]], [[200, 0]], [[]], [7], [[GET, 0]]]
 )
@@ -184,17 +121,6 @@ async def test_frames_are_worked_off_in_order(node: NodeServer, monkeypatch: pyt
         assert await wire.receive() == [LEARN_FAILED, 0, b"the shard is not being learned"]
 
 
-@pytest.mark.parametrize(
-    "frame", [[FETCH, 0], [FETCH, "0", 0], [SHIP, 0, None], [PULL, 0, 7, 1, "t"], [BATCH, 1, 0], [99]]
-)
-async def test_frames_of_other_types(node: NodeServer, frame: list[Any]) -> None:
-    """They end the link, not the node."""
-    async with await link(node) as wire:
-        wire.send(frame)
-        await wire.closed()
-    assert node.failure is None
-
-
 async def test_stop(node: NodeServer) -> None:
     """The coordinator may ask an accepted link's node to stop; that is no failure."""
     async with await link(node) as wire:
@@ -211,16 +137,6 @@ async def test_orphan() -> None:
         assert server._orphan is None
     await until(server.stopped.is_set, "the stop of the orphan")
     await server.close()
-
-
-async def test_fields_of_a_hello(node: NodeServer) -> None:
-    """A HELLO that lacks a field, or has one of another type, closes the connection and changes nothing."""
-    wrong = [{"shards": [5000]}, {"epoch": "1"}, {"map": 7}, {"map": b"\xff"}, {"durability": None}, {"node": b"\xff"}]
-    for changed in wrong:
-        async with await Wire.open(node.address, hello=False) as wire:
-            wire.send(hello(**changed))
-            await wire.closed()
-    assert node.secret is None and node.replica.promised == 0
 
 
 # --- with a disk ------------------------------------------------------------------------------------
@@ -314,7 +230,7 @@ async def test_a_report_waits_for_what_was_applied(stored: NodeServer) -> None:
         await newer.closed()  # before the report no other frame is accepted
     async with await Wire.open(stored.address, hello=False) as newest:
         newest.send(hello(epoch=2, link=3))
-        await until(lambda: stored._link_number == 3)
+        await until(lambda: stored.core.link_number == 3)
         disk.go.set()
         kind, report = await newest.receive()
         assert kind == REPORT and report[b"shards"][0][5] == 1
@@ -330,7 +246,7 @@ async def test_what_is_told_is_durable(stored: NodeServer) -> None:
         await until(disk.waiting.is_set, "the sync")
         wire.send([ASK, {"version": LINK_VERSION, "cluster": "c", "secret": "s", "node": ""}])
         await older.close()
-        await until(lambda: stored._link is None)
+        await until(lambda: stored.core.link is None)
         disk.go.set()
         told = parse_told((await wire.receive())[1])
         assert told.report.copies[0].seq == 1 and told.map == b"{}"

@@ -207,7 +207,7 @@ async def test_a_lost_link_ends_transfers(nodes: Nodes, lost: str, monkeypatch: 
     await until(lambda: member.donations.streams and learner.pulls.running, "the first bytes")
     link = getattr(nodes, lost)
     await link.wire.close()
-    await until(lambda: link.node._link is None, "the loss")
+    await until(lambda: link.node.core.link is None, "the loss")
     await until(lambda: not learner.pulls.running and not member.donations.streams, "the end")
     if lost == "learner":
         assert not learner.replica.learning and learner.replica.copies[0].disk != answer[0].decode()
@@ -273,7 +273,7 @@ async def test_another_cluster_pulls_nothing(nodes: Nodes) -> None:
     await nodes.member.ask([DONATE, 0, b"t", 0])
     fields = {"version": 3, "cluster": "c", "secret": "s", "token": b"t", "directory": bytes(8), "generation": 2}
     for changed, code in (
-        ({"secret": "x"}, b"SECRET"), ({"cluster": "x"}, b"SECRET"), ({"version": 2}, b"VERSION"),
+        ({"secret": "x"}, b"SECRET"), ({"cluster": "x"}, b"CLUSTER"), ({"version": 2}, b"VERSION"),
         ({"token": b"x"}, b"TOKEN"), ({"directory": b"x"}, b"TOKEN"), ({"generation": 0}, b"TOKEN"),
         ({"generation": "2"}, b"TOKEN"),
     ):  # fmt: skip

@@ -102,7 +102,6 @@ def test_what_was_recovered() -> None:
 @pytest.mark.parametrize(
     ("fields", "code"),
     [
-        (hello(version=99), "VERSION"),
         (hello(node=b"n2"), "NODE"),
         (hello(epoch=4), "FENCED"),
         (hello(epoch=5, coordinator=b"d"), "FENCED"),

@@ -70,9 +70,9 @@ async def test_a_write_that_waits_for_a_node_keeps_nothing_else_waiting(monkeypa
     key = "k" * 4000
     async with LocalCluster(2, shards=4) as cluster, await Wire.open(cluster.coordinator.address) as wire:
         assert (await wire.ask("put", key, "v"))[1] == 0
-        link = cluster.nodes["n1"]._link
-        assert link is not None and link.transport is not None
-        link.transport.pause_reading()
+        link = cluster.nodes["n1"].core.link
+        assert link is not None and link.connection.transport is not None
+        link.connection.transport.pause_reading()
         wire.send([1_000_000, "incr", "stuck", 1])
         await until(lambda: cluster.coordinator.links["n1"].progress.items, "the write on its way")
         await cluster.kill_node("n1")

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from kvtcp.constants import LEARN_APPLY_ITEMS, LEARN_BUFFER_BYTES_MAX, SHIP_BYTES_MAX
+from kvtcp.constants import LEARN_APPLY_ITEMS, LEARN_BUFFER_BYTES_MAX, SHIP_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.errors import DataError
 from kvtcp.protocol.operations import PUT, WRITE_OP_END
 from kvtcp.replication.learning import Donation, Learning
@@ -282,6 +282,18 @@ class CopySet:
         donation = self.donations[token] = Donation(frozen, position)
         self.news = True
         return [*position, donation.keys]
+
+    def take_donation(self, token: bytes) -> tuple[Donation, list[Logged]] | None:
+        """What is donated under a token, and the entries to give along, which may be uncommitted. None if there is
+        nothing, or not any more; whoever has it closes it."""
+        donation = self.donations.pop(token, None)
+        if donation is None:
+            return None
+        last_seq = donation.frozen.seq
+        if donation.position[1:] != (last_seq, donation.frozen.chain):
+            return donation, []  # after an accepted loss history begins anew: the entries before it are nobody's
+        kept = [entry for entry in self.kept.of_shard(donation.shard) if entry[2] <= last_seq]
+        return donation, kept[-WINDOW_ITEMS_MAX:]  # what is older than a window is committed
 
     def catch_up(self, items_max: int = LEARN_APPLY_ITEMS) -> bool:
         """Apply about so many buffered items, of shards that are ready; whether some are left. `begin` does it too, so

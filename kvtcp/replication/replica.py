@@ -30,7 +30,6 @@ from kvtcp.constants import (
     RESULTS_BYTES_MAX,
 )
 from kvtcp.errors import Code
-from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import (
     ANY_KEY,
     AUDIT,
@@ -86,8 +85,8 @@ class FreezeRequest:
 
 class Replica(CopySet):
     """All copies of one node. `new_disk` makes the uuid of a copy that did not exist before; `copies`, `promised`,
-    `coordinator` and `generations` are what the node remembers from before. `retire` is called with copies that are
-    replaced or removed, which may take a while to be let go."""
+    `coordinator`, `cluster_map` and `generations` are what the node remembers from before. `retire` is called with
+    copies that are replaced or removed, which may take a while to be let go."""
 
     def __init__(
         self,
@@ -101,6 +100,7 @@ class Replica(CopySet):
         coordinator: str = "",
         map_version: int = 0,
         stamp_ms: int = 0,
+        cluster_map: bytes = b"",
         generations: dict[int, int] | None = None,
         retire: Callable[[Copy], None] = lambda _: None,
     ) -> None:
@@ -110,7 +110,7 @@ class Replica(CopySet):
         self.durability = durability
         self.coordinator = coordinator  # uuid of the coordinator of the promised epoch
         self.map_version = map_version  # highest seen
-        self.map = b""  # the cluster map of the last HELLO as its coordinator sent it; empty = it had none
+        self.map = cluster_map  # the cluster map of the last HELLO as its coordinator sent it; empty = it had none
         self.stamp_ms = stamp_ms  # highest stamp seen
         self.space = 0  # how short of disk space the node is, as in the SPACE frame; set by the server
         self.applied = 0  # ordinal of the last finished batch of the present link
@@ -123,11 +123,9 @@ class Replica(CopySet):
     # --- link ---------------------------------------------------------------------------------------
 
     def hello(self, fields: Mapping[bytes, Any]) -> dict[str, Any]:
-        """Accept a coordinator and report, or raise Refused. The server has checked cluster and secret, and sends the
-        report when promise, map, new copies and everything logged are durable.
+        """Accept a coordinator and report, or raise Refused. Version, cluster and secret were checked; the report is
+        sent when promise, map, new copies and everything logged are durable.
         """
-        if fields.get(b"version") != LINK_VERSION:
-            raise Refused("VERSION", f"this node speaks link version {LINK_VERSION}")
         epoch, coordinator = fields[b"epoch"], fields[b"coordinator"].decode()
         if fields[b"node"].decode() != self.node:
             raise Refused("NODE", f"this is node {self.node}")

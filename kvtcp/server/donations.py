@@ -15,7 +15,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
 
 from kvtcp.constants import (
     BULK_BYTES_PER_S,
@@ -24,18 +23,15 @@ from kvtcp.constants import (
     BULK_SLICE_MS,
     BULK_WRITE_BUFFER_BYTES,
     DONATION_IDLE_MS,
-    WINDOW_ITEMS_MAX,
 )
 from kvtcp.protocol.link import CHUNK
 from kvtcp.replication.learning import Donation
 from kvtcp.replication.replica import Replica
 from kvtcp.server.transport import FramedConnection
-from kvtcp.storage.log_format import DIRECTORY_BYTES
+from kvtcp.storage.copy import Logged
 from kvtcp.storage.snapshot import SnapshotHeader, encode_snapshot
 
 log = logging.getLogger("kvtcp.donation")
-
-_GIVE_FIELDS: Final = {b"token": bytes, b"directory": bytes, b"generation": int}
 
 
 class Donations:
@@ -64,23 +60,13 @@ class Donations:
             log.warning("event=donation-let-go shard=%s reason=nobody came for it in %s ms", donation.shard,
                         DONATION_IDLE_MS)  # fmt: skip
 
-    def give(self, connection: FramedConnection, fields: dict[bytes, Any]) -> DonationStream | None:
-        """Begin to send what is donated under the token of a GIVE; None if there is nothing, or it is none."""
-        if any(type(fields.get(name)) is not kind for name, kind in _GIVE_FIELDS.items()):
-            return None
-        if len(fields[b"directory"]) != DIRECTORY_BYTES or not 0 < fields[b"generation"] < 1 << 63:
-            return None
-        donation = self._replica.donations.pop(fields[b"token"], None)
-        if donation is None:
-            return None
-        self.look()
-        header = SnapshotHeader(fields[b"directory"], donation.shard, fields[b"generation"], *donation.position)
-        last_seq = donation.frozen.seq
-        # after an accepted loss history begins anew: the entries before it are nobody's
-        has_history = donation.position[1:] == (last_seq, donation.frozen.chain)
-        kept = [entry for entry in self._replica.kept.of_shard(donation.shard) if entry[2] <= last_seq]
-        kept = kept[-WINDOW_ITEMS_MAX:]  # what is older than a window is committed
-        pieces = encode_snapshot(header, donation.frozen, kept if has_history else [])
+    def send(
+        self, connection: FramedConnection, donation: Donation, kept: list[Logged], directory: bytes, generation: int
+    ) -> DonationStream:
+        """Begin to send a donation that was taken, with these entries, as a snapshot of the learner's directory and
+        generation."""
+        header = SnapshotHeader(directory, donation.shard, generation, *donation.position)
+        pieces = encode_snapshot(header, donation.frozen, kept)
         stream = DonationStream(self, connection, donation, pieces, self._ended)
         self.streams.add(stream)
         stream.begin()

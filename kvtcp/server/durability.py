@@ -40,6 +40,7 @@ from kvtcp.constants import (
     SNAPSHOT_SLICE_MS,
     SPACE_LOOK_MS,
 )
+from kvtcp.replication.replica import Replica
 from kvtcp.server.worker import Worker
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.freeze import Frozen
@@ -224,6 +225,14 @@ class Durability:
     def when_durable(self, done: Callable[[], None]) -> None:
         """Call `done` when everything appended so far is durable."""
         self._job(None, lambda _: done())
+
+    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+        """Write promise, map and copies of a replica as they are now, when everything appended so far is durable; then
+        call `done`."""
+        manifest = self.store.manifest
+        manifest.promised, manifest.coordinator = replica.promised, replica.coordinator
+        manifest.map_version, manifest.map = replica.map_version, replica.map
+        self.write_manifest(replica.copies.values(), done)
 
     def write_manifest(self, copies: Iterable[Copy], done: Callable[[], None]) -> None:
         """Write the manifest when everything appended so far is durable; then call `done`."""

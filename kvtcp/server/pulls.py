@@ -1,12 +1,13 @@
 """The learner's side of a bulk transfer: a copy is fetched from its donor, stored, loaded and published.
 
-I/O shell between the donor's connection and the replica. What comes is written to the new snapshot's temporary file by
-the worker for files (in mode memory it is collected), as fast as the disk takes it: the donor waits otherwise. When all
-of it is there it is read back, verified and made a table in a worker of its own, so the loop never stops for it. Then
+I/O shell between the donor's connection and the node's core. What comes is written to the new snapshot's temporary file
+by the worker for files (in mode memory it is collected), as fast as the disk takes it: the donor waits otherwise. When
+all of it is there it is read back, verified and made a table in a worker of its own, so the loop never stops for it.
+Then
 
-    replica.loaded     -> the copy, if it is still wanted
-    publish            the file gets its name, durably
-    replica.published  and at once the manifest that names the copy is queued: what is applied to it is logged behind it
+    core.loaded     if the copy is still wanted
+    publish         the file gets its name, durably
+    core.published  the copy is the node's, by the manifest that names it
 
 A crash before the manifest leaves the old copy as it was. Whatever goes wrong with the transfer is told to the
 coordinator (LEARN_FAILED); an error of the disk, other than no space, ends the node as always.
@@ -24,8 +25,8 @@ from kvtcp.constants import DONATION_IDLE_MS, LINK_FRAME_BYTES_MAX, RECOVER_WAIT
 from kvtcp.errors import DataError, ProtocolError
 from kvtcp.protocol.link import CHUNK, GIVE, LINK_VERSION, REFUSED
 from kvtcp.replication.learning import Learning
-from kvtcp.replication.replica import Replica
 from kvtcp.server.durability import NO_SPACE_ERRORS, Durability
+from kvtcp.server.node_core import NodeCore
 from kvtcp.server.transport import FramedConnection
 from kvtcp.server.worker import Worker
 from kvtcp.storage.copy import Copy, Logged
@@ -46,17 +47,13 @@ class Pulls:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        replica: Replica,
+        core: NodeCore,
         durability: Durability | None,
-        identity: Callable[[], tuple[str, str]],
-        on_change: Callable[[], None],
         on_failed: Callable[[BaseException], None],
     ) -> None:
         self.loop = loop
-        self.replica = replica
+        self.core = core
         self.durability = durability
-        self.identity = identity  # cluster and secret
-        self.on_change = on_change  # the replica may have something to log or to tell
         self.on_failed = on_failed  # the node must end
         self.running: dict[int, Pull] = {}
         self.bytes_total = 0  # that came of all copies
@@ -75,17 +72,16 @@ class Pulls:
         """Id of the data directory."""
         return NO_DIRECTORY if self.durability is None else self.durability.store.manifest.directory
 
-    def start(self, shard: int, host: str, port: int, token: bytes) -> str | None:
-        """Fetch the copy of a shard that is being learned; why not, or None."""
-        older = self.running.get(shard)
-        if older is not None:
-            older.end("another transfer was asked for")
-        learning = self.replica.learning.get(shard)
-        if learning is None or not learning.fresh or learning.copy is not None:
-            return "the shard is not being learned"
-        pull = self.running[shard] = Pull(self, learning, host, port, token)
+    def start(self, learning: Learning, host: str, port: int, token: bytes) -> None:
+        """Fetch the copy of a shard that is being learned."""
+        pull = self.running[learning.shard] = Pull(self, learning, host, port, token)
         pull.begin()
-        return None
+
+    def end(self, shard: int, reason: str) -> None:
+        """End the transfer of a shard, if there is one."""
+        pull = self.running.get(shard)
+        if pull is not None:
+            pull.end(reason)
 
     def abort(self, reason: str) -> None:
         """The link is gone, and all that was learned with it."""
@@ -178,9 +174,9 @@ class Pull:
             connection.abort()
             return
         self.connection = connection
-        cluster, secret = self._pulls.identity()
+        identity = self._pulls.core.identity
         connection.send((GIVE, {
-            "version": LINK_VERSION, "cluster": cluster, "secret": secret, "token": self._token,
+            "version": LINK_VERSION, "cluster": identity.cluster, "secret": identity.secret, "token": self._token,
             "directory": self._pulls.directory, "generation": self._learning.generation,
         }))  # fmt: skip
         connection.flush()
@@ -199,7 +195,7 @@ class Pull:
     def _chunk(self, data: bytes) -> None:
         self._moved_s = time.monotonic()
         durability = self._pulls.durability
-        if self._pulls.replica.learning.get(self._shard) is not self._learning:
+        if not self._pulls.core.is_wanted(self._learning):
             self.end("it is not wanted any more")
         elif durability is not None and durability.space > 0:
             self.fail("there is too little space on the disk for another copy")
@@ -274,32 +270,23 @@ class Pull:
         if error is not None or result is None:
             self._pulls.on_failed(error or AssertionError("a table was made"))
             return
-        replica = self._pulls.replica
-        if replica.learning.get(self._shard) is not self._learning:
-            self.end("it is not wanted any more")
-        elif replica.loaded(self._shard, *result) is None:
-            self.end("it is of no use")
-            self._pulls.on_change()
-        else:
+        if self._pulls.core.loaded(self._learning, *result):
             self._sink.publish(self._published)
+        else:
+            self.end("it is of no use, or not wanted any more")
 
     def _published(self, size: int) -> None:
-        """From here on it is all or nothing: the manifest is queued before anything is logged of the new copy."""
-        replica, durability = self._pulls.replica, self._pulls.durability
         if self.ended:
             self._sink.abort()
             return
-        if replica.learning.get(self._shard) is not self._learning or not replica.published(self._shard):
-            self.end("it is not wanted any more")
-            return
         header = self._header
         assert header is not None, "all of it came"
-        if durability is not None:
-            durability.change_copies(replica.copies.values(), (header, size))
+        if not self._pulls.core.published(self._learning, (header, size)):
+            self.end("it is not wanted any more")
+            return
         log.info("event=pulled shard=%s seq=%s bytes=%s ms=%.0f", self._shard, header.seq, size,
                  (time.monotonic() - self._began_s) * 1000)  # fmt: skip
         self._end()
-        self._pulls.on_change()
 
     # --- the end ------------------------------------------------------------------------------------
 
@@ -316,9 +303,7 @@ class Pull:
         if self.ended:
             return
         self.end(reason)
-        if self._pulls.replica.learning.get(self._shard) is self._learning:
-            self._pulls.replica.learn_failed(self._shard, reason)
-            self._pulls.on_change()
+        self._pulls.core.pull_failed(self._learning, reason)
 
     def end(self, reason: str) -> None:
         """Nobody wants it."""

@@ -1,11 +1,15 @@
-"""Callers of a node that are no coordinator: who asks what is here is told it, if he knows the secret."""
+"""Access to a node: which callers are refused, and what those are told that are no coordinator."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kvtcp.protocol.link import ASK, BATCH, LINK_VERSION, REFUSED, TOLD, parse_told
+import pytest
+
+from kvtcp.errors import ProtocolError
+from kvtcp.protocol.link import ASK, BATCH, GIVE, HELLO, LINK_VERSION, REFUSED, TOLD, parse_told
 from kvtcp.protocol.operations import GET, PUT
+from kvtcp.server.access import Identity, check, check_fields, names_copy
 from kvtcp.server.node import NodeServer
 from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy
 from tests.test_node import link, node
@@ -53,3 +57,41 @@ async def test_strangers_are_told_nothing(node: NodeServer) -> None:
             async with await Wire.open(node.address, hello=False) as wire:
                 wire.send([ASK, fields])
                 assert await wire.closed() == b""
+
+
+def test_one_check_for_all_callers() -> None:
+    """Version, secret and cluster, in this order; a node of no cluster yet has only a version."""
+    fields = {b"version": LINK_VERSION, b"secret": b"s", b"cluster": b"c"}
+    ours = Identity("c", "s")
+    assert check(fields, ours) is None and check(fields, Identity()) is None
+    assert check(fields | {b"secret": b"x"}, Identity()) is None
+    wrong = {b"version": 0, b"secret": b"x", b"cluster": b"x"}
+    for name, code in ((b"version", "VERSION"), (b"secret", "SECRET"), (b"cluster", "CLUSTER")):
+        refused = check(fields | wrong, ours)
+        assert refused is not None and refused.code == code
+        del wrong[name]
+
+
+@pytest.mark.parametrize("kind", [HELLO, ASK, GIVE])
+def test_fields_of_first_frames(kind: int) -> None:
+    """Each kind has its fields, of their types; a version of any type may be refused later."""
+    fields: dict[bytes, Any] = {b"cluster": b"c", b"secret": b"s", b"node": b"n1"}
+    if kind == HELLO:
+        fields |= {b"version": 1, b"epoch": 1, b"coordinator": b"k", b"link": 1, b"shards": [0], b"map_version": 1}
+        fields |= {b"heard_version": 0, b"durability": b"sync", b"map": None}
+    check_fields(kind, fields)
+    wrong = [7, {}, fields | {b"secret": "s"}, fields | {b"cluster": None}]
+    if kind == HELLO:
+        wrong += [fields | {b"map": 7}, fields | {b"map": b"\xff"}]
+        wrong += [fields | {b"shards": [-1]}, fields | {b"node": b"\xff"}]
+    for each in wrong:
+        with pytest.raises(ProtocolError, match="lacks fields"):
+            check_fields(kind, each)
+
+
+def test_what_a_copy_will_be_called() -> None:
+    """A token, the directory of eight bytes, and a generation from 1 on."""
+    fields: dict[bytes, Any] = {b"token": b"t", b"directory": bytes(8), b"generation": 1}
+    assert names_copy(fields)
+    for changed in ({b"token": 1}, {b"directory": bytes(7)}, {b"generation": 0}, {b"generation": 1 << 63}):
+        assert not names_copy(fields | changed)
