@@ -1,10 +1,11 @@
-"""Tests of requests: kinds of ops are told apart from operations and from each other."""
+"""Kinds of ops differ from operations and from each other; the answers of many keys become one."""
 
 from __future__ import annotations
 
 from kvtcp.protocol import operations
 from kvtcp.replication.progress import ANSWERED
-from kvtcp.replication.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, LOST, NUMBER, PART, WRITE
+from kvtcp.replication.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, LOST, NUMBER, PART, WRITE, Gather
+from tests.replication_fakes import Answers
 
 
 def test_kinds_are_no_operations() -> None:
@@ -23,3 +24,14 @@ def test_the_sink_that_ignores() -> None:
     """It takes everything."""
     IGNORE.reply(None, 1)
     IGNORE.fail(None, 1, "why", {})
+
+
+def test_gather_answers_once() -> None:
+    """When the last key is here, in the order of the keys."""
+    sink = Answers()
+    gather = Gather(sink, "t", 3)
+    gather.reply(2, "c")
+    gather.fail(0, 31, "text", {})
+    assert not sink.ok
+    gather.reply(1, "b")
+    assert sink.ok == {"t": [[31, "text", {}], "b", "c"]}
