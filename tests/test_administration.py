@@ -16,8 +16,8 @@ from kvtcp.server.node import NodeServer
 from kvtcp.server.supervisor import Found
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.process_cluster import free_ports
-from tests.replication_fakes import Answers
 from tests.server_tools import BOTH_LOOPS, event_loop_policy, linked, until
+from tests.support.replication_fakes import Answers
 from tests.test_gateway import HANDED_OVER
 
 __all__ = ["event_loop_policy"]

@@ -41,7 +41,7 @@ from kvtcp.protocol.operations import (
 )
 from kvtcp.replication import admission, progress
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
-from tests.replication_fakes import Cluster
+from tests.support.replication_fakes import Cluster
 
 
 @pytest.fixture

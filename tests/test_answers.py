@@ -23,7 +23,7 @@ from kvtcp.protocol.operations import (
     TTL,
 )
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
-from tests.replication_fakes import Cluster, wire
+from tests.support.replication_fakes import Cluster, wire
 
 
 def withheld() -> Cluster:

@@ -10,7 +10,7 @@ from kvtcp.constants import LINK_GRACE_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT, INCR
 from kvtcp.replication.recovery import DOWN
-from tests.controller_world import World
+from tests.support.controller_world import World
 
 
 def audit(world: World) -> None:

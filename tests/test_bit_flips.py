@@ -23,7 +23,17 @@ from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.replay import replay
 from kvtcp.storage.store import NodeStore, StoreError
 from tests.crash_disk import CrashDisk
-from tests.storage_tools import DIRECTORY, State, add_copies, fill, mark, open_small, put, state_of, take_snapshot
+from tests.support.storage_tools import (
+    DIRECTORY,
+    State,
+    add_copies,
+    fill,
+    mark,
+    open_small,
+    put,
+    state_of,
+    take_snapshot,
+)
 
 FLIPS = int(os.environ.get("KVTCP_FLIPS", "1000"))
 SEED = int(os.environ.get("KVTCP_SEED", str(time.time_ns() % 10**6)))

@@ -9,7 +9,17 @@ from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.store import NodeStore
 from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk
-from tests.storage_tools import BOOT, DIRECTORY, add_copies, commit, fill, open_small, put, replace_file, take_snapshot
+from tests.support.storage_tools import (
+    BOOT,
+    DIRECTORY,
+    add_copies,
+    commit,
+    fill,
+    open_small,
+    put,
+    replace_file,
+    take_snapshot,
+)
 
 
 @pytest.fixture

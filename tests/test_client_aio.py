@@ -42,8 +42,8 @@ from kvtcp.constants import (
 from kvtcp.errors import Code
 from kvtcp.server.node import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
-from tests import fake_server
-from tests.fake_server import FakeServer
+from tests.support import fake_server
+from tests.support.fake_server import FakeServer
 
 # The hook that replaces this fixture is too new to require it.
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")

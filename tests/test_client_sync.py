@@ -18,8 +18,8 @@ import kvtcp
 from kvtcp import AdminError, BatchError, Entry, KeyExists, OutcomeUnknown, SyncClient, Unavailable, codecs
 from kvtcp.client import loop_thread
 from kvtcp.errors import Code
-from tests import fake_server
-from tests.fake_server import FakeServer
+from tests.support import fake_server
+from tests.support.fake_server import FakeServer
 
 
 class ServerThread:

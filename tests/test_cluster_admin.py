@@ -14,7 +14,7 @@ from kvtcp.protocol.operations import DONATE, DROP
 from kvtcp.replication.cluster_admin import Admin
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.recovery import DOWN
-from tests.controller_world import World
+from tests.support.controller_world import World
 
 Request = Callable[[Admin, Callable[[Any], None]], None]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvtcp.constants import NODES_MAX
 from kvtcp.replication.cluster_map import ClusterMap, MapError
-from tests.replication_fakes import make_map
+from tests.support.replication_fakes import make_map
 
 
 def test_found() -> None:

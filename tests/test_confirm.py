@@ -13,7 +13,7 @@ from kvtcp.replication import admission, progress
 from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.multi_read import count_read
 from kvtcp.replication.shard_state import Following
-from tests.replication_fakes import Cluster
+from tests.support.replication_fakes import Cluster
 
 
 class Confirming(Cluster):

@@ -18,8 +18,8 @@ from kvtcp.replication import recovery
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
-from tests.controller_walk import walk
-from tests.controller_world import Node, World
+from tests.support.controller_walk import walk
+from tests.support.controller_world import Node, World
 
 WALKS = 40
 

@@ -31,7 +31,7 @@ from kvtcp.replication.replica import Replica
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.table import Table
-from tests.replica_tools import batch, hello, make, put
+from tests.support.replica_tools import batch, hello, make, put
 
 
 def pull(donor: Replica, learner: Replica, token: bytes, shard: int = 0) -> Copy | None:

@@ -13,8 +13,8 @@ from kvtcp.protocol.operations import DONATE, DROP
 from kvtcp.server import donations as donations_module
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.snapshot import SnapshotName, decode_snapshot
-from tests.learning_tools import Link
 from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
+from tests.support.learning_tools import Link
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

@@ -11,7 +11,7 @@ from kvtcp.protocol import operations as op
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.index import Row
 from kvtcp.storage.table import Table
-from tests.table_items import Model, as_item, run_model, write_items
+from tests.support.table_items import Model, as_item, run_model, write_items
 
 
 class FreezeMachine(RuleBasedStateMachine):

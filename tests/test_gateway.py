@@ -12,7 +12,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS, Kind, Touches
 from kvtcp.replication.gateway import LIMITS, Gateway
 from kvtcp.replication.keyspace import Keyspace
-from tests.replication_fakes import Answers, Cluster
+from tests.support.replication_fakes import Answers, Cluster
 
 # what another table than the gateway's carries out
 HANDED_OVER = {op for op, spec in REQUESTS.items() if spec.touches is Touches.NOTHING} - {b"hello"}

@@ -13,8 +13,8 @@ from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
 from kvtcp.replication import map_changes as module
 from kvtcp.replication.cluster_map import ClusterMap
-from tests.replication_fakes import make_map
 from tests.server_tools import until
+from tests.support.replication_fakes import make_map
 
 
 class ScriptedStore(MemoryConfigStore):

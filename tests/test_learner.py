@@ -24,7 +24,7 @@ from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import LinkError, Progress
 from kvtcp.replication.requests import LINK_LOST
 from kvtcp.replication.shard_state import ShardState
-from tests.replication_fakes import make_map
+from tests.support.replication_fakes import make_map
 
 LAST = 10  # last number given when the learner is attached
 

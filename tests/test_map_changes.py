@@ -13,7 +13,7 @@ from kvtcp.config_store.store import NOTHING, Outcome, Stored
 from kvtcp.constants import MAP_RESEND_MS
 from kvtcp.replication.cluster_map import ClusterMap, MapError
 from kvtcp.replication.map_changes import LOST, Edit, MapChanges, NotOwner
-from tests.replication_fakes import make_map
+from tests.support.replication_fakes import make_map
 
 Sent = tuple[int | None, bytes]
 

@@ -20,7 +20,7 @@ from kvtcp.replication.map_recovery import (
     newest_map,
     recovered_map,
 )
-from tests.replication_fakes import make_map
+from tests.support.replication_fakes import make_map
 
 WALL_MS = 5_000
 

@@ -26,8 +26,8 @@ from kvtcp.replication import admission, write_results
 from kvtcp.replication.members import part_of
 from kvtcp.replication.multi_read import count_read
 from kvtcp.replication.progress import Batch, Progress
-from tests.controller_world import World
-from tests.replication_fakes import Cluster, wire
+from tests.support.controller_world import World
+from tests.support.replication_fakes import Cluster, wire
 
 
 def leave(cluster: Cluster, node: str, *numbers: int) -> None:

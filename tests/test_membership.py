@@ -29,7 +29,7 @@ from kvtcp.replication import membership
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
 from kvtcp.replication.recovery import DOWN
-from tests.controller_world import World
+from tests.support.controller_world import World
 
 
 def wanted(*rows: list[str]) -> Callable[[ClusterMap], ClusterMap]:

@@ -25,7 +25,7 @@ from kvtcp.constants import (
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.messages import REQUESTS, Kind, Touches, make_cursor, prefix_bounds, request_id
-from tests import wire_golden
+from tests.support import wire_golden
 
 KEY = b"k" * KEY_BYTES_MAX
 VALUE = bytes(VALUE_BYTES_MAX)
@@ -435,5 +435,5 @@ def test_any_message_is_accepted_or_refused(message: Any) -> None:
 
 
 def test_the_wire_is_as_written_down() -> None:
-    """A change of the wire is a visible difference; `python tests/wire_golden.py` writes the file anew."""
+    """A change of the wire is a visible difference; `python tests/support/wire_golden.py` writes the file anew."""
     assert wire_golden.wire_text() == wire_golden.GOLDEN.read_text()

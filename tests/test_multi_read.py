@@ -20,7 +20,7 @@ from kvtcp.replication.multi_read import (
     mget_read,
     page_read,
 )
-from tests.replication_fakes import Answers
+from tests.support.replication_fakes import Answers
 
 
 def rows(*keys: str) -> list[tuple[Any, ...]]:

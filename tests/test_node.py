@@ -34,7 +34,7 @@ from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
 from tests.crash_disk import CrashDisk
 from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
-from tests.storage_tools import DIRECTORY, open_small
+from tests.support.storage_tools import DIRECTORY, open_small
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

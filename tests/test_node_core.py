@@ -36,7 +36,7 @@ from kvtcp.server.access import Identity
 from kvtcp.server.node_core import CoordinatorLink, NodeCore
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.table import Table
-from tests.replica_tools import make, put
+from tests.support.replica_tools import make, put
 
 
 def hello(**changed: Any) -> dict[bytes, Any]:

@@ -12,7 +12,7 @@ from kvtcp.server import node_main
 from kvtcp.server.identity import DataDirectory, write_identity
 from kvtcp.storage.store import NodeStore
 from tests.fake_disk import QuickDisk
-from tests.storage_tools import add_copies, fill, open_small, take_snapshot
+from tests.support.storage_tools import add_copies, fill, open_small, take_snapshot
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

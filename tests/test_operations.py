@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtcp.protocol import operations
 from kvtcp.protocol.messages import REQUESTS, Kind
 from kvtcp.protocol.operations import WRITE_NAMES, WRITE_OP_END
-from tests import wire_golden
+from tests.support import wire_golden
 
 EFFECTS = {"SET", "REMOVE", "DEADLINE", "WIPE", "PATCH", "CLONE"}
 ARGUMENTS = {

@@ -6,7 +6,7 @@ from kvtcp.config_store.store import Outcome
 from kvtcp.protocol.link import CopyReport, Report
 from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.proposals import Proposals
-from tests.replication_fakes import make_map
+from tests.support.replication_fakes import make_map
 
 
 class Case:

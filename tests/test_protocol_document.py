@@ -13,7 +13,7 @@ from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder
 from kvtcp.protocol.messages import REQUESTS, request_id
 from kvtcp.replication.gateway import LIMITS
-from tests import wire_golden
+from tests.support import wire_golden
 
 TEXT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 

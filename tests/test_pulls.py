@@ -22,9 +22,9 @@ from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader
 from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk
-from tests.learning_tools import Link, begin_transfer, hello
 from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
-from tests.storage_tools import DIRECTORY, names, open_small
+from tests.support.learning_tools import Link, begin_transfer, hello
+from tests.support.storage_tools import DIRECTORY, names, open_small
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

@@ -18,7 +18,7 @@ from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
 from kvtcp.replication.sequencer import Sequencer
-from tests.replication_fakes import make_map
+from tests.support.replication_fakes import make_map
 
 ENTRY = b"packed"
 

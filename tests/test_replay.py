@@ -21,7 +21,7 @@ from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.replay import Damage, Replayed, replay
 from kvtcp.storage.store import NodeStore
 from tests.crash_disk import CrashDisk
-from tests.storage_tools import (
+from tests.support.storage_tools import (
     DIRECTORY,
     State,
     add_copies,

@@ -37,7 +37,7 @@ from kvtcp.replication.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Rep
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.table import SequenceError, Table
-from tests.replica_tools import batch, hello, make, put
+from tests.support.replica_tools import batch, hello, make, put
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtcp.protocol import operations
 from kvtcp.replication.progress import ANSWERED
 from kvtcp.replication.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, LOST, NUMBER, PART, WRITE, Gather
-from tests.replication_fakes import Answers
+from tests.support.replication_fakes import Answers
 
 
 def test_kinds_are_no_operations() -> None:

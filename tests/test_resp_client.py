@@ -11,7 +11,7 @@ from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.resp.client import LARGE_REPLY_BYTES, RUN_BYTES, TURN_BYTES_MAX
 from tests.fuzz_resp import array
-from tests.resp_tools import Error, World, one, parse
+from tests.support.resp_tools import Error, World, one, parse
 
 
 def test_replies_in_order() -> None:

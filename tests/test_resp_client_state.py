@@ -8,7 +8,7 @@ from kvtcp.constants import MULTI_BYTES_MAX
 from kvtcp.protocol import operations as op
 from kvtcp.resp.client_state import QUEUED_BYTES, ClientState, Transaction
 from kvtcp.resp.plan import CommandError, Plan, write
-from tests.resp_tools import World, parse
+from tests.support.resp_tools import World, parse
 
 
 def test_what_is_queued_counts() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtcp.resp.commands import COMMANDS, IMMEDIATE
-from tests.resp_tools import Error, World
+from tests.support.resp_tools import Error, World
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

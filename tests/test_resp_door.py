@@ -6,7 +6,7 @@ import pytest
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.resp.plan import CommandError
-from tests.resp_tools import World
+from tests.support.resp_tools import World
 
 
 def test_clients_are_numbered() -> None:

@@ -10,8 +10,8 @@ import kvtcp
 from kvtcp.resp.replies import encode
 from kvtcp.server.resp_host import RedisInfo
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.resp_tools import parse
 from tests.server_tools import Wire, until
+from tests.support.resp_tools import parse
 
 
 def facts_of(text: bytes) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from kvtcp.constants import INTEGER_MAX, KEY_BYTES_MAX, RESP_KEYS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
-from tests.resp_tools import Error, Status, World, parse
+from tests.support.resp_tools import Error, Status, World, parse
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX, 
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.resp.patterns import PATTERN_BYTES_MAX
-from tests.resp_tools import SHARDS, Client, Error, World, one, parse
+from tests.support.resp_tools import SHARDS, Client, Error, World, one, parse
 
 
 def scan(client: Client, cursor: int, *options: str) -> tuple[int, list[bytes]]:

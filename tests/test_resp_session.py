@@ -26,8 +26,8 @@ from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.fuzz_resp import array
 from tests.fuzz_resp_sockets import attack
-from tests.resp_tools import Error, parse
 from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, healthy, until
+from tests.support.resp_tools import Error, parse
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

@@ -15,7 +15,7 @@ from kvtcp.replication.multi_read import count_read, mget_read
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.requests import LINK_LOST
 from kvtcp.replication.sequencer import Sequencer
-from tests.replication_fakes import Cluster
+from tests.support.replication_fakes import Cluster
 
 # --- links ------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from kvtcp.server.settings import (
     settle_nodes,
     settle_shape,
 )
-from tests.replication_fakes import make_map
+from tests.support.replication_fakes import make_map
 
 
 def settle(stored: ClusterMap | None, **flags: Any) -> Shape:

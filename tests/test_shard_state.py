@@ -8,7 +8,7 @@ import pytest
 
 from kvtcp.replication.requests import IGNORE
 from kvtcp.replication.shard_state import ShardState
-from tests.replication_fakes import Cluster
+from tests.support.replication_fakes import Cluster
 
 DAMAGE: list[tuple[str, Callable[[ShardState], object]]] = [
     ("commit is at most", lambda shard: setattr(shard, "commit", 9)),

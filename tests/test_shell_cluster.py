@@ -10,7 +10,7 @@ import pytest
 
 from kvtcp.shell.main import connect_to, main
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.shell_fakes import Shell
+from tests.support.shell_fakes import Shell
 
 
 class RealShell(Shell):

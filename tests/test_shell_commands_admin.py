@@ -8,7 +8,7 @@ import pytest
 from kvtcp.errors import DataError, Unavailable
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.storage import backup
-from tests.shell_fakes import Shell
+from tests.support.shell_fakes import Shell
 
 
 @pytest.fixture

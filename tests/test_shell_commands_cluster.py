@@ -13,7 +13,7 @@ from kvtcp.shell.commands import take_command
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, Refused
 from kvtcp.shell.parser import split_line
-from tests.shell_fakes import FakeClient, Moving, Shell
+from tests.support.shell_fakes import FakeClient, Moving, Shell
 
 
 @pytest.fixture

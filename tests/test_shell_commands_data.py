@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvtcp.errors import Code, OutcomeUnknown, RequestError, Unavailable
-from tests.shell_fakes import FakeClient, Shell
+from tests.support.shell_fakes import FakeClient, Shell
 
 
 @pytest.fixture

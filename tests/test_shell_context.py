@@ -10,7 +10,7 @@ from kvtcp.errors import Unavailable
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import UsageError
 from kvtcp.shell.parser import word_of_argument
-from tests.shell_fakes import FakeClient, Shell
+from tests.support.shell_fakes import FakeClient, Shell
 
 
 def make(client: FakeClient, *, stdin: bytes = b"", terminal: bool = False) -> Context:

@@ -19,7 +19,7 @@ from kvtcp.errors import OutcomeUnknown, Unavailable
 from kvtcp.shell import interactive
 from kvtcp.shell.context import Context
 from kvtcp.shell.interactive import PlainFront, PromptFront, completions, history_file, path_before, run_session
-from tests.shell_fakes import FakeClient, Shell
+from tests.support.shell_fakes import FakeClient, Shell
 
 ADDRESS = "kvtcp://127.0.0.1:8000"
 
@@ -218,7 +218,7 @@ import fcntl, sys, termios
 sys.modules["prompt_toolkit"] = None
 sys.path[:0] = ["."]
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from tests.shell_fakes import FakeClient
+from tests.support.shell_fakes import FakeClient
 from kvtcp.shell.main import main
 sys.exit(main([], connect=FakeClient().connect))
 """

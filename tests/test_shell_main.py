@@ -12,12 +12,12 @@ from kvtcp import __version__
 from kvtcp.shell.commands import TABLE, group
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.main import parse_arguments
-from tests.shell_fakes import Shell
+from tests.support.shell_fakes import Shell
 
 PROGRAM = Path(__file__).parent.parent / "bin" / "kvtcp-shell"
 FAKE = (
     "import sys; sys.path[:0] = ['.']\n"
-    "from tests.shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
+    "from tests.support.shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
     "client = FakeClient()\n"
 )
 

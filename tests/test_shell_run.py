@@ -4,7 +4,7 @@ import pytest
 
 from kvtcp.errors import BatchError, Code, DataError, Unavailable
 from kvtcp.shell.run import sentence
-from tests.shell_fakes import Shell
+from tests.support.shell_fakes import Shell
 
 
 @pytest.mark.parametrize(

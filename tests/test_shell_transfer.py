@@ -21,7 +21,7 @@ from kvtcp.constants import IMPORT_CHUNK_BYTES, IMPORT_CHUNK_RECORDS, IMPORT_CHU
 from kvtcp.errors import BatchError, Code, DataError, OutcomeUnknown, RequestError, Unavailable
 from kvtcp.jsonl import encode_pair
 from kvtcp.shell.transfer import ChunkBuilder, LineReader, Sender
-from tests.shell_fakes import FakeClient, Shell
+from tests.support.shell_fakes import FakeClient, Shell
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_interrupt_does_not_wait_for_a_pipe() -> None:
     """Ctrl-C ends an import whose pipe never ends, with 130, and tells what was written."""
     program = (
         "import sys; sys.path[:0] = ['.']\n"
-        "from tests.shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
+        "from tests.support.shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
         "sys.exit(main(['import', '-'], connect=FakeClient().connect))"
     )
     process = subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 from kvtcp.errors import Code, DataError, OutcomeUnknown, Unavailable
 from kvtcp.shell.context import Context, Streams
 from kvtcp.shell.wait import SILENCE_S, Left, moving_left, node_left, until_moved
-from tests.shell_fakes import Moving
+from tests.support.shell_fakes import Moving
 
 
 class Clock:

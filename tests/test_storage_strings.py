@@ -16,7 +16,7 @@ from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.storage.strings import patched
 from kvtcp.storage.table import Table
-from tests.table_items import STAMP, as_item, string_items
+from tests.support.table_items import STAMP, as_item, string_items
 
 ENTRY_BYTES = 64  # of an entry beyond its item
 SUM_BYTES_MAX = 330  # a sign, 309 digits, a point, 17 places

@@ -19,7 +19,7 @@ from kvtcp.storage.snapshot import encode_snapshot
 from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
 from tests.crash_disk import CrashDisk
 from tests.fake_disk import FaultyDisk, QuickDisk
-from tests.storage_tools import (
+from tests.support.storage_tools import (
     BOOT,
     DIRECTORY,
     State,

@@ -13,7 +13,7 @@ from kvtcp.protocol import operations as op
 from kvtcp.storage import transaction
 from kvtcp.storage.table import Table
 from kvtcp.storage.transaction import result_bytes
-from tests.table_items import STAMP
+from tests.support.table_items import STAMP
 
 STORE_PLAIN = (op.NO_DEADLINE, 0, op.ALWAYS, None)
 

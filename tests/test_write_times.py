@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvtcp.server.write_times import SAMPLES, WriteTimes
-from tests.replication_fakes import Cluster
+from tests.support.replication_fakes import Cluster
 
 
 class Followed:

@@ -29,7 +29,7 @@ from kvtcp.server.node_core import CoordinatorLink, NodeCore
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
-from tests.replication_fakes import STAMP_MAX_MS, Answers, wire
+from tests.support.replication_fakes import STAMP_MAX_MS, Answers, wire
 
 CLUSTER = b"12345678"
 

@@ -1,6 +1,6 @@
 """Random walks through the whole core, frame by frame, with an operator who asks for everything there is.
 
-    python -m tests.controller_walk [SEEDS] [FIRST]
+    python -m tests.support.controller_walk [SEEDS] [FIRST]
 
 The simulation (simulation.py) has a network, disks and clients with their time. Here every single frame and outcome of
 the config store may come at any moment, also between any two others, links break wherever they are, and administrative
@@ -22,7 +22,7 @@ from kvtcp.config_store.store import Outcome
 from kvtcp.errors import AdminError
 from kvtcp.protocol.link import LEAVE
 from kvtcp.protocol.operations import INCR
-from tests.controller_world import World
+from tests.support.controller_world import World
 
 STEPS = 400
 HEAL_TICKS = 500

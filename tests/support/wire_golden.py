@@ -1,7 +1,7 @@
-"""The wire, written down: `tests/golden/wire.txt` has every request, reply, code and number as text and hex.
+"""The wire, written down: `tests/support/wire.txt` has every request, reply, code and number as text and hex.
 
 `test_messages.py` compares the file with what this module makes of the code. A difference is a change of the protocol:
-if it is meant, run `python -m tests.wire_golden`, look at the diff, and say in docs/protocol.md and the changelog what
+if it is meant, run `python -m tests.support.wire_golden`, look at the diff, and say in docs/protocol.md and the changelog what
 older clients will meet. Additions are harmless; a changed or vanished line breaks somebody.
 """
 
@@ -16,7 +16,7 @@ from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.messages import REQUESTS, make_cursor
 
-GOLDEN = Path(__file__).parent / "golden" / "wire.txt"
+GOLDEN = Path(__file__).with_name("wire.txt")
 
 # (operation and arguments, results). Every form of every argument appears once.
 REQUEST_FORMS: list[tuple[list[Any], list[Any]]] = [
@@ -131,7 +131,7 @@ def numbers(module: Any) -> dict[str, int]:
 def wire_text() -> str:
     """The whole file."""
     encoder, decoder = FrameEncoder(), FrameDecoder()
-    lines = ["# The wire of kvtcp. Made by tests/wire_golden.py, which says when and how to make it again."]
+    lines = ["# The wire of kvtcp. Made by tests/support/wire_golden.py, which says when and how to make it again."]
     lines += ["", "## requests: > request, = checked arguments, < reply"]
     for form, results in REQUEST_FORMS:
         frame = encoder.encode([1, *form])
