@@ -36,7 +36,7 @@ from kvtcp.storage.backup import (
     write_manifest,
 )
 from kvtcp.storage.files import OS_DISK, Disk, OsDisk
-from tests.fake_disk import FaultyDisk, QuickDisk
+from tests.crash.fake_disk import FaultyDisk, QuickDisk
 
 DISK = QuickDisk()
 CREATED = "2026-11-23T15:26:00Z"

@@ -13,7 +13,7 @@ from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.storage.backup_file import NodeFileWriter, Row, node_file_name, read_file_pairs, read_lines, verify_file
 from kvtcp.storage.backup_manifest import FileReport
-from tests.fake_disk import FaultyDisk, QuickDisk
+from tests.crash.fake_disk import FaultyDisk, QuickDisk
 
 DISK = QuickDisk()
 SHARDS = 24

@@ -10,8 +10,8 @@ import pytest
 
 from kvtcp.config_store.file import FileConfigStore, form, parse
 from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
-from tests.crash_disk import CrashDisk, Crashes
-from tests.fake_disk import FaultyDisk, QuickDisk
+from tests.crash.disk import CrashDisk, Crashes
+from tests.crash.fake_disk import FaultyDisk, QuickDisk
 
 OLD, NEW = b'{"old": 1}', b'{"new": 2}'
 

@@ -10,7 +10,7 @@ import pytest
 from kvtcp.config_store.file import FileConfigStore
 from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.config_store.store import ConfigStore, Outcome, Stored
-from tests.fake_disk import QuickDisk
+from tests.crash.fake_disk import QuickDisk
 
 
 @pytest.fixture(params=["memory", "file"])

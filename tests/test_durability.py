@@ -19,7 +19,7 @@ from kvtcp.storage.copy import Logged
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.log_format import parse_header, parse_records
 from kvtcp.storage.store import NodeStore
-from tests.crash_disk import CrashDisk, CrashFile
+from tests.crash.disk import CrashDisk, CrashFile
 from tests.support.storage_tools import DIRECTORY, add_copies, fill, names, open_small, pulled, put, state_of
 
 WAIT_S = 10.0

@@ -17,7 +17,7 @@ import pytest
 import kvtcp
 from kvtcp.errors import Code
 from kvtcp.storage.store import ASIDE
-from tests import kill_run
+from tests.crash import kill_run
 from tests.process_cluster import ROOT, Command, ProcessCluster, free_ports, wait_for
 
 MIB = 1 << 20

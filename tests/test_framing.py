@@ -24,7 +24,7 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.framing import PREFIX_CACHE_LENGTHS, FrameDecoder, FrameEncoder, frame_prefix
-from tests import fuzz_framing
+from tests.fuzz import framing as fuzz_framing
 
 KEYS = st.binary(max_size=10)
 SCALARS = (

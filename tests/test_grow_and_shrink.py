@@ -17,8 +17,8 @@ from kvtcp.errors import Unavailable
 from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.snapshot import DIRECTORY as SNAPSHOTS
 from kvtcp.storage.store import read_store_manifest
-from tests.chaos_cluster import ChaosCluster, Shape
-from tests.chaos_disks import read_map, read_members
+from tests.chaos.cluster import ChaosCluster, Shape
+from tests.chaos.disks import read_map, read_members
 from tests.process_cluster import ROOT
 
 SHARDS = 16

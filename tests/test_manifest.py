@@ -11,7 +11,7 @@ import pytest
 from kvtcp.storage import manifest as module
 from kvtcp.storage.log_format import FormatError, VersionError
 from kvtcp.storage.manifest import FILE, Manifest, read_manifest, write_manifest
-from tests.crash_disk import CrashDisk
+from tests.crash.disk import CrashDisk
 
 FOLDER = Path("/node")
 

@@ -11,7 +11,7 @@ import pytest
 from kvtcp.server import node_main
 from kvtcp.server.identity import DataDirectory, write_identity
 from kvtcp.storage.store import NodeStore
-from tests.fake_disk import QuickDisk
+from tests.crash.fake_disk import QuickDisk
 from tests.support.storage_tools import add_copies, fill, open_small, take_snapshot
 
 

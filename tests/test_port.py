@@ -12,7 +12,7 @@ from kvtcp.server.clients import FOR_TOTAL
 from kvtcp.server.port import NewConnection, Port
 from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.fuzz_resp import array
+from tests.fuzz.resp import array
 from tests.server_tools import BOTH_LOOPS, event_loop_policy, until
 from tests.test_caps import Clock, RecordingTransport, Session
 from tests.test_resp_session import connect

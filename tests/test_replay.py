@@ -20,7 +20,7 @@ from kvtcp.storage.log_format import (
 from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.replay import Damage, Replayed, replay
 from kvtcp.storage.store import NodeStore
-from tests.crash_disk import CrashDisk
+from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import (
     DIRECTORY,
     State,

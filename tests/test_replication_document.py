@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.replication_model import MUTANTS
-from tests.simulation_mistakes import MISTAKES
+from tests.model.explore import MUTANTS
+from tests.simulation.mistakes import MISTAKES
 
 TESTS = Path(__file__).parent
 TEXT = (TESTS.parent / "docs" / "replication.md").read_text()

@@ -24,8 +24,8 @@ from kvtcp.server import caps
 from kvtcp.server import clients as clients_module
 from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.fuzz_resp import array
-from tests.fuzz_resp_sockets import attack
+from tests.fuzz.resp import array
+from tests.fuzz.resp_sockets import attack
 from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, healthy, until
 from tests.support.resp_tools import Error, parse
 

@@ -27,7 +27,7 @@ from kvtcp.storage.snapshot import (
     read_frames,
 )
 from kvtcp.storage.table import Table
-from tests.crash_disk import CrashDisk
+from tests.crash.disk import CrashDisk
 
 ID = b"DIRECTRY"
 FOLDER = Path("/snapshots")

@@ -17,8 +17,8 @@ from kvtcp.storage.log_format import RECORD_BYTES, parse_header, parse_records
 from kvtcp.storage.manifest import Manifest, read_manifest
 from kvtcp.storage.snapshot import encode_snapshot
 from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
-from tests.crash_disk import CrashDisk
-from tests.fake_disk import FaultyDisk, QuickDisk
+from tests.crash.disk import CrashDisk
+from tests.crash.fake_disk import FaultyDisk, QuickDisk
 from tests.support.storage_tools import (
     BOOT,
     DIRECTORY,

@@ -12,7 +12,7 @@ from kvtcp.storage.files import Disk
 from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.store import NodeStore, open_store
 from kvtcp.storage.table import Table
-from tests.crash_disk import CrashDisk
+from tests.crash.disk import CrashDisk
 
 DIRECTORY = Path("/node")
 SEGMENT_BYTES = 300

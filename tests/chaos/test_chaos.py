@@ -14,10 +14,10 @@ from kvtcp.protocol.operations import PUT
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.store import open_store
-from tests.chaos import Options, run_round
-from tests.chaos_checks import Availability, Gap, History, blame
-from tests.chaos_cluster import Shape
-from tests.chaos_disks import read_members
+from tests.chaos.checks import Availability, Gap, History, blame
+from tests.chaos.cluster import Shape
+from tests.chaos.disks import read_members
+from tests.chaos.run import Options, run_round
 
 ROUND_S = 3.0
 FAULTS = ("kill_node", "kill_coordinator", "cut")

@@ -14,8 +14,8 @@ from kvtcp.storage.log import LogWriter, Prepared
 from kvtcp.storage.replay import Replayed
 from kvtcp.storage.snapshot import SnapshotFile
 from kvtcp.storage.store import NodeStore
-from tests import crash_enumeration
-from tests.crash_enumeration import Lost, Workload, enumerate_crashes, enumerate_errors
+from tests.crash import enumeration as crash_enumeration
+from tests.crash.enumeration import Lost, Workload, enumerate_crashes, enumerate_errors
 
 STATES_MIN = 2_000
 

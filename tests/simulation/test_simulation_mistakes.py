@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation_mistakes import MISTAKES, SEEDS, recorded, run_with
+from tests.simulation.mistakes import MISTAKES, SEEDS, recorded, run_with
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "replication.md"
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "replication.md"
 SEARCH = 40  # seeds for one that is missed by its own
 RARE = 40  # a mistake whose seed is higher is rare
 

@@ -26,7 +26,7 @@ from kvtcp.protocol.link import (
     SHIP,
     SHIPPED,
 )
-from tests.simulation_world import Process, World
+from tests.simulation.world import Process, World
 
 END = object()  # in a queue: the sender closed
 DELAY_MS = 4  # upper bound of the delay on a path without trouble

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import kvtcp
 from kvtcp.errors import KvtcpError, OutcomeUnknown, Unavailable
-from tests.chaos_cluster import Broken, ChaosCluster
+from tests.chaos.cluster import Broken, ChaosCluster
 
 Rows = list[dict[str, Any]]
 

@@ -4,7 +4,7 @@ After each flip the directory is opened. Either every shard is exactly what was 
 reason that names the file, or the start is refused with a sentence that names it, or the log is cut above every durable
 mark. A flip that changes nothing is only one in bytes that nobody reads; which those are is worked out beforehand.
 
-    KVTCP_FLIPS=100000 KVTCP_SEED=7 python -m pytest tests/test_bit_flips.py -s
+    KVTCP_FLIPS=100000 KVTCP_SEED=7 python -m pytest tests/crash/test_bit_flips.py -s
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvtcp.storage.log_format import RECORD_BYTES, parse_header, parse_records
 from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.replay import replay
 from kvtcp.storage.store import NodeStore, StoreError
-from tests.crash_disk import CrashDisk
+from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import (
     DIRECTORY,
     State,

@@ -1,6 +1,6 @@
 """An explicit-state model of the replication of ONE shard: breadth-first over every interleaving of a small scope.
 
-    python -m tests.replication_model [--quick] [--jobs N] [--cap STATES] [--only NAME]      `make model`
+    python -m tests.model.explore [--quick] [--jobs N] [--cap STATES] [--only NAME]      `make model`
 
 Each scope of the full rules must hold ("exhausted", or "cap" if it ran into the cap), each mutant (a rule taken away)
 must be caught, and each goal must be reached, so that what is explored is not empty. The shortest trace is printed.
@@ -72,7 +72,7 @@ from functools import partial
 from multiprocessing import Pool
 from typing import NamedTuple
 
-from tests.replication_model_rules import NONE, Rules, Scope, State, Violation
+from tests.model.rules import NONE, Rules, Scope, State, Violation
 
 STATES_MAX = 1_500_000
 EXHAUSTED, CAPPED, REACHED = "exhausted", "cap", "reached"

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from kvtcp.errors import AdminError, OutcomeUnknown, Unavailable
-from tests.chaos_cluster import Broken, ChaosCluster
+from tests.chaos.cluster import Broken, ChaosCluster
 
 
 class Operator:

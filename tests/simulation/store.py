@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvtcp.config_store.store import Outcome, Stored
-from tests.simulation_world import Process, World
+from tests.simulation.world import Process, World
 
 TIMEOUT_MS = 60  # after which a request to the shared store has an unknown outcome
 

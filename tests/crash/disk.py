@@ -38,7 +38,7 @@ from pathlib import Path
 from random import Random
 from typing import IO
 
-from tests.crash_state import (
+from tests.crash.state import (
     ROOT,
     Create,
     Data,

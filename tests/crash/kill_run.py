@@ -1,6 +1,6 @@
 """Real processes that are killed while records are imported: whatever was acknowledged must be there afterwards.
 
-    python -m tests.kill_run [--kills N] [--seed S] [--factor F] [--durability sync|os]      also `make kills`
+    python -m tests.crash.kill_run [--kills N] [--seed S] [--factor F] [--durability sync|os]      also `make kills`
 
 Writers put records with unique keys, many at once, and note which were acknowledged. Meanwhile a random node, the
 coordinator, or all processes at once get SIGKILL; the supervisor, or a new coordinator on the same directory, starts

@@ -31,14 +31,14 @@ from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.sequencer import Sequencer
-from tests.simulation_network import TO_CLIENT, TO_SERVER, Connection, Network
-from tests.simulation_store import SimStore
-from tests.simulation_world import SMALL, Process, Violation, World, require
+from tests.simulation.network import TO_CLIENT, TO_SERVER, Connection, Network
+from tests.simulation.store import SimStore
+from tests.simulation.world import SMALL, Process, Violation, World, require
 
 if TYPE_CHECKING:
-    from tests.simulation_clients import Clients, Request
-    from tests.simulation_node import SimNode
-    from tests.simulation_oracles import Member, Oracles
+    from tests.simulation.clients import Clients, Request
+    from tests.simulation.node import SimNode
+    from tests.simulation.oracles import Member, Oracles
 
 TICK_MS = SMALL["TICK_MS"]
 HEARTBEAT_MS = SMALL["HEARTBEAT_MS"]

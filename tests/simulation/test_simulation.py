@@ -13,13 +13,13 @@ import pytest
 
 from kvtcp.config_store.store import Outcome, Stored
 from kvtcp.storage.table import Table
-from tests.simulation import SEED_FAULTS, SEED_OPERATIONS, Simulation, run_seed, run_seeds
-from tests.simulation_disk import OS, SYNC, NodeDisk
-from tests.simulation_network import TO_CLIENT, TO_SERVER, Network
-from tests.simulation_store import SimStore
-from tests.simulation_world import Process, Violation, World, require
+from tests.simulation.disk import OS, SYNC, NodeDisk
+from tests.simulation.network import TO_CLIENT, TO_SERVER, Network
+from tests.simulation.run import SEED_FAULTS, SEED_OPERATIONS, Simulation, run_seed, run_seeds
+from tests.simulation.store import SimStore
+from tests.simulation.world import Process, Violation, World, require
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SEEDS = 100
 COUNTED_MIN = 80
 
@@ -38,7 +38,7 @@ def test_seeds() -> None:
 def traces(hash_seed: str) -> list[str]:
     """What a process with this seed of its hashes tells of some seeds."""
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.simulation", "12", "--traces", "--jobs", "1"]
+    command = [sys.executable, "-m", "tests.simulation.run", "12", "--traces", "--jobs", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return [line for line in done.stdout.splitlines() if "trace" in line]
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from kvtcp.config_store.store import Stored as StoredMap
 from kvtcp.replication.cluster_map import ClusterMap
-from tests.simulation_disk import MEMORY, OS, SYNC_MS
-from tests.simulation_network import DELAY_MS, TO_CLIENT, TO_SERVER, Path
-from tests.simulation_world import require
+from tests.simulation.disk import MEMORY, OS, SYNC_MS
+from tests.simulation.network import DELAY_MS, TO_CLIENT, TO_SERVER, Path
+from tests.simulation.world import require
 
 if TYPE_CHECKING:
-    from tests.simulation import Simulation
-    from tests.simulation_coordinator import SimCoordinator
-    from tests.simulation_node import SimNode
+    from tests.simulation.coordinator import SimCoordinator
+    from tests.simulation.node import SimNode
+    from tests.simulation.run import Simulation
 
 SETTLE_MS = 8_000  # everything completes in this time after the last fault
 DESTROYED_MAX = 2  # machines that are gone for good

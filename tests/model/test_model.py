@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import replication_model, replication_model_rules
-from tests.replication_model import (
+from tests.model import explore as replication_model
+from tests.model import rules as replication_model_rules
+from tests.model.explore import (
     CAPPED,
     EXHAUSTED,
     GOALS,
@@ -20,7 +21,7 @@ from tests.replication_model import (
     main,
     run_cases,
 )
-from tests.replication_model_rules import DESTROYED, Node, Rules, Scope, State, common, conflict
+from tests.model.rules import DESTROYED, Node, Rules, Scope, State, common, conflict
 
 JOBS = 2
 SMALL = Scope(2, 2, ("put x",))

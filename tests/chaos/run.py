@@ -31,11 +31,11 @@ from typing import Any, Final
 
 import kvtcp
 from kvtcp.errors import KvtcpError
-from tests.chaos_checks import Availability, History, blame
-from tests.chaos_cluster import Broken, ChaosCluster, Shape
-from tests.chaos_disks import read_map, read_members
-from tests.chaos_faults import BALLAST_BYTES, CALM_S, KEPT, Faults
-from tests.chaos_operator import Operator
+from tests.chaos.checks import Availability, History, blame
+from tests.chaos.cluster import Broken, ChaosCluster, Shape
+from tests.chaos.disks import read_map, read_members
+from tests.chaos.faults import BALLAST_BYTES, CALM_S, KEPT, Faults
+from tests.chaos.operator import Operator
 from tests.process_cluster import ROOT, Command
 
 HEAL_S: Final = 60.0
@@ -169,7 +169,7 @@ class Round:
         await self.kv.backup("kept")
         for number in range(self.clients):
             arguments = (self.cluster.url, self.random.randrange(2**32), f"c{number}", f"c{number}.jsonl")
-            self.workers.append(Command(self.directory, "tests.chaos_client", *arguments))
+            self.workers.append(Command(self.directory, "tests.chaos.client", *arguments))
         await asyncio.sleep(1.0)  # sleeps: clients are at work before anything happens
 
     # --- faults -------------------------------------------------------------------------------------

@@ -31,12 +31,12 @@ from kvtcp.protocol.operations import (
 )
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
 from kvtcp.testing.linearizability import Operation, check_history
-from tests.simulation_disk import MEMORY
-from tests.simulation_world import Violation, require
+from tests.simulation.disk import MEMORY
+from tests.simulation.world import Violation, require
 
 if TYPE_CHECKING:
-    from tests.simulation_coordinator import SimCoordinator
-    from tests.simulation_oracles import Oracles
+    from tests.simulation.coordinator import SimCoordinator
+    from tests.simulation.oracles import Oracles
 
 CLIENTS_MAX = 8  # so at most so many operations of a key are under way, but for those of unknown outcome
 OPERATIONS_MAX = 1_800  # of all keys together, so of each hot key less than a thousand

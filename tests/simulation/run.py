@@ -1,6 +1,6 @@
 """The whole cluster in one thread, from one seed: the product's own cores, and everything around them that can fail.
 
-    python -m tests.simulation [SEEDS] [--first SEED] [--jobs N] [--traces]        also `make sim SEEDS=N SEED=K`
+    python -m tests.simulation.run [SEEDS] [--first SEED] [--jobs N] [--traces]        also `make sim SEEDS=N SEED=K`
 
 Coordinators (`Controller`, `Sequencer`, `MapChanges`), nodes (`Replica`, `Table`) and the map are those of the product.
 The shells around them, the clock, the network, the disks, the config store and the clients are those of the
@@ -24,15 +24,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvtcp.replication.cluster_map import ClusterMap
-from tests.simulation_clients import OPERATIONS_MAX, Clients
-from tests.simulation_coordinator import SimCoordinator
-from tests.simulation_disk import MEMORY, OS, SYNC
-from tests.simulation_faults import Faults
-from tests.simulation_network import Network
-from tests.simulation_node import SimNode
-from tests.simulation_oracles import Oracles
-from tests.simulation_store import SimStore
-from tests.simulation_world import SMALL, Violation, World, require, small_limits
+from tests.simulation.clients import OPERATIONS_MAX, Clients
+from tests.simulation.coordinator import SimCoordinator
+from tests.simulation.disk import MEMORY, OS, SYNC
+from tests.simulation.faults import Faults
+from tests.simulation.network import Network
+from tests.simulation.node import SimNode
+from tests.simulation.oracles import Oracles
+from tests.simulation.store import SimStore
+from tests.simulation.world import SMALL, Violation, World, require, small_limits
 
 SEED_OPERATIONS = 500
 SEED_FAULTS = 5

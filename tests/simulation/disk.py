@@ -29,7 +29,7 @@ from kvtcp.replication.replica import Replica
 from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.table import Table
-from tests.simulation_world import require
+from tests.simulation.world import require
 
 SYNC, OS, MEMORY = "sync", "os", "memory"
 SYNC_MS = 3  # upper bound of a sync on a disk without trouble

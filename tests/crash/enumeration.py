@@ -1,6 +1,6 @@
 """Crash enumeration: a node's store on a disk in memory, and every crash of it.
 
-    python -m tests.crash_enumeration [STATES] [SEED]      until so many recovered states are checked; `make crash`
+    python -m tests.crash.enumeration [STATES] [SEED]      until so many recovered states are checked; `make crash`
 
 A workload drives the real store as a node does: entries of a few shards are applied and logged by group commit, shards
 are snapshotted in slices while entries go on, old segments are removed, the promise is raised, the process is killed or
@@ -37,7 +37,7 @@ from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.store import NodeStore, open_store, read_store_manifest
 from kvtcp.storage.table import Table
-from tests.crash_disk import CrashDisk, Crashes
+from tests.crash.disk import CrashDisk, Crashes
 
 DIRECTORY = Path("/node")
 SHARDS = 3

@@ -32,12 +32,12 @@ from kvtcp.protocol.operations import PATCH, SET
 from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.storage.copy import Logged
 from kvtcp.storage.table import Table
-from tests.simulation_disk import Stored
-from tests.simulation_world import World, require
+from tests.simulation.disk import Stored
+from tests.simulation.world import World, require
 
 if TYPE_CHECKING:
-    from tests.simulation_clients import Request
-    from tests.simulation_coordinator import SimCoordinator
+    from tests.simulation.clients import Request
+    from tests.simulation.coordinator import SimCoordinator
 
 Member = tuple[str, str]
 

@@ -18,10 +18,10 @@ from kvtcp.server.node_core import CoordinatorLink, NodeCore
 from kvtcp.storage.copy import Logged
 from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.table import Table
-from tests.simulation_disk import MEMORY, Base, NodeDisk
-from tests.simulation_network import TO_CLIENT, TO_SERVER, Connection, Network
-from tests.simulation_oracles import Oracles
-from tests.simulation_world import SMALL, Process, World, require
+from tests.simulation.disk import MEMORY, Base, NodeDisk
+from tests.simulation.network import TO_CLIENT, TO_SERVER, Connection, Network
+from tests.simulation.oracles import Oracles
+from tests.simulation.world import SMALL, Process, World, require
 
 CHUNK_ROWS = 4  # of a transfer in one frame
 IDLE_MS = 400  # a transfer on which nothing moves for so long is given up

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from kvtcp.storage.files import Disk, OsDisk, OsFile
-from tests.crash_disk import CrashDisk, Crashes, CrashFile
-from tests.crash_state import BLOCK_BYTES, Create, Data, Names, Remove, Rename, Sync, SyncDirectory, Write
+from tests.crash.disk import CrashDisk, Crashes, CrashFile
+from tests.crash.state import BLOCK_BYTES, Create, Data, Names, Remove, Rename, Sync, SyncDirectory, Write
 
 D = Path("/d")
 SEEDS = range(400)

@@ -1,10 +1,10 @@
 """Planted mistakes: small wrong versions of the cores and of what a node does with its disk. The simulation finds each.
 
-    python -m tests.simulation_mistakes [PART OF A NAME] [--seeds N] [--record]        also `make mutants`
+    python -m tests.simulation.mistakes [PART OF A NAME] [--seeds N] [--record]        also `make mutants`
 
 A simulation that finds nothing proves nothing. Each mistake takes one rule away, most of them those of the mutants of
 the explicit-state model. The search runs seeds until one has a violation; `--record` keeps the first one in FOUND_FILE,
-which tests/test_simulation_mistakes.py runs again. The cores' own checks are off meanwhile: the oracles have to see it.
+which tests/simulation/test_simulation_mistakes.py runs again. The cores' own checks are off meanwhile: the oracles have to see it.
 
 What is not here is found elsewhere: sync of a directory, truncation at a bad checksum (test_crash_enumeration), cut of
 a backup (test_backup), reads that a new disk confirms (test_confirm), kept entries of another copy (test_kept).
@@ -45,14 +45,14 @@ from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
 from kvtcp.server.node_core import NodeCore
 from kvtcp.storage.table import Table
-from tests.simulation import Result, Simulation, run_seed
-from tests.simulation_clients import Client
-from tests.simulation_coordinator import SimCoordinator
-from tests.simulation_disk import NodeDisk
-from tests.simulation_node import SimNode
+from tests.simulation.clients import Client
+from tests.simulation.coordinator import SimCoordinator
+from tests.simulation.disk import NodeDisk
+from tests.simulation.node import SimNode
+from tests.simulation.run import Result, Simulation, run_seed
 
 SEEDS = 2_000  # each mistake is found within so many
-FOUND_FILE = Path(__file__).parent / "simulation_found.json"  # mistake -> seed
+FOUND_FILE = Path(__file__).parent / "found.json"  # mistake -> seed
 
 Planter = Callable[["Garden"], None]
 
