@@ -66,9 +66,9 @@ chaos: $(READY)
 	$(BIN)/python -m tests.chaos.run --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
 		--factor $(or $(FACTOR),3) $(if $(MIN_INSYNC),--min-insync $(MIN_INSYNC)) --json chaos.json
 
-# ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis_suite --help`
+# ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis.suite --help`
 redis-suite: $(READY)
-	$(BIN)/python -m tests.redis_suite $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--test '$(ONLY)') $(ARGS)
+	$(BIN)/python -m tests.redis.suite $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--test '$(ONLY)') $(ARGS)
 
 # the coordinator's path of every request compiled in place; `make pure` goes back
 compiled: $(READY)

@@ -11,7 +11,7 @@ from kvtcp.protocol.link import ASK, BATCH, GIVE, HELLO, LINK_VERSION, REFUSED, 
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.server.access import Identity, check, check_fields, names_copy
 from kvtcp.server.node import NodeServer
-from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy
+from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy
 from tests.test_node import link, node
 
 __all__ = ["event_loop_policy", "node"]

@@ -15,8 +15,8 @@ from kvtcp.server.administration import Administration
 from kvtcp.server.node import NodeServer
 from kvtcp.server.supervisor import Found
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.process_cluster import free_ports
-from tests.server_tools import BOTH_LOOPS, event_loop_policy, linked, until
+from tests.processes.cluster import free_ports
+from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, linked, until
 from tests.support.replication_fakes import Answers
 from tests.test_gateway import HANDED_OVER
 

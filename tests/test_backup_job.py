@@ -15,7 +15,7 @@ from kvtcp.server.backup_job import BackupJob
 from kvtcp.storage.backup_file import read_file_pairs
 from kvtcp.storage.files import OS_DISK, OsFile
 from kvtcp.storage.table import Table
-from tests.server_tools import BOTH_LOOPS, event_loop_policy, until
+from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, until
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

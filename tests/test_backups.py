@@ -19,7 +19,7 @@ from kvtcp.replication.membership import Membership
 from kvtcp.server import backup_job, backups
 from kvtcp.storage import backup as files
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import (
+from tests.processes.raw_client import (
     BOTH_LOOPS,
     Wire,
     bad_shards,

@@ -25,7 +25,7 @@ from kvtcp.server import status
 from kvtcp.server.ownership import CannotServe
 from kvtcp.testing import local_cluster
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import (
+from tests.processes.raw_client import (
     BOTH_LOOPS,
     Wire,
     bad_shards,

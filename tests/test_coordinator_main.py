@@ -1,4 +1,4 @@
-"""The command line of kvtcp-coordinator; tests/test_processes.py runs it."""
+"""The command line of kvtcp-coordinator; tests/processes/test_processes.py runs it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
 from kvtcp.replication import map_changes as module
 from kvtcp.replication.cluster_map import ClusterMap
-from tests.server_tools import until
+from tests.processes.raw_client import until
 from tests.support.replication_fakes import make_map
 
 

@@ -1,4 +1,4 @@
-"""The start of a coordinator: which nodes it waits for, and which it refuses; tests/test_processes.py runs it."""
+"""The start of a coordinator: which nodes it waits for, and which it refuses; tests/processes/test_processes.py runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvtcp.server.node import NodeServer
 from kvtcp.server.ownership import found_map
 from kvtcp.server.runtime import StartError
 from kvtcp.server.supervisor import Found, Supervisor
-from tests.process_cluster import free_ports
+from tests.processes.cluster import free_ports
 
 
 async def test_foreign_nodes_that_can_never_join(kvtcp_cluster: Any) -> None:

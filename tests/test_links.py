@@ -17,7 +17,7 @@ from kvtcp.server.links import LinkConnection, NodeLink
 from kvtcp.server.node import LinkConnection as NodeConnection
 from kvtcp.server.node import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import (
+from tests.processes.raw_client import (
     BOTH_LOOPS,
     Wire,
     cut_link,

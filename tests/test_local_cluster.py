@@ -12,8 +12,8 @@ import pytest
 import kvtcp
 from kvtcp.server.coordinator import CoordinatorServer
 from kvtcp.testing import LocalCluster
-from tests.process_cluster import wait_for
-from tests.server_tools import link_number
+from tests.processes.cluster import wait_for
+from tests.processes.raw_client import link_number
 
 
 async def until(look: Callable[[], object]) -> None:

@@ -33,7 +33,7 @@ from kvtcp.server import node_stats
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
 from tests.crash.disk import CrashDisk
-from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
+from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 from tests.support.storage_tools import DIRECTORY, open_small
 
 __all__ = ["event_loop_policy"]

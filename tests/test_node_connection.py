@@ -11,7 +11,7 @@ from kvtcp.protocol.link import BATCH, FETCH, PULL, REFUSED, RESULTS, SHIP
 from kvtcp.protocol.operations import GET, MGET, PUT
 from kvtcp.server import node_connection
 from kvtcp.server.node import NodeServer
-from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
+from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, until
 from tests.test_node import hello, link, no_figures, node
 
 __all__ = ["event_loop_policy", "no_figures", "node"]

@@ -1,4 +1,4 @@
-"""The command line of kvtcp-node; tests/test_processes.py runs it."""
+"""The command line of kvtcp-node; tests/processes/test_processes.py runs it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from kvtcp.constants import MIB
 from kvtcp.protocol.link import STATS
 from kvtcp.server import node_stats
 from kvtcp.server.node import NodeServer
-from tests.server_tools import BOTH_LOOPS, event_loop_policy, until
+from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, until
 from tests.support.learning_tools import Link
 from tests.support.storage_tools import new_disk, open_small
 

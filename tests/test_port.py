@@ -13,7 +13,7 @@ from kvtcp.server.port import NewConnection, Port
 from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.fuzz.resp import array
-from tests.server_tools import BOTH_LOOPS, event_loop_policy, until
+from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, until
 from tests.test_caps import Clock, RecordingTransport, Session
 from tests.test_resp_session import connect
 

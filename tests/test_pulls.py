@@ -22,7 +22,7 @@ from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader
 from kvtcp.storage.table import Table
 from tests.crash.disk import CrashDisk
-from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
+from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, until
 from tests.support.learning_tools import Link, begin_transfer, hello
 from tests.support.storage_tools import DIRECTORY, names, open_small
 

@@ -9,7 +9,7 @@ import pytest
 
 import kvtcp
 from kvtcp.testing import LocalCluster
-from tests.process_cluster import ROOT
+from tests.processes.cluster import ROOT
 
 TESTS = """
 import asyncio

@@ -24,7 +24,7 @@ from kvtcp.server.node import NodeServer
 from kvtcp.server.recover_map import Places, ask, local_nodes, recover_map
 from kvtcp.server.runtime import StartError
 from kvtcp.server.supervisor import Found
-from tests.process_cluster import Command, ProcessCluster, free_ports, wait_for
+from tests.processes.cluster import Command, ProcessCluster, free_ports, wait_for
 
 SHARDS = ("--shards", 8)
 

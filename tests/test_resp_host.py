@@ -10,7 +10,7 @@ import kvtcp
 from kvtcp.resp.replies import encode
 from kvtcp.server.resp_host import RedisInfo
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import Wire, until
+from tests.processes.raw_client import Wire, until
 from tests.support.resp_tools import parse
 
 

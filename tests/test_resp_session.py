@@ -26,7 +26,7 @@ from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.fuzz.resp import array
 from tests.fuzz.resp_sockets import attack
-from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, healthy, until
+from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, healthy, until
 from tests.support.resp_tools import Error, parse
 
 __all__ = ["event_loop_policy"]

@@ -14,7 +14,7 @@ import pytest
 
 from kvtcp.server import runtime
 from kvtcp.server.runtime import StartError
-from tests.process_cluster import ROOT
+from tests.processes.cluster import ROOT
 
 
 def parse(*arguments: str) -> argparse.Namespace:

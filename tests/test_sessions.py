@@ -14,7 +14,7 @@ from kvtcp.server import caps
 from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
 from kvtcp.server.sessions import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
+from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

@@ -13,7 +13,7 @@ from kvtcp.replication.learner import Learner
 from kvtcp.replication.recovery import Recovery, _Shard
 from kvtcp.server import status as module
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import until
+from tests.processes.raw_client import until
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "administration.md"
 

@@ -21,8 +21,8 @@ from kvtcp.server.node import NodeServer
 from kvtcp.server.runtime import StartError, bind
 from kvtcp.server.supervisor import Found, NodeProcess, Supervisor, who_is_there
 from kvtcp.testing import LocalCluster
-from tests.process_cluster import free_ports, is_running
-from tests.server_tools import link_number
+from tests.processes.cluster import free_ports, is_running
+from tests.processes.raw_client import link_number
 
 
 @contextlib.asynccontextmanager

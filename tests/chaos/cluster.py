@@ -22,7 +22,7 @@ from typing import Final
 from kvtcp.server.identity import LOCK, lock_holder
 from tests.chaos.disks import read_map
 from tests.chaos.proxy import Proxy
-from tests.process_cluster import Command, free_ports, is_running
+from tests.processes.cluster import Command, free_ports, is_running
 
 START_S: Final = 60.0  # for a coordinator to serve, also when its first starts are refused
 STOP_S: Final = 10.5

@@ -36,7 +36,7 @@ from tests.chaos.cluster import Broken, ChaosCluster, Shape
 from tests.chaos.disks import read_map, read_members
 from tests.chaos.faults import BALLAST_BYTES, CALM_S, KEPT, Faults
 from tests.chaos.operator import Operator
-from tests.process_cluster import ROOT, Command
+from tests.processes.cluster import ROOT, Command
 
 HEAL_S: Final = 60.0
 LATE_MAX_S: Final = 1.0  # an answer may come so long after its timeout

@@ -25,7 +25,7 @@ from typing import Any
 
 import kvtcp
 from kvtcp.errors import KvtcpError, OutcomeUnknown
-from tests.process_cluster import Command, ProcessCluster, free_ports, is_running
+from tests.processes.cluster import Command, ProcessCluster, free_ports, is_running
 
 WRITERS = 16
 CHUNK = 8  # puts of one writer at once

@@ -17,7 +17,7 @@ import time
 from kvtcp.constants import MIB
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.fuzz.resp import random_input
-from tests.server_tools import Wire, healthy, until
+from tests.processes.raw_client import Wire, healthy, until
 
 HELD_BYTES_MAX = 64 * MIB
 AT_ONCE = 50

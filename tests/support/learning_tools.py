@@ -7,7 +7,7 @@ from typing import Any
 from kvtcp.protocol.link import BATCH, HELLO, LINK_VERSION, PULL, REPORT, RESULTS, STATS
 from kvtcp.protocol.operations import DONATE, LEARN, PUT
 from kvtcp.server.node import NodeServer
-from tests.server_tools import Wire
+from tests.processes.raw_client import Wire
 
 
 def hello(node: str = "n1", **changed: Any) -> list[Any]:

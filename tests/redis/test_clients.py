@@ -23,7 +23,7 @@ import redis
 import redis.asyncio
 
 import kvtcp
-from tests.process_cluster import ProcessCluster, wait_for
+from tests.processes.cluster import ProcessCluster, wait_for
 
 REFERENCE = os.environ.get("KVTCP_REDIS_ADDRESS", "")
 PIPE_SETS = 100_000

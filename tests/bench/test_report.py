@@ -18,7 +18,7 @@ from bench.measure import make_row
 from bench.profile_suite import shares
 from bench.profiling import LOOP, name_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def row_at(cell: targets.Cell, values: list[float], unit: str = "ops/s") -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_a_quick_run_gives_no_page(tmp_path: Path) -> None:
     """It has no verdicts, so it must not look like a measurement."""
     file, page = tmp_path / "quick.json", tmp_path / "page.md"
     file.write_text(json.dumps({**a_run(), "quick": True}))
-    command = [sys.executable, str(ROOT / "bench" / "report.py"), str(file), "--into", str(page)]
+    command = [sys.executable, str(ROOT / "bench" / "report" / "page.py"), str(file), "--into", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "is of a quick run" in done.stderr
     assert not page.exists()
@@ -279,7 +279,7 @@ def test_a_group_of_peers_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(peers_suite.measure(options)) == 4 and options.failed == ["peers, measure_etcd"]
 
 
-@pytest.mark.parametrize("program", ["run_bench.py", "report.py", "check.py"])
+@pytest.mark.parametrize("program", ["run_bench.py", "report/page.py", "check.py"])
 def test_the_programs_explain_themselves(program: str) -> None:
     """From anywhere, without an installation."""
     done = subprocess.run(

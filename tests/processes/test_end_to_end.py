@@ -15,7 +15,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.testing.local_cluster import LocalCluster
 
 SEED = 20261123
-SHELL = Path(__file__).parent.parent / "bin" / "kvtcp-shell"
+SHELL = Path(__file__).parent.parent.parent / "bin" / "kvtcp-shell"
 
 
 def unicode_names() -> dict[bytes, bytes]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.redis_suite import FILES, TABLE, Event, Run, SuiteError, Table, judge, make_plan, parse
+from tests.redis.suite import FILES, TABLE, Event, Run, SuiteError, Table, judge, make_plan, parse
 
 OUTPUT = """\
 [ready]: 4711

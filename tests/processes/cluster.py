@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from kvtcp.server.identity import lock_holder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 20.0
 T = TypeVar("T")
 # tests that run side by side have ranges of their own

@@ -20,7 +20,7 @@ from kvtcp.server import clients as clients_module
 from kvtcp.server.links import NodeLink
 from kvtcp.server.sessions import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import (
+from tests.processes.raw_client import (
     BOTH_LOOPS,
     Wire,
     cut_link,

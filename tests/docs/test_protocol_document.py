@@ -15,7 +15,7 @@ from kvtcp.protocol.messages import REQUESTS, request_id
 from kvtcp.replication.gateway import LIMITS
 from tests.support import wire_golden
 
-TEXT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
+TEXT = (Path(__file__).parent.parent.parent / "docs" / "protocol.md").read_text()
 
 
 def table(first_cell: str) -> list[list[str]]:

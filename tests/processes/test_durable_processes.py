@@ -18,7 +18,7 @@ import kvtcp
 from kvtcp.errors import Code
 from kvtcp.storage.store import ASIDE
 from tests.crash import kill_run
-from tests.process_cluster import ROOT, Command, ProcessCluster, free_ports, wait_for
+from tests.processes.cluster import ROOT, Command, ProcessCluster, free_ports, wait_for
 
 MIB = 1 << 20
 

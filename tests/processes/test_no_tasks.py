@@ -15,7 +15,7 @@ import uvloop
 
 import kvtcp
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.server_tools import Wire
+from tests.processes.raw_client import Wire
 
 OPERATIONS = 10_000
 LOOPS: dict[str, type[asyncio.AbstractEventLoop]] = {

@@ -1,4 +1,4 @@
-"""Redis's own tests against a kvtcp coordinator: `make redis-suite`, or `python -m tests.redis_suite --help`.
+"""Redis's own tests against a kvtcp coordinator: `make redis-suite`, or `python -m tests.redis.suite --help`.
 
 The tests are those of Debian's source package of Redis 7.0, unchanged, in Redis's own Tcl harness, which can be told of
 a server that is not its own: `./runtest --host H --port P --singledb --single FILE --only TEST`. Needs tclsh, and
@@ -38,12 +38,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.process_cluster import ROOT, ProcessCluster
+from tests.processes.cluster import ROOT, ProcessCluster
 
 FILES: Final = (
     "unit/type/string", "unit/type/incr", "unit/expire", "unit/keyspace", "unit/scan", "unit/protocol", "unit/multi",
 )  # fmt: skip
-TABLE: Final = ROOT / "tests" / "redis_suite_skips.json"
+TABLE: Final = ROOT / "tests" / "redis" / "skips.json"
 CACHE: Final = ROOT / ".redis-suite"
 VERSION: Final = "7.0.15"
 SUITE: Final = "bookworm"

@@ -18,7 +18,7 @@ import pytest
 import kvtcp
 from kvtcp.errors import Code
 from kvtcp.protocol.hashing import shard_of
-from tests.process_cluster import ROOT, Command, ProcessCluster, wait_for
+from tests.processes.cluster import ROOT, Command, ProcessCluster, wait_for
 
 SHARDS = 8
 FEW = ("--shards", SHARDS)

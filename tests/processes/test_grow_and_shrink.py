@@ -19,7 +19,7 @@ from kvtcp.storage.snapshot import DIRECTORY as SNAPSHOTS
 from kvtcp.storage.store import read_store_manifest
 from tests.chaos.cluster import ChaosCluster, Shape
 from tests.chaos.disks import read_map, read_members
-from tests.process_cluster import ROOT
+from tests.processes.cluster import ROOT
 
 SHARDS = 16
 FACTOR = 3

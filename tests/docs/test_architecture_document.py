@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvtcp import constants
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
 
 

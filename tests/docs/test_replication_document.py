@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.model.explore import MUTANTS
 from tests.simulation.mistakes import MISTAKES
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 TEXT = (TESTS.parent / "docs" / "replication.md").read_text()
 
 

@@ -20,7 +20,7 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 
-TEXT = (Path(__file__).parent.parent / "docs" / "client.md").read_text()
+TEXT = (Path(__file__).parent.parent.parent / "docs" / "client.md").read_text()
 SYNC_TEXT = TEXT[TEXT.index("## SyncClient") :]
 
 

@@ -21,7 +21,7 @@ import kvtcp
 from kvtcp.errors import Code
 from kvtcp.protocol.framing import FrameEncoder
 from kvtcp.protocol.link import HELLO, LINK_VERSION
-from tests.process_cluster import ROOT, ProcessCluster, free_ports, is_running, wait_for
+from tests.processes.cluster import ROOT, ProcessCluster, free_ports, is_running, wait_for
 
 
 @pytest.fixture
