@@ -76,7 +76,7 @@ def test_nothing_is_loaded_for_others() -> None:
         "import sys, pytest; before = set(sys.modules); import kvtcp.testing.pytest_plugin; "
         "new = set(sys.modules) - before; "
         "print(*sorted(n for n in new if n.split('.')[0] in ('asyncio', 'uvloop', 'msgpack', 'pytest_asyncio') "
-        "or n.startswith(('kvtcp.server', 'kvtcp.client', 'kvtcp.storage', 'kvtcp.testing.local'))))"
+        "or n.startswith(('kvtcp.coordinator', 'kvtcp.node', 'kvtcp.client', 'kvtcp.storage', 'kvtcp.testing.local'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
