@@ -58,8 +58,8 @@ from bench.floors import beside
 from bench.measure import Options, Result, make_row, resident_bytes
 from kvtcp.constants import GC_THRESHOLDS
 from kvtcp.protocol import operations as op
-from kvtcp.storage.index import Index
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.index import Index
+from kvtcp.storage.shard.table import Table
 
 SCAN_ROWS = 1_000
 MIXED_INSERTS = 1_000

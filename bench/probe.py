@@ -32,7 +32,7 @@ Figures = dict[str, tuple[float, str]]
 
 def tree(seed: int) -> Figures:
     """The index of a shard."""
-    from kvtcp.storage.index import Index
+    from kvtcp.storage.shard.index import Index
 
     rng = random.Random(seed)
     numbers = rng.sample(range(KEYS * 10), KEYS)

@@ -32,8 +32,8 @@ from bench.peers import Peer, PeerMissing, program, wait_until
 from bench.resp import RespClient, RespError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import PUT
-from kvtcp.storage.copy import Copy
 from kvtcp.storage.files import OS_DISK
+from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.store import open_store
 
 TITLE = "Recovery: a restart, 16-byte keys, 128-byte values"

@@ -14,7 +14,7 @@ from kvtcp.replication.replica import FreezeRequest
 from kvtcp.server.backup_job import BackupJob
 from kvtcp.storage.backup_file import read_file_pairs
 from kvtcp.storage.files import OS_DISK, OsFile
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.table import Table
 from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, until
 
 __all__ = ["event_loop_policy"]

@@ -6,8 +6,8 @@ import pytest
 
 from kvtcp.storage.check import CheckReport, check_directory
 from kvtcp.storage.manifest import read_manifest
+from kvtcp.storage.shard.table import Table
 from kvtcp.storage.store import NodeStore
-from kvtcp.storage.table import Table
 from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import (
     BOOT,

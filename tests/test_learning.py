@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvtcp.constants import LEARN_ITEM_BYTES
 from kvtcp.protocol.operations import DELETE, INCR, PUT
 from kvtcp.replication.learning import Donation, Learning
-from kvtcp.storage.copy import Copy
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Table
 
 
 def table_at(seq: int) -> Table:

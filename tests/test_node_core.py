@@ -34,8 +34,8 @@ from kvtcp.replication.replica import FreezeRequest, Replica
 from kvtcp.server import node_core
 from kvtcp.server.access import Identity
 from kvtcp.server.node_core import CoordinatorLink, NodeCore
-from kvtcp.storage.copy import Copy, Logged
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.table import Table
 from tests.support.replica_tools import make, put
 
 

@@ -34,9 +34,9 @@ from kvtcp.protocol.operations import (
 from kvtcp.replication import copy_set, write_results
 from kvtcp.replication import replica as replica_module
 from kvtcp.replication.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replica
-from kvtcp.storage.copy import Copy
-from kvtcp.storage.kept import KeptEntries
-from kvtcp.storage.table import SequenceError, Table
+from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import SequenceError, Table
 from tests.support.replica_tools import batch, hello, make, put
 
 

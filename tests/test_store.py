@@ -12,9 +12,9 @@ import pytest
 
 from kvtcp.constants import SPACE_RESERVE_BYTES
 from kvtcp.storage import log_format, snapshot
-from kvtcp.storage.copy import Copy
 from kvtcp.storage.log_format import RECORD_BYTES, parse_header, parse_records
 from kvtcp.storage.manifest import Manifest, read_manifest
+from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.snapshot import encode_snapshot
 from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
 from tests.crash.disk import CrashDisk

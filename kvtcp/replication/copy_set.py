@@ -23,9 +23,9 @@ from kvtcp.errors import DataError
 from kvtcp.protocol.operations import PUT, WRITE_OP_END
 from kvtcp.replication.learning import Donation, Learning
 from kvtcp.replication.write_results import WriteResults
-from kvtcp.storage.copy import Copy, Logged
-from kvtcp.storage.kept import KeptEntries
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.table import Table
 
 
 class CopySet:

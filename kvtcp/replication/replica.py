@@ -53,11 +53,11 @@ from kvtcp.protocol.operations import (
     WRITE_OP_END,
 )
 from kvtcp.replication.copy_set import CopySet
-from kvtcp.storage.copy import Copy
-from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.kept import KeptEntries
-from kvtcp.storage.pages import any_key, merge_page, page_bytes
-from kvtcp.storage.transaction import result_bytes
+from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.pages import any_key, merge_page, page_bytes
+from kvtcp.storage.shard.transaction import result_bytes
 
 OLDER_COPY: Final = "its node was started on an older copy of its data directory, what was written since is missing"
 FLAG_INTERVAL_MS: Final = 250  # between two looks for expired keys, by stamps

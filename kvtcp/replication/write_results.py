@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvtcp.constants import RESULTS_BYTES_MAX, WINDOW_ITEMS_MAX, WRITE_RESULTS_BYTES_MAX
-from kvtcp.storage.transaction import result_bytes
+from kvtcp.storage.shard.transaction import result_bytes
 
 
 class WriteResults:

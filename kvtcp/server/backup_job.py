@@ -19,7 +19,7 @@ from kvtcp.constants import BACKUP_SLICE_MS, FREEZE_ROWS
 from kvtcp.replication.replica import FreezeRequest
 from kvtcp.storage.backup import NodeFileWriter
 from kvtcp.storage.files import OsDisk
-from kvtcp.storage.pages import merge_frozen
+from kvtcp.storage.shard.pages import merge_frozen
 
 log = logging.getLogger("kvtcp.backup")
 

@@ -42,9 +42,9 @@ from kvtcp.constants import (
 )
 from kvtcp.replication.replica import Replica
 from kvtcp.server.worker import Worker
-from kvtcp.storage.copy import Copy, Logged
-from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.log import Prepared
+from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot
 from kvtcp.storage.store import NodeStore
 

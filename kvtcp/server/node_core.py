@@ -53,8 +53,8 @@ from kvtcp.replication.learning import Donation, Learning
 from kvtcp.replication.replica import FreezeRequest, Refused, Replica
 from kvtcp.server import access
 from kvtcp.server.access import Identity
-from kvtcp.storage.copy import Copy, Logged
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.table import Table
 
 PAUSE_MS: Final = 2  # between two slices of work that takes long: for batches
 _FRAME_TYPES: Final = {FETCH: (int, int, int), SHIP: (int, int, list), PULL: (int, int, bytes, int, bytes)}

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Final
 
 from kvtcp.constants import SEGMENT_BYTES_MAX
-from kvtcp.storage.copy import Logged
 from kvtcp.storage.files import AppendFile, Disk
 from kvtcp.storage.log_format import (
     Position,
@@ -35,6 +34,7 @@ from kvtcp.storage.log_format import (
     encode_header,
     encode_record,
 )
+from kvtcp.storage.shard.copy import Logged
 
 DIRECTORY: Final = "log"
 SUFFIX: Final = ".log"

@@ -22,9 +22,7 @@ from pathlib import Path
 
 from kvtcp.errors import DataError
 from kvtcp.storage import log, snapshot
-from kvtcp.storage.copy import Copy, Logged
 from kvtcp.storage.files import Disk
-from kvtcp.storage.kept import KeptEntries
 from kvtcp.storage.log import SegmentInfo
 from kvtcp.storage.log_format import (
     FormatError,
@@ -37,6 +35,8 @@ from kvtcp.storage.log_format import (
     parse_records,
 )
 from kvtcp.storage.manifest import Manifest
+from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.snapshot import SnapshotName, load_snapshot
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all

@@ -33,12 +33,12 @@ from kvtcp.constants import (
     SNAPSHOT_FRAME_ROWS,
     SNAPSHOT_SYNC_BYTES,
 )
-from kvtcp.storage.copy import Logged
 from kvtcp.storage.files import AppendFile, Disk
-from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.index import Cell
 from kvtcp.storage.log_format import FormatError, VersionError
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.copy import Logged
+from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.index import Cell
+from kvtcp.storage.shard.table import Table
 
 DIRECTORY: Final = "snapshots"
 SUFFIX: Final = ".snapshot"

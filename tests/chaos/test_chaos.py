@@ -11,8 +11,8 @@ import pytest
 
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import PUT
-from kvtcp.storage.copy import Copy
 from kvtcp.storage.files import OS_DISK
+from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.store import open_store
 from tests.chaos.checks import Availability, Gap, History, blame
 from tests.chaos.cluster import Shape

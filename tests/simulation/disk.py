@@ -26,9 +26,9 @@ from typing import Any
 import msgpack
 
 from kvtcp.replication.replica import Replica
-from kvtcp.storage.copy import Copy, Logged
-from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.table import Table
 from tests.simulation.world import require
 
 SYNC, OS, MEMORY = "sync", "os", "memory"

@@ -44,7 +44,7 @@ from kvtcp.replication.requests import NUMBER
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import ShardState
 from kvtcp.server.node_core import NodeCore
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.table import Table
 from tests.simulation.clients import Client
 from tests.simulation.coordinator import SimCoordinator
 from tests.simulation.disk import NodeDisk

@@ -15,9 +15,9 @@ from kvtcp.replication.learning import Donation, Learning
 from kvtcp.replication.replica import Replica
 from kvtcp.server.access import Identity
 from kvtcp.server.node_core import CoordinatorLink, NodeCore
-from kvtcp.storage.copy import Logged
-from kvtcp.storage.kept import KeptEntries
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.copy import Logged
+from kvtcp.storage.shard.table import Table
 from tests.simulation.disk import MEMORY, Base, NodeDisk
 from tests.simulation.network import TO_CLIENT, TO_SERVER, Connection, Network
 from tests.simulation.oracles import Oracles

@@ -30,8 +30,8 @@ import msgpack
 from kvtcp.config_store.store import Stored as StoredMap
 from kvtcp.protocol.operations import PATCH, SET
 from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.storage.copy import Logged
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.copy import Logged
+from kvtcp.storage.shard.table import Table
 from tests.simulation.disk import Stored
 from tests.simulation.world import World, require
 

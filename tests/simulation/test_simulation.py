@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvtcp.config_store.store import Outcome, Stored
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.table import Table
 from tests.simulation.disk import OS, SYNC, NodeDisk
 from tests.simulation.network import TO_CLIENT, TO_SERVER, Network
 from tests.simulation.run import SEED_FAULTS, SEED_OPERATIONS, Simulation, run_seed, run_seeds

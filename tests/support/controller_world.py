@@ -26,8 +26,8 @@ from kvtcp.replication.replica import FreezeRequest, Replica
 from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.server.access import Identity
 from kvtcp.server.node_core import CoordinatorLink, NodeCore
-from kvtcp.storage.copy import Copy, Logged
-from kvtcp.storage.kept import KeptEntries
+from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from tests.support.replication_fakes import STAMP_MAX_MS, Answers, wire
 

@@ -24,7 +24,7 @@ from operator import ge
 from typing import Any, Final
 
 from kvtcp.constants import FRESH_KEYS_MAX, HASH_PARTS, LEAF_KEYS_MAX, SPLIT_KEYS
-from kvtcp.storage.btree import BTree
+from kvtcp.storage.shard.btree import BTree
 
 Cell = tuple[bytes, int, int | None]  # value, revision, deadline in ms or None
 Row = tuple[bytes, bytes, int, int | None]  # key and cell

@@ -38,7 +38,7 @@ from kvtcp.constants import (
     RECENT_ENTRY_BYTES,
     WINDOW_ITEMS_MAX,
 )
-from kvtcp.storage.copy import Logged
+from kvtcp.storage.shard.copy import Logged
 
 Batch = tuple[int, int, list[Logged]]  # ordinal, bytes, entries
 

@@ -10,9 +10,9 @@ import pytest
 from kvtcp.constants import MGET_VALUES_BYTES_MAX, MULTI_BYTES_MAX, TRANSACTION_COPY_BYTES_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code, ProtocolError
 from kvtcp.protocol import operations as op
-from kvtcp.storage import transaction
-from kvtcp.storage.table import Table
-from kvtcp.storage.transaction import result_bytes
+from kvtcp.storage.shard import transaction
+from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.transaction import result_bytes
 from tests.support.table_items import STAMP
 
 STORE_PLAIN = (op.NO_DEADLINE, 0, op.ALWAYS, None)

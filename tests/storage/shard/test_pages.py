@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtcp.protocol import operations as op
-from kvtcp.storage.pages import ROW_BYTES, any_key, merge_frozen, merge_page
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.pages import ROW_BYTES, any_key, merge_frozen, merge_page
+from kvtcp.storage.shard.table import Table
 
 STAMP = 1000
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from kvtcp.constants import INTEGER_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
-from kvtcp.storage.strings import patched
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.strings import patched
+from kvtcp.storage.shard.table import Table
 from tests.support.table_items import STAMP, as_item, string_items
 
 ENTRY_BYTES = 64  # of an entry beyond its item

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvtcp.storage.btree import TAIL_SEARCH_MAX, BTree, Inner, Leaf
+from kvtcp.storage.shard.btree import TAIL_SEARCH_MAX, BTree, Inner, Leaf
 
 KEYS = st.binary(min_size=1, max_size=2)
 BOUNDS = st.none() | KEYS

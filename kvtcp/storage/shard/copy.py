@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.table import Table
 
 # an entry as it is logged: shard, generation, seq, chain, packed entry (epoch, seq, stamp, effects)
 Logged = tuple[int, int, int, int, bytes]

@@ -17,8 +17,8 @@ from typing import Any, Final
 from kvtcp.constants import MGET_VALUES_BYTES_MAX, MULTI_BYTES_MAX, TRANSACTION_COPY_BYTES_MAX
 from kvtcp.errors import Code, ProtocolError
 from kvtcp.protocol import operations as op
-from kvtcp.storage.index import Cell
-from kvtcp.storage.strings import Effect, Evaluated, Item, View, patched
+from kvtcp.storage.shard.index import Cell
+from kvtcp.storage.shard.strings import Effect, Evaluated, Item, View, patched
 
 EFFECT_BYTES: Final = 32  # counted for an effect beyond its key and value
 ALLOWED: Final = frozenset(op.WRITE_NAMES) - {op.PURGE, op.CLEAR, op.TRANSACTION}

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtcp.storage import deadlines as deadlines_module
-from kvtcp.storage.deadlines import Deadlines
+from kvtcp.storage.shard import deadlines as deadlines_module
+from kvtcp.storage.shard.deadlines import Deadlines
 
 PAIRS = st.tuples(st.integers(0, 20), st.binary(max_size=1))
 

@@ -15,9 +15,9 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 from kvtcp.constants import MERGE_ROWS
-from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.index import Cell
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.index import Cell
+from kvtcp.storage.shard.table import Table
 
 # keys, values (None: only the keys were asked for), revs, ttls_ms (None: no row has one), whether rows were cut off
 Page = tuple[Sequence[bytes], Sequence[bytes] | None, Sequence[int], Sequence[int | None] | None, bool]

@@ -19,7 +19,7 @@ from kvtcp.constants import INTEGER_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code, show_bytes
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.numbers import decimal_of, decimal_sum
-from kvtcp.storage.index import Cell
+from kvtcp.storage.shard.index import Cell
 
 Item = Sequence[Any]
 Effect = Sequence[Any]

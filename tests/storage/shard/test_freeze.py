@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvtcp.protocol import operations as op
-from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.index import Row
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.index import Row
+from kvtcp.storage.shard.table import Table
 from tests.support.table_items import Model, as_item, run_model, write_items
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvtcp.storage.btree import BTree
-from kvtcp.storage.index import Cell, Index, Row
+from kvtcp.storage.shard.btree import BTree
+from kvtcp.storage.shard.index import Cell, Index, Row
 
 
 class Frozen:

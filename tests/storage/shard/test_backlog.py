@@ -8,9 +8,9 @@ from random import Random
 import pytest
 
 from kvtcp.constants import MIB, RECENT_ENTRY_BYTES, VALUE_BYTES_MAX, WINDOW_BYTES_MAX
-from kvtcp.storage import kept as kept_module
-from kvtcp.storage.copy import Logged
-from kvtcp.storage.kept import INDEX_IDLE_COMMITS, KeptEntries
+from kvtcp.storage.shard import backlog as kept_module
+from kvtcp.storage.shard.backlog import INDEX_IDLE_COMMITS, KeptEntries
+from kvtcp.storage.shard.copy import Logged
 
 
 def entry(shard: int, seq: int, size: int = 5) -> Logged:

@@ -14,7 +14,7 @@ from heapq import merge
 from typing import Final
 
 from kvtcp.constants import LEAF_KEYS_MAX
-from kvtcp.storage.btree import BTree
+from kvtcp.storage.shard.btree import BTree
 
 STAMP_BYTES: Final = 8
 NEVER_MS: Final = 2**64  # above every deadline

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvtcp.protocol import operations as op
-from kvtcp.storage.copy import Copy
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Table
 
 
 def test_a_new_copy() -> None:

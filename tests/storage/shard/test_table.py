@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvtcp.constants import INTEGER_MAX, PURGE_KEYS_MAX, TTL_MS_MAX
 from kvtcp.errors import Code, DataError, ProtocolError
 from kvtcp.protocol import operations as op
-from kvtcp.storage.table import ChainError, SequenceError, Table
+from kvtcp.storage.shard.table import ChainError, SequenceError, Table
 from tests.support.table_items import (
     HOT,
     KEYS,
@@ -186,7 +186,7 @@ def test_chain_does_not_depend_on_the_hash_seed() -> None:
     """Two processes with different hash seeds come to the same chain and digest."""
     program = """
 from kvtcp.protocol import operations as op
-from kvtcp.storage.table import Table
+from kvtcp.storage.shard.table import Table
 table = Table(leaf_keys_max=4, fresh_keys_max=5)
 for seq in range(1, 400):
     key = b"k%d" % (seq * 7919 % 101)

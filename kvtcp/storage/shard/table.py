@@ -31,11 +31,11 @@ from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, LEAF_KEYS_MAX, TTL_MS_MAX
 from kvtcp.errors import Code, DataError, ProtocolError, show_bytes
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.numbers import integer_of
-from kvtcp.storage import strings, transaction
-from kvtcp.storage.deadlines import Deadlines
-from kvtcp.storage.freeze import Frozen
-from kvtcp.storage.index import PARTS, Cell, Index, OrderError
-from kvtcp.storage.strings import Effect, Evaluated, Item, View
+from kvtcp.storage.shard import strings, transaction
+from kvtcp.storage.shard.deadlines import Deadlines
+from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.index import PARTS, Cell, Index, OrderError
+from kvtcp.storage.shard.strings import Effect, Evaluated, Item, View
 
 # a list of three is an error [code, message, details], a list of one holds the results of a transaction
 Result = int | bool | bytes | list[Any] | None

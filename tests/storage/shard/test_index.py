@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtcp.storage import index as index_module
-from kvtcp.storage.index import Cell, Index, OrderError
+from kvtcp.storage.shard import index as index_module
+from kvtcp.storage.shard.index import Cell, Index, OrderError
 
 KEYS = st.binary(min_size=1, max_size=2)
 STEPS = ["set", "set", "set", "delete", "delete all", "read", "merge"]
