@@ -32,9 +32,9 @@ from bench.peers import Peer, PeerMissing, program, wait_until
 from bench.resp import RespClient, RespError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import PUT
+from kvtcp.storage.disk.store import open_store
 from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.shard.copy import Copy
-from kvtcp.storage.store import open_store
 
 TITLE = "Recovery: a restart, 16-byte keys, 128-byte values"
 SHARDS = 64

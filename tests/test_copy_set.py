@@ -28,9 +28,9 @@ from kvtcp.replication import copy_set
 from kvtcp.replication import replica as replica_module
 from kvtcp.replication.learning import Donation
 from kvtcp.replication.replica import Replica
+from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Table
-from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from tests.support.replica_tools import batch, hello, make, put
 
 

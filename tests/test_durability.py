@@ -15,10 +15,10 @@ import pytest
 from kvtcp.constants import LOG_IDLE_MS, LOG_RECORD_BYTES_MAX
 from kvtcp.server import durability as durability_module
 from kvtcp.server.durability import Durability
-from kvtcp.storage.log_format import parse_header, parse_records
+from kvtcp.storage.disk.log_format import parse_header, parse_records
+from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.copy import Logged
 from kvtcp.storage.shard.freeze import Frozen
-from kvtcp.storage.store import NodeStore
 from tests.crash.disk import CrashDisk, CrashFile
 from tests.support.storage_tools import DIRECTORY, add_copies, fill, names, open_small, pulled, put, state_of
 

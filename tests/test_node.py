@@ -31,7 +31,7 @@ from kvtcp.protocol.link import (
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.server import node_stats
 from kvtcp.server.node import NodeServer
-from kvtcp.storage.manifest import read_manifest
+from kvtcp.storage.disk.manifest import read_manifest
 from tests.crash.disk import CrashDisk
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 from tests.support.storage_tools import DIRECTORY, open_small

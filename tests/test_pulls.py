@@ -18,9 +18,9 @@ from kvtcp.protocol.operations import AUDIT, DELETE, DONATE, DROP, GET, INCR, LE
 from kvtcp.server import donations as donations_module
 from kvtcp.server import pulls as pulls_module
 from kvtcp.server.node import NodeServer
-from kvtcp.storage.manifest import read_manifest
+from kvtcp.storage.disk.manifest import read_manifest
+from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader
 from kvtcp.storage.shard.table import Table
-from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader
 from tests.crash.disk import CrashDisk
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, until
 from tests.support.learning_tools import Link, begin_transfer, hello

@@ -15,7 +15,7 @@ from kvtcp.constants import SHARDS_MAX
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import ASK, GIVE, HELLO, LINK_VERSION
 from kvtcp.replication.replica import Refused
-from kvtcp.storage.log_format import DIRECTORY_BYTES
+from kvtcp.storage.disk.log_format import DIRECTORY_BYTES
 
 _NAMES: Final = {HELLO: "a HELLO", ASK: "an ASK", GIVE: "a GIVE"}
 _FIELDS: Final[dict[int, dict[bytes, type]]] = {

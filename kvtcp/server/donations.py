@@ -28,8 +28,8 @@ from kvtcp.protocol.link import CHUNK
 from kvtcp.replication.learning import Donation
 from kvtcp.replication.replica import Replica
 from kvtcp.server.transport import FramedConnection
+from kvtcp.storage.disk.snapshot import SnapshotHeader, encode_snapshot
 from kvtcp.storage.shard.copy import Logged
-from kvtcp.storage.snapshot import SnapshotHeader, encode_snapshot
 
 log = logging.getLogger("kvtcp.donation")
 

@@ -42,11 +42,11 @@ from kvtcp.constants import (
 )
 from kvtcp.replication.replica import Replica
 from kvtcp.server.worker import Worker
-from kvtcp.storage.log import Prepared
+from kvtcp.storage.disk.log import Prepared
+from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot
+from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.freeze import Frozen
-from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot
-from kvtcp.storage.store import NodeStore
 
 log = logging.getLogger("kvtcp.durability")
 

@@ -32,8 +32,8 @@ from kvtcp.server.node_connection import NodeConnection
 from kvtcp.server.node_core import NodeCore
 from kvtcp.server.node_stats import NodeStats
 from kvtcp.server.pulls import Pulls
+from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.copy import Copy
-from kvtcp.storage.store import NodeStore
 
 log = logging.getLogger("kvtcp.node")
 

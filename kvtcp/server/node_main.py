@@ -29,11 +29,11 @@ from kvtcp.server import runtime
 from kvtcp.server.huge_pages import HugePages
 from kvtcp.server.identity import DataDirectory, IdentityError, lock_holder
 from kvtcp.server.node import NodeServer
-from kvtcp.storage.check import by_reason, check_directory
+from kvtcp.storage.disk.check import by_reason, check_directory
+from kvtcp.storage.disk.log_format import VersionError
+from kvtcp.storage.disk.replay import Progress
+from kvtcp.storage.disk.store import NO_MANIFEST, NodeStore, StoreError, has_data, open_store, read_store_manifest
 from kvtcp.storage.files import OS_DISK
-from kvtcp.storage.log_format import VersionError
-from kvtcp.storage.replay import Progress
-from kvtcp.storage.store import NO_MANIFEST, NodeStore, StoreError, has_data, open_store, read_store_manifest
 
 log = logging.getLogger("kvtcp.node")
 

@@ -29,10 +29,10 @@ from kvtcp.server.durability import NO_SPACE_ERRORS, Durability
 from kvtcp.server.node_core import NodeCore
 from kvtcp.server.transport import FramedConnection
 from kvtcp.server.worker import Worker
-from kvtcp.storage.log_format import DIRECTORY_BYTES, FormatError
+from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, FormatError
+from kvtcp.storage.disk.snapshot import HEADER_BYTES, SnapshotFile, SnapshotHeader, decode_snapshot
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.table import Table
-from kvtcp.storage.snapshot import HEADER_BYTES, SnapshotFile, SnapshotHeader, decode_snapshot
 
 log = logging.getLogger("kvtcp.learn")
 

@@ -32,7 +32,7 @@ from kvtcp.server.identity import FILE, DataDirectory, IdentityError, read_ident
 from kvtcp.server.ownership import wall_ms
 from kvtcp.server.runtime import StartError, join_address
 from kvtcp.server.supervisor import STRANGER, Found, Supervisor, first_answer, refusal
-from kvtcp.storage.check import by_reason
+from kvtcp.storage.disk.check import by_reason
 
 log = logging.getLogger("kvtcp.coordinator")
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from kvtcp.storage.disk.replay import replay
+from kvtcp.storage.disk.store import read_store_manifest
 from kvtcp.storage.files import OS_DISK
-from kvtcp.storage.replay import replay
 from kvtcp.storage.shard.copy import Copy
-from kvtcp.storage.store import read_store_manifest
 
 FAR_MS: Final = 1 << 50  # whatever has a deadline is gone by then
 

@@ -11,9 +11,9 @@ import pytest
 
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import PUT
+from kvtcp.storage.disk.store import open_store
 from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.shard.copy import Copy
-from kvtcp.storage.store import open_store
 from tests.chaos.checks import Availability, Gap, History, blame
 from tests.chaos.cluster import Shape
 from tests.chaos.disks import read_members

@@ -33,10 +33,10 @@ from pathlib import Path
 from random import Random
 
 from kvtcp.protocol import operations as op
+from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, decode_snapshot, encode_snapshot
+from kvtcp.storage.disk.store import NodeStore, open_store, read_store_manifest
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.table import Table
-from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, decode_snapshot, encode_snapshot
-from kvtcp.storage.store import NodeStore, open_store, read_store_manifest
 from tests.crash.disk import CrashDisk, Crashes
 
 DIRECTORY = Path("/node")

@@ -18,10 +18,10 @@ from random import Random
 
 import pytest
 
-from kvtcp.storage.log_format import RECORD_BYTES, parse_header, parse_records
-from kvtcp.storage.manifest import read_manifest
-from kvtcp.storage.replay import replay
-from kvtcp.storage.store import NodeStore, StoreError
+from kvtcp.storage.disk.log_format import RECORD_BYTES, parse_header, parse_records
+from kvtcp.storage.disk.manifest import read_manifest
+from kvtcp.storage.disk.replay import replay
+from kvtcp.storage.disk.store import NodeStore, StoreError
 from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import (
     DIRECTORY,

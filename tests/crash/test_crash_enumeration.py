@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kvtcp.storage import store as store_module
-from kvtcp.storage.log import LogWriter, Prepared
-from kvtcp.storage.replay import Replayed
-from kvtcp.storage.snapshot import SnapshotFile
-from kvtcp.storage.store import NodeStore
+from kvtcp.storage.disk import store as store_module
+from kvtcp.storage.disk.log import LogWriter, Prepared
+from kvtcp.storage.disk.replay import Replayed
+from kvtcp.storage.disk.snapshot import SnapshotFile
+from kvtcp.storage.disk.store import NodeStore
 from tests.crash import enumeration as crash_enumeration
 from tests.crash.enumeration import Lost, Workload, enumerate_crashes, enumerate_errors
 

@@ -16,7 +16,7 @@ import pytest
 
 import kvtcp
 from kvtcp.errors import Code
-from kvtcp.storage.store import ASIDE
+from kvtcp.storage.disk.store import ASIDE
 from tests.crash import kill_run
 from tests.processes.cluster import ROOT, Command, ProcessCluster, free_ports, wait_for
 

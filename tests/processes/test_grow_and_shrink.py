@@ -14,9 +14,9 @@ from typing import Any
 
 import kvtcp
 from kvtcp.errors import Unavailable
+from kvtcp.storage.disk.snapshot import DIRECTORY as SNAPSHOTS
+from kvtcp.storage.disk.store import read_store_manifest
 from kvtcp.storage.files import OS_DISK
-from kvtcp.storage.snapshot import DIRECTORY as SNAPSHOTS
-from kvtcp.storage.store import read_store_manifest
 from tests.chaos.cluster import ChaosCluster, Shape
 from tests.chaos.disks import read_map, read_members
 from tests.processes.cluster import ROOT

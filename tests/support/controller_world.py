@@ -26,9 +26,9 @@ from kvtcp.replication.replica import FreezeRequest, Replica
 from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.server.access import Identity
 from kvtcp.server.node_core import CoordinatorLink, NodeCore
+from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from tests.support.replication_fakes import STAMP_MAX_MS, Answers, wire
 
 CLUSTER = b"12345678"

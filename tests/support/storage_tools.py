@@ -7,11 +7,11 @@ from pathlib import Path
 from random import Random
 
 from kvtcp.protocol import operations as op
+from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
+from kvtcp.storage.disk.store import NodeStore, open_store
 from kvtcp.storage.files import Disk
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.table import Table
-from kvtcp.storage.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
-from kvtcp.storage.store import NodeStore, open_store
 from tests.crash.disk import CrashDisk
 
 DIRECTORY = Path("/node")

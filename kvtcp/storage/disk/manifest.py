@@ -29,8 +29,8 @@ from typing import Any, Final
 from zlib import crc32
 
 from kvtcp.constants import MANIFEST_FORMAT_VERSION
+from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, FormatError, VersionError
 from kvtcp.storage.files import Disk
-from kvtcp.storage.log_format import DIRECTORY_BYTES, FormatError, VersionError
 
 FILE: Final = "manifest.json"
 

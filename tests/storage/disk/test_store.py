@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from kvtcp.constants import SPACE_RESERVE_BYTES
-from kvtcp.storage import log_format, snapshot
-from kvtcp.storage.log_format import RECORD_BYTES, parse_header, parse_records
-from kvtcp.storage.manifest import Manifest, read_manifest
+from kvtcp.storage.disk import log_format, snapshot
+from kvtcp.storage.disk.log_format import RECORD_BYTES, parse_header, parse_records
+from kvtcp.storage.disk.manifest import Manifest, read_manifest
+from kvtcp.storage.disk.snapshot import encode_snapshot
+from kvtcp.storage.disk.store import ASIDE, POWER_CUT, NodeStore, StoreError
 from kvtcp.storage.shard.copy import Copy
-from kvtcp.storage.snapshot import encode_snapshot
-from kvtcp.storage.store import ASIDE, POWER_CUT, NodeStore, StoreError
 from tests.crash.disk import CrashDisk
 from tests.crash.fake_disk import FaultyDisk, QuickDisk
 from tests.support.storage_tools import (

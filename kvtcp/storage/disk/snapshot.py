@@ -33,8 +33,8 @@ from kvtcp.constants import (
     SNAPSHOT_FRAME_ROWS,
     SNAPSHOT_SYNC_BYTES,
 )
+from kvtcp.storage.disk.log_format import FormatError, VersionError
 from kvtcp.storage.files import AppendFile, Disk
-from kvtcp.storage.log_format import FormatError, VersionError
 from kvtcp.storage.shard.copy import Logged
 from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.shard.index import Cell

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.storage.log_format import (
+from kvtcp.storage.disk.log_format import (
     RECORD_BYTES,
     SegmentHeader,
     VersionError,
@@ -17,9 +17,9 @@ from kvtcp.storage.log_format import (
     parse_header,
     parse_records,
 )
-from kvtcp.storage.manifest import read_manifest
-from kvtcp.storage.replay import Damage, Replayed, replay
-from kvtcp.storage.store import NodeStore
+from kvtcp.storage.disk.manifest import read_manifest
+from kvtcp.storage.disk.replay import Damage, Replayed, replay
+from kvtcp.storage.disk.store import NodeStore
 from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import (
     DIRECTORY,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from kvtcp.errors import KvtcpError
+from kvtcp.storage.disk.manifest import Manifest
+from kvtcp.storage.disk.replay import Progress, Replayed, replay
 from kvtcp.storage.files import Disk
-from kvtcp.storage.manifest import Manifest
-from kvtcp.storage.replay import Progress, Replayed, replay
 
 SHARDS_SHOWN: Final = 8  # of those with one reason
 

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtcp.errors import DataError
-from kvtcp.storage import log, snapshot
-from kvtcp.storage.files import Disk
-from kvtcp.storage.log import SegmentInfo
-from kvtcp.storage.log_format import (
+from kvtcp.storage.disk import log, snapshot
+from kvtcp.storage.disk.log import SegmentInfo
+from kvtcp.storage.disk.log_format import (
     FormatError,
     Position,
     Record,
@@ -34,10 +33,11 @@ from kvtcp.storage.log_format import (
     parse_header,
     parse_records,
 )
-from kvtcp.storage.manifest import Manifest
+from kvtcp.storage.disk.manifest import Manifest
+from kvtcp.storage.disk.snapshot import SnapshotName, load_snapshot
+from kvtcp.storage.files import Disk
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.snapshot import SnapshotName, load_snapshot
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvtcp.storage.check import CheckReport, check_directory
-from kvtcp.storage.manifest import read_manifest
+from kvtcp.storage.disk.check import CheckReport, check_directory
+from kvtcp.storage.disk.manifest import read_manifest
+from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.table import Table
-from kvtcp.storage.store import NodeStore
 from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import (
     BOOT,

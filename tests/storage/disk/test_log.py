@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.storage import log
-from kvtcp.storage.log import LogWriter, Prepared, segment_lsn, segment_name
-from kvtcp.storage.log_format import Record, Segment, SegmentHeader, parse_header, parse_records
+from kvtcp.storage.disk import log
+from kvtcp.storage.disk.log import LogWriter, Prepared, segment_lsn, segment_name
+from kvtcp.storage.disk.log_format import Record, Segment, SegmentHeader, parse_header, parse_records
 from kvtcp.storage.shard.copy import Copy
 from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import ids, put

@@ -13,11 +13,9 @@ import pytest
 from kvtcp.constants import SNAPSHOT_FRAME_BYTES, SNAPSHOT_FRAME_ROWS
 from kvtcp.errors import DataError
 from kvtcp.protocol import operations as op
-from kvtcp.storage import snapshot
-from kvtcp.storage.log_format import FormatError, VersionError
-from kvtcp.storage.shard.copy import Logged
-from kvtcp.storage.shard.table import Table
-from kvtcp.storage.snapshot import (
+from kvtcp.storage.disk import snapshot
+from kvtcp.storage.disk.log_format import FormatError, VersionError
+from kvtcp.storage.disk.snapshot import (
     SnapshotEncoder,
     SnapshotFile,
     SnapshotHeader,
@@ -27,6 +25,8 @@ from kvtcp.storage.snapshot import (
     load_snapshot,
     read_frames,
 )
+from kvtcp.storage.shard.copy import Logged
+from kvtcp.storage.shard.table import Table
 from tests.crash.disk import CrashDisk
 
 ID = b"DIRECTRY"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvtcp.storage import manifest as module
-from kvtcp.storage.log_format import FormatError, VersionError
-from kvtcp.storage.manifest import FILE, Manifest, read_manifest, write_manifest
+from kvtcp.storage.disk import manifest as module
+from kvtcp.storage.disk.log_format import FormatError, VersionError
+from kvtcp.storage.disk.manifest import FILE, Manifest, read_manifest, write_manifest
 from tests.crash.disk import CrashDisk
 
 FOLDER = Path("/node")

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from kvtcp.constants import SEGMENT_BYTES_MAX
-from kvtcp.storage.files import AppendFile, Disk
-from kvtcp.storage.log_format import (
+from kvtcp.storage.disk.log_format import (
     Position,
     Record,
     SegmentHeader,
@@ -34,6 +33,7 @@ from kvtcp.storage.log_format import (
     encode_header,
     encode_record,
 )
+from kvtcp.storage.files import AppendFile, Disk
 from kvtcp.storage.shard.copy import Logged
 
 DIRECTORY: Final = "log"

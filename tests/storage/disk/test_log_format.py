@@ -8,7 +8,7 @@ from zlib import crc32
 import pytest
 
 from kvtcp.constants import LOG_RECORD_BYTES_MAX
-from kvtcp.storage.log_format import (
+from kvtcp.storage.disk.log_format import (
     RECORD_BYTES,
     FormatError,
     Record,

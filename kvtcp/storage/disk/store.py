@@ -34,15 +34,15 @@ from kvtcp.constants import (
     SNAPSHOT_LOG_BYTES,
     SPACE_RESERVE_BYTES,
 )
-from kvtcp.storage import log, snapshot
+from kvtcp.storage.disk import log, snapshot
+from kvtcp.storage.disk.log import LogWriter, Prepared
+from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, SALT_BYTES, FormatError, Position, VersionError
+from kvtcp.storage.disk.manifest import Manifest, read_manifest, write_manifest
+from kvtcp.storage.disk.replay import Damage, Progress, Replayed, replay
+from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, encode_snapshot
 from kvtcp.storage.files import Disk
-from kvtcp.storage.log import LogWriter, Prepared
-from kvtcp.storage.log_format import DIRECTORY_BYTES, SALT_BYTES, FormatError, Position, VersionError
-from kvtcp.storage.manifest import Manifest, read_manifest, write_manifest
-from kvtcp.storage.replay import Damage, Progress, Replayed, replay
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.freeze import Frozen
-from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, encode_snapshot
 
 ASIDE: Final = "aside"
 DISK_ID_BYTES: Final = 8
