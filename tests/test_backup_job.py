@@ -12,7 +12,7 @@ from kvtcp.constants import FREEZE_ROWS
 from kvtcp.protocol.operations import PUT
 from kvtcp.replication.replica import FreezeRequest
 from kvtcp.server.backup_job import BackupJob
-from kvtcp.storage.backup_file import read_file_pairs
+from kvtcp.storage.backup.file import read_file_pairs
 from kvtcp.storage.files import OS_DISK, OsFile
 from kvtcp.storage.shard.table import Table
 from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, until

@@ -17,7 +17,7 @@ from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestErr
 from kvtcp.protocol.operations import CLEAR, FREEZE
 from kvtcp.replication.membership import Membership
 from kvtcp.server import backup_job, backups
-from kvtcp.storage import backup as files
+from kvtcp.storage.backup import archive as files
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
     BOTH_LOOPS,

@@ -7,7 +7,7 @@ import pytest
 
 from kvtcp.errors import DataError, Unavailable
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.storage import backup
+from kvtcp.storage.backup import archive
 from tests.support.shell_fakes import Shell
 
 
@@ -96,13 +96,13 @@ def test_unreachable_cluster(shell: Shell) -> None:
     assert shell.err == "kvtcp-shell: no connection to kvtcp://127.0.0.1:8000 within 2 s, nothing was sent\n"
 
 
-REPORT = backup.VerifyReport(pairs=10, bytes=200, files=3, shards=64, cluster="c-1", created="2026-01-01T00:00:00Z")
+REPORT = archive.VerifyReport(pairs=10, bytes=200, files=3, shards=64, cluster="c-1", created="2026-01-01T00:00:00Z")
 
 
 def test_verify_needs_no_server(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`verify` reads the directory from here and shows its report."""
     seen: list[Path] = []
-    monkeypatch.setattr(backup, "verify", lambda path: seen.append(path) or REPORT)
+    monkeypatch.setattr(archive, "verify", lambda path: seen.append(path) or REPORT)
     assert shell.run("verify", str(tmp_path)) == 0
     assert (seen, shell.client.opened) == ([tmp_path], [])
     assert shell.out == b"pairs\t10\nbytes\t200\nfiles\t3\nshards\t64\ncluster\tc-1\ncreated\t2026-01-01T00:00:00Z\n"
@@ -115,7 +115,7 @@ def test_verify_finds_a_name_among_the_backups(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backups" / "monday").mkdir(parents=True)
     seen: list[Path] = []
-    monkeypatch.setattr(backup, "verify", lambda path: seen.append(path) or REPORT)
+    monkeypatch.setattr(archive, "verify", lambda path: seen.append(path) or REPORT)
     assert shell.run("verify", "monday") == 0
     (tmp_path / "monday").mkdir()
     assert shell.run("verify", "monday") == 0
@@ -140,6 +140,6 @@ def test_verify_of_a_damaged_backup(shell: Shell, monkeypatch: pytest.MonkeyPatc
     def verify(path: Path) -> None:
         raise DataError("node-n1.jsonl, line 3: not JSON")
 
-    monkeypatch.setattr(backup, "verify", verify)
+    monkeypatch.setattr(archive, "verify", verify)
     assert shell.run("verify", "b") == 7
     assert (shell.out, shell.err) == (b"", "kvtcp-shell: node-n1.jsonl, line 3: not JSON\n")

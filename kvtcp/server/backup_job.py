@@ -17,7 +17,7 @@ from typing import Any
 
 from kvtcp.constants import BACKUP_SLICE_MS, FREEZE_ROWS
 from kvtcp.replication.replica import FreezeRequest
-from kvtcp.storage.backup import NodeFileWriter
+from kvtcp.storage.backup.archive import NodeFileWriter
 from kvtcp.storage.files import OsDisk
 from kvtcp.storage.shard.pages import merge_frozen
 

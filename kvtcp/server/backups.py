@@ -36,8 +36,8 @@ from kvtcp.replication.multi_read import count_read, page_read
 from kvtcp.replication.requests import Gather
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.server.runtime import StartTask
-from kvtcp.storage import backup as files
-from kvtcp.storage.backup_manifest import FileReport, Manifest, ShardCut
+from kvtcp.storage.backup import archive as files
+from kvtcp.storage.backup.manifest import FileReport, Manifest, ShardCut
 from kvtcp.storage.files import OsDisk
 
 log = logging.getLogger("kvtcp.backup")

@@ -62,14 +62,14 @@ async def _verify(context: Context, arguments: Arguments, output: Output) -> Exi
 
 def _verified(text: str, directory: Path) -> dict[str, Any]:
     """The report on the backup in a directory, or in BACKUPS where a mere name is no directory here."""
-    from kvtcp.storage import backup  # a third of the time that any other command takes to start
+    from kvtcp.storage.backup import archive
 
     usual = Path(BACKUPS) / directory.name
     is_elsewhere = not directory.exists() and usual.is_dir()
     if is_elsewhere and "/" not in text:
-        return asdict(backup.verify(usual))
+        return asdict(archive.verify(usual))
     try:
-        return asdict(backup.verify(directory))
+        return asdict(archive.verify(directory))
     except DataError as error:
         if not is_elsewhere:
             raise

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtcp.errors import DataError
-from kvtcp.storage.backup_manifest import FileReport, Manifest, ShardCut, ShardSum
+from kvtcp.storage.backup.manifest import FileReport, Manifest, ShardCut, ShardSum
 
 
 def sha(text: str) -> str:

@@ -11,8 +11,8 @@ from kvtcp.constants import BACKUP_BLOCK_LINES, BACKUP_WRITE_BYTES, JSON_LINE_BY
 from kvtcp.errors import DataError
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.storage.backup_file import NodeFileWriter, Row, node_file_name, read_file_pairs, read_lines, verify_file
-from kvtcp.storage.backup_manifest import FileReport
+from kvtcp.storage.backup.file import NodeFileWriter, Row, node_file_name, read_file_pairs, read_lines, verify_file
+from kvtcp.storage.backup.manifest import FileReport
 from tests.crash.fake_disk import FaultyDisk, QuickDisk
 
 DISK = QuickDisk()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvtcp.errors import DataError, RequestError
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.storage.backup import (
+from kvtcp.storage.backup.archive import (
     ContentHash,
     FileReport,
     Manifest,

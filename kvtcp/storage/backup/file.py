@@ -25,7 +25,7 @@ from kvtcp.constants import BACKUP_BLOCK_LINES, BACKUP_WRITE_BYTES, JSON_LINE_BY
 from kvtcp.errors import DataError, show_bytes
 from kvtcp.jsonl import Pair, decode_pair, encode_pair
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.storage.backup_manifest import NODE_FILE, FileReport, ShardSum
+from kvtcp.storage.backup.manifest import NODE_FILE, FileReport, ShardSum
 from kvtcp.storage.files import Disk
 
 Row = tuple[int, bytes, bytes, int, int | None]  # shard, key, value, revision, ttl_ms

@@ -31,8 +31,8 @@ from typing import Final
 from kvtcp.constants import BACKUP_NAME_CHARS_MAX
 from kvtcp.errors import DataError, RequestError
 from kvtcp.jsonl import Pair
-from kvtcp.storage.backup_file import NodeFileWriter, node_file_name, read_file_pairs, verify_file
-from kvtcp.storage.backup_manifest import MANIFEST_NAME, NODE_FILE, FileReport, Manifest, ShardCut, ShardSum
+from kvtcp.storage.backup.file import NodeFileWriter, node_file_name, read_file_pairs, verify_file
+from kvtcp.storage.backup.manifest import MANIFEST_NAME, NODE_FILE, FileReport, Manifest, ShardCut, ShardSum
 from kvtcp.storage.files import OS_DISK, Disk
 
 __all__ = [
