@@ -10,9 +10,9 @@ import sys
 import time
 from typing import Any
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.sequencer import Sequencer
 
 SHARDS = 64

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from kvtcp.config_store.store import Outcome
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import Outcome
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.link import ENTRIES, LEARN_FAILED, LEARNED, LEAVE, SHIPPED, STOP, CopyReport, Report
 from kvtcp.protocol.operations import AUDIT, INCR, LEARN, UNLEARN
 from kvtcp.replication import recovery
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
 from tests.support.controller_walk import walk

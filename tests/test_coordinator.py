@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import kvtcp
-from kvtcp.config_store.keeper import MapKeeper
+from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS

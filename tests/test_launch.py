@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvtcp.config_store.keeper import MapKeeper
-from kvtcp.config_store.memory import MemoryConfigStore
+from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.server import launch, runtime
 from kvtcp.server.coordinator import ClusterConfig
 from kvtcp.server.node import NodeServer

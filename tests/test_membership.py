@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvtcp.config_store.store import Outcome
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import Outcome
 from kvtcp.constants import (
     BACKOFF_MIN_MS,
     EVICT_AFTER_MS,
@@ -26,7 +27,6 @@ from kvtcp.errors import Code
 from kvtcp.protocol.link import LEAVE
 from kvtcp.protocol.operations import DONATE, DROP, INCR, LEARN, PUT, UNLEARN
 from kvtcp.replication import membership
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, LIVE, PULLING
 from kvtcp.replication.recovery import DOWN
 from tests.support.controller_world import World

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from kvtcp.config_store.keeper import MapKeeper
-from kvtcp.config_store.memory import MemoryConfigStore
-from kvtcp.config_store.store import Outcome
+from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.memory_store import MemoryConfigStore
+from kvtcp.cluster.store import Outcome
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.server.ownership import CannotServe, Predecessor, check_store, found_map, own_map, wall_ms
 from kvtcp.server.supervisor import Found

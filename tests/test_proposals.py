@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvtcp.config_store.store import Outcome
+from kvtcp.cluster.changes import MapChanges
+from kvtcp.cluster.store import Outcome
 from kvtcp.protocol.link import CopyReport, Report
-from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.proposals import Proposals
 from tests.support.replication_fakes import make_map
 

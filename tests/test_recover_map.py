@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 import kvtcp
-from kvtcp.config_store.file import parse
-from kvtcp.config_store.keeper import MapKeeper
-from kvtcp.config_store.memory import MemoryConfigStore
+from kvtcp.cluster.file_store import parse
+from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.protocol.framing import FrameEncoder
 from kvtcp.protocol.link import TOLD, Told
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.server.identity import DataDirectory, write_identity
 from kvtcp.server.node import NodeServer
 from kvtcp.server.recover_map import Places, ask, local_nodes, recover_map

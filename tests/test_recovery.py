@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from kvtcp.cluster.map import LOST_DISK, ClusterMap
 from kvtcp.constants import RECOVER_WAIT_MS
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
 from kvtcp.replication import recovery
-from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.copy_reports import LOST_DATA, UNKNOWN_COPY
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import LinkError

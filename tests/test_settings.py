@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.server.runtime import StartError
 from kvtcp.server.settings import (
     Nodes,

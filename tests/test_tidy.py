@@ -32,7 +32,7 @@ UNTESTED: dict[str, str] = {
     "kvtcp/client/channel.py": "the connection under the asynchronous client: test_client_aio.py drives all of it",
     "kvtcp/client/loop_thread.py": "the loop under the synchronous client: test_client_sync.py drives all of it",
     "kvtcp/_version.py": "one assignment",
-    "kvtcp/config_store/memory.py": "test_config_store_store.py runs the contract of all stores on it",
+    "kvtcp/cluster/memory_store.py": "test_config_store_store.py runs the contract of all stores on it",
     "kvtcp/testing/asyncio_fixtures.py": "one fixture; the tests of the plugin use it",
 }
 

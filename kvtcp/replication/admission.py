@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import (
     BATCH_BYTES_MAX,
     DRAIN_SLICE,
@@ -48,7 +49,6 @@ from kvtcp.protocol.operations import (
     WRITE_OP_END,
 )
 from kvtcp.replication.answers import Answers
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
 from kvtcp.replication.requests import AWAITED, ITEM_OVERHEAD_BYTES, NUMBER, PART, WRITE, Sink, Waiting

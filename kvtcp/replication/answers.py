@@ -17,10 +17,10 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 from typing import Any
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code, text_of
 from kvtcp.protocol.operations import EXISTS, GET, REVISION
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Op, Progress
 from kvtcp.replication.requests import AWAITED, CALL, DUE, LOST, NUMBER, PART, Held, Sink

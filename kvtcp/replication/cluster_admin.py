@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.placement import plan
 from kvtcp.constants import NODES_MAX
 from kvtcp.errors import AdminError
 from kvtcp.protocol.link import Report
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.membership import Membership
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.placement import plan
 from kvtcp.replication.proposals import Proposals
 from kvtcp.replication.recovery import DOWN, Recovery
 from kvtcp.replication.sequencer import Sequencer

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.multi_read import MultiRead
 from kvtcp.replication.progress import Progress
 from kvtcp.replication.requests import LINK_LOST, Sink

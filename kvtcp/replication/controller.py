@@ -25,12 +25,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from kvtcp.cluster.changes import MapChanges
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS
 from kvtcp.protocol.link import ENTRIES, LEARN_FAILED, LEARNED, LEAVE, SHIPPED, CopyReport, Report
 from kvtcp.replication.audit import Audit
 from kvtcp.replication.cluster_admin import Admin
-from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.membership import Membership, NodeState
 from kvtcp.replication.outbox import Action, Event, Outbox
 from kvtcp.replication.progress import LinkError

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Final
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.operations import RESULTS_OF
 from kvtcp.replication.admission import Admission
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import ANSWERED, Batch, Op, Progress
 from kvtcp.replication.requests import AWAITED, CALL, DUE, ITEM_OVERHEAD_BYTES, LINK_LOST, LOST
 from kvtcp.replication.shard_state import ShardState

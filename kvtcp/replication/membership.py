@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import (
     BACKOFF_MAX_MS,
     BACKOFF_MIN_MS,
@@ -36,7 +37,6 @@ from kvtcp.constants import (
 )
 from kvtcp.protocol.link import STOP, CopyReport, Report
 from kvtcp.protocol.operations import DROP
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.learner import FREEZING, PULLING, Learner
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.progress import Batch, Progress

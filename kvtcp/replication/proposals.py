@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from kvtcp.cluster.changes import Edit, MapChanges
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.link import Report
-from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.map_changes import Edit, MapChanges
 
 
 class Proposals:

@@ -40,9 +40,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kvtcp.cluster.map import LOST_DISK, ClusterMap
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report, is_entry
-from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.copy_reports import UNKNOWN_COPY, foreign_copy, incomplete_copy
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.membership import Membership

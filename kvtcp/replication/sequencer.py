@@ -28,11 +28,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, PURGE_SHARDS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PURGE
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.copy_reports import LOST_DATA, foreign_copy, incomplete_copy
 from kvtcp.replication.members import Members, part_of
 from kvtcp.replication.progress import ANSWERED, Batch, LinkError, Op, Progress

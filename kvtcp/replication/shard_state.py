@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.errors import Code
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.progress import Op, Progress
 from kvtcp.replication.requests import Held, Sink, Waiting
 

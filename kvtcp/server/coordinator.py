@@ -24,8 +24,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvtcp.config_store.keeper import MapKeeper, NotOwner
-from kvtcp.config_store.store import ConfigStoreError
+from kvtcp.cluster.keeper import MapKeeper, NotOwner
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import (
     HEARTBEAT_MS,
     LEAVE_TIME_MS,
@@ -35,7 +36,6 @@ from kvtcp.constants import (
     TICK_MS,
 )
 from kvtcp.protocol.link import Report
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import Gateway
 from kvtcp.replication.keyspace import Keyspace

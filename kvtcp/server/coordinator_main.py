@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvtcp.config_store.store import ConfigStoreError
+from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import NODES_DEFAULT, REPLICATION_FACTOR_DEFAULT, SHARDS_DEFAULT
 from kvtcp.server import runtime
 from kvtcp.server.identity import FILE as IDENTITY_FILE

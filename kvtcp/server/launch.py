@@ -22,10 +22,10 @@ import socket
 from collections.abc import Awaitable, Mapping
 from typing import Final, TypeVar
 
-from kvtcp.config_store.file import FileConfigStore
-from kvtcp.config_store.keeper import MapKeeper
+from kvtcp.cluster.file_store import FileConfigStore
+from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import DRAIN_MS, HOST_DEFAULT, RECOVER_WAIT_MS
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.server import runtime
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
 from kvtcp.server.identity import DataDirectory

@@ -13,11 +13,11 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvtcp.config_store.keeper import MapKeeper, NotOwner
-from kvtcp.config_store.store import ConfigStoreError
+from kvtcp.cluster.keeper import MapKeeper, NotOwner
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.placement import plan
+from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import STAMP_AHEAD_MS
-from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.placement import plan
 from kvtcp.server.supervisor import Found
 
 

@@ -1,6 +1,6 @@
 """`kvtcp-coordinator --recover-map`: a lost map.json made again, before the start goes on as usual.
 
-The shell around replication/map_recovery.py. Nodes with a directory here are spawned, or found running; those of
+The shell around cluster/rebuild.py. Nodes with a directory here are spawned, or found running; those of
 --nodes, and those that the maps of the others name, are asked where they are. Each is asked by one ASK on a connection
 of its own, which changes nothing there, until all nodes of the newest map have answered, or are not to be waited for
 any more: one that ended again, one whose directory is missing, one that for ANSWER_S says nothing. What was spawned is
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvtcp.config_store.keeper import MapKeeper, NotOwner
+from kvtcp.cluster.keeper import MapKeeper, NotOwner
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.rebuild import CannotRecover, Recovered, newest_map, recovered_map
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import ASK, LINK_VERSION, TOLD, Told, parse_told
-from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.map_recovery import CannotRecover, Recovered, newest_map, recovered_map
 from kvtcp.server.identity import FILE, DataDirectory, IdentityError, read_identity
 from kvtcp.server.ownership import wall_ms
 from kvtcp.server.runtime import StartError, join_address

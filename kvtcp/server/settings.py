@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import (
     BASE_PORT_DEFAULT,
     DURABILITY_DEFAULT,
@@ -22,7 +23,6 @@ from kvtcp.constants import (
     SHARDS_DEFAULT,
     SHARDS_MAX,
 )
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.server.recover_map import Places
 from kvtcp.server.runtime import StartError, is_loopback
 

@@ -30,8 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvtcp.config_store.keeper import MapKeeper
-from kvtcp.config_store.memory import MemoryConfigStore
+from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
 from kvtcp.server.node import NodeServer

@@ -11,7 +11,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvtcp.config_store.store import Outcome, Stored
+from kvtcp.cluster.changes import MapChanges
+from kvtcp.cluster.store import Outcome, Stored
 from kvtcp.protocol.link import (
     BATCH,
     ENTRIES,
@@ -29,7 +30,6 @@ from kvtcp.protocol.link import (
 )
 from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.sequencer import Sequencer
 from tests.simulation.network import TO_CLIENT, TO_SERVER, Connection, Network
 from tests.simulation.store import SimStore

@@ -15,8 +15,8 @@ from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvtcp.config_store.store import Stored as StoredMap
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import Stored as StoredMap
 from tests.simulation.disk import MEMORY, OS, SYNC_MS
 from tests.simulation.network import DELAY_MS, TO_CLIENT, TO_SERVER, Path
 from tests.simulation.world import require

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from kvtcp.config_store.store import Outcome
+from kvtcp.cluster.changes import MapChanges
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import Outcome
 from kvtcp.errors import Code
 from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED
 from kvtcp.replication import learner, recovery
 from kvtcp.replication.answers import Answers
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.learner import Learner
-from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.members import Members
 from kvtcp.replication.membership import Membership
 from kvtcp.replication.progress import Batch

@@ -27,9 +27,9 @@ from zlib import crc32
 
 import msgpack
 
-from kvtcp.config_store.store import Stored as StoredMap
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import Stored as StoredMap
 from kvtcp.protocol.operations import PATCH, SET
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.storage.shard.copy import Logged
 from kvtcp.storage.shard.table import Table
 from tests.simulation.disk import Stored

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.cluster.map import ClusterMap
 from tests.simulation.clients import OPERATIONS_MAX, Clients
 from tests.simulation.coordinator import SimCoordinator
 from tests.simulation.disk import MEMORY, OS, SYNC

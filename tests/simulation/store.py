@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvtcp.config_store.store import Outcome, Stored
+from kvtcp.cluster.store import Outcome, Stored
 from tests.simulation.world import Process, World
 
 TIMEOUT_MS = 60  # after which a request to the shared store has an unknown outcome

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.config_store.store import Outcome, Stored
+from kvtcp.cluster.store import Outcome, Stored
 from kvtcp.storage.shard.table import Table
 from tests.simulation.disk import OS, SYNC, NodeDisk
 from tests.simulation.network import TO_CLIENT, TO_SERVER, Network

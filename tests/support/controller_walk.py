@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from kvtcp.config_store.store import Outcome
+from kvtcp.cluster.store import Outcome
 from kvtcp.errors import AdminError
 from kvtcp.protocol.link import LEAVE
 from kvtcp.protocol.operations import INCR

@@ -14,14 +14,14 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from kvtcp.config_store.store import Outcome, Stored
+from kvtcp.cluster.changes import MapChanges
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import Outcome, Stored
 from kvtcp.constants import TICK_MS
 from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, RESULTS, parse_report
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.controller import FRAME_KINDS, Controller
 from kvtcp.replication.learning import Learning
-from kvtcp.replication.map_changes import MapChanges
 from kvtcp.replication.replica import FreezeRequest, Replica
 from kvtcp.replication.sequencer import Sequencer, ShardState
 from kvtcp.server.access import Identity

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgpack
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.link import LINK_VERSION, CopyReport, parse_report
 from kvtcp.protocol.operations import GET, PUT
-from kvtcp.replication.cluster_map import ClusterMap
 from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencer import Sequencer
 

@@ -8,8 +8,8 @@ from random import Random
 
 import pytest
 
-from kvtcp.config_store.file import FileConfigStore, form, parse
-from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
+from kvtcp.cluster.file_store import FileConfigStore, form, parse
+from kvtcp.cluster.store import ConfigStoreError, Outcome, Stored
 from tests.crash.disk import CrashDisk, Crashes
 from tests.crash.fake_disk import FaultyDisk, QuickDisk
 

@@ -5,7 +5,7 @@ It is as lasting as its object: one that is handed to the next coordinator is wh
 
 from __future__ import annotations
 
-from kvtcp.config_store.store import Outcome, Stored
+from kvtcp.cluster.store import Outcome, Stored
 
 
 class MemoryConfigStore:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtcp.cluster.placement import Rows, balanced_placement, plan
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.replication.placement import Rows, balanced_placement, plan
 
 
 def test_small_sizes() -> None:

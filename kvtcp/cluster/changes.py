@@ -1,6 +1,6 @@
 """Changes of the cluster map: one compare-and-set at a time, each sent until its outcome is known.
 
-Pure: edits in, bytes for the config store out, outcomes in. config_store/keeper.py is its shell with a real store, the
+Pure: edits in, bytes for the config store out, outcomes in. cluster/keeper.py is its shell with a real store, the
 simulation has another. Nothing here decides by a change before it is known to be stored; whoever proposed one does.
 
 - One change is in flight. Those that were proposed meanwhile are combined into the next one, in order.
@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from kvtcp.config_store.store import Outcome, Stored
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.store import Outcome, Stored
 from kvtcp.constants import MAP_RESEND_MS
-from kvtcp.replication.cluster_map import ClusterMap
 
 Edit = Callable[[ClusterMap], ClusterMap]
 Done = Callable[[ClusterMap], None]

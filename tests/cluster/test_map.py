@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtcp.cluster.map import ClusterMap, MapError
 from kvtcp.constants import NODES_MAX
-from kvtcp.replication.cluster_map import ClusterMap, MapError
 from tests.support.replication_fakes import make_map
 
 

@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvtcp.config_store.store import NOTHING, Outcome, Stored
+from kvtcp.cluster.changes import LOST, Edit, MapChanges, NotOwner
+from kvtcp.cluster.map import ClusterMap, MapError
+from kvtcp.cluster.store import NOTHING, Outcome, Stored
 from kvtcp.constants import MAP_RESEND_MS
-from kvtcp.replication.cluster_map import ClusterMap, MapError
-from kvtcp.replication.map_changes import LOST, Edit, MapChanges, NotOwner
 from tests.support.replication_fakes import make_map
 
 Sent = tuple[int | None, bytes]

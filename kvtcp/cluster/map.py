@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
+from kvtcp.cluster.placement import balanced_placement
 from kvtcp.constants import DURABILITIES, NODES_MAX, SHARDS_MAX
-from kvtcp.replication.placement import balanced_placement
 
 Member = tuple[str, str]  # node, disk
 LOST_DISK: Final = "lost"  # no copy has it (uuids are hexadecimal): a member that cannot be relied on (map_recovery.py)

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvtcp.constants import STAMP_AHEAD_MS
-from kvtcp.protocol.link import CopyReport, Report, Told
-from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
-from kvtcp.replication.map_recovery import (
+from kvtcp.cluster.map import LOST_DISK, ClusterMap
+from kvtcp.cluster.rebuild import (
     VERSION_DISTANCE,
     CannotRecover,
     Recovered,
@@ -20,6 +18,8 @@ from kvtcp.replication.map_recovery import (
     newest_map,
     recovered_map,
 )
+from kvtcp.constants import STAMP_AHEAD_MS
+from kvtcp.protocol.link import CopyReport, Report, Told
 from tests.support.replication_fakes import make_map
 
 WALL_MS = 5_000

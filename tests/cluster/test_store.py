@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.config_store.file import FileConfigStore
-from kvtcp.config_store.memory import MemoryConfigStore
-from kvtcp.config_store.store import ConfigStore, Outcome, Stored
+from kvtcp.cluster.file_store import FileConfigStore
+from kvtcp.cluster.memory_store import MemoryConfigStore
+from kvtcp.cluster.store import ConfigStore, Outcome, Stored
 from tests.crash.fake_disk import QuickDisk
 
 

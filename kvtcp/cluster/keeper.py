@@ -1,6 +1,6 @@
 """The keeper: the coordinator's hand on the cluster map, which is one value in the config store.
 
-I/O shell around replication/map_changes.py, where the rules are: one change at a time, unknown outcomes settled,
+I/O shell around cluster/changes.py, where the rules are: one change at a time, unknown outcomes settled,
 conflicts final. `map` is what the store is known to hold.
 
 A task runs while a change is in flight or waits. It must not fail: if an edit or a callback does, those who wait in
@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kvtcp.config_store.store import NOTHING, ConfigStore, ConfigStoreError, Outcome, Stored
-from kvtcp.replication.cluster_map import ClusterMap, MapError
-from kvtcp.replication.map_changes import Done, Edit, Failed, MapChanges, NotOwner
+from kvtcp.cluster.changes import Done, Edit, Failed, MapChanges, NotOwner
+from kvtcp.cluster.map import ClusterMap, MapError
+from kvtcp.cluster.store import NOTHING, ConfigStore, ConfigStoreError, Outcome, Stored
 
 __all__ = ["Edit", "MapKeeper", "NotOwner"]
 

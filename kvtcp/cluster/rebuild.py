@@ -41,9 +41,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from kvtcp.cluster.map import LOST_DISK, ClusterMap, MapError, Member, last_number
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.protocol.link import CopyReport, Told
-from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap, MapError, Member, last_number
 
 VERSION_DISTANCE: Final = 1_000  # from the versions that nodes have seen, so that it is taken for none of them
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from kvtcp.config_store.keeper import MapKeeper, NotOwner
-from kvtcp.config_store.memory import MemoryConfigStore
-from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
-from kvtcp.replication import map_changes as module
-from kvtcp.replication.cluster_map import ClusterMap
+from kvtcp.cluster import changes as module
+from kvtcp.cluster.keeper import MapKeeper, NotOwner
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.memory_store import MemoryConfigStore
+from kvtcp.cluster.store import ConfigStoreError, Outcome, Stored
 from tests.processes.raw_client import until
 from tests.support.replication_fakes import make_map
 

@@ -24,7 +24,7 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
+from kvtcp.cluster.store import ConfigStoreError, Outcome, Stored
 from kvtcp.storage.files import Disk
 
 FORMAT: Final = 1
