@@ -19,10 +19,10 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.protocol.framing import FrameEncoder
 from kvtcp.protocol.link import TOLD, Told
-from kvtcp.server.identity import DataDirectory, write_identity
+from kvtcp.runtime.data_directory import DataDirectory, write_identity
+from kvtcp.runtime.process import StartError
 from kvtcp.server.node import NodeServer
 from kvtcp.server.recover_map import Places, ask, local_nodes, recover_map
-from kvtcp.server.runtime import StartError
 from kvtcp.server.supervisor import Found
 from tests.processes.cluster import Command, ProcessCluster, free_ports, wait_for
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvtcp.cluster.map import ClusterMap
-from kvtcp.server.runtime import StartError
+from kvtcp.runtime.process import StartError
 from kvtcp.server.settings import (
     Nodes,
     Settings,

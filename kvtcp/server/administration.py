@@ -13,8 +13,8 @@ from typing import Any
 from kvtcp.errors import AdminError, Code, RequestError
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import AdministrativeRequest, Session
+from kvtcp.runtime.process import StartTask, join_address
 from kvtcp.server.backups import Backups
-from kvtcp.server.runtime import StartTask, join_address
 from kvtcp.server.status import Status
 from kvtcp.server.supervisor import who_is_there
 

@@ -35,7 +35,7 @@ from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.multi_read import count_read, page_read
 from kvtcp.replication.requests import Gather
 from kvtcp.replication.sequencer import Sequencer
-from kvtcp.server.runtime import StartTask
+from kvtcp.runtime.process import StartTask
 from kvtcp.storage.backup import archive as files
 from kvtcp.storage.backup.manifest import FileReport, Manifest, ShardCut
 from kvtcp.storage.files import OsDisk

@@ -22,8 +22,8 @@ from kvtcp.constants import (
     FRAME_WAIT_MS,
 )
 from kvtcp.errors import ProtocolError
+from kvtcp.runtime.transport import Connection
 from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, Clients
-from kvtcp.server.transport import Connection
 
 
 class ClientConnection(Connection):

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import NODES_DEFAULT, REPLICATION_FACTOR_DEFAULT, SHARDS_DEFAULT
-from kvtcp.server import runtime
-from kvtcp.server.identity import FILE as IDENTITY_FILE
-from kvtcp.server.identity import DataDirectory, IdentityError
+from kvtcp.runtime import process as runtime
+from kvtcp.runtime.data_directory import FILE as IDENTITY_FILE
+from kvtcp.runtime.data_directory import DataDirectory, IdentityError
+from kvtcp.runtime.process import StartError
 from kvtcp.server.launch import serve
 from kvtcp.server.ownership import CannotServe
-from kvtcp.server.runtime import StartError
 from kvtcp.server.settings import Settings, check_nodes
 
 

@@ -27,7 +27,7 @@ from kvtcp.constants import (
 from kvtcp.protocol.link import CHUNK
 from kvtcp.replication.learning import Donation
 from kvtcp.replication.replica import Replica
-from kvtcp.server.transport import FramedConnection
+from kvtcp.runtime.transport import FramedConnection
 from kvtcp.storage.disk.snapshot import SnapshotHeader, encode_snapshot
 from kvtcp.storage.shard.copy import Logged
 

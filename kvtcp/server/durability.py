@@ -41,7 +41,7 @@ from kvtcp.constants import (
     SPACE_LOOK_MS,
 )
 from kvtcp.replication.replica import Replica
-from kvtcp.server.worker import Worker
+from kvtcp.runtime.worker import Worker
 from kvtcp.storage.disk.log import Prepared
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot
 from kvtcp.storage.disk.store import NodeStore

@@ -53,8 +53,8 @@ from kvtcp.protocol.link import (
 )
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.progress import LinkError, Progress
-from kvtcp.server.runtime import StartTask
-from kvtcp.server.transport import FramedConnection
+from kvtcp.runtime.process import StartTask
+from kvtcp.runtime.transport import FramedConnection
 
 log = logging.getLogger("kvtcp.link")
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from kvtcp.constants import LINK_FRAME_BYTES_MAX, LINK_WRITE_BUFFER_BYTES
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import ASK, GIVE, HELLO
+from kvtcp.runtime.transport import FramedConnection
 from kvtcp.server.donations import Donations, DonationStream
 from kvtcp.server.node_core import CoordinatorLink, NodeCore
-from kvtcp.server.transport import FramedConnection
 
 
 class NodeParts(Protocol):

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvtcp.constants import BASE_PORT_DEFAULT, MIB, ORPHAN_MS, RECOVERY_PROGRESS_MS, SNAPSHOT_LOG_BYTES
-from kvtcp.server import runtime
+from kvtcp.runtime import process
+from kvtcp.runtime.data_directory import DataDirectory, IdentityError, lock_holder
 from kvtcp.server.huge_pages import HugePages
-from kvtcp.server.identity import DataDirectory, IdentityError, lock_holder
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.disk.check import by_reason, check_directory
 from kvtcp.storage.disk.log_format import VersionError
@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--snapshot-log-mib", type=float, default=SNAPSHOT_LOG_BYTES / MIB, help=argparse.SUPPRESS)
     parser.add_argument("--spawned", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--orphan-ms", type=int, default=ORPHAN_MS, help=argparse.SUPPRESS)
-    runtime.add_common_arguments(parser)
+    process.add_common_arguments(parser)
     return parser
 
 
@@ -99,7 +99,7 @@ def recover(options: argparse.Namespace) -> NodeStore | None:
     try:
         if options.durability == "memory":
             if read_store_manifest(OS_DISK, directory) is not None:
-                raise runtime.StartError(
+                raise process.StartError(
                     f"{directory} holds durable data, which --durability memory would leave unread: start with "
                     "--durability sync or os, or use another directory"
                 )
@@ -113,9 +113,9 @@ def recover(options: argparse.Namespace) -> NodeStore | None:
         finally:
             gc.enable()
     except StoreError as error:
-        raise runtime.StartError(str(error)) from error
+        raise process.StartError(str(error)) from error
     except OSError as error:
-        raise runtime.StartError(f"the data directory {directory} cannot be used: {error}") from error
+        raise process.StartError(f"the data directory {directory} cannot be used: {error}") from error
     for damage in store.damages:
         log.error("event=damage node=%s what=%s", options.id, damage)
     reasons = {copy.shard: copy.reason for copy in store.copies.values() if copy.reason}
@@ -149,14 +149,14 @@ async def serve(
     )
     # the loop waits for the interpreter no longer than this while a worker has it: p99 of puts is a quarter less
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    runtime.on_stop_signals(server.leave)
+    process.on_stop_signals(server.leave)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, server.snapshot_all)
-    runtime.on_unexpected_errors(server.failed)
+    process.on_unexpected_errors(server.failed)
     try:
-        await server.start(options.host, options.port, bound, runtime.link_socket(options.data_dir))
+        await server.start(options.host, options.port, bound, process.link_socket(options.data_dir))
     except OSError as error:
-        raise runtime.StartError(f"port {options.port} of {options.host} cannot be used: {error.strerror}") from error
-    runtime.announce(f"kvtcp-node {options.id} ready on {runtime.join_address(*server.address)}")
+        raise process.StartError(f"port {options.port} of {options.host} cannot be used: {error.strerror}") from error
+    process.announce(f"kvtcp-node {options.id} ready on {process.join_address(*server.address)}")
     await server.stopped.wait()
     try:
         await server.close()
@@ -168,52 +168,52 @@ async def serve(
             "node ends. Nothing was acknowledged after the error; a restart goes on from what can be verified",
             file=sys.stderr,
         )
-    return runtime.EXIT_OK if server.failure is None else runtime.EXIT_FAILED
+    return process.EXIT_OK if server.failure is None else process.EXIT_FAILED
 
 
 def check(directory: Path) -> int:
     """`--check`: print what is there and what is wrong; the exit code. Raises StartError."""
     if not directory.is_dir():
-        raise runtime.StartError(f"{directory} is not a directory")
+        raise process.StartError(f"{directory} is not a directory")
     holder = lock_holder(directory)
     if holder is not None:
-        raise runtime.StartError(f"{directory} is in use by {holder}: stop the node first")
+        raise process.StartError(f"{directory} is in use by {holder}: stop the node first")
     try:
         manifest = read_store_manifest(OS_DISK, directory)
         if manifest is None and has_data(OS_DISK, directory):
             raise StoreError(NO_MANIFEST.format(directory=directory))
         if manifest is None:
-            raise runtime.StartError(f"{directory} has no manifest.json: no node that keeps data has used it")
+            raise process.StartError(f"{directory} has no manifest.json: no node that keeps data has used it")
         report = check_directory(OS_DISK, directory, manifest, progress_printer("kvtcp-node"), boot_id())
     except StoreError as error:
         print(f"kvtcp-node: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_DAMAGED
     except VersionError as error:
-        raise runtime.StartError(f"{directory}: {error}") from error
+        raise process.StartError(f"{directory}: {error}") from error
     except OSError as error:
-        raise runtime.StartError(f"{directory} cannot be read: {error}") from error
+        raise process.StartError(f"{directory} cannot be read: {error}") from error
     for line in report.lines:
         print(line)  # noqa: T201
     for finding in report.findings:
         print(f"damaged: {finding}")  # noqa: T201
     print("damaged" if report.findings else "ok")  # noqa: T201
-    return EXIT_DAMAGED if report.findings else runtime.EXIT_OK
+    return EXIT_DAMAGED if report.findings else process.EXIT_OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = make_parser().parse_args(argv)
-    runtime.set_up_logging(options.log_level)
+    process.set_up_logging(options.log_level)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to snapshot before the recovery is done
     try:
         if options.check is not None:
             return check(options.check)
         if options.id is None or options.data_dir is None:
-            raise runtime.StartError("--id and --data-dir are needed to start a node (or --check DIR)")
-        runtime.check_common_arguments(options)
-        runtime.check_port(options.port, "--port")
+            raise process.StartError("--id and --data-dir are needed to start a node (or --check DIR)")
+        process.check_common_arguments(options)
+        process.check_port(options.port, "--port")
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", options.id):
-            raise runtime.StartError(f"--id {options.id!r} must be 1 to 32 letters, digits, _ or -")
+            raise process.StartError(f"--id {options.id!r} must be 1 to 32 letters, digits, _ or -")
         directory = DataDirectory(options.data_dir, "node")
         try:
             fields = directory.read() or {}
@@ -221,17 +221,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise IdentityError(
                     f"{options.data_dir} is the data directory of node {fields['node']}, not of {options.id}"
                 )
-            with runtime.bind(options.host, options.port) as bound:  # taken before anything is made
+            with process.bind(options.host, options.port) as bound:  # taken before anything is made
                 store = recover(options)
                 HugePages().start()
-                return runtime.run(lambda: serve(options, directory, fields, store, bound), options.loop)
+                return process.run(lambda: serve(options, directory, fields, store, bound), options.loop)
         finally:
             directory.unlock()
-    except (runtime.StartError, IdentityError) as error:
+    except (process.StartError, IdentityError) as error:
         print(f"kvtcp-node: {error}", file=sys.stderr)  # noqa: T201
-        return runtime.EXIT_USAGE
+        return process.EXIT_USAGE
     except (KeyboardInterrupt, asyncio.CancelledError):
-        return runtime.EXIT_OK
+        return process.EXIT_OK
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from kvtcp.constants import DONATION_IDLE_MS, LINK_FRAME_BYTES_MAX, RECOVER_WAIT
 from kvtcp.errors import DataError, ProtocolError
 from kvtcp.protocol.link import CHUNK, GIVE, LINK_VERSION, REFUSED
 from kvtcp.replication.learning import Learning
+from kvtcp.runtime.transport import FramedConnection
+from kvtcp.runtime.worker import Worker
 from kvtcp.server.durability import NO_SPACE_ERRORS, Durability
 from kvtcp.server.node_core import NodeCore
-from kvtcp.server.transport import FramedConnection
-from kvtcp.server.worker import Worker
 from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, FormatError
 from kvtcp.storage.disk.snapshot import HEADER_BYTES, SnapshotFile, SnapshotHeader, decode_snapshot
 from kvtcp.storage.shard.copy import Copy, Logged

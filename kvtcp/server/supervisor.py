@@ -37,8 +37,8 @@ from kvtcp.constants import (
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.link import HELLO, LINK_VERSION, REFUSED
-from kvtcp.server.identity import FILE, IdentityError, lock_holder, read_identity, write_identity
-from kvtcp.server.runtime import StartError, link_socket
+from kvtcp.runtime.data_directory import FILE, IdentityError, lock_holder, read_identity, write_identity
+from kvtcp.runtime.process import StartError, link_socket
 
 log = logging.getLogger("kvtcp.supervisor")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from kvtcp.server.identity import LOCK, lock_holder
+from kvtcp.runtime.data_directory import LOCK, lock_holder
 from tests.chaos.disks import read_map
 from tests.chaos.proxy import Proxy
 from tests.processes.cluster import Command, free_ports, is_running

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from kvtcp.server.identity import lock_holder
+from kvtcp.runtime.data_directory import lock_holder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 20.0

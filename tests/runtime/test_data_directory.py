@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kvtcp.server import identity
-from kvtcp.server.identity import DataDirectory, IdentityError, lock_holder, read_identity, write_identity
+from kvtcp.runtime import data_directory as identity
+from kvtcp.runtime.data_directory import DataDirectory, IdentityError, lock_holder, read_identity, write_identity
 
 NODE: dict[str, Any] = {"cluster": "c", "secret": "s", "node": "n1"}
 
@@ -65,7 +65,7 @@ def test_foreign_files(tmp_path: Path, text: str, words: str) -> None:
 def test_one_user_at_a_time(tmp_path: Path) -> None:
     """A locked directory is refused with the process that has it; the lock ends with the process."""
     code = (
-        "import sys; from pathlib import Path; from kvtcp.server.identity import DataDirectory; "
+        "import sys; from pathlib import Path; from kvtcp.runtime.data_directory import DataDirectory; "
         "DataDirectory(Path(sys.argv[1]), 'node'); print('locked', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

@@ -9,7 +9,7 @@ import pytest
 
 from kvtcp.constants import FRAME_BYTES_MAX, LINK_FRAME_BYTES_MAX
 from kvtcp.errors import RequestError
-from kvtcp.server.transport import FramedConnection
+from kvtcp.runtime.transport import FramedConnection
 from tests.processes.raw_client import pack
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.server import runtime
-from kvtcp.server.runtime import StartError
+from kvtcp.runtime import process as runtime
+from kvtcp.runtime.process import StartError
 from tests.processes.cluster import ROOT
 
 
@@ -88,7 +88,7 @@ def test_addresses() -> None:
 def test_the_loop_is_the_one_asked_for(name: str, module: str) -> None:
     """`--loop` chooses the event loop, `auto` takes uvloop where it is installed; the exit code comes back."""
     code = (
-        "import asyncio, sys; from kvtcp.server import runtime\n"
+        "import asyncio, sys; from kvtcp.runtime import process as runtime\n"
         "async def main(): print(type(asyncio.get_running_loop()).__module__); return 7\n"
         "sys.exit(runtime.run(main, sys.argv[1]))"
     )
@@ -120,7 +120,7 @@ def test_a_stdout_that_nobody_reads() -> None:
     """The ready line on a broken pipe is logged instead, and the process ends with its own exit code."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    code = "from kvtcp.server import runtime; runtime.set_up_logging('warning'); runtime.announce('ready'); exit(3)"
+    code = "from kvtcp.runtime import process as runtime; runtime.set_up_logging('warning'); runtime.announce('ready'); exit(3)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=20
     )
@@ -132,7 +132,7 @@ def test_a_stdout_that_nobody_reads() -> None:
 def test_logging_level() -> None:
     """The level of --log-level is the one of the log."""
     code = (
-        "import logging; from kvtcp.server import runtime; runtime.set_up_logging('info'); "
+        "import logging; from kvtcp.runtime import process as runtime; runtime.set_up_logging('info'); "
         "log = logging.getLogger('kvtcp.x'); log.debug('event=a'); log.info('event=b')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
@@ -142,7 +142,7 @@ def test_logging_level() -> None:
 def test_broken_output_does_not_change_the_exit_code() -> None:
     """What is buffered for a reader that is gone, on stdout or stderr, is given up at the end."""
     program = (
-        "import logging, sys; from kvtcp.server import runtime; runtime.set_up_logging('warning')\n"
+        "import logging, sys; from kvtcp.runtime import process as runtime; runtime.set_up_logging('warning')\n"
         "async def main(): sys.stdout.write('out'); logging.warning('err'); return 3\n"
         "sys.exit(runtime.run(main, 'auto'))"
     )

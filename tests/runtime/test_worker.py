@@ -6,7 +6,7 @@ import asyncio
 import threading
 from typing import Any
 
-from kvtcp.server.worker import Worker
+from kvtcp.runtime.worker import Worker
 
 
 async def test_work_is_done_in_order_in_another_thread() -> None:
