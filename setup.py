@@ -32,9 +32,9 @@ TEST = [
 
 # What a request passes through in the coordinator. Nodes gain nothing: their time goes into msgpack and memory.
 COMPILED = [
-    "constants", "errors", "protocol/hashing", "protocol/operations", "replication/progress", "replication/shard_state",
-    "replication/multi_read", "replication/answers", "replication/admission", "replication/members",
-    "replication/sequencer", "resp/parser", "resp/replies", "resp/client_state", "resp/client",
+    "constants", "errors", "protocol/hashing", "protocol/operations", "replication/sequencing/link", "replication/sequencing/shard",
+    "replication/sequencing/multi_read", "replication/sequencing/answers", "replication/sequencing/admission", "replication/sequencing/members",
+    "replication/sequencing/sequencer", "resp/parser", "resp/replies", "resp/client_state", "resp/client",
 ]  # fmt: skip
 
 

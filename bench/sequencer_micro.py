@@ -13,7 +13,7 @@ from typing import Any
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 SHARDS = 64
 NODES = 3

@@ -21,9 +21,9 @@ from kvtcp.replication.learner import (
     Learner,
 )
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.progress import LinkError, Progress
-from kvtcp.replication.requests import LINK_LOST
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.link import LinkError, Progress
+from kvtcp.replication.sequencing.requests import LINK_LOST
+from kvtcp.replication.sequencing.shard import ShardState
 from tests.support.replication_fakes import make_map
 
 LAST = 10  # last number given when the learner is attached

@@ -15,9 +15,9 @@ from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
 from kvtcp.replication import recovery
 from kvtcp.replication.copy_reports import LOST_DATA, UNKNOWN_COPY
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.link import LinkError
+from kvtcp.replication.sequencing.sequencer import Sequencer
 from tests.support.replication_fakes import make_map
 
 ENTRY = b"packed"

@@ -13,9 +13,9 @@ from typing import Any
 from kvtcp.protocol.operations import AUDIT
 from kvtcp.replication.membership import Membership
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.progress import Progress
-from kvtcp.replication.requests import LINK_LOST
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.link import Progress
+from kvtcp.replication.sequencing.requests import LINK_LOST
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 
 class Audit:

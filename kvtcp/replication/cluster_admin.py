@@ -26,7 +26,7 @@ from kvtcp.replication.membership import Membership
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.proposals import Proposals
 from kvtcp.replication.recovery import DOWN, Recovery
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 Done = Callable[[dict[str, Any] | AdminError], None]
 

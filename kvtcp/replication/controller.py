@@ -33,10 +33,10 @@ from kvtcp.replication.audit import Audit
 from kvtcp.replication.cluster_admin import Admin
 from kvtcp.replication.membership import Membership, NodeState
 from kvtcp.replication.outbox import Action, Event, Outbox
-from kvtcp.replication.progress import LinkError
 from kvtcp.replication.proposals import Proposals
 from kvtcp.replication.recovery import Recovery, StaleStore
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.link import LinkError
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 FRAME_KINDS: Final = frozenset((ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE))
 

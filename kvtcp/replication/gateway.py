@@ -31,9 +31,9 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS, Message, Touches, check_key, check_value, request_id
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
 from kvtcp.replication.keyspace import Keyspace
-from kvtcp.replication.multi_read import count_read, mget_read, page_read
-from kvtcp.replication.requests import Gather
-from kvtcp.replication.sequencer import Sequencer, Sink
+from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
+from kvtcp.replication.sequencing.requests import Gather
+from kvtcp.replication.sequencing.sequencer import Sequencer, Sink
 
 LIMITS = {
     "frame_bytes_max": FRAME_BYTES_MAX,

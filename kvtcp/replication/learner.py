@@ -29,10 +29,10 @@ from typing import Any, Final
 from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport, is_entry
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.progress import LinkError, Progress
-from kvtcp.replication.requests import LINK_LOST
-from kvtcp.replication.sequencer import Sequencer
-from kvtcp.replication.shard_state import Following, ShardState
+from kvtcp.replication.sequencing.link import LinkError, Progress
+from kvtcp.replication.sequencing.requests import LINK_LOST
+from kvtcp.replication.sequencing.sequencer import Sequencer
+from kvtcp.replication.sequencing.shard import Following, ShardState
 
 ASKED: Final = "asked"
 FETCHING: Final = "fetching"

@@ -39,10 +39,10 @@ from kvtcp.protocol.link import STOP, CopyReport, Report
 from kvtcp.protocol.operations import DROP
 from kvtcp.replication.learner import FREEZING, PULLING, Learner
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.progress import Batch, Progress
 from kvtcp.replication.proposals import Proposals
-from kvtcp.replication.sequencer import Sequencer
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.link import Batch, Progress
+from kvtcp.replication.sequencing.sequencer import Sequencer
+from kvtcp.replication.sequencing.shard import ShardState
 
 DONOR_MISSES_MAX: Final = 8  # shards without a free donor after which no more are looked at now
 DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for

@@ -47,9 +47,9 @@ from kvtcp.replication.copy_reports import UNKNOWN_COPY, foreign_copy, incomplet
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.membership import Membership
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.progress import LinkError
 from kvtcp.replication.proposals import Proposals
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.link import LinkError
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 WAITING: Final = "waiting"
 CHANGING: Final = "changing"

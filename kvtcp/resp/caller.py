@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kvtcp.replication.keyspace import Keyspace
-from kvtcp.replication.multi_read import MultiRead
+from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.door import Door
 from kvtcp.resp.plan import Arguments, Operation, Plan

@@ -28,7 +28,7 @@ from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX, KEY_BYTES_MAX, KIB
 from kvtcp.errors import RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import GET, PUT
-from kvtcp.replication.multi_read import MultiRead, mget_read
+from kvtcp.replication.sequencing.multi_read import MultiRead, mget_read
 from kvtcp.resp.caller import CommandSpec, Slot
 from kvtcp.resp.client_state import ClientState, Transaction
 from kvtcp.resp.commands import COMMANDS, IMMEDIATE

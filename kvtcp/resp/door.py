@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.replication.keyspace import Keyspace
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.plan import CommandError
 

@@ -32,9 +32,9 @@ from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR, FREEZE, PUT
 from kvtcp.replication.gateway import Session
 from kvtcp.replication.keyspace import Keyspace
-from kvtcp.replication.multi_read import count_read, page_read
-from kvtcp.replication.requests import Gather
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.multi_read import count_read, page_read
+from kvtcp.replication.sequencing.requests import Gather
+from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.runtime.process import StartTask
 from kvtcp.storage.backup import archive as files
 from kvtcp.storage.backup.manifest import FileReport, Manifest, ShardCut

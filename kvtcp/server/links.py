@@ -52,7 +52,7 @@ from kvtcp.protocol.link import (
     parse_report,
 )
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.progress import LinkError, Progress
+from kvtcp.replication.sequencing.link import LinkError, Progress
 from kvtcp.runtime.process import StartTask
 from kvtcp.runtime.transport import FramedConnection
 

@@ -14,9 +14,9 @@ from kvtcp.constants import EVICT_AFTER_MS
 from kvtcp.errors import show_bytes
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.learner import Learner
-from kvtcp.replication.progress import Progress
 from kvtcp.replication.recovery import DOWN
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.link import Progress
+from kvtcp.replication.sequencing.shard import ShardState
 from kvtcp.server.backups import Backups
 from kvtcp.server.clients import Clients
 from kvtcp.server.links import NodeLink

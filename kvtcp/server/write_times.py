@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from kvtcp.replication.progress import Progress
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.link import Progress
+from kvtcp.replication.sequencing.shard import ShardState
 
 SAMPLES = 1_000
 

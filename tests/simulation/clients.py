@@ -29,7 +29,7 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     TTL,
 )
-from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from kvtcp.testing.linearizability import Operation, check_history
 from tests.simulation.disk import MEMORY
 from tests.simulation.world import Violation, require

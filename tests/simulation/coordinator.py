@@ -28,9 +28,9 @@ from kvtcp.protocol.link import (
     SPACE,
     parse_report,
 )
-from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
+from kvtcp.replication.sequencing.sequencer import Sequencer
 from tests.simulation.network import TO_CLIENT, TO_SERVER, Connection, Network
 from tests.simulation.store import SimStore
 from tests.simulation.world import SMALL, Process, Violation, World, require

@@ -31,18 +31,18 @@ from kvtcp.cluster.store import Outcome
 from kvtcp.errors import Code
 from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED
 from kvtcp.replication import learner, recovery
-from kvtcp.replication.answers import Answers
-from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.learner import Learner
-from kvtcp.replication.members import Members
 from kvtcp.replication.membership import Membership
-from kvtcp.replication.progress import Batch
 from kvtcp.replication.recovery import Recovery
 from kvtcp.replication.replica import Replica
-from kvtcp.replication.requests import NUMBER
-from kvtcp.replication.sequencer import Sequencer
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.answers import Answers
+from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
+from kvtcp.replication.sequencing.link import Batch
+from kvtcp.replication.sequencing.members import Members
+from kvtcp.replication.sequencing.requests import NUMBER
+from kvtcp.replication.sequencing.sequencer import Sequencer
+from kvtcp.replication.sequencing.shard import ShardState
 from kvtcp.server.node_core import NodeCore
 from kvtcp.storage.shard.table import Table
 from tests.simulation.clients import Client
@@ -1008,7 +1008,7 @@ def waiting_without_bound(garden: Garden) -> None:
     """Requests wait in any number."""
 
     def wait(self: Any, shard: ShardState, *rest: Any) -> None:
-        with mock.patch.object(sys.modules["kvtcp.replication.admission"], "WAITING_ITEMS_MAX", 10**9):
+        with mock.patch.object(sys.modules["kvtcp.replication.sequencing.admission"], "WAITING_ITEMS_MAX", 10**9):
             before(self, shard, *rest)
 
     before = garden.put(Sequencer, "_wait", wait)

@@ -23,7 +23,7 @@ from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.controller import FRAME_KINDS, Controller
 from kvtcp.replication.learning import Learning
 from kvtcp.replication.replica import FreezeRequest, Replica
-from kvtcp.replication.sequencer import Sequencer, ShardState
+from kvtcp.replication.sequencing.sequencer import Sequencer, ShardState
 from kvtcp.server.access import Identity
 from kvtcp.server.node_core import CoordinatorLink, NodeCore
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot

@@ -10,7 +10,7 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.link import LINK_VERSION, CopyReport, parse_report
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.replication.replica import Replica
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 
 class Answers:

@@ -14,7 +14,7 @@ from typing import Any
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.replication.keyspace import Keyspace
-from kvtcp.replication.multi_read import MultiRead
+from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.resp.client import RespClient
 from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.door import Door

@@ -13,8 +13,8 @@ from typing import Any
 
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.errors import Code
-from kvtcp.replication.progress import Op, Progress
-from kvtcp.replication.requests import Held, Sink, Waiting
+from kvtcp.replication.sequencing.link import Op, Progress
+from kvtcp.replication.sequencing.requests import Held, Sink, Waiting
 
 
 class Following:

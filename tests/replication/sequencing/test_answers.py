@@ -22,7 +22,7 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     TTL,
 )
-from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from tests.support.replication_fakes import Cluster, wire
 
 

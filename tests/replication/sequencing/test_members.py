@@ -22,10 +22,11 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     UNLEARN,
 )
-from kvtcp.replication import admission, write_results
-from kvtcp.replication.members import part_of
-from kvtcp.replication.multi_read import count_read
-from kvtcp.replication.progress import Batch, Progress
+from kvtcp.replication import write_results
+from kvtcp.replication.sequencing import admission
+from kvtcp.replication.sequencing.link import Batch, Progress
+from kvtcp.replication.sequencing.members import part_of
+from kvtcp.replication.sequencing.multi_read import count_read
 from tests.support.controller_world import World
 from tests.support.replication_fakes import Cluster, wire
 

@@ -21,11 +21,11 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT
-from kvtcp.replication.multi_read import MultiRead
-from kvtcp.replication.progress import Progress
-from kvtcp.replication.requests import LINK_LOST, Sink
-from kvtcp.replication.sequencer import Sequencer
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.link import Progress
+from kvtcp.replication.sequencing.multi_read import MultiRead
+from kvtcp.replication.sequencing.requests import LINK_LOST, Sink
+from kvtcp.replication.sequencing.sequencer import Sequencer
+from kvtcp.replication.sequencing.shard import ShardState
 
 
 class _Confirmed:

@@ -48,11 +48,11 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     WRITE_OP_END,
 )
-from kvtcp.replication.answers import Answers
-from kvtcp.replication.multi_read import MultiRead
-from kvtcp.replication.progress import Op, Progress
-from kvtcp.replication.requests import AWAITED, ITEM_OVERHEAD_BYTES, NUMBER, PART, WRITE, Sink, Waiting
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.answers import Answers
+from kvtcp.replication.sequencing.link import Op, Progress
+from kvtcp.replication.sequencing.multi_read import MultiRead
+from kvtcp.replication.sequencing.requests import AWAITED, ITEM_OVERHEAD_BYTES, NUMBER, PART, WRITE, Sink, Waiting
+from kvtcp.replication.sequencing.shard import ShardState
 
 # writes that a node short of disk space cannot take
 GROWING: Final = frozenset(

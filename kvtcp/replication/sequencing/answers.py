@@ -21,10 +21,10 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code, text_of
 from kvtcp.protocol.operations import EXISTS, GET, REVISION
-from kvtcp.replication.multi_read import MultiRead
-from kvtcp.replication.progress import Op, Progress
-from kvtcp.replication.requests import AWAITED, CALL, DUE, LOST, NUMBER, PART, Held, Sink
-from kvtcp.replication.shard_state import ClusterState, ShardState
+from kvtcp.replication.sequencing.link import Op, Progress
+from kvtcp.replication.sequencing.multi_read import MultiRead
+from kvtcp.replication.sequencing.requests import AWAITED, CALL, DUE, LOST, NUMBER, PART, Held, Sink
+from kvtcp.replication.sequencing.shard import ClusterState, ShardState
 
 
 class Answers(ClusterState):

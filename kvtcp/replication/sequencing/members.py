@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.operations import RESULTS_OF
-from kvtcp.replication.admission import Admission
-from kvtcp.replication.progress import ANSWERED, Batch, Op, Progress
-from kvtcp.replication.requests import AWAITED, CALL, DUE, ITEM_OVERHEAD_BYTES, LINK_LOST, LOST
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.admission import Admission
+from kvtcp.replication.sequencing.link import ANSWERED, Batch, Op, Progress
+from kvtcp.replication.sequencing.requests import AWAITED, CALL, DUE, ITEM_OVERHEAD_BYTES, LINK_LOST, LOST
+from kvtcp.replication.sequencing.shard import ShardState
 
 SEQ_MAX: Final = 1 << 63  # above every number
 

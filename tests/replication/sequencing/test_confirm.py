@@ -9,10 +9,11 @@ import pytest
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT, GET
-from kvtcp.replication import admission, progress
-from kvtcp.replication.confirm import ConfirmingSequencer
-from kvtcp.replication.multi_read import count_read
-from kvtcp.replication.shard_state import Following
+from kvtcp.replication.sequencing import admission
+from kvtcp.replication.sequencing import link as progress
+from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
+from kvtcp.replication.sequencing.multi_read import count_read
+from kvtcp.replication.sequencing.shard import Following
 from tests.support.replication_fakes import Cluster
 
 

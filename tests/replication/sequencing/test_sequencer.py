@@ -10,11 +10,11 @@ import pytest
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_SHARDS_MAX, READ_RETRY_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import ADD, CHAIN_AT, DELETE, GET, INCR, PURGE, PUT
-from kvtcp.replication import progress
-from kvtcp.replication.multi_read import count_read, mget_read
-from kvtcp.replication.progress import LinkError
-from kvtcp.replication.requests import LINK_LOST
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing import link as progress
+from kvtcp.replication.sequencing.link import LinkError
+from kvtcp.replication.sequencing.multi_read import count_read, mget_read
+from kvtcp.replication.sequencing.requests import LINK_LOST
+from kvtcp.replication.sequencing.sequencer import Sequencer
 from tests.support.replication_fakes import Cluster
 
 # --- links ------------------------------------------------------------------------------------------

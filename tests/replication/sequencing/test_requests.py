@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from kvtcp.protocol import operations
-from kvtcp.replication.progress import ANSWERED
-from kvtcp.replication.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, LOST, NUMBER, PART, WRITE, Gather
+from kvtcp.replication.sequencing.link import ANSWERED
+from kvtcp.replication.sequencing.requests import (
+    AWAITED,
+    CALL,
+    DUE,
+    IGNORE,
+    LINK_LOST,
+    LOST,
+    NUMBER,
+    PART,
+    WRITE,
+    Gather,
+)
 from tests.support.replication_fakes import Answers
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvtcp.replication.requests import IGNORE
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.requests import IGNORE
+from kvtcp.replication.sequencing.shard import ShardState
 from tests.support.replication_fakes import Cluster
 
 DAMAGE: list[tuple[str, Callable[[ShardState], object]]] = [

@@ -34,10 +34,10 @@ from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PURGE
 from kvtcp.replication.copy_reports import LOST_DATA, foreign_copy, incomplete_copy
-from kvtcp.replication.members import Members, part_of
-from kvtcp.replication.progress import ANSWERED, Batch, LinkError, Op, Progress
-from kvtcp.replication.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, PART, WRITE, Sink
-from kvtcp.replication.shard_state import ShardState
+from kvtcp.replication.sequencing.link import ANSWERED, Batch, LinkError, Op, Progress
+from kvtcp.replication.sequencing.members import Members, part_of
+from kvtcp.replication.sequencing.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, PART, WRITE, Sink
+from kvtcp.replication.sequencing.shard import ShardState
 
 # what a node has of a shard that is not served yet is not committed, whatever the number
 NEVER: Final = 1 << 63

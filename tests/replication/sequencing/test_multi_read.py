@@ -10,8 +10,8 @@ import pytest
 
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import ANY_KEY, COUNT, MGET, PAGE
-from kvtcp.replication import multi_read
-from kvtcp.replication.multi_read import (
+from kvtcp.replication.sequencing import multi_read
+from kvtcp.replication.sequencing.multi_read import (
     KEY_OVERHEAD_BYTES,
     MultiRead,
     any_key_read,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvtcp.protocol.operations import ADD, GET, PUT
-from kvtcp.replication import progress
-from kvtcp.replication.progress import ANSWERED, LinkError, Op, Progress
+from kvtcp.replication.sequencing import link as progress
+from kvtcp.replication.sequencing.link import ANSWERED, LinkError, Op, Progress
 
 
 def read_op(name: str) -> Op:

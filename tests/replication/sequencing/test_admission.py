@@ -39,8 +39,9 @@ from kvtcp.protocol.operations import (
     WRITE_NAMES,
     WRITE_OP_END,
 )
-from kvtcp.replication import admission, progress
-from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from kvtcp.replication.sequencing import admission
+from kvtcp.replication.sequencing import link as progress
+from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from tests.support.replication_fakes import Cluster
 
 
