@@ -15,7 +15,7 @@ import pytest
 import kvtcp
 from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestError, Unavailable
 from kvtcp.protocol.operations import CLEAR, FREEZE
-from kvtcp.replication.membership import Membership
+from kvtcp.replication.membership.insync import Membership
 from kvtcp.server import backup_job, backups
 from kvtcp.storage.backup import archive as files
 from kvtcp.testing.local_cluster import LocalCluster

@@ -17,8 +17,8 @@ from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
-from kvtcp.replication.membership import Membership
-from kvtcp.replication.recovery import Recovery
+from kvtcp.replication.membership.insync import Membership
+from kvtcp.replication.membership.recovery import Recovery
 from kvtcp.replication.sequencing.link import LinkError
 from kvtcp.server import coordinator as module
 from kvtcp.server import status

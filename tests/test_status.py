@@ -9,8 +9,8 @@ import pytest
 
 import kvtcp
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.replication.learner import Learner
-from kvtcp.replication.recovery import Recovery, _Shard
+from kvtcp.replication.membership.learner import Learner
+from kvtcp.replication.membership.recovery import Recovery, _Shard
 from kvtcp.server import status as module
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import until

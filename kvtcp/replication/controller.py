@@ -29,12 +29,12 @@ from kvtcp.cluster.changes import MapChanges
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS
 from kvtcp.protocol.link import ENTRIES, LEARN_FAILED, LEARNED, LEAVE, SHIPPED, CopyReport, Report
-from kvtcp.replication.audit import Audit
-from kvtcp.replication.cluster_admin import Admin
-from kvtcp.replication.membership import Membership, NodeState
+from kvtcp.replication.membership.admin import Admin
+from kvtcp.replication.membership.audit import Audit
+from kvtcp.replication.membership.insync import Membership, NodeState
+from kvtcp.replication.membership.recovery import Recovery, StaleStore
 from kvtcp.replication.outbox import Action, Event, Outbox
 from kvtcp.replication.proposals import Proposals
-from kvtcp.replication.recovery import Recovery, StaleStore
 from kvtcp.replication.sequencing.link import LinkError
 from kvtcp.replication.sequencing.sequencer import Sequencer
 

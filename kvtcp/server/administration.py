@@ -2,7 +2,7 @@
 
 I/O shell. `requests` is the table that the gateway hands over to: an entry is called with the session, the number of
 the request and its checked arguments, and answers the session itself, at once or later. Changes of the cluster are
-decided by the controller (replication/cluster_admin.py) and answered when they are stored.
+decided by the controller (replication/membership/admin.py) and answered when they are stored.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.gateway import Gateway
 from kvtcp.replication.keyspace import Keyspace
-from kvtcp.replication.recovery import StaleStore
+from kvtcp.replication.membership.recovery import StaleStore
 from kvtcp.resp.door import Door
 from kvtcp.server.administration import Administration
 from kvtcp.server.backups import Backups

@@ -13,8 +13,8 @@ from kvtcp._version import __version__
 from kvtcp.constants import EVICT_AFTER_MS
 from kvtcp.errors import show_bytes
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.learner import Learner
-from kvtcp.replication.recovery import DOWN
+from kvtcp.replication.membership.learner import Learner
+from kvtcp.replication.membership.recovery import DOWN
 from kvtcp.replication.sequencing.link import Progress
 from kvtcp.replication.sequencing.shard import ShardState
 from kvtcp.server.backups import Backups

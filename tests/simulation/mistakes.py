@@ -30,11 +30,11 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
 from kvtcp.errors import Code
 from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED
-from kvtcp.replication import learner, recovery
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.learner import Learner
-from kvtcp.replication.membership import Membership
-from kvtcp.replication.recovery import Recovery
+from kvtcp.replication.membership import learner, recovery
+from kvtcp.replication.membership.insync import Membership
+from kvtcp.replication.membership.learner import Learner
+from kvtcp.replication.membership.recovery import Recovery
 from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencing.answers import Answers
 from kvtcp.replication.sequencing.confirm import ConfirmingSequencer

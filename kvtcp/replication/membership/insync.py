@@ -37,7 +37,7 @@ from kvtcp.constants import (
 )
 from kvtcp.protocol.link import STOP, CopyReport, Report
 from kvtcp.protocol.operations import DROP
-from kvtcp.replication.learner import FREEZING, PULLING, Learner
+from kvtcp.replication.membership.learner import FREEZING, PULLING, Learner
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.proposals import Proposals
 from kvtcp.replication.sequencing.link import Batch, Progress

@@ -15,8 +15,8 @@ from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RE
 from kvtcp.errors import Code
 from kvtcp.protocol.link import ENTRIES, LEARN_FAILED, LEARNED, LEAVE, SHIPPED, STOP, CopyReport, Report
 from kvtcp.protocol.operations import AUDIT, INCR, LEARN, UNLEARN
-from kvtcp.replication import recovery
-from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
+from kvtcp.replication.membership import recovery
+from kvtcp.replication.membership.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
 from kvtcp.replication.sequencing.link import LinkError
 from tests.support.controller_walk import walk
 from tests.support.controller_world import Node, World

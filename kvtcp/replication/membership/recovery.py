@@ -44,8 +44,8 @@ from kvtcp.cluster.map import LOST_DISK, ClusterMap
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report, is_entry
 from kvtcp.replication.copy_reports import UNKNOWN_COPY, foreign_copy, incomplete_copy
-from kvtcp.replication.learner import Learner
-from kvtcp.replication.membership import Membership
+from kvtcp.replication.membership.insync import Membership
+from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.proposals import Proposals
 from kvtcp.replication.sequencing.link import LinkError

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvtcp.protocol.operations import AUDIT
-from kvtcp.replication.membership import Membership
+from kvtcp.replication.membership.insync import Membership
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.sequencing.link import Progress
 from kvtcp.replication.sequencing.requests import LINK_LOST

@@ -12,8 +12,8 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import LINK_GRACE_MS, NODES_MAX, RECOVER_WAIT_MS
 from kvtcp.errors import AdminError, Code
 from kvtcp.protocol.operations import DONATE, DROP
-from kvtcp.replication.cluster_admin import Admin
-from kvtcp.replication.recovery import DOWN
+from kvtcp.replication.membership.admin import Admin
+from kvtcp.replication.membership.recovery import DOWN
 from tests.support.controller_world import World
 
 Request = Callable[[Admin, Callable[[Any], None]], None]

@@ -1,5 +1,5 @@
 """Tests of the learner: every phase, every failure, and answers that come too late. What it asks for is answered by
-hand; tests/test_membership.py has it over real replicas."""
+hand; tests/replication/membership/test_insync.py has it over real replicas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
-from kvtcp.replication.learner import (
+from kvtcp.replication.membership.learner import (
     ASKED,
     FETCHING,
     FREEZING,

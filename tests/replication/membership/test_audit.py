@@ -9,7 +9,7 @@ import pytest
 from kvtcp.constants import LINK_GRACE_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT, INCR
-from kvtcp.replication.recovery import DOWN
+from kvtcp.replication.membership.recovery import DOWN
 from tests.support.controller_world import World
 
 

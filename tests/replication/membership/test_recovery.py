@@ -1,5 +1,5 @@
 """Tests of the recovery: who is bad, what is best, what is removed, shipped or repaired, when a shard is down. Frames,
-reports and changes of the map are moved by hand; tests/test_controller.py has it over real replicas."""
+reports and changes of the map are moved by hand; tests/replication/test_controller.py has it over real replicas."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from kvtcp.cluster.map import LOST_DISK, ClusterMap
 from kvtcp.constants import RECOVER_WAIT_MS
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
-from kvtcp.replication import recovery
 from kvtcp.replication.copy_reports import LOST_DATA, UNKNOWN_COPY
+from kvtcp.replication.membership import recovery
+from kvtcp.replication.membership.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
 from kvtcp.replication.sequencing.link import LinkError
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from tests.support.replication_fakes import make_map

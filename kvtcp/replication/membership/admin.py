@@ -22,10 +22,10 @@ from kvtcp.cluster.placement import plan
 from kvtcp.constants import NODES_MAX
 from kvtcp.errors import AdminError
 from kvtcp.protocol.link import Report
-from kvtcp.replication.membership import Membership
+from kvtcp.replication.membership.insync import Membership
+from kvtcp.replication.membership.recovery import DOWN, Recovery
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.proposals import Proposals
-from kvtcp.replication.recovery import DOWN, Recovery
 from kvtcp.replication.sequencing.sequencer import Sequencer
 
 Done = Callable[[dict[str, Any] | AdminError], None]

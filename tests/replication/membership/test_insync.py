@@ -26,9 +26,9 @@ from kvtcp.constants import (
 from kvtcp.errors import Code
 from kvtcp.protocol.link import LEAVE
 from kvtcp.protocol.operations import DONATE, DROP, INCR, LEARN, PUT, UNLEARN
-from kvtcp.replication import membership
-from kvtcp.replication.learner import FREEZING, LIVE, PULLING
-from kvtcp.replication.recovery import DOWN
+from kvtcp.replication.membership import insync
+from kvtcp.replication.membership.learner import FREEZING, LIVE, PULLING
+from kvtcp.replication.membership.recovery import DOWN
 from tests.support.controller_world import World
 
 
@@ -613,7 +613,7 @@ def test_few_learners_at_a_time_from_one_donor() -> None:
 
 def test_shards_with_a_free_donor_do_not_wait_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most wait for the same donor: a few of them are looked at in every step, then the others have their turn."""
-    monkeypatch.setattr(membership, "DONOR_MISSES_MAX", 2)
+    monkeypatch.setattr(insync, "DONOR_MISSES_MAX", 2)
     busy, free = 3 * LEARNERS_PER_DONOR_MAX, 2
     rows = [["n1", "n3"]] * busy + [["n2", "n3"]] * free
 
