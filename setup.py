@@ -63,7 +63,7 @@ setup(
     entry_points={
         "console_scripts": [
             "kvtcp-coordinator = kvtcp.server.coordinator_main:main",
-            "kvtcp-node = kvtcp.server.node_main:main",
+            "kvtcp-node = kvtcp.node.main:main",
             "kvtcp-shell = kvtcp.shell.main:main",
         ],
         "pytest11": ["kvtcp = kvtcp.testing.pytest_plugin"],

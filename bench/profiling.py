@@ -70,7 +70,7 @@ def main() -> None:
     if program == "coordinator":
         from kvtcp.server.coordinator_main import main as run
     else:
-        from kvtcp.server.node_main import main as run
+        from kvtcp.node.main import main as run
     sampler = Sampler()
     sampler.start()
     try:

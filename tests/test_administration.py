@@ -10,9 +10,9 @@ import pytest
 
 import kvtcp
 from kvtcp.errors import AdminError, Code, RequestError
+from kvtcp.node.server import NodeServer
 from kvtcp.server import administration as module
 from kvtcp.server.administration import Administration
-from kvtcp.server.node import NodeServer
 from kvtcp.server.supervisor import Found
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.cluster import free_ports

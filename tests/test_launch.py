@@ -10,11 +10,11 @@ import pytest
 
 from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.memory_store import MemoryConfigStore
+from kvtcp.node.server import NodeServer
 from kvtcp.runtime import process as runtime
 from kvtcp.runtime.process import StartError
 from kvtcp.server import launch
 from kvtcp.server.coordinator import ClusterConfig
-from kvtcp.server.node import NodeServer
 from kvtcp.server.ownership import found_map
 from kvtcp.server.supervisor import Found, Supervisor
 from tests.processes.cluster import free_ports

@@ -350,7 +350,7 @@ class Supervisor:
         for node, port in self.ports.items():
             path = self.data_dir / node
             command = [
-                sys.executable, "-P", "-m", "kvtcp.server.node_main", "--id", node, "--host", self.host,
+                sys.executable, "-P", "-m", "kvtcp.node.main", "--id", node, "--host", self.host,
                 "--port", str(port), "--data-dir", str(path), "--spawned", *self._arguments,
             ]  # fmt: skip
             self.processes[node] = process = NodeProcess(node, command, path)

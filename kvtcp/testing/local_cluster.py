@@ -33,8 +33,8 @@ from typing import Any, Self
 from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
+from kvtcp.node.server import NodeServer
 from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
-from kvtcp.server.node import NodeServer
 from kvtcp.server.ownership import check_store, found_map, own_map
 from kvtcp.server.supervisor import Found
 

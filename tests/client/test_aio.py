@@ -40,7 +40,7 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code
-from kvtcp.server.node import NodeServer
+from kvtcp.node.server import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer

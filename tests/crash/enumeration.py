@@ -387,7 +387,7 @@ class Change:
 
 
 class PullInSlices:
-    """A copy that is pulled as `server/pulls.py` does it."""
+    """A copy that is pulled as `node/puller.py` does it."""
 
     def __init__(self, workload: Workload, shard: int) -> None:
         self.workload = workload
@@ -444,7 +444,7 @@ class PullInSlices:
 
 
 class SnapshotInSlices:
-    """A snapshot of one shard as `server/durability.py` takes it."""
+    """A snapshot of one shard as `node/durability.py` takes it."""
 
     def __init__(self, workload: Workload, shard: int) -> None:
         self.workload = workload

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgpack
 
-from kvtcp.replication.replica import Replica
+from kvtcp.node.replica import Replica
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.shard.table import Table

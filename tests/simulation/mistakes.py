@@ -29,13 +29,14 @@ from kvtcp.cluster.changes import MapChanges
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
 from kvtcp.errors import Code
+from kvtcp.node.core import NodeCore
+from kvtcp.node.replica import Replica
 from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership import learner, recovery
 from kvtcp.replication.membership.insync import Membership
 from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import Recovery
-from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencing.answers import Answers
 from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
 from kvtcp.replication.sequencing.link import Batch
@@ -43,7 +44,6 @@ from kvtcp.replication.sequencing.members import Members
 from kvtcp.replication.sequencing.requests import NUMBER
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.replication.sequencing.shard import ShardState
-from kvtcp.server.node_core import NodeCore
 from kvtcp.storage.shard.table import Table
 from tests.simulation.clients import Client
 from tests.simulation.coordinator import SimCoordinator

@@ -1,6 +1,6 @@
 """A node of a simulation: the product's core of a node, moved as the node's server moves it.
 
-This is the counterpart of server/node.py and node_connection.py, and decides nothing: frames go to the NodeCore, and
+This is the counterpart of node/server.py and node_connection.py, and decides nothing: frames go to the NodeCore, and
 what that wants is performed on a disk of the simulation (simulation_disk.py), on connections that sometimes take
 nothing for a while, and by transfers of copies over connections of their own.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from kvtcp.node.access import Identity
+from kvtcp.node.core import CoordinatorLink, NodeCore
+from kvtcp.node.learning import Donation, Learning
+from kvtcp.node.replica import Replica
 from kvtcp.protocol.link import ASK, CHUNK, GIVE, HELLO, LEARNED, LINK_VERSION, REFUSED, REPORT, RESULTS
-from kvtcp.replication.learning import Donation, Learning
-from kvtcp.replication.replica import Replica
-from kvtcp.server.access import Identity
-from kvtcp.server.node_core import CoordinatorLink, NodeCore
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Logged
 from kvtcp.storage.shard.table import Table

@@ -50,7 +50,7 @@ SMALL = {
     "EVICT_AFTER_MS": 200, "RECOVER_WAIT_MS": 200, "HEARTBEAT_MS": 80, "LINK_SILENCE_MS": 300, "MAP_RESEND_MS": 40,
     "STAMP_AHEAD_MS": 400, "STAMP_MOVE_MS": 200, "DONATION_IDLE_MS": 400, "LEAVE_MS": 150,
 }  # fmt: skip
-SMALL_PACKAGES = ("kvtcp.replication.", "kvtcp.storage.", "kvtcp.server.node_core")
+SMALL_PACKAGES = ("kvtcp.replication.", "kvtcp.storage.", "kvtcp.node.core")
 
 
 @contextlib.contextmanager

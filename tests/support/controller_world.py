@@ -18,14 +18,14 @@ from kvtcp.cluster.changes import MapChanges
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome, Stored
 from kvtcp.constants import TICK_MS
+from kvtcp.node.access import Identity
+from kvtcp.node.core import CoordinatorLink, NodeCore
+from kvtcp.node.learning import Learning
+from kvtcp.node.replica import FreezeRequest, Replica
 from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, RESULTS, parse_report
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.controller import FRAME_KINDS, Controller
-from kvtcp.replication.learning import Learning
-from kvtcp.replication.replica import FreezeRequest, Replica
 from kvtcp.replication.sequencing.sequencer import Sequencer, ShardState
-from kvtcp.server.access import Identity
-from kvtcp.server.node_core import CoordinatorLink, NodeCore
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Copy, Logged

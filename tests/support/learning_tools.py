@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import BATCH, HELLO, LINK_VERSION, PULL, REPORT, RESULTS, STATS
 from kvtcp.protocol.operations import DONATE, LEARN, PUT
-from kvtcp.server.node import NodeServer
 from tests.processes.raw_client import Wire
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
+from kvtcp.node.replica import Replica
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import PUT
-from kvtcp.replication.replica import Replica
 
 
 def hello(epoch: int = 1, coordinator: bytes = b"c", **changes: Any) -> dict[bytes, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import msgpack
 
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.node.replica import Replica
 from kvtcp.protocol.link import LINK_VERSION, CopyReport, parse_report
 from kvtcp.protocol.operations import GET, PUT
-from kvtcp.replication.replica import Replica
 from kvtcp.replication.sequencing.sequencer import Sequencer
 
 

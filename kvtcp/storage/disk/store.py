@@ -1,6 +1,6 @@
 """The store of a node: its data directory, from recovery to a clean stop.
 
-I/O shell over replay, log, snapshots and manifest. It decides what is written where; `server/durability.py` runs it
+I/O shell over replay, log, snapshots and manifest. It decides what is written where; `node/durability.py` runs it
 with two threads, the crash tests run it step by step in one. Methods that block or raise OSError say so.
 
     <data dir>/manifest.json        manifest.py

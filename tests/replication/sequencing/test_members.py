@@ -9,6 +9,7 @@ import pytest
 
 from kvtcp.constants import LINK_GRACE_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
+from kvtcp.node import write_results
 from kvtcp.protocol.operations import (
     ADD,
     DELETE,
@@ -22,7 +23,6 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     UNLEARN,
 )
-from kvtcp.replication import write_results
 from kvtcp.replication.sequencing import admission
 from kvtcp.replication.sequencing.link import Batch, Progress
 from kvtcp.replication.sequencing.members import part_of

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvtcp.constants import BASE_PORT_DEFAULT, MIB, ORPHAN_MS, RECOVERY_PROGRESS_MS, SNAPSHOT_LOG_BYTES
+from kvtcp.node.huge_pages import HugePages
+from kvtcp.node.server import NodeServer
 from kvtcp.runtime import process
 from kvtcp.runtime.data_directory import DataDirectory, IdentityError, lock_holder
-from kvtcp.server.huge_pages import HugePages
-from kvtcp.server.node import NodeServer
 from kvtcp.storage.disk.check import by_reason, check_directory
 from kvtcp.storage.disk.log_format import VersionError
 from kvtcp.storage.disk.replay import Progress

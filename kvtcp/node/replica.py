@@ -30,6 +30,7 @@ from kvtcp.constants import (
     RESULTS_BYTES_MAX,
 )
 from kvtcp.errors import Code
+from kvtcp.node.copies import CopySet
 from kvtcp.protocol.operations import (
     ANY_KEY,
     AUDIT,
@@ -52,7 +53,6 @@ from kvtcp.protocol.operations import (
     UNLEARN,
     WRITE_OP_END,
 )
-from kvtcp.replication.copy_set import CopySet
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.freeze import Frozen

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvtcp.constants import LEARN_ITEM_BYTES
+from kvtcp.node.learning import Donation, Learning
 from kvtcp.protocol.operations import DELETE, INCR, PUT
-from kvtcp.replication.learning import Donation, Learning
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Table
 

@@ -28,6 +28,10 @@ from typing import Any, Final, Protocol
 
 from kvtcp.constants import LEARN_APPLY_ITEMS, LEAVE_MS, RESULTS_BYTES_MAX, YOUNG_CELLS_MAX
 from kvtcp.errors import ProtocolError
+from kvtcp.node import access
+from kvtcp.node.access import Identity
+from kvtcp.node.learning import Donation, Learning
+from kvtcp.node.replica import FreezeRequest, Refused, Replica
 from kvtcp.protocol.link import (
     ASK,
     BACKUP,
@@ -49,10 +53,6 @@ from kvtcp.protocol.link import (
     STOP,
     TOLD,
 )
-from kvtcp.replication.learning import Donation, Learning
-from kvtcp.replication.replica import FreezeRequest, Refused, Replica
-from kvtcp.server import access
-from kvtcp.server.access import Identity
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.table import Table
 

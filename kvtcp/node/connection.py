@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from kvtcp.constants import LINK_FRAME_BYTES_MAX, LINK_WRITE_BUFFER_BYTES
 from kvtcp.errors import ProtocolError
+from kvtcp.node.core import CoordinatorLink, NodeCore
+from kvtcp.node.donor import Donations, DonationStream
 from kvtcp.protocol.link import ASK, GIVE, HELLO
 from kvtcp.runtime.transport import FramedConnection
-from kvtcp.server.donations import Donations, DonationStream
-from kvtcp.server.node_core import CoordinatorLink, NodeCore
 
 
 class NodeParts(Protocol):

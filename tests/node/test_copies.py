@@ -9,6 +9,10 @@ import pytest
 
 from kvtcp.constants import LEARN_ITEM_BYTES
 from kvtcp.errors import Code
+from kvtcp.node import copies as copy_set
+from kvtcp.node import replica as replica_module
+from kvtcp.node.learning import Donation
+from kvtcp.node.replica import Replica
 from kvtcp.protocol.operations import (
     ADD,
     AUDIT,
@@ -24,10 +28,6 @@ from kvtcp.protocol.operations import (
     RESULTS_OF,
     UNLEARN,
 )
-from kvtcp.replication import copy_set
-from kvtcp.replication import replica as replica_module
-from kvtcp.replication.learning import Donation
-from kvtcp.replication.replica import Replica
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Table

@@ -8,8 +8,8 @@ from zlib import crc32
 
 import pytest
 
+from kvtcp.node import main as node_main
 from kvtcp.runtime.data_directory import DataDirectory, write_identity
-from kvtcp.server import node_main
 from kvtcp.storage.disk.store import NodeStore
 from tests.crash.fake_disk import QuickDisk
 from tests.support.storage_tools import add_copies, fill, open_small, take_snapshot

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from kvtcp.constants import FREEZE_ROWS
+from kvtcp.node.backup import BackupJob
+from kvtcp.node.replica import FreezeRequest
 from kvtcp.protocol.operations import PUT
-from kvtcp.replication.replica import FreezeRequest
-from kvtcp.server.backup_job import BackupJob
 from kvtcp.storage.backup.file import read_file_pairs
 from kvtcp.storage.files import OS_DISK, OsFile
 from kvtcp.storage.shard.table import Table
@@ -106,7 +106,7 @@ async def test_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call:
 
 async def test_abort_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given up before, between or after its slices, a job reports once and stops; its file is removed if it can be."""
-    monkeypatch.setattr("kvtcp.server.backup_job.BACKUP_SLICE_MS", 0.01)
+    monkeypatch.setattr("kvtcp.node.backup.BACKUP_SLICE_MS", 0.01)
     for turns in (0, 1, 2, 5):
         job = Job(tmp_path)
         job.job.start()

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvtcp.constants import KIB, LAG_LOOK_MS, STATS_MS
-from kvtcp.replication.replica import Replica
-from kvtcp.server.durability import Durability
+from kvtcp.node.durability import Durability
+from kvtcp.node.replica import Replica
 
 STATM: Final = Path("/proc/self/statm")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.server import huge_pages
-from kvtcp.server.huge_pages import HugePages, heap_mappings, whole_ranges
+from kvtcp.node import huge_pages
+from kvtcp.node.huge_pages import HugePages, heap_mappings, whole_ranges
 
 MIB = 1024 * 1024
 
@@ -51,8 +51,8 @@ def test_a_kernel_that_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 PROGRAM = """
-from kvtcp.server import huge_pages
-from kvtcp.server.huge_pages import HugePages
+from kvtcp.node import huge_pages
+from kvtcp.node.huge_pages import HugePages
 held = [b""] * 400_000
 for number in range(400_000):  # 65 MB
     held[number] = b"%08d" % number * 16

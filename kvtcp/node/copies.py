@@ -20,9 +20,9 @@ from typing import Any
 
 from kvtcp.constants import LEARN_APPLY_ITEMS, LEARN_BUFFER_BYTES_MAX, SHIP_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.errors import DataError
+from kvtcp.node.learning import Donation, Learning
+from kvtcp.node.write_results import WriteResults
 from kvtcp.protocol.operations import PUT, WRITE_OP_END
-from kvtcp.replication.learning import Donation, Learning
-from kvtcp.replication.write_results import WriteResults
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.table import Table

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from kvtcp.constants import SHARDS_MAX
 from kvtcp.errors import ProtocolError
+from kvtcp.node.replica import Refused
 from kvtcp.protocol.link import ASK, GIVE, HELLO, LINK_VERSION
-from kvtcp.replication.replica import Refused
 from kvtcp.storage.disk.log_format import DIRECTORY_BYTES
 
 _NAMES: Final = {HELLO: "a HELLO", ASK: "an ASK", GIVE: "a GIVE"}

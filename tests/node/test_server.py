@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from kvtcp.node import stats
+from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import (
     ASK,
     BATCH,
@@ -29,8 +31,6 @@ from kvtcp.protocol.link import (
     parse_told,
 )
 from kvtcp.protocol.operations import GET, PUT
-from kvtcp.server import node_stats
-from kvtcp.server.node import NodeServer
 from kvtcp.storage.disk.manifest import read_manifest
 from tests.crash.disk import CrashDisk
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, pack, until
@@ -52,7 +52,7 @@ def hello(**changed: Any) -> list[Any]:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames come when they are expected, however slow the machine is."""
-    monkeypatch.setattr(node_stats, "STATS_MS", 10**9)
+    monkeypatch.setattr(stats, "STATS_MS", 10**9)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvtcp.replication import write_results
-from kvtcp.replication.write_results import WriteResults
+from kvtcp.node import write_results
+from kvtcp.node.write_results import WriteResults
 
 
 def of(results: WriteResults, shard: int, seqs: list[int]) -> list[Any]:

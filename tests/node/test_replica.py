@@ -8,6 +8,10 @@ import pytest
 
 from kvtcp.constants import RECENT_ENTRY_BYTES
 from kvtcp.errors import Code
+from kvtcp.node import copies as copy_set
+from kvtcp.node import replica as replica_module
+from kvtcp.node import write_results
+from kvtcp.node.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replica
 from kvtcp.protocol.operations import (
     ADD,
     ANY_KEY,
@@ -31,9 +35,6 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     TTL,
 )  # fmt: skip
-from kvtcp.replication import copy_set, write_results
-from kvtcp.replication import replica as replica_module
-from kvtcp.replication.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replica
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import SequenceError, Table

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtcp.constants import BACKUP_SLICE_MS, FREEZE_ROWS
-from kvtcp.replication.replica import FreezeRequest
+from kvtcp.node.replica import FreezeRequest
 from kvtcp.storage.backup.archive import NodeFileWriter
 from kvtcp.storage.files import OsDisk
 from kvtcp.storage.shard.pages import merge_frozen

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvtcp.constants import MIB
+from kvtcp.node import stats
+from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import STATS
-from kvtcp.server import node_stats
-from kvtcp.server.node import NodeServer
 from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, until
 from tests.support.learning_tools import Link
 from tests.support.storage_tools import new_disk, open_small
@@ -22,7 +22,7 @@ pytestmark = BOTH_LOOPS
 
 async def test_figures_on_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations, keys, log, syncs and memory; how late the loop was is of the last interval only."""
-    monkeypatch.setattr(node_stats, "STATS_MS", 100)
+    monkeypatch.setattr(stats, "STATS_MS", 100)
     node = NodeServer("n1", store=open_small(new_disk(), segment_bytes=10**6))
     await node.start("127.0.0.1", 0)
     link = await Link.open(node)
@@ -46,8 +46,8 @@ async def test_figures_on_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_without_a_disk_and_without_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is logged, and nobody has to listen."""
-    monkeypatch.setattr(node_stats, "STATS_MS", 1)
-    monkeypatch.setattr(node_stats, "LAG_LOOK_MS", 1)
+    monkeypatch.setattr(stats, "STATS_MS", 1)
+    monkeypatch.setattr(stats, "LAG_LOOK_MS", 1)
     node = NodeServer("n1")
     await node.start("127.0.0.1", 0)
     told = node._stats._told_s
@@ -62,6 +62,6 @@ async def test_without_a_disk_and_without_a_link(monkeypatch: pytest.MonkeyPatch
 
 def test_memory_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where the system has no such file, the largest size so far is told."""
-    here = node_stats.memory_bytes()
-    monkeypatch.setattr(node_stats, "STATM", tmp_path / "none")
-    assert here / 2 < node_stats.memory_bytes() < here * 10
+    here = stats.memory_bytes()
+    monkeypatch.setattr(stats, "STATM", tmp_path / "none")
+    assert here / 2 < stats.memory_bytes() < here * 10

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from kvtcp.constants import KIB
+from kvtcp.node import donor as donations_module
+from kvtcp.node import puller as pulls_module
+from kvtcp.node.server import NodeServer
 from kvtcp.protocol.framing import FrameEncoder
 from kvtcp.protocol.link import CHUNK, GIVE, LEARN_FAILED, LEARNED, PULL, REFUSED, SHIP, SHIPPED
 from kvtcp.protocol.operations import AUDIT, DELETE, DONATE, DROP, GET, INCR, LEARN, UNLEARN
-from kvtcp.server import donations as donations_module
-from kvtcp.server import pulls as pulls_module
-from kvtcp.server.node import NodeServer
 from kvtcp.storage.disk.manifest import read_manifest
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader
 from kvtcp.storage.shard.table import Table

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from kvtcp.errors import ProtocolError
+from kvtcp.node.access import Identity, check, check_fields, names_copy
+from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import ASK, BATCH, GIVE, HELLO, LINK_VERSION, REFUSED, TOLD, parse_told
 from kvtcp.protocol.operations import GET, PUT
-from kvtcp.server.access import Identity, check, check_fields, names_copy
-from kvtcp.server.node import NodeServer
+from tests.node.test_server import link, node
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy
-from tests.test_node import link, node
 
 __all__ = ["event_loop_policy", "node"]
 pytestmark = BOTH_LOOPS

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from kvtcp.constants import MIB
+from kvtcp.node import connection as node_connection
+from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import BATCH, FETCH, PULL, REFUSED, RESULTS, SHIP
 from kvtcp.protocol.operations import GET, MGET, PUT
-from kvtcp.server import node_connection
-from kvtcp.server.node import NodeServer
+from tests.node.test_server import hello, link, no_figures, node
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, until
-from tests.test_node import hello, link, no_figures, node
 
 __all__ = ["event_loop_policy", "no_figures", "node"]
 pytestmark = BOTH_LOOPS

@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvtcp.constants import ORPHAN_MS, SNAPSHOT_LOG_BYTES
+from kvtcp.node.access import Identity
+from kvtcp.node.backup import BackupJob
+from kvtcp.node.connection import NodeConnection
+from kvtcp.node.core import NodeCore
+from kvtcp.node.donor import Donations
+from kvtcp.node.durability import Durability
+from kvtcp.node.learning import Learning
+from kvtcp.node.puller import Pulls
+from kvtcp.node.replica import FreezeRequest, Replica
+from kvtcp.node.stats import NodeStats
 from kvtcp.protocol.link import STATS
-from kvtcp.replication.learning import Learning
-from kvtcp.replication.replica import FreezeRequest, Replica
-from kvtcp.server.access import Identity
-from kvtcp.server.backup_job import BackupJob
-from kvtcp.server.donations import Donations
-from kvtcp.server.durability import Durability
-from kvtcp.server.node_connection import NodeConnection
-from kvtcp.server.node_core import NodeCore
-from kvtcp.server.node_stats import NodeStats
-from kvtcp.server.pulls import Pulls
 from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.copy import Copy
 

@@ -40,7 +40,7 @@ from kvtcp.constants import (
     SNAPSHOT_SLICE_MS,
     SPACE_LOOK_MS,
 )
-from kvtcp.replication.replica import Replica
+from kvtcp.node.replica import Replica
 from kvtcp.runtime.worker import Worker
 from kvtcp.storage.disk.log import Prepared
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvtcp.constants import LOG_IDLE_MS, LOG_RECORD_BYTES_MAX
-from kvtcp.server import durability as durability_module
-from kvtcp.server.durability import Durability
+from kvtcp.node import durability as durability_module
+from kvtcp.node.durability import Durability
 from kvtcp.storage.disk.log_format import parse_header, parse_records
 from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.copy import Logged

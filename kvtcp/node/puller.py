@@ -23,12 +23,12 @@ from typing import Any, Final, Protocol
 
 from kvtcp.constants import DONATION_IDLE_MS, LINK_FRAME_BYTES_MAX, RECOVER_WAIT_MS, SNAPSHOT_BUFFER_BYTES
 from kvtcp.errors import DataError, ProtocolError
+from kvtcp.node.core import NodeCore
+from kvtcp.node.durability import NO_SPACE_ERRORS, Durability
+from kvtcp.node.learning import Learning
 from kvtcp.protocol.link import CHUNK, GIVE, LINK_VERSION, REFUSED
-from kvtcp.replication.learning import Learning
 from kvtcp.runtime.transport import FramedConnection
 from kvtcp.runtime.worker import Worker
-from kvtcp.server.durability import NO_SPACE_ERRORS, Durability
-from kvtcp.server.node_core import NodeCore
 from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, FormatError
 from kvtcp.storage.disk.snapshot import HEADER_BYTES, SnapshotFile, SnapshotHeader, decode_snapshot
 from kvtcp.storage.shard.copy import Copy, Logged

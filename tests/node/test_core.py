@@ -10,6 +10,11 @@ import pytest
 
 from kvtcp.constants import LEAVE_MS, YOUNG_CELLS_MAX
 from kvtcp.errors import ProtocolError
+from kvtcp.node import core as node_core
+from kvtcp.node.access import Identity
+from kvtcp.node.core import CoordinatorLink, NodeCore
+from kvtcp.node.learning import Learning
+from kvtcp.node.replica import FreezeRequest, Replica
 from kvtcp.protocol.link import (
     BATCH,
     ENTRIES,
@@ -29,11 +34,6 @@ from kvtcp.protocol.link import (
     TOLD,
 )
 from kvtcp.protocol.operations import DONATE, DROP, FREEZE, GET, LEARN, PUT
-from kvtcp.replication.learning import Learning
-from kvtcp.replication.replica import FreezeRequest, Replica
-from kvtcp.server import node_core
-from kvtcp.server.access import Identity
-from kvtcp.server.node_core import CoordinatorLink, NodeCore
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.table import Table
 from tests.support.replica_tools import make, put

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from kvtcp.constants import KIB, MIB
+from kvtcp.node import donor as donations_module
+from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import CHUNK, GIVE, LINK_VERSION
 from kvtcp.protocol.operations import DONATE, DROP
-from kvtcp.server import donations as donations_module
-from kvtcp.server.node import NodeServer
 from kvtcp.storage.disk.snapshot import SnapshotName, decode_snapshot
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, until
 from tests.support.learning_tools import Link

@@ -24,9 +24,9 @@ from kvtcp.constants import (
     BULK_WRITE_BUFFER_BYTES,
     DONATION_IDLE_MS,
 )
+from kvtcp.node.learning import Donation
+from kvtcp.node.replica import Replica
 from kvtcp.protocol.link import CHUNK
-from kvtcp.replication.learning import Donation
-from kvtcp.replication.replica import Replica
 from kvtcp.runtime.transport import FramedConnection
 from kvtcp.storage.disk.snapshot import SnapshotHeader, encode_snapshot
 from kvtcp.storage.shard.copy import Logged
