@@ -15,10 +15,10 @@ from kvtcp.server import administration as module
 from kvtcp.server.administration import Administration
 from kvtcp.server.supervisor import Found
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.frontend.native.test_gateway import HANDED_OVER
 from tests.processes.cluster import free_ports
 from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, linked, until
 from tests.support.replication_fakes import Answers
-from tests.test_gateway import HANDED_OVER
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

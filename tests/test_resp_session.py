@@ -19,9 +19,9 @@ from kvtcp.constants import (
     RESP_KEYS_MAX,
     VALUE_BYTES_MAX,
 )
+from kvtcp.frontend import clients as clients_module
+from kvtcp.frontend import connection
 from kvtcp.resp.client import TURN_BYTES_MAX
-from kvtcp.server import caps
-from kvtcp.server import clients as clients_module
 from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.fuzz.resp import array
@@ -255,7 +255,7 @@ async def test_a_command_never_finished(
     cluster: LocalCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A command that was begun and never finished closes its connection, at whatever byte it stopped."""
-    monkeypatch.setattr(caps, "FRAME_WAIT_MS", 60)
+    monkeypatch.setattr(connection, "FRAME_WAIT_MS", 60)
     async with await connect(cluster) as idle:
         assert await idle.do("ping") == "PONG"
         for data in (b"*", b"*2\r\n", b"*2\r\n$3\r\nGE", b"*2\r\n$3\r\nGET\r\n", b"ge"):
@@ -279,7 +279,7 @@ async def test_unread_replies(cluster: LocalCluster) -> None:
         wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
         for _ in range(40):
             wire.write(array(b"GET", b"a") * 10)
-        await until(lambda: session._paused_for & caps.FOR_OUTPUT, "the pause")
+        await until(lambda: session._paused_for & connection.FOR_OUTPUT, "the pause")
         assert session.unread_bytes > CLIENT_OUTPUT_BYTES_MAX or session.held_bytes
         wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert await wire.replies(400) == [value] * 400
@@ -312,7 +312,7 @@ async def test_replies_made_at_once_are_bounded(cluster: LocalCluster) -> None:
 async def test_outstanding_commands(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the cap of unanswered commands a client is not read; every reply comes, in order, and it is read again."""
     assert CLIENT_OUTSTANDING_MAX == 16_384
-    monkeypatch.setattr(caps, "CLIENT_OUTSTANDING_MAX", 10)
+    monkeypatch.setattr(connection, "CLIENT_OUTSTANDING_MAX", 10)
     pauses: list[int] = []
     pause = RespSession.pause
 
@@ -326,7 +326,7 @@ async def test_outstanding_commands(cluster: LocalCluster, monkeypatch: pytest.M
             wire.write(b"incr a\r\n" * 500)
             assert await wire.replies(500) == list(range(round_ * 500 + 1, round_ * 500 + 501))
         session = await session_of(cluster)
-        assert caps.FOR_OUTSTANDING in pauses
+        assert connection.FOR_OUTSTANDING in pauses
         await until(lambda: session._paused_for == 0, "reading again")
         assert session.outstanding == 0 and session.input_bytes == 0
 
@@ -339,7 +339,7 @@ async def test_replies_behind_a_slow_one(cluster: LocalCluster) -> None:
         session = await session_of(cluster)
         session.client.slots.append([None])  # a command whose answer does not come
         wire.write(array(b"GET", b"large") * 30)
-        await until(lambda: session._paused_for & caps.FOR_OUTPUT, "the pause")
+        await until(lambda: session._paused_for & connection.FOR_OUTPUT, "the pause")
         assert session.client.large_bytes > CLIENT_OUTPUT_BYTES_MAX and session.held_bytes > CLIENT_OUTPUT_BYTES_MAX
         assert cluster.coordinator.clients.held_bytes >= session.held_bytes
         assert await other.do("ping") == "PONG"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from kvtcp.replication.keyspace import Keyspace
+from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.door import Door

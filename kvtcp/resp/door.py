@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
-from kvtcp.replication.keyspace import Keyspace
+from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.resp.client_state import ClientState
 from kvtcp.resp.plan import CommandError

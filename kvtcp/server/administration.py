@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kvtcp.errors import AdminError, Code, RequestError
+from kvtcp.frontend.native.gateway import AdministrativeRequest, Session
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.gateway import AdministrativeRequest, Session
 from kvtcp.runtime.process import StartTask, join_address
 from kvtcp.server.backups import Backups
 from kvtcp.server.status import Status

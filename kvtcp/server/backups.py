@@ -26,12 +26,12 @@ from typing import Any, Final, TypeVar
 from kvtcp._version import __version__
 from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX, PROGRESS_MS, TICK_MS
 from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, Unavailable, error_from_wire, show_bytes
+from kvtcp.frontend.keyspace import Keyspace
+from kvtcp.frontend.native.gateway import Session
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR, FREEZE, PUT
-from kvtcp.replication.gateway import Session
-from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.sequencing.multi_read import count_read, page_read
 from kvtcp.replication.sequencing.requests import Gather
 from kvtcp.replication.sequencing.sequencer import Sequencer

@@ -35,18 +35,18 @@ from kvtcp.constants import (
     STAMP_MOVE_MS,
     TICK_MS,
 )
+from kvtcp.frontend.clients import Clients
+from kvtcp.frontend.keyspace import Keyspace
+from kvtcp.frontend.native.gateway import Gateway
+from kvtcp.frontend.port import Port
 from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.gateway import Gateway
-from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.membership.recovery import StaleStore
 from kvtcp.resp.door import Door
 from kvtcp.server.administration import Administration
 from kvtcp.server.backups import Backups
-from kvtcp.server.clients import Clients
 from kvtcp.server.links import NodeLink
 from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms, wall_us
-from kvtcp.server.port import Port
 from kvtcp.server.resp_host import RedisInfo
 from kvtcp.server.status import Status
 from kvtcp.server.write_times import WriteTimes

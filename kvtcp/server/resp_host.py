@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kvtcp.frontend.clients import Clients
 from kvtcp.resp.client_state import ClientState
-from kvtcp.server.clients import Clients
 from kvtcp.server.resp_session import RespSession
 from kvtcp.server.status import Status
 

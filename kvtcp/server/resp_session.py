@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable
 
 from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX
+from kvtcp.frontend.clients import FOR_OUTPUT, Clients
+from kvtcp.frontend.connection import ClientConnection
 from kvtcp.resp.client import RespClient
 from kvtcp.resp.door import Door
 from kvtcp.resp.parser import RespParser
-from kvtcp.server.caps import ClientConnection
-from kvtcp.server.clients import FOR_OUTPUT, Clients
 
 log = logging.getLogger("kvtcp.session")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from kvtcp import constants
 from kvtcp.errors import CLASS_OF, Code
+from kvtcp.frontend.native.gateway import LIMITS
 from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder
 from kvtcp.protocol.messages import REQUESTS, request_id
-from kvtcp.replication.gateway import LIMITS
 from tests.support import wire_golden
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "protocol.md").read_text()

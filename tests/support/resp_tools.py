@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.resp.client import RespClient
 from kvtcp.resp.client_state import ClientState

@@ -10,8 +10,8 @@ import asyncio
 import pytest
 
 from kvtcp.constants import FRAME_WAIT_MS, MIB, WRITE_WAIT_MS
-from kvtcp.server import clients as module
-from tests.test_caps import Clock, RecordingTransport, Session, transport
+from kvtcp.frontend import clients as module
+from tests.frontend.test_connection import Clock, RecordingTransport, Session, transport
 
 LIMIT = 16 * MIB
 

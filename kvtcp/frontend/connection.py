@@ -22,8 +22,8 @@ from kvtcp.constants import (
     FRAME_WAIT_MS,
 )
 from kvtcp.errors import ProtocolError
+from kvtcp.frontend.clients import FOR_OUTPUT, FOR_OUTSTANDING, Clients
 from kvtcp.runtime.transport import Connection
-from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, Clients
 
 
 class ClientConnection(Connection):

@@ -27,10 +27,10 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code, RequestError, show_bytes
+from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS, Message, Touches, check_key, check_value, request_id
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
-from kvtcp.replication.keyspace import Keyspace
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from kvtcp.replication.sequencing.requests import Gather
 from kvtcp.replication.sequencing.sequencer import Sequencer, Sink

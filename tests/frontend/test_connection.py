@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvtcp.constants import CLIENT_INPUT_BYTES_MAX, CLIENT_OUTPUT_BYTES_MAX, CLIENT_OUTSTANDING_MAX, FRAME_WAIT_MS
-from kvtcp.server.caps import ClientConnection
-from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_STOP, FOR_TOTAL, Clients
+from kvtcp.frontend.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_STOP, FOR_TOTAL, Clients
+from kvtcp.frontend.connection import ClientConnection
 from tests.runtime.test_transport import FakeTransport
 
 

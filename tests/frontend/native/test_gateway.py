@@ -8,10 +8,10 @@ import pytest
 
 from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError, RequestError
+from kvtcp.frontend.keyspace import Keyspace
+from kvtcp.frontend.native.gateway import LIMITS, Gateway
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS, Kind, Touches
-from kvtcp.replication.gateway import LIMITS, Gateway
-from kvtcp.replication.keyspace import Keyspace
 from tests.support.replication_fakes import Answers, Cluster
 
 # what another table than the gateway's carries out

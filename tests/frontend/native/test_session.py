@@ -10,9 +10,9 @@ import pytest
 
 import kvtcp
 from kvtcp.errors import Code
-from kvtcp.server import caps
-from kvtcp.server.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
-from kvtcp.server.sessions import ClientSession
+from kvtcp.frontend import connection as caps
+from kvtcp.frontend.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
+from kvtcp.frontend.native.session import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kvtcp.errors import Code, ProtocolError, RequestError
+from kvtcp.frontend.clients import Clients
+from kvtcp.frontend.connection import ClientConnection
+from kvtcp.frontend.native.gateway import Gateway
 from kvtcp.protocol.framing import PREFIX_CACHE_LENGTHS, PREFIXES, FrameDecoder, FrameEncoder
-from kvtcp.replication.gateway import Gateway
-from kvtcp.server.caps import ClientConnection
-from kvtcp.server.clients import Clients
 
 
 class ClientSession(ClientConnection):

@@ -12,13 +12,13 @@ from functools import partial
 from typing import Final
 
 from kvtcp.errors import ProtocolError
+from kvtcp.frontend.clients import Clients
+from kvtcp.frontend.connection import ClientConnection
+from kvtcp.frontend.native.gateway import Gateway
+from kvtcp.frontend.native.session import ClientSession
 from kvtcp.protocol.framing import PREFIX_BYTE
-from kvtcp.replication.gateway import Gateway
 from kvtcp.resp.door import Door
-from kvtcp.server.caps import ClientConnection
-from kvtcp.server.clients import Clients
 from kvtcp.server.resp_session import RespSession
-from kvtcp.server.sessions import ClientSession
 
 FOREIGN_FACE: Final = b"-ERR this port speaks the kvtcp protocol (length-prefixed msgpack); use kvtcp-shell\r\n"
 

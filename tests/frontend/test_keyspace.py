@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtcp.errors import Code, RequestError
-from kvtcp.replication.keyspace import Keyspace
+from kvtcp.frontend.keyspace import Keyspace
 
 
 def test_is_open() -> None:
