@@ -34,7 +34,7 @@ TEST = [
 COMPILED = [
     "constants", "errors", "protocol/hashing", "protocol/operations", "replication/sequencing/link", "replication/sequencing/shard",
     "replication/sequencing/multi_read", "replication/sequencing/answers", "replication/sequencing/admission", "replication/sequencing/members",
-    "replication/sequencing/sequencer", "resp/parser", "resp/replies", "resp/client_state", "resp/client",
+    "replication/sequencing/sequencer", "frontend/resp/parser", "frontend/resp/replies", "frontend/resp/client_state", "frontend/resp/pipeline",
 ]  # fmt: skip
 
 

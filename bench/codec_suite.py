@@ -112,7 +112,7 @@ def _workloads(repetitions: int) -> list[Workload]:
 
 def _resp_workloads(repetitions: int) -> list[Workload]:
     try:
-        from kvtcp.resp.parser import RespParser
+        from kvtcp.frontend.resp.parser import RespParser
     except ModuleNotFoundError:
         return []
     found: list[Workload] = []

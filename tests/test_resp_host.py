@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import kvtcp
-from kvtcp.resp.replies import encode
+from kvtcp.frontend.resp.replies import encode
 from kvtcp.server.resp_host import RedisInfo
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import Wire, until

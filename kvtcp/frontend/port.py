@@ -16,9 +16,9 @@ from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.connection import ClientConnection
 from kvtcp.frontend.native.gateway import Gateway
 from kvtcp.frontend.native.session import ClientSession
+from kvtcp.frontend.resp.service import Door
+from kvtcp.frontend.resp.session import RespSession
 from kvtcp.protocol.framing import PREFIX_BYTE
-from kvtcp.resp.door import Door
-from kvtcp.server.resp_session import RespSession
 
 FOREIGN_FACE: Final = b"-ERR this port speaks the kvtcp protocol (length-prefixed msgpack); use kvtcp-shell\r\n"
 

@@ -39,10 +39,10 @@ from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.frontend.native.gateway import Gateway
 from kvtcp.frontend.port import Port
+from kvtcp.frontend.resp.service import Door
 from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership.recovery import StaleStore
-from kvtcp.resp.door import Door
 from kvtcp.server.administration import Administration
 from kvtcp.server.backups import Backups
 from kvtcp.server.links import NodeLink

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvtcp.frontend.clients import Clients
-from kvtcp.resp.client_state import ClientState
-from kvtcp.server.resp_session import RespSession
+from kvtcp.frontend.resp.client_state import ClientState
+from kvtcp.frontend.resp.session import RespSession
 from kvtcp.server.status import Status
 
 

@@ -14,7 +14,7 @@ from kvtcp.constants import (
     SCAN_CURSOR_IDLE_MS,
     SCAN_CURSORS_MAX,
 )
-from kvtcp.resp.commands import COMMANDS
+from kvtcp.frontend.resp.commands.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docs" / "redis.md").read_text()

@@ -10,12 +10,12 @@ import pytest
 import kvtcp
 from kvtcp.frontend.clients import FOR_TOTAL
 from kvtcp.frontend.port import NewConnection, Port
-from kvtcp.server.resp_session import RespSession
+from kvtcp.frontend.resp.session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.frontend.resp.test_session import connect
 from tests.frontend.test_connection import Clock, RecordingTransport, Session
 from tests.fuzz.resp import array
 from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, until
-from tests.test_resp_session import connect
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

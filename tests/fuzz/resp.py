@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvtcp.resp import parser as parser_module
-from kvtcp.resp.parser import Command, RespParser
+from kvtcp.frontend.resp import parser as parser_module
+from kvtcp.frontend.resp.parser import Command, RespParser
 
 LINE_BYTES_MAX = 100
 ARGUMENTS_MAX = 10

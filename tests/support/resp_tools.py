@@ -12,13 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvtcp.frontend.keyspace import Keyspace
+from kvtcp.frontend.resp.client_state import ClientState
+from kvtcp.frontend.resp.parser import RespParser
+from kvtcp.frontend.resp.pipeline import RespClient
+from kvtcp.frontend.resp.service import Door
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.replication.sequencing.multi_read import MultiRead
-from kvtcp.resp.client import RespClient
-from kvtcp.resp.client_state import ClientState
-from kvtcp.resp.door import Door
-from kvtcp.resp.parser import RespParser
 
 SHARDS = 8
 

@@ -21,8 +21,8 @@ from kvtcp.constants import (
 )
 from kvtcp.frontend import clients as clients_module
 from kvtcp.frontend import connection
-from kvtcp.resp.client import TURN_BYTES_MAX
-from kvtcp.server.resp_session import RespSession
+from kvtcp.frontend.resp.pipeline import TURN_BYTES_MAX
+from kvtcp.frontend.resp.session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.fuzz.resp import array
 from tests.fuzz.resp_sockets import attack

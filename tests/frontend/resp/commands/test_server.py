@@ -7,8 +7,8 @@ import pytest
 from kvtcp import __version__
 from kvtcp.constants import NAME_BYTES_MAX
 from kvtcp.errors import Code
-from kvtcp.resp.commands import COMMANDS
-from kvtcp.resp.connection import REDIS_VERSION, WORDS_MAX
+from kvtcp.frontend.resp.commands.server import REDIS_VERSION, WORDS_MAX
+from kvtcp.frontend.resp.commands.table import COMMANDS
 from tests.support.resp_tools import Client, Error, Status, World, one, parse
 
 

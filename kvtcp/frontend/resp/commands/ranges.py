@@ -12,13 +12,13 @@ from typing import Any
 
 from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX
 from kvtcp.errors import RequestError
+from kvtcp.frontend.resp.caller import Caller
+from kvtcp.frontend.resp.patterns import literal_prefix, matcher
+from kvtcp.frontend.resp.plan import NOT_AN_INTEGER, SYNTAX, Arguments, CommandError, Failed, error_text, integer
+from kvtcp.frontend.resp.replies import DONE, Failure
 from kvtcp.protocol.messages import prefix_bounds
 from kvtcp.protocol.operations import CLEAR
 from kvtcp.replication.sequencing.multi_read import MultiRead, any_key_read, count_read, page_read
-from kvtcp.resp.caller import Caller
-from kvtcp.resp.patterns import literal_prefix, matcher
-from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, Arguments, CommandError, Failed, error_text, integer
-from kvtcp.resp.replies import DONE, Failure
 
 Bounds = tuple[bytes, bytes | None]
 

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 from kvtcp._version import __version__
 from kvtcp.constants import NAME_BYTES_MAX
-from kvtcp.resp.caller import Caller
-from kvtcp.resp.client_state import ClientState
-from kvtcp.resp.patterns import matcher
-from kvtcp.resp.plan import SYNTAX, Arguments, CommandError, Failed, integer
-from kvtcp.resp.replies import DONE, Simple
-from kvtcp.resp.scanning import count_keys
+from kvtcp.frontend.resp.caller import Caller
+from kvtcp.frontend.resp.client_state import ClientState
+from kvtcp.frontend.resp.commands.ranges import count_keys
+from kvtcp.frontend.resp.patterns import matcher
+from kvtcp.frontend.resp.plan import SYNTAX, Arguments, CommandError, Failed, integer
+from kvtcp.frontend.resp.replies import DONE, Simple
 
 REDIS_VERSION: Final = "7.0.0"  # whose commands these are: clients decide by it what they may use
 NO_PASSWORD: Final = (

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from kvtcp.frontend.resp.caller import CommandSpec, Compile, Run
+from kvtcp.frontend.resp.commands import keys, ranges, server, strings, transactions
 from kvtcp.protocol import operations as op
-from kvtcp.resp import connection, keys, scanning, strings, transactions
-from kvtcp.resp.caller import CommandSpec, Compile, Run
 
 
 def _reads(name: str, arity: int, group: str, summary: str, compile_: Compile, last: int = 1) -> CommandSpec:
@@ -81,32 +81,32 @@ _KEYS: Final = (
     _writes("copy", -3, "generic", "Copies a key within its shard.", keys.copy, 2),
 )
 _RANGES: Final = (
-    _runs("keys", 2, "generic", "Returns all keys that match, in order.", scanning.keys),
-    _runs("scan", -2, "generic", "Returns the keys in order, some at a time.", scanning.scan),
-    _runs("randomkey", 1, "generic", "Returns one of all keys.", scanning.random_key),
-    _runs("dbsize", 1, "server", "Returns the number of keys.", scanning.db_size),
-    _runs("flushdb", -1, "server", "Deletes all keys.", scanning.flush),
-    _runs("flushall", -1, "server", "Deletes all keys.", scanning.flush),
-    _runs("kv.range", -3, "kvtcp", "Returns keys and values of a range, in order.", scanning.range_),
-    _runs("kv.count", 3, "kvtcp", "Counts the keys of a range.", scanning.count),
+    _runs("keys", 2, "generic", "Returns all keys that match, in order.", ranges.keys),
+    _runs("scan", -2, "generic", "Returns the keys in order, some at a time.", ranges.scan),
+    _runs("randomkey", 1, "generic", "Returns one of all keys.", ranges.random_key),
+    _runs("dbsize", 1, "server", "Returns the number of keys.", ranges.db_size),
+    _runs("flushdb", -1, "server", "Deletes all keys.", ranges.flush),
+    _runs("flushall", -1, "server", "Deletes all keys.", ranges.flush),
+    _runs("kv.range", -3, "kvtcp", "Returns keys and values of a range, in order.", ranges.range_),
+    _runs("kv.count", 3, "kvtcp", "Counts the keys of a range.", ranges.count),
 )
 _SERVER: Final = (
-    _runs("info", -1, "server", "Returns facts about the server.", connection.info),
-    _runs("kv.status", 1, "kvtcp", "Returns the state of the cluster.", connection.status),
+    _runs("info", -1, "server", "Returns facts about the server.", server.info),
+    _runs("kv.status", 1, "kvtcp", "Returns the state of the cluster.", server.status),
 )
 _CONNECTION: Final = (
-    _local("ping", -1, "Answers PONG, or its argument.", connection.ping),
-    _local("echo", 2, "Answers its argument.", connection.echo),
-    _local("hello", -1, "Chooses the version of the protocol.", connection.hello),
-    _local("select", 2, "Chooses database 0, the only one.", connection.select),
-    _local("auth", -2, "There is no password.", connection.auth),
-    _local("client", -2, "Names and lists connections.", connection.client),
-    _local("command", -1, "Describes the commands.", connection.command),
-    _local("config", -2, "Tells a few settings.", connection.config),
-    _local("function", -2, "FLUSH, as there are no functions.", connection.function),
-    _local("time", 1, "Returns s and us since 1970.", connection.time),
-    _local("quit", -1, "Closes the connection.", connection.quit_),
-    _local("reset", 1, "Makes the connection as new.", connection.reset),
+    _local("ping", -1, "Answers PONG, or its argument.", server.ping),
+    _local("echo", 2, "Answers its argument.", server.echo),
+    _local("hello", -1, "Chooses the version of the protocol.", server.hello),
+    _local("select", 2, "Chooses database 0, the only one.", server.select),
+    _local("auth", -2, "There is no password.", server.auth),
+    _local("client", -2, "Names and lists connections.", server.client),
+    _local("command", -1, "Describes the commands.", server.command),
+    _local("config", -2, "Tells a few settings.", server.config),
+    _local("function", -2, "FLUSH, as there are no functions.", server.function),
+    _local("time", 1, "Returns s and us since 1970.", server.time),
+    _local("quit", -1, "Closes the connection.", server.quit_),
+    _local("reset", 1, "Makes the connection as new.", server.reset),
     _local("multi", 1, "Begins a transaction.", transactions.multi),
     _local("exec", 1, "Executes a transaction.", transactions.exec_),
     _local("discard", 1, "Drops a transaction.", transactions.discard),

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kvtcp.frontend.keyspace import Keyspace
+from kvtcp.frontend.resp.client_state import ClientState
+from kvtcp.frontend.resp.plan import Arguments, Operation, Plan
+from kvtcp.frontend.resp.service import Door
 from kvtcp.replication.sequencing.multi_read import MultiRead
-from kvtcp.resp.client_state import ClientState
-from kvtcp.resp.door import Door
-from kvtcp.resp.plan import Arguments, Operation, Plan
 
 Slot = list[bytes | None]  # the reply of one command, None until it is there
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtcp.resp.commands import COMMANDS, IMMEDIATE
+from kvtcp.frontend.resp.commands.table import COMMANDS, IMMEDIATE
 from tests.support.resp_tools import Error, World
 
 

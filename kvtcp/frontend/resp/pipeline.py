@@ -26,14 +26,10 @@ from typing import Any, Final
 
 from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX, KEY_BYTES_MAX, KIB
 from kvtcp.errors import RequestError
-from kvtcp.protocol.hashing import shard_of
-from kvtcp.protocol.operations import GET, PUT
-from kvtcp.replication.sequencing.multi_read import MultiRead, mget_read
-from kvtcp.resp.caller import CommandSpec, Slot
-from kvtcp.resp.client_state import ClientState, Transaction
-from kvtcp.resp.commands import COMMANDS, IMMEDIATE
-from kvtcp.resp.door import Door
-from kvtcp.resp.plan import (
+from kvtcp.frontend.resp.caller import CommandSpec, Slot
+from kvtcp.frontend.resp.client_state import ClientState, Transaction
+from kvtcp.frontend.resp.commands.table import COMMANDS, IMMEDIATE
+from kvtcp.frontend.resp.plan import (
     CROSS_SHARD,
     CROSS_SHARD_MULTI,
     CommandError,
@@ -42,7 +38,11 @@ from kvtcp.resp.plan import (
     Plan,
     error_text,
 )
-from kvtcp.resp.replies import HEADS, OK, Simple, bulk, encode, error, nil
+from kvtcp.frontend.resp.replies import HEADS, OK, Simple, bulk, encode, error, nil
+from kvtcp.frontend.resp.service import Door
+from kvtcp.protocol.hashing import shard_of
+from kvtcp.protocol.operations import GET, PUT
+from kvtcp.replication.sequencing.multi_read import MultiRead, mget_read
 
 LARGE_REPLY_BYTES: Final = 1_024
 TURN_BYTES_MAX: Final = 256 * KIB  # of replies made in one turn, a command on the whole server counted with RUN_BYTES

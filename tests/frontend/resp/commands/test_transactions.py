@@ -14,8 +14,8 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code
+from kvtcp.frontend.resp.commands.transactions import UNKNOWN
 from kvtcp.protocol import operations as op
-from kvtcp.resp.transactions import UNKNOWN
 from tests.support.resp_tools import Client, Error, NilArray, Status, World, parse
 
 ABORTED = "EXECABORT Transaction discarded because of previous errors."

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvtcp.constants import MULTI_BYTES_MAX
+from kvtcp.frontend.resp.client_state import QUEUED_BYTES, ClientState, Transaction
+from kvtcp.frontend.resp.plan import CommandError, Plan, write
 from kvtcp.protocol import operations as op
-from kvtcp.resp.client_state import QUEUED_BYTES, ClientState, Transaction
-from kvtcp.resp.plan import CommandError, Plan, write
 from tests.support.resp_tools import World, parse
 
 

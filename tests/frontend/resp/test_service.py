@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
-from kvtcp.resp.plan import CommandError
+from kvtcp.frontend.resp.plan import CommandError
 from tests.support.resp_tools import World
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from kvtcp.constants import INTEGER_MAX, RESP_KEYS_MAX
+from kvtcp.frontend.resp.plan import NOT_AN_INTEGER, SYNTAX, Arguments, CommandError, Plan, count, integer, read, write
+from kvtcp.frontend.resp.replies import DONE, Failure, Simple
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.messages import check_key
-from kvtcp.resp.plan import NOT_AN_INTEGER, SYNTAX, Arguments, CommandError, Plan, count, integer, read, write
-from kvtcp.resp.replies import DONE, Failure, Simple
 
 NO_SUCH_KEY: Final = Failure("ERR no such key")
 _CONDITIONS: Final = {

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, Unavailable
+from kvtcp.frontend.resp.replies import Failure
 from kvtcp.protocol.messages import check_key
 from kvtcp.protocol.numbers import integer_of
 from kvtcp.protocol.operations import COPY, PUT_ALL, RENAME, WRITE_OP_END
-from kvtcp.resp.replies import Failure
 
 Arguments = Sequence[bytes]  # of a command, those behind its name
 

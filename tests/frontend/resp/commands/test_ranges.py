@@ -8,8 +8,8 @@ import pytest
 
 from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX, SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.errors import Code
+from kvtcp.frontend.resp.patterns import PATTERN_BYTES_MAX
 from kvtcp.protocol import operations as op
-from kvtcp.resp.patterns import PATTERN_BYTES_MAX
 from tests.support.resp_tools import SHARDS, Client, Error, World, one, parse
 
 

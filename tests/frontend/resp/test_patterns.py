@@ -9,8 +9,8 @@ from functools import cache
 import pytest
 
 from kvtcp.constants import KEY_BYTES_MAX
-from kvtcp.resp.patterns import PATTERN_BYTES_MAX, literal_prefix, matcher
-from kvtcp.resp.plan import CommandError
+from kvtcp.frontend.resp.patterns import PATTERN_BYTES_MAX, literal_prefix, matcher
+from kvtcp.frontend.resp.plan import CommandError
 
 
 def model(pattern: bytes, key: bytes) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.resp.replies import CACHED_LENGTHS, DONE, OK, Failure, NoArray, Simple, bulk, encode, error, nil
+from kvtcp.frontend.resp.replies import CACHED_LENGTHS, DONE, OK, Failure, NoArray, Simple, bulk, encode, error, nil
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvtcp.resp.caller import CommandSpec
-from kvtcp.resp.plan import Plan
+from kvtcp.frontend.resp.caller import CommandSpec
+from kvtcp.frontend.resp.plan import Plan
 
 
 def test_takes() -> None:

@@ -21,10 +21,7 @@ from kvtcp.constants import (
     VALUE_BYTES_MAX,
 )
 from kvtcp.errors import Code
-from kvtcp.protocol import operations as op
-from kvtcp.protocol.messages import check_key
-from kvtcp.protocol.numbers import decimal_of
-from kvtcp.resp.plan import (
+from kvtcp.frontend.resp.plan import (
     NOT_A_FLOAT,
     NOT_AN_INTEGER,
     SYNTAX,
@@ -38,7 +35,10 @@ from kvtcp.resp.plan import (
     read,
     write,
 )
-from kvtcp.resp.replies import DONE
+from kvtcp.frontend.resp.replies import DONE
+from kvtcp.protocol import operations as op
+from kvtcp.protocol.messages import check_key
+from kvtcp.protocol.numbers import decimal_of
 
 TOO_LONG: Final = f"ERR string exceeds maximum allowed size ({VALUE_BYTES_MAX} bytes)"
 OVERFLOW: Final = "ERR increment or decrement would overflow"

@@ -6,9 +6,9 @@ import pytest
 
 from kvtcp.constants import INTEGER_MIN, KEY_BYTES_MAX
 from kvtcp.errors import CLASS_OF, Code, OutcomeUnknown, RequestError, Unavailable
+from kvtcp.frontend.resp.plan import CommandError, Failed, Plan, error_text, integer, read, write
+from kvtcp.frontend.resp.replies import Failure
 from kvtcp.protocol import operations as op
-from kvtcp.resp.plan import CommandError, Failed, Plan, error_text, integer, read, write
-from kvtcp.resp.replies import Failure
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code in CLASS_OF])

@@ -8,8 +8,8 @@ import pytest
 
 from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX, KEY_BYTES_MAX
 from kvtcp.errors import Code
+from kvtcp.frontend.resp.pipeline import LARGE_REPLY_BYTES, RUN_BYTES, TURN_BYTES_MAX
 from kvtcp.protocol import operations as op
-from kvtcp.resp.client import LARGE_REPLY_BYTES, RUN_BYTES, TURN_BYTES_MAX
 from tests.fuzz.resp import array
 from tests.support.resp_tools import Error, World, one, parse
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX
+from kvtcp.frontend.resp.caller import Caller, Slot
+from kvtcp.frontend.resp.client_state import Transaction
+from kvtcp.frontend.resp.plan import CROSS_SHARD_MULTI, Arguments, CommandError, Failed, Operation, Plan, error_text
+from kvtcp.frontend.resp.replies import DONE, Failure, NoArray, encode, error
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import check_key
 from kvtcp.protocol.operations import REVISION, TRANSACTION
-from kvtcp.resp.caller import Caller, Slot
-from kvtcp.resp.client_state import Transaction
-from kvtcp.resp.plan import CROSS_SHARD_MULTI, Arguments, CommandError, Failed, Operation, Plan, error_text
-from kvtcp.resp.replies import DONE, Failure, NoArray, encode, error
 
 WATCHED_BYTES: Final = 16  # what a watched key counts beyond its bytes
 UNKNOWN: Final = -1  # the revision of a watched key that could not be read: no key has it

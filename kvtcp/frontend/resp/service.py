@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.frontend.keyspace import Keyspace
+from kvtcp.frontend.resp.client_state import ClientState
+from kvtcp.frontend.resp.plan import CommandError
 from kvtcp.replication.sequencing.sequencer import Sequencer
-from kvtcp.resp.client_state import ClientState
-from kvtcp.resp.plan import CommandError
 
 
 class Host(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX, RESP_KEYS_MAX
-from kvtcp.resp.plan import CommandError, Plan
+from kvtcp.frontend.resp.plan import CommandError, Plan
 
 QUEUED_BYTES: Final = 64  # what a queued operation counts beyond its key and values
 

@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from kvtcp.constants import KIB, RESP_ARGUMENTS_MAX, RESP_COMMAND_BYTES_MAX, RESP_LINE_BYTES_MAX, VALUE_BYTES_MAX
-from kvtcp.resp.parser import Command, RespParser, split_line
+from kvtcp.frontend.resp.parser import Command, RespParser, split_line
 from tests.fuzz.resp import Model, StepParser, array, fuzz, model_words, run, small_limits
 
 INPUTS = 20_000

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX
 from kvtcp.frontend.clients import FOR_OUTPUT, Clients
 from kvtcp.frontend.connection import ClientConnection
-from kvtcp.resp.client import RespClient
-from kvtcp.resp.door import Door
-from kvtcp.resp.parser import RespParser
+from kvtcp.frontend.resp.parser import RespParser
+from kvtcp.frontend.resp.pipeline import RespClient
+from kvtcp.frontend.resp.service import Door
 
 log = logging.getLogger("kvtcp.session")
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from kvtcp.resp.plan import CommandError
+from kvtcp.frontend.resp.plan import CommandError
 
 PATTERN_BYTES_MAX: Final = 1_024
 
