@@ -62,7 +62,7 @@ setup(
     extras_require={"shell": SHELL, "bench": BENCH, "peers": PEERS, "test": TEST},
     entry_points={
         "console_scripts": [
-            "kvtcp-coordinator = kvtcp.server.coordinator_main:main",
+            "kvtcp-coordinator = kvtcp.coordinator.main:main",
             "kvtcp-node = kvtcp.node.main:main",
             "kvtcp-shell = kvtcp.shell.main:main",
         ],

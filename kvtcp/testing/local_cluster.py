@@ -33,10 +33,10 @@ from typing import Any, Self
 from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
+from kvtcp.coordinator.server import ClusterConfig, CoordinatorServer
+from kvtcp.coordinator.supervisor import Found
+from kvtcp.coordinator.takeover import check_store, found_map, own_map
 from kvtcp.node.server import NodeServer
-from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
-from kvtcp.server.ownership import check_store, found_map, own_map
-from kvtcp.server.supervisor import Found
 
 START_S = 10.0  # for all nodes to report
 STOP_S = 10.0  # for the thread of run_in_thread to end

@@ -18,11 +18,11 @@ import uvloop
 
 import kvtcp
 from kvtcp.constants import LINK_FRAME_BYTES_MAX, PROTOCOL_VERSION
+from kvtcp.coordinator.server import CoordinatorServer
 from kvtcp.node.server import NodeServer
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.link import LINK_VERSION
-from kvtcp.server.coordinator import CoordinatorServer
 from kvtcp.testing.local_cluster import LocalCluster
 
 WAIT_S = 10.0  # deadline of every condition

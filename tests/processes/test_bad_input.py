@@ -13,12 +13,12 @@ import pytest
 
 import kvtcp
 from kvtcp.constants import FRAME_BYTES_MAX, KEY_BYTES_MAX, MIB, REQUEST_ID_MAX, VALUE_BYTES_MAX
+from kvtcp.coordinator.links import NodeLink
 from kvtcp.errors import Code
 from kvtcp.frontend import clients as clients_module
 from kvtcp.frontend import connection as caps_module
 from kvtcp.frontend.native.session import ClientSession
 from kvtcp.protocol.link import HELLO, REFUSED, REPORT
-from kvtcp.server.links import NodeLink
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
     BOTH_LOOPS,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import kvtcp
-from kvtcp.server.coordinator import CoordinatorServer
+from kvtcp.coordinator.server import CoordinatorServer
 from kvtcp.testing import LocalCluster
 from tests.processes.cluster import wait_for
 from tests.processes.raw_client import link_number

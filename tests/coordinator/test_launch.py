@@ -10,13 +10,13 @@ import pytest
 
 from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.memory_store import MemoryConfigStore
+from kvtcp.coordinator import launch
+from kvtcp.coordinator.server import ClusterConfig
+from kvtcp.coordinator.supervisor import Found, Supervisor
+from kvtcp.coordinator.takeover import found_map
 from kvtcp.node.server import NodeServer
 from kvtcp.runtime import process as runtime
 from kvtcp.runtime.process import StartError
-from kvtcp.server import launch
-from kvtcp.server.coordinator import ClusterConfig
-from kvtcp.server.ownership import found_map
-from kvtcp.server.supervisor import Found, Supervisor
 from tests.processes.cluster import free_ports
 
 

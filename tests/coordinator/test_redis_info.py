@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import kvtcp
+from kvtcp.coordinator.redis_info import RedisInfo
 from kvtcp.frontend.resp.replies import encode
-from kvtcp.server.resp_host import RedisInfo
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import Wire, until
 from tests.support.resp_tools import parse

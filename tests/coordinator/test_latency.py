@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtcp.server.write_times import SAMPLES, WriteTimes
+from kvtcp.coordinator.latency import SAMPLES, WriteTimes
 from tests.support.replication_fakes import Cluster
 
 

@@ -10,12 +10,12 @@ import pytest
 
 import kvtcp
 from kvtcp.constants import LINK_SILENCE_MS
+from kvtcp.coordinator import links as links_module
+from kvtcp.coordinator.links import LinkConnection, NodeLink
 from kvtcp.errors import KvtcpError, OutcomeUnknown
 from kvtcp.node.server import LinkConnection as NodeConnection
 from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import BATCH, HELLO, RESULTS
-from kvtcp.server import links as links_module
-from kvtcp.server.links import LinkConnection, NodeLink
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
     BOTH_LOOPS,

@@ -35,6 +35,13 @@ from kvtcp.constants import (
     STAMP_MOVE_MS,
     TICK_MS,
 )
+from kvtcp.coordinator.administration import Administration
+from kvtcp.coordinator.backups import Backups
+from kvtcp.coordinator.latency import WriteTimes
+from kvtcp.coordinator.links import NodeLink
+from kvtcp.coordinator.redis_info import RedisInfo
+from kvtcp.coordinator.status import Status
+from kvtcp.coordinator.takeover import CannotServe, Predecessor, stale_store, wall_ms, wall_us
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.frontend.native.gateway import Gateway
@@ -43,13 +50,6 @@ from kvtcp.frontend.resp.service import Door
 from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership.recovery import StaleStore
-from kvtcp.server.administration import Administration
-from kvtcp.server.backups import Backups
-from kvtcp.server.links import NodeLink
-from kvtcp.server.ownership import CannotServe, Predecessor, stale_store, wall_ms, wall_us
-from kvtcp.server.resp_host import RedisInfo
-from kvtcp.server.status import Status
-from kvtcp.server.write_times import WriteTimes
 
 log = logging.getLogger("kvtcp.coordinator")
 

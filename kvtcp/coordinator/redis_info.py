@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kvtcp.coordinator.status import Status
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.resp.client_state import ClientState
 from kvtcp.frontend.resp.session import RespSession
-from kvtcp.server.status import Status
 
 
 class RedisInfo:

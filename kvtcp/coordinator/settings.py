@@ -23,8 +23,8 @@ from kvtcp.constants import (
     SHARDS_DEFAULT,
     SHARDS_MAX,
 )
+from kvtcp.coordinator.rebuild_map import Places
 from kvtcp.runtime.process import StartError, is_loopback
-from kvtcp.server.recover_map import Places
 
 
 @dataclass(frozen=True, kw_only=True)

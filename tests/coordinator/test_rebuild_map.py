@@ -17,13 +17,13 @@ from kvtcp.cluster.file_store import parse
 from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.memory_store import MemoryConfigStore
+from kvtcp.coordinator.rebuild_map import Places, ask, local_nodes, recover_map
+from kvtcp.coordinator.supervisor import Found
 from kvtcp.node.server import NodeServer
 from kvtcp.protocol.framing import FrameEncoder
 from kvtcp.protocol.link import TOLD, Told
 from kvtcp.runtime.data_directory import DataDirectory, write_identity
 from kvtcp.runtime.process import StartError
-from kvtcp.server.recover_map import Places, ask, local_nodes, recover_map
-from kvtcp.server.supervisor import Found
 from tests.processes.cluster import Command, ProcessCluster, free_ports, wait_for
 
 SHARDS = ("--shards", 8)

@@ -11,6 +11,10 @@ from typing import Any
 
 from kvtcp._version import __version__
 from kvtcp.constants import EVICT_AFTER_MS
+from kvtcp.coordinator.backups import Backups
+from kvtcp.coordinator.latency import WriteTimes
+from kvtcp.coordinator.links import NodeLink
+from kvtcp.coordinator.takeover import wall_ms
 from kvtcp.errors import show_bytes
 from kvtcp.frontend.clients import Clients
 from kvtcp.replication.controller import Controller
@@ -18,10 +22,6 @@ from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import DOWN
 from kvtcp.replication.sequencing.link import Progress
 from kvtcp.replication.sequencing.shard import ShardState
-from kvtcp.server.backups import Backups
-from kvtcp.server.links import NodeLink
-from kvtcp.server.ownership import wall_ms
-from kvtcp.server.write_times import WriteTimes
 
 _DEGRADED = {
     "down": "are down",

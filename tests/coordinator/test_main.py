@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.server import coordinator_main
-from kvtcp.server.settings import Settings
+from kvtcp.coordinator import main as coordinator_main
+from kvtcp.coordinator.settings import Settings
 
 
 def test_the_command_line_and_the_settings_agree() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from kvtcp.cluster.map import ClusterMap
-from kvtcp.runtime.process import StartError
-from kvtcp.server.settings import (
+from kvtcp.coordinator.settings import (
     Nodes,
     Settings,
     Shape,
@@ -20,6 +19,7 @@ from kvtcp.server.settings import (
     settle_nodes,
     settle_shape,
 )
+from kvtcp.runtime.process import StartError
 from tests.support.replication_fakes import make_map
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 import kvtcp
+from kvtcp.coordinator import supervisor as module
+from kvtcp.coordinator.supervisor import Found, NodeProcess, Supervisor, who_is_there
 from kvtcp.node.server import NodeServer
 from kvtcp.runtime.data_directory import DataDirectory, write_identity
 from kvtcp.runtime.process import StartError, bind
-from kvtcp.server import supervisor as module
-from kvtcp.server.supervisor import Found, NodeProcess, Supervisor, who_is_there
 from kvtcp.testing import LocalCluster
 from tests.processes.cluster import free_ports, is_running
 from tests.processes.raw_client import link_number

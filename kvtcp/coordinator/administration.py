@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvtcp.coordinator.backups import Backups
+from kvtcp.coordinator.status import Status
+from kvtcp.coordinator.supervisor import who_is_there
 from kvtcp.errors import AdminError, Code, RequestError
 from kvtcp.frontend.native.gateway import AdministrativeRequest, Session
 from kvtcp.replication.controller import Controller
 from kvtcp.runtime.process import StartTask, join_address
-from kvtcp.server.backups import Backups
-from kvtcp.server.status import Status
-from kvtcp.server.supervisor import who_is_there
 
 
 class Administration:

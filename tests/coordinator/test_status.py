@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 import kvtcp
+from kvtcp.coordinator import status as module
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import Recovery, _Shard
-from kvtcp.server import status as module
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import until
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "administration.md"
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "administration.md"
 
 
 async def test_administration_keys_are_documented() -> None:

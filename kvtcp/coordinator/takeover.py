@@ -18,7 +18,7 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.placement import plan
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import STAMP_AHEAD_MS
-from kvtcp.server.supervisor import Found
+from kvtcp.coordinator.supervisor import Found
 
 
 class CannotServe(Exception):

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import NODES_DEFAULT, REPLICATION_FACTOR_DEFAULT, SHARDS_DEFAULT
+from kvtcp.coordinator.launch import serve
+from kvtcp.coordinator.settings import Settings, check_nodes
+from kvtcp.coordinator.takeover import CannotServe
 from kvtcp.runtime import process as runtime
 from kvtcp.runtime.data_directory import FILE as IDENTITY_FILE
 from kvtcp.runtime.data_directory import DataDirectory, IdentityError
 from kvtcp.runtime.process import StartError
-from kvtcp.server.launch import serve
-from kvtcp.server.ownership import CannotServe
-from kvtcp.server.settings import Settings, check_nodes
 
 
 def make_parser() -> argparse.ArgumentParser:

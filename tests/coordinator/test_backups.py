@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import kvtcp
+from kvtcp.coordinator import backups
 from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestError, Unavailable
 from kvtcp.node import backup as backup_job
 from kvtcp.protocol.operations import CLEAR, FREEZE
 from kvtcp.replication.membership.insync import Membership
-from kvtcp.server import backups
 from kvtcp.storage.backup import archive as files
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (

@@ -15,14 +15,14 @@ import pytest
 import kvtcp
 from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
+from kvtcp.coordinator import server as module
+from kvtcp.coordinator import status
+from kvtcp.coordinator.takeover import CannotServe
 from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
 from kvtcp.replication.membership.insync import Membership
 from kvtcp.replication.membership.recovery import Recovery
 from kvtcp.replication.sequencing.link import LinkError
-from kvtcp.server import coordinator as module
-from kvtcp.server import status
-from kvtcp.server.ownership import CannotServe
 from kvtcp.testing import local_cluster
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (

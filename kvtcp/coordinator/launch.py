@@ -26,14 +26,14 @@ from kvtcp.cluster.file_store import FileConfigStore
 from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import DRAIN_MS, HOST_DEFAULT, RECOVER_WAIT_MS
+from kvtcp.coordinator.rebuild_map import local_nodes, recover_map
+from kvtcp.coordinator.server import ClusterConfig, CoordinatorServer
+from kvtcp.coordinator.settings import Settings, find_places, node_arguments, settle_nodes, settle_shape
+from kvtcp.coordinator.supervisor import Found, Supervisor, who_is_there
+from kvtcp.coordinator.takeover import check_store, found_map, own_map
 from kvtcp.runtime import process as runtime
 from kvtcp.runtime.data_directory import DataDirectory
 from kvtcp.runtime.process import StartError
-from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
-from kvtcp.server.ownership import check_store, found_map, own_map
-from kvtcp.server.recover_map import local_nodes, recover_map
-from kvtcp.server.settings import Settings, find_places, node_arguments, settle_nodes, settle_shape
-from kvtcp.server.supervisor import Found, Supervisor, who_is_there
 from kvtcp.storage.files import OS_DISK
 
 log = logging.getLogger("kvtcp.coordinator")

@@ -9,11 +9,11 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 
 import kvtcp
+from kvtcp.coordinator import administration as module
+from kvtcp.coordinator.administration import Administration
+from kvtcp.coordinator.supervisor import Found
 from kvtcp.errors import AdminError, Code, RequestError
 from kvtcp.node.server import NodeServer
-from kvtcp.server import administration as module
-from kvtcp.server.administration import Administration
-from kvtcp.server.supervisor import Found
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.frontend.native.test_gateway import HANDED_OVER
 from tests.processes.cluster import free_ports
