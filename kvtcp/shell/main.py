@@ -19,13 +19,13 @@ from typing import TextIO, cast
 from kvtcp._version import __version__
 from kvtcp.client.aio import connect
 from kvtcp.constants import CLIENT_TIMEOUT_MS
-from kvtcp.shell.commands import TABLE, check_form
 from kvtcp.shell.context import ADDRESS_DEFAULT, PROGRAM, Client, Context, Streams, ctrl_c_raises
 from kvtcp.shell.exits import MEANINGS, Exit, UsageError
 from kvtcp.shell.interactive import run_session
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import Word, word_of_argument
 from kvtcp.shell.run import run_words
+from kvtcp.shell.table import TABLE, check_form
 
 USAGE = f"usage: {PROGRAM} [kvtcp://host:port] [-o {'|'.join(FORMATS)}] [--timeout S] [--] [COMMAND ...]"
 ConnectTo = Callable[[str, float], Awaitable[Client]]

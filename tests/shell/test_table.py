@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.shell.commands import TABLE, find, group, parse_error_text, take_command, take_form
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import ParseError, split_line
+from kvtcp.shell.table import TABLE, find, group, parse_error_text, take_command, take_form
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def document_tables() -> dict[str, list[list[str]]]:
     """The tables of docs/shell.md by the header of their first column; cells without backquotes."""
     tables: dict[str, list[list[str]]] = {}
     rows: list[list[str]] | None = None
-    for line in (Path(__file__).parent.parent / "docs" / "shell.md").read_text().splitlines():
+    for line in (Path(__file__).parent.parent.parent / "docs" / "shell.md").read_text().splitlines():
         if not line.startswith("|"):
             rows = None
             continue

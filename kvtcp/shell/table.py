@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from kvtcp.constants import MAIN_PORT_DEFAULT
-from kvtcp.shell import commands_admin, commands_cluster, commands_data
 from kvtcp.shell.command import Arguments, Command
+from kvtcp.shell.commands import backup, cluster, data
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, UsageError
 from kvtcp.shell.output import FORMATS, Output
@@ -79,7 +79,7 @@ _SESSION: Final = (
 # all commands by name, in the order of the help
 TABLE: Final[Mapping[str, Command]] = {
     command.name: command
-    for command in (*commands_data.COMMANDS, *commands_cluster.COMMANDS, *commands_admin.COMMANDS, *_SESSION)
+    for command in (*data.COMMANDS, *cluster.COMMANDS, *backup.COMMANDS, *_SESSION)
 }
 
 

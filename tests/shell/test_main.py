@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from kvtcp import __version__
-from kvtcp.shell.commands import TABLE, group
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.main import parse_arguments
+from kvtcp.shell.table import TABLE, group
 from tests.support.shell_fakes import Shell
 
-PROGRAM = Path(__file__).parent.parent / "bin" / "kvtcp-shell"
+PROGRAM = Path(__file__).parent.parent.parent / "bin" / "kvtcp-shell"
 FAKE = (
     "import sys; sys.path[:0] = ['.']\n"
     "from tests.support.shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
@@ -79,8 +79,8 @@ def test_help_of_every_command(name: str) -> None:
     assert text.startswith(f"usage: {name}") and "\nexample:\n  " + name in text
     if name != "help":
         assert (shell.run(*name.split(), "--help"), shell.out.decode()) == (0, text)
-    from kvtcp.shell.commands import take_command, take_form
     from kvtcp.shell.parser import split_line
+    from kvtcp.shell.table import take_command, take_form
 
     words, _ = take_form(split_line(TABLE[name].example.splitlines()[0]))
     command, rest = take_command(words)

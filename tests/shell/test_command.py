@@ -3,9 +3,9 @@
 import pytest
 
 from kvtcp.shell.command import Command
-from kvtcp.shell.commands import TABLE
 from kvtcp.shell.exits import UsageError
 from kvtcp.shell.parser import split_line
+from kvtcp.shell.table import TABLE
 
 
 async def nothing(*_: object) -> None:  # type: ignore[misc]

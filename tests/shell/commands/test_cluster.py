@@ -9,10 +9,10 @@ import pytest
 
 from kvtcp.errors import AdminError
 from kvtcp.shell import wait
-from kvtcp.shell.commands import take_command
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, Refused
 from kvtcp.shell.parser import split_line
+from kvtcp.shell.table import take_command
 from tests.support.shell_fakes import FakeClient, Moving, Shell
 
 
