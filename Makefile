@@ -91,11 +91,11 @@ $(PEERS): $(READY)
 # everything, at most an hour, with verdicts, then docs/performance.md; SUITES=<names>: only these, without the page
 bench-full: $(PEERS)
 	$(BIN)/python bench/run_bench.py $(SUITES)
-	$(if $(SUITES),,$(BIN)/python bench/report.py)
+	$(if $(SUITES),,$(BIN)/python bench/report/page.py)
 
 # docs/performance.md and its charts from the newest full run
 bench-report: $(PEERS)
-	$(BIN)/python bench/report.py
+	$(BIN)/python bench/report/page.py
 
 # what became slower by more than 10 % since BASE=<commit> (default: the last tag, or HEAD~1); ROUNDS=<number>
 bench-check: $(READY)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.load import Job, Zipfian, generate, key_of, scatter, value_of
+from bench.load.clients import Job, Zipfian, generate, key_of, scatter, value_of
 from bench.measure import (
     Histogram,
     Options,

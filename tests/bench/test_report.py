@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
-from bench import check, comparisons, peers_suite, report, run_bench, tables, targets
-from bench.failover_suite import BIN_S, TIMELINE_S, fewest, timeline
+from bench import check, run_bench
 from bench.measure import make_row
-from bench.profile_suite import shares
 from bench.profiling import LOOP, name_of
+from bench.report import comparisons, tables, targets
+from bench.report import page as report
+from bench.suites import peers
+from bench.suites.failover import BIN_S, TIMELINE_S, fewest, timeline
+from bench.suites.profile import shares
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -150,7 +153,7 @@ def test_a_quick_run_gives_no_page(tmp_path: Path) -> None:
 def test_charts_are_drawn_and_keep_classes_apart(tmp_path: Path) -> None:
     """One file for each class of durability, the same bytes for the same figures."""
     pytest.importorskip("matplotlib")
-    from bench.charts import draw_all
+    from bench.report.charts import draw_all
 
     rows = a_run()["results"]
     for target, durability in (("kvtcp RF 1 memory", "memory"), ("redis", "memory"), ("kvtcp RF 1 sync", "sync"),
@@ -268,15 +271,15 @@ def test_a_suite_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_group_of_peers_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of the others are kept, and it is told."""
     for name in ("measure_memory", "measure_replicated", "measure_sync", "measure_pysyncobj"):
-        monkeypatch.setattr(peers_suite, name, lambda _, name=name: [{"workload": name}])
-    monkeypatch.setattr(peers_suite, "program", lambda _: "there")
+        monkeypatch.setattr(peers, name, lambda _, name=name: [{"workload": name}])
+    monkeypatch.setattr(peers, "program", lambda _: "there")
 
     def measure_etcd(_: Any) -> Any:
         raise AssertionError("no writes")
 
-    monkeypatch.setattr(peers_suite, "measure_etcd", measure_etcd)
+    monkeypatch.setattr(peers, "measure_etcd", measure_etcd)
     options = run_bench.Options()
-    assert len(peers_suite.measure(options)) == 4 and options.failed == ["peers, measure_etcd"]
+    assert len(peers.measure(options)) == 4 and options.failed == ["peers, measure_etcd"]
 
 
 @pytest.mark.parametrize("program", ["run_bench.py", "report/page.py", "check.py"])

@@ -8,9 +8,8 @@ import threading
 
 import pytest
 
-from bench.peers import parse_check_perf
-from bench.raw_load import REDIS, run_batches
-from bench.resp import (
+from bench.load.raw import REDIS, run_batches
+from bench.load.resp import (
     RespClient,
     RespError,
     benchmark_command,
@@ -20,6 +19,7 @@ from bench.resp import (
     parse_csv,
     speaks_resp,
 )
+from bench.peers.servers import parse_check_perf
 
 CSV = (
     '"test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms","p95_latency_ms","p99_latency_ms","max_latency_ms"\n'

@@ -29,9 +29,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cluster import Cluster, StoppedAtExit, free_ports
+from bench.load.cluster import Cluster, StoppedAtExit, free_ports
+from bench.load.resp import BENCHMARK, RespClient, RespError, speaks_resp
 from bench.measure import ROOT
-from bench.resp import BENCHMARK, RespClient, RespError, speaks_resp
 
 START_S = 20.0
 PACKAGES = {
@@ -308,7 +308,7 @@ class PySyncObj(Peer):
         for n in range(3):
             others = [address for address in addresses if address != addresses[n]]
             process = subprocess.Popen(
-                [sys.executable, "-m", "bench.pysyncobj_peer", str(self.directory / f"j{n}"), addresses[n], *others],
+                [sys.executable, "-m", "bench.peers.pysyncobj", str(self.directory / f"j{n}"), addresses[n], *others],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True,
             )  # fmt: skip
             self.processes.append(process)

@@ -27,10 +27,10 @@ from typing import Any, Final
 import uvloop
 
 import kvtcp
-from bench.cluster import Cluster
-from bench.failover_suite import wait_whole
-from bench.load import key_of
+from bench.load.clients import key_of
+from bench.load.cluster import Cluster
 from bench.measure import Options, Result, make_row
+from bench.suites.failover import wait_whole
 from kvtcp.errors import KvtcpError
 
 CONNECTIONS: Final = 50

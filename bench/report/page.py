@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The report: `bench/report.py [FILE] [--into docs/performance.md]` makes docs/performance.md and its charts in
+"""The report: `bench/report/page.py [FILE] [--into docs/performance.md]` makes docs/performance.md and its charts in
 docs/figures/ from the figures of a run, by default the newest full one in bench/results/.
 
-Everything in the page comes from that file, from the tables in the code (`bench.targets`, `bench.comparisons`) and from
+Everything in the page comes from that file, from the tables in the code (`bench.report.targets`, `bench.report.comparisons`) and from
 bench/tried.md, so a new measurement needs no editing. Without matplotlib the page is made without charts, and says so.
 """
 
@@ -16,17 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import comparisons, tables, targets  # noqa: E402 - the path comes first
 from bench.measure import Result  # noqa: E402
+from bench.report import (
+    comparisons,
+    tables,
+    targets,
+)
 
 HEAD = """\
 # Performance
 
 How fast kvtcp is beside other stores on the same cores, what it costs, and where the time goes. This page is made by
-`bench/report.py`; nothing in it is written by hand but "What was tried", which is `bench/tried.md`.
+`bench/report/page.py`; nothing in it is written by hand but "What was tried", which is `bench/tried.md`.
 
 | to repeat it | |
 |---|---|
@@ -176,7 +180,7 @@ def main() -> int:
     if run is not None and importlib.util.find_spec("matplotlib") is None:
         print("report: matplotlib is not installed (pip install '.[peers]'): no charts", file=sys.stderr)
     elif run is not None:
-        from bench.charts import draw_all
+        from bench.report.charts import draw_all
 
         made = draw_all(run["results"], targets.judge_all(run["results"]), options.into.parent / "figures")
         charts = [str(each.relative_to(options.into.parent)) for each in made]

@@ -7,8 +7,8 @@ time per operation is by role: one coordinator, all nodes together. The floor is
 from __future__ import annotations
 
 from bench.measure import Options, Result
-from bench.peers import KvtcpResp
-from bench.peers_suite import Group
+from bench.peers.servers import KvtcpResp
+from bench.suites.peers import Group
 
 TITLE = "Replication: copies and durability, three nodes, redis-benchmark"
 FACTORS = (1, 2, 3)

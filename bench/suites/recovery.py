@@ -25,11 +25,11 @@ from typing import Any
 
 import msgpack
 
-from bench.cluster import ROOT, Process, free_ports
-from bench.load import key_of
+from bench.load.clients import key_of
+from bench.load.cluster import ROOT, Process, free_ports
+from bench.load.resp import RespClient, RespError
 from bench.measure import Options, Result, Sample, Workload, interleave, make_row, with_floor
-from bench.peers import Peer, PeerMissing, program, wait_until
-from bench.resp import RespClient, RespError
+from bench.peers.servers import Peer, PeerMissing, program, wait_until
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import PUT
 from kvtcp.storage.disk.store import open_store

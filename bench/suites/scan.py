@@ -19,8 +19,8 @@ from typing import Any
 import uvloop
 
 import kvtcp
-from bench import load
-from bench.cluster import Cluster
+from bench.load import clients
+from bench.load.cluster import Cluster
 from bench.measure import Options, Result, make_row, usage_s, with_floor
 from kvtcp.client.requests import PageRequest, open_rows
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
@@ -39,7 +39,7 @@ def check_pages(pages: Pages, keys: int) -> None:
     number = 0
     for page in pages:
         for key, value in page:
-            if key != load.key_of(number) or value != load.value_of(number, VALUE_BYTES):
+            if key != clients.key_of(number) or value != clients.value_of(number, VALUE_BYTES):
                 raise AssertionError(f"row {number} of the scan is {key!r}: {value!r}")
             number += 1
     if number != keys:
@@ -94,8 +94,8 @@ class Scans:
 
         async def worker() -> None:
             for start in starts:
-                found = [pair async for pair in self.kv.scan(start=load.key_of(start), limit=length)]
-                if len(found) != length or found[0][0] != load.key_of(start):
+                found = [pair async for pair in self.kv.scan(start=clients.key_of(start), limit=length)]
+                if len(found) != length or found[0][0] != clients.key_of(start):
                     raise AssertionError(f"a scan of {length} from key {start} returned {len(found)} rows")
 
         async def work() -> None:
@@ -160,5 +160,5 @@ def measure(options: Options) -> list[Result]:
     """All workloads."""
     keys = options.keys_or(300_000, 20_000)
     with Cluster(3, 3) as cluster:
-        load.fill(cluster.url, keys, VALUE_BYTES)
+        clients.fill(cluster.url, keys, VALUE_BYTES)
         return uvloop.run(_run(cluster, keys, options.runs_or(5), options.size(100_000, 10_000), options.seed))

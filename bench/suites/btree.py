@@ -54,8 +54,8 @@ from typing import Any
 from BTrees.OOBTree import OOBTree
 from sortedcontainers import SortedDict
 
-from bench.floors import beside
 from bench.measure import Options, Result, make_row, resident_bytes
+from bench.suites.floors import beside
 from kvtcp.constants import GC_THRESHOLDS
 from kvtcp.protocol import operations as op
 from kvtcp.storage.shard.index import Index

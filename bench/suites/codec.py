@@ -16,8 +16,8 @@ from typing import Any
 
 import msgpack
 
+from bench.load.resp import encode_command, key_of
 from bench.measure import Options, Result, Sample, Workload, interleave, with_floor
-from bench.resp import encode_command, key_of
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.link import BATCH
 from kvtcp.protocol.operations import PUT

@@ -21,9 +21,9 @@ from typing import Any
 import uvloop
 
 import kvtcp
-from bench import load
-from bench.cluster import Cluster, EchoPeer
-from bench.load import Job, Outcome, run_load
+from bench.load import clients as load
+from bench.load.clients import Job, Outcome, run_load
+from bench.load.cluster import Cluster, EchoPeer
 from bench.measure import Options, Result, make_row, usage_s, with_floor
 
 TITLE = "YCSB: three nodes, three copies, sync; own client in two processes"

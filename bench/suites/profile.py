@@ -15,11 +15,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench import load
-from bench.cluster import Cluster
+from bench.load import clients
+from bench.load.cluster import Cluster
+from bench.load.resp import KEYS, VALUE_BYTES, redis_benchmark, speaks_resp
 from bench.measure import Options, Result, make_row, usage_s
-from bench.peers import BENCHMARK, PeerMissing, program
-from bench.resp import KEYS, VALUE_BYTES, redis_benchmark, speaks_resp
+from bench.peers.servers import BENCHMARK, PeerMissing, program
 
 TITLE = "Profile: where each microsecond goes, us per operation"
 KINDS = ((1, "memory", "set"), (1, "memory", "get"), (3, "sync", "set"))
@@ -46,7 +46,7 @@ def _profile(factor: int, mode: str, test: str, requests: int) -> list[Result]:
         with Cluster(3, factor, mode, own_nodes=True, profile_into=directory) as cluster:
             if not speaks_resp(cluster.port):
                 raise PeerMissing("this version of the coordinator does not speak RESP")
-            load.fill(cluster.url, KEYS, VALUE_BYTES)
+            clients.fill(cluster.url, KEYS, VALUE_BYTES)
             redis_benchmark(cluster.port, test, DEPTH, requests // 10)
             for pids in cluster.roles().values():
                 for pid in pids:

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench import load, resp
-from bench.cluster import Cluster
+from bench.load import clients, resp
+from bench.load.cluster import Cluster
+from bench.load.raw import MEMCACHED, RawWorkload
 from bench.measure import Options, Result, Sample, Workload, interleave, make_row, resident_bytes, with_floor
-from bench.peers import Memcached, PeerMissing, Redis, program
-from bench.raw_load import MEMCACHED, RawWorkload
+from bench.peers.servers import Memcached, PeerMissing, Redis, program
 
 TITLE = "Memory: resident bytes per key and copy, 16-byte keys, 128-byte values"
 VALUE_BYTES = 128
@@ -120,7 +120,7 @@ def _count_memcached(system: Memcached) -> int:
 def _kvtcp(factor: int, keys: int) -> MemoryWorkload:
     return MemoryWorkload(
         f"kvtcp RF {factor}", lambda: Cluster(3, factor), lambda cluster: cluster.node_pids(),
-        lambda cluster: load.fill(cluster.url, keys, VALUE_BYTES), lambda cluster: load.count_keys(cluster.url),
+        lambda cluster: clients.fill(cluster.url, keys, VALUE_BYTES), lambda cluster: clients.count_keys(cluster.url),
         keys, factor,
     )  # fmt: skip
 

@@ -27,10 +27,10 @@ from typing import Any
 import uvloop
 
 import kvtcp
-from bench.cluster import Cluster, EchoPeer
-from bench.floors import beside
-from bench.load import key_of
+from bench.load.clients import key_of
+from bench.load.cluster import Cluster, EchoPeer
 from bench.measure import Options, Result, cpu_s, make_row
+from bench.suites.floors import beside
 
 VALUE = b"v" * 128
 DEPTHS = (1, 16, 64)

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib as mpl
 
 from bench.measure import Result
-from bench.targets import Verdict
+from bench.report.targets import Verdict
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "kvtcp"

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.load.resp import encode_command
 from bench.measure import Sample, quantile, usage_s
-from bench.resp import encode_command
 
 CONNECTIONS = 50
 BATCHES = 64  # different ones, sent in turn

@@ -1,6 +1,6 @@
 """Load on a kvtcp cluster from several client processes: closed loops, and open loops timed from the intended send.
 
-`run_load(url, job, processes)` starts the processes (`python -m bench.load`), gives each its job, lets them connect and
+`run_load(url, job, processes)` starts the processes (`python -m bench.load.clients`), gives each its job, lets them connect and
 generate, starts them together, and adds up what they counted. A closed loop has `connections` x `depth` coroutines in
 each process, each awaiting one operation after another; an open loop sends at `rate` operations a second, whatever the
 answers do, and counts the time of each from when it should have been sent.
@@ -270,7 +270,7 @@ class Load:
                 "connections": max(1, job.connections // processes),
             })  # fmt: skip
             child = subprocess.Popen(
-                [sys.executable, "-m", "bench.load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+                [sys.executable, "-m", "bench.load.clients"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
             )
             assert child.stdin is not None
             child.stdin.write(json.dumps(asdict(own)) + "\n")

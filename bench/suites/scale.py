@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench import load
+from bench.load import clients
+from bench.load.resp import VALUE_BYTES, RespWorkload
 from bench.measure import Options, Result, cpu_rows, interleave, make_row
-from bench.peers import KvtcpResp
-from bench.peers_suite import Group
-from bench.resp import VALUE_BYTES, RespWorkload
+from bench.peers.servers import KvtcpResp
+from bench.suites.peers import Group
 
 TITLE = "Scale: CPU time per operation with more keys, nodes, shards"
 KEYS = ((10_000, 100_000, 1_000_000, 10_000_000), (10_000, 100_000))
@@ -56,7 +56,7 @@ def series(
             cluster = group.start(name, make)
             if cluster is None:
                 continue
-            load.fill(cluster.cluster.url, keys, VALUE_BYTES)
+            clients.fill(cluster.cluster.url, keys, VALUE_BYTES)
             workloads += [
                 Filled(name, cluster.port, cluster.roles, test, DEPTH, options.size(*REQUESTS), cluster.durability,
                        keys=keys)

@@ -9,7 +9,7 @@
 
 A figure without its floor says little: at 9 us for a loopback message no store does 200,000 requests a second one by
 one on a core. `efficiency` in a row is floor / actual, both as times. Servers run in processes of their own
-(`python -m bench.floors echo|raw ...`).
+(`python -m bench.suites.floors echo|raw ...`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.cluster import Process, StoppedAtExit, free_ports
+from bench.load.cluster import Process, StoppedAtExit, free_ports
+from bench.load.resp import RespWorkload, encode_command, key_of
 from bench.measure import Options, Result, make_row, quantile, with_floor
-from bench.resp import RespWorkload, encode_command, key_of
 
 TITLE = "Floors: what the machine and CPython need by themselves"
 MESSAGE_BYTES = 100
@@ -38,7 +38,7 @@ class FloorEcho(StoppedAtExit):
     def __init__(self, request_bytes: int, reply: bytes) -> None:
         self.port = free_ports(1)
         self._process = Process(
-            [sys.executable, "-m", "bench.floors", "echo", str(self.port), str(request_bytes), reply.hex()]
+            [sys.executable, "-m", "bench.suites.floors", "echo", str(self.port), str(request_bytes), reply.hex()]
         )
 
     def roles(self) -> dict[str, list[int]]:
@@ -118,7 +118,7 @@ def serve_raw(port: int) -> None:
 def ping_pong_us(rounds: int = 20_000) -> float:
     """Microseconds of one round trip between two processes with blocking sockets."""
     port = free_ports(1)
-    process = Process([sys.executable, "-m", "bench.floors", "raw", str(port)])
+    process = Process([sys.executable, "-m", "bench.suites.floors", "raw", str(port)])
     message = b"m" * MESSAGE_BYTES
     try:
         with socket.create_connection(("127.0.0.1", port), 10.0) as client:

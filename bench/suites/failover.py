@@ -33,7 +33,7 @@ from typing import Any, Final
 import uvloop
 
 import kvtcp
-from bench.cluster import Cluster
+from bench.load.cluster import Cluster
 from bench.measure import Options, Result, make_row
 from kvtcp.errors import KvtcpError, OutcomeUnknown
 

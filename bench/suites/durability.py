@@ -31,10 +31,10 @@ from typing import Any
 import uvloop
 
 import kvtcp
-from bench.cluster import Cluster
-from bench.floors import fdatasync_ms
-from bench.load import key_of
+from bench.load.clients import key_of
+from bench.load.cluster import Cluster
 from bench.measure import Options, Result, cpu_s, make_row, with_floor
+from bench.suites.floors import fdatasync_ms
 
 CONNECTIONS = 50
 DEPTH = 16

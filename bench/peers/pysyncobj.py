@@ -1,4 +1,4 @@
-"""One process of a pysyncobj cluster, controlled by lines of JSON on stdin; see `bench.peers.PySyncObj`.
+"""One process of a pysyncobj cluster, controlled by lines of JSON on stdin; see `bench.peers.servers.PySyncObj`.
 
     {"ask": "leader"}                                       true if this process is the leader and ready
     {"ask": "load", operations, outstanding, keys, value_bytes, seed}      sets in a closed loop: rate and latencies

@@ -1,7 +1,7 @@
 """The `peers` suite: kvtcp beside the stores that people use instead, under the same generator on the same cores.
 
 Groups of systems that give the same durability, or the nearest that a peer has, are up together and take turns in
-random order; see `bench.measure` for the classes, `bench.peers` for the settings. The generator is redis-benchmark with
+random order; see `bench.measure` for the classes, `bench.peers.servers` for the settings. The generator is redis-benchmark with
 the same options for everything that speaks RESP, kvtcp included. The exceptions: etcd brings its own benchmark (1,000
 clients, values of 1 KiB), so kvtcp gets 1,000 outstanding requests with values of 1 KiB from redis-benchmark;
 pysyncobj has no server, its leader makes the load itself, which spares it a network hop; memcached gets plain sockets,
@@ -18,9 +18,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from bench.floors import EchoWorkload, beside, echo_for
+from bench.load.raw import MEMCACHED, REDIS, RawWorkload
+from bench.load.resp import KEYS, RespWorkload
 from bench.measure import Options, Result, Sample, Workload, interleave, usage_s
-from bench.peers import (
+from bench.peers.servers import (
     BENCHMARK,
     Etcd,
     KvtcpResp,
@@ -34,8 +35,7 @@ from bench.peers import (
     program,
     wait_until,
 )
-from bench.raw_load import MEMCACHED, REDIS, RawWorkload
-from bench.resp import KEYS, RespWorkload
+from bench.suites.floors import EchoWorkload, beside, echo_for
 
 TITLE = "Peers: the same generator on the same cores"
 REQUESTS = {1: (60_000, 3_000), 16: (300_000, 30_000), 64: (500_000, 50_000)}  # full, quick

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 30.0
 
 
@@ -194,7 +194,7 @@ class EchoPeer:
     def __init__(self) -> None:
         port = free_ports(1)
         self.url = f"kvtcp://127.0.0.1:{port}"
-        self._process = Process([sys.executable, "-m", "bench.cluster", str(port)])
+        self._process = Process([sys.executable, "-m", "bench.load.cluster", str(port)])
 
     def __enter__(self) -> Self:
         return self
