@@ -373,7 +373,7 @@ class Backups:
         self.sequencer.refuse_waiting(
             Code.RESTORING, "the key is being restored; nothing was executed", lambda key: key.startswith(prefix)
         )
-        self.sequencer.refuse_waiting_multi(
+        self.sequencer.reads.refuse_waiting(
             Code.RESTORING, "keys are being restored; nothing was executed, repeat the request"
         )
 
@@ -414,7 +414,7 @@ class Backups:
                 args = (pair.value,) if pair.ttl_ms is None else (pair.value, pair.ttl_ms)
                 size = len(pair.key) + len(pair.value)
                 shard = shard_of(pair.key, self.keyspace.shards)
-                self.sequencer.write(PUT, shard, pair.key, args, size, gather, index)
+                self.sequencer.shards[shard].write(PUT, pair.key, args, size, gather, index)
             results = await future
             failed = [result for result in results if type(result) is list]
             unknown = [result for result in failed if result[0] == Code.UNKNOWN]
@@ -476,7 +476,7 @@ class Backups:
     async def _write(self, op: int, number: int, key: bytes, args: tuple[Any, ...]) -> int:
         future: asyncio.Future[int] = self._loop.create_future()
         self._begin()
-        self.sequencer.write(op, number, key, args, len(key), FutureSink(future), None)
+        self.sequencer.shards[number].write(op, key, args, len(key), FutureSink(future), None)
         return await future
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from kvtcp.replication.sequencing.link import Progress
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.replication.sequencing.link import Link
+from kvtcp.replication.sequencing.shard import Shard
 
 SAMPLES = 1_000
 
@@ -18,13 +18,13 @@ SAMPLES = 1_000
 class WriteTimes:
     """The last SAMPLES of them."""
 
-    def __init__(self, shards: list[ShardState], clock: Callable[[], float]) -> None:
+    def __init__(self, shards: list[Shard], clock: Callable[[], float]) -> None:
         self._shards = shards
         self._clock = clock  # seconds
         self._times_ms: deque[float] = deque(maxlen=SAMPLES)
-        self._followed: tuple[ShardState, int, float] | None = None
+        self._followed: tuple[Shard, int, float] | None = None
 
-    def look(self, ready: list[Progress]) -> None:
+    def look(self, ready: list[Link]) -> None:
         """The end of a tick, with the links that have something to send."""
         if self._followed is not None:
             shard, seq, began = self._followed

@@ -1,6 +1,6 @@
 """Links: the coordinator's end of the FIFO connections to the nodes.
 
-I/O shell around Progress. One NodeLink per node keeps one connection: it dials with back-off, says HELLO, hands the
+I/O shell around Link. One NodeLink per node keeps one connection: it dials with back-off, says HELLO, hands the
 report to its owner, then writes batches and passes results on to the sequencer. The dialling is a task (it is a control
 path); batches and results are moved by callbacks alone.
 
@@ -52,7 +52,7 @@ from kvtcp.protocol.link import (
     parse_report,
 )
 from kvtcp.replication.controller import Controller
-from kvtcp.replication.sequencing.link import LinkError, Progress
+from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.runtime.process import StartTask
 from kvtcp.runtime.transport import FramedConnection
 
@@ -198,7 +198,7 @@ class NodeLink:
         self.owner = owner
         self.task: asyncio.Task[None] | None = None  # of `run`
         self.stats: dict[str, Any] = {}  # what the node says of itself once a second
-        self.progress: Progress = controller.sequencer.links[node]
+        self.progress: Link = controller.sequencer.links[node]
         self.connection: LinkConnection | None = None
         self.refused = ""  # what the node said when it refused the last HELLO, for people; empty = it did not
         self.report: Report | None = None  # the last one

@@ -20,8 +20,8 @@ from kvtcp.frontend.clients import Clients
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import DOWN
-from kvtcp.replication.sequencing.link import Progress
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.replication.sequencing.link import Link
+from kvtcp.replication.sequencing.shard import Shard
 
 _DEGRADED = {
     "down": "are down",
@@ -80,7 +80,7 @@ class Status:
 
     def _degraded_shards(self) -> list[str]:
         sentences = []
-        states: dict[str, list[ShardState]] = {}
+        states: dict[str, list[Shard]] = {}
         for shard in self._sequencer.shards:
             states.setdefault(self._state(shard), []).append(shard)
         for state, text in _DEGRADED.items():
@@ -91,7 +91,7 @@ class Status:
                 sentences.append(f"{len(found)} shards {text}, the first is shard {first.number}: {why}")
         return sentences
 
-    def _state(self, shard: ShardState) -> str:
+    def _state(self, shard: Shard) -> str:
         if not shard.serving:
             found = self._controller.recovery.shards.get(shard.number)
             return "down" if found is None or found.state == DOWN else "recovering"
@@ -103,7 +103,7 @@ class Status:
             return "moving"
         return "ok"
 
-    def _reason(self, shard: ShardState) -> str:
+    def _reason(self, shard: Shard) -> str:
         """Why a shard is not as it should be; empty if it is."""
         if not shard.serving:
             return shard.reason
@@ -232,7 +232,7 @@ class Status:
         """The list of `shards`."""
         return [self._shard(shard) for shard in self._sequencer.shards]
 
-    def _shard(self, shard: ShardState) -> dict[str, Any]:
+    def _shard(self, shard: Shard) -> dict[str, Any]:
         behind = [shard.last_seq - acked for acked in shard.acked.values()] if shard.serving else []
         return {
             "shard": shard.number,
@@ -251,7 +251,7 @@ class Status:
         }
 
 
-def _first_bad(progress: Progress) -> str:
+def _first_bad(progress: Link) -> str:
     """What is wrong with the first bad copy of a linked node; empty if none is."""
     for shard in progress.shards:
         if progress in shard.bad:

@@ -24,3 +24,20 @@ def foreign_copy(copy: CopyReport) -> str:
 def incomplete_copy(copy: CopyReport) -> str:
     """Why an incomplete copy is bad."""
     return f"has an incomplete copy: {copy.damage or 'it was never finished'}"
+
+
+def why_other(copy: CopyReport, number: int, disk: str, acked: int, last_seq: int, base: tuple[int, int]) -> str:
+    """Why a copy is not the one by this disk that acknowledged `acked` of the shard, of which numbers up to `last_seq`
+    were given; empty if it is. `base` is a position of the shard, number and chain."""
+    if copy.disk != disk:
+        return foreign_copy(copy)
+    if not copy.complete:
+        return incomplete_copy(copy)
+    has = f"it has shard {number} up to {copy.seq}"
+    if copy.seq < acked:
+        return f"{LOST_DATA}: {has}, but acknowledged {acked}"
+    if copy.seq > last_seq:
+        return f"has another history: {has}, above the last number given, {last_seq}"
+    if copy.seq == base[0] and copy.chain != base[1]:
+        return f"has another history: it differs at number {copy.seq} or before"
+    return ""

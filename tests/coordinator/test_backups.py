@@ -18,6 +18,7 @@ from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestErr
 from kvtcp.node import backup as backup_job
 from kvtcp.protocol.operations import CLEAR, FREEZE
 from kvtcp.replication.membership.insync import Membership
+from kvtcp.replication.sequencing.shard import Shard
 from kvtcp.storage.backup import archive as files
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
@@ -418,14 +419,13 @@ async def test_merge_does_not_repeat_what_may_have_happened(
     """A put of a merge whose outcome is unknown is not sent again, over what others may have written since."""
     await kv.put_many({"in/1": "v"})
     await kv.backup("base")
-    sequencer = cluster.coordinator.sequencer
     puts = []
 
-    def unknown(op: int, number: int, key: bytes, args: Any, size: int, sink: Any, token: Any) -> None:
+    def unknown(self: Shard, op: int, key: bytes, args: Any, size: int, sink: Any, token: Any) -> None:
         puts.append(key)
         sink.fail(token, Code.UNKNOWN, "for the test", {})
 
-    monkeypatch.setattr(sequencer, "write", unknown)
+    monkeypatch.setattr(Shard, "write", unknown)
     with pytest.raises(OutcomeUnknown, match="stopped half-way"):
         await kv.restore("base")
     assert puts == [b"in/1"]

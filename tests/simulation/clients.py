@@ -292,24 +292,24 @@ class Clients:
         else:
             key, shard = request.targets[0]
             if kind in _READ_OPS:
-                sequencer.read(_READ_OPS[kind], shard, key, request, 0)
+                sequencer.shards[shard].read(_READ_OPS[kind], key, request, 0)
                 return
             op, args = _write_of(kind, argument)
             before = sequencer.shards[shard].last_seq
-            sequencer.write(op, shard, key, args, len(key) + 8, request, 0)
+            sequencer.shards[shard].write(op, key, args, len(key) + 8, request, 0)
             if sequencer.shards[shard].last_seq == before + 1 and not sequencer.shards[shard].waiting:
                 request.seq = request.seq or before + 1
 
     def _issue_other(self, request: Request, sequencer: Any, what: int, shard: int, value: int) -> None:
         if what == 0:
-            sequencer.read(EXISTS, shard, COLD, request, 0)
+            sequencer.shards[shard].read(EXISTS, COLD, request, 0)
         elif what == 1:
             sequencer.multi_read(count_read(list(range(self.shards)), b"", None, request, 0))
         elif what == 2:
-            sequencer.read(TTL, shard, COLD, request, 0)
+            sequencer.shards[shard].read(TTL, COLD, request, 0)
         else:
             ttl_ms = (30, None)[value % 2]
-            sequencer.write(PUT, shard, COLD + b"%d" % (value % 10), (b"%d" % value, ttl_ms), 16, request, 0)
+            sequencer.shards[shard].write(PUT, COLD + b"%d" % (value % 10), (b"%d" % value, ttl_ms), 16, request, 0)
 
     # --- what became of everything --------------------------------------------------------------------
 

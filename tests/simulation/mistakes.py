@@ -37,13 +37,11 @@ from kvtcp.replication.membership import learner, recovery
 from kvtcp.replication.membership.insync import Membership
 from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import Recovery
-from kvtcp.replication.sequencing.answers import Answers
 from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
 from kvtcp.replication.sequencing.link import Batch
-from kvtcp.replication.sequencing.members import Members
 from kvtcp.replication.sequencing.requests import NUMBER
 from kvtcp.replication.sequencing.sequencer import Sequencer
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.replication.sequencing.shard import Shard, answer_write
 from kvtcp.storage.shard.table import Table
 from tests.simulation.clients import Client
 from tests.simulation.coordinator import SimCoordinator
@@ -125,16 +123,16 @@ def run_with(name: str, seed: int) -> Result:
 def commit_on_minimum(garden: Garden) -> None:
     """Committed is what min_insync members have."""
 
-    def acknowledged(self: Any, shard: ShardState, link: Any, seq: int) -> None:
-        if link in shard.learners or seq <= shard.acked.get(link, seq):
-            before(self, shard, link, seq)
+    def acknowledged(self: Any, link: Any, seq: int) -> None:
+        if link in self.learners or seq <= self.acked.get(link, seq):
+            before(self, link, seq)
             return
-        shard.acked[link] = seq
-        commit = sorted(shard.acked.values())[-self.min_insync]
-        if commit > shard.commit:
-            self._commit(shard, commit)
+        self.acked[link] = seq
+        commit = sorted(self.acked.values())[-self.cluster.min_insync]
+        if commit > self.commit:
+            self.commit_to(commit)
 
-    before = garden.put(Answers, "_acknowledged", acknowledged)
+    before = garden.put(Shard, "acknowledged", acknowledged)
 
 
 @mistake("R1")
@@ -286,7 +284,7 @@ def two_leave_at_once(garden: Garden) -> None:
     before = garden.put(Membership, "evict", evict)
 
 
-def _left(membership: Any, shard: ShardState, *rest: Any) -> None:
+def _left(membership: Any, shard: Shard, *rest: Any) -> None:
     membership.changing.discard(shard.number)
     for link in rest[:-1]:  # behind them is the map
         membership._sequencer.leave([shard], link)
@@ -335,7 +333,7 @@ def isr_below_minimum(garden: Garden) -> None:
         rows = {shard: [each for each in self.members[shard] if each[0] != node] for shard in shards}
         return self._with_rows(rows)  # type: ignore[no-any-return]
 
-    def may_leave(self: Any, shard: ShardState, link: Any) -> bool:
+    def may_leave(self: Any, shard: Shard, link: Any) -> bool:
         return (
             shard.serving and shard.number not in self.changing and link in shard.acked and len(shard.members) > 1
             and any(other is not link and other.connected for other in shard.good)
@@ -573,24 +571,24 @@ def new_disk_before_map(garden: Garden) -> None:
 
     before = garden.put(Membership, "_learner_is_live", learner_is_live)
 
-    def swap(self: Any, shard: ShardState, old: Any, link: Any) -> None:
+    def swap(self: Any, shard: Shard, old: Any, link: Any) -> None:
         if link in shard.learners:
             swap_before(self, shard, old, link)
 
-    swap_before = garden.put(Members, "swap", swap)
+    swap_before = garden.put(Sequencer, "swap", swap)
 
 
 @mistake("R9")
 def reconnect_by_position(garden: Garden) -> None:
     """A node that reconnects is judged by its position, whatever disk it has."""
 
-    def why_bad(self: Any, shard: ShardState, link: Any, copy: Any) -> str:
-        disk = shard.joining.get(link) or dict(self.map.members[shard.number]).get(link.node)
+    def why_bad(self: Any, link: Any, copy: Any) -> str:
+        disk = self.joining.get(link) or dict(self.cluster.map.members[self.number]).get(link.node)
         if copy is not None and disk:
             copy = copy._replace(disk=disk)
-        return str(before(self, shard, link, copy))
+        return str(before(self, link, copy))
 
-    before = garden.put(Sequencer, "_why_bad", why_bad)
+    before = garden.put(Shard, "why_bad", why_bad)
 
 
 # --- R7, R8: logs ------------------------------------------------------------------------------------------------
@@ -741,14 +739,14 @@ def responder_by_agreement(garden: Garden) -> None:
 @mistake("R10")
 def kept_is_forgotten(garden: Garden) -> None:
     """What a link that was lost had not acknowledged is not sent again."""
-    garden.put(Members, "_still_due", lambda self, link, batches: [])
+    garden.put(Sequencer, "_still_due", lambda self, link, batches: [])
 
 
 @mistake("R10")
 def kept_of_shards_that_it_left(garden: Garden) -> None:
     """What a node had not acknowledged of shards that it left is sent to it when it is back."""
-    garden.put(Members, "_still_due", lambda self, link, batches: list(batches))
-    garden.put(Members, "_forget_kept", lambda self, link, numbers: None)
+    garden.put(Sequencer, "_still_due", lambda self, link, batches: list(batches))
+    garden.put(Sequencer, "_forget_resend", lambda self, link, numbers: None)
 
 
 @mistake("I9")
@@ -776,15 +774,15 @@ def lost_result_is_made_up(garden: Garden) -> None:
                 op[3] = True
         before(self, batch, *rest)
 
-    before = garden.put(Members, "_take_orphans", take_orphans)
+    before = garden.put(Sequencer, "_take_orphans", take_orphans)
 
-    def hand_over(self: Any, shard: ShardState) -> None:
-        orphans, shard.orphans = shard.orphans, []
+    def hand_over(self: Any) -> None:
+        orphans, self.orphans = self.orphans, []
         for _, op in orphans:
             if op[1] is not None:
-                self._answer_write(shard, op, True)
+                answer_write(op, True)
 
-    garden.put(Members, "_hand_over", hand_over)
+    garden.put(Shard, "hand_over", hand_over)
 
 
 # --- R11: reads ---------------------------------------------------------------------------------------------------
@@ -794,26 +792,26 @@ def lost_result_is_made_up(garden: Garden) -> None:
 def read_uncommitted(garden: Garden) -> None:
     """A read is answered when its result is here."""
 
-    def hold(self: Any, shard: ShardState, needed: int, sink: Any, token: Any, value: Any) -> None:
+    def hold(self: Any, needed: int, sink: Any, token: Any, value: Any) -> None:
         if sink is None:
             token.answer()
         else:
             sink.reply(token, value)
 
-    garden.put(Answers, "_hold", hold)
+    garden.put(Shard, "hold", hold)
 
 
 @mistake("R11 b")
 def read_absent_early(garden: Garden) -> None:
     """That a key is absent is answered when the result is here."""
 
-    def hold(self: Any, shard: ShardState, needed: int, sink: Any, token: Any, value: Any) -> None:
+    def hold(self: Any, needed: int, sink: Any, token: Any, value: Any) -> None:
         if sink is not None and value in (None, False):
             sink.reply(token, value)
         else:
-            before(self, shard, needed, sink, token, value)
+            before(self, needed, sink, token, value)
 
-    before = garden.put(Answers, "_hold", hold)
+    before = garden.put(Shard, "hold", hold)
 
 
 @mistake("R11 c", shared=True, factor=3, min_insync=1, kinds=("split", "one_way"))
@@ -1007,11 +1005,11 @@ def evicted_for_ever(garden: Garden) -> None:
 def waiting_without_bound(garden: Garden) -> None:
     """Requests wait in any number."""
 
-    def wait(self: Any, shard: ShardState, *rest: Any) -> None:
-        with mock.patch.object(sys.modules["kvtcp.replication.sequencing.admission"], "WAITING_ITEMS_MAX", 10**9):
-            before(self, shard, *rest)
+    def wait(self: Any, *request: Any) -> None:
+        with mock.patch.object(sys.modules["kvtcp.replication.sequencing.shard"], "WAITING_ITEMS_MAX", 10**9):
+            before(self, *request)
 
-    before = garden.put(Sequencer, "_wait", wait)
+    before = garden.put(Shard, "wait", wait)
 
 
 # --- search --------------------------------------------------------------------------------------------------------

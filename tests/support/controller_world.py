@@ -25,7 +25,8 @@ from kvtcp.node.replica import FreezeRequest, Replica
 from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, RESULTS, parse_report
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.controller import FRAME_KINDS, Controller
-from kvtcp.replication.sequencing.sequencer import Sequencer, ShardState
+from kvtcp.replication.sequencing.sequencer import Sequencer
+from kvtcp.replication.sequencing.shard import Shard
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.shard.backlog import KeptEntries
 from kvtcp.storage.shard.copy import Copy, Logged
@@ -275,7 +276,7 @@ class World:
         return self.controller.sequencer
 
     @property
-    def shards(self) -> list[ShardState]:
+    def shards(self) -> list[Shard]:
         """The shards as the sequencer sees them."""
         return self.sequencer.shards
 
@@ -303,18 +304,18 @@ class World:
 
     def put(self, token: Any, number: int = 0, key: bytes = b"k", value: bytes = b"v") -> None:
         """A put."""
-        self.sequencer.write(PUT, number, key, (value,), len(key) + len(value), self.answers, token)
+        self.sequencer.shards[number].write(PUT, key, (value,), len(key) + len(value), self.answers, token)
         self.check()
 
     def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
         """Any other write."""
-        self.sequencer.write(op, number, key, args, len(key), self.answers, token)
+        self.sequencer.shards[number].write(op, key, args, len(key), self.answers, token)
         self.check()
 
     def get(self, token: Any, number: int = 0, key: bytes = b"k", op: int = GET) -> None:
         """A read of one key."""
         assert op >= WRITE_OP_END
-        self.sequencer.read(op, number, key, self.answers, token)
+        self.sequencer.shards[number].read(op, key, self.answers, token)
         self.check()
 
     # --- steps ------------------------------------------------------------------------------------------

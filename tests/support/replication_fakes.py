@@ -69,7 +69,7 @@ class Cluster:
             self.new_process(node)
         if link:
             for number in range(shards):
-                self.sequencer.serve(number, 0, 0)
+                self.sequencer.shards[number].serve(0, 0)
             for node in self.map.nodes:
                 assert self.up(node) is None
 
@@ -140,12 +140,12 @@ class Cluster:
 
     def put(self, token: Any, number: int = 0, key: bytes = b"k", value: bytes = b"v") -> None:
         """A put by the common sink."""
-        self.sequencer.write(PUT, number, key, (value,), len(key) + len(value), self.answers, token)
+        self.sequencer.shards[number].write(PUT, key, (value,), len(key) + len(value), self.answers, token)
 
     def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
         """Any other write."""
-        self.sequencer.write(op, number, key, args, len(key), self.answers, token)
+        self.sequencer.shards[number].write(op, key, args, len(key), self.answers, token)
 
     def get(self, token: Any, number: int = 0, key: bytes = b"k", op: int = GET) -> None:
         """A read of one key."""
-        self.sequencer.read(op, number, key, self.answers, token)
+        self.sequencer.shards[number].read(op, key, self.answers, token)

@@ -48,12 +48,22 @@ class Asked:
 class FakeShard:
     """Whether writes wait for it, and whether all its members are there."""
 
+    number: int
+    sequencer: FakeSequencer
     waiting: bool = False
     whole: bool = True
 
     def is_whole(self) -> bool:
-        """As of a ShardState."""
+        """As of a Shard."""
         return self.whole
+
+    def write(self, op: int, key: bytes, args: Any, size: int, sink: Any, token: Any) -> None:
+        """A write."""
+        self.sequencer.ask(Asked(op, self.number, key, tuple(args), size, sink, token))
+
+    def read(self, op: int, key: bytes, sink: Any, token: Any) -> None:
+        """A read of one key."""
+        self.sequencer.ask(Asked(op, self.number, key, (), len(key), sink, token))
 
 
 @dataclass
@@ -66,17 +76,13 @@ class FakeSequencer:
     refuses: tuple[int, str] | None = None  # everything is refused at once
     map: Any = field(default_factory=lambda: SimpleNamespace(shards=SHARDS))
     waiting_items: int = 0
-    shards: list[Any] = field(default_factory=lambda: [FakeShard() for _ in range(SHARDS)])
+    shards: list[FakeShard] = field(init=False)
 
-    def write(self, number: int, shard: int, key: bytes, args: Any, size: int, sink: Any, token: Any) -> None:
-        """A write."""
-        self._ask(Asked(number, shard, key, tuple(args), size, sink, token))
+    def __post_init__(self) -> None:
+        self.shards = [FakeShard(number, self) for number in range(SHARDS)]
 
-    def read(self, number: int, shard: int, key: bytes, sink: Any, token: Any) -> None:
-        """A read of one key."""
-        self._ask(Asked(number, shard, key, (), len(key), sink, token))
-
-    def _ask(self, asked: Asked) -> None:
+    def ask(self, asked: Asked) -> None:
+        """One operation."""
         assert asked.key == b"" or asked.number == shard_of(asked.key, SHARDS), "asked of the shard of the key"
         if self.refuses is not None:
             asked.fail(*self.refuses)

@@ -32,8 +32,8 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS, Message, Touches, check_key, check_value, request_id
 from kvtcp.protocol.operations import ADD, CAS, DELETE, EXISTS, EXPIRE, GET, INCR, PERSIST, PUT, TTL
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
-from kvtcp.replication.sequencing.requests import Gather
-from kvtcp.replication.sequencing.sequencer import Sequencer, Sink
+from kvtcp.replication.sequencing.requests import Gather, Sink
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 LIMITS = {
     "frame_bytes_max": FRAME_BYTES_MAX,
@@ -76,6 +76,7 @@ class Gateway:
         self.keyspace = keyspace
         self.administration = administration  # operation -> what carries it out
         self.shards = keyspace.shards
+        self._by_number = sequencer.shards
         self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {
             **dict.fromkeys(REQUESTS, self._hand_over),
             b"hello": self._hello,
@@ -122,7 +123,7 @@ class Gateway:
             key = check_key(message[2])
         else:
             (key,) = REQUESTS[b"get"].check(message)  # raises: the number of arguments is wrong
-        self.sequencer.read(GET, shard_of(key, self.shards), key, session, ident)
+        self._by_number[shard_of(key, self.shards)].read(GET, key, session, ident)
 
     def _put(self, session: Session, ident: int, message: Message) -> None:
         if len(message) == 4:
@@ -133,12 +134,12 @@ class Gateway:
             key, *rest = REQUESTS[b"put"].check(message)
             value = rest[0]
             args = tuple(rest)
-        self.sequencer.write(PUT, shard_of(key, self.shards), key, args, len(key) + len(value), session, ident)
+        self._by_number[shard_of(key, self.shards)].write(PUT, key, args, len(key) + len(value), session, ident)
 
     def _read_key(self, op: int) -> Callable[[Session, int, Message], None]:
         def handle(session: Session, ident: int, message: Message) -> None:
             (key,) = REQUESTS[message[1]].check(message)
-            self.sequencer.read(op, shard_of(key, self.shards), key, session, ident)
+            self._by_number[shard_of(key, self.shards)].read(op, key, session, ident)
 
         return handle
 
@@ -146,14 +147,14 @@ class Gateway:
         def handle(session: Session, ident: int, message: Message) -> None:
             key, *args = REQUESTS[message[1]].check(message)
             size = len(key) + len(args[0])
-            self.sequencer.write(op, shard_of(key, self.shards), key, args, size, session, ident)
+            self._by_number[shard_of(key, self.shards)].write(op, key, args, size, session, ident)
 
         return handle
 
     def _write_key(self, op: int) -> Callable[[Session, int, Message], None]:
         def handle(session: Session, ident: int, message: Message) -> None:
             key, *args = REQUESTS[message[1]].check(message)
-            self.sequencer.write(op, shard_of(key, self.shards), key, args, len(key), session, ident)
+            self._by_number[shard_of(key, self.shards)].write(op, key, args, len(key), session, ident)
 
         return handle
 
@@ -178,11 +179,11 @@ class Gateway:
             session.reply(ident, [])
             return
         gather = Gather(session, ident, len(items))
-        write, shards = self.sequencer.write, self.shards
+        by_number, shards = self._by_number, self.shards
         for index, item in enumerate(items):
             key, value = item[0], item[1]
             args = (value,) if len(item) == 2 or item[2] is None else (value, item[2])
-            write(PUT, shard_of(key, shards), key, args, len(key) + len(value), gather, index)
+            by_number[shard_of(key, shards)].write(PUT, key, args, len(key) + len(value), gather, index)
 
     def _mdelete(self, session: Session, ident: int, message: Message) -> None:
         (keys,) = REQUESTS[b"mdelete"].check(message)
@@ -191,7 +192,7 @@ class Gateway:
             return
         gather = Gather(session, ident, len(keys))
         for index, key in enumerate(keys):
-            self.sequencer.write(DELETE, shard_of(key, self.shards), key, (), len(key), gather, index)
+            self._by_number[shard_of(key, self.shards)].write(DELETE, key, (), len(key), gather, index)
 
     def _scan(self, session: Session, ident: int, message: Message) -> None:
         lower, upper, limit, reverse, keys_only = REQUESTS[b"scan"].check(message)

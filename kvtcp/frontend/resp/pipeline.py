@@ -76,8 +76,6 @@ class RespClient:
         self._wake = wake
         self._woken = False
         self._nil = nil(2)
-        self._write = door.sequencer.write
-        self._read = door.sequencer.read
         self._shards = door.keyspace.shards
         self._states = door.sequencer.shards
         self._stored = _Stored(self)
@@ -164,7 +162,7 @@ class RespClient:
             return False
         slot: Slot = [None]
         self.slots.append(slot)
-        self._read(GET, number, key, self, slot)
+        state.read(GET, key, self, slot)
         return True
 
     def _set(self, arguments: list[bytes]) -> bool:
@@ -174,7 +172,7 @@ class RespClient:
         _, key, value = arguments
         slot: Slot = [None]
         self.slots.append(slot)
-        self._write(PUT, shard_of(key, self._shards), key, (value,), len(key) + len(value), self._stored, slot)
+        self._states[shard_of(key, self._shards)].write(PUT, key, (value,), len(key) + len(value), self._stored, slot)
         return True
 
     def _handle_one(self, arguments: list[bytes]) -> None:
@@ -289,9 +287,9 @@ class RespClient:
     def ask(self, operation: Operation, number: int, sink: Any, token: Any) -> None:
         """One operation at its shard."""
         if operation.is_write:
-            self._write(operation.op, number, operation.key, operation.args, operation.size, sink, token)
+            self._states[number].write(operation.op, operation.key, operation.args, operation.size, sink, token)
         else:
-            self._read(operation.op, number, operation.key, sink, token)
+            self._states[number].read(operation.op, operation.key, sink, token)
 
     # --- replies ------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 from kvtcp.protocol.operations import AUDIT
 from kvtcp.replication.membership.insync import Membership
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.sequencing.link import Progress
+from kvtcp.replication.sequencing.link import Link
 from kvtcp.replication.sequencing.requests import LINK_LOST
 from kvtcp.replication.sequencing.sequencer import Sequencer
 
@@ -29,13 +29,13 @@ class Audit:
     def begin(self) -> None:
         """I6: ask all members in one step for the chains of their shards. Links are in order, so they all answer for
         the same moment."""
-        asked: dict[int, list[Progress]] = {}
+        asked: dict[int, list[Link]] = {}
         for shard in self._sequencer.shards:
             good = [link for link in shard.good if link.connected and not link.full]
             if shard.serving and len(good) > 1:
                 asked[shard.number] = good
         answers: dict[int, dict[str, Any]] = {}
-        by_link: dict[Progress, list[int]] = {}
+        by_link: dict[Link, list[int]] = {}
         for number, links in asked.items():
             for link in links:
                 by_link.setdefault(link, []).append(number)
@@ -43,7 +43,7 @@ class Audit:
             self._sequencer.call(link, (AUDIT, numbers), self._auditor(link, numbers, answers, asked))
 
     def _auditor(
-        self, link: Progress, numbers: list[int], answers: dict[int, dict[str, Any]], asked: dict[int, list[Progress]]
+        self, link: Link, numbers: list[int], answers: dict[int, dict[str, Any]], asked: dict[int, list[Link]]
     ) -> Callable[[Any], None]:
         def take(result: Any) -> None:
             if result is LINK_LOST:

@@ -40,9 +40,9 @@ from kvtcp.protocol.operations import DROP
 from kvtcp.replication.membership.learner import FREEZING, PULLING, Learner
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.proposals import Proposals
-from kvtcp.replication.sequencing.link import Batch, Progress
+from kvtcp.replication.sequencing.link import Batch, Link
 from kvtcp.replication.sequencing.sequencer import Sequencer
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.replication.sequencing.shard import Shard
 
 DONOR_MISSES_MAX: Final = 8  # shards without a free donor after which no more are looked at now
 DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for
@@ -106,7 +106,7 @@ class Membership:
         return self._sequencer.now_ms
 
     @property
-    def _shards(self) -> list[ShardState]:
+    def _shards(self) -> list[Shard]:
         return self._sequencer.shards
 
     def learners(self) -> list[Learner]:
@@ -198,7 +198,7 @@ class Membership:
                 self._waiting[number] = None
         self._start_learners()
 
-    def _wants_learner(self, shard: ShardState) -> bool:
+    def _wants_learner(self, shard: Shard) -> bool:
         number = shard.number
         if number not in self.unsettled or number in self.changing or shard.learners:
             return False
@@ -232,7 +232,7 @@ class Membership:
 
     # --- leaving ------------------------------------------------------------------------------------
 
-    def may_leave(self, shard: ShardState, link: Progress) -> bool:
+    def may_leave(self, shard: Shard, link: Link) -> bool:
         """Whether the map can be changed so that `link` is no member, with M members and a good one left."""
         return (
             shard.serving
@@ -242,12 +242,12 @@ class Membership:
             and _leaves_a_good_one(shard, link)
         )
 
-    def evict(self, link: Progress, shards: Iterable[ShardState], why: str, level: str = "warning") -> int:
+    def evict(self, link: Link, shards: Iterable[Shard], why: str, level: str = "warning") -> int:
         """R2, R14: propose that `link` leaves those of the shards that it can leave; how many they are."""
         leaving = [shard for shard in shards if self.may_leave(shard, link)]
         if leaving:
             numbers = [shard.number for shard in leaving]
-            left: list[ShardState] = []
+            left: list[Shard] = []
 
             def edit(old: ClusterMap) -> ClusterMap:
                 # The store may have taken its time, or have failed: the last good member may be another one now (R6).
@@ -308,13 +308,13 @@ class Membership:
             self._outbox.close_link(node, why)
             return
 
-    def _patience_ms(self, link: Progress, batch: Batch) -> int:
+    def _patience_ms(self, link: Link, batch: Batch) -> int:
         """How long the link may have this batch. Nobody waits for a learner, which has much to do, before it holds the
         writes of its shards back."""
         is_awaited = link.full or any(link in self._shards[number].acked for number in batch.last_seqs)
         return EVICT_AFTER_MS if is_awaited else LEARNER_EVICT_AFTER_MS
 
-    def _peers_have(self, link: Progress, batch: Batch) -> bool:
+    def _peers_have(self, link: Link, batch: Batch) -> bool:
         """Whether for some shard M other members acknowledged what this batch has of it: without this one, and others
         that are slow, it would go on."""
         for number, seq in batch.last_seqs.items():
@@ -340,18 +340,18 @@ class Membership:
                 self.on_hand_back(number, "none of its members has its data")
         self._lost_since_ms = lost
 
-    def _evict_bad(self, shard: ShardState) -> None:
+    def _evict_bad(self, shard: Shard) -> None:
         for link, why in list(shard.bad.items()):
             if self.evict(link, [shard], f"it {why}"):
                 return
 
-    def _give_up_unwanted(self, shard: ShardState) -> None:
+    def _give_up_unwanted(self, shard: Shard) -> None:
         """A learner that comes in addition, on a node where the copy is not wanted any more."""
         for learner in self.learners_of(shard.number):
             if learner.replaces is None and learner.link.node not in self._map.wanted[shard.number]:
                 learner.fail("it is not wanted there any more")
 
-    def _shrink_moved(self, shard: ShardState) -> None:
+    def _shrink_moved(self, shard: Shard) -> None:
         """A member that is not wanted leaves when there are enough wanted ones."""
         wanted = self._map.wanted[shard.number]
         if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
@@ -385,7 +385,7 @@ class Membership:
 
     def _start_learners(self) -> None:
         """Begin with the shards that wait, as far as there are donors for them."""
-        gives: dict[Progress, int] = {}
+        gives: dict[Link, int] = {}
         for learner in self.learners():
             gives[learner.donor] = gives.get(learner.donor, 0) + 1
         misses = 0
@@ -407,7 +407,7 @@ class Membership:
             self.learn(shard, found[0], donor, found[1])
 
     def learn(
-        self, shard: ShardState, link: Progress, donor: Progress, replaces: str | None, seq_min: int = 0
+        self, shard: Shard, link: Link, donor: Link, replaces: str | None, seq_min: int = 0
     ) -> Learner:
         """Begin to bring a copy up to date."""
         learner = Learner(
@@ -421,7 +421,7 @@ class Membership:
         self._outbox.event("info", "learner-begins", shard=shard.number, node=link.node, donor=donor.node)
         return learner
 
-    def _candidate(self, shard: ShardState) -> tuple[Progress, str | None] | None:
+    def _candidate(self, shard: Shard) -> tuple[Link, str | None] | None:
         """Who shall learn the shard next, and whose place it takes."""
         links = self._sequencer.links
         for link in shard.bad:  # those that could leave have left, or are about to
@@ -441,7 +441,7 @@ class Membership:
                 return links[node], None
         return None
 
-    def _substitute(self, shard: ShardState, gone: Progress) -> tuple[Progress, str | None] | None:
+    def _substitute(self, shard: Shard, gone: Link) -> tuple[Link, str | None] | None:
         """Another node for a member that was declared destroyed and cannot just leave."""
         out = {*self._map.draining, *self._map.destroyed}
         wanted = self._map.wanted[shard.number]
@@ -452,12 +452,12 @@ class Membership:
                 return link, gone.node
         return None
 
-    def _can_learn(self, link: Progress) -> bool:
+    def _can_learn(self, link: Link) -> bool:
         state = self.nodes[link.node]
         is_leaving = state.leaves or link.node in self.leaving
         return link.connected and not is_leaving and state.learns_after_ms <= self._now_ms
 
-    def _donor(self, shard: ShardState, link: Progress, gives: Mapping[Progress, int]) -> Progress | None:
+    def _donor(self, shard: Shard, link: Link, gives: Mapping[Link, int]) -> Link | None:
         """The good member that gives to fewest learners."""
         able = [each for each in shard.good if each.connected and each is not link]
         able = [each for each in able if gives.get(each, 0) < LEARNERS_PER_DONOR_MAX]
@@ -519,11 +519,11 @@ class Membership:
             self._proposals.propose(lambda old: old.replaced(number, replaces, node, disk), stored)
 
 
-def _is_unsettled(shard: ShardState, wanted: Collection[str]) -> bool:
+def _is_unsettled(shard: Shard, wanted: Collection[str]) -> bool:
     """Whether there may be something to do for the shard."""
     return bool(shard.bad or shard.learners) or {link.node for link in shard.members} != set(wanted)
 
 
-def _leaves_a_good_one(shard: ShardState, link: Progress) -> bool:
+def _leaves_a_good_one(shard: Shard, link: Link) -> bool:
     """Whether a member known to be good, that is good and linked, is there without this one."""
     return any(other is not link and other.connected for other in shard.good)

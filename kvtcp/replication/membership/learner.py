@@ -28,11 +28,12 @@ from typing import Any, Final
 
 from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport, is_entry
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
+from kvtcp.replication.following import Following
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.sequencing.link import LinkError, Progress
+from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.requests import LINK_LOST
 from kvtcp.replication.sequencing.sequencer import Sequencer
-from kvtcp.replication.sequencing.shard import Following, ShardState
+from kvtcp.replication.sequencing.shard import Shard
 
 ASKED: Final = "asked"
 FETCHING: Final = "fetching"
@@ -50,9 +51,9 @@ class Learner:
 
     def __init__(
         self,
-        shard: ShardState,
-        link: Progress,
-        donor: Progress,
+        shard: Shard,
+        link: Link,
+        donor: Link,
         replaces: str | None,
         seq_min: int,
         *,

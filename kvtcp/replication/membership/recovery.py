@@ -482,7 +482,7 @@ class Recovery:
 
     def _finish(self, shard: _Shard) -> None:
         del self.shards[shard.number]
-        self._sequencer.serve(shard.number, shard.seq, shard.chain)
+        self._sequencer.shards[shard.number].serve(shard.seq, shard.chain)
         self._membership.unsettled.add(shard.number)
 
     def _down(self, shard: _Shard, why: str) -> None:

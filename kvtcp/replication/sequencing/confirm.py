@@ -21,11 +21,11 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT
-from kvtcp.replication.sequencing.link import Progress
+from kvtcp.replication.sequencing.link import Link
 from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.replication.sequencing.requests import LINK_LOST, Sink
 from kvtcp.replication.sequencing.sequencer import Sequencer
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.replication.sequencing.shard import Shard
 
 
 class _Confirmed:
@@ -41,11 +41,25 @@ class _Confirmed:
 
     def reply(self, token: Any, result: Any) -> None:
         """The read may be answered, as far as (a) and (b) of the rule go."""
-        self._sequencer.release(self._numbers, self._round, self._sink, token, result)
+        self._sequencer.release_read(self._numbers, self._round, self._sink, token, result)
 
     def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
         """A refusal shows nothing."""
         self._sink.fail(token, code, message, details)
+
+
+class _ConfirmingShard(Shard):
+    """A shard whose reads are confirmed."""
+
+    __slots__ = ("_sequencer",)
+
+    def __init__(self, number: int, members: list[Link], sequencer: ConfirmingSequencer) -> None:
+        super().__init__(number, members, sequencer)
+        self._sequencer = sequencer
+
+    def read(self, op: int, key: bytes, sink: Sink, token: Any) -> None:
+        """See Shard.read."""
+        super().read(op, key, self._sequencer.confirmed((self.number,), sink), token)
 
 
 class ConfirmingSequencer(Sequencer):
@@ -55,23 +69,26 @@ class ConfirmingSequencer(Sequencer):
         super().__init__(cluster_map)
         self._round = 1  # of the reads that arrive in this tick
         self._is_asked = False  # a read arrived in it
-        self._unasked: set[Progress] = set()  # links to ask for the last round, as soon as they have room
-        self._confirmed: dict[Progress, int] = {}  # the last round that each link answered as what it is now
+        self._unasked: set[Link] = set()  # links to ask for the last round, as soon as they have room
+        self._confirmed: dict[Link, int] = {}  # the last round that each link answered as what it is now
         # (deadline_ms, shards, round, sink, token, result)
         self._unconfirmed: list[tuple[int, Sequence[int], int, Sink, Any, Any]] = []
 
-    def read(self, op: int, number: int, key: bytes, sink: Sink, token: Any) -> None:
-        """See Admission.read."""
+    def make_shard(self, number: int, members: list[Link]) -> Shard:
+        """See Sequencer.make_shard."""
+        return _ConfirmingShard(number, members, self)
+
+    def confirmed(self, numbers: Sequence[int], sink: Sink) -> Sink:
+        """The sink of a read that arrives in this round."""
         self._is_asked = True
-        super().read(op, number, key, _Confirmed(self, (number,), self._round, sink), token)
+        return _Confirmed(self, numbers, self._round, sink)
 
     def multi_read(self, multi: MultiRead) -> None:
-        """See Admission.multi_read."""
-        self._is_asked = True
-        multi.sink = _Confirmed(self, multi.shards, self._round, multi.sink)
+        """See Sequencer.multi_read."""
+        multi.sink = self.confirmed(multi.shards, multi.sink)
         super().multi_read(multi)
 
-    def close_batches(self) -> list[Progress]:
+    def close_batches(self) -> list[Link]:
         """See Sequencer.close_batches."""
         if self._is_asked:
             self._is_asked = False
@@ -83,7 +100,7 @@ class ConfirmingSequencer(Sequencer):
                 self.call(link, (AUDIT, []), self._prober(link, self._round - 1))
         return super().close_batches()
 
-    def _prober(self, link: Progress, round_: int) -> Any:
+    def _prober(self, link: Link, round_: int) -> Any:
         members = {shard.number for shard in link.shards if link in shard.good}
 
         def answered(result: Any) -> None:
@@ -93,17 +110,17 @@ class ConfirmingSequencer(Sequencer):
 
         return answered
 
-    def join(self, shard: ShardState, link: Progress, is_first: bool = False) -> None:
-        """See Members.join. What the link confirmed before, it did not confirm as a member."""
+    def join(self, shard: Shard, link: Link, is_first: bool = False) -> None:
+        """See Sequencer.join. What the link confirmed before, it did not confirm as a member."""
         self._confirmed.pop(link, None)
         super().join(shard, link, is_first)
 
-    def swap(self, shard: ShardState, old: Progress, link: Progress) -> None:
-        """See Members.swap; as with `join`."""
+    def swap(self, shard: Shard, old: Link, link: Link) -> None:
+        """See Sequencer.swap; as with `join`."""
         self._confirmed.pop(link, None)
         super().swap(shard, old, link)
 
-    def release(self, numbers: Sequence[int], round_: int, sink: Sink, token: Any, result: Any) -> None:
+    def release_read(self, numbers: Sequence[int], round_: int, sink: Sink, token: Any, result: Any) -> None:
         """Answer now, or when the round is confirmed."""
         if self._is_confirmed(numbers, round_):
             sink.reply(token, result)

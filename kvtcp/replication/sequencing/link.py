@@ -1,8 +1,8 @@
-"""Progress: what one node was sent, has applied, has durable, and may be sent.
+"""Link: what one node was sent, has applied, has durable, and may be sent.
 
-Pure. The coordinator's sequencer keeps one Progress per node; the server's link moves its batches to the socket. It is
-the idea of etcd-raft's `tracker/progress.go` and `inflights.go` for a FIFO link: replies match by order, so all that is
-kept per item is its place in a batch.
+Pure. The coordinator's sequencer keeps one Link per node; the server moves its batches to the socket. It is the idea of
+etcd-raft's `tracker/progress.go` and `inflights.go` for a FIFO link: replies match by order, so all that is kept per
+item is its place in a batch.
 
 A batch passes through four stages, each a queue in order of ordinals:
 
@@ -12,23 +12,26 @@ A batch passes through four stages, each a queue in order of ordinals:
 Invariants (`check`):
 - `items` and `bytes` count everything in the four stages; a link without room in its window is marked `full`;
 - ordinals count the items of this link since HELLO, without a gap over the stages;
-- a batch has one stamp and is never merged with another one: an entry keeps its stamp for ever, in a re-send too.
+- a batch has one stamp and is never merged with another one: an entry keeps its stamp for ever, in a re-send too;
+- `resend` has writes only, and is sent again before anything new when the node is back.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import chain
 from typing import Any, Final
 
-from kvtcp.constants import READ_RETRY_MS, WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
+from kvtcp.constants import BATCH_BYTES_MAX, READ_RETRY_MS, WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.protocol.operations import WRITE_OP_END
+from kvtcp.replication.sequencing.requests import AWAITED, DUE
 
 Item = tuple[Any, ...]  # as operations.py lays it out
-Op = list[Any]  # what waits for an answer: see shard_state.py
+Op = list[Any]  # what waits for an answer: see requests.py
 
 ANSWERED: Final[Op] = [-2]  # stands for an op of a kept write whose result is known already
+SEQ_MAX: Final = 1 << 63  # above every number
 UNCOMMITTED_MAX: Final = 64  # batches remembered as uncommitted before those that are committed are looked for
 
 
@@ -51,8 +54,36 @@ class Batch:
         self.written_ms = 0  # monotonic time of writing
         self.unmoved: list[Op] | None = None  # once its reads were queued elsewhere too: those that could not be
 
+    def part(self, numbers: Container[int], inside: bool, seq_max: int = SEQ_MAX) -> Batch:
+        """Of a batch of writes what belongs to these shards, up to this number, or (not `inside`) what does not."""
+        part = Batch(self.stamp_ms)
+        part.bytes = self.bytes
+        answers = iter(self.answers)
+        for item in self.items:
+            op = next(answers) if item[3] else None
+            if (item[1] in numbers and item[2] <= seq_max) is inside:
+                part.items.append(item)
+                part.last_seqs[item[1]] = item[2]
+                if op is not None:
+                    part.answers.append(op)
+        return part
 
-class Progress:
+    def unanswered(self, numbers: Container[int], seq_max: int = SEQ_MAX) -> list[tuple[int, int, Op]]:
+        """Of a batch of writes those of these shards, up to this number, that wait for a result of it: shard, number,
+        op."""
+        found: list[tuple[int, int, Op]] = []
+        answers = iter(self.answers)
+        for item in self.items:
+            if item[3]:
+                op = next(answers)
+                if op is ANSWERED or item[1] not in numbers or item[2] > seq_max:
+                    continue
+                if op[1] is not None and op[3] in (AWAITED, DUE):
+                    found.append((item[1], item[2], op))
+        return found
+
+
+class Link:
     """One node as the sequencer sees it."""
 
     __slots__ = (
@@ -69,6 +100,7 @@ class Progress:
         "open",
         "outgoing",
         "reason",
+        "resend",
         "shards",
         "space",
         "uncommitted",
@@ -79,7 +111,7 @@ class Progress:
 
     def __init__(self, node: str) -> None:
         self.node = node
-        self.connected = False  # the link is up; that a copy of the node counts is another matter, see ShardState.bad
+        self.connected = False  # the link is up; that a copy of the node counts is another matter, see Shard.bad
         self.reason = "not connected yet"  # why not, for people
         self.heard_ms = 0  # monotonic time at which bytes came from the node last
         self.full = False  # the window has no room; writes of its shards wait
@@ -96,7 +128,8 @@ class Progress:
         # batches with writes not yet known committed, in order: the ordinal before the batch, its last_seqs
         self.uncommitted: deque[tuple[int, dict[int, int]]] = deque()
         self.uncommitted_max = UNCOMMITTED_MAX  # how long `uncommitted` gets before it is looked through
-        self.shards: list[Any] = []  # the ShardStates with a replica here
+        self.shards: list[Any] = []  # the Shards with a replica here
+        self.resend: list[Batch] = []  # writes for when the node is back, or back with the copy that it had
         self.next_turn = 0  # index of the shard whose waiting requests are next when the window opens
 
     def is_silent(self, now_ms: int) -> bool:
@@ -119,6 +152,26 @@ class Progress:
             self.close_batch()
         self.open = batch = Batch(stamp_ms)
         return batch
+
+    def enqueue(self, item: Item, waiter: Op, size: int, stamp_ms: int) -> None:
+        """Queue an item that the node answers."""
+        batch = self.open
+        if batch is None or batch.bytes > BATCH_BYTES_MAX or batch.stamp_ms != stamp_ms:
+            batch = self.new_batch(stamp_ms)
+        batch.items.append(item)
+        batch.answers.append(waiter)
+        batch.bytes += size
+        self.bytes += size
+        self.items += 1
+        if self.items >= WINDOW_ITEMS_MAX or self.bytes >= WINDOW_BYTES_MAX:
+            self.fill()
+
+    def fill(self) -> None:
+        """The window has no room any more."""
+        if not self.full:
+            self.full = True
+            for shard in self.shards:
+                shard.writable = False
 
     def close_batch(self) -> None:
         """The open batch gets its ordinals and may be written."""

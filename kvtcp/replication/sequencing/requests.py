@@ -4,7 +4,7 @@ Pure. Ops are lists, not objects, and one list is all that a request costs in th
 five times as much):
 
     write  [WRITE, sink, token, result]                                            sink None = answered already
-    read   [op, sink, token, shard state, last number queued before it, key]       sink None = answered already
+    read   [op, sink, token, shard, last number queued before it, key]             sink None = answered already
     part   [PART, multi read, attempt, index]
     call   [CALL, function]                                                        of a control item: called once with
                                                                                    its result, or LINK_LOST; None = was
@@ -17,9 +17,29 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol
 
+from kvtcp.protocol.operations import (
+    ADD,
+    APPEND,
+    CAS,
+    COPY,
+    INCR,
+    INCR_DECIMAL,
+    PUT,
+    PUT_ALL,
+    RENAME,
+    SETBIT,
+    SETRANGE,
+    STORE,
+    TRANSACTION,
+)
+
 WRITE: Final = 0
 PART: Final = -1
-CALL: Final = -3  # -2 is ANSWERED, see progress.py
+CALL: Final = -3  # -2 is ANSWERED, see link.py
+# writes that a node short of disk space cannot take
+GROWING: Final = frozenset(
+    {PUT, ADD, CAS, INCR, STORE, APPEND, SETRANGE, SETBIT, INCR_DECIMAL, RENAME, COPY, PUT_ALL, TRANSACTION}
+)
 ITEM_OVERHEAD_BYTES: Final = 32  # what an item counts in a window beyond its key and value
 
 NUMBER: Final = object()  # result of a write that is its own number (put)

@@ -1,9 +1,8 @@
-"""The sequencer: gives every write its number, sends it to all replicas at once, and answers when all have it.
+"""The sequencer: the path of requests of all shards, over the links to all nodes.
 
 Pure: no sockets, clock or files; events in (requests, results, links up and down, time), batches for the links and
 answers to the sinks out. The coordinator's server is a thin shell around it; the same class runs in tests without I/O.
-It is put together from `Admission` (requests in), `Answers` (answers out) and `Members` (who takes part); here are the
-links and time.
+Requests of one key go to their `Shard` (shard.py); here is what concerns several shards or a whole `Link` (link.py).
 
 Per shard a write passes: waiting (unsequenced, only if a link is missing or a window full) -> pending (numbered and
 queued to every replica in the same step) -> committed (every replica acknowledged it) -> answered.
@@ -15,16 +14,26 @@ acknowledged or a later one; its reads are queued at other members. Whether a no
 question for each of its shards. A copy that is another one, or has less than it acknowledged, is *bad*: it is not read,
 and its shard takes no writes. What was kept for it stays kept, as the process which has the data may still come back.
 
+Whether a node is to become a member or to leave is decided elsewhere (membership.py, recovery.py) and stored in the
+map; here is what follows for batches, acknowledgements and answers. A learner gets every write from `attach` on and
+counts for nothing, until it `join`s or `swap`s in. What was kept for a link that is no member any more is forgotten,
+and a result that only it could have given is asked for at another member, which evaluated the same operation.
+
+Several shards that wait for one window take turns of DRAIN_SLICE requests, and the next time begins with the one that
+was next.
+
 Invariants (`check`):
 - numbers of a shard have no gap; `commit <= last_seq`; `pending` are exactly the numbers (commit, last_seq];
 - `commit` is the smallest number acknowledged by all members, and never decreases;
 - an op answered is committed on every member (writes), or saw only committed state (reads); it is answered once;
-- after the first item of an entry is queued the answer is its result or UNKNOWN; `Unavailable` comes only before.
+- after the first item of an entry is queued the answer is its result or UNKNOWN; `Unavailable` comes only before;
+- a link's `shards` are those of which it is a member or a learner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
@@ -32,27 +41,144 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, PURGE_SHARDS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
-from kvtcp.protocol.operations import GET, PURGE
-from kvtcp.replication.copy_reports import LOST_DATA, foreign_copy, incomplete_copy
-from kvtcp.replication.sequencing.link import ANSWERED, Batch, LinkError, Op, Progress
-from kvtcp.replication.sequencing.members import Members, part_of
-from kvtcp.replication.sequencing.requests import AWAITED, CALL, DUE, IGNORE, LINK_LOST, PART, WRITE, Sink
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.protocol.operations import EXISTS, GET, PURGE, REVISION
+from kvtcp.replication.reads import Reads
+from kvtcp.replication.sequencing.link import ANSWERED, SEQ_MAX, Batch, Link, LinkError, Op
+from kvtcp.replication.sequencing.multi_read import MultiRead
+from kvtcp.replication.sequencing.requests import (
+    AWAITED,
+    CALL,
+    DUE,
+    IGNORE,
+    ITEM_OVERHEAD_BYTES,
+    LINK_LOST,
+    PART,
+    WRITE,
+    Sink,
+)
+from kvtcp.replication.sequencing.shard import Cluster, Shard, answer_write
 
 # what a node has of a shard that is not served yet is not committed, whatever the number
-NEVER: Final = 1 << 63
+NEVER: Final = SEQ_MAX
 
 
-class Sequencer(Members):
+class Sequencer(Cluster):
     """The write and read path of all shards. Every public method is one synchronous step."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:
         super().__init__(cluster_map)
+        for number, members in enumerate(cluster_map.members):
+            shard = self.make_shard(number, [self.links[node] for node, _ in members])
+            self.shards.append(shard)
+            for link in shard.members:
+                link.shards.append(shard)
+        self.stamp_bound_ms = cluster_map.stamp_bound_ms  # stamp_ms never grows beyond it
+        self._time_ended = False
+        self.reads = Reads(self)
         self._flagged: dict[int, None] = {}  # shards that hold expired keys, in the order in which that was told
+
+    def make_shard(self, number: int, members: list[Link]) -> Shard:
+        """A shard that is not served yet."""
+        return Shard(number, members, self)
+
+    # --- time and the map ---------------------------------------------------------------------------
+
+    def begin(self, wall_ms: int, now_ms: int) -> None:
+        """A tick begins: what is queued until `close_batches` has one stamp."""
+        if wall_ms > self.stamp_ms:
+            # R12: time stands still rather than pass what the next coordinator will begin with
+            self.stamp_ms = max(self.stamp_ms, min(wall_ms, self.stamp_bound_ms))
+        self.now_ms = now_ms
+
+    def end_time(self) -> int:
+        """The coordinator ends in peace: whatever bound is still stored, no stamp is given above the last one, which is
+        returned."""
+        self._time_ended = True
+        self.stamp_bound_ms = self.stamp_ms
+        return self.stamp_ms
+
+    def map_changed(self, cluster_map: ClusterMap) -> None:
+        """The config store holds this map now."""
+        self.map = cluster_map
+        self.min_insync = cluster_map.min_insync
+        if not self._time_ended:
+            self.stamp_bound_ms = cluster_map.stamp_bound_ms
+        for shard in self.shards:
+            if shard.joining:
+                named = cluster_map.members[shard.number]
+                shard.joining = {
+                    link: disk for link, disk in shard.joining.items() if (link.node, disk) not in named
+                }
+
+    # --- reads over several shards, and control items -----------------------------------------------
+
+    def multi_read(self, multi: MultiRead) -> None:
+        """Queue a read over several shards in this one step, so that its answer is one consistent cut."""
+        self.reads.start_or_wait(multi)
+
+    def control(self, node: str, item: tuple[Any, ...], shards: Sequence[int], sink: Sink, token: Any) -> bool:
+        """Queue a control item (freeze, chain_at) to one node. False if its link is down.
+
+        It is answered when everything queued for `shards` before it is committed; UNKNOWN if the link is lost first.
+        """
+        link = self.links[node]
+        if not link.connected:
+            return False
+        multi = MultiRead(shards, sink, token, lambda numbers: (item, 0), lambda results: results[0], 0)
+        multi.movable = False
+        multi.start(1, {number: self.shards[number].last_seq for number in shards})
+        link.enqueue(item, [PART, multi, multi.attempt, 0], ITEM_OVERHEAD_BYTES, self.stamp_ms)
+        return True
+
+    def call(self, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        """Queue a control item; `then` gets its result, or LINK_LOST."""
+        link.enqueue(item, [CALL, then], ITEM_OVERHEAD_BYTES, self.stamp_ms)
+
+    # --- what waits ---------------------------------------------------------------------------------
+
+    def _opened(self, link: Link) -> None:
+        """`link` may take items again: those that waited for it go first."""
+        link.full = False
+        for shard in link.shards:
+            shard.update_writable()
+        # They are few, at most one item per link each, and would find every window full behind the others.
+        self.reads.start_waiting()
+        shards = link.shards
+        at = link.next_turn
+        queue: deque[Shard] = deque(shard for shard in shards[at:] + shards[:at] if shard.waiting)
+        while queue:
+            shard = queue.popleft()
+            if shard.drain():
+                queue.append(shard)
+            elif link.full:
+                link.next_turn = shards.index(shard)
+                break
+
+    def _resume(self, shards: Iterable[Shard]) -> None:
+        """What waited for these may go on now, in turns as when a window opens."""
+        for shard in shards:
+            while shard.waiting and shard.drain():
+                pass
+            shard.update_writable()
+        self.reads.start_waiting()
+
+    def refuse_waiting(self, code: Code, text: str, wanted: Callable[[bytes], bool]) -> None:
+        """Refuse what waits unsequenced and whose key `wanted` says so."""
+        for shard in self.shards:
+            shard.refuse_waiting(code, text, lambda entry: wanted(entry[3]))
+
+    def on_space(self, node: str, level: int) -> None:
+        """The node is short of disk space, or is no more."""
+        link = self.links[node]
+        link.space = level
+        for shard in link.shards:
+            shard.update_space()
+            shard.refuse_without_space()
+            shard.update_writable()
 
     # --- batches ------------------------------------------------------------------------------------
 
-    def close_batches(self) -> list[Progress]:
+    def close_batches(self) -> list[Link]:
         """The tick ends: every link with something to send, its batches closed."""
         ready = []
         for link in self.links.values():
@@ -62,7 +188,7 @@ class Sequencer(Members):
                 ready.append(link)
         return ready
 
-    def committed_ordinal(self, link: Progress) -> int:
+    def committed_ordinal(self, link: Link) -> int:
         """The ordinal of `link` up to which every write is committed, for its next batch."""
         uncommitted = link.uncommitted
         shards = self.shards
@@ -97,14 +223,14 @@ class Sequencer(Members):
                 if op[0] == WRITE:
                     if op[3] is DUE and op[1] is not None:  # committed before, with another member's help
                         op[3] = result
-                        self._answer_write(None, op, result)
+                        answer_write(op, result)
                     else:
                         op[3] = result
         # Commits first: a read in the same frame then finds what it saw committed and need not be held.
         shards = self.shards
         for batch in link.on_durable(durable):
             for number, seq in batch.last_seqs.items():
-                self._acknowledged(shards[number], link, seq)
+                shards[number].acknowledged(link, seq)
         if answers:
             for op, result in zip(answers, results, strict=True):
                 kind = op[0]
@@ -117,7 +243,7 @@ class Sequencer(Members):
                         if needed <= shard.commit:
                             sink.reply(op[2], result)
                         else:
-                            self._hold(shard, needed, sink, op[2], result)
+                            shard.hold(needed, sink, op[2], result)
                 elif kind != WRITE and op is not ANSWERED:
                     self._read_done(op, result)
         for number in flags:
@@ -126,23 +252,172 @@ class Sequencer(Members):
         if link.full and link.has_room(0.75):
             self._opened(link)
 
-    # --- links --------------------------------------------------------------------------------------
+    def _read_done(self, op: Op, result: Any) -> None:
+        """The result of a read, of a part or of a control item is here."""
+        kind = op[0]
+        if kind == CALL:
+            then, op[1] = op[1], None
+            then(result)
+            return
+        if kind == PART:
+            if op[1].take(op[2], op[3], result):
+                self.release(op[1])
+            return
+        _, sink, token, shard, needed, _ = op
+        if sink is None:  # answered by another member meanwhile
+            return
+        op[1] = None
+        if result is None:
+            result = False if kind == EXISTS else None
+        elif kind == GET:
+            needed = result[1]
+        elif kind == EXISTS:
+            needed, result = result[0], True
+        elif kind == REVISION:
+            needed = result = result[0]
+        else:
+            needed = result[0]
+            result = -1 if result[1] is None else result[1]
+        if needed <= shard.commit:
+            sink.reply(token, result)
+        else:
+            shard.hold(needed, sink, token, result)
 
-    def serve(self, number: int, seq: int, chain: int) -> None:
-        """The members of the shard, as `set_members` said, are equal: go on from there."""
+    # --- members ------------------------------------------------------------------------------------
+
+    def add_link(self, node: str) -> Link:
+        """A node that was not there before."""
+        link = self.links[node] = Link(node)
+        return link
+
+    def remove_link(self, node: str) -> None:
+        """The node belongs to the cluster no more, and holds nothing."""
+        link = self.links.pop(node)
+        assert not link.shards and not link.connected, "a node that is removed holds nothing"
+
+    def set_members(self, number: int, nodes: Sequence[str]) -> None:
+        """The members of a shard that is not served."""
         shard = self.shards[number]
-        assert not shard.serving and not shard.pending, "a shard that is served is not taken over"
-        shard.base = (seq, chain)
-        shard.last_seq = shard.commit = seq
-        shard.acked = dict.fromkeys(shard.members, seq)
-        shard.bad = {}
-        shard.serving, shard.reason = True, ""
+        assert not shard.serving, "members of a shard in service come and go one by one"
+        members = [self.links[node] for node in nodes]
         for link in shard.members:
-            link.forget_older(number)
+            if link not in members and link not in shard.learners:
+                link.shards.remove(shard)
+                link.forget_older(number)
+        for link in members:
+            if shard not in link.shards:
+                link.shards.append(shard)
+        shard.members = members
+        shard.bad = {link: why for link, why in shard.bad.items() if link in members}
+        shard.acked = {link: shard.acked.get(link, shard.commit) for link in members}
+        shard.retarget()
+
+    def attach(self, shard: Shard, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        """Queue a LEARN to the link of a learner, and from there on every write of the shard, in one step (R10)."""
+        self.call(link, item, then)
+        if shard not in link.shards:
+            link.shards.append(shard)
         shard.update_targets()
-        shard.update_space()
-        self._look_whether_stuck(shard)
         shard.update_writable()
+
+    def detach(self, shard: Shard, link: Link) -> None:
+        """It is no learner any more, and gets no writes from here on."""
+        del shard.learners[link]
+        if link not in shard.acked and shard in link.shards:  # else it was not attached yet
+            link.shards.remove(shard)
+        shard.retarget()
+        self._resume([shard])
+
+    def join(self, shard: Shard, link: Link, is_first: bool = False) -> None:
+        """R2: a learner that acknowledged everything committed is one of E from this step on, perhaps the one that
+        answers writes."""
+        learner = shard.learners.pop(link)
+        assert link not in shard.acked and learner.acked >= shard.commit, "it acknowledged everything committed"
+        shard.members = [link, *shard.members] if is_first else [*shard.members, link]
+        acked = {**shard.acked, link: learner.acked}
+        shard.acked = {member: acked[member] for member in shard.members}
+        shard.joining[link] = learner.disk
+        shard.retarget()
+        if learner.holds_writes:
+            self._resume([shard])
+
+    def leave(self, shards: Sequence[Shard], link: Link) -> None:
+        """R2: the map does not name this member any more, so it leaves E."""
+        for shard in shards:
+            shard.members = [member for member in shard.members if member is not link]
+            shard.bad.pop(link, None)
+            del shard.acked[link]
+        for shard in shards:
+            shard.retarget()
+        gone = {shard.number for shard in shards}
+        link.shards = [shard for shard in link.shards if shard.number not in gone or link in shard.learners]
+        self._forget_resend(link, gone)
+        for shard in shards:
+            shard.commit_acknowledged()
+        self._resume(shards)
+
+    def swap(self, shard: Shard, old: Link, link: Link) -> None:
+        """The map names the learner `link` in the place of the member `old`, which may be the same node with the disk
+        it had before."""
+        learner = shard.learners.pop(link)
+        assert learner.acked >= shard.commit, "it acknowledged everything committed"
+        if old is link:
+            self._resend_after(link, shard.number, learner.acked)
+        else:
+            self._forget_resend(old, {shard.number})
+        shard.bad.pop(old, None)
+        if learner.lost_reason:
+            shard.bad[link] = learner.lost_reason
+        shard.members = [link if member is old else member for member in shard.members]
+        acked = {**shard.acked, link: learner.acked}
+        shard.acked = {member: acked[member] for member in shard.members}
+        shard.retarget()
+        if old is not link:
+            old.shards.remove(shard)
+            old.forget_older(shard.number)
+        if shard.serving:
+            shard.commit_acknowledged()
+            self._resume([shard])
+
+    def _forget_resend(self, link: Link, numbers: Container[int]) -> None:
+        """The link is no member of these shards any more: nothing of theirs is sent to it again."""
+        for batch in link.resend:
+            self._take_orphans(batch, numbers)
+        parts = [batch.part(numbers, False) for batch in link.resend]
+        link.resend = [part for part in parts if part.items]
+        self._hand_over()
+
+    def _resend_after(self, link: Link, number: int, seq: int) -> None:
+        """What was kept of this shard for another copy of the node, up to this number, is not sent again."""
+        for batch in link.resend:
+            self._take_orphans(batch, {number}, seq)
+        link.resend = [batch.part({number}, False, seq) for batch in link.resend]
+
+    def _still_due(self, link: Link, batches: Iterable[Batch]) -> list[Batch]:
+        """The link is lost: of what was on it, what has to be sent again when it is back. That is nothing of shards
+        that it left, or of which it was a learner that is over now, or that were stopped."""
+        over = {
+            shard.number
+            for shard in [self.shards[number] for batch in batches for number in batch.last_seqs]
+            if not shard.serving or (link not in shard.acked and link not in shard.learners)
+        }
+        if not over:
+            return list(batches)
+        for batch in batches:
+            self._take_orphans(batch, over)
+        parts = [batch.part(over, False) for batch in batches]
+        return [part for part in parts if part.items]
+
+    def _take_orphans(self, batch: Batch, numbers: Container[int], seq_max: int = SEQ_MAX) -> None:
+        """Writes of these shards, up to this number, that wait for a result of this batch are orphans."""
+        for number, seq, op in batch.unanswered(numbers, seq_max):
+            self.shards[number].orphans.append((seq, op))
+
+    def _hand_over(self) -> None:
+        """Ask other members for the results of orphans."""
+        for shard in self.shards:
+            if shard.orphans:
+                shard.hand_over()
 
     def equalized(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
         """The members of a shard that is not served are equal up to `seq`, but for the bad ones, which are replaced
@@ -160,17 +435,15 @@ class Sequencer(Members):
         shard.serving, shard.reason = False, reason
         shard.writable = False
         for op in [*shard.pending, *(op for _, op in shard.due)]:
-            if op[1] is not None:
-                self._answer_unknown(shard, op[1], op[2], reason)
-                op[1] = None
+            shard.answer_unknown(op, reason)
         shard.due.clear()
         shard.orphans = []
-        for link in list(self._kept):
-            self._forget_kept(link, {number})
-        self._refuse_stopped(shard)
-        held, shard.held = sorted(shard.held), []
-        for entry in held:
-            self._refuse_held(shard, entry[3], entry[4])
+        for link in self.links.values():
+            if link.resend:
+                self._forget_resend(link, {number})
+        shard.refuse_waiting(Code.SHARD_DOWN, f"shard {number} is down: {reason}", lambda entry: True)
+        self.reads.refuse_stopped()
+        shard.refuse_all_held()
 
     def hand_back(self, number: int, reason: str) -> None:
         """Stop a shard none of whose linked members is good, so that it can be taken over again."""
@@ -201,14 +474,14 @@ class Sequencer(Members):
                 older[shard.number] = NEVER
                 continue
             learner = shard.learners.get(link)
-            why = self._why_bad(shard, link, copy)
+            why = shard.why_bad(link, copy)
             if copy is None or why:
                 bad[shard.number] = why
                 if learner is not None:
                     learner.lost_reason = why
                     shard.update_targets()
                 else:
-                    self._abandon(shard, link, why)
+                    shard.abandon(link, why)
                 continue
             has[shard.number] = copy.seq
             if learner is None:
@@ -220,47 +493,24 @@ class Sequencer(Members):
         link.space = space
         if older:
             link.uncommitted.append((-1, older))
-        kept = self._kept.pop(link, [])
-        stays = [old for old in (part_of(batch, bad, True) for batch in kept) if old.items]
-        if stays:
-            self._kept[link] = stays
-        for old in kept:
-            self._send_again(link, part_of(old, bad, False) if stays else old, has)
+        resend = link.resend
+        link.resend = stays = [old for old in (batch.part(bad, True) for batch in resend) if old.items]
+        for old in resend:
+            self._send_again(link, old.part(bad, False) if stays else old, has)
         for shard in link.shards:
             shard.update_space()
             if shard.number in has:
-                self._look_whether_stuck(shard)
-                self._acknowledged(shard, link, has[shard.number])
+                shard.check_stuck()
+                shard.acknowledged(link, has[shard.number])
             if shard.orphans:
-                self._hand_over(shard)
+                shard.hand_over()
         if link.has_room():
             self._opened(link)
         else:
-            self._filled(link)
+            link.fill()
         return bad
 
-    def _why_bad(self, shard: ShardState, link: Progress, copy: CopyReport | None) -> str:
-        """Why the copy that a node reported is not the member's, or that of the learner which the map is about to name;
-        empty if it is."""
-        if copy is None:
-            return "has no copy of it"
-        learner = shard.learners.get(link)
-        disk = shard.joining.get(link) if learner is None else learner.disk
-        if copy.disk != (disk or self.map.disk_of(shard.number, link.node)):
-            return foreign_copy(copy)
-        if not copy.complete:
-            return incomplete_copy(copy)
-        has = f"it has shard {shard.number} up to {copy.seq}"
-        acked = shard.acked[link] if learner is None else learner.acked
-        if copy.seq < acked:
-            return f"{LOST_DATA}: {has}, but acknowledged {acked}"
-        if copy.seq > shard.last_seq:
-            return f"has another history: {has}, above the last number given, {shard.last_seq}"
-        if copy.seq == shard.base[0] and copy.chain != shard.base[1]:
-            return f"has another history: it differs at number {copy.seq} or before"
-        return ""
-
-    def _send_again(self, link: Progress, old: Batch, has: Mapping[int, int]) -> None:
+    def _send_again(self, link: Link, old: Batch, has: Mapping[int, int]) -> None:
         """Queue what the node lacks of a kept batch; results of what it has were lost with the link."""
         batch = Batch(old.stamp_ms)
         answers = iter(old.answers)
@@ -281,12 +531,6 @@ class Sequencer(Members):
             link.bytes += batch.bytes
             link.close_batch()
 
-    def _abandon(self, shard: ShardState, link: Progress, why: str) -> None:
-        """The node has not what it acknowledged, so nothing it says counts."""
-        shard.mark(link, why)
-        shard.writable = False
-        self._look_whether_stuck(shard)
-
     def link_down(self, node: str, reason: str) -> None:
         """The link is gone: writes of its shards wait, its reads are queued at other members, its writes are kept."""
         link = self.links[node]
@@ -294,17 +538,15 @@ class Sequencer(Members):
             link.reason = reason
             return
         kept, reads = link.disconnect(reason)
-        self._kept[link] = self._kept.get(link, []) + self._still_due(link, kept)
+        link.resend += self._still_due(link, kept)
         for shard in link.shards:
             shard.writable = False
         self._move_reads(reads, None)
         for shard in link.shards:
-            self._pass_writes(shard)
-        for shard in self.shards:
-            if shard.orphans:
-                self._hand_over(shard)
+            shard.pass_writes()
+        self._hand_over()
 
-    def _move_reads(self, reads: Iterable[Op], avoid: Progress | None) -> list[Op]:
+    def _move_reads(self, reads: Iterable[Op], avoid: Link | None) -> list[Op]:
         """Queue reads at other members. `avoid` is the link they are on if it may still answer, None if it is gone.
 
         Returns those that must stay where they are; none if the link is gone: then they wait, or fail.
@@ -323,39 +565,42 @@ class Sequencer(Members):
                     continue
                 if avoid is not None:
                     is_down = not all(self.shards[number].serving for number in multi.shards)
-                    if not multi.movable or multi.moved or is_down or not self._start_multi(multi, avoid):
+                    if not multi.movable or multi.moved or is_down or not self.reads.start(multi, avoid):
                         stay.append(op)
                     else:
                         multi.moved = True
                 elif multi.movable:
-                    self._start_or_wait(multi)
+                    self.reads.start_or_wait(multi)
                 else:
                     multi.fail(Code.UNKNOWN, "the node it was sent to was lost")
                 continue
             kind, sink, token, shard, _, key = op
             if sink is None:
                 continue
-            other = self._reader(shard, avoid)
+            other = shard.reader(avoid)
             if other is not None:
-                self._enqueue_read(other, shard, op)
+                shard.enqueue_read(other, op)
             elif avoid is not None:
                 stay.append(op)
             else:
                 op[1] = None
-                self._wait(shard, kind, key, None, len(key), sink, token)
+                shard.wait(kind, key, None, len(key), sink, token)
         return stay
 
     # --- time passes --------------------------------------------------------------------------------
 
     def tick(self) -> None:
         """Refuse what waited too long, move reads from silent nodes, purge expired keys."""
-        self._expire_waiting()
-        self._expire_held()
+        for shard in self.shards:
+            shard.expire_waiting()
+        self.reads.expire()
+        for shard in self.shards:
+            shard.expire_held()
         for link in self.links.values():
             self._retry_reads(link)
         self._purge()
 
-    def _retry_reads(self, link: Progress) -> None:
+    def _retry_reads(self, link: Link) -> None:
         """Queue the reads of a link that was silent for long at other members as well; the first answer counts."""
         if not link.is_silent(self.now_ms):
             return
@@ -379,15 +624,17 @@ class Sequencer(Members):
                 del self._flagged[number]
                 if shard.space < 2 and shard.takes_writes():
                     shard.purge_after_ms = self.now_ms + PURGE_INTERVAL_MS
-                    self.write(PURGE, number, b"", (PURGE_KEYS_MAX,), 0, IGNORE, None)
+                    shard.write(PURGE, b"", (PURGE_KEYS_MAX,), 0, IGNORE, None)
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
-        super().check()
+        multis = self.reads.waiting()
+        entries = [entry for shard in self.shards for entry in shard.waiting]
+        assert self.waiting_items == len(entries) + len(multis), "waiting requests are counted"
+        size = sum(entry[1] for entry in entries) + sum(multi.bytes for multi in multis)
+        assert self.waiting_bytes == size, "waiting bytes are counted"
+        assert not any(multi.done for multi in multis), "what waits was not answered"
         for shard in self.shards:
             shard.check()
         for link in self.links.values():
             link.check()
-
-
-__all__ = ["IGNORE", "LinkError", "Sequencer", "ShardState", "Sink"]

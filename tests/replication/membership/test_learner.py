@@ -21,9 +21,9 @@ from kvtcp.replication.membership.learner import (
     Learner,
 )
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.sequencing.link import LinkError, Progress
+from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.requests import LINK_LOST
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.replication.sequencing.shard import Cluster, Shard
 from tests.support.replication_fakes import make_map
 
 LAST = 10  # last number given when the learner is attached
@@ -44,11 +44,11 @@ class Around(Outbox):
         self.tokens = 0
 
     def attach(
-        self, shard: ShardState, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]
+        self, shard: Shard, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]
     ) -> None:
         self.call(link, item, then)
 
-    def call(self, link: Progress, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+    def call(self, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         self.asked.append((link.node, item))
         self.calls.append(then)
 
@@ -77,8 +77,8 @@ class Case:
     """Shard 3 with the members n1 and n2 up to number LAST, and a learner n3."""
 
     def __init__(self, copy: CopyReport | None = None, *, donor: str = "n1", seq_min: int = 0) -> None:
-        links = {node: Progress(node) for node in ("n1", "n2", "n3")}
-        self.shard = ShardState(3, [links["n1"], links["n2"]])
+        links = {node: Link(node) for node in ("n1", "n2", "n3")}
+        self.shard = Shard(3, [links["n1"], links["n2"]], Cluster(make_map()))
         self.shard.serving = True
         self.shard.last_seq = self.shard.commit = LAST
         self.shard.acked = dict.fromkeys(self.shard.members, LAST)

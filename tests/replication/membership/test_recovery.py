@@ -16,8 +16,9 @@ from kvtcp.replication.copy_reports import LOST_DATA, UNKNOWN_COPY
 from kvtcp.replication.membership import recovery
 from kvtcp.replication.membership.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
 from kvtcp.replication.outbox import Outbox
-from kvtcp.replication.sequencing.link import LinkError
+from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.sequencer import Sequencer
+from kvtcp.replication.sequencing.shard import Shard
 from tests.support.replication_fakes import make_map
 
 ENTRY = b"packed"
@@ -34,6 +35,15 @@ def entries(first: int, last: int) -> list[list[Any]]:
     return [[100 + seq, ENTRY] for seq in range(first, last + 1)]
 
 
+class WatchedShard(Shard):
+    """A shard of it."""
+
+    def serve(self, seq: int, chain: int) -> None:
+        super().serve(seq, chain)
+        assert isinstance(self.cluster, Watched) and self.number not in self.cluster.served
+        self.cluster.served[self.number] = (seq, chain)
+
+
 class Watched(Sequencer):
     """A sequencer that remembers what the recovery told it."""
 
@@ -43,10 +53,8 @@ class Watched(Sequencer):
         self.repairs: dict[int, tuple[int, dict[str, str]]] = {}
         self.rows: list[tuple[int, list[str]]] = []
 
-    def serve(self, number: int, seq: int, chain: int) -> None:
-        super().serve(number, seq, chain)
-        assert number not in self.served
-        self.served[number] = (seq, chain)
+    def make_shard(self, number: int, members: list[Link]) -> Shard:
+        return WatchedShard(number, members, self)
 
     def equalized(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
         super().equalized(number, seq, bad)

@@ -39,8 +39,9 @@ from kvtcp.protocol.operations import (
     WRITE_NAMES,
     WRITE_OP_END,
 )
-from kvtcp.replication.sequencing import admission
-from kvtcp.replication.sequencing import link as progress
+from kvtcp.replication import reads
+from kvtcp.replication.sequencing import link as link_module
+from kvtcp.replication.sequencing import shard as shard_module
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from tests.support.replication_fakes import Cluster
 
@@ -48,13 +49,14 @@ from tests.support.replication_fakes import Cluster
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 8 items and 4,000 bytes, batches of 300 bytes, turns of 2, queues of 4 and 2."""
-    for module in (admission, progress):
+    for module in (shard_module, link_module):
         monkeypatch.setattr(module, "WINDOW_ITEMS_MAX", 8)
         monkeypatch.setattr(module, "WINDOW_BYTES_MAX", 4_000)
-    monkeypatch.setattr(admission, "BATCH_BYTES_MAX", 300)
-    monkeypatch.setattr(admission, "DRAIN_SLICE", 2)
-    monkeypatch.setattr(admission, "WAITING_ITEMS_MAX", 4)
-    monkeypatch.setattr(admission, "WAITING_MULTI_MAX", 2)
+    for module in (shard_module, link_module):
+        monkeypatch.setattr(module, "BATCH_BYTES_MAX", 300)
+    monkeypatch.setattr(shard_module, "DRAIN_SLICE", 2)
+    monkeypatch.setattr(shard_module, "WAITING_ITEMS_MAX", 4)
+    monkeypatch.setattr(reads, "WAITING_MULTI_MAX", 2)
 
 
 def test_one_member_answers() -> None:
@@ -328,7 +330,7 @@ def test_waiting_multi_reads_are_refused_together() -> None:
     for token in ("one", "two"):
         cluster.sequencer.multi_read(count_read([0], b"", None, cluster.answers, token))
     assert cluster.sequencer.waiting_items == 2
-    cluster.sequencer.refuse_waiting_multi(Code.RESTORING, "closed")
+    cluster.sequencer.reads.refuse_waiting(Code.RESTORING, "closed")
     cluster.sequencer.check()
     assert (cluster.sequencer.waiting_items, cluster.sequencer.waiting_bytes) == (0, 0)
     assert {token: failed[0] for token, failed in cluster.answers.failed.items()} == {

@@ -9,8 +9,8 @@ import pytest
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import AUDIT, GET
-from kvtcp.replication.sequencing import admission
-from kvtcp.replication.sequencing import link as progress
+from kvtcp.replication.sequencing import link as link_module
+from kvtcp.replication.sequencing import shard as shard_module
 from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
 from kvtcp.replication.sequencing.multi_read import count_read
 from kvtcp.replication.sequencing.shard import Following
@@ -25,7 +25,7 @@ class Confirming(Cluster):
         self.sequencer = ConfirmingSequencer(self.map)
         self.begin(0)
         for number in range(shards):
-            self.sequencer.serve(number, 0, 0)
+            self.sequencer.shards[number].serve(0, 0)
         for node in self.map.nodes:
             assert self.up(node) is None
 
@@ -215,7 +215,7 @@ def test_refusals_need_no_confirmation() -> None:
 def test_a_link_without_room_is_asked_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes of a node that hangs do not pile up; when it answers again it is asked for all reads since. A node without
     shards is never asked."""
-    for module in (admission, progress):
+    for module in (shard_module, link_module):
         monkeypatch.setattr(module, "WINDOW_ITEMS_MAX", 64)
     cluster = Confirming(nodes=4, min_insync=1)
     [idle] = [node for node, link in cluster.sequencer.links.items() if not link.shards]

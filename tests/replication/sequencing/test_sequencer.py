@@ -10,7 +10,7 @@ import pytest
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_SHARDS_MAX, READ_RETRY_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import ADD, CHAIN_AT, DELETE, GET, INCR, PURGE, PUT
-from kvtcp.replication.sequencing import link as progress
+from kvtcp.replication.sequencing import link as link_module
 from kvtcp.replication.sequencing.link import LinkError
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read
 from kvtcp.replication.sequencing.requests import LINK_LOST
@@ -278,7 +278,7 @@ def test_nodes_are_not_told_while_a_shard_is_not_served() -> None:
     """What they have of it may be lost: the commit of the link is -1 until every shard of the node is served."""
     cluster = Cluster(nodes=2, factor=2, shards=2, link=False)
     sequencer = cluster.sequencer
-    sequencer.serve(1, 0, 0)
+    sequencer.shards[1].serve(0, 0)
     for node in ("n1", "n2"):
         cluster.replicas[node].begin(1, 0, [(PUT, 0, 1, 0, b"k", b"v")])
         assert cluster.replicas[node].run([])
@@ -287,7 +287,7 @@ def test_nodes_are_not_told_while_a_shard_is_not_served() -> None:
     cluster.pump()
     link = sequencer.links["n1"]
     assert cluster.answers.ok == {"w": 1} and sequencer.committed_ordinal(link) == -1
-    sequencer.serve(0, 1, cluster.replicas["n1"].tables[0].chain)
+    sequencer.shards[0].serve(1, cluster.replicas["n1"].tables[0].chain)
     sequencer.check()
     assert sequencer.committed_ordinal(link) == 1
 
@@ -527,25 +527,25 @@ def test_shards_are_served_one_by_one() -> None:
     sequencer.shards[1].reason = "its members differ: n1, n2"
 
     def refused(*tokens: str) -> None:
-        sequencer.write(PUT, 1, b"k", (b"v",), 2, answers, tokens[0])
-        sequencer.read(GET, 1, b"k", answers, tokens[1])
+        sequencer.shards[1].write(PUT, b"k", (b"v",), 2, answers, tokens[0])
+        sequencer.shards[1].read(GET, b"k", answers, tokens[1])
         sequencer.multi_read(count_read([0, 1], b"", None, answers, tokens[2]))
         for token in tokens:
             code, text, details = answers.failed[token]
             assert (code, details) == (Code.SHARD_DOWN, {"shard": 1})
             assert text == f"shard 1 is down: {sequencer.shards[1].reason}"
 
-    sequencer.serve(0, 1, cluster.replicas["n1"].tables[0].chain)
+    sequencer.shards[0].serve(1, cluster.replicas["n1"].tables[0].chain)
     assert sequencer.shards[0].writable and not sequencer.shards[1].serving
     refused("down", "down too", "down as well")
-    sequencer.write(PUT, 0, b"k", (b"v",), 2, answers, "ok")
+    sequencer.shards[0].write(PUT, b"k", (b"v",), 2, answers, "ok")
     assert sequencer.shards[0].last_seq == 2
-    sequencer.serve(1, 2, cluster.replicas["n1"].tables[1].chain)
-    sequencer.write(PUT, 1, b"k", (b"v",), 2, answers, "ok too")
+    sequencer.shards[1].serve(2, cluster.replicas["n1"].tables[1].chain)
+    sequencer.shards[1].write(PUT, b"k", (b"v",), 2, answers, "ok too")
     sequencer.check()
     assert sequencer.shards[1].last_seq == 3 and "ok too" not in answers
     with pytest.raises(AssertionError, match="is not taken over"):
-        sequencer.serve(0, 1, 0)
+        sequencer.shards[0].serve(1, 0)
 
 
 def test_a_shard_that_is_stopped() -> None:
@@ -606,7 +606,7 @@ def test_a_shard_that_is_handed_back() -> None:
     for node in ("n1", "n2", "n3"):
         cluster.new_process(node)
         assert cluster.up(node) is None
-    sequencer.serve(0, 0, 0)
+    sequencer.shards[0].serve(0, 0)
     cluster.put("after")
     cluster.pump()
     assert cluster.answers.ok == {"after": 1}
@@ -648,7 +648,7 @@ def test_another_history_at_the_position_of_the_takeover() -> None:
     cluster.pump()
     copies = cluster.hello("n2")
     sequencer = Sequencer(cluster.map)
-    sequencer.serve(0, 1, copies[0].chain)
+    sequencer.shards[0].serve(1, copies[0].chain)
     assert sequencer.link_up("n1", copies) == {}
     other = {0: copies[0]._replace(chain=7)}
     assert sequencer.link_up("n2", other) == {0: "has another history: it differs at number 1 or before"}
@@ -657,7 +657,7 @@ def test_another_history_at_the_position_of_the_takeover() -> None:
 def test_committed_ordinal_is_bounded_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops before the first batch with an uncommitted write, goes on after its commit, and what is remembered
     meanwhile does not grow with what other shards commit."""
-    monkeypatch.setattr(progress, "UNCOMMITTED_MAX", 4)
+    monkeypatch.setattr(link_module, "UNCOMMITTED_MAX", 4)
     cluster = Cluster(nodes=3, factor=2, shards=3)
     sequencer = cluster.sequencer
     other = next(s.number for s in sequencer.shards if "n3" not in cluster.map.nodes_of(s.number))
@@ -674,7 +674,7 @@ def test_committed_ordinal_is_bounded_and_exact(monkeypatch: pytest.MonkeyPatch)
         cluster.pump("n1", "n2")
         assert n in cluster.answers.ok
         assert sequencer.committed_ordinal(link) == 1
-    assert len(link.uncommitted) <= progress.UNCOMMITTED_MAX + 4
+    assert len(link.uncommitted) <= link_module.UNCOMMITTED_MAX + 4
     cluster.pump("n3")
     assert "stays" in cluster.answers.ok
     assert sequencer.committed_ordinal(link) == link.last_ordinal == 52
@@ -684,7 +684,7 @@ def test_committed_ordinal_is_bounded_and_exact(monkeypatch: pytest.MonkeyPatch)
 def test_purge_follows_a_flag() -> None:
     """A node that flags a shard makes the sequencer purge it, once per interval; nonsense flags are passed over."""
     cluster = Cluster(shards=2)
-    cluster.sequencer.write(PUT, 1, b"k", (b"v", 5), 2, cluster.answers, "w")
+    cluster.sequencer.shards[1].write(PUT, b"k", (b"v", 5), 2, cluster.answers, "w")
     cluster.pump()
     for flags in ([1], [1, 2, -1, b"x", []]):
         cluster.sequencer.on_results("n1", 1, 1, [], flags)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from kvtcp.replication.sequencing.requests import IGNORE
-from kvtcp.replication.sequencing.shard import ShardState
+from kvtcp.replication.sequencing.shard import Shard
 from tests.support.replication_fakes import Cluster
 
-DAMAGE: list[tuple[str, Callable[[ShardState], object]]] = [
+DAMAGE: list[tuple[str, Callable[[Shard], object]]] = [
     ("commit is at most", lambda shard: setattr(shard, "commit", 9)),
     ("pending are the numbers", lambda shard: shard.pending.clear()),
     ("commit is what all members have", lambda shard: shard.acked.update(dict.fromkeys(shard.members, 1))),
@@ -27,7 +27,7 @@ DAMAGE: list[tuple[str, Callable[[ShardState], object]]] = [
 
 
 @pytest.mark.parametrize(("text", "damage"), DAMAGE, ids=[f"{n} {text}" for n, (text, _) in enumerate(DAMAGE)])
-def test_check_finds(text: str, damage: Callable[[ShardState], object]) -> None:
+def test_check_finds(text: str, damage: Callable[[Shard], object]) -> None:
     """Each broken invariant is named."""
     cluster = Cluster(shards=1)
     cluster.put("w")

@@ -200,7 +200,7 @@ def flush(caller: Caller, arguments: Arguments) -> None:
 
     sink = _Then(then)
     for number in range(shards):
-        sequencer.write(CLEAR, number, b"", (None, None), 0, sink, None)
+        sequencer.shards[number].write(CLEAR, b"", (None, None), 0, sink, None)
 
 
 # --- ranges -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tests of Progress: stages, ordinals, frames that cannot be true, and what survives a lost link."""
+"""Tests of Link: stages, ordinals, frames that cannot be true, and what survives a lost link."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvtcp.protocol.operations import ADD, GET, PUT
-from kvtcp.replication.sequencing import link as progress
-from kvtcp.replication.sequencing.link import ANSWERED, LinkError, Op, Progress
+from kvtcp.replication.sequencing import link as link_module
+from kvtcp.replication.sequencing.link import ANSWERED, Link, LinkError, Op
 
 
 def read_op(name: str) -> Op:
@@ -16,7 +16,7 @@ def read_op(name: str) -> Op:
     return [GET, name]
 
 
-def fill(link: Progress, *items: tuple[Any, Op | None], stamp_ms: int = 1) -> None:
+def fill(link: Link, *items: tuple[Any, Op | None], stamp_ms: int = 1) -> None:
     """One closed batch of items with the ops that wait for them."""
     batch = link.new_batch(stamp_ms)
     for item, op in items:
@@ -31,9 +31,9 @@ def fill(link: Progress, *items: tuple[Any, Op | None], stamp_ms: int = 1) -> No
     link.close_batch()
 
 
-def linked() -> Progress:
+def linked() -> Link:
     """A link that is up."""
-    link = Progress("n1")
+    link = Link("n1")
     link.connected = True
     return link
 
@@ -181,7 +181,7 @@ def test_new_batch_closes_the_open_one() -> None:
 
 def test_drop_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Committed batches behind an uncommitted one are forgotten, and not looked for again at once."""
-    monkeypatch.setattr(progress, "UNCOMMITTED_MAX", 4)
+    monkeypatch.setattr(link_module, "UNCOMMITTED_MAX", 4)
     link = linked()
     for seq in range(1, 8):
         fill(link, (put(seq), None))
