@@ -33,7 +33,8 @@ TEST = [
 # What a request passes through in the coordinator. Nodes gain nothing: their time goes into msgpack and memory.
 COMPILED = [
     "constants", "errors", "protocol/hashing", "protocol/operations", "replication/sequencing/requests", "replication/sequencing/link",
-    "replication/sequencing/multi_read", "replication/following", "replication/sequencing/shard",
+    "replication/sequencing/multi_read", "replication/following", "replication/cluster_state",
+    "replication/sequencing/shard",
     "replication/reads", "replication/sequencing/sequencer", "frontend/resp/parser", "frontend/resp/replies", "frontend/resp/pipeline",
 ]  # fmt: skip
 

@@ -11,17 +11,20 @@ from collections.abc import Sequence
 
 from kvtcp.constants import WAITING_MULTI_MAX, WRITE_WAIT_MS
 from kvtcp.errors import Code
+from kvtcp.replication.cluster_state import ClusterState
 from kvtcp.replication.sequencing.link import Link, Op
 from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.replication.sequencing.requests import ITEM_OVERHEAD_BYTES, PART
-from kvtcp.replication.sequencing.shard import Cluster
+from kvtcp.replication.sequencing.shard import Shard
 
 
 class Reads:
     """Of one sequencer."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: ClusterState, shards: list[Shard], links: dict[str, Link]) -> None:
         self._cluster = cluster
+        self._shards = shards
+        self._links = links
         self._waiting: deque[tuple[int, MultiRead]] = deque()  # (deadline_ms, read), in order of deadlines
 
     def start_or_wait(self, multi: MultiRead) -> None:
@@ -41,7 +44,7 @@ class Reads:
     def _is_refused(self, multi: MultiRead) -> bool:
         """Whether a shard of it is not served, and it was told so."""
         for number in multi.shards:
-            shard = self._cluster.shards[number]
+            shard = self._shards[number]
             if not shard.serving:
                 multi.done = True
                 shard.refuse(multi.sink, multi.token, Code.SHARD_DOWN, f"shard {number} is down: {shard.reason}")
@@ -57,7 +60,7 @@ class Reads:
         cover = cover or self._cover(multi.shards, avoid)
         if cover is None:
             return False
-        multi.start(len(cover), {number: self._cluster.shards[number].last_seq for number in multi.shards})
+        multi.start(len(cover), {self._shards[number]: self._shards[number].last_seq for number in multi.shards})
         for index, (link, numbers) in enumerate(cover):
             item, size = multi.build(numbers)
             part: Op = [PART, multi, multi.attempt, index]
@@ -67,12 +70,12 @@ class Reads:
     def _spread(self, numbers: Sequence[int], links_max: int) -> list[tuple[Link, list[int]]] | None:
         """The shards shared out over several links that nothing waits for, None if there are not two. One reader has
         its page sooner, since the nodes work at the same time; many readers would only pay for more parts."""
-        idle = [link for link in self._cluster.links.values() if link.connected and not link.items][:links_max]
+        idle = [link for link in self._links.values() if link.connected and not link.items][:links_max]
         if len(idle) < 2:
             return None
         parts: list[list[int]] = [[] for _ in idle]
         for number in numbers:
-            good = self._cluster.shards[number].good
+            good = self._shards[number].good
             able = [part for link, part in zip(idle, parts, strict=True) if link in good]
             if not able:
                 return None
@@ -82,8 +85,8 @@ class Reads:
     def _cover(self, numbers: Sequence[int], avoid: Link | None) -> list[tuple[Link, list[int]]] | None:
         """Few links that hold all the shards: one if there is one, the least busy of equals."""
         left = list(numbers)
-        shards = self._cluster.shards
-        able = [link for link in self._cluster.links.values() if link.connected and not link.full and link is not avoid]
+        shards = self._shards
+        able = [link for link in self._links.values() if link.connected and not link.full and link is not avoid]
         if avoid is not None:
             able = [link for link in able if not link.is_silent(self._cluster.now_ms)]
         cover: list[tuple[Link, list[int]]] = []
@@ -114,7 +117,7 @@ class Reads:
             if blocked.isdisjoint(multi.shards) and self.start(multi, None):
                 self._cluster.count_waiting(-1, -multi.bytes)
             else:
-                blocked.update(n for n in multi.shards if self._cluster.shards[n].reader(None) is None)
+                blocked.update(n for n in multi.shards if self._shards[n].reader(None) is None)
                 self._waiting.append(entry)
 
     def refuse_waiting(self, code: Code, text: str) -> None:
@@ -133,7 +136,7 @@ class Reads:
 
     def expire(self) -> None:
         """Refuse what waited too long."""
-        shards = self._cluster.shards
+        shards = self._shards
         while self._waiting and self._waiting[0][0] <= self._cluster.now_ms:
             numbers = self._waiting[0][1].shards
             blocked = [n for n in numbers if shards[n].reader(None) is None] or numbers

@@ -650,11 +650,12 @@ def _with_chains(ship: Any) -> Any:
 def stamp_of_the_resend(garden: Garden) -> None:
     """What is sent again has the stamp of that moment."""
 
-    def send_again(self: Any, link: Any, old: Batch, has: Any) -> None:
-        old.stamp_ms = self.stamp_ms
-        before(self, link, old, has)
+    def link_up(self: Any, node: str, *report: Any) -> Any:
+        for batch in self.links[node].resend:
+            batch.stamp_ms = self.stamp_ms
+        return before(self, node, *report)
 
-    before = garden.put(Sequencer, "_send_again", send_again)
+    before = garden.put(Sequencer, "link_up", link_up)
 
 
 @mistake("R7")
@@ -768,13 +769,13 @@ def error_after_enqueue(garden: Garden) -> None:
 def lost_result_is_made_up(garden: Garden) -> None:
     """A result that died with its link is taken for a success."""
 
-    def take_orphans(self: Any, batch: Batch, *rest: Any) -> None:
-        for op in batch.answers:
+    def unanswered(self: Batch, *rest: Any) -> Any:
+        for op in self.answers:
             if len(op) == 4 and op[0] == 0 and op[1] is not None and type(op[3]) is object:
                 op[3] = True
-        before(self, batch, *rest)
+        return before(self, *rest)
 
-    before = garden.put(Sequencer, "_take_orphans", take_orphans)
+    before = garden.put(Batch, "unanswered", unanswered)
 
     def hand_over(self: Any) -> None:
         orphans, self.orphans = self.orphans, []

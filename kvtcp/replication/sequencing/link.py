@@ -19,7 +19,7 @@ Invariants (`check`):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import chain
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from kvtcp.replication.sequencing.requests import AWAITED, DUE
 
 Item = tuple[Any, ...]  # as operations.py lays it out
 Op = list[Any]  # what waits for an answer: see requests.py
+Orphan = tuple[int, int, Op]  # shard, number and op of a write whose result does not come over the link any more
 
 ANSWERED: Final[Op] = [-2]  # stands for an op of a kept write whose result is known already
 SEQ_MAX: Final = 1 << 63  # above every number
@@ -68,10 +69,9 @@ class Batch:
                     part.answers.append(op)
         return part
 
-    def unanswered(self, numbers: Container[int], seq_max: int = SEQ_MAX) -> list[tuple[int, int, Op]]:
-        """Of a batch of writes those of these shards, up to this number, that wait for a result of it: shard, number,
-        op."""
-        found: list[tuple[int, int, Op]] = []
+    def unanswered(self, numbers: Container[int], seq_max: int = SEQ_MAX) -> list[Orphan]:
+        """Of a batch of writes those of these shards, up to this number, that wait for a result of it."""
+        found: list[Orphan] = []
         answers = iter(self.answers)
         for item in self.items:
             if item[3]:
@@ -81,6 +81,24 @@ class Batch:
                 if op[1] is not None and op[3] in (AWAITED, DUE):
                     found.append((item[1], item[2], op))
         return found
+
+    def lacking(self, has: Mapping[int, int]) -> tuple[Batch, list[Orphan]]:
+        """Of a batch of writes what a node lacks that has these shards up to these numbers; and the writes that it has
+        and whose results were lost."""
+        lacks, orphans = Batch(self.stamp_ms), []
+        lacks.bytes = self.bytes
+        answers = iter(self.answers)
+        for item in self.items:
+            op = next(answers) if item[3] else None
+            if item[2] <= has.get(item[1], 0):
+                if op is not None and op is not ANSWERED and op[1] is not None and op[3] in (AWAITED, DUE):
+                    orphans.append((item[1], item[2], op))
+                continue
+            lacks.items.append(item)
+            lacks.last_seqs[item[1]] = item[2]
+            if op is not None:
+                lacks.answers.append(op)
+        return lacks, orphans
 
 
 class Link:
@@ -172,6 +190,21 @@ class Link:
             self.full = True
             for shard in self.shards:
                 shard.writable = False
+
+    def send_again(self, batch: Batch) -> None:
+        """Queue a batch of writes with its stamp, unless it is empty."""
+        if batch.items:
+            self.open = batch
+            self.items += len(batch.items)
+            self.bytes += batch.bytes
+            self.close_batch()
+
+    def drop_resend(self, numbers: Container[int], seq_max: int = SEQ_MAX) -> list[Orphan]:
+        """Send nothing of these shards, up to this number, again; returns the writes that wait for a result of it."""
+        orphans = [orphan for batch in self.resend for orphan in batch.unanswered(numbers, seq_max)]
+        parts = [batch.part(numbers, False, seq_max) for batch in self.resend]
+        self.resend = [part for part in parts if part.items]
+        return orphans
 
     def close_batch(self) -> None:
         """The open batch gets its ordinals and may be written."""

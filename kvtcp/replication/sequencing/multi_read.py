@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import sqrt
 from operator import itemgetter
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from kvtcp.constants import PAGE_BYTES_MAX
 from kvtcp.errors import Code, text_of
@@ -24,6 +24,15 @@ SPREAD_ROWS: Final = 500  # of a page that are worth asking one more node for
 KEY_OVERHEAD_BYTES: Final = 32  # what a key of an mget counts in a batch beyond its bytes
 Columns = Sequence[Any]  # of a node's part of a page: keys, values or nil, revs, ttls_ms or nil, whether it was cut
 Row = tuple[bytes, bytes | None, int, int | None]  # key, value or nil, rev, ttl_ms or nil
+
+
+class Holder(Protocol):
+    """A shard, as a read over several of them sees it."""
+
+    commit: int
+
+    def hold(self, needed: int, sink: Any, token: Any, value: Any) -> None:
+        """Keep an answer until `needed` is committed; without a sink the token is a MultiRead, to be released then."""
 
 
 class MultiRead:
@@ -54,13 +63,13 @@ class MultiRead:
         self.attempt = 0  # parts of other attempts are not looked at
         self.parts: list[Any] = []  # results of this attempt, by index
         self.missing = 0  # parts that have not arrived
-        self.needed: dict[int, int] = {}  # shard -> number that must be committed before the answer
+        self.needed: dict[Holder, int] = {}  # shard -> number that must be committed before the answer
         self.movable = True  # whether another node could answer as well
         self.moved = False  # begun anew because a node was silent: not again, or slow nodes would keep it for ever
         self.error: list[Any] | None = None  # [code, message, details] if a part is one
         self.done = False  # all parts of an attempt arrived, or it failed
 
-    def start(self, parts: int, needed: dict[int, int]) -> None:
+    def start(self, parts: int, needed: dict[Holder, int]) -> None:
         """A new attempt of `parts` parts."""
         self.attempt += 1
         self.parts = [None] * parts
@@ -82,6 +91,14 @@ class MultiRead:
         self.missing -= 1
         self.done = self.missing == 0
         return self.done
+
+    def release(self) -> None:
+        """Answer if all that was seen is committed, else be held at the first shard that is behind."""
+        for shard, needed in self.needed.items():
+            if shard.commit < needed:
+                shard.hold(needed, None, self, None)
+                return
+        self.answer()
 
     def answer(self) -> None:
         """Give the sink the merged result, or the error of a part."""

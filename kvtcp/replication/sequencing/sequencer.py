@@ -42,11 +42,11 @@ from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, PURGE_SHARDS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import EXISTS, GET, PURGE, REVISION
+from kvtcp.replication.cluster_state import ClusterState
 from kvtcp.replication.reads import Reads
-from kvtcp.replication.sequencing.link import ANSWERED, SEQ_MAX, Batch, Link, LinkError, Op
+from kvtcp.replication.sequencing.link import ANSWERED, SEQ_MAX, Batch, Link, LinkError, Op, Orphan
 from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.replication.sequencing.requests import (
-    AWAITED,
     CALL,
     DUE,
     IGNORE,
@@ -56,53 +56,34 @@ from kvtcp.replication.sequencing.requests import (
     WRITE,
     Sink,
 )
-from kvtcp.replication.sequencing.shard import Cluster, Shard, answer_write
+from kvtcp.replication.sequencing.shard import Shard, answer_write
 
 # what a node has of a shard that is not served yet is not committed, whatever the number
 NEVER: Final = SEQ_MAX
 
 
-class Sequencer(Cluster):
+class Sequencer(ClusterState):
     """The write and read path of all shards. Every public method is one synchronous step."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:
         super().__init__(cluster_map)
+        self.links = {node: Link(node) for node in cluster_map.nodes}
+        self.shards: list[Shard] = []
         for number, members in enumerate(cluster_map.members):
             shard = self.make_shard(number, [self.links[node] for node, _ in members])
             self.shards.append(shard)
             for link in shard.members:
                 link.shards.append(shard)
-        self.stamp_bound_ms = cluster_map.stamp_bound_ms  # stamp_ms never grows beyond it
-        self._time_ended = False
-        self.reads = Reads(self)
+        self.reads = Reads(self, self.shards, self.links)
         self._flagged: dict[int, None] = {}  # shards that hold expired keys, in the order in which that was told
 
     def make_shard(self, number: int, members: list[Link]) -> Shard:
         """A shard that is not served yet."""
         return Shard(number, members, self)
 
-    # --- time and the map ---------------------------------------------------------------------------
-
-    def begin(self, wall_ms: int, now_ms: int) -> None:
-        """A tick begins: what is queued until `close_batches` has one stamp."""
-        if wall_ms > self.stamp_ms:
-            # R12: time stands still rather than pass what the next coordinator will begin with
-            self.stamp_ms = max(self.stamp_ms, min(wall_ms, self.stamp_bound_ms))
-        self.now_ms = now_ms
-
-    def end_time(self) -> int:
-        """The coordinator ends in peace: whatever bound is still stored, no stamp is given above the last one, which is
-        returned."""
-        self._time_ended = True
-        self.stamp_bound_ms = self.stamp_ms
-        return self.stamp_ms
-
     def map_changed(self, cluster_map: ClusterMap) -> None:
         """The config store holds this map now."""
-        self.map = cluster_map
-        self.min_insync = cluster_map.min_insync
-        if not self._time_ended:
-            self.stamp_bound_ms = cluster_map.stamp_bound_ms
+        super().map_changed(cluster_map)
         for shard in self.shards:
             if shard.joining:
                 named = cluster_map.members[shard.number]
@@ -126,7 +107,7 @@ class Sequencer(Cluster):
             return False
         multi = MultiRead(shards, sink, token, lambda numbers: (item, 0), lambda results: results[0], 0)
         multi.movable = False
-        multi.start(1, {number: self.shards[number].last_seq for number in shards})
+        multi.start(1, {self.shards[number]: self.shards[number].last_seq for number in shards})
         link.enqueue(item, [PART, multi, multi.attempt, 0], ITEM_OVERHEAD_BYTES, self.stamp_ms)
         return True
 
@@ -261,7 +242,7 @@ class Sequencer(Cluster):
             return
         if kind == PART:
             if op[1].take(op[2], op[3], result):
-                self.release(op[1])
+                op[1].release()
             return
         _, sink, token, shard, needed, _ = op
         if sink is None:  # answered by another member meanwhile
@@ -362,7 +343,7 @@ class Sequencer(Cluster):
         learner = shard.learners.pop(link)
         assert learner.acked >= shard.commit, "it acknowledged everything committed"
         if old is link:
-            self._resend_after(link, shard.number, learner.acked)
+            self._take_orphans(link.drop_resend({shard.number}, learner.acked))
         else:
             self._forget_resend(old, {shard.number})
         shard.bad.pop(old, None)
@@ -381,17 +362,8 @@ class Sequencer(Cluster):
 
     def _forget_resend(self, link: Link, numbers: Container[int]) -> None:
         """The link is no member of these shards any more: nothing of theirs is sent to it again."""
-        for batch in link.resend:
-            self._take_orphans(batch, numbers)
-        parts = [batch.part(numbers, False) for batch in link.resend]
-        link.resend = [part for part in parts if part.items]
+        self._take_orphans(link.drop_resend(numbers))
         self._hand_over()
-
-    def _resend_after(self, link: Link, number: int, seq: int) -> None:
-        """What was kept of this shard for another copy of the node, up to this number, is not sent again."""
-        for batch in link.resend:
-            self._take_orphans(batch, {number}, seq)
-        link.resend = [batch.part({number}, False, seq) for batch in link.resend]
 
     def _still_due(self, link: Link, batches: Iterable[Batch]) -> list[Batch]:
         """The link is lost: of what was on it, what has to be sent again when it is back. That is nothing of shards
@@ -404,13 +376,13 @@ class Sequencer(Cluster):
         if not over:
             return list(batches)
         for batch in batches:
-            self._take_orphans(batch, over)
+            self._take_orphans(batch.unanswered(over))
         parts = [batch.part(over, False) for batch in batches]
         return [part for part in parts if part.items]
 
-    def _take_orphans(self, batch: Batch, numbers: Container[int], seq_max: int = SEQ_MAX) -> None:
-        """Writes of these shards, up to this number, that wait for a result of this batch are orphans."""
-        for number, seq, op in batch.unanswered(numbers, seq_max):
+    def _take_orphans(self, orphans: Iterable[Orphan]) -> None:
+        """Results of these writes do not come over the link that they were asked for on."""
+        for number, seq, op in orphans:
             self.shards[number].orphans.append((seq, op))
 
     def _hand_over(self) -> None:
@@ -496,7 +468,9 @@ class Sequencer(Cluster):
         resend = link.resend
         link.resend = stays = [old for old in (batch.part(bad, True) for batch in resend) if old.items]
         for old in resend:
-            self._send_again(link, old.part(bad, False) if stays else old, has)
+            batch, orphans = (old.part(bad, False) if stays else old).lacking(has)
+            self._take_orphans(orphans)
+            link.send_again(batch)
         for shard in link.shards:
             shard.update_space()
             if shard.number in has:
@@ -509,27 +483,6 @@ class Sequencer(Cluster):
         else:
             link.fill()
         return bad
-
-    def _send_again(self, link: Link, old: Batch, has: Mapping[int, int]) -> None:
-        """Queue what the node lacks of a kept batch; results of what it has were lost with the link."""
-        batch = Batch(old.stamp_ms)
-        answers = iter(old.answers)
-        for item in old.items:
-            op = next(answers) if item[3] else None
-            if item[2] <= has.get(item[1], 0):
-                if op is not None and op is not ANSWERED and op[1] is not None and op[3] in (AWAITED, DUE):
-                    self.shards[item[1]].orphans.append((item[2], op))
-                continue
-            batch.items.append(item)
-            batch.last_seqs[item[1]] = item[2]
-            if op is not None:
-                batch.answers.append(op)
-        if batch.items:
-            batch.bytes = old.bytes
-            link.open = batch
-            link.items += len(batch.items)
-            link.bytes += batch.bytes
-            link.close_batch()
 
     def link_down(self, node: str, reason: str) -> None:
         """The link is gone: writes of its shards wait, its reads are queued at other members, its writes are kept."""

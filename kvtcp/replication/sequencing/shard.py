@@ -30,7 +30,6 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import (
     BATCH_BYTES_MAX,
     DRAIN_SLICE,
@@ -42,10 +41,10 @@ from kvtcp.constants import (
 from kvtcp.errors import Code, text_of
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import PUT, RESULTS_OF, WRITE_OP_END
+from kvtcp.replication.cluster_state import ClusterState
 from kvtcp.replication.copy_reports import why_other
 from kvtcp.replication.following import Following
 from kvtcp.replication.sequencing.link import Link, Op
-from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.replication.sequencing.requests import (
     AWAITED,
     CALL,
@@ -62,38 +61,6 @@ from kvtcp.replication.sequencing.requests import (
 )
 
 
-class Cluster:
-    """What the shards of a sequencer share: the map, the links, the time, and counts for the server."""
-
-    def __init__(self, cluster_map: ClusterMap) -> None:
-        self.map = cluster_map
-        self.links = {node: Link(node) for node in cluster_map.nodes}
-        self.shards: list[Shard] = []
-        self.min_insync = cluster_map.min_insync
-        self.stamp_ms = 0  # of everything queued in this tick; never decreases
-        self.now_ms = 0  # monotonic time of this tick, for deadlines only
-        self.unavailable = 0  # requests refused as not executed, for status
-        self.unknown = 0  # writes answered UNKNOWN, for status
-        self.waiting_items = 0  # requests in all waiting queues
-        self.waiting_bytes = 0  # their keys and values
-        self.held_order = 0  # of the last answer held: those that wait for one number leave in order
-
-    def count_waiting(self, items: int, size: int) -> None:
-        """So many requests, with so many bytes, wait more, or (negative) fewer."""
-        self.waiting_items += items
-        self.waiting_bytes += size
-
-    def release(self, multi: MultiRead) -> None:
-        """Answer a read over several shards if all it saw is committed, else hold it at the first shard that is
-        behind."""
-        for number, needed in multi.needed.items():
-            shard = self.shards[number]
-            if shard.commit < needed:
-                shard.hold(needed, None, multi, None)
-                return
-        multi.answer()
-
-
 class Shard:
     """One shard."""
 
@@ -103,7 +70,7 @@ class Shard:
         "waiting", "waiting_reads", "writable",
     )  # fmt: skip
 
-    def __init__(self, number: int, members: list[Link], cluster: Cluster) -> None:
+    def __init__(self, number: int, members: list[Link], cluster: ClusterState) -> None:
         self.number = number
         self.cluster = cluster
         self.members = members  # E: all of them must have an entry before it is committed; the first answers writes
@@ -373,7 +340,7 @@ class Shard:
         while held and held[0][0] <= commit:
             _, _, _, sink, token, value = heappop(held)
             if sink is None:
-                self.cluster.release(token)
+                token.release()
             else:
                 sink.reply(token, value)
 

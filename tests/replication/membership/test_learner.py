@@ -10,6 +10,7 @@ import pytest
 
 from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
+from kvtcp.replication.cluster_state import ClusterState
 from kvtcp.replication.membership.learner import (
     ASKED,
     FETCHING,
@@ -23,7 +24,7 @@ from kvtcp.replication.membership.learner import (
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.requests import LINK_LOST
-from kvtcp.replication.sequencing.shard import Cluster, Shard
+from kvtcp.replication.sequencing.shard import Shard
 from tests.support.replication_fakes import make_map
 
 LAST = 10  # last number given when the learner is attached
@@ -78,7 +79,7 @@ class Case:
 
     def __init__(self, copy: CopyReport | None = None, *, donor: str = "n1", seq_min: int = 0) -> None:
         links = {node: Link(node) for node in ("n1", "n2", "n3")}
-        self.shard = Shard(3, [links["n1"], links["n2"]], Cluster(make_map()))
+        self.shard = Shard(3, [links["n1"], links["n2"]], ClusterState(make_map()))
         self.shard.serving = True
         self.shard.last_seq = self.shard.commit = LAST
         self.shard.acked = dict.fromkeys(self.shard.members, LAST)
