@@ -28,8 +28,8 @@ from typing import Any, Final
 
 from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport, is_entry
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
-from kvtcp.replication.following import Following
 from kvtcp.replication.outbox import Outbox
+from kvtcp.replication.sequencing.following import Following
 from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.requests import LINK_LOST
 from kvtcp.replication.sequencing.sequencer import Sequencer

@@ -42,10 +42,10 @@ from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_KEYS_MAX, PURGE_SHARDS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import EXISTS, GET, PURGE, REVISION
-from kvtcp.replication.cluster_state import ClusterState
-from kvtcp.replication.reads import Reads
+from kvtcp.replication.sequencing.cluster_state import ClusterState
 from kvtcp.replication.sequencing.link import ANSWERED, SEQ_MAX, Batch, Link, LinkError, Op, Orphan
 from kvtcp.replication.sequencing.multi_read import MultiRead
+from kvtcp.replication.sequencing.reads import Reads
 from kvtcp.replication.sequencing.requests import (
     CALL,
     DUE,

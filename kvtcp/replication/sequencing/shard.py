@@ -41,9 +41,9 @@ from kvtcp.constants import (
 from kvtcp.errors import Code, text_of
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import PUT, RESULTS_OF, WRITE_OP_END
-from kvtcp.replication.cluster_state import ClusterState
 from kvtcp.replication.copy_reports import why_other
-from kvtcp.replication.following import Following
+from kvtcp.replication.sequencing.cluster_state import ClusterState
+from kvtcp.replication.sequencing.following import Following
 from kvtcp.replication.sequencing.link import Link, Op
 from kvtcp.replication.sequencing.requests import (
     AWAITED,

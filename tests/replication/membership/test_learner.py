@@ -10,7 +10,6 @@ import pytest
 
 from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
-from kvtcp.replication.cluster_state import ClusterState
 from kvtcp.replication.membership.learner import (
     ASKED,
     FETCHING,
@@ -22,6 +21,7 @@ from kvtcp.replication.membership.learner import (
     Learner,
 )
 from kvtcp.replication.outbox import Outbox
+from kvtcp.replication.sequencing.cluster_state import ClusterState
 from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.requests import LINK_LOST
 from kvtcp.replication.sequencing.shard import Shard

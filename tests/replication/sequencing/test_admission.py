@@ -39,8 +39,8 @@ from kvtcp.protocol.operations import (
     WRITE_NAMES,
     WRITE_OP_END,
 )
-from kvtcp.replication import reads
 from kvtcp.replication.sequencing import link as link_module
+from kvtcp.replication.sequencing import reads
 from kvtcp.replication.sequencing import shard as shard_module
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from tests.support.replication_fakes import Cluster

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvtcp.constants import WAITING_MULTI_MAX, WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.replication.cluster_state import ClusterState
+from kvtcp.replication.sequencing.cluster_state import ClusterState
 from kvtcp.replication.sequencing.link import Link, Op
 from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.replication.sequencing.requests import ITEM_OVERHEAD_BYTES, PART

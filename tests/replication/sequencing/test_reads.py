@@ -6,7 +6,7 @@ import pytest
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.replication import reads
+from kvtcp.replication.sequencing import reads
 from kvtcp.replication.sequencing.multi_read import count_read
 from tests.support.replication_fakes import Cluster
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvtcp.replication.cluster_state import ClusterState
+from kvtcp.replication.sequencing.cluster_state import ClusterState
 from tests.support.replication_fakes import make_map
 
 

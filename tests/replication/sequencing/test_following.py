@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtcp.replication.following import Following
+from kvtcp.replication.sequencing.following import Following
 
 
 def test_when_writes_are_queued_to_it() -> None:
