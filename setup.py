@@ -32,10 +32,11 @@ TEST = [
 
 # What a request passes through in the coordinator. Nodes gain nothing: their time goes into msgpack and memory.
 COMPILED = [
-    "constants", "errors", "protocol/hashing", "protocol/operations", "replication/sequencing/requests", "replication/sequencing/link",
-    "replication/sequencing/multi_read", "replication/sequencing/following", "replication/sequencing/cluster_state",
-    "replication/sequencing/shard",
-    "replication/sequencing/reads", "replication/sequencing/sequencer", "frontend/resp/parser", "frontend/resp/replies", "frontend/resp/pipeline",
+    "constants", "errors", "protocol/hashing", "protocol/operations", "replication/sequencing/requests",
+    "replication/sequencing/link", "replication/sequencing/multi_read", "replication/sequencing/following",
+    "replication/sequencing/cluster_state", "replication/sequencing/shard", "replication/sequencing/reads",
+    "replication/sequencing/sequencer", "frontend/resp/parser", "frontend/resp/replies", "frontend/resp/client_state",
+    "frontend/resp/pipeline",
 ]  # fmt: skip
 
 

@@ -8,9 +8,9 @@
 
 Figures are medians over the runs with their minimum and maximum; systems that are compared take turns. Machines differ
 and are shared: compare the columns of one run, not two runs. All figures with versions, commit and machine are written
-to bench/results/ after each suite; `bench/report/page.py` makes tables and charts of them. Something that is not installed
-is passed over loudly; the peers come with `pip install '.[bench,peers]'` and
-`apt-get install redis-server redis-tools nutcracker memcached etcd-server etcd-client`.
+to bench/results/ after each suite; `bench/report/page.py` makes tables and charts of them. Something that is not
+installed is passed over loudly; the peers come with `pip install '.[bench,peers]'` and `apt-get install redis-server
+redis-tools nutcracker memcached etcd-server etcd-client`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.measure import Options, Result, machine  # noqa: E402
 from bench.peers import servers  # noqa: E402 - the path comes first, so that a checkout needs no installation
-from bench.report import (
-    tables,
-    targets,
-)
+from bench.report import tables, targets  # noqa: E402
 
 # suite -> its module, and the minutes it takes in full on two cores; those that targets need come first
 SUITES: dict[str, tuple[str, float]] = {

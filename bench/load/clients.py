@@ -1,9 +1,9 @@
 """Load on a kvtcp cluster from several client processes: closed loops, and open loops timed from the intended send.
 
-`run_load(url, job, processes)` starts the processes (`python -m bench.load.clients`), gives each its job, lets them connect and
-generate, starts them together, and adds up what they counted. A closed loop has `connections` x `depth` coroutines in
-each process, each awaiting one operation after another; an open loop sends at `rate` operations a second, whatever the
-answers do, and counts the time of each from when it should have been sent.
+`run_load(url, job, processes)` starts the processes (`python -m bench.load.clients`), gives each its job, lets them
+connect and generate, starts them together, and adds up what they counted. A closed loop has `connections` x `depth`
+coroutines in each process, each awaiting one operation after another; an open loop sends at `rate` operations a second,
+whatever the answers do, and counts the time of each from when it should have been sent.
 
 Every value names its key, so each answer of a get is checked: `value_of(7, n)` starts with the number of the key. Keys
 are `key:` and twelve digits, as redis-benchmark makes them, so both may work on the same data. Inserted keys have
@@ -270,8 +270,9 @@ class Load:
                 "connections": max(1, job.connections // processes),
             })  # fmt: skip
             child = subprocess.Popen(
-                [sys.executable, "-m", "bench.load.clients"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-            )
+                [sys.executable, "-m", "bench.load.clients"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                cwd=ROOT,
+            )  # fmt: skip
             assert child.stdin is not None
             child.stdin.write(json.dumps(asdict(own)) + "\n")
             child.stdin.flush()

@@ -2,8 +2,9 @@
 """The report: `bench/report/page.py [FILE] [--into docs/performance.md]` makes docs/performance.md and its charts in
 docs/figures/ from the figures of a run, by default the newest full one in bench/results/.
 
-Everything in the page comes from that file, from the tables in the code (`bench.report.targets`, `bench.report.comparisons`) and from
-bench/tried.md, so a new measurement needs no editing. Without matplotlib the page is made without charts, and says so.
+Everything in the page comes from that file, from the tables in the code (`bench.report.targets`,
+`bench.report.comparisons`) and from bench/tried.md, so a new measurement needs no editing. Without matplotlib the page
+is made without charts, and says so.
 """
 
 from __future__ import annotations
@@ -20,11 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.measure import Result  # noqa: E402
-from bench.report import (
-    comparisons,
-    tables,
-    targets,
-)
+from bench.report import comparisons, tables, targets  # noqa: E402
 
 HEAD = """\
 # Performance

@@ -1,11 +1,11 @@
 """The `peers` suite: kvtcp beside the stores that people use instead, under the same generator on the same cores.
 
 Groups of systems that give the same durability, or the nearest that a peer has, are up together and take turns in
-random order; see `bench.measure` for the classes, `bench.peers.servers` for the settings. The generator is redis-benchmark with
-the same options for everything that speaks RESP, kvtcp included. The exceptions: etcd brings its own benchmark (1,000
-clients, values of 1 KiB), so kvtcp gets 1,000 outstanding requests with values of 1 KiB from redis-benchmark;
-pysyncobj has no server, its leader makes the load itself, which spares it a network hop; memcached gets plain sockets,
-and redis once more with the same.
+random order; see `bench.measure` for the classes, `bench.peers.servers` for the settings. The generator is
+redis-benchmark with the same options for everything that speaks RESP, kvtcp included. The exceptions: etcd brings its
+own benchmark (1,000 clients, values of 1 KiB), so kvtcp gets 1,000 outstanding requests with values of 1 KiB from
+redis-benchmark; pysyncobj has no server, its leader makes the load itself, which spares it a network hop; memcached
+gets plain sockets, and redis once more with the same.
 
 The floor is a uvloop server that answers redis-benchmark with constants, at the same depth.
 """

@@ -138,7 +138,7 @@ class InMemory:
 class NodeProcess(Protocol):
     """What a node needs of its process."""
 
-    def log(self, level: str, event: str, **fields: Any) -> None:
+    def event(self, level: str, word: str, **fields: Any) -> None:
         """A line for the log: "debug", "info" or "warning"."""
 
     def later(self, delay_ms: int, callback: Callable[[], None], /) -> None:
@@ -215,7 +215,7 @@ class NodeCore:
         self._replace_link(link, number)
         self._process.end_transfers("the link it was asked for on is gone")
         self._process.linked()
-        self._process.log("info", "linked", peer=link.connection.peer, epoch=epoch, link=number)
+        self._process.event("info", "linked", peer=link.connection.peer, epoch=epoch, link=number)
         self._report_when_durable(link, report)
 
     def _older_link(self, epoch: int, number: int) -> Refused | None:
@@ -276,7 +276,7 @@ class NodeCore:
         return None
 
     def _refuse(self, connection: CallerConnection, event: str, refused: Refused, level: str) -> None:
-        self._process.log(level, event, peer=connection.peer, code=refused.code, reason=refused)
+        self._process.event(level, event, peer=connection.peer, code=refused.code, reason=refused)
         connection.send((REFUSED, refused.code, str(refused), self.replica.promised, self.replica.map_version))
         connection.close()
 
@@ -293,7 +293,7 @@ class NodeCore:
             if frame[0] == BATCH and len(frame) == 4:
                 inbox.append(frame)
             elif frame[0] == STOP:
-                self._process.log("info", "stop", reason="asked by the coordinator")
+                self._process.event("info", "stop", reason="asked by the coordinator")
                 self._process.stop()
             elif _FRAME_TYPES.get(frame[0]) == tuple(map(type, frame)):
                 inbox.append(frame)
@@ -351,7 +351,7 @@ class NodeCore:
         if replica.news:
             dropped = replica.take_dropped()
             if dropped:
-                self._process.log("info", "dropped", shards=dropped)
+                self._process.event("info", "dropped", shards=dropped)
                 self.persistence.change_copies(replica.copies.values())
         entries = replica.take_logged()
         self._young_cells += len(entries)
@@ -376,7 +376,7 @@ class NodeCore:
         link.inbox.clear()
         if link is not self.link:
             return
-        self._process.log("info", "link-closed", reason=reason)
+        self._process.event("info", "link-closed", reason=reason)
         self.link = None
         self.replica.link_lost()
         self._process.end_transfers("the link closed")
@@ -465,14 +465,14 @@ class NodeCore:
         if link is None:
             return
         for shard, reason in replica.take_failed():
-            self._process.log("warning", "learn-failed", shard=shard, reason=reason)
+            self._process.event("warning", "learn-failed", shard=shard, reason=reason)
             self.send((LEARN_FAILED, shard, reason))
         was_doubtful = False
         for shard in replica.take_learned():
             copy = replica.copies[shard]
             was_doubtful = was_doubtful or bool(copy.reason)
             copy.reason = ""  # what was wrong with it is made good, by what others have
-            self._process.log("info", "learned", shard=shard, disk=copy.disk, seq=copy.table.seq)
+            self._process.event("info", "learned", shard=shard, disk=copy.disk, seq=copy.table.seq)
             self._send_when_durable(link, (LEARNED, shard, copy.disk, copy.generation, *copy.table.position))
         if was_doubtful:
             self.persistence.remember(replica, _nothing)

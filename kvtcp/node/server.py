@@ -146,11 +146,11 @@ class NodeServer:
 
     # --- what the core wants --------------------------------------------------------------------------
 
-    def log(self, level: str, event: str, **fields: Any) -> None:
+    def event(self, level: str, word: str, **fields: Any) -> None:
         """A line for the log."""
         if log.isEnabledFor(LEVELS[level]):
             text = " ".join([f"{name}={value}" for name, value in fields.items()])
-            log.log(LEVELS[level], "event=%s node=%s %s", event, self.replica.node, text)
+            log.log(LEVELS[level], "event=%s node=%s %s", word, self.replica.node, text)
 
     def later(self, delay_ms: int, callback: Callable[[], None], /) -> None:
         """Call back, unless the node is ending."""

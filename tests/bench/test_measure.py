@@ -187,7 +187,7 @@ def test_options_choose_sizes_and_keep_what_is_skipped(capsys: pytest.CaptureFix
 
 def test_compiled_modules_are_named(tmp_path: Path) -> None:
     """By the extensions that stand beside the sources."""
-    (tmp_path / "kvtcp" / "resp").mkdir(parents=True)
+    (tmp_path / "kvtcp" / "frontend" / "resp").mkdir(parents=True)
     for name in ("frontend/resp/parser.cpython-311-x86_64-linux-gnu.so", "frontend/resp/parser.py", "errors.py"):
         (tmp_path / "kvtcp" / name).touch()
     assert compiled_modules(tmp_path) == ["kvtcp/frontend/resp/parser"]

@@ -1,4 +1,4 @@
-"""The start of a coordinator: which nodes it waits for, and which it refuses; tests/processes/test_processes.py runs it."""
+"""The start of a coordinator: which nodes it waits for, and which it refuses; test_processes.py runs it."""
 
 from __future__ import annotations
 

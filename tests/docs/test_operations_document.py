@@ -13,6 +13,7 @@ def test_every_event_is_documented() -> None:
     text = "\n".join(path.read_text() for path in (ROOT / "kvtcp").rglob("*.py"))
     logged = set(re.findall(r"event=([a-z-]+)", text))
     logged |= set(re.findall(r'\.event\(\s*(?:"(?:info|warning|error)"|level), "([a-z-]+)"', text))
+    logged |= set(re.findall(r'_refuse\(\w+(?:\.\w+)*, "([a-z-]+)"', text))
     table = (ROOT / "docs" / "operations.md").read_text().partition("| event | level | meaning |")[2]
     documented = {word for row in table.splitlines() if row.startswith("| `") for word in words_of(row)}
     assert len(logged) > 30

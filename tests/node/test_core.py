@@ -148,9 +148,9 @@ class Around:
         """Of the disk."""
         self.calls.append(("change_copies", [copy.shard for copy in copies], pulled))
 
-    def log(self, level: str, event: str, **fields: Any) -> None:
+    def event(self, level: str, word: str, **fields: Any) -> None:
         """Of the process."""
-        self.calls.append((event, level, fields))
+        self.calls.append((word, level, fields))
 
     def later(self, delay_ms: int, callback: Callable[[], None], /) -> None:
         """Of the process."""

@@ -120,7 +120,7 @@ def test_a_stdout_that_nobody_reads() -> None:
     """The ready line on a broken pipe is logged instead, and the process ends with its own exit code."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    code = "from kvtcp.runtime import process as runtime; runtime.set_up_logging('warning'); runtime.announce('ready'); exit(3)"
+    code = "from kvtcp.runtime import process; process.set_up_logging('warning'); process.announce('ready'); exit(3)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=20
     )

@@ -1,7 +1,7 @@
 """A coordinator of a simulation: the product's Controller, moved as the coordinator's server moves it.
 
-This is the counterpart of coordinator/server.py and coordinator/links.py: it reads the store and takes the map over with a
-new epoch, dials the nodes, brings their frames to the core, and does what the core asks for. What happens in one
+This is the counterpart of coordinator/server.py and coordinator/links.py: it reads the store and takes the map over
+with a new epoch, dials the nodes, brings their frames to the core, and does what the core asks for. What happens in one
 millisecond is one tick: it is flushed once. A coordinator that hears that it does not own the map any more, from the
 store or from a node, says nothing more to anybody and ends (R13).
 """

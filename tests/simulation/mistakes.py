@@ -4,7 +4,8 @@
 
 A simulation that finds nothing proves nothing. Each mistake takes one rule away, most of them those of the mutants of
 the explicit-state model. The search runs seeds until one has a violation; `--record` keeps the first one in FOUND_FILE,
-which tests/simulation/test_simulation_mistakes.py runs again. The cores' own checks are off meanwhile: the oracles have to see it.
+which tests/simulation/test_simulation_mistakes.py runs again. The cores' own checks are off meanwhile: the oracles have
+to see it.
 
 What is not here is found elsewhere: sync of a directory, truncation at a bad checksum (test_crash_enumeration), cut of
 a backup (test_backup), reads that a new disk confirms (test_confirm), kept entries of another copy (test_kept).

@@ -199,9 +199,9 @@ class SimNode(Process):
 
     # --- what the core wants ----------------------------------------------------------------------------
 
-    def log(self, level: str, event: str, **fields: Any) -> None:
+    def event(self, level: str, word: str, **fields: Any) -> None:
         """Nobody reads it; but a link that was accepted is newer than all before."""
-        if event == "linked":
+        if word == "linked":
             newest = (fields["epoch"], fields["link"])
             require(newest > self._newest, f"R5: {self.name} had link {self._newest}, {newest} takes its place")
             self._newest = newest

@@ -199,7 +199,7 @@ class Node:
     def change_copies(self, copies: Iterable[Copy], pulled: Any = None) -> None:
         """The copies of the replica are those of the disk."""
 
-    def log(self, level: str, event: str, **fields: Any) -> None:
+    def event(self, level: str, word: str, **fields: Any) -> None:
         """Nobody reads it."""
 
     def later(self, delay_ms: int, callback: Callable[[], None], /) -> None:

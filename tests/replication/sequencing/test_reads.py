@@ -1,4 +1,4 @@
-"""Tests of reads over several shards: those that wait to begin. tests/replication/sequencing/test_admission.py has them on their way."""
+"""Tests of reads over several shards: those that wait to begin. test_admission.py has them on their way."""
 
 from __future__ import annotations
 

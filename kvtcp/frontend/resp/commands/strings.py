@@ -1,8 +1,8 @@
 """Commands on the values of keys: each is compiled to a plan (plan.py).
 
 Pure. The arguments are those behind the command's name. Whatever reads, changes and writes a value is one operation of
-the table (storage/shard/strings.py) and never a read and a write of its own; what only reads a part gets the whole value from
-the node.
+the table (storage/shard/strings.py) and never a read and a write of its own; what only reads a part gets the whole
+value from the node.
 """
 
 from __future__ import annotations
