@@ -106,6 +106,8 @@ PURGE_INTERVAL_MS: Final = 1_000
 # how far ahead of the clock the bound of all stamps is stored, and how near to it the clock comes before it is moved
 STAMP_AHEAD_MS: Final = 10_000
 STAMP_MOVE_MS: Final = 5_000
+# pause before the bound of stamps is moved again after the config store refused it
+BOUND_RETRY_MS: Final = 1_000
 # pause before a change of the map is sent again whose outcome is unknown
 MAP_RESEND_MS: Final = 200
 # a learner that acknowledged nothing for so long, and holds nobody back, is given up

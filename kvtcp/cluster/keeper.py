@@ -16,7 +16,7 @@ from kvtcp.cluster.changes import Done, Edit, Failed, MapChanges, NotOwner
 from kvtcp.cluster.map import ClusterMap, MapError
 from kvtcp.cluster.store import NOTHING, ConfigStore, ConfigStoreError, Outcome, Stored
 
-__all__ = ["Edit", "MapKeeper", "NotOwner"]
+__all__ = ["Edit", "MapKeeper", "NotOwner", "ends_of"]
 
 
 class MapKeeper:
@@ -56,7 +56,7 @@ class MapKeeper:
     async def found(self, first: ClusterMap) -> None:
         """Store the first map. Raises OSError (nothing was stored), NotOwner, ConfigStoreError."""
         future = self._future()
-        self.changes.found(first, *_ends(future))
+        self.changes.found(first, *ends_of(future))
         self.wake()
         await future
 
@@ -67,7 +67,7 @@ class MapKeeper:
         is cancelled leaves its change to be made.
         """
         future = self._future()
-        self.propose(edit, *_ends(future))
+        self.propose(edit, *ends_of(future))
         return await future
 
     def propose(self, edit: Edit, done: Done, failed: Failed | None = None) -> None:
@@ -130,7 +130,7 @@ class MapKeeper:
             return None  # the change is sent again, and then it is read again
 
 
-def _ends(future: asyncio.Future[ClusterMap]) -> tuple[Done, Failed]:
+def ends_of(future: asyncio.Future[ClusterMap]) -> tuple[Done, Failed]:
     """What becomes of a future whose caller may have been cancelled."""
 
     def done(cluster_map: ClusterMap) -> None:

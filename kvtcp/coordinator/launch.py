@@ -264,7 +264,7 @@ class Coordinator:
         asked: set[str] = set()
         if server is not None:
             await server.drain(DRAIN_MS)
-            if server.is_deposed:
+            if server.controller.ownership.deposed:
                 await self._supervisor.leave()
                 await server.close()
                 return

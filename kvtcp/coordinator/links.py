@@ -18,7 +18,7 @@ import logging
 import random
 import struct
 import termios
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,17 +34,9 @@ from kvtcp.constants import (
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import (
     BACKUP,
-    BATCH,
-    ENTRIES,
-    HELLO,
-    LEARN_FAILED,
-    LEARNED,
-    LEAVE,
-    LINK_VERSION,
     REFUSED,
     REPORT,
     RESULTS,
-    SHIPPED,
     SPACE,
     STATS,
     STOP,
@@ -71,19 +63,13 @@ class LinkOwner(Protocol):
     def node_reported(self, link: NodeLink, report: Report) -> None:
         """A node answered HELLO: from now on batches flow."""
 
-    def node_frame(self, node: str, message: list[Any]) -> None:
-        """A frame for the controller. Raises LinkError if it cannot be true."""
+    def node_progressed(self) -> None:
+        """The controller got a frame of a node that changes what it decides next: let it act."""
 
     def node_lost(self, node: str, reason: str) -> None:
-        """The link of a node that had reported is gone."""
+        """The link of a node that had reported is gone, or one could not be made."""
 
-    def link_failed(self, link: NodeLink, reason: str) -> None:
-        """A node cannot be reached, or refused."""
-
-    def fenced(self, link: NodeLink) -> None:
-        """A node refused this coordinator's epoch."""
-
-    def file_done(self, node: str, name: bytes, report: Any, error: bytes | None) -> None:
+    def file_done(self, node: str, name: bytes, report: Any, error: bytes | None, /) -> None:
         """A node finished its file of a backup, or failed to."""
 
 
@@ -118,39 +104,41 @@ class LinkConnection(FramedConnection):
         for message in messages:
             if type(message) is not list or not message:
                 raise ProtocolError("a frame of a link is an array [kind, ...]")
+            if self.live and self._received(message):
+                continue
             kind = message[0]
-            if kind == RESULTS and self.live and tuple(map(type, message)) == _RESULTS_TYPES:
-                try:
-                    self._sequencer.on_results(self.link.node, *message[1:])
-                except LinkError as error:
-                    raise ProtocolError(str(error)) from error
-            elif kind == REPORT and len(message) == 2:
+            if kind == REPORT and len(message) == 2:
                 report = parse_report(message[1])
                 self.link.space = report.space
                 if not self.answered.done():
                     self.answered.set_result(report)
-            elif kind in _CORE_FRAMES and self.link.connection is self and _CORE_FRAMES[kind](message):
-                try:
-                    self._owner.node_frame(self.link.node, message)
-                except LinkError as error:
-                    raise ProtocolError(str(error)) from error
             elif kind == STATS and len(message) == 2 and type(message[1]) is dict:
                 self.link.stats = {
                     name.decode("utf-8", "replace"): value for name, value in message[1].items() if type(name) is bytes
                 }
             elif kind == SPACE and len(message) == 2 and message[1] in (0, 1, 2):
                 self.link.space = message[1]
-                if self.live:
-                    self._sequencer.on_space(self.link.node, message[1])
             elif kind == BACKUP and len(message) == 4 and type(message[1]) is bytes:
                 self._owner.file_done(self.link.node, *message[1:])
             elif kind == REFUSED and tuple(map(type, message)) == _REFUSED_TYPES:
                 self.link.refused = message[2].decode("utf-8", "replace")
-                if message[1] == b"FENCED":
-                    self._owner.fenced(self.link)
+                self.link.controller.refused(self.link.node, message[1], self.link.refused)
                 self._refuse(f"refused: {self.link.refused}")
             else:
                 raise ProtocolError("not a frame of a kvtcp node")
+
+    def _received(self, message: list[Any]) -> bool:
+        """Whether this is a frame for the controller. Raises ProtocolError if it cannot be true."""
+        try:
+            if not self.link.controller.receive(self.link.node, message):
+                return False
+        except LinkError as error:
+            raise ProtocolError(str(error)) from error
+        if message[0] == SPACE:
+            self.link.space = message[1]
+        elif message[0] != RESULTS:
+            self._owner.node_progressed()
+        return True
 
     def protocol_error(self, error: ProtocolError) -> None:
         super().protocol_error(error)
@@ -226,7 +214,8 @@ class NodeLink:
             except (OSError, TimeoutError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
                 refused = isinstance(error, ConnectionRefusedError)
                 reason = "connection refused" if refused else str(error) or "no answer in time"
-                self.owner.link_failed(self, reason)
+                self.owner.node_lost(self.node, reason)
+                log.debug("event=link-failed node=%s reason=%s", self.node, reason)
                 connection.abort()
                 await asyncio.sleep(backoff_ms / 1000 * random.uniform(0.5, 1.0))
                 backoff_ms = min(backoff_ms * 2, BACKOFF_MAX_MS // 10)
@@ -239,26 +228,16 @@ class NodeLink:
         async with asyncio.timeout(RECOVER_WAIT_MS / 1000):
             if not await self._connect_locally(connection):
                 await connection.loop.create_connection(lambda: connection, *self.address)
-        hello = {
-            "version": LINK_VERSION,
-            "secret": self.owner.secret,
-            "durability": self.controller.durability,
-            **self.controller.hello_fields(self.node),
-        }
-        connection.send((HELLO, hello))
+        connection.send(self.controller.hello(self.node, self.owner.secret))
         connection.flush()
         async with asyncio.timeout(LINK_SILENCE_MS / 1000):  # what the node has must be durable first
             report = await connection.answered
         if connection.lost.is_set():
             raise ConnectionError("the connection was lost after the report")
-        if report.durability != self.controller.durability:
-            self.refused = (
-                f"it was started with --durability {report.durability}, the coordinator with --durability "
-                f"{self.controller.durability}"
-            )
+        self.refused = self.controller.mismatch(report)
+        if self.refused:
             raise ConnectionError(f"not used: {self.refused}")
         self.report = report
-        self.refused = ""
         self.connection = connection
         self.owner.node_reported(self, report)
 
@@ -278,20 +257,16 @@ class NodeLink:
         connection = self.connection
         if connection is None or not connection.live:
             return
-        progress = self.progress
-        if progress.outgoing and not connection.write_paused:
-            sequencer = self.controller.sequencer
-            committed = sequencer.committed_ordinal(progress)
-            while (batch := progress.next_outgoing(sequencer.now_ms)) is not None:
-                connection.send((BATCH, batch.stamp_ms, committed, batch.items))
+        if self.progress.outgoing and not connection.write_paused:
+            for frame in self.controller.batch_frames(self.progress):
+                connection.send(frame)
             connection.flush()
 
     def heartbeat(self) -> None:
         """An empty batch on an idle link: the node looks for expired keys, and a dead link is noticed."""
         connection = self.connection
         if connection is not None and connection.live and not connection.write_paused:
-            sequencer = self.controller.sequencer
-            connection.send((BATCH, sequencer.stamp_ms, sequencer.committed_ordinal(self.progress), []))
+            connection.send(self.controller.heartbeat(self.progress))
             connection.flush()
 
     def watch_silence(self, now_ms: int, excused: bool) -> None:
@@ -353,15 +328,4 @@ def _unacknowledged_bytes(transport: asyncio.Transport) -> int:
     return int(struct.unpack("i", answer)[0])
 
 
-_RESULTS_TYPES = (int, int, int, list, list)
 _REFUSED_TYPES = (int, bytes, bytes, int, int)
-
-
-_OPTIONAL_INT = (int, type(None))
-_CORE_FRAMES: dict[int, Callable[[list[Any]], bool]] = {
-    ENTRIES: lambda m: len(m) == 5 and type(m[1]) is type(m[2]) is int and type(m[3]) in _OPTIONAL_INT,
-    SHIPPED: lambda m: tuple(map(type, m[:5])) == (int,) * 5 and len(m) == 6 and type(m[5]) in (bytes, type(None)),
-    LEARNED: lambda m: tuple(map(type, m)) == (int, int, bytes, int, int, int, int),
-    LEARN_FAILED: lambda m: tuple(map(type, m)) == (int, int, bytes),
-    LEAVE: lambda m: len(m) == 1,
-}

@@ -5,12 +5,9 @@ One event loop. Clients' sockets and nodes' links bring messages; the cores queu
 brings very many requests sends in between, so that nodes and clients have work meanwhile. No task and no future is made
 for an operation.
 
-Everything that is decided is decided in the Controller; here its frames are sent, its links closed and dialled, its
-changes of the map stored, its events logged (`_act`). Clients are let in when every shard is served, or known to be
-down, and what the takeover found is in the map.
-
-The map belongs to this coordinator until another one changes it or a node refuses its epoch (R13). Then it is
-`deposed`: no client gets another answer, and the process ends.
+Everything is decided in the Controller, the order included. Here what it says is performed (as a CoordinatorProcess):
+frames sent, links closed and dialled, changes of the map stored, lines logged, clients let in. When it is deposed, no
+client gets another answer, and the process ends.
 """
 
 from __future__ import annotations
@@ -24,15 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvtcp.cluster.keeper import MapKeeper, NotOwner
+from kvtcp.cluster.keeper import MapKeeper, NotOwner, ends_of
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import (
     HEARTBEAT_MS,
     LEAVE_TIME_MS,
     SEND_REQUESTS,
-    STAMP_AHEAD_MS,
-    STAMP_MOVE_MS,
     TICK_MS,
 )
 from kvtcp.coordinator.administration import Administration
@@ -50,12 +45,12 @@ from kvtcp.frontend.resp.service import Door
 from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership.recovery import StaleStore
+from kvtcp.replication.sequencing.link import Link
 
 log = logging.getLogger("kvtcp.coordinator")
 
 HEARTBEAT_TICKS = HEARTBEAT_MS // TICK_MS
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-BOUND_RETRY_MS = 1_000  # after the config store did not take the next bound of stamps
 
 
 @dataclass(frozen=True)
@@ -74,13 +69,12 @@ class CoordinatorServer:
 
     def __init__(self, config: ClusterConfig, keeper: MapKeeper, before: Predecessor) -> None:
         self.loop = asyncio.get_running_loop()
+        self.address: tuple[str, int] = ("", 0)
         self.secret = config.secret
         self.local_sockets = config.local_sockets
         self.keeper = keeper
-        keeper.changes.on_lost = lambda error: self.deposed(str(error))
         keeper.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
         keeper.on_crash = self.core_failed
-        self._before = before
         self.controller = Controller(
             keeper.changes,
             durability=config.durability,
@@ -88,6 +82,7 @@ class CoordinatorServer:
             stamp_before_ms=before.stamp_bound_ms,
             new_token=lambda: secrets.token_bytes(16),
         )
+        self.controller.ownership.on_deposed = self._deposed
         self.sequencer = self.controller.sequencer
         self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
         self.clients = Clients(lambda: int(self.loop.time() * 1000), lambda: self.sequencer.waiting_bytes)
@@ -100,6 +95,8 @@ class CoordinatorServer:
             remember=self.remember_restoring,
             start_task=self._start_task,
         )
+        self.file_done = self.backups.file_done  # of links
+        self.store_map = keeper.wake  # of the controller
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.status = Status(self.controller, self.links, self.clients, self.backups, self.write_times)
         administration = Administration(
@@ -108,7 +105,7 @@ class CoordinatorServer:
             self.status,
             config.secret,
             begin=self.begin,
-            act=self._act,
+            act=lambda: self.controller.act(self),
             start_task=self._start_task,
         )
         self.gateway = Gateway(self.sequencer, self.keyspace, administration.requests)
@@ -119,17 +116,13 @@ class CoordinatorServer:
         self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
-        self.address = ("", 0)
         self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
         self._killed = False  # it ends without another word
         self.is_deposed = False  # the nodes belong to another coordinator: they are not to be stopped
         self._unsent = 0  # requests read since the last time everything was sent
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
-        self._is_opening = False  # the takeover is over: what it found is being stored
         self._tasks: set[asyncio.Task[None]] = set()
-        self._bound_task: asyncio.Task[None] | None = None  # moves the bound of stamps
-        self._bound_retry_ms = 0  # monotonic time before which that is not tried again
         self._server: asyncio.Server | None = None
         self._ticks = 0
         self._tick_due = 0.0
@@ -234,24 +227,13 @@ class CoordinatorServer:
         """Send in between when a turn reads very many requests: nodes and clients are not kept waiting for its end."""
         self._unsent += requests
         if self._unsent >= SEND_REQUESTS:
-            self._send()
+            self._unsent = 0
+            self.controller.end_turn(self)
 
     def _flush(self) -> None:
         self._flushing = False
-        self._send()
-
-    def _send(self) -> None:
-        """Send everything that is queued."""
         self._unsent = 0
-        controller = self.controller
-        if controller.is_talkative:
-            self._act()
-        ready = self.sequencer.close_batches()
-        self.write_times.look(ready)
-        for progress in ready:
-            self.links[progress.node].write_batches()
-        if self.clients.dirty:
-            self.clients.flush()
+        self.controller.end_turn(self)
 
     def _schedule_tick(self) -> None:
         self._tick_due = self.loop.time() + TICK_MS / 1000
@@ -262,83 +244,36 @@ class CoordinatorServer:
         self._ticks += 1
         self.begin()
         self.controller.tick()
-        self._act()
+        self.controller.act(self)
         for link in self.links.values():
             # after a stall of this process no node can be called silent: its answers may still lie in the sockets
             link.watch_silence(self.sequencer.now_ms, lag_ms >= HEARTBEAT_MS)
         if self._ticks % HEARTBEAT_TICKS == 0:
             for link in self.links.values():
                 link.heartbeat()
-        self._watch_bound()
         self.clients.tick()
         self._schedule_tick()
 
-    # --- the map: opening, the bound of stamps, the end of ownership --------------------------------
-
-    async def _open_shards(self) -> None:
-        """Store what the takeover found, then serve."""
-        shards = self.sequencer.shards
-        reports = self.controller.reports.values()
-        stamp_ms = max([self._before.stamp_bound_ms, *(report.stamp_ms for report in reports)])
-
-        def edit(old: ClusterMap) -> ClusterMap:
-            is_empty = not any(shard.last_seq or not shard.serving for shard in shards)
-            new = replace(old, durability=self.controller.durability, restoring=None if is_empty else old.restoring)
-            return new if stamp_ms <= new.stamp_bound_ms else new.with_stamp_bound(stamp_ms + STAMP_AHEAD_MS)
-
-        stored: asyncio.Future[ClusterMap] = self.loop.create_future()
-        self.controller.proposals.propose(edit, stored.set_result)
-        self.keeper.wake()
-        await stored
-        self.begin()
-        self.sequencer.stamp_ms = max(self.sequencer.stamp_ms, stamp_ms)
-        self.backups.resume(self.map.restoring)
-        self.ready.set()
-        log.info("event=ready cluster=%s nodes=%s epoch=%s", self.map.cluster, len(self.links), self.map.epoch)
-
-    def _watch_bound(self) -> None:
-        """R12: move the bound of stamps before the clock reaches it."""
-        is_near = wall_ms() + STAMP_MOVE_MS > self.map.stamp_bound_ms
-        may_try = self._bound_task is None and self.clients.now_ms() >= self._bound_retry_ms
-        if is_near and may_try and self.ready.is_set():
-            self._bound_task = self._start_task(self._move_bound(), "bound of stamps")
-
-    async def _move_bound(self) -> None:
-        try:
-            await self.keeper.change(lambda old: old.with_stamp_bound(wall_ms() + STAMP_AHEAD_MS))
-            self.status.bound_failed = ""
-        except NotOwner:
-            return  # `deposed` was called
-        except (OSError, ConfigStoreError) as error:
-            log.error("event=bound-not-moved reason=%s", error)
-            self.status.bound_failed = str(error)
-            self._bound_retry_ms = self.clients.now_ms() + BOUND_RETRY_MS
-        finally:
-            self._bound_task = None
+    # --- the map, and the end of ownership ----------------------------------------------------------
 
     async def _leave_time(self) -> None:
         """Store the last stamp, so that the next coordinator need not begin with the bound, seconds ahead."""
-        stamp_ms = self.sequencer.end_time()
+        stored: asyncio.Future[ClusterMap] = self.loop.create_future()
+        self.controller.ownership.end(*ends_of(stored))
+        self.keeper.wake()
         try:
             async with asyncio.timeout(LEAVE_TIME_MS / 1000):
-                await self.keeper.change(lambda old: old.with_last_stamp(stamp_ms))
+                await stored
         except (OSError, NotOwner, ConfigStoreError) as error:  # a TimeoutError is an OSError
             log.warning("event=time-not-left reason=%s", error or "no answer in time")
 
-    def deposed(self, reason: str) -> None:
+    def _deposed(self, reason: str) -> None:
         """End: another coordinator owns the cluster. R13: from this moment on no client is answered."""
         self.clients.abort()
         if self._server is not None:
             self._server.close()
-        self.is_deposed = True
-        self.core_failed(
-            CannotServe(f"this coordinator does not own the cluster any more: {reason}", not self.ready.is_set())
-        )
-
-    def fenced(self, link: NodeLink) -> None:
-        """End, as a node refused this coordinator's epoch, unless it is starting: then `refused` says why."""
-        if self.ready.is_set():
-            self.deposed(f"{link.node} says: {link.refused}")
+        sentence = f"this coordinator does not own the cluster any more: {reason}"
+        self.core_failed(CannotServe(sentence, not self.ready.is_set()))
 
     async def remember_restoring(self, prefix: bytes | None) -> None:
         """Store for the next coordinator which prefix is in pieces, None for none. Raises OSError."""
@@ -360,54 +295,59 @@ class CoordinatorServer:
         except StaleStore as error:
             self.core_failed(CannotServe(stale_store(str(error)), not self.ready.is_set()))
             return
-        self._act()
+        self.controller.act(self)
 
-    def node_frame(self, node: str, message: list[Any]) -> None:
-        """Pass a frame to the controller. Raises LinkError if it cannot be true."""
+    def node_progressed(self) -> None:
+        """Let the controller act on a frame at once."""
         self.progressed_at = self.loop.time()
-        self.controller.on_frame(node, message)
-        self._act()
+        self.controller.act(self)
 
     def node_lost(self, node: str, reason: str) -> None:
-        """Fail what waits for a node whose link is gone."""
+        """Fail what waits for a node whose link is gone, or could not be made."""
         self.backups.node_lost(node)
         self.begin()
         self.controller.node_down(node, reason)
-        self._act()
+        self.controller.act(self)
 
-    def _act(self) -> None:
-        """Do what the controller wants."""
-        controller = self.controller
-        for level, word, fields in controller.take_events():
-            text = " ".join(f"{name}={value}" for name, value in fields.items())
-            log.log(_LEVELS[level], "event=%s %s", word, text)
-        for kind, node, *rest in controller.take_actions():
-            if kind == "send":
-                connection = self.links[node].connection
-                if connection is not None:
-                    connection.send(rest[0])
-                    connection.flush()
-            elif kind == "close":
-                self.links[node].give_up(rest[0])
-            elif kind == "add":
-                link = self.links[node] = NodeLink(node, self.controller, self)
-                link.start(self._start_task)
-            else:
-                link = self.links.pop(node)
-                link.stop_node()
-                link.end()
-                self.on_node_removed(node)
-        self.keeper.wake()
-        if controller.is_ready and not self._is_opening:
-            self._is_opening = True
-            self._start_task(self._open_shards(), "end of the takeover")
+    # --- what the controller wants: a CoordinatorProcess ---------------------------------------------
 
-    def file_done(self, node: str, name: bytes, report: Any, error: bytes | None) -> None:
-        """See Backups."""
-        self.backups.file_done(node, name, report, error)
+    def event(self, level: str, word: str, **fields: Any) -> None:
+        """Log a line."""
+        text = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.log(_LEVELS[level], "event=%s %s", word, text)
 
-    def link_failed(self, link: NodeLink, reason: str) -> None:
-        """Remember why a node is not linked."""
-        self.begin()
-        self.controller.node_down(link.node, reason)
-        log.debug("event=link-failed node=%s reason=%s", link.node, reason)
+    def send(self, node: str, frame: tuple[Any, ...]) -> None:
+        """Send a frame to a node, if it is linked."""
+        connection = self.links[node].connection
+        if connection is not None:
+            connection.send(frame)
+            connection.flush()
+
+    def close_link(self, node: str, reason: str) -> None:
+        """Close the connection to a node; it is dialled again."""
+        self.links[node].give_up(reason)
+
+    def add_node(self, node: str) -> None:
+        """Dial a node that came."""
+        link = self.links[node] = NodeLink(node, self.controller, self)
+        link.start(self._start_task)
+
+    def remove_node(self, node: str) -> None:
+        """Stop a node that left the cluster, and dial it no more."""
+        link = self.links.pop(node)
+        link.stop_node()
+        link.end()
+        self.on_node_removed(node)
+
+    def open(self) -> None:
+        """Let clients in."""
+        self.backups.resume(self.map.restoring)
+        self.ready.set()
+
+    def write_batches(self, links: list[Link]) -> None:
+        """Write the batches of these links, then what clients are answered."""
+        self.write_times.look(links)
+        for link in links:
+            self.links[link.node].write_batches()
+        if self.clients.dirty:
+            self.clients.flush()

@@ -32,7 +32,7 @@ _DEGRADED = {
 
 
 class Status:
-    """One per coordinator. The server keeps `lag_ms` and `bound_failed` up to date."""
+    """One per coordinator. The server keeps `lag_ms` up to date."""
 
     def __init__(
         self,
@@ -50,7 +50,6 @@ class Status:
         self._write_times = write_times
         self._started_ms = clients.now_ms()
         self.lag_ms = 0.0  # how late the last tick was
-        self.bound_failed = ""  # why the config store did not take the last bound of stamps; empty = it did
         self.restarts_of: Callable[[str], int | None] = lambda node: None  # of a process; None = it is not watched here
 
     def degraded(self) -> list[str]:
@@ -68,7 +67,7 @@ class Status:
         if wall_ms() > self._controller.map.stamp_bound_ms:
             sentences.append(
                 "deadlines do not pass: the config store does not take the next bound of time "
-                f"({self.bound_failed or 'its answer is awaited'})"
+                f"({self._controller.ownership.bound_failed or 'its answer is awaited'})"
             )
         elif self._controller.changes.trouble:
             sentences.append(f"in-sync sets cannot change: {self._controller.changes.trouble}")

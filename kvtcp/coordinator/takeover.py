@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from kvtcp.cluster.keeper import MapKeeper, NotOwner
 from kvtcp.cluster.map import ClusterMap
-from kvtcp.cluster.placement import plan
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.coordinator.supervisor import Found
+from kvtcp.replication.ownership import next_epoch
 
 
 class CannotServe(Exception):
@@ -48,28 +48,12 @@ async def own_map(keeper: MapKeeper, first: ClusterMap) -> Predecessor:
             await keeper.found(first)
             return Predecessor()
         before = Predecessor(keeper.map.version, keeper.map.stamp_bound_ms)
-        await keeper.change(lambda old: _next_epoch(old, first))
+        await keeper.change(lambda old: next_epoch(old, first))
         return before
     except OSError as error:
         raise CannotServe(f"the cluster map cannot be stored: {error}") from error
     except (NotOwner, ConfigStoreError) as error:
         raise CannotServe(str(error)) from error
-
-
-def _next_epoch(old: ClusterMap, first: ClusterMap) -> ClusterMap:
-    """The map of the next epoch: with the owner, the bound, the addresses and the `min_insync` of `first`, and with
-    those of its nodes that the old one does not have. They hold nothing before a rebalance, unless shards have too few
-    copies as it is."""
-    known = {node: address for node, address in first.nodes.items() if node in old.nodes}
-    new = old.taken_over(
-        owner=first.owner, epoch=old.epoch + 1, nodes=known, stamp_bound_ms=first.stamp_bound_ms
-    )
-    for node in sorted(first.nodes.keys() - known.keys(), key=lambda each: int(each[1:])):
-        new, given = new.with_node(*first.nodes[node])
-        assert given == node, "new nodes have the next ids"
-    if new.nodes.keys() != old.nodes.keys() and any(len(row) < new.factor for row in new.wanted):
-        new = new.with_wanted(plan(new.wanted, new.usable_nodes(), new.factor))
-    return new if new.min_insync == first.min_insync else new.with_min_insync(first.min_insync)
 
 
 def found_map(

@@ -4,6 +4,7 @@ Pure. Reports, frames, ticks and outcomes of the config store in; frames, connec
 lines for the log out. The coordinator's server is the shell around it, and simulations run the same class.
 
     Sequencer    the path of requests: numbers, batches, commits, answers
+    Ownership    what follows from owning the map: opening, the bound of stamps, the end
     Recovery     shards that are not served yet: members made equal at the beginning of an epoch
     Membership   shards that are: who leaves the in-sync set, who learns, who joins
     Audit        members compared with each other, now and then
@@ -11,8 +12,13 @@ lines for the log out. The coordinator's server is the shell around it, and simu
     Proposals    changes of the map by all of these, one in flight at a time
     Outbox       what the shell is to do and to log
 
-Every public method is one synchronous step. After any of them the shell takes `take_actions`, `take_events`, what the
-map changes want to send, and the batches of the sequencer.
+One door: what nodes and time bring goes in by `hello`, `node_up`, `receive`, `refused`, `node_down` and `tick`, in
+turns that `begin` opens; requests go to the sequencer. What comes of it goes out by `act`, after any step, and by
+`end_turn`, to a CoordinatorProcess, which performs it:
+
+    lines of the log, then frames, links and nodes in the order of the decisions, then changes of the map, then batches
+
+So a frame never comes behind an item of a later decision. After it was deposed nothing goes in or out (R13).
 
 Membership and Recovery hand shards to each other: the recovery knows Membership, which calls it back by what the
 controller puts in its `on_` slots.
@@ -22,23 +28,65 @@ Invariant: `reports` has exactly the nodes whose links are up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Protocol
 
 from kvtcp.cluster.changes import MapChanges
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS
-from kvtcp.protocol.link import ENTRIES, LEARN_FAILED, LEARNED, LEAVE, SHIPPED, CopyReport, Report
+from kvtcp.protocol.link import (
+    BATCH,
+    ENTRIES,
+    HELLO,
+    LEARNED,
+    LEAVE,
+    LINK_VERSION,
+    RESULTS,
+    SHIPPED,
+    SPACE,
+    CopyReport,
+    Report,
+    is_core_frame,
+)
 from kvtcp.replication.membership.admin import Admin
 from kvtcp.replication.membership.audit import Audit
 from kvtcp.replication.membership.insync import Membership, NodeState
 from kvtcp.replication.membership.recovery import Recovery, StaleStore
-from kvtcp.replication.outbox import Action, Event, Outbox
+from kvtcp.replication.outbox import Outbox
+from kvtcp.replication.ownership import Ownership
 from kvtcp.replication.proposals import Proposals
-from kvtcp.replication.sequencing.link import LinkError
+from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.sequencer import Sequencer
 
-FRAME_KINDS: Final = frozenset((ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE))
+_RESULTS_TYPES: Final = (int, int, int, list, list)
+
+
+class CoordinatorProcess(Protocol):
+    """What a controller needs of its process."""
+
+    def event(self, level: str, word: str, **fields: Any) -> None:
+        """Log a line: "info", "warning" or "error"."""
+
+    def send(self, node: str, frame: tuple[Any, ...]) -> None:
+        """Send a frame to a node, if it is linked."""
+
+    def close_link(self, node: str, reason: str) -> None:
+        """Close the connection to a node; it is dialled again."""
+
+    def add_node(self, node: str) -> None:
+        """Dial a node that came."""
+
+    def remove_node(self, node: str) -> None:
+        """Stop a node that left the cluster, and dial it no more."""
+
+    def open(self) -> None:
+        """Let clients in."""
+
+    def store_map(self) -> None:
+        """Send what the changes of the map want to send."""
+
+    def write_batches(self, links: list[Link]) -> None:
+        """Write the batches of these links, then what clients are answered."""
 
 
 class Controller:
@@ -60,9 +108,12 @@ class Controller:
         self.durability = durability
         self.reports: dict[str, Report] = {}
         self.sequencer = sequencer(self.map)
-        self.sequencer.stamp_ms = stamp_before_ms
         self.outbox = outbox = Outbox(self.reports)
         self.proposals = Proposals(changes, self.reports)
+        self.ownership = Ownership(
+            changes, self.proposals, self.sequencer, outbox, self.reports,
+            durability=durability, stamp_before_ms=stamp_before_ms,
+        )  # fmt: skip
         parts = self.sequencer, self.proposals, outbox, self.reports
         self.membership = Membership(*parts, new_token)
         self.recovery = Recovery(*parts, self.membership)
@@ -71,9 +122,9 @@ class Controller:
         self.membership.on_learner_failed = self.recovery.learner_failed
         self.audit = Audit(self.sequencer, self.membership, outbox)
         self.admin = Admin(*parts, self.membership, self.recovery, self.node_down)
-        self.is_ready = False  # every shard was served, or found to be down, once
         self._map_version_before = map_version_before
         self._hellos: dict[str, tuple[int, int]] = {}  # node -> number of its last HELLO, map version told with it
+        self._wall_ms = 0  # of this turn
         self._tick_ms: int | None = None  # when the last tick was
         self._audit_ms = 0
 
@@ -82,31 +133,85 @@ class Controller:
         """The cluster map as the config store holds it."""
         return self.changes.map
 
-    @property
-    def is_talkative(self) -> bool:
-        """Whether there may be something for the shell to do."""
-        return bool(self.outbox.actions or self.outbox.events or self.changes.is_busy)
+    # --- turns --------------------------------------------------------------------------------------
 
     def begin(self, wall_ms: int, now_ms: int) -> None:
-        """A tick of the shell begins."""
+        """A turn begins: everything that is queued in it has one stamp."""
+        self._wall_ms = wall_ms
         self.sequencer.begin(wall_ms, now_ms)
 
-    def take_actions(self) -> list[Action]:
-        """What is to be done, in order."""
-        actions, self.outbox.actions = self.outbox.actions, []
-        return actions
+    def act(self, process: CoordinatorProcess) -> None:
+        """Let out what the last steps decided, but for batches: they are closed when the turn ends."""
+        if self.ownership.deposed:
+            return
+        outbox = self.outbox
+        for level, word, fields in outbox.take_events():
+            process.event(level, word, **fields)
+        for kind, node, *rest in outbox.take_actions():
+            if kind == "send":
+                process.send(node, rest[0])
+            elif kind == "close":
+                process.close_link(node, rest[0])
+            elif kind == "add":
+                process.add_node(node)
+            elif kind == "remove":
+                process.remove_node(node)
+            else:
+                process.open()
+        process.store_map()
 
-    def take_events(self) -> list[Event]:
-        """What is to be logged, in order."""
-        events, self.outbox.events = self.outbox.events, []
-        return events
+    def end_turn(self, process: CoordinatorProcess) -> None:
+        """Let out everything."""
+        if self.ownership.deposed:
+            return
+        if self.outbox.actions or self.outbox.events or self.changes.is_busy:
+            self.act(process)
+        process.write_batches(self.sequencer.close_batches())
 
-    def hello_fields(self, node: str) -> dict[str, Any]:
-        """What a HELLO to this node says, but for version, secret and durability."""
+    def tick(self) -> None:
+        """Time passed; about every TICK_MS."""
+        if self.ownership.deposed:
+            return
+        stalled = self._tick_ms is not None and self.sequencer.now_ms - self._tick_ms >= EVICT_AFTER_MS // 4
+        self._tick_ms = self.sequencer.now_ms
+        self.sequencer.tick()
+        self.recovery.tick()
+        for node, removed in self.recovery.take_removed().items():
+            self.membership.left(node, removed[0][0], len(removed), removed[0][1])
+        self.membership.tick(stalled)
+        self._open_when_settled()
+        if self.sequencer.now_ms - self._audit_ms >= AUDIT_INTERVAL_MS:
+            self._audit_ms = self.sequencer.now_ms
+            self.audit.begin()
+        self.admin.tick()
+        self.ownership.tick(self._wall_ms)
+
+    def _open_when_settled(self) -> None:
+        if self.recovery.is_settled:  # every shard was served, or found to be down, once
+            self.ownership.open()
+
+    def batch_frames(self, link: Link) -> Iterator[tuple[Any, ...]]:
+        """The outgoing batches of a link as frames; one that is taken counts as written."""
+        sequencer = self.sequencer
+        committed = sequencer.committed_ordinal(link)
+        while (batch := link.next_outgoing(sequencer.now_ms)) is not None:
+            yield (BATCH, batch.stamp_ms, committed, batch.items)
+
+    def heartbeat(self, link: Link) -> tuple[Any, ...]:
+        """An empty batch: the node looks for expired keys, and has to answer."""
+        return (BATCH, self.sequencer.stamp_ms, self.sequencer.committed_ordinal(link), [])
+
+    # --- links --------------------------------------------------------------------------------------
+
+    def hello(self, node: str, secret: str) -> tuple[int, dict[str, Any]]:
+        """The HELLO for a new connection to this node: its number is one higher than that of the last one."""
         cluster_map = self.map
         number = self._hellos.get(node, (0, 0))[0] + 1
         self._hellos[node] = (number, cluster_map.version)
-        return {
+        fields = {
+            "version": LINK_VERSION,
+            "secret": secret,
+            "durability": self.durability,
             "cluster": cluster_map.cluster,
             "epoch": cluster_map.epoch,
             "coordinator": cluster_map.owner,
@@ -117,9 +222,20 @@ class Controller:
             "map": cluster_map.to_json(),
             "shards": cluster_map.shards_of(node),
         }
+        return (HELLO, fields)
+
+    def mismatch(self, report: Report) -> str:
+        """Why a node that answered HELLO cannot be used; empty if it can."""
+        if report.durability == self.durability:
+            return ""
+        return (
+            f"it was started with --durability {report.durability}, the coordinator with --durability {self.durability}"
+        )
 
     def node_up(self, node: str, report: Report) -> None:
         """A node answered HELLO. Raises StaleStore if it knows more than the config store; then nothing is changed."""
+        if self.ownership.deposed:
+            return
         number, version = self._hellos[node]
         version_max = self._map_version_before if number == 1 else self.map.version
         if report.map_version > version_max:
@@ -141,10 +257,12 @@ class Controller:
             self.outbox.event("error", "node-not-a-member", node=node, shards=len(bad), first=number, reason=why)
         self.recovery.on_report(node)
         self.membership.work()
-        self._look_whether_ready()
+        self._open_when_settled()
 
     def node_down(self, node: str, reason: str) -> None:
         """The link of a node that had reported is gone, or one could not be made."""
+        if self.ownership.deposed:
+            return
         self.proposals.reports_changed()
         if self.reports.pop(node, None) is None:
             link = self.sequencer.links.get(node)
@@ -156,12 +274,28 @@ class Controller:
         self.sequencer.link_down(node, reason)
         self.recovery.on_lost(node)
 
-    def on_results(self, node: str, applied: int, durable: int, results: list[Any], flags: Sequence[int]) -> None:
-        """A RESULTS frame. Raises LinkError if it cannot be true."""
-        self.sequencer.on_results(node, applied, durable, results, flags)
+    def refused(self, node: str, code: bytes, text: str) -> None:
+        """A node refused HELLO."""
+        if code == b"FENCED":
+            self.ownership.refused(node, text)
 
-    def on_frame(self, node: str, message: Sequence[Any]) -> None:
-        """One of FRAME_KINDS, with fields of the right types. Raises LinkError if it cannot be true."""
+    def receive(self, node: str, message: list[Any]) -> bool:
+        """A frame of a node that reported; False if it is none of those that are received here. Raises LinkError if it
+        cannot be true; then nothing was changed, and the link is to be closed."""
+        if self.ownership.deposed:
+            return True
+        kind = message[0]
+        if kind == RESULTS and tuple(map(type, message)) == _RESULTS_TYPES:
+            self.sequencer.on_results(node, message[1], message[2], message[3], message[4])
+        elif kind == SPACE and len(message) == 2 and message[1] in (0, 1, 2):
+            self.sequencer.on_space(node, message[1])
+        elif is_core_frame(message):
+            self._on_frame(node, message)
+        else:
+            return False
+        return True
+
+    def _on_frame(self, node: str, message: Sequence[Any]) -> None:
         if node not in self.reports:
             raise LinkError(f"{node} is not linked")
         kind = message[0]
@@ -193,25 +327,6 @@ class Controller:
             for learner in self.membership.learners_of(number):
                 learner.on_failed(node, message[2].decode("utf-8", "replace"))
         self.membership.work_on([number])
-
-    def tick(self) -> None:
-        """Time passed; about every TICK_MS."""
-        stalled = self._tick_ms is not None and self.sequencer.now_ms - self._tick_ms >= EVICT_AFTER_MS // 4
-        self._tick_ms = self.sequencer.now_ms
-        self.sequencer.tick()
-        self.recovery.tick()
-        for node, removed in self.recovery.take_removed().items():
-            self.membership.left(node, removed[0][0], len(removed), removed[0][1])
-        self.membership.tick(stalled)
-        self._look_whether_ready()
-        if self.sequencer.now_ms - self._audit_ms >= AUDIT_INTERVAL_MS:
-            self._audit_ms = self.sequencer.now_ms
-            self.audit.begin()
-        self.admin.tick()
-
-    def _look_whether_ready(self) -> None:
-        if not self.is_ready and self.recovery.is_settled:
-            self.is_ready = True
 
     def map_changed(self, cluster_map: ClusterMap) -> None:
         """The config store holds this map. Whoever proposed a part of it is told after that, one after the other: so

@@ -1,7 +1,7 @@
 """The outbox: frames, links to close, nodes that come and go, and lines of the log, for the shell of a controller.
 
 Pure. The controller owns one and hands it to its parts; its shell takes what is in it after every step
-(`Controller.take_actions`, `take_events`), in order.
+(`Controller.act`), in order.
 
 Invariant: a frame is only sent to a node that reported in this epoch.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-Action = tuple[Any, ...]  # ("send", node, frame), ("close", node, reason), ("add", node) or ("remove", node)
+# ("send", node, frame), ("close", node, reason), ("add", node), ("remove", node) or ("open", "")
+Action = tuple[Any, ...]
 Event = tuple[str, str, dict[str, Any]]  # level, word, fields
 
 
@@ -22,6 +23,16 @@ class Outbox:
         self.actions: list[Action] = []
         self.events: list[Event] = []
         self._reported = reported
+
+    def take_actions(self) -> list[Action]:
+        """What is to be done, in order."""
+        actions, self.actions = self.actions, []
+        return actions
+
+    def take_events(self) -> list[Event]:
+        """What is to be logged, in order."""
+        events, self.events = self.events, []
+        return events
 
     def send(self, node: str, frame: tuple[Any, ...]) -> None:
         """Send a frame to a node that reported."""

@@ -13,7 +13,19 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.link import ENTRIES, LEARN_FAILED, LEARNED, LEAVE, SHIPPED, STOP, CopyReport, Report
+from kvtcp.protocol.link import (
+    ENTRIES,
+    HELLO,
+    LEARN_FAILED,
+    LEARNED,
+    LEAVE,
+    LINK_VERSION,
+    RESULTS,
+    SHIPPED,
+    STOP,
+    CopyReport,
+    Report,
+)
 from kvtcp.protocol.operations import AUDIT, INCR, LEARN, UNLEARN
 from kvtcp.replication.membership import recovery
 from kvtcp.replication.membership.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
@@ -47,10 +59,10 @@ def test_the_first_start() -> None:
     world = World(3, 2, shards=3, up=False)
     world.up("n1", "n2")
     world.pump()
-    assert not world.controller.is_ready and [shard.serving for shard in world.shards] == [True, False, False]
+    assert not world.controller.recovery.is_settled and [shard.serving for shard in world.shards] == [True, False, False]
     world.up("n3")
     world.run(100)
-    assert world.controller.is_ready and all(shard.writable for shard in world.shards)
+    assert world.controller.recovery.is_settled and all(shard.writable for shard in world.shards)
     assert all(disk for row in world.map.members for _, disk in row)
     world.put("first")
     world.pump()
@@ -80,12 +92,13 @@ def test_a_takeover() -> None:
 def test_hello_says_what_the_node_has_to_know() -> None:
     """Numbers of links grow; the version that the node is known to have stored comes back to it with the map."""
     world = World(2, 1, shards=3, min_insync=1)
-    fields = world.controller.hello_fields("n2")
-    assert fields == {
-        "cluster": "c", "epoch": 2, "coordinator": "o2", "link": 2, "node": "n2", "map_version": world.map.version,
+    kind, fields = world.controller.hello("n2", "s")
+    assert kind == HELLO and fields == {
+        "version": LINK_VERSION, "secret": "s", "durability": "sync", "cluster": "c", "epoch": 2,
+        "coordinator": "o2", "link": 2, "node": "n2", "map_version": world.map.version,
         "heard_version": world.map.heard["n2"], "map": world.map.to_json(), "shards": [1],
     }  # fmt: skip
-    assert world.controller.hello_fields("n2")["link"] == 3 and fields["heard_version"] == 2
+    assert world.controller.hello("n2", "s")[1]["link"] == 3 and fields["heard_version"] == 2
 
 
 def test_a_node_that_knows_a_newer_map() -> None:
@@ -97,16 +110,16 @@ def test_a_node_that_knows_a_newer_map() -> None:
     def report(version: int) -> Report:
         return Report("n1", 1, "sync", 0, 2, version, 0, {0: CopyReport("n1-1")})
 
-    controller.hello_fields("n1")
+    controller.hello("n1", "s")
     with pytest.raises(StaleStore, match="n1 has seen version 2 of the cluster map, the config store has version 1"):
         controller.node_up("n1", report(2))
     world.check()
-    assert not controller.reports and not controller.take_events()
-    controller.hello_fields("n1")
+    assert not controller.reports and not controller.outbox.take_events()
+    controller.hello("n1", "s")
     controller.node_up("n1", report(2))
     assert controller.reports.keys() == {"n1"}
     world.down("n1")
-    controller.hello_fields("n1")
+    controller.hello("n1", "s")
     with pytest.raises(StaleStore, match="n1 has seen version 3 of the cluster map, the config store has version 2"):
         controller.node_up("n1", report(3))
 
@@ -115,13 +128,13 @@ def test_a_node_that_is_none_of_the_cluster_any_more() -> None:
     """Its link is closed; no batch goes to it."""
     world = World(3, 2, wanted=2)
     world.down("n3")
-    world.controller.hello_fields("n3")
+    world.controller.hello("n3", "s")
     removed: list[Any] = []
     world.controller.admin.remove("n3", removed.append)
     world.pump("n1", "n2")
     assert removed == [{"node": "n3"}]
     world.controller.node_up("n3", Report("n3", 1, "sync", 0, 2, 0, 0, {}))
-    assert world.controller.take_actions() == [("close", "n3", "it was removed from the cluster")]
+    assert world.controller.outbox.take_actions() == [("close", "n3", "it was removed from the cluster")]
     world.controller.node_down("n3", "closed")
     world.check()
 
@@ -145,7 +158,7 @@ def test_why_a_node_is_not_linked_is_known() -> None:
     world = World(2, 2, up=False)
     world.controller.node_down("n1", "connection refused")
     world.controller.node_down("n9", "not known")
-    assert world.sequencer.links["n1"].reason == "connection refused" and not world.controller.is_talkative
+    assert world.sequencer.links["n1"].reason == "connection refused" and not world.controller.outbox.actions
 
 
 # --- recovery over real replicas --------------------------------------------------------------------
@@ -184,7 +197,7 @@ def test_a_shard_below_min_insync_is_down_and_retried() -> None:
     world.take_over()
     world.up("n1")
     world.run(2 * RECOVER_WAIT_MS)
-    assert state(world) == DOWN and world.controller.is_ready
+    assert state(world) == DOWN and world.controller.recovery.is_settled
     [event] = world.words("shard-down")
     assert event["shard"] == 0 and "n2 may have writes that the others lack" in event["reason"]
     world.get("refused")
@@ -210,7 +223,7 @@ def test_a_bad_member_that_has_to_stay_is_replaced_in_its_place() -> None:
     world.store.is_held = True
     world.up("n1", "n2")
     world.pump()
-    assert state(world) == REPAIRING and world.controller.is_ready and not world.shards[0].serving
+    assert state(world) == REPAIRING and world.controller.recovery.is_settled and not world.shards[0].serving
     assert world.shards[0].reason == "n2 came back without its data: it is being replaced"
     assert world.map.members[0] == (("n1", "n1-1"), ("n2", "n2-1")), "nothing is stored yet"
     world.get("too early")
@@ -621,26 +634,26 @@ def test_frames_for_nobody() -> None:
         (ENTRIES, 9, 0, 0, []), (ENTRIES, -1, 0, 0, []), (ENTRIES, 0, 0, 0, []), (SHIPPED, 0, 1, 5, 5, None),
         (LEARNED, 0, b"n1-1", 1, 2, 0, 0), (LEARN_FAILED, 0, b"why"), (LEARN_FAILED, 9, b"why"),
     ):  # fmt: skip
-        world.controller.on_frame("n1", frame)
+        world.controller.receive("n1", frame)
         world.check()
-    assert not world.controller.take_actions() and world.shards[0].writable
+    assert not world.controller.outbox.take_actions() and world.shards[0].writable
     world.down("n1")
     for frame in ((LEARNED, 0, b"n1-1", 1, 2, 0, 0), (LEAVE,)):
         with pytest.raises(LinkError, match="n1 is not linked"):
-            world.controller.on_frame("n1", frame)
+            world.controller.receive("n1", frame)
 
 
 def test_results_go_to_the_sequencer() -> None:
     """A frame that cannot be true costs the link."""
     world = World(2, 2)
     with pytest.raises(LinkError, match="the last one sent is"):
-        world.controller.on_results("n1", 99, 99, [], [])
+        world.controller.receive("n1", [RESULTS, 99, 99, [], []])
 
 
 def test_a_node_that_leaves_is_let_go_and_told_to_stop() -> None:
     """R14: its shards lose a member before the node is gone, so no write waits; then it is told STOP."""
     world = World(3, 3, shards=2)
-    world.controller.on_frame("n2", (LEAVE,))
+    world.controller.receive("n2", (LEAVE,))
     assert [fields["node"] for fields in world.words("node-leaves")] == [] and not world.nodes["n2"].is_stopped
     world.run(100)
     assert world.row(0) == world.row(1) == ["n1", "n3"] or set(world.row(1)) == {"n1", "n3"}
@@ -655,7 +668,7 @@ def test_a_node_that_leaves_is_let_go_and_told_to_stop() -> None:
 def test_a_node_that_leaves_where_it_has_to_stay() -> None:
     """It is told to stop at once: there is nothing to wait for."""
     world = World(2, 2)
-    world.controller.on_frame("n2", (LEAVE,))
+    world.controller.receive("n2", (LEAVE,))
     world.pump()
     assert world.row() == ["n1", "n2"] and world.nodes["n2"].is_stopped
 
@@ -717,20 +730,6 @@ def test_an_audit_now_and_then() -> None:
     assert len(world.items("n1", AUDIT)) == 1
     world.run(2 * AUDIT_INTERVAL_MS)
     assert len(world.items("n1", AUDIT)) == len(world.items("n2", AUDIT)) == 3
-
-
-def test_whether_there_is_something_to_do() -> None:
-    """The shell looks only then."""
-    world = World(3, 3)
-    assert not world.controller.is_talkative
-    world.controller.outbox.event("info", "word", number=1)
-    assert world.controller.is_talkative and world.controller.take_events() == [("info", "word", {"number": 1})]
-    world.controller.outbox.actions.append(("add", "n9"))
-    assert world.controller.is_talkative and world.controller.take_actions() == [("add", "n9")]
-    world.controller.proposals.propose(lambda old: replace(old, restoring=b"x"), lambda stored: None)
-    assert world.controller.is_talkative
-    world.store_map()
-    assert not world.controller.is_talkative and world.map.restoring == b"x"
 
 
 def test_after_a_stall_nobody_is_slow() -> None:

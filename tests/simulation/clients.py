@@ -241,13 +241,9 @@ class Clients:
         return 1 if rng.random() < 0.4 else rng.randrange(1, self.think_ms + 1)
 
     def choose(self) -> SimCoordinator | None:
-        """Whom to ask: usually one that serves, sometimes any that takes requests."""
-        rng = self.world.rng
-        able = [each for each in self.coordinators if each.takes_requests]
-        ready = [each for each in able if each.is_ready]
-        if ready and rng.random() < 0.95:
-            able = ready
-        return rng.choice(able) if able else None
+        """One that lets clients in."""
+        ready = [each for each in self.coordinators if each.is_ready]
+        return self.world.rng.choice(ready) if ready else None
 
     def make(self, client: Client, coordinator: SimCoordinator) -> Request:
         """A request."""

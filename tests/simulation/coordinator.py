@@ -1,35 +1,23 @@
-"""A coordinator of a simulation: the product's Controller, moved as the coordinator's server moves it.
+"""A coordinator of a simulation: the product's Controller, and a process in the simulation that performs what it says.
 
-This is the counterpart of coordinator/server.py and coordinator/links.py: it reads the store and takes the map over
-with a new epoch, dials the nodes, brings their frames to the core, and does what the core asks for. What happens in one
-millisecond is one tick: it is flushed once. A coordinator that hears that it does not own the map any more, from the
-store or from a node, says nothing more to anybody and ends (R13).
+This is the counterpart of coordinator/server.py and coordinator/links.py, and decides as little as they do: it reads
+the store and takes the map over with a new epoch, dials the nodes, brings their frames to the core, and does what the
+core asks for. What happens in one millisecond is one turn. A process that was deposed lives on for a moment (R13).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.cluster.changes import MapChanges
 from kvtcp.cluster.store import Outcome, Stored
-from kvtcp.protocol.link import (
-    BATCH,
-    ENTRIES,
-    HELLO,
-    LEARN_FAILED,
-    LEARNED,
-    LEAVE,
-    LINK_VERSION,
-    REFUSED,
-    REPORT,
-    RESULTS,
-    SHIPPED,
-    SPACE,
-    parse_report,
-)
+from kvtcp.protocol.link import REFUSED, REPORT, STOP, parse_report
 from kvtcp.replication.controller import Controller
+from kvtcp.replication.ownership import next_epoch
 from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
+from kvtcp.replication.sequencing.link import Link, LinkError
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from tests.simulation.network import TO_CLIENT, TO_SERVER, Connection, Network
 from tests.simulation.store import SimStore
@@ -44,11 +32,9 @@ TICK_MS = SMALL["TICK_MS"]
 HEARTBEAT_MS = SMALL["HEARTBEAT_MS"]
 SILENCE_MS = SMALL["LINK_SILENCE_MS"]
 AHEAD_MS = SMALL["STAMP_AHEAD_MS"]
-MOVE_MS = SMALL["STAMP_MOVE_MS"]
 LEAVE_MS = 60  # for so long one that is stopped waits for the store
 READ_AGAIN_MS = 20  # after the store did not answer
 BACKOFF_MS = (6, 60)
-FRAMES = (ENTRIES, SHIPPED, LEARNED, LEARN_FAILED, LEAVE)
 
 
 class SimLink:
@@ -62,12 +48,13 @@ class SimLink:
         self.backoff_ms = BACKOFF_MS[0]
         self.heard_ms = 0
         self.attempts = 0
+        self.is_closing = False  # the node belongs to the cluster no more
 
     def dial(self) -> None:
         """Connect, and say HELLO."""
         owner = self.coordinator
         controller = owner.controller
-        if owner.silent or controller is None or self.connection is not None or self.node not in controller.map.nodes:
+        if self.is_closing or controller is None or self.connection is not None:
             return
         server = owner.by_port.get(controller.map.nodes[self.node][1])
         if server is None:  # it was added, and is not started yet
@@ -76,9 +63,7 @@ class SimLink:
         connection = self.connection = owner.network.connect(owner, server)
         connection.on_frame[TO_CLIENT] = partial(self._received, connection)
         connection.on_end[TO_CLIENT] = partial(self._ended, connection)
-        fields = controller.hello_fields(self.node)
-        fields |= {"version": LINK_VERSION, "secret": "s", "durability": owner.mode}
-        connection.send(TO_SERVER, (HELLO, fields))
+        connection.send(TO_SERVER, controller.hello(self.node, "s"))
         self.heard_ms = owner.world.now_ms
         owner.later(SILENCE_MS, self._watch, connection)
 
@@ -113,47 +98,62 @@ class SimLink:
     def _received(self, connection: Connection, frame: list[Any]) -> None:
         owner = self.coordinator
         controller = owner.controller
-        if connection is not self.connection or owner.silent or controller is None:
+        if connection is not self.connection or controller is None:
             return
         self.heard_ms = owner.world.now_ms
         kind = frame[0]
         if kind == REFUSED:
-            _, code, text, promised, _ = frame
-            if code == b"FENCED":
-                owner.epoch_seen = max(owner.epoch_seen, promised)
-                owner.depose(f"{self.node} says {text!r}")
-            else:
-                self.close(f"refused: {text!r}")
+            _, code, text, _, _ = frame
+            owner.step(controller.refused, self.node, code, text.decode())
+            self.close(f"refused: {text!r}")
         elif kind == REPORT:
+            report = parse_report(frame[1])
+            require(not controller.mismatch(report), f"{self.node} is of another mode than {owner.name}")
             self.live = True
             self.backoff_ms = BACKOFF_MS[0]
-            owner.step(controller.node_up, self.node, parse_report(frame[1]))
-        elif self.node in controller.map.destroyed:
-            self.close("it was declared destroyed")  # the core has forgotten the link
-        elif self.live and kind == RESULTS:
+            owner.step(controller.node_up, self.node, report)
+        elif self.live:
             controller.sequencer.heard(self.node)
-            owner.step(controller.on_results, self.node, *frame[1:])
-        elif self.live and kind == SPACE:
-            owner.step(controller.sequencer.on_space, self.node, frame[1])
-        elif self.live and kind in FRAMES:
-            controller.sequencer.heard(self.node)
-            owner.step(controller.on_frame, self.node, frame)
+            owner.step(self._receive, frame)
         else:
             raise Violation(f"{self.node} sent {frame} to {owner.name}")
+
+    def _receive(self, frame: list[Any]) -> None:
+        controller = self.coordinator.controller
+        assert controller is not None
+        try:
+            if not controller.receive(self.node, frame):
+                raise Violation(f"{self.node} sent {frame} to {self.coordinator.name}")
+        except LinkError as error:
+            if self.node not in controller.map.destroyed:  # else the core has forgotten the link
+                raise
+            self.close(str(error))
+
+    def send(self, frame: tuple[Any, ...]) -> None:
+        """To the node, if it is linked."""
+        if self.connection is not None and self.live:
+            self.connection.send(TO_SERVER, frame)
+
+    def end(self) -> None:
+        """The node left the cluster: it is stopped, and dialled no more."""
+        self.is_closing = True
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.send(TO_SERVER, (STOP,))
+            connection.close(TO_CLIENT)
 
     def write(self) -> None:
         """Write what is outgoing, as far as the kernel takes it."""
         connection, owner = self.connection, self.coordinator
         if connection is None or not self.live or owner.controller is None or connection.path.untaken:
             return
-        sequencer = owner.controller.sequencer
-        link = sequencer.links[self.node]
+        controller = owner.controller
+        link = controller.sequencer.links[self.node]
         if not link.outgoing:
             return
-        committed = sequencer.committed_ordinal(link)
-        require(-1 <= committed <= link.last_ordinal, f"{owner.name} tells {self.node} of ordinal {committed}")
-        while (batch := link.next_outgoing(owner.world.now_ms)) is not None:
-            connection.send(TO_SERVER, (BATCH, batch.stamp_ms, committed, batch.items))
+        for frame in controller.batch_frames(link):
+            require(-1 <= frame[2] <= link.last_ordinal, f"{owner.name} tells {self.node} of ordinal {frame[2]}")
+            connection.send(TO_SERVER, frame)
             if owner.world.rng.random() < 0.05:
                 owner.later(owner.world.rng.randrange(1, 12), self.write)  # the kernel's buffer is full for a moment
                 break
@@ -162,9 +162,8 @@ class SimLink:
         """An empty batch: an answer is due, whatever happens."""
         connection, owner = self.connection, self.coordinator
         if connection is not None and self.live and owner.controller is not None and not connection.path.untaken:
-            sequencer = owner.controller.sequencer
-            committed = sequencer.committed_ordinal(sequencer.links[self.node])
-            connection.send(TO_SERVER, (BATCH, sequencer.stamp_ms, committed, []))
+            controller = owner.controller
+            connection.send(TO_SERVER, controller.heartbeat(controller.sequencer.links[self.node]))
 
 
 class SimCoordinator(Process):
@@ -191,7 +190,6 @@ class SimCoordinator(Process):
         self.links: dict[str, SimLink] = {}
         self.silent = True  # it answers nobody
         self.clock_ms = 1_000_000 + world.rng.randrange(1_000)  # what its clock is ahead of the world's time
-        self.epoch_seen = 0
         self.takeovers = 0
         self.starts = 0
         self.owner = ""
@@ -208,13 +206,13 @@ class SimCoordinator(Process):
 
     @property
     def takes_requests(self) -> bool:
-        """Whether clients can talk to it."""
+        """Whether it owns the map, as far as it knows, and is not being stopped."""
         return self.alive and not self.silent and not self._leaving
 
     @property
     def is_ready(self) -> bool:
-        """Whether every shard was judged once."""
-        return self.takes_requests and self.controller is not None and self.controller.is_ready
+        """Whether clients are let in."""
+        return self.takes_requests and self.controller is not None and self.controller.ownership.is_open
 
     def wall_ms(self) -> int:
         """Its clock."""
@@ -244,19 +242,20 @@ class SimCoordinator(Process):
 
     def leave(self) -> None:
         """It is stopped in order: no stamp is given any more, and the next one may begin where this one was."""
-        controller, changes = self.controller, self.changes
-        if controller is None or changes is None:
+        if self.controller is None:
             return
-        stamp_ms = controller.sequencer.end_time()
         self._leaving = True
-        changes.propose(lambda old: old.with_last_stamp(stamp_ms), lambda _: self.later(1, self.kill))
+        self.controller.ownership.end(lambda _: self.later(1, self.kill), lambda _: None)
         self.later(LEAVE_MS, self.kill)
         self._schedule_flush()
 
-    def depose(self, reason: str) -> None:
-        """R13: it does not own the map any more."""
+    def _deposed(self, reason: str) -> None:
+        """R13: its clients are cut off at once, the process takes a moment to end."""
         self.world.note(f"{self.name} is deposed: {reason}")
-        self.kill()
+        self.silent = True
+        assert self.clients is not None
+        self.clients.lost(self)
+        self.later(self.world.rng.randrange(4), self.kill)
 
     def _found(self, stored: Stored | None) -> None:
         """The map as it was read: own it."""
@@ -265,12 +264,8 @@ class SimCoordinator(Process):
             return
         changes = self.changes = self.changes_class.of(stored)
         before = changes.map
-        epoch = max(before.epoch, self.epoch_seen) + 1
-        bound_ms = self.wall_ms() + AHEAD_MS
-        changes.propose(
-            lambda old: old.taken_over(owner=self.owner, epoch=epoch, nodes={}, stamp_bound_ms=bound_ms),
-            lambda _: self._owned(before),
-        )
+        first = replace(before, owner=self.owner, stamp_bound_ms=self.wall_ms() + AHEAD_MS)
+        changes.propose(lambda old: next_epoch(old, first), lambda _: self._owned(before))
         self._send_changes()
 
     def _owned(self, before: Any) -> None:
@@ -279,10 +274,12 @@ class SimCoordinator(Process):
         assert changes is not None
         self.takeovers += 1
         controller = self.controller = self.make_controller(changes, before)
+        controller.ownership.on_deposed = self._deposed
         self.silent = False
         self.world.note(f"{self.name} owns epoch {changes.map.epoch}")
         controller.begin(self.wall_ms(), self.world.now_ms)
-        self._look_at_nodes()
+        for node in controller.map.nodes:
+            self.add_node(node)
         self.later(TICK_MS, self._tick)
         self.later(HEARTBEAT_MS, self._heartbeat)
         self._schedule_flush()
@@ -291,7 +288,8 @@ class SimCoordinator(Process):
         """The core."""
         return self.controller_class(
             changes,
-            durability=self.mode, map_version_before=before.version,
+            durability=self.mode,
+            map_version_before=before.version,
             stamp_before_ms=before.stamp_bound_ms,
             sequencer=self.confirming_class if self.store.shared else self.sequencer_class,
             new_token=self._new_token,
@@ -305,10 +303,9 @@ class SimCoordinator(Process):
 
     def step(self, call: Any, *args: Any) -> None:
         """One step of the core, and at the end of the millisecond everything that comes of it."""
-        controller = self.controller
-        if controller is None or self.silent:
+        if self.controller is None:
             return
-        controller.begin(self.wall_ms(), self.world.now_ms)
+        self.controller.begin(self.wall_ms(), self.world.now_ms)
         call(*args)
         self._schedule_flush()
 
@@ -319,28 +316,53 @@ class SimCoordinator(Process):
 
     def _flush(self) -> None:
         self._flushing = False
-        controller = self.controller
-        if controller is None or self.silent:
-            return
-        self.look()
-        ready = controller.sequencer.close_batches()
-        if ready and self.dies_writing and self.world.rng.random() < self.dies_writing:
-            self._die_writing([link.node for link in ready])
-            return
-        for link in ready:
-            self.links[link.node].write()
-        for kind, node, *what in controller.take_actions():
-            link = self.links.get(node)
-            if kind == "send" and link is not None and link.connection is not None and link.live:
-                link.connection.send(TO_SERVER, what[0])
-            elif kind == "close" and link is not None:
-                link.close(what[0])
-            else:
-                assert kind in ("send", "close", "add", "remove"), kind
-        for level, word, fields in controller.take_events():
-            self.world.note(f"{self.name} {level} {word} {fields}", fields.get("shard", fields.get("first")))
-            require(word != "alarm", f"{self.name}: alarm: {fields}", fields.get("shard"))
+        if self.controller is not None:
+            if not self.silent:
+                self.look()
+            self.controller.end_turn(self)
+
+    def event(self, level: str, word: str, **fields: Any) -> None:
+        """See CoordinatorProcess, also below."""
+        self.world.note(f"{self.name} {level} {word} {fields}", fields.get("shard", fields.get("first")))
+        require(word != "alarm", f"{self.name}: alarm: {fields}", fields.get("shard"))
+
+    def send(self, node: str, frame: tuple[Any, ...]) -> None:
+        """To a node, if it is linked."""
+        self._check_let_out(f"{frame} to {node}")
+        self.links[node].send(frame)
+
+    def close_link(self, node: str, reason: str) -> None:
+        """It is dialled again."""
+        self.links[node].close(reason)
+
+    def add_node(self, node: str) -> None:
+        """A node of the map."""
+        self.links[node] = SimLink(self, node)
+        self.links[node].dial()
+
+    def remove_node(self, node: str) -> None:
+        """It is none any more."""
+        self.links.pop(node).end()
+
+    def open(self) -> None:
+        """Clients find it by `is_ready`."""
+        self.world.note(f"{self.name} lets clients in")
+
+    def store_map(self) -> None:
+        """The next change of the map, if the store has no request."""
         self._send_changes()
+
+    def write_batches(self, links: list[Link]) -> None:
+        """Batches of these links."""
+        self._check_let_out("batches")
+        if links and self.dies_writing and self.world.rng.random() < self.dies_writing:
+            self._die_writing([link.node for link in links])
+            return
+        for link in links:
+            self.links[link.node].write()
+
+    def _check_let_out(self, what: str) -> None:
+        require(not self.silent, f"R13: {self.name} was deposed, and sends {what}")
 
     def _die_writing(self, nodes: list[str]) -> None:
         """The process is killed when some links were written to, and others not."""
@@ -394,40 +416,14 @@ class SimCoordinator(Process):
         return members
 
     def _tick(self) -> None:
-        controller = self.controller
-        if controller is None or self.silent:
-            return
-        self._move_bound()
-        self._look_at_nodes()
-        self.step(controller.tick)
-        self.later(TICK_MS, self._tick)
+        if self.controller is not None:
+            self.step(self.controller.tick)
+            self.later(TICK_MS, self._tick)
 
     def _heartbeat(self) -> None:
         for link in list(self.links.values()):
             link.heartbeat()
         self.later(HEARTBEAT_MS, self._heartbeat)
-
-    def _move_bound(self) -> None:
-        """R12: the bound of stamps goes ahead of the clock."""
-        changes = self.changes
-        assert changes is not None
-        if self._leaving:
-            return
-        if self.wall_ms() + MOVE_MS > changes.map.stamp_bound_ms and not changes.is_busy:
-            bound_ms = self.wall_ms() + AHEAD_MS
-            changes.propose(lambda old: old.with_stamp_bound(bound_ms), lambda _: None)
-
-    def _look_at_nodes(self) -> None:
-        """A link for every node of the map, and for no other one."""
-        controller = self.controller
-        assert controller is not None
-        nodes = controller.map.nodes
-        for node in nodes:
-            if node not in self.links:
-                self.links[node] = SimLink(self, node)
-                self.links[node].dial()
-        for node in [node for node in self.links if node not in nodes]:
-            self.links.pop(node).close("it is no node of the map")
 
     # --- the store ------------------------------------------------------------------------------------
 
@@ -486,14 +482,13 @@ class SimCoordinator(Process):
             changes.on_failed(outcome, now_ms=self.world.now_ms)
         else:
             changes.on_outcome(outcome, stored if outcome is Outcome.CONFLICT else None, now_ms=self.world.now_ms)
-        if changes.lost:
-            self.depose(changes.lost)
-            return
-        if self.controller is None:
-            self._send_changes()
-        else:
-            self._look_at_nodes()
+        if self.controller is not None:
             self._schedule_flush()
+        elif changes.lost:  # before it owned the map
+            self.world.note(f"{self.name} does not take over: {changes.lost}")
+            self.kill()
+        else:
+            self._send_changes()
 
     # --- clients --------------------------------------------------------------------------------------
 
@@ -501,7 +496,7 @@ class SimCoordinator(Process):
         """A request arrives."""
         controller = self.controller
         assert self.clients is not None
-        if controller is None or not self.takes_requests:
+        if controller is None or not self.is_ready:
             return
         controller.begin(self.wall_ms(), self.world.now_ms)
         self.clients.issue(request, controller.sequencer)

@@ -48,9 +48,9 @@ SMALL = {
     "AUDIT_INTERVAL_MS": 150, "LEARNERS_PER_DONOR_MAX": 2, "LEARN_APPLY_ITEMS": 3,
     "TICK_MS": 15, "WRITE_WAIT_MS": 200, "READ_RETRY_MS": 60, "PURGE_INTERVAL_MS": 60, "LINK_GRACE_MS": 20,
     "EVICT_AFTER_MS": 200, "RECOVER_WAIT_MS": 200, "HEARTBEAT_MS": 80, "LINK_SILENCE_MS": 300, "MAP_RESEND_MS": 40,
-    "STAMP_AHEAD_MS": 400, "STAMP_MOVE_MS": 200, "DONATION_IDLE_MS": 400, "LEAVE_MS": 150,
+    "STAMP_AHEAD_MS": 400, "STAMP_MOVE_MS": 200, "BOUND_RETRY_MS": 40, "DONATION_IDLE_MS": 400, "LEAVE_MS": 150,
 }  # fmt: skip
-SMALL_PACKAGES = ("kvtcp.replication.", "kvtcp.storage.", "kvtcp.node.core")
+SMALL_PACKAGES = ("kvtcp.cluster.", "kvtcp.node.", "kvtcp.replication.", "kvtcp.storage.")
 
 
 @contextlib.contextmanager

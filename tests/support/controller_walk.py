@@ -152,7 +152,7 @@ class Walk:
     def leave(self) -> None:
         """A node is about to stop."""
         for node in self.rng.sample(self._linked(), min(1, len(self._linked()))):
-            self.world.controller.on_frame(node, (LEAVE,))
+            self.world.controller.receive(node, (LEAVE,))
             self.world.check()
             self.world.act()
 

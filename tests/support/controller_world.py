@@ -22,9 +22,10 @@ from kvtcp.node.access import Identity
 from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Learning
 from kvtcp.node.replica import FreezeRequest, Replica
-from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, RESULTS, parse_report
+from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, parse_report
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
-from kvtcp.replication.controller import FRAME_KINDS, Controller
+from kvtcp.replication.controller import Controller
+from kvtcp.replication.sequencing.link import Link
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.replication.sequencing.shard import Shard
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
@@ -372,7 +373,7 @@ class World:
     def up(self, *nodes: str) -> None:
         """Link these nodes."""
         for node in nodes:
-            report = self.nodes[node].hello(self.controller.hello_fields(node))
+            report = self.nodes[node].hello(self.controller.hello(node, "s")[1])
             self.controller.node_up(node, parse_report(report))
             self.check()
             self.act()
@@ -386,32 +387,50 @@ class World:
             self.act()
 
     def act(self) -> None:
-        """What the core wants, but for batches and the map."""
-        for level, word, fields in self.controller.take_events():
-            assert level in ("info", "warning", "error")
-            self.events.append((word, fields))
-        for kind, node, *rest in self.controller.take_actions():
-            if kind == "send":
-                self.nodes[node].inbox.append(wire(rest[0]))
-            elif kind == "close":
-                self.closed.append((node, rest[0]))
-                self.down(node, reason=rest[0])
-            else:
-                self.actions.append((kind, node, *rest))
-                if kind == "add":
-                    self.nodes[node] = Node(self, node)
+        """What the core wants, but for batches."""
+        self.controller.act(self)
+
+    def event(self, level: str, word: str, **fields: Any) -> None:
+        """See CoordinatorProcess, also below."""
+        assert level in ("info", "warning", "error")
+        self.events.append((word, fields))
+
+    def send(self, node: str, frame: tuple[Any, ...]) -> None:
+        """A frame is on its way."""
+        self.nodes[node].inbox.append(wire(frame))
+
+    def close_link(self, node: str, reason: str) -> None:
+        """The link is lost."""
+        self.closed.append((node, reason))
+        self.down(node, reason=reason)
+
+    def add_node(self, node: str) -> None:
+        """The process of a node that came."""
+        self.actions.append(("add", node))
+        self.nodes[node] = Node(self, node)
+
+    def remove_node(self, node: str) -> None:
+        """Remembered."""
+        self.actions.append(("remove", node))
+
+    def open(self) -> None:
+        """Clients ask when a test says so."""
+
+    def store_map(self) -> None:
+        """They are stored with `send_map`."""
+
+    def write_batches(self, links: list[Link]) -> None:
+        """Batches are on their way."""
+        for link in links:
+            self.nodes[link.node].inbox += [wire(frame) for frame in self.controller.batch_frames(link)]
 
     def flush(self) -> None:
         """Batches and frames go to the nodes, changes of the map to the store."""
-        self.act()
-        for link in self.sequencer.close_batches():
-            committed = self.sequencer.committed_ordinal(link)
-            while (batch := link.next_outgoing(self.now_ms)) is not None:
-                self.nodes[link.node].inbox.append(wire((BATCH, batch.stamp_ms, committed, batch.items)))
-        self.store_map()
+        self.controller.end_turn(self)
+        self.send_map()
         self.check()
 
-    def store_map(self) -> None:
+    def send_map(self) -> None:
         """The next change of the map is sent; unless the store is held, they are all stored."""
         while True:
             if self.sent is None:
@@ -443,7 +462,7 @@ class World:
     def release_store(self) -> None:
         """What is in flight, or waits, is stored."""
         self.store.is_held = False
-        self.store_map()
+        self.send_map()
 
     def work(self, *nodes: str) -> bool:
         """These nodes, or all, work off what they have; whether they said anything."""
@@ -462,11 +481,7 @@ class World:
         while outbox and frames and node in self.controller.reports:
             frames -= 1
             frame = outbox.popleft()
-            if frame[0] == RESULTS:
-                self.controller.on_results(node, *frame[1:])
-            else:
-                assert frame[0] in FRAME_KINDS
-                self.controller.on_frame(node, frame)
+            assert self.controller.receive(node, frame)
             self.check()
             self.act()
 

@@ -807,7 +807,7 @@ def test_a_node_that_leaves_does_not_learn() -> None:
     world = World()
     away(world)
     world.up("n3")
-    world.controller.on_frame("n3", (LEAVE,))
+    world.controller.receive("n3", (LEAVE,))
     [learner] = world.controller.membership.learners()
     learner.fail("a test")
     world.run(2_000)
