@@ -195,8 +195,12 @@ class NodeLink:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where the node listens."""
-        return self.controller.map.nodes[self.node]
+        """Where the node listens. Raises ConnectionError if the map does not name it any more: the controller is about
+        to have this link removed."""
+        address = self.controller.map.nodes.get(self.node)
+        if address is None:
+            raise ConnectionError("the node left the cluster")
+        return address
 
     def start(self, start_task: StartTask) -> None:
         """Dial, in a task that runs until `end`."""

@@ -119,7 +119,6 @@ class CoordinatorServer:
         self.ready = asyncio.Event()  # the shards were taken over
         self.failed: asyncio.Future[None] = self.loop.create_future()  # an error that must end the process
         self._killed = False  # it ends without another word
-        self.is_deposed = False  # the nodes belong to another coordinator: they are not to be stopped
         self._unsent = 0  # requests read since the last time everything was sent
         self._flushing = False  # a flush is scheduled: this tick's stamp is fixed
         self._tasks: set[asyncio.Task[None]] = set()

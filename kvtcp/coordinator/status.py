@@ -179,7 +179,7 @@ class Status:
 
     def nodes(self) -> list[dict[str, Any]]:
         """The list of `nodes`."""
-        return [self._node(link) for link in self._links.values()]
+        return [self._node(link) for link in self._links.values() if link.node in self._controller.map.nodes]
 
     def _node(self, link: NodeLink) -> dict[str, Any]:
         cluster_map, progress = self._controller.map, link.progress

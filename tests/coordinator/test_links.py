@@ -324,3 +324,14 @@ async def test_a_node_on_this_machine_is_reached_by_its_socket(tmp_path: Path) -
         assert peers["n1"] == str(tmp_path / "n1.sock") and peers["n2"].startswith("127.0.0.1:")
         assert await kv.incr("a") == 1
         listening.close()
+
+
+async def test_a_node_leaves_while_it_is_dialled() -> None:
+    """The map does not name it any more, and its link is not removed yet: an attempt fails, the coordinator goes on."""
+    async with LocalCluster(2, shards=2) as cluster:
+        link = cluster.coordinator.links["n2"]
+        link.node = "n9"
+        with pytest.raises(ConnectionError, match="the node left the cluster"):
+            _ = link.address
+        assert [row["node"] for row in cluster.coordinator.status.nodes()] == ["n1"]
+        link.node = "n2"

@@ -340,7 +340,7 @@ async def test_fenced() -> None:
                 with pytest.raises(CannotServe, match=r"does not own the cluster any more: n2 says: epoch 1 is over"):
                     await coordinator.failed
             await client.closed()
-        assert coordinator.is_deposed
+        assert coordinator.controller.ownership.deposed
         with pytest.raises(OSError):
             await Wire.open(coordinator.address)
 
@@ -353,7 +353,7 @@ async def test_a_map_that_somebody_else_changed(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(module, "STAMP_MOVE_MS", STAMP_AHEAD_MS)
         with pytest.raises(CannotServe, match="changed by somebody else"):
             await cluster.coordinator.failed
-        assert cluster.coordinator.is_deposed
+        assert cluster.coordinator.controller.ownership.deposed
 
 
 async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
             for each in (module, status):
                 patch.setattr(each, "wall_ms", lambda: bound_ms + 700)
             await until(lambda: coordinator.sequencer.stamp_ms == bound_ms, "the bound")
-            await until(lambda: coordinator.status.bound_failed, "the failed move")
+            await until(lambda: coordinator.controller.ownership.bound_failed, "the failed move")
             await kv.put("a", "1", ttl=0.5)
             assert await kv.get("a") == b"1"
             [sentence] = (await kv.status())["degraded"]
@@ -420,7 +420,7 @@ async def test_node_short_of_space() -> None:
     async with LocalCluster(2, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=0.2) as kv:
         await kv.put("a", "1")
         node = cluster.nodes["n2"]
-        node._space_changed(1)
+        node.core.space_changed(1)
         await until(lambda: cluster.coordinator.status.degraded(), "the frame")
         with pytest.raises(kvtcp.Unavailable, match="takes no growing writes: too little disk space on n2") as refused:
             await kv.put("a", "2")
@@ -430,11 +430,11 @@ async def test_node_short_of_space() -> None:
         await until(lambda: link_number(cluster.coordinator, "n2") == 2, "the next link")
         await until(lambda: cluster.coordinator.links["n2"].progress.connected, "the next report")
         assert await kv.delete("a") and await kv.get("a") is None
-        node._space_changed(2)
+        node.core.space_changed(2)
         await until(lambda: "refuse writes" in str(cluster.coordinator.status.degraded()), "the frame")
         with pytest.raises(kvtcp.Unavailable, match="takes no writes"):
             await kv.delete("a")
-        node._space_changed(0)
+        node.core.space_changed(0)
         await until(lambda: not cluster.coordinator.status.degraded(), "the frame")
         await kv.put("a", "2")
 

@@ -56,6 +56,8 @@ class SimLink:
         controller = owner.controller
         if self.is_closing or controller is None or self.connection is not None:
             return
+        if self.node not in controller.map.nodes:
+            return  # the core is about to have this link removed
         server = owner.by_port.get(controller.map.nodes[self.node][1])
         if server is None:  # it was added, and is not started yet
             owner.later(BACKOFF_MS[1], self.dial)
