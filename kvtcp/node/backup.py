@@ -13,15 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from kvtcp.constants import BACKUP_SLICE_MS, FREEZE_ROWS
 from kvtcp.node.replica import FreezeRequest
+from kvtcp.runtime.pacer import Pacer
 from kvtcp.storage.backup.archive import NodeFileWriter
 from kvtcp.storage.files import OsDisk
 from kvtcp.storage.shard.pages import merge_frozen
 
 log = logging.getLogger("kvtcp.backup")
+
+SHARE: Final = 0.5  # of the loop
 
 Done = Callable[["BackupJob", dict[str, Any] | None, str | None], None]
 
@@ -38,11 +41,12 @@ class BackupJob:
         self._writer: NodeFileWriter | None = None
         self._rows = self._live_rows()
         self._finished = False
+        self._pacer = Pacer(loop, self._slice, share=lambda: SHARE)
         self._finishing: asyncio.Future[dict[str, Any]] | None = None
 
     def start(self) -> None:
         """Begin with the first slice."""
-        self._loop.call_soon(self._slice)
+        self._loop.call_soon(self._pacer.run)
 
     def _live_rows(self) -> Iterator[tuple[int, bytes, bytes, int, int | None]]:
         stamp_ms = self._request.stamp_ms
@@ -52,9 +56,9 @@ class BackupJob:
             elif deadline_ms > stamp_ms:  # an expired key is not part of the content
                 yield shard, key, value, rev, deadline_ms - stamp_ms
 
-    def _slice(self) -> None:
+    def _slice(self) -> int | None:
         if self._finished:
-            return
+            return None
         try:
             if self._writer is None:
                 directory = Path(self._request.directory)
@@ -63,7 +67,7 @@ class BackupJob:
                         f"{self._node} does not see {directory}: the backup was given up meanwhile, or coordinator "
                         "and nodes do not share the backup directory"
                     )
-                    return
+                    return None
                 shards = [frozen.shard for frozen in self._request.frozen]
                 self._writer = NodeFileWriter(OsDisk(), directory, self._node, shards)
             end = time.monotonic() + BACKUP_SLICE_MS / 1000
@@ -71,12 +75,12 @@ class BackupJob:
                 rows = list(islice(self._rows, FREEZE_ROWS // 4))
                 if not rows:
                     self._finish()
-                    return
+                    return None
                 self._writer.write_rows(rows)
         except OSError as error:
             self.abort(f"{self._node} cannot write its file: {error}")
-            return
-        self._loop.call_later(BACKUP_SLICE_MS / 1000, self._slice)  # as long as the slice was: half the loop at most
+            return None
+        return 0
 
     def _finish(self) -> None:
         assert self._writer is not None
@@ -96,6 +100,7 @@ class BackupJob:
 
     def _end(self) -> None:
         self._finished = True
+        self._pacer.stop()
         for frozen in self._request.frozen:
             frozen.close()
 

@@ -27,6 +27,7 @@ from kvtcp.constants import (
 from kvtcp.node.learning import Donation
 from kvtcp.node.replica import Replica
 from kvtcp.protocol.link import CHUNK
+from kvtcp.runtime.pacer import IdleWatch, Pacer
 from kvtcp.runtime.transport import FramedConnection
 from kvtcp.storage.disk.snapshot import SnapshotHeader, encode_snapshot
 from kvtcp.storage.shard.copy import Logged
@@ -94,33 +95,34 @@ class DonationStream:
         on_end: Callable[[DonationStream], None],
     ) -> None:
         self._donations = donations
-        self._loop = donations.loop
         self._connection = connection
         self._donation = donation
         self._pieces = pieces
         self._on_end = on_end
         self._bytes = 0  # sent so far
         self._began_s = time.monotonic()
-        self._moved_s = self._began_s  # when something was sent last
-        self._is_waiting = False  # for the learner to read
         self._has_ended = False
-        self._next: asyncio.TimerHandle | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self._pacer = Pacer(
+            donations.loop, self._slice, share=lambda: BULK_SHARE,
+            rate_bytes_s=lambda: BULK_BYTES_PER_S / len(donations.streams),
+        )  # fmt: skip
+        self._watch = IdleWatch(
+            donations.loop, DONATION_IDLE_MS, lambda idle_s: self.abort(f"the learner took nothing for {idle_s:.0f} s")
+        )
 
     def begin(self) -> None:
         """The first slice."""
         transport = self._connection.transport
         if transport is not None:
             transport.set_write_buffer_limits(high=BULK_WRITE_BUFFER_BYTES)
-        self._watch = self._loop.call_later(DONATION_IDLE_MS / 1000, self._look)
-        self._slice()
+        self._pacer.run()
 
-    def _slice(self) -> None:
-        begin_s = time.monotonic()
+    def _slice(self) -> int | None:
+        end_s = time.monotonic() + BULK_SLICE_MS / 1000
         made: list[bytes] = []
         size = 0
         whole = False
-        while size < BULK_CHUNK_BYTES and time.monotonic() < begin_s + BULK_SLICE_MS / 1000:
+        while size < BULK_CHUNK_BYTES and time.monotonic() < end_s:
             piece = next(self._pieces, None)
             if piece is None:
                 whole = True
@@ -130,37 +132,23 @@ class DonationStream:
         if made:
             self._connection.send((CHUNK, b"".join(made)))
             self._bytes += size
-            self._moved_s = begin_s
+            self._watch.moved()
         if whole:
             self._connection.send((CHUNK, b""))
             log.info("event=donated shard=%s seq=%s bytes=%s ms=%.0f peer=%s", self._donation.shard,
-                     self._donation.position[1], self._bytes, (begin_s - self._began_s) * 1000,
+                     self._donation.position[1], self._bytes, (time.monotonic() - self._began_s) * 1000,
                      self._connection.peer)  # fmt: skip
             self._end()
             self._connection.close()
-            return
+            return None
         self._connection.flush()
         if self._connection.write_paused:
-            self._is_waiting = True
-        else:
-            taken_s = time.monotonic() - begin_s
-            rate_s = size * len(self._donations.streams) / BULK_BYTES_PER_S
-            pause_s = max(rate_s - taken_s, taken_s * (1 / BULK_SHARE - 1))
-            self._next = self._loop.call_later(pause_s, self._slice)
+            self._pacer.hold()
+        return size
 
     def resumed(self) -> None:
         """The learner reads again."""
-        if self._is_waiting and not self._has_ended:
-            self._is_waiting = False
-            self._slice()
-
-    def _look(self) -> None:
-        """Nothing moved for long: it is let go."""
-        idle_s = time.monotonic() - self._moved_s
-        if idle_s >= DONATION_IDLE_MS / 1000:
-            self.abort(f"the learner took nothing for {idle_s:.0f} s")
-        else:
-            self._watch = self._loop.call_later(DONATION_IDLE_MS / 1000 - idle_s, self._look)
+        self._pacer.resume()
 
     def abort(self, reason: str) -> None:
         """End without an end: the learner sees the connection close."""
@@ -171,8 +159,7 @@ class DonationStream:
 
     def _end(self) -> None:
         self._has_ended = True
-        for timer in (self._next, self._watch):
-            if timer is not None:
-                timer.cancel()
+        self._pacer.stop()
+        self._watch.stop()
         self._donation.close()
         self._on_end(self)

@@ -9,9 +9,8 @@ synced. Who appended is told (`on_durable`) with the connection and the highest 
 **Jobs** (a promise, the report of a position, a snapshot's publication) wait for what was appended before them, and are
 done in the log's worker before anything appended later: groups and jobs are one queue.
 
-**Snapshots** are taken one shard at a time in slices of the loop of SNAPSHOT_SLICE_MS, SNAPSHOT_SHARE of the time:
-because the log is long, on demand, or because the disk is nearly full and an old log or deleted keys can give space
-back.
+**Snapshots** (snapshots.py) are taken one shard at a time, with SNAPSHOT_SHARE of the loop: because the log is long, on
+demand, or because the disk is nearly full and an old log or deleted keys can give space back.
 
 **Failure.** After any error of the disk nobody knows what is on it: `on_failed` is called once, nothing is acknowledged
 any more, and the process ends. Only a snapshot that finds no space is given up and taken again later.
@@ -21,11 +20,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -33,17 +31,16 @@ from typing import Any, Final, NamedTuple
 from kvtcp.constants import (
     LOG_IDLE_MS,
     LOG_RECORD_BYTES_MAX,
-    SNAPSHOT_BUFFER_BYTES,
     SNAPSHOT_LOG_BYTES,
     SNAPSHOT_SHARE,
     SNAPSHOT_SHARE_URGENT,
-    SNAPSHOT_SLICE_MS,
     SPACE_LOOK_MS,
 )
 from kvtcp.node.replica import Replica
+from kvtcp.node.snapshots import SnapshotJob
 from kvtcp.runtime.worker import Worker
 from kvtcp.storage.disk.log import Prepared
-from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot
+from kvtcp.storage.disk.snapshot import SnapshotHeader
 from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.copy import Copy, Logged
 from kvtcp.storage.shard.freeze import Frozen
@@ -54,7 +51,6 @@ STOP_WAIT_S: Final = 5.0  # for both workers together at the end
 GROUP_BYTES_MAX: Final = LOG_RECORD_BYTES_MAX // 2  # a group that has more takes no further entries
 RETRY_S: Final = 2.0  # between two attempts to snapshot, or to make room, on a disk that is full
 SHORT_LOG_BYTES: Final = 1 << 20  # with the disk nearly full, a segment beyond it is worth being ended
-NO_SPACE_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT}
 
 Connection = Any  # whoever appended; handed back
 
@@ -348,7 +344,7 @@ class Durability:
             return
         if shard in self._wanted:
             self._wanted.remove(shard)
-        self._snapshot = SnapshotJob(self, *self._freeze(shard))
+        self._snapshot = SnapshotJob(self._loop, self, *self._freeze(shard))
         self._snapshot.begin()
 
     def snapshot_share(self) -> float:
@@ -385,10 +381,6 @@ class Durability:
 
         self._file_worker.submit(work, finished)
 
-    def later(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Call back unless the node is ending."""
-        self._loop.call_later(delay_s, lambda: None if self._closing or self.failure is not None else callback())
-
     # --- the end --------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException) -> None:
@@ -400,6 +392,8 @@ class Durability:
 
     def _stop_timers(self) -> None:
         self._look.cancel()
+        if self._snapshot is not None:
+            self._snapshot.abandon()
         if self._idle is not None:
             self._idle.cancel()
 
@@ -416,8 +410,6 @@ class Durability:
             with contextlib.suppress(TimeoutError):  # told below
                 await asyncio.wait_for(self._drained.wait(), wait_s)
         self._closing = True
-        if self._snapshot is not None:
-            self._snapshot.abandon()
         files_ended = self._file_worker.stop(end_s - time.monotonic())
         log_ended = self._log_worker.stop(end_s - time.monotonic())
         if self.failure is not None:
@@ -426,113 +418,3 @@ class Durability:
             self.store.close_clean()
         else:
             log.error("event=not-stopped-in-order reason=the disk did not answer for %s s", wait_s)
-
-
-class SnapshotJob:
-    """One snapshot of one shard, in slices."""
-
-    def __init__(self, durability: Durability, frozen: Frozen, kept: list[Logged]) -> None:
-        self._durability = durability
-        self._frozen = frozen
-        self._header: SnapshotHeader = durability.store.header_of(frozen)
-        self._pieces: Iterator[bytes] = encode_snapshot(self._header, frozen, kept)
-        self._file: SnapshotFile | None = None
-        self._waiting_bytes = 0  # handed to the worker and not written yet
-        self._whole = False  # all of it is on the disk, under its temporary name
-        self._given_up = False
-        self._ended = False  # all pieces are handed over
-        self._logged = False  # the log is durable up to the position
-        self._slice_waits = False  # the next slice waits for the disk
-
-    def begin(self) -> None:
-        """Make the file, then the first slice."""
-        self._durability.when_durable(self._log_is_durable)
-        self._durability.in_files(self._guarded(self._create), lambda _: self._slice())
-
-    def _create(self) -> None:
-        self._file = self._durability.store.create_snapshot(self._header)
-
-    def _guarded(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """In the worker: a disk without space ends this snapshot, not the node."""
-
-        def run() -> Any:
-            if self._given_up:
-                return None
-            try:
-                return work()
-            except OSError as error:
-                if error.errno not in NO_SPACE_ERRORS:
-                    raise
-                self._given_up = True
-                if self._file is not None:
-                    self._file.abort()
-                return None
-
-        return run
-
-    def _slice(self) -> None:
-        if self._given_up:
-            self._give_up()
-            return
-        begin_s = time.monotonic()
-        end_s = begin_s + SNAPSHOT_SLICE_MS / 1000
-        made: list[bytes] = []
-        for piece in self._pieces:
-            made.append(piece)
-            if time.monotonic() >= end_s:
-                break
-        else:
-            self._ended = True
-        file = self._file
-        assert file is not None, "the file is made before the first slice"
-        if made:
-            data = b"".join(made)
-            self._waiting_bytes += len(data)
-            self._durability.in_files(self._guarded(lambda: file.write(data)), lambda _: self._taken(len(data)))
-        if self._ended:
-            self._durability.in_files(self._guarded(file.finish), self._finished)
-        elif self._waiting_bytes > SNAPSHOT_BUFFER_BYTES:
-            self._slice_waits = True
-        else:
-            taken_s = time.monotonic() - begin_s
-            self._durability.later(taken_s * (1 / self._durability.snapshot_share() - 1), self._slice)
-
-    def _taken(self, size: int) -> None:
-        self._waiting_bytes -= size
-        if self._slice_waits and self._waiting_bytes <= SNAPSHOT_BUFFER_BYTES:
-            self._slice_waits = False
-            self._slice()
-
-    def _log_is_durable(self) -> None:
-        self._logged = True
-        if self._whole and not self._given_up:
-            self._publish()
-
-    def _finished(self, _: Any) -> None:
-        self._whole = True
-        if self._given_up:
-            self._give_up()
-        elif self._logged:
-            self._publish()
-
-    def _publish(self) -> None:
-        file = self._file
-        assert file is not None, "the file is made"
-        self._durability.in_files(self._guarded(file.publish), self._published)
-
-    def _published(self, size: int | None) -> None:
-        if self._given_up or size is None:
-            self._give_up()
-            return
-        log.info("event=snapshot shard=%s seq=%s bytes=%s", self._header.shard, self._header.seq, size)
-        self._durability.snapshot_ended(self._durability.store.published(self._header, size))
-
-    def _give_up(self) -> None:
-        log.warning("event=snapshot-given-up shard=%s reason=no space left on the disk", self._header.shard)
-        self._frozen.close()
-        self._durability.snapshot_given_up()
-
-    def abandon(self) -> None:
-        """The node ends: the unfinished file is removed at the next start."""
-        self._given_up = True
-        self._frozen.close()

@@ -24,11 +24,12 @@ from typing import Any, Final, Protocol
 from kvtcp.constants import DONATION_IDLE_MS, LINK_FRAME_BYTES_MAX, RECOVER_WAIT_MS, SNAPSHOT_BUFFER_BYTES
 from kvtcp.errors import DataError, ProtocolError
 from kvtcp.node.core import NodeCore
-from kvtcp.node.durability import NO_SPACE_ERRORS, Durability
+from kvtcp.node.durability import Durability
 from kvtcp.node.learning import Learning
 from kvtcp.protocol.link import CHUNK, GIVE, LINK_VERSION, REFUSED
+from kvtcp.runtime.pacer import IdleWatch
 from kvtcp.runtime.transport import FramedConnection
-from kvtcp.runtime.worker import Worker
+from kvtcp.runtime.worker import FileTasks, Worker
 from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, FormatError
 from kvtcp.storage.disk.snapshot import HEADER_BYTES, SnapshotFile, SnapshotHeader, decode_snapshot
 from kvtcp.storage.shard.copy import Copy, Logged
@@ -147,17 +148,18 @@ class Pull:
         self._bytes = 0
         self._whole = False  # the last byte is here
         self._is_paused = False  # nothing is read until more is stored
-        self._began_s = self._moved_s = time.monotonic()
+        self._began_s = time.monotonic()
         self._sink: Sink = MemorySink() if pulls.durability is None else DiskSink(pulls.durability, self)
         self._dialling: asyncio.Task[None] | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self._watch = IdleWatch(
+            self.loop, DONATION_IDLE_MS, lambda idle_s: self.fail(f"nothing came from the donor for {idle_s:.0f} s")
+        )
 
     def begin(self) -> None:
         """Dial."""
         log.info("event=pulling shard=%s disk=%s generation=%s donor=%s:%s", self._shard, self._learning.disk,
                  self._learning.generation, *self._address)  # fmt: skip
         self._dialling = self.loop.create_task(self._dial())
-        self._watch = self.loop.call_later(DONATION_IDLE_MS / 1000, self._look)
 
     async def _dial(self) -> None:
         try:
@@ -193,7 +195,7 @@ class Pull:
             self.fail("the donor sent what is no part of a copy")
 
     def _chunk(self, data: bytes) -> None:
-        self._moved_s = time.monotonic()
+        self._watch.moved()
         durability = self._pulls.durability
         if not self._pulls.core.is_wanted(self._learning):
             self.end("it is not wanted any more")
@@ -212,6 +214,7 @@ class Pull:
             self.fail(f"the donor sent {self._bytes} bytes, less than a header")
         else:
             self._whole = True
+            self._watch.stop()
             if self.connection is not None:
                 self.connection.close()
             self._sink.finish(self._stored)
@@ -256,12 +259,10 @@ class Pull:
     def _stored(self, data: bytes | bytearray) -> None:
         header = self._header
         assert header is not None, "all of it came"
-        self._moved_s = time.monotonic()
         directory = self._pulls.directory
         self._pulls.loader.submit(lambda: decode_snapshot(data, header.name, directory), self._decoded)
 
     def _decoded(self, result: tuple[Table, list[Logged]] | None, error: BaseException | None) -> None:
-        self._moved_s = time.monotonic()
         if self.ended:
             return
         if isinstance(error, (FormatError, DataError)):
@@ -290,14 +291,6 @@ class Pull:
 
     # --- the end ------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Nothing came, or was stored, for long."""
-        idle_s = time.monotonic() - self._moved_s
-        if idle_s >= DONATION_IDLE_MS / 1000 and not self._whole:
-            self.fail(f"nothing came from the donor for {idle_s:.0f} s")
-        elif not self._whole:
-            self._watch = self.loop.call_later(DONATION_IDLE_MS / 1000 - idle_s, self._look)
-
     def fail(self, reason: str) -> None:
         """The coordinator is told, if it still wants the copy."""
         if self.ended:
@@ -314,8 +307,7 @@ class Pull:
 
     def _end(self) -> None:
         self.ended = True
-        if self._watch is not None:
-            self._watch.cancel()
+        self._watch.stop()
         if self._dialling is not None and not self._dialling.done():
             self._dialling.cancel()
         if self.connection is not None:
@@ -385,8 +377,7 @@ class DiskSink:
         self._durability = durability
         self._pull = pull
         self._file: SnapshotFile | None = None
-        self._is_over = False  # nothing more is done with the file; looked at in the worker too
-        self._full: OSError | None = None  # the disk had no space; set in the worker
+        self._files = FileTasks(durability.in_files, lambda full: pull.fail(f"no space for another copy: {full}"))
 
     def begin(self, header: SnapshotHeader) -> None:
         """Make the file."""
@@ -394,12 +385,12 @@ class DiskSink:
         def create() -> None:
             self._file = self._durability.store.create_snapshot(header)
 
-        self._in_files(create, lambda _: None)
+        self._files.add(create, lambda _: None)
 
     def write(self, data: bytes) -> None:
         """Append."""
         self.waiting_bytes += len(data)
-        self._in_files(lambda: self._present().write(data), lambda _: self._taken(len(data)))
+        self._files.add(lambda: self._present().write(data), lambda _: self._taken(len(data)))
 
     def _taken(self, size: int) -> None:
         self.waiting_bytes -= size
@@ -416,40 +407,18 @@ class DiskSink:
             self._present().finish()
             return self._present().read_back()
 
-        self._in_files(finish, done)
+        self._files.add(finish, done)
 
     def publish(self, done: Callable[[int], None]) -> None:
         """Its name, durably."""
-        self._in_files(lambda: self._present().publish(), done)
+        self._files.add(lambda: self._present().publish(), done)
 
     def abort(self) -> None:
         """Remove what there is of it, behind everything that is under way."""
-        self._is_over = True
+        self._files.is_over = True
         self._durability.in_files(self._remove, lambda _: None)
 
     def _remove(self) -> None:
         if self._file is not None:
             self._file.abort()
             self._durability.store.remove([self._file.path])
-
-    def _in_files(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """In the worker: a disk without space ends the transfer, not the node."""
-
-        def run() -> Any:
-            if self._is_over or self._full is not None:
-                return None
-            try:
-                return work()
-            except OSError as error:
-                if error.errno not in NO_SPACE_ERRORS:
-                    raise
-                self._full = error
-                return None
-
-        def finished(result: Any) -> None:
-            if self._full is not None:
-                self._pull.fail(f"no space for another copy: {self._full}")
-            elif not self._is_over:
-                done(result)
-
-        self._durability.in_files(run, finished)

@@ -11,10 +11,13 @@ a daemon, and `stop` waits a bounded time.
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Final
+
+NO_SPACE_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT}
 
 Done = Callable[[Any, BaseException | None], None]  # result, error
 
@@ -51,3 +54,43 @@ class Worker:
                 self._loop.call_soon_threadsafe(done, result, error)
             except RuntimeError:  # the loop is closed: nobody waits for results any more
                 return
+
+
+class FileTasks:
+    """The work of one job with files, in order. If the disk has no space for it, `on_full` is called once and nothing
+    more is done: that ends the job, not the node."""
+
+    def __init__(
+        self, submit: Callable[[Callable[[], Any], Callable[[Any], None]], None], on_full: Callable[[OSError], None]
+    ) -> None:
+        """`submit` takes work for a thread, and what is called on the loop with its result; other errors are its
+        business."""
+        self.is_over = False  # set by the job: what is queued is not done any more
+        self._submit = submit
+        self._on_full = on_full
+        self._full: OSError | None = None  # set in the thread
+
+    def add(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Do this, then call `done` with the result, unless the job is over."""
+
+        def run() -> Any:
+            if self.is_over or self._full is not None:
+                return None
+            try:
+                return work()
+            except OSError as error:
+                if error.errno not in NO_SPACE_ERRORS:
+                    raise
+                self._full = error
+                return None
+
+        def finished(result: Any) -> None:
+            if self.is_over:
+                return
+            if self._full is None:
+                done(result)
+            else:
+                self.is_over = True
+                self._on_full(self._full)
+
+        self._submit(run, finished)

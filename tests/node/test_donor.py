@@ -87,7 +87,7 @@ async def test_a_learner_that_reads_nothing(donor: NodeServer, monkeypatch: pyte
         wire.writer.transport.pause_reading()
         wire.send(give())
         (stream,) = await until(lambda: donor.donations.streams)
-        await until(lambda: stream._is_waiting, "the pause")
+        await until(lambda: stream._pacer._is_held, "the pause")
         assert stream._bytes < 20 * MIB
         await until(lambda: not donor.donations.streams, "the end")
         assert not donor.replica.tables[0].is_scanned
@@ -103,7 +103,7 @@ async def test_the_rate(donor: NodeServer, monkeypatch: pytest.MonkeyPatch) -> N
     call_later = donor.loop.call_later
 
     def later(delay: float, callback: Any, *args: Any) -> Any:
-        if getattr(callback, "__name__", "") == "_slice":
+        if getattr(callback, "__name__", "") == "run":
             pauses.append(delay)
         return call_later(delay, callback, *args)
 
