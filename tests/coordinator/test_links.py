@@ -13,7 +13,7 @@ from kvtcp.constants import LINK_SILENCE_MS
 from kvtcp.coordinator import links as links_module
 from kvtcp.coordinator.links import LinkConnection, NodeLink
 from kvtcp.errors import KvtcpError, OutcomeUnknown
-from kvtcp.node.server import LinkConnection as NodeConnection
+from kvtcp.node.connection import NodeConnection
 from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import BATCH, HELLO, RESULTS
 from kvtcp.testing.local_cluster import LocalCluster

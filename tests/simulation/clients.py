@@ -124,7 +124,7 @@ class Request:
         elif code == Code.UNKNOWN:
             self._answered("unknown")
         else:
-            require(code in REFUSED, f"{self.kind} ended with {code}: {message}", self.shard)
+            require(isinstance(code, int) and code in REFUSED, f"{self.kind} ended with {code}: {message}", self.shard)
             self._answered("refused")
         self._tell()
 
