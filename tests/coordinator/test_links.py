@@ -217,9 +217,9 @@ async def test_results_that_cannot_be_true(caplog: pytest.LogCaptureFixture) -> 
         for frame in ([4, 10**6, 10**6, [], []], [4, "1", 1, [], []], [4, 0, 0, [1, 2, 3], []], [4, 1, 1, None, []]):
             node = cluster.nodes["n1"]
             number = link_number(cluster.coordinator, "n1")
-            assert node._link is not None
-            node._link.send(frame)
-            node._link.flush()
+            assert node.core.link is not None
+            node.core.link.connection.send(frame)
+            node.core.link.connection.flush()
             await until(lambda: link_number(cluster.coordinator, "n1") > number, "a new link")  # noqa: B023
             await linked(cluster.coordinator, 2)
             assert await kv.get("a") == b"1"
@@ -243,13 +243,13 @@ async def test_silent_node_and_moved_reads() -> None:
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
         await kv.put("a", "1")
         node = cluster.nodes["n1"]
-        assert node._link is not None and node._link.transport is not None
-        node._link.transport.pause_reading()
+        assert node.core.link is not None and node.core.link.connection.transport is not None
+        node.core.link.connection.transport.pause_reading()
         answers = await asyncio.gather(*(kv.get("a") for _ in range(20)), kv.count())
         assert answers == [b"1"] * 20 + [1]
         with pytest.raises(KvtcpError):
             await kv.incr("a", timeout=0.1)
-        node._link.transport.resume_reading()
+        node.core.link.connection.transport.resume_reading()
         await until(lambda: not cluster.coordinator.links["n1"].progress.items, "the window")
         assert await kv.get("a") == b"2", "the write was sequenced: it happened, once"
 
@@ -260,8 +260,8 @@ async def test_half_open_link(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "1")
         node = cluster.nodes["n1"]
-        assert node._link is not None and node._link.transport is not None
-        node._link.transport.pause_reading()
+        assert node.core.link is not None and node.core.link.connection.transport is not None
+        node.core.link.connection.transport.pause_reading()
         assert sorted(await asyncio.gather(*(kv.incr("b") for _ in range(20)))) == list(range(1, 21))
         assert await kv.incr("a") == 2
         assert link_number(cluster.coordinator, "n1") == 2
