@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from kvtcp.runtime.worker import Worker
+import pytest
+
+from kvtcp.runtime.worker import FileTasks, Worker
 
 
 async def test_work_is_done_in_order_in_another_thread() -> None:
@@ -77,3 +81,41 @@ def test_a_closed_loop_ends_the_worker() -> None:
     worker.submit(lambda: 1, lambda *_: None)
     worker._thread.join(10)
     assert not worker._thread.is_alive()
+
+
+def raising(number: int) -> Callable[[], Any]:
+    """Work that ends in an error of the system."""
+
+    def work() -> None:
+        raise OSError(number, "no")
+
+    return work
+
+
+def test_no_space_ends_the_job() -> None:
+    """It is told once, nothing that was queued is done any more; other errors are those of the thread."""
+    queue: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+    told: list[Any] = []
+    tasks = FileTasks(lambda *task: queue.append(task), lambda full: told.append(full.errno))
+    for work in (lambda: 1, raising(errno.ENOSPC), lambda: 2):
+        tasks.add(work, told.append)
+    for work, done in queue:
+        done(work())
+    tasks.add(lambda: told.append("done"), told.append)
+    assert queue[-1][0]() is None and told == [1, errno.ENOSPC] and tasks.is_over
+    tasks = FileTasks(lambda *task: queue.append(task), told.append)
+    tasks.add(raising(errno.EIO), told.append)
+    with pytest.raises(OSError):
+        queue[-1][0]()
+
+
+def test_a_job_that_is_over() -> None:
+    """Its results concern nobody any more."""
+    queue: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+    told: list[Any] = []
+    tasks = FileTasks(lambda *task: queue.append(task), told.append)
+    tasks.add(lambda: 1, told.append)
+    result = queue[0][0]()
+    tasks.is_over = True
+    queue[0][1](result)
+    assert result == 1 and not told
