@@ -200,6 +200,9 @@ class Owner(Process):
         self.told: list[int] = []
         self.born()
 
+    def logged(self, entries: list[Any]) -> None:
+        """No oracle hears of them."""
+
     def on_durable(self, connection: Any, ordinal: int) -> None:
         """See NodeDisk."""
         self.told.append(ordinal)
