@@ -18,7 +18,7 @@ from kvtcp.frontend.resp.session import RespSession
 
 
 class RedisInfo:
-    """The host of a Door. `port` tells where clients connect."""
+    """The host of a RespService. `port` tells where clients connect."""
 
     def __init__(self, status: Status, clients: Clients, port: Callable[[], int]) -> None:
         self._status = status
@@ -32,7 +32,7 @@ class RedisInfo:
     def resp_clients(self) -> Iterable[ClientState]:
         """Those that are connected, in the order in which they came."""
         sessions = [session for session in self._clients.sessions if isinstance(session, RespSession)]
-        return sorted((session.client.state for session in sessions), key=lambda state: state.ident)
+        return sorted((session.pipeline.state for session in sessions), key=lambda state: state.ident)
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """The sections of INFO, without the number of keys."""

@@ -41,7 +41,7 @@ from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.frontend.native.gateway import Gateway
 from kvtcp.frontend.port import Port
-from kvtcp.frontend.resp.service import Door
+from kvtcp.frontend.resp.service import RespService
 from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership.recovery import StaleStore
@@ -110,10 +110,10 @@ class CoordinatorServer:
         )
         self.gateway = Gateway(self.sequencer, self.keyspace, administration.requests)
         info = RedisInfo(self.status, self.clients, lambda: self.address[1])
-        door = None
+        service = None
         if config.resp:
-            door = Door(self.sequencer, self.keyspace, info, self.clients.now_ms, wall_us, secrets.randbelow)
-        self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, door)
+            service = RespService(self.sequencer, self.keyspace, info, self.clients.now_ms, wall_us, secrets.randbelow)
+        self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, service)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
         self.ready = asyncio.Event()  # the shards were taken over

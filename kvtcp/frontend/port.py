@@ -16,7 +16,7 @@ from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.connection import ClientConnection
 from kvtcp.frontend.native.gateway import Gateway
 from kvtcp.frontend.native.session import ClientSession
-from kvtcp.frontend.resp.service import Door
+from kvtcp.frontend.resp.service import RespService
 from kvtcp.frontend.resp.session import RespSession
 from kvtcp.protocol.framing import PREFIX_BYTE
 
@@ -26,7 +26,7 @@ MakeSession = Callable[[], ClientConnection]
 
 
 class Port:
-    """Makes the protocol objects of the coordinator's listening socket. Without a door Redis clients are refused."""
+    """Makes the protocol objects of the coordinator's listening socket. Without a service Redis clients are refused."""
 
     def __init__(
         self,
@@ -34,15 +34,15 @@ class Port:
         begin: Callable[[], None],
         requests_read: Callable[[int], None],
         gateway: Gateway,
-        door: Door | None,
+        service: RespService | None,
     ) -> None:
         self._clients = clients
         self.sessions_by_byte: dict[int, MakeSession] = {
             PREFIX_BYTE: partial(ClientSession, clients, begin, requests_read, gateway)
         }
         self.other_session: MakeSession | None = None  # for every other first byte; None = refused
-        if door is not None:
-            self.other_session = partial(RespSession, clients, begin, requests_read, door)
+        if service is not None:
+            self.other_session = partial(RespSession, clients, begin, requests_read, service)
 
     def connection(self) -> NewConnection:
         """The protocol object of a connection that is accepted."""

@@ -61,7 +61,7 @@ async def test_a_connection_before_its_first_byte(cluster: LocalCluster) -> None
         assert isinstance(connection, NewConnection) and connection.peer.startswith("127.0.0.1:")
         assert await wire.do("ping") == "PONG"
         (session,) = cluster.coordinator.clients.sessions
-        assert isinstance(session, RespSession) and session.client.state.peer == connection.peer
+        assert isinstance(session, RespSession) and session.pipeline.state.peer == connection.peer
 
 
 class Reader(Session):

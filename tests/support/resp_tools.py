@@ -14,8 +14,8 @@ from typing import Any
 from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.frontend.resp.client_state import ClientState
 from kvtcp.frontend.resp.parser import RespParser
-from kvtcp.frontend.resp.pipeline import RespClient
-from kvtcp.frontend.resp.service import Door
+from kvtcp.frontend.resp.pipeline import Pipeline
+from kvtcp.frontend.resp.service import RespService
 from kvtcp.protocol import operations as op
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.replication.sequencing.multi_read import MultiRead
@@ -133,7 +133,7 @@ class FakeHost:
     """What a server would tell."""
 
     def __init__(self) -> None:
-        self.clients: list[RespClient] = []
+        self.clients: list[Pipeline] = []
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Sections of INFO."""
@@ -149,14 +149,14 @@ class FakeHost:
 
 
 class World:
-    """A door, its sequencer, and time that stands still."""
+    """A RespService, its sequencer, and time that stands still."""
 
     def __init__(self, keys: Iterable[bytes] = ()) -> None:
         self.now_ms = 1_000_000
         self.sequencer = FakeSequencer(keys=sorted(keys))
         self.keyspace = Keyspace(SHARDS)
         self.host = FakeHost()
-        self.door = Door(
+        self.service = RespService(
             self.sequencer,  # type: ignore[arg-type]
             self.keyspace,
             self.host,
@@ -171,14 +171,14 @@ class World:
 
 
 class Client:
-    """A RespClient, and what its session would do for it."""
+    """A Pipeline, and what its session would do for it."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.sequencer = world.sequencer
         self.wakes = 0
         self.parser = RespParser()
-        self.resp = RespClient(world.door, "127.0.0.1:9", self._wake)
+        self.resp = Pipeline(world.service, "127.0.0.1:9", self._wake)
         world.host.clients.append(self.resp)
 
     def _wake(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.frontend.resp.client_state import ClientState
 from kvtcp.frontend.resp.plan import Arguments, Operation, Plan
-from kvtcp.frontend.resp.service import Door
+from kvtcp.frontend.resp.service import RespService
 from kvtcp.replication.sequencing.multi_read import MultiRead
 
 Slot = list[bytes | None]  # the reply of one command, None until it is there
@@ -30,7 +30,7 @@ class Caller(Protocol):
         """Who it is, what it queued, what it watches."""
 
     @property
-    def service(self) -> Door:
+    def service(self) -> RespService:
         """What all clients share."""
 
     @property

@@ -1,6 +1,6 @@
 r"""Commands of the Redis protocol out of a stream of bytes.
 
-Pure; between a session's socket and `RespClient`. A command is an array of bulk strings, or an *inline* line as a
+Pure; between a session's socket and `Pipeline`. A command is an array of bulk strings, or an *inline* line as a
 person types it:
 
     *2\r\n$3\r\nGET\r\n$6\r\nuser:1\r\n            an array of two: "GET", "user:1"

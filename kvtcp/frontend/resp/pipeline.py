@@ -1,4 +1,4 @@
-"""RespClient: one client of the Redis protocol, from commands to replies in order.
+"""Pipeline: the commands of one client of the Redis protocol, and their replies in order.
 
 Pure; between a session's parser and the sequencer. The cluster answers out of order, a client of Redis is answered in
 order. So each command gets a *slot*, a list of one, in a queue; whoever has the reply puts its bytes into the slot, and
@@ -39,7 +39,7 @@ from kvtcp.frontend.resp.plan import (
     error_text,
 )
 from kvtcp.frontend.resp.replies import HEADS, OK, Simple, bulk, encode, error, nil
-from kvtcp.frontend.resp.service import Door
+from kvtcp.frontend.resp.service import RespService
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.replication.sequencing.multi_read import MultiRead, mget_read
@@ -51,13 +51,13 @@ QUEUED: Final = Simple("QUEUED")
 _SECURITY: Final = frozenset({b"POST", b"HOST:"})
 
 
-class RespClient:
+class Pipeline:
     """One client. `wake` is called when there is output, once until it is taken."""
 
-    def __init__(self, door: Door, peer: str, wake: Callable[[], None]) -> None:
-        self.state = ClientState(door.next_client(), peer, door.now_ms())
-        self.service = door
-        self.keyspace = door.keyspace
+    def __init__(self, service: RespService, peer: str, wake: Callable[[], None]) -> None:
+        self.state = ClientState(service.next_client(), peer, service.now_ms())
+        self.service = service
+        self.keyspace = service.keyspace
         self.table = COMMANDS
         self.closing = False  # nothing more is read; the connection ends when all is answered
         self.suspicious = ""  # why it was taken for an attack through a browser
@@ -76,8 +76,8 @@ class RespClient:
         self._wake = wake
         self._woken = False
         self._nil = nil(2)
-        self._shards = door.keyspace.shards
-        self._states = door.sequencer.shards
+        self._shards = service.keyspace.shards
+        self._states = service.sequencer.shards
         self._stored = _Stored(self)
         self._quick = {b"GET": self._get, b"get": self._get, b"SET": self._set, b"set": self._set}
 
@@ -369,29 +369,29 @@ _NOTHING: Final[dict[bytes, Callable[[list[bytes]], bool]]] = {}
 class _Stored:
     """Sink of SET without options."""
 
-    __slots__ = ("client",)
+    __slots__ = ("pipeline",)
 
-    def __init__(self, client: RespClient) -> None:
-        self.client = client
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
 
     def reply(self, slot: Slot, rev: int) -> None:
-        client = self.client
+        pipeline = self.pipeline
         slot[0] = OK
-        if not client._woken:
-            client._woken = True
-            client._wake()
+        if not pipeline._woken:
+            pipeline._woken = True
+            pipeline._wake()
 
     def fail(self, slot: Slot, code: int, message: str, details: dict[str, Any]) -> None:
-        self.client.fail(slot, code, message, details)
+        self.pipeline.fail(slot, code, message, details)
 
 
 class _Answer:
     """Sink of a plan's operations; a token is the place of one. Of an MGET all results come at once."""
 
-    __slots__ = ("client", "left", "plan", "results", "slot")
+    __slots__ = ("left", "pipeline", "plan", "results", "slot")
 
-    def __init__(self, client: RespClient, slot: Slot, plan: Plan, count: int) -> None:
-        self.client = client
+    def __init__(self, pipeline: Pipeline, slot: Slot, plan: Plan, count: int) -> None:
+        self.pipeline = pipeline
         self.slot = slot
         self.plan = plan
         self.results: list[Any] = [None] * count
@@ -414,7 +414,7 @@ class _Answer:
             self.reply(token, failed)
 
     def _finish(self, results: list[Any]) -> None:
-        self.client.fill(self.slot, encode(self.plan.reply(results), self.client.state.version))
+        self.pipeline.fill(self.slot, encode(self.plan.reply(results), self.pipeline.state.version))
 
 
 def _unknown(arguments: Sequence[bytes]) -> str:

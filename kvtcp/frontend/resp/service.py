@@ -1,4 +1,4 @@
-"""Door: what all clients of the RESP face share.
+"""RespService: what all clients of the Redis protocol share.
 
 Pure. It holds the sequencer and the keyspace, the positions of SCANs, and what the server tells of itself. Time and
 chance come from the shell.
@@ -38,7 +38,7 @@ class Position(NamedTuple):
     before: int  # number of the position before it
 
 
-class Door:
+class RespService:
     """One per coordinator. `random` gives numbers below its argument; `now_ms` is monotonic, `wall_us` since 1970."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""RespClient: replies in order whatever comes first, turns, what is held, and what ends a connection."""
+"""Pipeline: replies in order whatever comes first, turns, what is held, and what ends a connection."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ async def test_a_client_that_vanishes(cluster: LocalCluster) -> None:
             wire = await connect(cluster)
             wire.write(data)
             session = await session_of(cluster)
-            await until(lambda session=session: session.client.state.last_command != "NULL", "the first command")
+            await until(lambda session=session: session.pipeline.state.last_command != "NULL", "the first command")
             wire.writer.transport.abort()
             await until(lambda session=session: session not in clients.sessions, "the end of the session")
             await until(lambda: not clients.held_bytes, "the account without it")
@@ -294,7 +294,7 @@ async def test_replies_made_at_once_are_bounded(cluster: LocalCluster) -> None:
         session = await session_of(cluster)
         wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
         wire.write(b"command\r\n" * count)
-        await until(lambda: session.write_paused and session.client.held, "a full buffer")
+        await until(lambda: session.write_paused and session.pipeline.held, "a full buffer")
         ticks, slots = cluster.coordinator._ticks, session.outstanding
         await until(lambda: cluster.coordinator._ticks > ticks + 2, "two ticks")
         assert session.outstanding == slots, "nothing more is made"
@@ -337,13 +337,13 @@ async def test_replies_behind_a_slow_one(cluster: LocalCluster) -> None:
         wire.write(array(b"SET", b"large", b"v" * 100_000))
         await wire.replies(1)
         session = await session_of(cluster)
-        session.client.slots.append([None])  # a command whose answer does not come
+        session.pipeline.slots.append([None])  # a command whose answer does not come
         wire.write(array(b"GET", b"large") * 30)
         await until(lambda: session._paused_for & connection.FOR_OUTPUT, "the pause")
-        assert session.client.large_bytes > CLIENT_OUTPUT_BYTES_MAX and session.held_bytes > CLIENT_OUTPUT_BYTES_MAX
+        assert session.pipeline.large_bytes > CLIENT_OUTPUT_BYTES_MAX and session.held_bytes > CLIENT_OUTPUT_BYTES_MAX
         assert cluster.coordinator.clients.held_bytes >= session.held_bytes
         assert await other.do("ping") == "PONG"
-        session.client.fill(session.client.slots[0], b"+SLOW\r\n")
+        session.pipeline.fill(session.pipeline.slots[0], b"+SLOW\r\n")
         assert (await wire.replies(31))[0] == "SLOW"
         await until(lambda: session._paused_for == 0, "reading again")
 

@@ -137,7 +137,7 @@ def test_only_so_many_cursors() -> None:
         scan(client, 0)
     assert "is not known" in client.ask(f"scan {oldest}")
     assert scan(client, second)[1] == [b"%04d" % n for n in range(10, 20)]
-    assert len(world.door._cursors) <= SCAN_CURSORS_MAX
+    assert len(world.service._cursors) <= SCAN_CURSORS_MAX
 
 
 def test_a_long_scan_crowds_out_nobody() -> None:
@@ -151,7 +151,7 @@ def test_a_long_scan_crowds_out_nobody() -> None:
     assert keys == [b"%06d" % (SCAN_CURSORS_MAX + 100)]
     assert scan(client, before, "count", "1")[1] == keys, "the last call may be repeated"
     assert scan(client, slow)[1][0] == b"000010"
-    assert len(world.door._cursors) < 10
+    assert len(world.service._cursors) < 10
 
 
 # --- KEYS and the others ----------------------------------------------------------------------------------
