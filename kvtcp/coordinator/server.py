@@ -39,7 +39,7 @@ from kvtcp.coordinator.status import Status
 from kvtcp.coordinator.takeover import CannotServe, Predecessor, stale_store, wall_ms, wall_us
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.keyspace import Keyspace
-from kvtcp.frontend.native.gateway import Gateway
+from kvtcp.frontend.native.gateway import RequestHandler
 from kvtcp.frontend.port import Port
 from kvtcp.frontend.resp.service import RespService
 from kvtcp.protocol.link import Report
@@ -108,7 +108,7 @@ class CoordinatorServer:
             act=lambda: self.controller.act(self),
             start_task=self._start_task,
         )
-        self.gateway = Gateway(self.sequencer, self.keyspace, administration.requests)
+        self.gateway = RequestHandler(self.sequencer, self.keyspace, administration.requests)
         info = RedisInfo(self.status, self.clients, lambda: self.address[1])
         service = None
         if config.resp:

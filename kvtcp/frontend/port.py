@@ -14,7 +14,7 @@ from typing import Final
 from kvtcp.errors import ProtocolError
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.connection import ClientConnection
-from kvtcp.frontend.native.gateway import Gateway
+from kvtcp.frontend.native.gateway import RequestHandler
 from kvtcp.frontend.native.session import ClientSession
 from kvtcp.frontend.resp.service import RespService
 from kvtcp.frontend.resp.session import RespSession
@@ -33,7 +33,7 @@ class Port:
         clients: Clients,
         begin: Callable[[], None],
         requests_read: Callable[[int], None],
-        gateway: Gateway,
+        gateway: RequestHandler,
         service: RespService | None,
     ) -> None:
         self._clients = clients

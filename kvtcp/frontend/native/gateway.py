@@ -1,4 +1,4 @@
-"""The gateway: requests of clients in, operations of the sequencer out.
+"""RequestHandler: requests of native clients in, operations of the sequencer out.
 
 Pure. It stands between the sessions (one per client connection, which decode and encode) and the sequencer. Each
 request is checked by the message table, its keys are hashed to shards, and one request on many keys becomes one op per
@@ -66,8 +66,8 @@ class Session(Sink, Protocol):
 AdministrativeRequest = Callable[..., None]
 
 
-class Gateway:
-    """One per coordinator."""
+class RequestHandler:
+    """Checks the requests of all sessions and has them carried out. One per coordinator."""
 
     def __init__(
         self, sequencer: Sequencer, keyspace: Keyspace, administration: Mapping[bytes, AdministrativeRequest]

@@ -12,7 +12,7 @@ from typing import Any
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.connection import ClientConnection
-from kvtcp.frontend.native.gateway import Gateway
+from kvtcp.frontend.native.gateway import RequestHandler
 from kvtcp.protocol.framing import PREFIX_CACHE_LENGTHS, PREFIXES, FrameDecoder, FrameEncoder
 
 
@@ -20,7 +20,7 @@ class ClientSession(ClientConnection):
     """One client connection. Sink of its requests: `reply`, `fail`, `progress`."""
 
     def __init__(
-        self, clients: Clients, begin: Callable[[], None], requests_read: Callable[[int], None], gateway: Gateway
+        self, clients: Clients, begin: Callable[[], None], requests_read: Callable[[int], None], gateway: RequestHandler
     ) -> None:
         super().__init__(clients, begin, requests_read)
         self.gateway = gateway

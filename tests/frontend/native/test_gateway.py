@@ -9,7 +9,7 @@ import pytest
 from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.frontend.keyspace import Keyspace
-from kvtcp.frontend.native.gateway import LIMITS, Gateway
+from kvtcp.frontend.native.gateway import LIMITS, RequestHandler
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS, Kind, Touches
 from tests.support.replication_fakes import Answers, Cluster
@@ -38,7 +38,7 @@ class Served:
         self.calls: list[tuple[Any, ...]] = []  # what was handed over
         self.keyspace = Keyspace(8)
         administration = {op: lambda *args, op=op: self.calls.append((op.decode(), *args)) for op in HANDED_OVER}
-        self.gateway = Gateway(self.cluster.sequencer, self.keyspace, administration)
+        self.gateway = RequestHandler(self.cluster.sequencer, self.keyspace, administration)
         self.session = Session()
         self.ident = 0
 
