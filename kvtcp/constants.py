@@ -201,10 +201,6 @@ LEAF_KEYS_MAX: Final = 768
 INNER_CHILDREN_MAX: Final = 64
 # new keys of a shard that wait, unsorted, for their merge into the tree
 FRESH_KEYS_MAX: Final = 1_024
-# dictionaries that share the cells of a shard, so that none grows by more than a few ms at once; prime
-HASH_PARTS: Final = 31
-# keys of a shard from which on there are so many; before, one dictionary is enough, which grows in less than 1 ms
-SPLIT_KEYS: Final = 20_000
 # of the cyclic collector in a server: small steps, 0.1 ms, and 0.7 ms for the second generation, where
 # (50,000, 50, 100) took up to 8 ms at once. That has its price: put_many cost a quarter more CPU on the nodes, an
 # eighth on the coordinator. The third generation walks all leaves and cells, 0.4 s for a million keys, and is put off

@@ -4,11 +4,9 @@ Pure. A point read or an overwrite is one dictionary probe and never touches the
 and merged into the tree as part of a sorted batch: when `FRESH_KEYS_MAX` wait, and before anything that needs the order
 or removes a key. So every answer includes the keys that wait, and no call does more than one such merge (about 1 ms).
 
-The hash index is one dictionary, `whole`, up to about `SPLIT_KEYS`, and from then on `HASH_PARTS` of them, chosen by
-`hash(key) % HASH_PARTS`: the insert that makes one dictionary of a million keys grow takes 25 to 130 ms, in one of 31
-parts 1 to 2 ms; the split itself 3 ms, once. The number is prime, because the low bits of the hash also choose the slot
-inside a dictionary. The choice costs 0.06 us a lookup, and three cache misses if other shards were used meanwhile. The
-hash of bytes differs from process to process; nothing that leaves this class depends on it.
+The hash index is one dictionary. The insert that makes it grow rehashes every key: 1 ms at 40,000 keys, 7 ms at
+200,000, 30 ms at a million. Dividing the cells of a large shard among several dictionaries bounds that pause, but makes
+every get 10 to 20 % slower. More shards bound it too, for nothing (docs/operations.md).
 
 A cell is `(value, revision, deadline_ms or None)`, for a key without deadline the very tuple that a read answers with.
 Measured on CPython 3.11 with 1 M keys against one bytes object, `revision + value`: 0.02 us to build instead of 0.06,
@@ -23,15 +21,14 @@ from itertools import islice
 from operator import ge
 from typing import Any, Final
 
-from kvtcp.constants import FRESH_KEYS_MAX, HASH_PARTS, LEAF_KEYS_MAX, SPLIT_KEYS
+from kvtcp.constants import FRESH_KEYS_MAX, LEAF_KEYS_MAX
 from kvtcp.storage.shard.btree import BTree
 
 Cell = tuple[bytes, int, int | None]  # value, revision, deadline in ms or None
 Row = tuple[bytes, bytes, int, int | None]  # key and cell
 
-PARTS: Final = HASH_PARTS
 LOAD_KEYS: Final = 8_192  # that `load` puts into the tree at once
-_TRACKED: Final[list[Any]] = []  # what every part holds under None, which is no key
+_TRACKED: Final[list[Any]] = []  # held under None, which is no key, by the dictionary of every index
 
 
 class OrderError(ValueError):
@@ -41,11 +38,10 @@ class OrderError(ValueError):
 class Index:
     """Ordered map of keys to cells. `fresh_keys_max` = 1 merges every new key at once."""
 
-    __slots__ = ("fresh", "fresh_keys_max", "parts", "tree", "whole")
+    __slots__ = ("cells", "fresh", "fresh_keys_max", "tree")
 
     def __init__(self, leaf_keys_max: int = LEAF_KEYS_MAX, fresh_keys_max: int = FRESH_KEYS_MAX) -> None:
-        self.whole: dict[bytes, Cell] | None = _new_part()  # all cells; None = they are split into parts
-        self.parts = [self.whole]  # the only one, or PARTS of them: every key is in parts[hash(key) % PARTS]
+        self.cells = _new_dict()  # all cells, and the entry under None
         self.tree = BTree(leaf_keys_max)  # all keys but the fresh ones
         self.fresh: list[bytes] = []  # keys in order of arrival that are not in the tree yet
         self.fresh_keys_max = fresh_keys_max  # len(fresh) < fresh_keys_max between two calls
@@ -59,14 +55,7 @@ class Index:
         keys: list[bytes] = []  # that are not in the tree yet
         last = b""  # no key is empty
         for some, cells in pieces:
-            if self.whole is not None:
-                self.whole.update(zip(some, cells, strict=True))
-                if len(self.whole) > SPLIT_KEYS:
-                    self._split()
-            else:
-                parts = self.parts
-                for key, cell in zip(some, cells, strict=True):
-                    parts[hash(key) % PARTS][key] = cell
+            self.cells.update(zip(some, cells, strict=True))
             # order and tree piece by piece: for a million keys at once no other thread would run for 100 ms
             if some and (last >= some[0] or any(map(ge, some, islice(some, 1, None)))):
                 raise OrderError("rows are not in ascending order of their keys")
@@ -79,26 +68,20 @@ class Index:
         self.tree.insert_sorted_batch(keys)
 
     def release(self) -> None:
-        """Let go of everything, a part at a time, so that another thread can do it while this one is at work. Nobody
-        uses the index any more."""
-        for part in self.parts:
-            part.clear()
+        """Free all cells and the tree, for an index that is not used any more. May run in another thread."""
+        # One by one: `clear` would free a million cells without letting go of the interpreter.
+        cells = self.cells
+        while cells:
+            cells.popitem()
         self.tree.release()
-
-    def part_of(self, key: bytes) -> dict[bytes, Cell]:
-        """The dictionary that has the cell of a key, if there is one."""
-        return self.whole if self.whole is not None else self.parts[hash(key) % PARTS]
 
     def get(self, key: bytes) -> Cell | None:
         """The cell of a key, or None."""
-        cells = self.whole
-        return cells.get(key) if cells is not None else self.parts[hash(key) % PARTS].get(key)
+        return self.cells.get(key)
 
     def set(self, key: bytes, cell: Cell) -> None:
         """Insert or replace. (`Table.apply` has a copy of this body in its path for `put`.)"""
-        cells = self.whole
-        if cells is None:
-            cells = self.parts[hash(key) % PARTS]
+        cells = self.cells
         before = len(cells)
         cells[key] = cell
         if len(cells) != before:
@@ -108,7 +91,7 @@ class Index:
 
     def delete(self, key: bytes) -> Cell | None:
         """Remove a key; its cell, or None if it was not there."""
-        cell = self.part_of(key).pop(key, None)
+        cell = self.cells.pop(key, None)
         if cell is not None:
             if self.fresh:
                 self.merge()
@@ -117,7 +100,8 @@ class Index:
 
     def delete_all(self, keys: Iterable[bytes]) -> None:
         """Remove many keys in one pass over the tree; those that are absent are passed over."""
-        present = [key for key in keys if self.part_of(key).pop(key, None) is not None]
+        pop = self.cells.pop
+        present = [key for key in keys if pop(key, None) is not None]
         present.sort()
         self.merge()
         self.tree.delete_sorted_batch(present)
@@ -129,17 +113,6 @@ class Index:
             fresh.sort()
             self.tree.insert_sorted_batch(fresh)
             fresh.clear()
-            if self.whole is not None and len(self.whole) > SPLIT_KEYS:
-                self._split()
-
-    def _split(self) -> None:
-        """From one dictionary to many, before it gets so large that growing takes long."""
-        assert self.whole is not None, "it was not split yet"
-        cells, self.whole = self.whole, None
-        del cells[None]  # type: ignore[arg-type]
-        parts = self.parts = [_new_part() for _ in range(PARTS)]
-        for key, cell in cells.items():
-            parts[hash(key) % PARTS][key] = cell
 
     def slice(
         self, lower: bytes = b"", upper: bytes | None = None, limit: int | None = None, reverse: bool = False
@@ -150,10 +123,7 @@ class Index:
 
     def cells_of(self, keys: Iterable[bytes]) -> list[Cell]:
         """The cells of present keys, in the same order."""
-        if self.whole is not None:
-            return list(map(self.whole.__getitem__, keys))
-        parts = self.parts
-        return [parts[hash(key) % PARTS][key] for key in keys]
+        return list(map(self.cells.__getitem__, keys))
 
     def key_at(self, place: int) -> bytes:
         """The key that `place` others are below. Raises IndexError if there are not so many."""
@@ -162,7 +132,7 @@ class Index:
 
     def items(self) -> Iterator[tuple[bytes, Cell]]:
         """Every key with its cell, in no order."""
-        return ((key, cell) for part in self.parts for key, cell in part.items() if key is not None)
+        return ((key, cell) for key, cell in self.cells.items() if key is not None)
 
     def count(self, lower: bytes = b"", upper: bytes | None = None) -> int:
         """Number of keys in [lower, upper)."""
@@ -172,26 +142,20 @@ class Index:
         return self.tree.count(lower, upper)
 
     def check(self) -> None:
-        """Verify the tree and that tree, fresh keys and dictionaries hold the same keys."""
+        """Verify the tree and that tree, fresh keys and dictionary hold the same keys."""
         self.tree.check()
         assert len(self.fresh) < self.fresh_keys_max, "fresh keys are merged when they are many"
-        for number, cells in enumerate(self.parts):
-            held: dict[Any, Any] = dict(cells)
-            assert held.pop(None) is _TRACKED, "the cyclic collector always tracks a part"
-            if self.whole is None:
-                assert all(hash(key) % PARTS == number for key in held), "a key is in the part its hash names"
-        assert len(self.parts) == (PARTS if self.whole is None else 1), "one, or all parts"
-        assert self.whole is None or self.whole is self.parts[0], "the one part is the whole"
-        keys = sorted(key for key, _ in self.items())
-        assert sorted([*self.tree, *self.fresh]) == keys, "tree and fresh keys together are the keys of the hash index"
+        held: dict[Any, Any] = dict(self.cells)
+        assert held.pop(None) is _TRACKED, "the cyclic collector always tracks the dictionary"
+        assert sorted([*self.tree, *self.fresh]) == sorted(held), "tree and fresh keys are those of the hash index"
 
 
-def _new_part() -> dict[bytes, Cell]:
+def _new_dict() -> dict[bytes, Cell]:
     """A dict without cells that the cyclic collector tracks for good.
 
     The collector stops tracking a dict when a full collection finds nothing tracked in it, and starts again when the
     next cell is put in: as if the dict were new, so the next two young collections walk all of its cells. After a
     `gc.collect()` with 1 M keys that is two pauses of 50 ms. A list is always tracked, hence so is a dict with one.
     """
-    part: dict[Any, Any] = {None: _TRACKED}
-    return part
+    cells: dict[Any, Any] = {None: _TRACKED}
+    return cells

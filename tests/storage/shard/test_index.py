@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtcp.storage.shard import index as index_module
 from kvtcp.storage.shard.index import Cell, Index, OrderError
 
 KEYS = st.binary(min_size=1, max_size=2)
@@ -60,36 +59,13 @@ def test_load_takes_ascending_rows_only() -> None:
             Index(4).load([([key], [(b"", 1, None)]) for key in (*keys[:1], b"", *keys[1:]) if key])
 
 
-def test_one_dictionary_is_split_when_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the merge that makes it so, or while it is loaded; everything is found before and after, and goes again."""
-    monkeypatch.setattr(index_module, "SPLIT_KEYS", 50)
-    model = {b"%03d" % (n * 7 % 200): (b"v", n, None) for n in range(200)}
-    index = Index(4, 8)
-    for number, (key, cell) in enumerate(model.items()):
-        index.set(key, cell)
-        index.check()
-        assert (index.whole is not None) == (number < 55), "50 and the merge that finds them"
-    loaded = Index(4)
-    loaded.load(([key], [model[key]]) for key in sorted(model))
-    assert loaded.whole is None
-    for each in (index, loaded):
-        assert len(each.parts) == index_module.PARTS and dict(each.items()) == model
-        assert each.cells_of(sorted(model)) == [model[key] for key in sorted(model)]
-        each.delete_all(list(model)[:100])
-        assert each.delete(list(model)[100]) == model[list(model)[100]] and each.get(list(model)[100]) is None
-        each.check()
-        assert each.slice() == sorted(list(model)[101:])
-
-
-def test_a_full_collection_does_not_make_the_parts_young(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cyclic collector goes on tracking every part, so a later young collection does not walk its cells."""
-    monkeypatch.setattr(index_module, "SPLIT_KEYS", 0)
+def test_a_full_collection_does_not_make_the_cells_young() -> None:
+    """The cyclic collector goes on tracking the dictionary, so a later young collection does not walk its cells."""
     index = Index(4, 1)
     index.set(b"first", (b"value", 1, None))
-    parts = {id(part) for part in index.parts}
     gc.collect()
     index.set(b"key", (b"value", 1, None))
     gc.collect()
     index.set(b"other", (b"value", 2, None))
-    assert not parts & {id(thing) for thing in gc.get_objects(generation=0)}
-    assert all(gc.is_tracked(part) for part in index.parts)
+    assert id(index.cells) not in {id(thing) for thing in gc.get_objects(generation=0)}
+    assert gc.is_tracked(index.cells)

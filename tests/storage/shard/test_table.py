@@ -394,5 +394,5 @@ def test_release() -> None:
         table.release()
     frozen.close()
     table.release()
-    assert not table.is_scanned and not any(key is not None for part in table._index.parts for key in part)
+    assert not table.is_scanned and not table._index.cells
     assert leaf.following is None and leaf.keys == []
