@@ -23,9 +23,9 @@ from kvtcp.errors import DataError
 from kvtcp.node.learning import Donation, Learning
 from kvtcp.node.write_results import WriteResults
 from kvtcp.protocol.operations import PUT, WRITE_OP_END
-from kvtcp.storage.shard.backlog import KeptEntries
-from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.backlog import Backlog
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged, Table
 
 
 class CopySet:
@@ -37,7 +37,7 @@ class CopySet:
         self,
         new_disk: Callable[[], str],
         copies: Iterable[Copy],
-        kept: KeptEntries | None,
+        kept: Backlog | None,
         promised: int,
         generations: dict[int, int] | None,
         retire: Callable[[Copy], None],
@@ -45,7 +45,7 @@ class CopySet:
         self.copies: dict[int, Copy] = {}
         self.tables: dict[int, Table] = {}  # those of the complete copies, for the path of every operation
         self.promised = promised  # highest epoch accepted
-        self.kept = KeptEntries() if kept is None else kept  # entries that may be uncommitted, and recent ones
+        self.kept = Backlog() if kept is None else kept  # entries that may be uncommitted, and recent ones
         self.learning: dict[int, Learning] = {}
         self.donations: dict[bytes, Donation] = {}  # by token; the server pops those that were taken, or are too old
         self.generations = {} if generations is None else generations

@@ -53,8 +53,8 @@ from kvtcp.protocol.link import (
     STOP,
     TOLD,
 )
-from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged, Table
 
 PAUSE_MS: Final = 2  # between two slices of work that takes long: for batches
 _FRAME_TYPES: Final = {FETCH: (int, int, int), SHIP: (int, int, list), PULL: (int, int, bytes, int, bytes)}

@@ -30,7 +30,7 @@ from kvtcp.protocol.link import CHUNK
 from kvtcp.runtime.pacer import IdleWatch, Pacer
 from kvtcp.runtime.transport import FramedConnection
 from kvtcp.storage.disk.snapshot import SnapshotHeader, encode_snapshot
-from kvtcp.storage.shard.copy import Logged
+from kvtcp.storage.shard.table import Logged
 
 log = logging.getLogger("kvtcp.donation")
 

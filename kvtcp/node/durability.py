@@ -42,8 +42,9 @@ from kvtcp.runtime.worker import Worker
 from kvtcp.storage.disk.log import Prepared
 from kvtcp.storage.disk.snapshot import SnapshotHeader
 from kvtcp.storage.disk.store import NodeStore
-from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.table import Logged
 
 log = logging.getLogger("kvtcp.durability")
 

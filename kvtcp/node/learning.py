@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvtcp.constants import LEARN_ITEM_BYTES
-from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.table import Logged
 
 Item = Sequence[Any]
 

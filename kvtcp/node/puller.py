@@ -32,8 +32,8 @@ from kvtcp.runtime.transport import FramedConnection
 from kvtcp.runtime.worker import FileTasks, Worker
 from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, FormatError
 from kvtcp.storage.disk.snapshot import HEADER_BYTES, SnapshotFile, SnapshotHeader, decode_snapshot
-from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged, Table
 
 log = logging.getLogger("kvtcp.learn")
 

@@ -53,7 +53,7 @@ from kvtcp.protocol.operations import (
     UNLEARN,
     WRITE_OP_END,
 )
-from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.backlog import Backlog
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.shard.pages import any_key, merge_page, page_bytes
@@ -95,7 +95,7 @@ class Replica(CopySet):
         new_disk: Callable[[], str],
         durability: str = "memory",
         copies: Iterable[Copy] = (),
-        kept: KeptEntries | None = None,
+        kept: Backlog | None = None,
         promised: int = 0,
         coordinator: str = "",
         map_version: int = 0,

@@ -266,7 +266,7 @@ def _replica_of(node: str, store: NodeStore | None, retire: Callable[[Copy], Non
         lambda: secrets.token_hex(8),
         manifest.durability,
         store.copies.values(),
-        store.kept,
+        store.backlog,
         manifest.promised,
         manifest.coordinator,
         manifest.map_version,

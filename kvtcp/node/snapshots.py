@@ -19,8 +19,8 @@ from kvtcp.runtime.pacer import Pacer
 from kvtcp.runtime.worker import FileTasks
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, encode_snapshot
 from kvtcp.storage.disk.store import NodeStore
-from kvtcp.storage.shard.copy import Logged
 from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.table import Logged
 
 log = logging.getLogger("kvtcp.durability")
 

@@ -35,8 +35,8 @@ from random import Random
 from kvtcp.protocol import operations as op
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.disk.store import NodeStore, open_store, read_store_manifest
-from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged, Table
 from tests.crash.disk import CrashDisk, Crashes
 
 DIRECTORY = Path("/node")
@@ -147,7 +147,7 @@ class Workload:
             self.disks[shard] = frozenset({disk})
             if copy is not None:
                 self.check_opened(copy)
-        self.store.kept.new_link()
+        self.store.backlog.new_link()
         self.ordinal = 0
         self.note()
 
@@ -244,7 +244,7 @@ class Workload:
     def keep(self) -> None:
         """What is pending is kept for shipping."""
         self.ordinal += len(self.pending)
-        self.store.kept.add(self.ordinal, list(self.pending))
+        self.store.backlog.add(self.ordinal, list(self.pending))
 
     def log(self, entries: list[Logged]) -> None:
         """One record."""
@@ -263,7 +263,7 @@ class Workload:
 
     def commit(self) -> None:
         """The coordinator says that something is committed."""
-        committed = self.store.kept.commit(self.rng.randrange(self.ordinal + 1))
+        committed = self.store.backlog.commit(self.rng.randrange(self.ordinal + 1))
         self.committed |= {self.store.copies[shard].disk: seq for shard, seq in committed.items()}
         self.note()
 
@@ -289,7 +289,7 @@ class Workload:
         self.promised += 1
         for copy in self.store.copies.values():
             copy.table.epoch = self.promised
-        self.store.kept.new_link()
+        self.store.backlog.new_link()
         self.ordinal = 0
         self.note()
 
@@ -337,7 +337,7 @@ class Workload:
         old = self.store.copies.get(shard)
         self.keep()
         before, self.pending = self.pending, []
-        self.store.kept.forget(shard)
+        self.store.backlog.forget(shard)
         copies = {number: each for number, each in self.store.copies.items() if number != shard}
         if old is not None:
             generations = self.store.manifest.generations
@@ -349,7 +349,7 @@ class Workload:
             copy.table.epoch = self.promised
             self.begin_copy(copy, 0 if pulled is None else copy.table.seq - len(pulled.kept))
             if pulled is not None and pulled.kept:
-                self.store.kept.add_shipped(shard, pulled.kept)
+                self.store.backlog.add_shipped(shard, pulled.kept)
         self.note()
         snapshot = None if pulled is None else (pulled.header, pulled.size)
         manifest, paths = self.store.begin_change(copies.values(), snapshot)
@@ -453,7 +453,7 @@ class SnapshotInSlices:
         workload.write()
         self.frozen = workload.table(shard).freeze()
         self.header = store.header_of(self.frozen)
-        self.pieces = encode_snapshot(self.header, self.frozen, store.kept.of_shard(shard))
+        self.pieces = encode_snapshot(self.header, self.frozen, store.backlog.of_shard(shard))
         self.file: SnapshotFile | None = None
         self.whole = False
 
@@ -581,13 +581,13 @@ class Judge:
             acked = now.acked.get(copy.disk, following.acked.get(copy.disk, 0))
             if table.seq < acked:
                 raise Lost(f"shard {shard}: {acked} was acknowledged, {table.seq} is there")
-            kept = [entry[2] for entry in store.kept.of_shard(shard)]
+            kept = [entry[2] for entry in store.backlog.of_shard(shard)]
             committed = now.committed.get(copy.disk, following.committed.get(copy.disk, 0))
             if following is now or following.committed == now.committed:
                 missing = [seq for seq in range(committed + 1, table.seq + 1) if seq not in kept]
                 if missing:
                     raise Lost(f"shard {shard}: entries {missing} may be uncommitted and are not kept")
-            if any(entry[1] != copy.generation for entry in store.kept.of_shard(shard)):
+            if any(entry[1] != copy.generation for entry in store.backlog.of_shard(shard)):
                 raise Lost(f"shard {shard}: entries of another copy are kept")
         copy.table.epoch = now.promised
 

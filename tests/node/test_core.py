@@ -34,8 +34,8 @@ from kvtcp.protocol.link import (
     TOLD,
 )
 from kvtcp.protocol.operations import DONATE, DROP, FREEZE, GET, LEARN, PUT
-from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged, Table
 from tests.support.replica_tools import make, put
 
 

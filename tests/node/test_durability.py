@@ -17,8 +17,8 @@ from kvtcp.node import durability as durability_module
 from kvtcp.node.durability import Durability
 from kvtcp.storage.disk.log_format import parse_header, parse_records
 from kvtcp.storage.disk.store import NodeStore
-from kvtcp.storage.shard.copy import Logged
 from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.table import Logged
 from tests.crash.disk import CrashDisk, CrashFile
 from tests.support.storage_tools import DIRECTORY, add_copies, names, open_small, pulled, put
 

@@ -35,7 +35,7 @@ from kvtcp.protocol.operations import (
     TRANSACTION,
     TTL,
 )  # fmt: skip
-from kvtcp.storage.shard.backlog import KeptEntries
+from kvtcp.storage.shard.backlog import Backlog
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import SequenceError, Table
 from tests.support.replica_tools import batch, hello, make, put
@@ -346,7 +346,7 @@ def test_entries_after(replica: Replica) -> None:
 
 def test_entries_after_of_what_is_not_recent_any_more() -> None:
     """The oldest committed entries are gone: what follows them is not shipped, what follows the others is."""
-    node = make(kept=KeptEntries(recent_bytes_max=2 * (RECENT_ENTRY_BYTES + 20)))
+    node = make(kept=Backlog(recent_bytes_max=2 * (RECENT_ENTRY_BYTES + 20)))
     node.hello(hello())
     batch(node, 100, put(0, 1))
     batch(node, 101, put(0, 2), put(0, 3))
@@ -375,7 +375,7 @@ def test_entries_after_in_pieces(replica: Replica, monkeypatch: pytest.MonkeyPat
 
 def test_entries_that_are_kept_twice() -> None:
     """A snapshot keeps entries that the log has too: they are shipped once, in order."""
-    kept = KeptEntries()
+    kept = Backlog()
     table = Table(0)
     logged = []
     for seq in range(1, 7):

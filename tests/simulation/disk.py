@@ -26,9 +26,9 @@ from typing import Any
 import msgpack
 
 from kvtcp.node.replica import Replica
-from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.freeze import Frozen
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.table import Logged, Table
 from tests.simulation.world import require
 
 SYNC, OS, MEMORY = "sync", "os", "memory"

@@ -8,7 +8,7 @@ which tests/simulation/test_simulation_mistakes.py runs again. The cores' own ch
 to see it.
 
 What is not here is found elsewhere: sync of a directory, truncation at a bad checksum (test_crash_enumeration), cut of
-a backup (test_backup), reads that a new disk confirms (test_confirm), kept entries of another copy (test_kept).
+a backup (test_backup), reads that a new disk confirms (test_confirm), kept entries of another copy (test_backlog).
 """
 
 from __future__ import annotations

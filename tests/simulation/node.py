@@ -15,9 +15,8 @@ from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Donation, Learning
 from kvtcp.node.replica import Replica
 from kvtcp.protocol.link import ASK, CHUNK, GIVE, HELLO, LEARNED, LINK_VERSION, REFUSED, REPORT, RESULTS
-from kvtcp.storage.shard.backlog import KeptEntries
-from kvtcp.storage.shard.copy import Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.backlog import Backlog
+from kvtcp.storage.shard.table import Logged, Table
 from tests.simulation.disk import MEMORY, Base, NodeDisk
 from tests.simulation.network import TO_CLIENT, TO_SERVER, Connection, Network
 from tests.simulation.oracles import Oracles
@@ -108,7 +107,7 @@ class SimNode(Process):
         self.born()
         self.starts += 1
         manifest = self.disk.manifest
-        kept = KeptEntries(SMALL["KEPT_BYTES_MAX"], SMALL["RECENT_BYTES_MAX"])  # its defaults are those of the product
+        kept = Backlog(SMALL["KEPT_BYTES_MAX"], SMALL["RECENT_BYTES_MAX"])  # its defaults are those of the product
         copies = []
         for shard in sorted(manifest.copies):
             stored = manifest.copies[shard]

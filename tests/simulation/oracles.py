@@ -30,8 +30,7 @@ import msgpack
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Stored as StoredMap
 from kvtcp.protocol.operations import PATCH, SET
-from kvtcp.storage.shard.copy import Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.table import Logged, Table
 from tests.simulation.disk import Stored
 from tests.simulation.world import World, require
 

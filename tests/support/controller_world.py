@@ -29,8 +29,9 @@ from kvtcp.replication.sequencing.link import Link
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.replication.sequencing.shard import Shard
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
-from kvtcp.storage.shard.backlog import KeptEntries
-from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.backlog import Backlog
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged
 from tests.support.replication_fakes import STAMP_MAX_MS, Answers, wire
 
 CLUSTER = b"12345678"
@@ -71,7 +72,7 @@ class Node:
         self.port = world.map.nodes[name][1]
         self.disks = (f"{name}-{number}" for number in count(1))
         self.copies: list[Copy] = []
-        self.kept = KeptEntries()
+        self.kept = Backlog()
         self.generations: dict[int, int] = {}
         self.promise = (0, "", 0)  # epoch, coordinator, map version
         self.is_paused = False

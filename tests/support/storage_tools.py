@@ -10,8 +10,8 @@ from kvtcp.protocol import operations as op
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
 from kvtcp.storage.disk.store import NodeStore, open_store
 from kvtcp.storage.files import Disk
-from kvtcp.storage.shard.copy import Copy, Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged, Table
 from tests.crash.disk import CrashDisk
 
 DIRECTORY = Path("/node")
@@ -60,7 +60,7 @@ def commit(store: NodeStore, entries: list[Logged]) -> None:
     prepared = store.log.prepare(entries)
     store.write_record(prepared, store.manifest_for(prepared))
     store.log.written(prepared)
-    store.kept.add(0, entries)
+    store.backlog.add(0, entries)
 
 
 def mark(store: NodeStore) -> None:
@@ -85,7 +85,7 @@ def take_snapshot(store: NodeStore, shard: int) -> None:
     frozen = copy.table.freeze()
     header = store.header_of(frozen)
     file = store.create_snapshot(header)
-    for piece in encode_snapshot(header, frozen, store.kept.of_shard(shard)):
+    for piece in encode_snapshot(header, frozen, store.backlog.of_shard(shard)):
         file.write(piece)
     file.finish()
     store.remove(store.published(header, file.publish()))

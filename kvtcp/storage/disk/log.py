@@ -34,7 +34,7 @@ from kvtcp.storage.disk.log_format import (
     encode_record,
 )
 from kvtcp.storage.files import AppendFile, Disk
-from kvtcp.storage.shard.copy import Logged
+from kvtcp.storage.shard.table import Logged
 
 DIRECTORY: Final = "log"
 SUFFIX: Final = ".log"

@@ -43,7 +43,7 @@ from zlib import crc32
 import msgpack
 
 from kvtcp.constants import LOG_FORMAT_VERSION, LOG_RECORD_BYTES_MAX
-from kvtcp.storage.shard.copy import Logged
+from kvtcp.storage.shard.table import Logged
 
 MAGIC: Final = b"KVTCPLOG"
 _HEADER: Final = struct.Struct(">8sHHII8s4sQQ")

@@ -36,8 +36,9 @@ from kvtcp.storage.disk.log_format import (
 from kvtcp.storage.disk.manifest import Manifest
 from kvtcp.storage.disk.snapshot import SnapshotName, load_snapshot
 from kvtcp.storage.files import Disk
-from kvtcp.storage.shard.backlog import KeptEntries
-from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.backlog import Backlog
+from kvtcp.storage.shard.copy import Copy
+from kvtcp.storage.shard.table import Logged
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
@@ -73,7 +74,7 @@ class Replayed:
     cut: str = ""  # where the log was torn above the mark, for people; empty = it was not
     mark_positions: dict[int, Position] = field(default_factory=dict)  # what is logged up to the mark
     positions: dict[int, Position] = field(default_factory=dict)  # what is logged at all, `tail` included
-    kept: KeptEntries = field(default_factory=KeptEntries)
+    backlog: Backlog = field(default_factory=Backlog)
     log_damaged: bool = False
     entries: int = 0  # entries applied from the log
 
@@ -120,7 +121,7 @@ class _Replay:
             if found.copies[shard].table.seq < seq:
                 self._doubt(shard, f"the entries up to {seq} are not in the log")
         for shard in found.doubts:
-            found.kept.forget(shard)
+            found.backlog.forget(shard)
         found.positions = self.positions
         if not found.tail:
             found.mark_positions = dict(self.positions)
@@ -175,7 +176,7 @@ class _Replay:
             copy.table = table
             self.found.snapshots[shard] = name
             if kept:
-                self.found.kept.add(0, kept)
+                self.found.backlog.add(0, kept)
 
     # --- the log --------------------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ class _Replay:
             self._apply(path, entry)
         self.positions |= {entry[0]: entry[1:4] for entry in entries}
         if present:
-            found.kept.add(0, present)
+            found.backlog.add(0, present)
 
     def _is_present(self, entry: Logged) -> bool:
         """Whether an entry is one of the copy that the shard has now."""

@@ -35,10 +35,9 @@ from kvtcp.constants import (
 )
 from kvtcp.storage.disk.log_format import FormatError, VersionError
 from kvtcp.storage.files import AppendFile, Disk
-from kvtcp.storage.shard.copy import Logged
 from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.shard.index import Cell
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.table import Logged, Table
 
 DIRECTORY: Final = "snapshots"
 SUFFIX: Final = ".snapshot"

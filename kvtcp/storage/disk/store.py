@@ -41,8 +41,9 @@ from kvtcp.storage.disk.manifest import Manifest, read_manifest, write_manifest
 from kvtcp.storage.disk.replay import Damage, Progress, Replayed, replay
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, encode_snapshot
 from kvtcp.storage.files import Disk
-from kvtcp.storage.shard.copy import Copy, Logged
+from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.freeze import Frozen
+from kvtcp.storage.shard.table import Logged
 
 ASIDE: Final = "aside"
 DISK_ID_BYTES: Final = 8
@@ -81,7 +82,7 @@ class NodeStore:
         self.manifest = manifest
         self.log = log_writer
         self.copies: dict[int, Copy] = replayed.copies
-        self.kept = replayed.kept
+        self.backlog = replayed.backlog
         self.damages: list[Damage] = replayed.damages
         self.replayed_entries = replayed.entries
         self.snapshots = {
@@ -365,7 +366,7 @@ def _settle(store: NodeStore, replayed: Replayed, new_disk: Callable[[], str], b
         for copy in store.copies.values():
             if copy.complete and copy.table.seq:
                 older = store.snapshots.get(copy.shard)
-                store.write_snapshot(copy, store.kept.of_shard(copy.shard))
+                store.write_snapshot(copy, store.backlog.of_shard(copy.shard))
                 if older is not None and older.name != store.snapshots[copy.shard].name:
                     replayed.stale.append(store.snapshot_directory / older.name.file)
         store.log.begin([], replayed.last_lsn + 1, [], positions, positions)

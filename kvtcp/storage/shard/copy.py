@@ -13,9 +13,6 @@ from typing import Any
 
 from kvtcp.storage.shard.table import Table
 
-# an entry as it is logged: shard, generation, seq, chain, packed entry (epoch, seq, stamp, effects)
-Logged = tuple[int, int, int, int, bytes]
-
 
 class Copy:
     """One shard on one node."""

@@ -40,6 +40,7 @@ from kvtcp.storage.shard.strings import Effect, Evaluated, Item, View
 # a list of three is an error [code, message, details], a list of one holds the results of a transaction
 Result = int | bool | bytes | list[Any] | None
 LiveRow = tuple[bytes, bytes, int, int | None]  # key, value, rev, ttl_ms or None
+Logged = tuple[int, int, int, int, bytes]  # an entry in the log: shard, generation, seq, chain, packed entry
 Pieces = Iterable[tuple[Sequence[bytes], Sequence[Cell]]]  # keys and their cells, in ascending order
 
 DIGEST_ROWS: Final = 256

@@ -106,7 +106,8 @@ def test_log_alone(disk: CrashDisk) -> None:
     assert [segment.path for segment in found.segments] == [segment.path for segment in store.log.segments]
     assert [segment.size for segment in found.segments] == [segment.size for segment in store.log.segments]
     for shard in range(3):
-        assert [entry[2] for entry in found.kept.of_shard(shard)] == list(range(1, found.copies[shard].table.seq + 1))
+        last_seq = found.copies[shard].table.seq
+        assert [entry[2] for entry in found.backlog.of_shard(shard)] == list(range(1, last_seq + 1))
 
 
 def test_positions_before_the_tail(disk: CrashDisk) -> None:
@@ -134,7 +135,7 @@ def test_snapshots_and_log(disk: CrashDisk) -> None:
     assert found.snapshot_bytes == {shard: info.size for shard, info in store.snapshots.items()}
     assert found.entries < 30
     for shard in range(3):
-        numbers = {entry[2] for entry in found.kept.of_shard(shard)}
+        numbers = {entry[2] for entry in found.backlog.of_shard(shard)}
         assert max(numbers) == found.copies[shard].table.seq, "what may be uncommitted can be shipped"
 
 
@@ -177,7 +178,7 @@ def test_entries_of_another_generation(disk: CrashDisk) -> None:
     commit(store, [put(copy, b"new", b"v")])
     found = read(disk)
     assert found.copies[0].table.seq == 1 < old_seq and not found.doubts
-    assert [(entry[1], entry[2]) for entry in found.kept.of_shard(0)] == [(2, 1)]
+    assert [(entry[1], entry[2]) for entry in found.backlog.of_shard(0)] == [(2, 1)]
     assert state_of(found.copies) == state_of(store.copies)
 
 
@@ -567,7 +568,7 @@ def test_doubted_shards_ship_nothing(disk: CrashDisk) -> None:
     found = read(disk)
     assert found.doubts
     for shard in found.doubts:
-        assert found.kept.of_shard(shard) == []
+        assert found.backlog.of_shard(shard) == []
     assert store.copies[0].table.seq
 
 

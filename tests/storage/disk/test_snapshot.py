@@ -25,8 +25,7 @@ from kvtcp.storage.disk.snapshot import (
     load_snapshot,
     read_frames,
 )
-from kvtcp.storage.shard.copy import Logged
-from kvtcp.storage.shard.table import Table
+from kvtcp.storage.shard.table import Logged, Table
 from tests.crash.disk import CrashDisk
 
 ID = b"DIRECTRY"

@@ -99,7 +99,7 @@ def test_opening_again_after_a_kill(disk: CrashDisk) -> None:
         again = open_small(disk.process_kill(), seed=seed)
         assert verdict(again) == verdict(store) and not again.damages and again.aside is None
         disk = again.disk  # type: ignore[assignment]
-    assert [entry[2] for entry in again.kept.of_shard(0)][-1] == store.copies[0].table.seq
+    assert [entry[2] for entry in again.backlog.of_shard(0)][-1] == store.copies[0].table.seq
     fill(again, 5, first=25)
     last = open_small(disk.process_kill(), seed=9)
     assert state_of(last.copies) == state_of(again.copies)
@@ -638,7 +638,7 @@ def test_a_copy_is_replaced(disk: CrashDisk) -> None:
     again = open_small(disk.process_kill(), seed=1)
     assert state_of(again.copies) == state and not again.damages
     assert (again.copies[1].disk, again.copies[1].generation) == ("disk 1/2", 2) and again.copies[1].complete
-    assert [entry[1:3] for entry in again.kept.of_shard(1)] == [(2, 5)]
+    assert [entry[1:3] for entry in again.backlog.of_shard(1)] == [(2, 5)]
     take_snapshot(again, 1)
     assert open_small(again.disk, seed=2).copies[1].table.seq == 5  # type: ignore[arg-type]
 
