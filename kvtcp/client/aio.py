@@ -41,10 +41,10 @@ from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, d
 from kvtcp.client.codecs import Codec
 from kvtcp.client.requests import (
     NEVER,
-    Batch,
     Entry,
     Items,
     Key,
+    KeyBatch,
     PageRequest,
     conditions,
     count_request,
@@ -318,7 +318,7 @@ class AsyncClient(Generic[V]):
             row: list[Any] = [name, self._encode(name, value)]
             rows.append(row if life_ms is None else [*row, life_ms])
         keys = [row[0] for row in rows]
-        batch = Batch(b"mput", rows, keys, [len(row[0]) + len(row[1]) for row in rows])
+        batch = KeyBatch(b"mput", rows, keys, [len(row[0]) + len(row[1]) for row in rows])
         return await self._run(batch, timeout)
 
     async def get_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[V | None]:
@@ -328,13 +328,13 @@ class AsyncClient(Generic[V]):
     async def get_many_entries(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[Entry[V] | None]:
         """As `get_many`, with revisions and remaining lives."""
         names = [key_bytes(key) for key in keys]
-        cells = await self._run(Batch(b"mget", names, names, [len(name) for name in names]), timeout)
+        cells = await self._run(KeyBatch(b"mget", names, names, [len(name) for name in names]), timeout)
         return [self._cell(name, cell) for name, cell in zip(names, cells, strict=True)]
 
     async def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
         """Delete many keys; returns in their order whether each was there. Not atomic. Raises as `put_many`."""
         names = [key_bytes(key) for key in keys]
-        return await self._run(Batch(b"mdelete", names, names, [len(name) for name in names]), timeout)
+        return await self._run(KeyBatch(b"mdelete", names, names, [len(name) for name in names]), timeout)
 
     # --- administration -------------------------------------------------------------------------
 
@@ -489,7 +489,7 @@ class AsyncClient(Generic[V]):
             if asked is not None:
                 asked.cancel()  # it also keeps asyncio from complaining of an error that nobody waited for
 
-    async def _run(self, batch: Batch, timeout: float | None) -> list[Any]:
+    async def _run(self, batch: KeyBatch, timeout: float | None) -> list[Any]:
         """Send the parts of a batch, several at once, until all are done or one failed as a whole."""
         runs = iter(batch.runs)
         failed = False
@@ -513,7 +513,7 @@ class AsyncClient(Generic[V]):
             await work()
         return batch.finish()
 
-    async def _run_part(self, batch: Batch, indexes: list[int], timeout: float | None) -> bool:
+    async def _run_part(self, batch: KeyBatch, indexes: list[int], timeout: float | None) -> bool:
         """One part, and again what may be repeated of it within its timeout. Returns whether to go on with others."""
         timeout = self._channel.timeout_s if timeout is None else timeout
         began = monotonic()

@@ -1,7 +1,7 @@
-"""The client's socket: one connection, kept alive and used by everybody, and the rules for trying again.
+"""The client's socket: one connection, kept alive and shared by all calls, and the rules for trying again.
 
-`Connection` is the asyncio face of a `ConnectionCore`: requests of one tick of the loop leave in one write, answers
-of one read are completed in one go, a timer sweeps the deadlines. `Channel` owns at most one Connection and makes a
+`ChannelConnection` puts a `ConnectionCore` on asyncio: requests of one tick of the loop leave in one write, answers of
+one read are completed in one go, a timer sweeps the deadlines. `Channel` owns at most one ChannelConnection and makes a
 new one when it is needed.
 
 - A call is tried again, after a pause drawn from 0 to a growing bound, only when it raised `Unavailable`: the server
@@ -30,7 +30,7 @@ from time import monotonic
 from typing import Any, Final, NamedTuple, cast
 
 from kvtcp._version import __version__
-from kvtcp.client.core import Completion, ConnectionCore, Progress, show_seconds
+from kvtcp.client.core import Completion, ConnectionCore, OnProgress, show_seconds
 from kvtcp.client.url import Address
 from kvtcp.constants import (
     CLIENT_BACKOFF_MAX_MS,
@@ -104,10 +104,10 @@ def may_repeat(error: KvtcpError, op: bytes, remaining_s: float) -> bool:
     return isinstance(error, Unavailable) and remaining_s > (_REFUSAL_S if waits else 0)
 
 
-class Connection(asyncio.Protocol):
+class ChannelConnection(asyncio.Protocol):
     """One socket. `on_end` is called once, with the reason, when it takes no more requests."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[Connection, str], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[ChannelConnection, str], None]) -> None:
         self._loop = loop
         self._on_end = on_end
         self._core: ConnectionCore[asyncio.Future[Any]] = ConnectionCore()
@@ -135,7 +135,7 @@ class Connection(asyncio.Protocol):
         return self._ended
 
     def send(
-        self, message: Message, began: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, began: float, timeout_s: float, progress: OnProgress | None = None
     ) -> asyncio.Future[Any]:
         """The future of a call, whose time ends `timeout_s` after `began`. Raises RequestError (TOO_LARGE)."""
         future = self._loop.create_future()
@@ -311,7 +311,7 @@ class Channel:
         self.info: ServerInfo | None = None  # of the newest connection
         self._name = name
         self._loop = asyncio.get_running_loop()
-        self._connection: Connection | None = None  # said hello and has not ended
+        self._connection: ChannelConnection | None = None  # said hello and has not ended
         self._attempt: asyncio.Task[None] | None = None  # the one attempt to connect that is under way
         self._connected_at = 0.0  # when `_connection` was made
         self._failures = 0  # attempts in a row that gave no lasting connection
@@ -357,7 +357,7 @@ class Channel:
         except Unavailable as error:
             return await self._persist(message, began, timeout_s, error)
 
-    async def call_long(self, message: Message, idle_s: float, progress: Progress | None) -> Any:
+    async def call_long(self, message: Message, idle_s: float, progress: OnProgress | None) -> Any:
         """As `call` for administration: to get it started has the usual timeout, then only silence ends it."""
         check_timeout(idle_s)
         return await self._persist(message, monotonic(), self.timeout_s, None, idle_s, progress)
@@ -369,7 +369,7 @@ class Channel:
         timeout_s: float,
         error: Unavailable | None = None,
         idle_s: float | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> Any:
         """Try, and while the request is known not to have been executed try again, until the deadline."""
         deadline = began + timeout_s
@@ -396,7 +396,7 @@ class Channel:
 
     async def _ready(
         self, message: Message, deadline: float, timeout_s: float, error: Unavailable | None = None
-    ) -> Connection:
+    ) -> ChannelConnection:
         """A connection with room for a request, made if need be."""
         while True:
             if self._closed:
@@ -450,11 +450,11 @@ class Channel:
         if self._failures:
             await asyncio.sleep(self.pause_s(self._failures))
         host, port = self.address
-        connection: Connection | None = None
+        connection: ChannelConnection | None = None
         try:
             async with asyncio.timeout(self.timeout_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop, self._on_end), host, port
+                    lambda: ChannelConnection(self._loop, self._on_end), host, port
                 )
                 if connection.ended:
                     raise Unavailable("the server closed the connection", Code.UNREACHABLE)
@@ -484,7 +484,7 @@ class Channel:
             if connection.ended:
                 self._on_end(connection, "the server closed the connection after hello")
 
-    def _on_end(self, connection: Connection, reason: str) -> None:
+    def _on_end(self, connection: ChannelConnection, reason: str) -> None:
         if self._connection is not connection:
             return
         self._connection = None
@@ -512,7 +512,7 @@ def _reason(error: Exception) -> str:
     return ", ".join(reasons) or str(error) or "no answer"
 
 
-def _drop(connection: Connection | None) -> None:
+def _drop(connection: ChannelConnection | None) -> None:
     if connection is not None:
         connection.abort("the attempt to connect failed")
 

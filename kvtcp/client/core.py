@@ -32,7 +32,7 @@ from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.messages import REQUESTS, Kind, Message
 
 W = TypeVar("W")
-Progress = Callable[[Any], None]
+OnProgress = Callable[[Any], None]
 
 TICKS_PER_S: Final = 1000 / CLIENT_TICK_MS
 SILENCE_S: Final = CLIENT_SILENCE_MS / 1000
@@ -44,7 +44,13 @@ class Call(Generic[W]):
     __slots__ = ("due", "frame_bytes", "op", "progress", "timeout_s", "waiter")
 
     def __init__(
-        self, op: bytes, waiter: W | None, timeout_s: float, frame_bytes: int, due: set[int], progress: Progress | None
+        self,
+        op: bytes,
+        waiter: W | None,
+        timeout_s: float,
+        frame_bytes: int,
+        due: set[int],
+        progress: OnProgress | None,
     ) -> None:
         self.op = op
         self.waiter = waiter  # None: abandoned, nobody waits for the answer any more
@@ -82,7 +88,7 @@ class ConnectionCore(Generic[W]):
         return len(self._calls)
 
     def request(
-        self, message: Message, waiter: W, began: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, waiter: W, began: float, timeout_s: float, progress: OnProgress | None = None
     ) -> None:
         """Put a call into the table and its frame into the output; `message[0]` becomes its id.
 

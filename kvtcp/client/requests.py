@@ -219,7 +219,7 @@ def item_result(answer: Any) -> Any:
     return answer
 
 
-class Batch:
+class KeyBatch:
     """The items of one operation on many keys: which are still to be asked for, and what came back.
 
     `results[i]` belongs to `items[i]`: a result, or the KvtcpError it failed with. An item that was not executed for a

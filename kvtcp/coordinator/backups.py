@@ -37,7 +37,7 @@ from kvtcp.replication.sequencing.requests import Gather
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.runtime.process import StartTask
 from kvtcp.storage.backup import archive as files
-from kvtcp.storage.backup.manifest import FileReport, Manifest, ShardCut
+from kvtcp.storage.backup.manifest import BackupManifest, FileReport, ShardCut
 from kvtcp.storage.files import OsDisk
 
 log = logging.getLogger("kvtcp.backup")
@@ -250,7 +250,7 @@ class Backups:
             chosen.setdefault(best.node, []).append(shard.number)
         return chosen
 
-    async def _attempt(self, attempt_name: str, tmp_dir: Path, progress: Progress) -> Manifest:
+    async def _attempt(self, attempt_name: str, tmp_dir: Path, progress: Progress) -> BackupManifest:
         sequencer = self.sequencer
         chosen = self._spread()
         self._name = attempt_name
@@ -278,7 +278,7 @@ class Backups:
                 if future.done() and not future.cancelled():
                     future.exception()  # looked at: another one's was raised
             self._files = {}
-        return Manifest(
+        return BackupManifest(
             cluster=sequencer.map.cluster,
             created=created,
             kvtcp_version=__version__,

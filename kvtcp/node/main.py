@@ -31,7 +31,7 @@ from kvtcp.runtime import process
 from kvtcp.runtime.data_directory import DataDirectory, IdentityError, lock_holder
 from kvtcp.storage.disk.check import by_reason, check_directory
 from kvtcp.storage.disk.log_format import VersionError
-from kvtcp.storage.disk.replay import Progress
+from kvtcp.storage.disk.replay import ReplayProgress
 from kvtcp.storage.disk.store import NO_MANIFEST, NodeStore, StoreError, has_data, open_store, read_store_manifest
 from kvtcp.storage.files import OS_DISK
 
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def progress_printer(what: str) -> Progress:
+def progress_printer(what: str) -> ReplayProgress:
     """Says how far a long recovery is: nothing within the first second, then a line every second."""
     next_s = time.monotonic() + RECOVERY_PROGRESS_MS / 1000
 

@@ -33,8 +33,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Operation = tuple[float, float | None, str, Any, Any]
-Numbered = tuple[int, Operation]
+TimedOperation = tuple[float, float | None, str, Any, Any]
+Numbered = tuple[int, TimedOperation]
 
 
 def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
 class _Events:
     """Calls and returns in order of time, linked; at equal times calls are first, which allows more."""
 
-    def __init__(self, operations: Sequence[Operation]) -> None:
+    def __init__(self, operations: Sequence[TimedOperation]) -> None:
         events = [(operation[0], 0, n) for n, operation in enumerate(operations)]
         events += [(operation[1], 1, n) for n, operation in enumerate(operations) if operation[1] is not None]
         events.sort()
@@ -88,7 +88,7 @@ class _Events:
             self.before[self.after[place]] = place
 
 
-def _earlier_twins(operations: Sequence[Operation]) -> list[int]:
+def _earlier_twins(operations: Sequence[TimedOperation]) -> list[int]:
     """For each unanswered operation the one that is the same and was called last before it, as a bit; 0 for none."""
     twins = [0] * len(operations)
     last: dict[tuple[str, Any], int] = {}
@@ -100,7 +100,7 @@ def _earlier_twins(operations: Sequence[Operation]) -> list[int]:
     return twins
 
 
-def check_history(operations: Sequence[Operation], initial: Any = None, budget: int = 5_000_000) -> bool | None:
+def check_history(operations: Sequence[TimedOperation], initial: Any = None, budget: int = 5_000_000) -> bool | None:
     """Whether the history of one key is linearizable; None if `budget` steps did not tell."""
     events = _Events(operations)
     twins = _earlier_twins(operations)

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.testing.linearizability import Operation, check_history
+from kvtcp.testing.linearizability import TimedOperation, check_history
 
 TTL_SLACK_S: Final = 0.06  # a stamp is of the tick in which a request came; wall clock and monotonic one drift
 JUMP_S: Final = STAMP_AHEAD_MS / 1000 + 1.0  # after a takeover deadlines may be off for so long
@@ -84,7 +84,7 @@ class History:
         return broken
 
     def _check_register(self, key: str, lines: list[Line], final: dict[str, str] | None) -> Iterable[str]:
-        operations: list[Operation] = []
+        operations: list[TimedOperation] = []
         end = 0.0
         for kind, _, call, ret, argument, result, outcome in lines:
             end = max(end, call, ret or 0.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtcp.client.requests import Batch, PageRequest, chunks, duration_ms, item_result, open_rows, put_items
+from kvtcp.client.requests import KeyBatch, PageRequest, chunks, duration_ms, item_result, open_rows, put_items
 from kvtcp.constants import CLIENT_CHUNK_BYTES, CLIENT_CHUNK_KEYS_MAX, TTL_MS_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code, OutcomeUnknown, ProtocolError, RequestError, Unavailable
 
@@ -87,7 +87,7 @@ def test_pages_of_another_form(answer: Any) -> None:
 def test_batch_sorts_what_is_asked_for_again() -> None:
     """Passing refusals and answers that were too large are told apart; other errors stay."""
     keys = [b"a", b"b", b"c", b"d"]
-    batch = Batch(b"mget", keys, keys, [1] * 4)
+    batch = KeyBatch(b"mget", keys, keys, [1] * 4)
     down, large, bad = [34, b"down", {}], [11, b"large", {}], [10, b"bad", {}]
     again = batch.take(range(4), [down, [b"v", 1, None], large, bad])
     assert again == [0, 2]
@@ -100,6 +100,6 @@ def test_batch_sorts_what_is_asked_for_again() -> None:
 @pytest.mark.parametrize("answers", [None, [], [1], [1, 2, 3], {}])
 def test_batch_answers_of_another_length(answers: Any) -> None:
     """An m-request answered with another number of results is a ProtocolError."""
-    batch = Batch(b"mput", [[b"a", b""], [b"b", b""]], [b"a", b"b"], [1, 1])
+    batch = KeyBatch(b"mput", [[b"a", b""], [b"b", b""]], [b"a", b"b"], [1, 1])
     with pytest.raises(ProtocolError, match="one entry a key"):
         batch.take([0, 1], answers)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvtcp.testing.linearizability import Numbered, Operation, check_history, check_order, step
+from kvtcp.testing.linearizability import Numbered, TimedOperation, check_history, check_order, step
 
-VERDICTS: list[tuple[str, bool, list[Operation]]] = [
+VERDICTS: list[tuple[str, bool, list[TimedOperation]]] = [
     ("empty", True, []),
     ("sequential", True, [(0, 1, "put", 1, "ok"), (2, 3, "get", None, 1)]),
     ("stale read", False, [(0, 1, "put", 1, "ok"), (2, 3, "get", None, None)]),
@@ -37,12 +37,12 @@ VERDICTS: list[tuple[str, bool, list[Operation]]] = [
 
 
 @pytest.mark.parametrize(("name", "verdict", "history"), VERDICTS, ids=[name for name, _, _ in VERDICTS])
-def test_verdicts(name: str, verdict: bool, history: list[Operation]) -> None:
+def test_verdicts(name: str, verdict: bool, history: list[TimedOperation]) -> None:
     """Histories whose verdict is clear by eye."""
     assert check_history(history) is verdict
 
 
-def brute_force(history: list[Operation]) -> bool:
+def brute_force(history: list[TimedOperation]) -> bool:
     """The definition: some order of all answered and some unanswered operations explains the results."""
     answered = [n for n, operation in enumerate(history) if operation[1] is not None]
     unanswered = [n for n, operation in enumerate(history) if operation[1] is None]
@@ -54,7 +54,7 @@ def brute_force(history: list[Operation]) -> bool:
     return False
 
 
-def explains(history: list[Operation], order: tuple[int, ...]) -> bool:
+def explains(history: list[TimedOperation], order: tuple[int, ...]) -> bool:
     """Whether `order` respects real time and gives every answered result."""
     for earlier, later in itertools.combinations(order, 2):
         ret = history[later][1]
@@ -69,9 +69,9 @@ def explains(history: list[Operation], order: tuple[int, ...]) -> bool:
     return True
 
 
-def random_history(rng: random.Random, count: int) -> list[Operation]:
+def random_history(rng: random.Random, count: int) -> list[TimedOperation]:
     """Random small operations with random results: most are not linearizable, some are."""
-    history: list[Operation] = []
+    history: list[TimedOperation] = []
     for _ in range(count):
         kind = rng.choice(["get", "exists", "put", "delete", "add", "cas", "incr", "incr"])
         argument: Any = {"put": 1, "add": 2, "cas": (1, 2), "incr": 1}.get(kind)
@@ -96,13 +96,13 @@ def test_brute_force_agrees() -> None:
 
 def test_budget() -> None:
     """A search that is cut off says so and does not guess."""
-    history: list[Operation] = [(0, 100, "put", n, "ok") for n in range(12)] + [(101, 102, "get", None, 99)]
+    history: list[TimedOperation] = [(0, 100, "put", n, "ok") for n in range(12)] + [(101, 102, "get", None, 99)]
     assert check_history(history, budget=1_000) is None
 
 
 def test_twins() -> None:
     """Forty increments without an answer are no reason to give up: they are all the same."""
-    history: list[Operation] = [(n, None, "incr", 1, None) for n in range(40)]
+    history: list[TimedOperation] = [(n, None, "incr", 1, None) for n in range(40)]
     history += [(100 + 2 * n, 101 + 2 * n, "get", None, n) for n in range(1, 41)]
     assert check_history(history, budget=200_000) is True
     assert check_history([*history, (300, 301, "get", None, 41)]) is False
@@ -142,7 +142,7 @@ def numbered_history(rng: random.Random, count: int) -> list[Numbered]:
         argument: Any = {"put": rng.randrange(3), "add": 2, "cas": (1, 2), "incr": 1}.get(kind)
         seq += kind != "get"
         state, result = step(state, kind, argument)
-        operation: Operation = (point - rng.random() * 3, point + rng.random() * 3, kind, argument, result)
+        operation: TimedOperation = (point - rng.random() * 3, point + rng.random() * 3, kind, argument, result)
         numbered.append((seq, operation))
     return numbered
 

@@ -32,13 +32,30 @@ from kvtcp.constants import BACKUP_NAME_CHARS_MAX
 from kvtcp.errors import DataError, RequestError
 from kvtcp.jsonl import Pair
 from kvtcp.storage.backup.file import NodeFileWriter, node_file_name, read_file_pairs, verify_file
-from kvtcp.storage.backup.manifest import MANIFEST_NAME, NODE_FILE, FileReport, Manifest, ShardCut, ShardSum
+from kvtcp.storage.backup.manifest import MANIFEST_NAME, NODE_FILE, BackupManifest, FileReport, ShardCut, ShardSum
 from kvtcp.storage.files import OS_DISK, Disk
 
 __all__ = [
-    "BackupInfo", "ContentHash", "FileReport", "Manifest", "NodeFileWriter", "ShardCut", "ShardSum", "VerifyReport",
-    "backup_name_from_time", "begin_backup", "check_backup_name", "content_hash", "discard", "list_backups",
-    "node_file_name", "publish", "read_manifest", "read_pairs", "verify", "write_manifest",
+    "BackupInfo",
+    "BackupManifest",
+    "ContentHash",
+    "FileReport",
+    "NodeFileWriter",
+    "ShardCut",
+    "ShardSum",
+    "VerifyReport",
+    "backup_name_from_time",
+    "begin_backup",
+    "check_backup_name",
+    "content_hash",
+    "discard",
+    "list_backups",
+    "node_file_name",
+    "publish",
+    "read_manifest",
+    "read_pairs",
+    "verify",
+    "write_manifest",
 ]  # fmt: skip
 
 DISCARD_TRIES: Final = 5  # each node disturbs it once at most, with its one file
@@ -121,11 +138,11 @@ def discard(disk: Disk, tmp_dir: Path) -> None:
     disk.remove_tree(tmp_dir)
 
 
-def write_manifest(disk: Disk, directory: Path, manifest: Manifest) -> None:
+def write_manifest(disk: Disk, directory: Path, manifest: BackupManifest) -> None:
     """Writes `manifest.json` durably. DataError, before anything is written, if its parts do not fit together."""
     path = directory / MANIFEST_NAME
     text = manifest.to_json()
-    Manifest.from_json(text, str(path))
+    BackupManifest.from_json(text, str(path))
     disk.remove(path)
     file = disk.create(path)
     try:
@@ -158,7 +175,7 @@ def publish(disk: Disk, tmp_dir: Path, final_dir: Path) -> None:
 # --- checking and reading ------------------------------------------------------------------------
 
 
-def read_manifest(directory: Path, disk: Disk = OS_DISK) -> Manifest:
+def read_manifest(directory: Path, disk: Disk = OS_DISK) -> BackupManifest:
     """The manifest of a backup. Raises DataError that names the file and the field."""
     path = directory / MANIFEST_NAME
     try:
@@ -170,7 +187,7 @@ def read_manifest(directory: Path, disk: Disk = OS_DISK) -> Manifest:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start + 1}") from error
-    return Manifest.from_json(text, str(path))
+    return BackupManifest.from_json(text, str(path))
 
 
 def verify(directory: Path, disk: Disk = OS_DISK) -> VerifyReport:

@@ -28,7 +28,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.storage.backup.manifest import NODE_FILE, FileReport, ShardSum
 from kvtcp.storage.files import Disk
 
-Row = tuple[int, bytes, bytes, int, int | None]  # shard, key, value, revision, ttl_ms
+BackupRow = tuple[int, bytes, bytes, int, int | None]  # shard, key, value, revision, ttl_ms
 
 
 def node_file_name(node_id: str) -> str:
@@ -131,7 +131,7 @@ class NodeFileWriter:
         disk.remove(self.path)
         self._file = disk.create(self.path)
 
-    def write_rows(self, rows: Iterable[Row]) -> None:
+    def write_rows(self, rows: Iterable[BackupRow]) -> None:
         """Adds rows; keys strictly increase over all calls, else DataError."""
         assert self._usable, "the writer was finished, aborted or has failed"
         self._usable = False  # until the loop has ended well

@@ -11,7 +11,7 @@ Invariants, checked when a manifest is read and before one is written: the cut h
 held by exactly one file, also one without pairs; the pairs of a file are the sum of its shards'; a file has one block
 (crc32 of BACKUP_BLOCK_LINES lines, 8 hexadecimal digits) per begun hundred lines.
 
-`from_json` trusts nothing: whatever the text is, it gives a Manifest or one DataError that names file and field.
+`from_json` trusts nothing: whatever the text is, it gives a BackupManifest or one DataError that names file and field.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ShardCut:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class BackupManifest:
     """The content of `manifest.json`. `created` is ISO 8601 in UTC, `shards` the number of shards of the cluster."""
 
     cluster: str
@@ -129,7 +129,7 @@ class Manifest:
         return text[: text.rindex(_NO_SEAL)] + seal + text[text.rindex(_NO_SEAL) + 64 :]
 
     @staticmethod
-    def from_json(text: str, source: str) -> Manifest:
+    def from_json(text: str, source: str) -> BackupManifest:
         """The manifest of a text. DataError names `source` and the field, whatever the text is."""
         try:
             fields = json.loads(text)
@@ -147,7 +147,7 @@ class Manifest:
                 f'{source}: "format_version" is {version!r}, this version of kvtcp reads {BACKUP_FORMAT_VERSION}'
             )
         members = _members(fields, _MANIFEST_FIELDS, source, "")
-        manifest = Manifest(
+        manifest = BackupManifest(
             cluster=_string(members, "cluster", source, ""),
             created=_time(members, source),
             kvtcp_version=_string(members, "kvtcp_version", source, ""),

@@ -14,7 +14,7 @@ from typing import Final
 
 from kvtcp.errors import KvtcpError
 from kvtcp.storage.disk.manifest import Manifest
-from kvtcp.storage.disk.replay import Progress, Replayed, replay
+from kvtcp.storage.disk.replay import Replayed, ReplayProgress, replay
 from kvtcp.storage.files import Disk
 
 SHARDS_SHOWN: Final = 8  # of those with one reason
@@ -45,7 +45,7 @@ def check_directory(
     disk: Disk,
     directory: Path,
     manifest: Manifest,
-    progress: Progress = lambda *_: None,
+    progress: ReplayProgress = lambda *_: None,
     boot: str = "",
 ) -> CheckReport:
     """Verify everything, in this boot of the machine. Raises VersionError for files of another format, OSError for a

@@ -40,7 +40,7 @@ from kvtcp.storage.shard.backlog import Backlog
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Logged
 
-Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+ReplayProgress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def replay(
     disk: Disk,
     directory: Path,
     manifest: Manifest,
-    progress: Progress = lambda *_: None,
+    progress: ReplayProgress = lambda *_: None,
     power_failed: bool = False,
 ) -> Replayed:
     """Read everything. `power_failed`: what was not synced may be on the disk in any part, see `Manifest.power_failed`.
@@ -95,7 +95,7 @@ class _Replay:
     """One reading of a directory."""
 
     def __init__(
-        self, disk: Disk, directory: Path, manifest: Manifest, progress: Progress, power_failed: bool
+        self, disk: Disk, directory: Path, manifest: Manifest, progress: ReplayProgress, power_failed: bool
     ) -> None:
         self.disk = disk
         self.power_failed = power_failed

@@ -38,7 +38,7 @@ from kvtcp.storage.disk import log, snapshot
 from kvtcp.storage.disk.log import LogWriter, Prepared
 from kvtcp.storage.disk.log_format import DIRECTORY_BYTES, SALT_BYTES, FormatError, Position, VersionError
 from kvtcp.storage.disk.manifest import Manifest, read_manifest, write_manifest
-from kvtcp.storage.disk.replay import Damage, Progress, Replayed, replay
+from kvtcp.storage.disk.replay import Damage, Replayed, ReplayProgress, replay
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader, SnapshotName, encode_snapshot
 from kvtcp.storage.files import Disk
 from kvtcp.storage.shard.copy import Copy
@@ -289,7 +289,7 @@ def open_store(
     durability: str,
     new_id: Callable[[int], bytes],
     boot: str,
-    progress: Progress = lambda *_: None,
+    progress: ReplayProgress = lambda *_: None,
     segment_bytes_max: int = SEGMENT_BYTES_MAX,
 ) -> NodeStore:
     """Recover what is in `directory`, or make a new store there. `new_id` returns that many random bytes, `boot` names

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvtcp.storage.shard.btree import BTree
-from kvtcp.storage.shard.index import Cell, Index, Row
+from kvtcp.storage.shard.index import Cell, Index, StoredRow
 
 
 class Frozen:
@@ -48,7 +48,7 @@ class Frozen:
             self._saved[key] = cell
             self._saved_order.insert(key)
 
-    def next_rows(self, limit: int) -> list[Row]:
+    def next_rows(self, limit: int) -> list[StoredRow]:
         """The next rows (key, value, rev, deadline_ms or None), at most `limit` and at least one; empty at the end."""
         return [(key, *cell) for key, cell in zip(*self.next_cells(limit), strict=True)]
 

@@ -25,7 +25,7 @@ from kvtcp.constants import FRESH_KEYS_MAX, LEAF_KEYS_MAX
 from kvtcp.storage.shard.btree import BTree
 
 Cell = tuple[bytes, int, int | None]  # value, revision, deadline in ms or None
-Row = tuple[bytes, bytes, int, int | None]  # key and cell
+StoredRow = tuple[bytes, bytes, int, int | None]  # key and cell
 
 LOAD_KEYS: Final = 8_192  # that `load` puts into the tree at once
 _TRACKED: Final[list[Any]] = []  # held under None, which is no key, by the dictionary of every index

@@ -21,12 +21,12 @@ from kvtcp.protocol import operations as op
 from kvtcp.protocol.numbers import decimal_of, decimal_sum
 from kvtcp.storage.shard.index import Cell
 
-Item = Sequence[Any]
+WriteItem = Sequence[Any]
 Effect = Sequence[Any]
 Evaluated = tuple[Any, list[Effect]]
 
 
-class View(Protocol):
+class CellView(Protocol):
     """What is there for an operation."""
 
     def visible(self, key: bytes, stamp_ms: int) -> Cell | None:
@@ -40,7 +40,7 @@ def patched(value: bytes, offset: int, data: bytes) -> bytes:
     return value[:offset] + data + value[offset + len(data) :]
 
 
-def put_range(item: Item, cell: Cell | None, offset: int, data: bytes, result: int | None = None) -> Evaluated:
+def put_range(item: WriteItem, cell: Cell | None, offset: int, data: bytes, result: int | None = None) -> Evaluated:
     """The value of `cell` with `data` at `offset`. The result is the new length if none is given."""
     key: bytes = item[4]
     old_bytes = 0 if cell is None else len(cell[0])
@@ -65,7 +65,7 @@ def deadline(mode: int, ms: int, stamp_ms: int, old_ms: int | None) -> int | Non
     return old_ms if mode == op.KEEP_DEADLINE else None
 
 
-def _store(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _store(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, value, mode, ms, condition, if_value, get = item[4:11]
     cell = view.visible(key, stamp_ms)
     holds = (
@@ -80,12 +80,12 @@ def _store(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return result, [(op.SET, key, value, deadline(mode, ms, stamp_ms, None if cell is None else cell[2]))]
 
 
-def _take(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _take(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     cell = view.visible(item[4], stamp_ms)
     return (None, []) if cell is None else (cell[0], [(op.REMOVE, item[4])])
 
 
-def _touch(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _touch(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, mode, ms = item[4:7]
     cell = view.visible(key, stamp_ms)
     if cell is None:
@@ -93,7 +93,7 @@ def _touch(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return cell[0], _new_deadline(key, cell, deadline(mode, ms, stamp_ms, cell[2]), stamp_ms)
 
 
-def _expire_if(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _expire_if(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, mode, ms, condition = item[4:8]
     cell = view.visible(key, stamp_ms)
     if cell is None:
@@ -119,21 +119,21 @@ def _new_deadline(key: bytes, cell: Cell, deadline_ms: int | None, stamp_ms: int
     return [] if deadline_ms == cell[2] else [(op.DEADLINE, key, deadline_ms)]
 
 
-def _append(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _append(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     cell = view.visible(item[4], stamp_ms)
     if cell is not None and not item[5]:
         return len(cell[0]), []
     return put_range(item, cell, 0 if cell is None else len(cell[0]), item[5])
 
 
-def _set_range(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _set_range(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     cell = view.visible(item[4], stamp_ms)
     if not item[6]:
         return 0 if cell is None else len(cell[0]), []
     return put_range(item, cell, item[5], item[6])
 
 
-def _set_bit(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _set_bit(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, offset, bit = item[4:7]
     cell = view.visible(key, stamp_ms)
     place, mask = offset // 8, 0x80 >> offset % 8
@@ -142,7 +142,7 @@ def _set_bit(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return put_range(item, cell, place, bytes([byte]), int(old_byte & mask != 0))
 
 
-def _incr_decimal(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _incr_decimal(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, by_text = item[4:6]
     cell = view.visible(key, stamp_ms)
     number = decimal_of(b"0" if cell is None else cell[0])
@@ -155,7 +155,7 @@ def _incr_decimal(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return text, [(op.SET, key, text, None if cell is None else cell[2])]
 
 
-def _rename(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _rename(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, new_key, if_absent = item[4:7]
     cell = view.visible(key, stamp_ms)
     if cell is None:
@@ -167,7 +167,7 @@ def _rename(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return op.RENAMED, [(op.CLONE, new_key, key), (op.REMOVE, key)]
 
 
-def _copy(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _copy(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, new_key, replace = item[4:7]
     cell = view.visible(key, stamp_ms)
     if cell is None or (not replace and view.visible(new_key, stamp_ms) is not None):
@@ -175,14 +175,14 @@ def _copy(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return True, [(op.CLONE, new_key, key)]
 
 
-def _put_all(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _put_all(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     _, pairs, if_absent = item[4:7]
     if if_absent and any(view.visible(key, stamp_ms) is not None for key, _ in pairs):
         return False, []
     return True, [(op.SET, key, value, None) for key, value in pairs]
 
 
-EVALUATE: Final[dict[int, Callable[[View, Item, int], Evaluated]]] = {
+EVALUATE: Final[dict[int, Callable[[CellView, WriteItem, int], Evaluated]]] = {
     op.STORE: _store,
     op.TAKE: _take,
     op.TOUCH: _touch,

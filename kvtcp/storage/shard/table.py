@@ -35,7 +35,7 @@ from kvtcp.storage.shard import strings, transaction
 from kvtcp.storage.shard.deadlines import Deadlines
 from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.shard.index import Cell, Index, OrderError
-from kvtcp.storage.shard.strings import Effect, Evaluated, Item, View
+from kvtcp.storage.shard.strings import CellView, Effect, Evaluated, WriteItem
 
 # a list of three is an error [code, message, details], a list of one holds the results of a transaction
 Result = int | bool | bytes | list[Any] | None
@@ -95,7 +95,7 @@ class Table:
 
     # --- writes ------------------------------------------------------------------------------------
 
-    def apply(self, item: Item, stamp_ms: int) -> Result:
+    def apply(self, item: WriteItem, stamp_ms: int) -> Result:
         """Apply a write item [op, shard, seq, answer, key, *args]; its result, a list [code, message, details] if the
         operation failed. Raises SequenceError if `seq` is not the next number, ProtocolError for an unknown operation.
         """
@@ -274,19 +274,19 @@ class Table:
             return None
         return cell
 
-    def _purge(self, item: Item, stamp_ms: int) -> Evaluated:
+    def _purge(self, item: WriteItem, stamp_ms: int) -> Evaluated:
         _, limit = _arguments(item, 2)
         keys = self._deadlines.expired(stamp_ms, limit)
         return len(keys), [(op.REMOVE, key) for key in keys]
 
-    def _clear(self, item: Item, stamp_ms: int) -> Evaluated:
+    def _clear(self, item: WriteItem, stamp_ms: int) -> Evaluated:
         lower, upper, limit = _arguments(item, 3)
         keys = self._index.slice(lower, upper, limit)
         if keys and len(keys) == len(self._index):
             return len(keys), [(op.WIPE,)]
         return len(keys), [(op.REMOVE, key) for key in keys]
 
-    def _transaction(self, item: Item, stamp_ms: int) -> Evaluated:
+    def _transaction(self, item: WriteItem, stamp_ms: int) -> Evaluated:
         return transaction.evaluate(self, item, stamp_ms, _EVALUATE_KEYS)
 
     # --- reads -------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ class Table:
         assert self._watched == (bool(pairs) or bool(self._frozen)), "changes are watched when somebody has to hear"
 
 
-def _arguments(item: Item, count: int) -> Sequence[Any]:
+def _arguments(item: WriteItem, count: int) -> Sequence[Any]:
     """The first `count` fields after `answer`; those left out are None."""
     arguments = item[4 : 4 + count]
     if len(arguments) < count:
@@ -453,7 +453,7 @@ def _noting_deadlines(pieces: Pieces, pairs: list[tuple[int, bytes]]) -> Pieces:
 # --- operations on one key: result and effects, without a change ---------------------------------------
 
 
-def _put(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _put(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, value, ttl_ms, keep_ttl = _arguments(item, 4)
     deadline_ms = _deadline(ttl_ms, stamp_ms)
     if keep_ttl and ttl_ms is None:
@@ -462,7 +462,7 @@ def _put(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return item[2], [(op.SET, key, value, deadline_ms)]
 
 
-def _add(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _add(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, value, ttl_ms = _arguments(item, 3)
     cell = view.visible(key, stamp_ms)
     if cell is not None:
@@ -471,7 +471,7 @@ def _add(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return item[2], [(op.SET, key, value, _deadline(ttl_ms, stamp_ms))]
 
 
-def _delete(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _delete(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, if_value, if_rev = _arguments(item, 3)
     cell = view.visible(key, stamp_ms)
     if cell is None or not _holds(cell, if_value, if_rev):
@@ -479,7 +479,7 @@ def _delete(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return True, [(op.REMOVE, key)]
 
 
-def _cas(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _cas(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, value, if_value, if_rev = _arguments(item, 4)
     if if_value is None and if_rev is None:
         return [int(Code.BAD_REQUEST), f"cas of the key {show_bytes(key)} has no condition", {}], []
@@ -495,7 +495,7 @@ def _cas(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return item[2], [(op.SET, key, value, cell[2])]
 
 
-def _incr(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _incr(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, by = _arguments(item, 2)
     cell = view.visible(key, stamp_ms)
     number = 0 if cell is None else integer_of(cell[0])
@@ -508,7 +508,7 @@ def _incr(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return number, [(op.SET, key, b"%d" % number, None if cell is None else cell[2])]
 
 
-def _expire(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _expire(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key, ttl_ms = _arguments(item, 2)
     if view.visible(key, stamp_ms) is None:
         return False, []
@@ -517,7 +517,7 @@ def _expire(view: View, item: Item, stamp_ms: int) -> Evaluated:
     return True, [(op.DEADLINE, key, _deadline(ttl_ms, stamp_ms))]
 
 
-def _persist(view: View, item: Item, stamp_ms: int) -> Evaluated:
+def _persist(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     key = item[4]
     cell = view.visible(key, stamp_ms)
     if cell is None or cell[2] is None:
@@ -526,7 +526,7 @@ def _persist(view: View, item: Item, stamp_ms: int) -> Evaluated:
 
 
 # what can be part of a transaction
-_EVALUATE_KEYS: Final[dict[int, Callable[[View, Item, int], Evaluated]]] = {
+_EVALUATE_KEYS: Final[dict[int, Callable[[CellView, WriteItem, int], Evaluated]]] = {
     op.PUT: _put,
     op.ADD: _add,
     op.DELETE: _delete,
@@ -536,7 +536,7 @@ _EVALUATE_KEYS: Final[dict[int, Callable[[View, Item, int], Evaluated]]] = {
     op.PERSIST: _persist,
     **strings.EVALUATE,
 }
-_EVALUATE: Final[dict[int, Callable[[Table, Item, int], Evaluated]]] = {
+_EVALUATE: Final[dict[int, Callable[[Table, WriteItem, int], Evaluated]]] = {
     **_EVALUATE_KEYS,
     op.PURGE: Table._purge,
     op.CLEAR: Table._clear,

@@ -18,7 +18,7 @@ from kvtcp.constants import MGET_VALUES_BYTES_MAX, MULTI_BYTES_MAX, TRANSACTION_
 from kvtcp.errors import Code, ProtocolError
 from kvtcp.protocol import operations as op
 from kvtcp.storage.shard.index import Cell
-from kvtcp.storage.shard.strings import Effect, Evaluated, Item, View, patched
+from kvtcp.storage.shard.strings import CellView, Effect, Evaluated, WriteItem, patched
 
 EFFECT_BYTES: Final = 32  # counted for an effect beyond its key and value
 ALLOWED: Final = frozenset(op.WRITE_NAMES) - {op.PURGE, op.CLEAR, op.TRANSACTION}
@@ -27,7 +27,7 @@ ALLOWED: Final = frozenset(op.WRITE_NAMES) - {op.PURGE, op.CLEAR, op.TRANSACTION
 class Overlay:
     """The cells of a shard with the changes of a transaction."""
 
-    def __init__(self, below: View, seq: int) -> None:
+    def __init__(self, below: CellView, seq: int) -> None:
         self.below = below
         self.seq = seq
         self.changed: dict[bytes, Cell | None] = {}
@@ -66,7 +66,9 @@ class Overlay:
                 self.changed[key] = (patched(cell[0], effect[2], effect[3]), self.seq, cell[2])
 
 
-def evaluate(view: View, item: Item, stamp_ms: int, known: Mapping[int, Callable[..., Evaluated]]) -> Evaluated:
+def evaluate(
+    view: CellView, item: WriteItem, stamp_ms: int, known: Mapping[int, Callable[..., Evaluated]]
+) -> Evaluated:
     """The item [TRANSACTION, shard, seq, answer, key, watched, ops]. `known` evaluates the writes."""
     _, shard, seq, _, _, watched, ops = item
     for key, rev in watched:
@@ -101,7 +103,7 @@ def evaluate(view: View, item: Item, stamp_ms: int, known: Mapping[int, Callable
     return [results], effects
 
 
-def _read(view: View, number: int, key: bytes, stamp_ms: int) -> Any:
+def _read(view: CellView, number: int, key: bytes, stamp_ms: int) -> Any:
     """A read of one key, answered as the coordinator answers it outside of a transaction."""
     cell = view.visible(key, stamp_ms)
     if number == op.GET:

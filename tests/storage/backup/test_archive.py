@@ -18,9 +18,9 @@ from kvtcp.errors import DataError, RequestError
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.storage.backup.archive import (
+    BackupManifest,
     ContentHash,
     FileReport,
-    Manifest,
     NodeFileWriter,
     ShardCut,
     VerifyReport,
@@ -69,7 +69,7 @@ def make(
             writer.write_rows((s, k, v, rev or 0, ttl) for s, k, v, rev, ttl in rows if s in mine)
             reports.append(FileReport.from_fields(writer.finish(), "report"))
         cut = tuple(ShardCut(s, 1, 1000 + s, s) for s in range(shards))
-        write_manifest(disk, tmp_dir, Manifest("c-1", CREATED, "0.1.0", shards, cut, tuple(reports)))
+        write_manifest(disk, tmp_dir, BackupManifest("c-1", CREATED, "0.1.0", shards, cut, tuple(reports)))
         publish(disk, tmp_dir, backup_dir / name)
     except BaseException:
         for writer in writers:
@@ -334,7 +334,7 @@ def reseal(backup: Path, old: str, new: str) -> None:
     """A manifest with a changed text and a seal that is right again."""
     path = backup / "manifest.json"
     fields = json.loads(path.read_text().replace(old, new, 1))
-    manifest = Manifest(
+    manifest = BackupManifest(
         fields["cluster"], fields["created"], fields["kvtcp_version"], fields["shards"],
         tuple(ShardCut(*row) for row in fields["cut"]),
         tuple(FileReport.from_fields(file, "file") for file in fields["files"]),
@@ -475,7 +475,7 @@ def test_a_manifest_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
     report = FileReport.from_fields(writer.finish(), "n1")
     cut = (ShardCut(0, 1, 0, 0), ShardCut(1, 1, 0, 0))
     with pytest.raises(DataError, match=r'manifest.json: "files": no file holds shard 1'):
-        write_manifest(DISK, tmp_dir, Manifest("c", CREATED, "0.1.0", 2, cut, (report,)))
+        write_manifest(DISK, tmp_dir, BackupManifest("c", CREATED, "0.1.0", 2, cut, (report,)))
     assert DISK.list(tmp_dir) == ["node-n1.jsonl"]
 
 

@@ -11,7 +11,14 @@ from kvtcp.constants import BACKUP_BLOCK_LINES, BACKUP_WRITE_BYTES, JSON_LINE_BY
 from kvtcp.errors import DataError
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.storage.backup.file import NodeFileWriter, Row, node_file_name, read_file_pairs, read_lines, verify_file
+from kvtcp.storage.backup.file import (
+    BackupRow,
+    NodeFileWriter,
+    node_file_name,
+    read_file_pairs,
+    read_lines,
+    verify_file,
+)
 from kvtcp.storage.backup.manifest import FileReport
 from tests.crash.fake_disk import FaultyDisk, QuickDisk
 
@@ -19,13 +26,13 @@ DISK = QuickDisk()
 SHARDS = 24
 
 
-def rows_of(count: int, value_bytes: int = 20) -> list[Row]:
+def rows_of(count: int, value_bytes: int = 20) -> list[BackupRow]:
     """`count` rows in key order, over all shards."""
     keys = [f"key:{i:06d}".encode() for i in range(count)]
     return [(shard_of(key, SHARDS), key, b"v" * value_bytes, i + 1, None) for i, key in enumerate(keys)]
 
 
-def write(directory: Path, rows: list[Row]) -> FileReport:
+def write(directory: Path, rows: list[BackupRow]) -> FileReport:
     """One file of node n1 holding every shard."""
     directory.mkdir(exist_ok=True)
     writer = NodeFileWriter(DISK, directory, "n1", range(SHARDS))

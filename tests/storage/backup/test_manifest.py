@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtcp.errors import DataError
-from kvtcp.storage.backup.manifest import FileReport, Manifest, ShardCut, ShardSum
+from kvtcp.storage.backup.manifest import BackupManifest, FileReport, ShardCut, ShardSum
 
 
 def sha(text: str) -> str:
@@ -26,7 +26,7 @@ FILES = (
     FileReport("node-n2.jsonl", 50, sha("n2"), 1, (ShardSum(1, 1, sha("1")),), "89abcdef"),
 )
 CUT = (ShardCut(0, 3, 200, 77), ShardCut(1, 3, 1, 2**32 - 1), ShardCut(2, 1, 0, 0))
-MANIFEST = Manifest("c-1", "2026-11-23T15:26:00Z", "0.1.0", 3, CUT, FILES)
+MANIFEST = BackupManifest("c-1", "2026-11-23T15:26:00Z", "0.1.0", 3, CUT, FILES)
 
 
 def sealed(fields: dict[str, Any]) -> str:
@@ -39,7 +39,7 @@ def sealed(fields: dict[str, Any]) -> str:
 def test_round_trip() -> None:
     """A manifest is what its text says, and the text is plain JSON with the fields of the documentation."""
     text = MANIFEST.to_json()
-    assert Manifest.from_json(text, "m") == MANIFEST
+    assert BackupManifest.from_json(text, "m") == MANIFEST
     assert (MANIFEST.pairs, MANIFEST.bytes) == (151, 9050)
     fields = json.loads(text)
     assert list(fields) == [
@@ -61,7 +61,7 @@ def test_the_seal_is_computed_as_documented() -> None:
 
 def test_another_layout_of_the_same_fields_is_read() -> None:
     """Another tool may write the same object without line breaks, if it seals it."""
-    assert Manifest.from_json(sealed(json.loads(MANIFEST.to_json())), "m") == MANIFEST
+    assert BackupManifest.from_json(sealed(json.loads(MANIFEST.to_json())), "m") == MANIFEST
 
 
 def test_every_changed_character_is_found() -> None:
@@ -70,16 +70,16 @@ def test_every_changed_character_is_found() -> None:
     for i, character in enumerate(text):
         changed = text[:i] + chr(ord(character) ^ 1) + text[i + 1 :]
         with pytest.raises(DataError, match=r"^b/manifest\.json"):
-            Manifest.from_json(changed, "b/manifest.json")
+            BackupManifest.from_json(changed, "b/manifest.json")
         with pytest.raises(DataError, match=r"^b/manifest\.json"):
-            Manifest.from_json(text[:i], "b/manifest.json")
+            BackupManifest.from_json(text[:i], "b/manifest.json")
 
 
 @given(st.text())
 def test_any_text_is_refused(text: str) -> None:
     """No text leads to another exception."""
     with pytest.raises(DataError, match=r"^m"):
-        Manifest.from_json(text, "m")
+        BackupManifest.from_json(text, "m")
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(
@@ -95,7 +95,7 @@ def test_any_value_in_any_field_is_refused_or_kept(name: str, value: Any) -> Non
     fields = json.loads(MANIFEST.to_json())
     fields[name] = value
     try:
-        manifest = Manifest.from_json(sealed(fields), "m")
+        manifest = BackupManifest.from_json(sealed(fields), "m")
     except DataError as error:
         assert str(error).startswith("m: ")
     else:
@@ -158,7 +158,7 @@ def test_wrong_fields_are_named(path: list[Any], value: Any, sentence: str) -> N
     fields = copy.deepcopy(json.loads(MANIFEST.to_json()))
     change(path, value)(fields)
     with pytest.raises(DataError) as caught:
-        Manifest.from_json(sealed(fields), "b/manifest.json")
+        BackupManifest.from_json(sealed(fields), "b/manifest.json")
     assert str(caught.value).startswith("b/manifest.json: ")
     assert sentence in str(caught.value)
 
@@ -168,14 +168,14 @@ def test_not_json_names_the_line() -> None:
     lines = MANIFEST.to_json().split("\n")
     lines[3] = lines[3].replace('"', "'")
     with pytest.raises(DataError, match=r"^m, line 4: not JSON"):
-        Manifest.from_json("\n".join(lines), "m")
+        BackupManifest.from_json("\n".join(lines), "m")
 
 
 def test_a_changed_manifest_names_both_hashes() -> None:
     """A change that leaves a legal manifest is found by the seal."""
     text = MANIFEST.to_json().replace("2026-11-23", "2026-11-24")
     with pytest.raises(DataError, match=r"m: the manifest was changed: its sha256 is \w{64}, .* is \w{64}$"):
-        Manifest.from_json(text, "m")
+        BackupManifest.from_json(text, "m")
 
 
 def test_a_report_survives_the_wire() -> None:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvtcp.protocol import operations as op
 from kvtcp.storage.shard.freeze import Frozen
-from kvtcp.storage.shard.index import Row
+from kvtcp.storage.shard.index import StoredRow
 from kvtcp.storage.shard.table import Table
 from tests.support.table_items import Model, as_item, run_model, write_items
 
@@ -22,7 +22,7 @@ class FreezeMachine(RuleBasedStateMachine):
         self.table = Table(1, leaf_keys_max=4, fresh_keys_max=3)
         self.model: Model = {}
         self.stamp_ms = 1000
-        self.scans: list[tuple[Frozen, list[Row], list[Row]]] = []  # scan, rows expected, rows seen
+        self.scans: list[tuple[Frozen, list[StoredRow], list[StoredRow]]] = []  # scan, rows expected, rows seen
 
     @rule(writes=st.lists(write_items(), min_size=1, max_size=8), passed_ms=st.integers(0, 3))
     def write(self, writes: list[list[Any]], passed_ms: int) -> None:
