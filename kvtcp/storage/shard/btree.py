@@ -5,9 +5,9 @@ bytes, every key at most once: the caller knows which keys are present (the hash
 so an insert never searches for a duplicate.
 
 Leaves are plain lists searched with bisect, and chained both ways. A leaf is a *settled* (ascending) prefix followed by
-a tail in order of arrival: an insert is one append, and the tail is sorted in when somebody looks at the leaf (a range,
-a count, a split). Sorting a settled prefix plus a tail is a merge of two runs for list.sort; done once per split it
-costs 0.1 us a key, where a bisect.insort on every insert costs 0.4 us.
+a tail in order of arrival. An insert is one append; the tail is sorted in by the next operation that needs the order of
+the leaf (a range, a count, a split). For list.sort a settled prefix with a tail is a merge of two runs; done once per
+split it costs 0.1 us a key, where a bisect.insort on every insert costs 0.4 us.
 
 An inner node holds its children, the separators between them (`separators[i]` is above every key of `children[i]` and
 not above any of `children[i + 1]`) and the number of keys below it, so `count` and `rank` visit one path.
@@ -97,8 +97,8 @@ class BTree:
         return self.range()
 
     def release(self) -> None:
-        """Let go of everything, leaf by leaf, so that another thread can do it while this one is at work. Nobody uses
-        the tree any more. (Leaves are chained both ways: without this only the cyclic collector would find them.)"""
+        """Free all keys, leaf by leaf, for a tree that is not used any more. May run in another thread."""
+        # Leaves are chained both ways: reference counts alone never free them, and the cyclic collector would have to.
         leaf: Leaf | None = self._head
         while leaf is not None:
             following = leaf.following
@@ -138,6 +138,8 @@ class BTree:
             path.append((node, slot))
             node = node.children[slot]
         keys = node.keys
+        # A short tail is searched as it is: when inserts and deletes alternate, settling would sort the whole leaf for
+        # every delete.
         if len(keys) - node.settled > TAIL_SEARCH_MAX:
             node.settle()
         place = bisect_left(keys, key, 0, node.settled)
@@ -156,7 +158,8 @@ class BTree:
             self._rebalance(path)
 
     def delete_sorted_batch(self, batch: list[bytes]) -> None:
-        """Remove strictly ascending keys: one descent per leaf. Raises KeyError at the first leaf that lacks one."""
+        """Remove strictly ascending keys: one descent per leaf. Raises KeyError at the first leaf that lacks one, which
+        is then as it was; the leaves before it have lost their keys."""
         start = 0
         while start < len(batch):
             path: list[tuple[Inner, int]] = []
@@ -168,13 +171,14 @@ class BTree:
                 if slot < len(node.separators):
                     upper = node.separators[slot]
                 node = node.children[slot]
+            # The separator right of the path bounds the keys of this leaf; the lowest one on the path is the nearest.
             stop = len(batch) if upper is None else bisect_left(batch, upper, start + 1)
             keys = node.settle()
             places = [bisect_left(keys, key) for key in batch[start:stop]]
             for key, place in zip(batch[start:stop], places, strict=True):
                 if place == len(keys) or keys[place] != key:
                     raise KeyError(key)
-            for place in reversed(places):
+            for place in reversed(places):  # from the right, so that the other places stay right
                 del keys[place]
             node.settled = len(keys)
             self._size -= stop - start
@@ -226,6 +230,7 @@ class BTree:
                 if siblings:
                     grown.append((slot, siblings))
             start = stop
+        # After the loop, and from the right: new children would move the slots that are still to come.
         for slot, siblings in reversed(grown):
             separators[slot:slot] = [separator for separator, _ in siblings]
             children[slot + 1 : slot + 1] = [sibling for _, sibling in siblings]
@@ -265,7 +270,11 @@ class BTree:
         return siblings
 
     def _rebalance(self, path: list[tuple[Inner, int]]) -> None:
-        """Merge or top up the node at the end of `path`, and its parents while they became too small by it."""
+        """Merge or top up the node at the end of `path`, then each parent that a merge left too small.
+
+        One neighbour is always enough, even if a batch emptied the node: with at most three quarters together they
+        become one node, with more each gets over a quarter.
+        """
         while path:
             parent, slot = path.pop()
             node = parent.children[slot]
@@ -287,8 +296,9 @@ class BTree:
             self._root = self._root.children[0]
 
     def _even_leaves(self, left: Leaf, right: Leaf) -> bytes | None:
-        """Put both into `left` (None), or share their keys evenly (the new separator)."""
+        """Merge both leaves into `left` and return None, or share their keys evenly and return the new separator."""
         keys = left.settle() + right.settle()
+        # Three quarters, not a full leaf: the next few inserts must not split what was just merged.
         if len(keys) <= self._leaf_keys_max * 3 // 4:
             left.keys, left.settled = keys, len(keys)
             left.following = right.following
@@ -301,7 +311,7 @@ class BTree:
         return keys[half]
 
     def _even_inners(self, left: Inner, right: Inner, separator: bytes) -> bytes | None:
-        """The same for inner nodes; `separator` is the one between them."""
+        """`_even_leaves` for inner nodes; `separator` is the separator between them."""
         children = left.children + right.children
         separators = [*left.separators, separator, *right.separators]
         half = len(children)
@@ -337,8 +347,8 @@ class BTree:
                 stop = len(keys) if upper is None else bisect_left(keys, upper)
                 start = bisect_left(keys, lower, 0, stop) if keys and keys[0] < lower else 0
                 out += keys[max(start, stop - room) : stop][::-1]
-                room -= stop - start
-                leaf = None if start else leaf.preceding
+                room -= stop - start  # 0 or less when the limit is reached
+                leaf = None if start else leaf.preceding  # start > 0: the range begins in this leaf
             return out
         leaf = self._leaf_for(lower)
         start = bisect_left(leaf.settle(), lower)
@@ -355,8 +365,8 @@ class BTree:
         return out
 
     def range(self, lower: bytes = b"", upper: bytes | None = None, reverse: bool = False) -> Iterator[bytes]:
-        """Every key of [lower, upper), ascending or descending. The tree may change between two steps: keys that
-        are there all the time appear exactly once."""
+        """Every key of [lower, upper), ascending or descending. The tree may change between two steps: a key that is
+        present all the time appears exactly once."""
         while True:
             keys = self.slice(lower, upper, self._leaf_keys_max, reverse)
             yield from keys
@@ -378,7 +388,7 @@ class BTree:
         return below + bisect_left(node.settle(), key)
 
     def at(self, place: int) -> bytes:
-        """The key that `place` others are below. Raises IndexError if there are not so many."""
+        """The key at `place` in the order of keys, from 0. Raises IndexError if there are not so many."""
         if place >= self._size:
             raise IndexError(f"no key at place {place}: there are {self._size}")
         node = self._root
@@ -455,7 +465,7 @@ def _keys_below(nodes: Iterable[Node]) -> int:
 
 
 def _parts(total: int, capacity: int) -> list[int]:
-    """Sizes of the equal parts that `total` > `capacity` items are cut into: between a half and three quarters full."""
+    """Sizes of equal parts of `total` > `capacity` items, each between a half and three quarters of `capacity`."""
     count = -(-total // (capacity * 3 // 4))
     size, more = divmod(total, count)
     return [size + 1] * more + [size] * (count - more)

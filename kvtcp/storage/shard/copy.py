@@ -1,10 +1,10 @@
-"""Copy: one replica of one shard on a node, a table and who it is.
+"""Copy: one replica of one shard on a node, a table and its identity.
 
-Pure. A copy is known by its *disk*, a uuid that the cluster map names: a copy that is new, reset, or of which anything
-is in doubt is another one with another uuid, whatever it holds. `generation` tells the log entries of a copy from those
-of an earlier one of the same shard on the same node.
+Pure. A copy is identified by its *disk*, a uuid that the cluster map names. A copy that is new, reset or in doubt gets
+another uuid, whatever it holds. `generation` distinguishes the log entries of a copy from those of earlier copies of
+the same shard on the same node.
 
-A copy that is not complete serves nothing and takes no entries; it says why, and keeps saying it after restarts.
+A copy that is not complete serves nothing and takes no entries. Its `reason` says why, and survives restarts.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class Copy:
         self.table = Table(shard) if table is None else table
         self.table.generation = generation
         self.disk = disk
-        self.complete = complete  # everything that was acknowledged is here
-        self.reason = reason  # why it is not complete, or what else was found wrong, for people
-        self.commit = 0  # highest number this node was told to be committed; a hint, 0 after a restart
+        self.complete = complete  # the copy has every acknowledged entry
+        self.reason = reason  # for people: why the copy is not complete, or what else was found wrong
+        self.commit = 0  # highest number that the coordinator announced as committed; a hint, 0 after a restart
 
     @property
     def shard(self) -> int:
-        """Its number."""
+        """The number of the shard."""
         return self.table.shard
 
     @property
     def generation(self) -> int:
-        """How often the copy was begun anew on this node, from 1."""
+        """How many copies of the shard this node has had, this one included."""
         return self.table.generation
 
     def report(self) -> list[Any]:
-        """Its row in the report: shard, disk, generation, complete, epoch, seq, chain, commit."""
+        """The row of the copy in a REPORT: shard, disk, generation, complete, epoch, seq, chain, commit."""
         epoch, seq, chain = self.table.position
         return [self.shard, self.disk, self.generation, self.complete, epoch, seq, chain, self.commit]

@@ -28,7 +28,7 @@ class Deadlines:
 
     def __init__(self, pairs: Iterable[tuple[int, bytes]] = (), leaf_keys_max: int = LEAF_KEYS_MAX) -> None:
         self._tree = BTree.from_sorted(_sorted([_entry(ms, key) for ms, key in pairs]), leaf_keys_max)
-        self._earliest_ms: int = 0  # <= every deadline; exact after `any_expired` had to look
+        self._earliest_ms: int = 0  # <= every deadline; equal to the first one after `any_expired` read the tree
 
     def __len__(self) -> int:
         return len(self._tree)
@@ -47,7 +47,7 @@ class Deadlines:
         self._tree.delete_sorted_batch(sorted(_entry(ms, key) for ms, key in pairs))
 
     def any_expired(self, stamp_ms: int) -> bool:
-        """Is a key expired? Usually one comparison."""
+        """Whether a key is expired. Usually one comparison."""
         if stamp_ms < self._earliest_ms:
             return False
         first = self._tree.first()
@@ -70,11 +70,11 @@ class Deadlines:
         return [(int.from_bytes(entry[:STAMP_BYTES], "big"), entry[STAMP_BYTES:]) for entry in self._tree]
 
     def release(self) -> None:
-        """Let go of everything; see `BTree.release`."""
+        """Free all pairs, for deadlines that are not used any more; see `BTree.release`."""
         self._tree.release()
 
     def check(self) -> None:
-        """Verify the tree and the bound."""
+        """Verify the tree and `_earliest_ms`; AssertionError names what is broken."""
         self._tree.check()
         first = self._tree.first()
         bound_holds = first is None or self._earliest_ms <= int.from_bytes(first[:STAMP_BYTES], "big")
@@ -82,7 +82,7 @@ class Deadlines:
 
 
 def _sorted(entries: list[bytes]) -> list[bytes]:
-    """In order. Very many are sorted in pieces: no other thread runs while a list is sorted."""
+    """`entries` in ascending order. A long list is sorted in pieces, because no other thread runs during a sort."""
     if len(entries) <= SORTED_AT_ONCE_MAX:
         return sorted(entries)
     starts = range(0, len(entries), SORTED_AT_ONCE_MAX)

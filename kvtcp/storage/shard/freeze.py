@@ -1,12 +1,12 @@
-"""Frozen: the rows of one shard exactly as they were at one position, read in slices while the shard goes on.
+"""Frozen: the rows of one shard exactly as they were at one position, read in slices while writes continue.
 
 Pure. One mechanism for snapshots, learners and backups. The scan walks the live index in key order; the first change of
 a key the scan has not passed saves the key's old cell (or None: it was absent), and the scan emits the saved cell
 instead of the live one. A saved cell is dropped when the scan passes its key, so the extra memory is one old cell per
 changed key, and nothing is stopped, copied or replayed.
 
-A wipe of the shard takes no walk over the saved cells: the table goes on with a new index and leaves the old one, which
-nobody changes any more, to the scans that are open on it.
+A wipe of the shard saves no cells: the table continues with a new index and leaves the old one, which never changes
+again, to its open scans.
 
 Invariant: rows still to come = keys >= `_lower` that are saved with a cell, or in the index and not saved.
 """
@@ -20,8 +20,8 @@ from kvtcp.storage.shard.index import Cell, Index, StoredRow
 
 
 class Frozen:
-    """The rows of shard `shard` at position (`epoch`, `seq`, `chain`). Made by `Table.freeze`; close it, or read it to
-    the end, to let go of the index and of the saved cells."""
+    """The rows of shard `shard` at position (`epoch`, `seq`, `chain`). Made by `Table.freeze`. Closing it, or reading
+    it to the end, releases the index and the saved cells."""
 
     def __init__(
         self, index: Index, shard: int, epoch: int, seq: int, chain: int, on_close: Callable[[Frozen], None]
@@ -43,7 +43,9 @@ class Frozen:
         return len(self._saved)
 
     def save(self, key: bytes, cell: Cell | None) -> None:
-        """The table is about to change `key`, whose cell is `cell` (None: absent)."""
+        """Save the cell (None: absent) of a key that the table is about to change."""
+        # Only the first change counts: a later one replaces a cell that is newer than the position. A key below
+        # `_lower` is passed.
         if key >= self._lower and key not in self._saved:
             self._saved[key] = cell
             self._saved_order.insert(key)
@@ -61,6 +63,8 @@ class Frozen:
             assert self._index is not None, "a frozen shard is not read after close"
             keys = self._next_keys(self._index, limit)
             assert keys, "rows are left while there are keys"
+            # All keys of a slice may be newer than the position (saved as absent). Then the loop takes another slice,
+            # so an empty result always means the end.
             if self._saved:
                 for key in keys:
                     cell = self._pass(key) if key in self._saved else self._index.get(key)
@@ -76,7 +80,7 @@ class Frozen:
         return found, cells
 
     def close(self) -> None:
-        """Let go of everything. Closing twice is allowed."""
+        """Release the index and the saved cells. Closing twice is allowed."""
         if self._index is not None:
             self._index = None
             self._saved = {}
@@ -84,9 +88,10 @@ class Frozen:
             self._on_close(self)
 
     def _next_keys(self, index: Index, limit: int) -> list[bytes]:
-        """The next keys to pass: live or saved, in order."""
+        """The next keys to pass, in order: live keys, and saved keys that may be deleted since."""
         keys = index.slice(self._lower, None, limit)
         if self._saved:
+            # If the slice is full, saved keys above its last key belong to a later slice.
             upper = keys[-1] if len(keys) == limit else None
             keys = sorted({*keys, *self._saved_order.slice(self._lower, upper, limit)})[:limit]
         return keys

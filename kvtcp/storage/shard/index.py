@@ -27,7 +27,7 @@ from kvtcp.storage.shard.btree import BTree
 Cell = tuple[bytes, int, int | None]  # value, revision, deadline in ms or None
 StoredRow = tuple[bytes, bytes, int, int | None]  # key and cell
 
-LOAD_KEYS: Final = 8_192  # that `load` puts into the tree at once
+LOAD_KEYS: Final = 8_192  # inserted into the tree at once by `load`
 _TRACKED: Final[list[Any]] = []  # held under None, which is no key, by the dictionary of every index
 
 
@@ -52,11 +52,11 @@ class Index:
     def load(self, pieces: Iterable[tuple[Sequence[bytes], Sequence[Cell]]]) -> None:
         """Fill an empty index from pieces (keys, their cells). OrderError if keys do not ascend strictly over all."""
         assert len(self) == 0, "only an empty index is loaded"
-        keys: list[bytes] = []  # that are not in the tree yet
+        keys: list[bytes] = []  # loaded keys that are not in the tree yet
         last = b""  # no key is empty
         for some, cells in pieces:
             self.cells.update(zip(some, cells, strict=True))
-            # order and tree piece by piece: for a million keys at once no other thread would run for 100 ms
+            # Piece by piece: checking and inserting a million keys at once would hold the interpreter for 100 ms.
             if some and (last >= some[0] or any(map(ge, some, islice(some, 1, None)))):
                 raise OrderError("rows are not in ascending order of their keys")
             if some:
@@ -69,7 +69,7 @@ class Index:
 
     def release(self) -> None:
         """Free all cells and the tree, for an index that is not used any more. May run in another thread."""
-        # One by one: `clear` would free a million cells without letting go of the interpreter.
+        # Cell by cell: `clear` would hold the interpreter until a million cells are freed.
         cells = self.cells
         while cells:
             cells.popitem()
@@ -93,13 +93,13 @@ class Index:
         """Remove a key; its cell, or None if it was not there."""
         cell = self.cells.pop(key, None)
         if cell is not None:
-            if self.fresh:
+            if self.fresh:  # the key may be among them; the deletes that follow find nothing to merge
                 self.merge()
             self.tree.delete(key)
         return cell
 
     def delete_all(self, keys: Iterable[bytes]) -> None:
-        """Remove many keys in one pass over the tree; those that are absent are passed over."""
+        """Remove many keys in one pass over the tree. Absent keys are ignored."""
         pop = self.cells.pop
         present = [key for key in keys if pop(key, None) is not None]
         present.sort()
@@ -126,7 +126,7 @@ class Index:
         return list(map(self.cells.__getitem__, keys))
 
     def key_at(self, place: int) -> bytes:
-        """The key that `place` others are below. Raises IndexError if there are not so many."""
+        """The key at `place` in the order of keys, from 0. Raises IndexError if there are not so many."""
         self.merge()
         return self.tree.at(place)
 

@@ -2,8 +2,8 @@
 
 Pure. A key is in exactly one shard, and every shard is in order, so this is a merge. Keys are spread evenly by their
 hash: a page of 5 out of 64 shards needs a row or two of each, a page of 1,000 about 16. A page is made in rounds: take
-some keys of every shard, sort them together (runs in order, which list.sort merges at C speed), and go on with those
-shards only whose keys ended before the page did. Values are looked up for the rows of the page alone.
+some keys of every shard, sort them together (list.sort merges ordered runs at C speed), and take more only from those
+shards whose keys ended before the page did. Values are looked up for the rows of the page alone.
 
 A node's page is columns, not rows: four lists of a thousand are made, packed and unpacked in half the time of a
 thousand lists of four.
@@ -26,8 +26,8 @@ ROW_BYTES = 24  # counted for revision, ttl and framing of a row
 
 
 def any_key(tables: Sequence[Table], number: int, stamp_ms: int) -> tuple[bytes | None, int]:
-    """A visible key of the tables, None if there is none, and how many keys they have, expired ones included. Each key
-    is equally likely, if each number is, but for those that stand behind expired ones."""
+    """A visible key of the tables, or None, and the number of their keys, expired ones included. If each `number` is
+    equally likely, so is each key, except those that follow expired ones."""
     total = sum(map(len, tables))
     if not total:
         return None, 0
@@ -84,12 +84,12 @@ def merge_page(
 
 
 def page_bytes(keys: Sequence[bytes], values: Sequence[bytes] | None) -> int:
-    """What rows count against the bytes of a page."""
+    """The bytes that rows count against the limit of a page."""
     return sum(map(len, keys)) + ROW_BYTES * len(keys) + (0 if values is None else sum(map(len, values)))
 
 
 def _fitting(keys: Sequence[bytes], values: Sequence[bytes] | None, bytes_max: int) -> int:
-    """How many rows are within so many bytes; the first one always is."""
+    """How many rows fit `bytes_max`; the first row always does."""
     if page_bytes(keys, values) <= bytes_max:
         return len(keys)
     size = 0
@@ -103,14 +103,14 @@ def _fitting(keys: Sequence[bytes], values: Sequence[bytes] | None, bytes_max: i
 def _first_keys(
     tables: Sequence[Table], lower: bytes, upper: bytes | None, wanted: int, reverse: bool, stamp_ms: int
 ) -> tuple[list[bytes], list[list[bytes]]]:
-    """The first `wanted` keys over all tables, fewer if there are no more; and what was taken of each table for it, in
-    order, which may be more."""
+    """The first `wanted` keys over all tables, fewer if there are no more; and, by table, all keys that were taken from
+    it to find them, in order."""
     found: list[bytes] = []
     taken: list[list[bytes]] = [[] for _ in tables]
-    # tables that may have more keys than were taken, each with the bounds of the rest
+    # Tables that may have more keys than were taken, each with the bounds of the rest.
     open_tables = [(number, lower, upper) for number in range(len(tables))]
     while open_tables:
-        # a little more than the average share, so that the second round has few tables left
+        # A little more than the average share, so that few tables are left for the second round.
         share = (wanted + wanted // 2) // len(tables) + 2
         rest: list[tuple[int, bytes, bytes | None]] = []
         for number, low, high in open_tables:
@@ -122,16 +122,19 @@ def _first_keys(
         found.sort(reverse=reverse)
         del found[wanted:]
         if len(found) == wanted:
-            # the rest of a table begins behind its bound; it matters only if that is before the last key of the page
+            # The rest of a table matters only if it begins before the last key of the page.
             end = found[-1]
-            rest = [r for r in rest if (r[2] is not None and r[2] > end if reverse else r[1] <= end)]
+            rest = [
+                (number, low, high) for number, low, high in rest
+                if (high is not None and high > end if reverse else low <= end)
+            ]  # fmt: skip
         open_tables = rest
     return found, taken
 
 
 def merge_frozen(frozens: Sequence[Frozen], rows_per_slice: int = MERGE_ROWS) -> Iterator[FrozenRow]:
-    """All rows of frozen shards in order of their keys. A step takes at most `rows_per_slice` rows of one shard, the
-    first step of every shard. Every one is read to its end, and with that closed.
+    """All rows of frozen shards in order of their keys. A step reads at most `rows_per_slice` rows of one shard; the
+    first step reads so many of every shard. Each shard is read to its end, which closes it.
     """
     for key, shard, value, rev, deadline_ms in heapq.merge(*(_rows_of(frozen, rows_per_slice) for frozen in frozens)):
         yield shard, key, value, rev, deadline_ms

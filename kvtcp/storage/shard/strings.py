@@ -1,13 +1,12 @@
 """Strings: the operations of a shard that read, change and write a value in one step, beside those of table.py.
 
-Pure. They are what clients of Redis expect of strings (append, set range, conditional set, rename, ...). Each function
-*evaluates* one item [op, shard, seq, answer, key, *args] to its result and its effects, as table.py says: it depends on
-nothing but what `visible` shows, the item and the stamp, so all replicas come to the same.
+Pure. They carry out the string commands of Redis (append, set range, conditional set, rename, ...). Each function
+*evaluates* one item [op, shard, seq, answer, key, *args] to its result and its effects (see table.py). The outcome
+depends on nothing but what `visible` shows, the item and the stamp, so it is the same on all replicas.
 
-Effects hold final values, but of a value that is changed in one place only that place (PATCH), and of one that is
-copied where it is (CLONE). So an entry is about as large as its item, which is what the bounds of windows, of kept
-entries and of records of the log count on. Where the limits of a value would be exceeded the result is an error and
-there is no effect.
+Effects hold final values, with two exceptions: PATCH has only the changed part of a value, CLONE names the key whose
+value is copied. So an entry is about as large as its item, which the bounds of windows, of the backlog and of log
+records rely on. If a value would exceed its limit the result is an error, and there is no effect.
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ Evaluated = tuple[Any, list[Effect]]
 
 
 class CellView(Protocol):
-    """What is there for an operation."""
+    """The cells that an operation sees: a table, or a table with the changes of a transaction so far."""
 
     def visible(self, key: bytes, stamp_ms: int) -> Cell | None:
-        """The cell of a key that is not past its deadline."""
+        """The cell of a key; None if the key is absent, or its deadline is not after the stamp."""
 
 
 def patched(value: bytes, offset: int, data: bytes) -> bytes:
-    """`value` with `data` in the place of what is at `offset`."""
+    """`value` with `data` written over it at `offset`; zeros fill a gap behind its end."""
     if offset >= len(value):
         return value.ljust(offset, b"\0") + data
     return value[:offset] + data + value[offset + len(data) :]
 
 
-def put_range(item: WriteItem, cell: Cell | None, offset: int, data: bytes, result: int | None = None) -> Evaluated:
-    """The value of `cell` with `data` at `offset`. The result is the new length if none is given."""
-    key: bytes = item[4]
+def put_range(key: bytes, cell: Cell | None, offset: int, data: bytes, result: int | None = None) -> Evaluated:
+    """Write `data` at `offset` of the value of `cell`. The result is the new length if none is given."""
     old_bytes = 0 if cell is None else len(cell[0])
     new_bytes = max(old_bytes, offset + len(data))
     if new_bytes > VALUE_BYTES_MAX:
@@ -57,7 +55,7 @@ def put_range(item: WriteItem, cell: Cell | None, offset: int, data: bytes, resu
 
 
 def deadline(mode: int, ms: int, stamp_ms: int, old_ms: int | None) -> int | None:
-    """The deadline that `mode, ms` asks for."""
+    """The deadline that `mode` and `ms` name; `old_ms` is the present one."""
     if mode == op.IN_MS:
         return min(stamp_ms + ms, INTEGER_MAX)
     if mode == op.AT_MS:
@@ -81,8 +79,9 @@ def _store(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
 
 
 def _take(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
-    cell = view.visible(item[4], stamp_ms)
-    return (None, []) if cell is None else (cell[0], [(op.REMOVE, item[4])])
+    key = item[4]
+    cell = view.visible(key, stamp_ms)
+    return (None, []) if cell is None else (cell[0], [(op.REMOVE, key)])
 
 
 def _touch(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
@@ -113,24 +112,26 @@ def _expire_if(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
 
 
 def _new_deadline(key: bytes, cell: Cell, deadline_ms: int | None, stamp_ms: int) -> list[Effect]:
-    """One that is over already removes the key."""
+    """The effect of giving a key this deadline. A deadline that has passed removes the key at once."""
     if deadline_ms is not None and deadline_ms <= stamp_ms:
         return [(op.REMOVE, key)]
     return [] if deadline_ms == cell[2] else [(op.DEADLINE, key, deadline_ms)]
 
 
 def _append(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
-    cell = view.visible(item[4], stamp_ms)
-    if cell is not None and not item[5]:
+    key, data = item[4:6]
+    cell = view.visible(key, stamp_ms)
+    if cell is not None and not data:
         return len(cell[0]), []
-    return put_range(item, cell, 0 if cell is None else len(cell[0]), item[5])
+    return put_range(key, cell, 0 if cell is None else len(cell[0]), data)
 
 
 def _set_range(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
-    cell = view.visible(item[4], stamp_ms)
-    if not item[6]:
+    key, offset, data = item[4:7]
+    cell = view.visible(key, stamp_ms)
+    if not data:
         return 0 if cell is None else len(cell[0]), []
-    return put_range(item, cell, item[5], item[6])
+    return put_range(key, cell, offset, data)
 
 
 def _set_bit(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
@@ -139,7 +140,7 @@ def _set_bit(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     place, mask = offset // 8, 0x80 >> offset % 8
     old_byte = 0 if cell is None or place >= len(cell[0]) else cell[0][place]
     byte = old_byte | mask if bit else old_byte & ~mask
-    return put_range(item, cell, place, bytes([byte]), int(old_byte & mask != 0))
+    return put_range(key, cell, place, bytes([byte]), int(old_byte & mask != 0))
 
 
 def _incr_decimal(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:

@@ -6,13 +6,14 @@ Pure. The node gives it the writes of a link in order (`apply`), the entries of 
     entry = msgpack [epoch, seq, stamp_ms, effects]        effects as in `kvtcp.protocol.operations`
     chain(n) = crc32(entry n exactly as logged, chain(n - 1))
 
-Every operation is one entry, also one without effect. An operation is first *evaluated* to its result and its effects,
-which hold final values, without a change; then the effects are applied. `apply_entry` does only the second step, so a
-log replays to the same table by construction. Both depend on nothing but the table's content, the item and the stamp:
-not on a clock, the shape of the tree, or the hash seed of the process. Whatever an operation can meet is a result.
+Every operation is one entry, even one without effect. An operation is first *evaluated*, without a change, to its
+result and to effects that hold final values; then the effects are applied. `apply_entry` does only the second step, so
+a log replays to the same table by construction. Both steps depend on nothing but the content of the table, the item and
+the stamp: not on a clock, the shape of the tree, or the hash seed of the process. Whatever an operation can meet is a
+result, never an exception.
 
-A key whose deadline is not after the stamp is invisible to every operation; it is physically there until it is
-overwritten, purged or cleared. `len` and `digest` are about what is physically there.
+A key whose deadline is not after the stamp is invisible to every operation. Physically it stays until it is
+overwritten, purged or cleared; `len` and `digest` count it until then.
 
 `put` is the hot path: one flat method, no call in Python for a put without deadline. It takes 0.9 us for a present key
 and 1.3 us for a new one, entry and chain included; through evaluation and effects it would be 0.7 us more.
@@ -37,7 +38,7 @@ from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.shard.index import Cell, Index, OrderError
 from kvtcp.storage.shard.strings import CellView, Effect, Evaluated, WriteItem
 
-# a list of three is an error [code, message, details], a list of one holds the results of a transaction
+# A list of three is an error [code, message, details], a list of one holds the results of a transaction.
 Result = int | bool | bytes | list[Any] | None
 LiveRow = tuple[bytes, bytes, int, int | None]  # key, value, rev, ttl_ms or None
 Logged = tuple[int, int, int, int, bytes]  # an entry in the log: shard, generation, seq, chain, packed entry
@@ -46,8 +47,8 @@ Pieces = Iterable[tuple[Sequence[bytes], Sequence[Cell]]]  # keys and their cell
 DIGEST_ROWS: Final = 256
 ROW_BYTES: Final = 16  # counted for revision, deadline and framing of a row
 
-# One packer for all tables of the process: it keeps a buffer as large as the largest entry it has packed. Tables are
-# changed by one thread only.
+# One packer for all tables of the process, because it keeps a buffer as large as the largest entry it has packed. That
+# is safe: only one thread changes tables.
 _pack: Final[Callable[[object], bytes]] = msgpack.Packer(autoreset=True).pack
 
 
@@ -77,14 +78,14 @@ class Table:
         self._index = self._new_index()
         self._deadlines = Deadlines((), leaf_keys_max)  # a pair for every cell with a deadline
         self._frozen: list[Frozen] = []  # open scans of `_index`
-        self._watched = False  # a deadline or an open scan has to hear of changes
+        self._watched = False  # there are deadlines or open scans, which every change must be reported to
 
     def __len__(self) -> int:
         return len(self._index)
 
     @property
     def keys_count(self) -> int:
-        """Keys that are there, expired ones included."""
+        """Number of keys, expired ones included."""
         return len(self._index)
 
     @property
@@ -102,6 +103,8 @@ class Table:
         seq: int = item[2]
         if seq != self.seq + 1:
             raise self._out_of_order(seq)
+        # The fast path: a put with neither TTL nor KEEPTTL, while neither deadlines nor scans need to know of it. It is
+        # `_put`, `_change` and `Index.set` in one body. Tuples pack to the same bytes as the lists of the slow path.
         if item[0] == op.PUT and len(item) == 6 and not self._watched:
             key: bytes = item[4]
             value: bytes = item[5]
@@ -129,7 +132,8 @@ class Table:
 
     def apply_entry(self, packed: bytes, chain: int | None = None) -> None:
         """Apply a packed entry by its effects. Raises SequenceError if it does not follow the last one, ChainError if
-        `chain` is given and not what it comes to here, DataError if it is not an entry. Then nothing was changed.
+        `chain` is given and differs from the chain computed here, DataError if the bytes are no entry. After an error
+        nothing is changed.
         """
         try:
             _, seq, _, effects = msgpack.unpackb(packed, use_list=False)
@@ -140,7 +144,7 @@ class Table:
             raise DataError(f"shard {self.shard}: an effect of entry {self.seq + 1} has the wrong number of fields")
         if seq != self.seq + 1:
             raise self._out_of_order(seq)
-        if len(effects) > 1 and self._lacks_one(effects):  # a single one raises before it changes anything
+        if len(effects) > 1 and self._lacks_one(effects):  # a single effect raises before it changes anything
             raise self._absent(seq)
         here = zlib.crc32(packed, self.chain)
         if chain is not None and chain != here:
@@ -154,8 +158,9 @@ class Table:
         self.chain = here
 
     def load(self, pieces: Pieces, epoch: int, seq: int, chain: int) -> None:
-        """Replace everything by pieces (keys, their cells), ascending over all, as they were at a position. Raises
-        DataError if they are not in order; then nothing was changed. What iterating over `pieces` raises goes on.
+        """Replace the whole content by pieces (keys, their cells), ascending over all, as they were at a position.
+        Raises DataError if they are not in order, and whatever iterating over `pieces` raises; after that nothing is
+        changed.
         """
         index = self._new_index()
         pairs: list[tuple[int, bytes]] = []
@@ -181,7 +186,7 @@ class Table:
         return Index(self._leaf_keys_max, self._fresh_keys_max)
 
     def _replace_index(self, index: Index, deadlines: Deadlines) -> None:
-        """Go on with another index. Open scans keep the old one, which is never changed again."""
+        """Exchange the index. Open scans keep the old one, which is never changed again."""
         self._index = index
         self._deadlines = deadlines
         self._frozen = []
@@ -191,7 +196,7 @@ class Table:
 
     def _apply_effects(self, effects: Sequence[Effect], rev: int) -> None:
         if len(effects) > 1 and all(effect[0] == op.REMOVE for effect in effects):
-            self._remove_all([effect[1] for effect in effects])
+            self._remove_all([key for _, key in effects])
             return
         for effect in effects:
             kind = effect[0]
@@ -221,7 +226,7 @@ class Table:
                 key = effect[_NEEDED_KEY[kind]]
                 if not there.get(key, self._index.get(key) is not None):
                     return True
-            if kind != op.WIPE:  # which is always alone
+            if kind != op.WIPE:  # a wipe is always the only effect of its entry
                 there[effect[1]] = kind != op.REMOVE
         return False
 
@@ -229,7 +234,7 @@ class Table:
         return DataError(f"shard {self.shard}: entry {seq} changes a key that is absent")
 
     def _change(self, key: bytes, cell: Cell | None) -> None:
-        """Set or (None) remove a cell, and tell the open scans and the deadlines."""
+        """Set or (None) remove a cell, and keep the open scans and the deadlines up to date."""
         index = self._index
         deadline_ms = None if cell is None else cell[2]
         if self._watched or deadline_ms is not None:
@@ -249,16 +254,15 @@ class Table:
             index.set(key, cell)
 
     def _remove_all(self, keys: list[bytes]) -> None:
-        """`_change` to None of many distinct keys, 3 times faster: purge and clear remove a thousand in one entry."""
+        """`_change` to None for many distinct keys, 3 times faster: purge and clear remove hundreds in one entry."""
         index = self._index
         for frozen in self._frozen:
             for key in keys:
                 frozen.save(key, index.get(key))
         if self._deadlines:
             cells = [(key, index.get(key)) for key in keys]
-            self._deadlines.remove_all(
-                [(cell[2], key) for key, cell in cells if cell is not None and cell[2] is not None]
-            )
+            pairs = [(cell[2], key) for key, cell in cells if cell is not None and cell[2] is not None]
+            self._deadlines.remove_all(pairs)
         index.delete_all(keys)
         self._watch()
 
@@ -268,7 +272,7 @@ class Table:
     # --- evaluation: result and effects of an operation, without a change ----------------------------
 
     def visible(self, key: bytes, stamp_ms: int) -> Cell | None:
-        """The cell of a key, None if there is none or its deadline is not after the stamp."""
+        """The cell of a key; None if the key is absent, or its deadline is not after the stamp."""
         cell = self._index.get(key)
         if cell is not None and cell[2] is not None and cell[2] <= stamp_ms:
             return None
@@ -292,32 +296,33 @@ class Table:
     # --- reads -------------------------------------------------------------------------------------
 
     def get(self, key: bytes, stamp_ms: int) -> tuple[bytes, int, int | None] | None:
-        """(value, rev, ttl_ms or None), or None if the key is not there."""
+        """(value, rev, ttl_ms or None), or None if the key is absent or expired."""
         cell = self._index.cells.get(key)
-        # Without a deadline the cell is the answer. The flag is tested first, because looking into the cell of a random
-        # key is a cache miss: 1340 instead of 1140 k/s at 1 M keys.
+        # Without a deadline the cell is the answer. The flag is tested first, because reading the cell of a random key
+        # is a cache miss: 1340 instead of 1140 k/s at 1 M keys.
         if not self._watched or cell is None or cell[2] is None:
             return cell
         ttl_ms = cell[2] - stamp_ms
         return (cell[0], cell[1], ttl_ms) if ttl_ms > 0 else None
 
     def exists(self, key: bytes, stamp_ms: int) -> int | None:
-        """The revision of a key, or None if it is not there."""
+        """The revision of a key, or None if it is absent or expired."""
         cell = self.visible(key, stamp_ms)
         return None if cell is None else cell[1]
 
     def ttl(self, key: bytes, stamp_ms: int) -> tuple[int, int | None] | None:
-        """(rev, ttl_ms or None), or None if the key is not there."""
+        """(rev, ttl_ms or None), or None if the key is absent or expired."""
         answer = self.get(key, stamp_ms)
         return None if answer is None else (answer[1], answer[2])
 
     def deadline_of(self, key: bytes, stamp_ms: int) -> tuple[int, int | None] | None:
-        """(rev, deadline_ms or None), or None if the key is not there."""
+        """(rev, deadline_ms or None), or None if the key is absent or expired."""
         cell = self.visible(key, stamp_ms)
         return None if cell is None else cell[1:]
 
     def any_key(self, number: int, stamp_ms: int) -> bytes | None:
-        """The visible key at or after place `number`, counted around in the order of keys; None if there is none."""
+        """The visible key at place `number` (modulo their count) in the order of keys, or the next one; None if no key
+        is visible."""
         if not len(self._index):
             return None
         lower = self._index.key_at(number % len(self._index))
@@ -325,8 +330,8 @@ class Table:
         return found[0] if found else None
 
     def count(self, lower: bytes, upper: bytes | None, stamp_ms: int) -> int:
-        """Number of visible keys in [lower, upper); `upper` None is no bound. O(log n), and while expired keys wait
-        for their purge, O(expired keys or keys of the range, whichever is less) for a part of the shard."""
+        """Number of visible keys in [lower, upper); `upper` None is no bound. O(log n). While expired keys wait for
+        their purge, a count of a part of the shard takes O(expired keys) or O(keys of the range), whichever is less."""
         count = self._index.count(lower, upper)
         expired = self._deadlines.count_expired(stamp_ms)
         if expired and (lower or upper is not None):
@@ -343,7 +348,7 @@ class Table:
         if not self._deadlines.any_expired(stamp_ms):
             return index.slice(lower, upper, limit, reverse)
         visible: list[bytes] = []
-        while limit is None or len(visible) < limit:
+        while limit is None or len(visible) < limit:  # a slice may lose keys that are expired: take another one
             wanted = None if limit is None else limit - len(visible)
             keys = index.slice(lower, upper, wanted, reverse)
             for key, (_, _, deadline_ms) in zip(keys, index.cells_of(keys), strict=True):
@@ -366,18 +371,18 @@ class Table:
         ]
 
     def cells_of(self, keys: Iterable[bytes]) -> list[Cell]:
-        """The cells of keys that are there, in the same order."""
+        """The cells of present keys, in the same order."""
         return self._index.cells_of(keys)
 
     def has_expired(self, stamp_ms: int) -> bool:
-        """Does a key wait for a purge? Usually one comparison."""
+        """Whether a key waits for a purge. Usually one comparison."""
         return self._deadlines.any_expired(stamp_ms)
 
     def freeze(self) -> Frozen:
-        """A scan of the state as it is now, whatever is applied while it is read. Several may be open."""
+        """A scan of the present state, whatever is applied while it is read. Several may be open."""
         epoch, seq, chain = self.position
         frozen = Frozen(self._index, self.shard, epoch, seq, chain, self._thaw)
-        if frozen.rows_left:  # a scan without rows has nothing to hear of
+        if frozen.rows_left:  # a scan without rows needs no cell saved
             self._frozen.append(frozen)
             self._watched = True
         return frozen
@@ -393,18 +398,19 @@ class Table:
         return bool(self._frozen)
 
     def release(self) -> None:
-        """Let go of all rows, a little at a time, so that another thread can do it: freeing a million at once would
-        hold the event loop up. Nobody uses the table any more, and no scan is open."""
+        """Free all rows of a table that is not used any more, and has no open scan. May run in another thread, which
+        never holds the interpreter for long."""
         assert not self._frozen, "an open scan reads the rows"
         self._index.release()
         self._deadlines.release()
 
     def bytes_estimate(self) -> int:
-        """About the bytes of all rows, by the mean of a hundred of them. For the planning of space."""
+        """About the bytes of all rows, by the mean of a hundred of them. For the planning of disk space."""
         sample = list(islice(self._index.items(), 100))
         if not sample:
             return 0
-        return len(self._index) * sum(len(key) + len(cell[0]) + ROW_BYTES for key, cell in sample) // len(sample)
+        sample_bytes = sum(len(key) + len(value) + ROW_BYTES for key, (value, _, _) in sample)
+        return len(self._index) * sample_bytes // len(sample)
 
     # --- invariants --------------------------------------------------------------------------------
 
@@ -421,15 +427,17 @@ class Table:
         """Verify every invariant; AssertionError names the one that is broken."""
         self._index.check()
         self._deadlines.check()
-        cells = list(self._index.items())
-        assert all(cell[1] <= self.seq for _, cell in cells), "no revision is above the last entry"
-        pairs = sorted((cell[2], key) for key, cell in cells if cell[2] is not None)
-        assert self._deadlines.pairs() == pairs, "the deadlines are those of the cells"
-        assert self._watched == (bool(pairs) or bool(self._frozen)), "changes are watched when somebody has to hear"
+        pairs: list[tuple[int, bytes]] = []
+        for key, (_, rev, deadline_ms) in self._index.items():
+            assert rev <= self.seq, "no revision is above the last entry"
+            if deadline_ms is not None:
+                pairs.append((deadline_ms, key))
+        assert self._deadlines.pairs() == sorted(pairs), "the deadlines are those of the cells"
+        assert self._watched == (bool(pairs) or bool(self._frozen)), "changes are watched for deadlines and scans"
 
 
 def _arguments(item: WriteItem, count: int) -> Sequence[Any]:
-    """The first `count` fields after `answer`; those left out are None."""
+    """The first `count` fields of an item after `answer`; omitted ones are None."""
     arguments = item[4 : 4 + count]
     if len(arguments) < count:
         arguments = [*arguments, *[None] * (count - len(arguments))]
@@ -441,10 +449,12 @@ def _deadline(ttl_ms: int | None, stamp_ms: int) -> int | None:
 
 
 def _holds(cell: Cell, if_value: bytes | None, if_rev: int | None) -> bool:
-    return (if_value is None or cell[0] == if_value) and (if_rev is None or cell[1] == if_rev)
+    value, rev, _ = cell
+    return (if_value is None or value == if_value) and (if_rev is None or rev == if_rev)
 
 
 def _noting_deadlines(pieces: Pieces, pairs: list[tuple[int, bytes]]) -> Pieces:
+    """The same pieces; the deadlines of what was read so far are appended to `pairs`."""
     for keys, cells in pieces:
         pairs += [(cell[2], key) for key, cell in zip(keys, cells, strict=True) if cell[2] is not None]
         yield keys, cells
@@ -525,7 +535,7 @@ def _persist(view: CellView, item: WriteItem, stamp_ms: int) -> Evaluated:
     return True, [(op.DEADLINE, key, None)]
 
 
-# what can be part of a transaction
+# The writes that a transaction may have.
 _EVALUATE_KEYS: Final[dict[int, Callable[[CellView, WriteItem, int], Evaluated]]] = {
     op.PUT: _put,
     op.ADD: _add,
@@ -545,4 +555,4 @@ _EVALUATE: Final[dict[int, Callable[[Table, WriteItem, int], Evaluated]]] = {
 assert set(_EVALUATE) == set(op.WRITE_NAMES), "every write operation is evaluated"
 
 _EFFECT_FIELDS: Final = {op.SET: 4, op.REMOVE: 2, op.DEADLINE: 3, op.WIPE: 1, op.PATCH: 4, op.CLONE: 3}
-_NEEDED_KEY: Final = {op.DEADLINE: 1, op.PATCH: 1, op.CLONE: 2}  # field with a key that has to be there
+_NEEDED_KEY: Final = {op.DEADLINE: 1, op.PATCH: 1, op.CLONE: 2}  # the field with the key that must be present

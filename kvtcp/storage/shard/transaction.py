@@ -1,12 +1,12 @@
 """Transaction: several operations on keys of one shard as one entry.
 
-Pure. Each operation is evaluated in order on what the ones before it left; that is a table of *changed* cells over the
-shard's. The entry has the effects of all. Nothing is undone: an operation that fails has no effect of its own, and its
-error is its result. Before all of it the revisions of the watched keys are compared; if one is another, nothing is
-done and the result is None.
+Pure. The operations are evaluated in order, each on the state that the operations before it left: an `Overlay` of
+changed cells over those of the shard. The entry has the effects of all. Nothing is undone: an operation that fails has
+no effect, and its error is its result. First the revisions of the watched keys are compared; if one differs, nothing is
+executed and the result is None.
 
-The whole is refused, without any effect, if its effects exceed MULTI_BYTES_MAX, the values among its results
-MGET_VALUES_BYTES_MAX, or the values that it changes in places TRANSACTION_COPY_BYTES_MAX (each change copies one).
+A transaction is refused, without any effect, if its effects exceed MULTI_BYTES_MAX, the values among its results
+MGET_VALUES_BYTES_MAX, or the values that it copies to change a part TRANSACTION_COPY_BYTES_MAX.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ class Overlay:
         self.copied_bytes = 0
 
     def visible(self, key: bytes, stamp_ms: int) -> Cell | None:
-        """As below, or as it was changed."""
+        """The cell of a key as the transaction left it; see `CellView`."""
         if key not in self.changed:
             return self.below.visible(key, stamp_ms)
         cell = self.changed[key]
-        return None if cell is None or (cell[2] is not None and cell[2] <= stamp_ms) else cell
+        if cell is not None:
+            _, _, deadline_ms = cell
+            if deadline_ms is not None and deadline_ms <= stamp_ms:
+                return None
+        return cell
 
     def change(self, effect: Effect, stamp_ms: int) -> None:
-        """What an effect does."""
+        """Apply an effect to the overlay, and count its bytes."""
         kind, key = effect[0], effect[1]
         self.effect_bytes += EFFECT_BYTES + len(key)
         if kind == op.SET:
@@ -53,23 +57,26 @@ class Overlay:
             self.changed[key] = None
             return
         cell = self.visible(effect[2] if kind == op.CLONE else key, stamp_ms)
-        assert cell is not None, "these effects are of keys that are there"
+        assert cell is not None, "these effects are of keys that are present"
+        value, _, deadline_ms = cell
         if kind == op.DEADLINE:
-            self.changed[key] = (cell[0], self.seq, effect[2])
+            self.changed[key] = (value, self.seq, effect[2])
         elif kind == op.CLONE:
             self.effect_bytes += len(effect[2])
-            self.changed[key] = (cell[0], self.seq, cell[2])
+            self.changed[key] = (value, self.seq, deadline_ms)
         else:
-            self.effect_bytes += len(effect[3])
-            self.copied_bytes += max(len(cell[0]), effect[2] + len(effect[3]))
+            _, _, offset, data = effect
+            self.effect_bytes += len(data)
+            self.copied_bytes += max(len(value), offset + len(data))
+            # over the limit the transaction is refused anyway: not even one value more is copied
             if self.copied_bytes <= TRANSACTION_COPY_BYTES_MAX:
-                self.changed[key] = (patched(cell[0], effect[2], effect[3]), self.seq, cell[2])
+                self.changed[key] = (patched(value, offset, data), self.seq, deadline_ms)
 
 
 def evaluate(
     view: CellView, item: WriteItem, stamp_ms: int, known: Mapping[int, Callable[..., Evaluated]]
 ) -> Evaluated:
-    """The item [TRANSACTION, shard, seq, answer, key, watched, ops]. `known` evaluates the writes."""
+    """Evaluate an item [TRANSACTION, shard, seq, answer, key, watched, ops]. `known` evaluates the writes in it."""
     _, shard, seq, _, _, watched, ops = item
     for key, rev in watched:
         cell = view.visible(key, stamp_ms)
@@ -104,21 +111,25 @@ def evaluate(
 
 
 def _read(view: CellView, number: int, key: bytes, stamp_ms: int) -> Any:
-    """A read of one key, answered as the coordinator answers it outside of a transaction."""
+    """The result of a read of one key, as the coordinator gives it outside of a transaction."""
     cell = view.visible(key, stamp_ms)
-    if number == op.GET:
-        return None if cell is None else (cell[0], cell[1], None if cell[2] is None else cell[2] - stamp_ms)
     if number == op.EXISTS:
         return cell is not None
-    if number not in (op.TTL, op.DEADLINE_OF):
+    if number not in (op.GET, op.TTL, op.DEADLINE_OF):
         raise ProtocolError(f"operation {number!r} cannot be part of a transaction")
     if cell is None:
         return None
-    return -1 if cell[2] is None else cell[2] - (stamp_ms if number == op.TTL else 0)
+    value, rev, deadline_ms = cell
+    ttl_ms = None if deadline_ms is None else deadline_ms - stamp_ms
+    if number == op.GET:
+        return value, rev, ttl_ms
+    found_ms = ttl_ms if number == op.TTL else deadline_ms
+    return -1 if found_ms is None else found_ms
 
 
 def result_bytes(result: Any) -> int:
-    """About the bytes of a write's result, if it has values or is that of a transaction; others are small."""
+    """About the bytes of the result of a write. Only results with values and of transactions count; others are
+    small."""
     if type(result) is bytes:
         return len(result)
     if type(result) is not list or len(result) != 1:
