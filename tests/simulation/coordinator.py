@@ -199,6 +199,7 @@ class SimCoordinator(Process):
         self._flushing = False
         self._leaving = False  # it is being stopped: time stands still
         self._asking = False  # the store has a request of this process
+        self._has_written = False  # the batches of this turn are sent
         self.dies_writing = 0.0  # share of its writes in which it is killed
         self.killed_writing = 0
         self._tokens = 0
@@ -321,6 +322,7 @@ class SimCoordinator(Process):
         if self.controller is not None:
             if not self.silent:
                 self.look()
+            self._has_written = False
             self.controller.end_turn(self)
 
     def event(self, level: str, word: str, **fields: Any) -> None:
@@ -331,6 +333,9 @@ class SimCoordinator(Process):
     def send(self, node: str, frame: tuple[Any, ...]) -> None:
         """To a node, if it is linked."""
         self._check_let_out(f"{frame} to {node}")
+        require(not self._has_written, f"{self.name}: {frame} to {node} comes behind the batches of its turn")
+        if frame == (STOP,):
+            self._check_left(node)
         self.links[node].send(frame)
 
     def close_link(self, node: str, reason: str) -> None:
@@ -360,8 +365,21 @@ class SimCoordinator(Process):
         if links and self.dies_writing and self.world.rng.random() < self.dies_writing:
             self._die_writing([link.node for link in links])
             return
+        self._has_written = True
         for link in links:
             self.links[link.node].write()
+
+    def _check_left(self, node: str) -> None:
+        """A node that asked to leave is stopped when it has left every in-sync set that can do without it, by the map
+        that is stored."""
+        controller = self.controller
+        assert controller is not None
+        for shard in controller.sequencer.shards:
+            row = controller.map.nodes_of(shard.number)
+            others = [link for link in shard.members if link.node != node]
+            can_do = len(others) >= controller.map.min_insync and all(link.connected for link in others)
+            stays = shard.serving and node in row and can_do and not shard.bad
+            require(not stays, f"R14: {self.name} stops {node}, which the map has in {row}", shard.number)
 
     def _check_let_out(self, what: str) -> None:
         require(not self.silent, f"R13: {self.name} was deposed, and sends {what}")

@@ -32,12 +32,14 @@ from kvtcp.cluster.store import Outcome
 from kvtcp.errors import Code
 from kvtcp.node.core import NodeCore
 from kvtcp.node.replica import Replica
-from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED
+from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED, STOP
+from kvtcp.replication import ownership
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership import learner, recovery
 from kvtcp.replication.membership.insync import Membership
 from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import Recovery
+from kvtcp.replication.ownership import Ownership
 from kvtcp.replication.sequencing.confirm import ConfirmingSequencer
 from kvtcp.replication.sequencing.link import Batch
 from kvtcp.replication.sequencing.requests import NUMBER
@@ -885,6 +887,82 @@ def stamps_go_back(garden: Garden) -> None:
         self.now_ms = now_ms
 
     garden.put(Sequencer, "begin", begin)
+
+
+@mistake("R12")
+def bound_before_it_is_stored(garden: Garden) -> None:
+    """Stamps follow the next bound from the moment on in which it is proposed."""
+
+    def tick(self: Any, wall_ms: int) -> None:
+        was_moving = self._is_moving
+        before(self, wall_ms)
+        if self._is_moving and not was_moving:
+            self._sequencer.stamp_bound_ms = wall_ms + ownership.STAMP_AHEAD_MS
+
+    before = garden.put(Ownership, "tick", tick)
+
+
+# --- R13: deposed ----------------------------------------------------------------------------------------
+
+
+def _deaf(garden: Garden, name: str) -> None:
+    """One door of the controller does not hear that it was deposed."""
+
+    def step(self: Any, *args: Any) -> Any:
+        deposed, self.ownership.deposed = self.ownership.deposed, ""
+        try:
+            return before(self, *args)
+        finally:
+            self.ownership.deposed = self.ownership.deposed or deposed
+
+    before = garden.put(Controller, name, step)
+
+
+@mistake("R13")
+def results_after_deposing(garden: Garden) -> None:
+    """What nodes say is answered to clients, whoever owns the map."""
+    _deaf(garden, "receive")
+
+
+@mistake("R13")
+def turns_after_deposing(garden: Garden) -> None:
+    """The turn in which the coordinator is deposed ends as all others: batches leave."""
+    _deaf(garden, "end_turn")
+
+
+@mistake("R13")
+def time_goes_on_after_deposing(garden: Garden) -> None:
+    """What waits too long is refused, whoever owns the map."""
+    _deaf(garden, "tick")
+
+
+# --- turns, and the end of nodes ---------------------------------------------------------------------------
+
+
+@mistake("R10")
+def batches_before_frames(garden: Garden) -> None:
+    """A turn lets its batches out first."""
+
+    def end_turn(self: Any, process: Any) -> None:
+        if not self.ownership.deposed:
+            process.write_batches(self.sequencer.close_batches())
+            self.act(process)
+
+    garden.put(Controller, "end_turn", end_turn)
+
+
+@mistake("R14", kinds=("stop_node", "slow_store"))
+def leave_answered_before_it_is_stored(garden: Garden) -> None:
+    """A node that asked to leave is told to stop while the change of the map is on its way."""
+
+    def evict_lost(self: Any) -> None:
+        for node, state in self.nodes.items():
+            if state.leaves and not state.may_stop and self._sequencer.links[node].connected:
+                state.may_stop = True
+                self._outbox.send(node, (STOP,))
+        before(self)
+
+    before = garden.put(Membership, "_evict_lost", evict_lost)
 
 
 # --- nodes ---------------------------------------------------------------------------------------------------------
