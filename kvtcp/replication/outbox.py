@@ -17,7 +17,7 @@ Event = tuple[str, str, dict[str, Any]]  # level, word, fields
 
 
 class Outbox:
-    """Actions and events in order. `reported` are the nodes that reported and are linked."""
+    """Actions and events, in order. `reported` are the nodes that reported and are linked."""
 
     def __init__(self, reported: Container[str]) -> None:
         self.actions: list[Action] = []

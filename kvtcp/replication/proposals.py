@@ -18,7 +18,7 @@ from kvtcp.protocol.link import Report
 
 
 class Proposals:
-    """Over the changes of one map. `reports` are those of the linked nodes, which the controller keeps."""
+    """Changes that are proposed of one map. `reports` are those of the linked nodes, which the controller keeps."""
 
     def __init__(self, changes: MapChanges, reports: Mapping[str, Report]) -> None:
         self._changes = changes
@@ -32,12 +32,12 @@ class Proposals:
         return self._changes.map
 
     def node_stored(self, node: str, version: int) -> None:
-        """A node reported, so it has stored this version."""
+        """Note that a node reported, and so has stored this version."""
         self._stored[node] = version
         self.reports_changed()
 
     def reports_changed(self) -> None:
-        """A report came, or one is gone."""
+        """Note that a report came, or is gone."""
         self._named = (None, set())
 
     def propose(

@@ -19,7 +19,7 @@ from kvtcp.replication.sequencing.sequencer import Sequencer
 
 
 class Audit:
-    """Of the shards of a sequencer. Learners of a shard that is stopped are given up."""
+    """Audits of the shards of a sequencer. Learners of a shard that is stopped are given up."""
 
     def __init__(self, sequencer: Sequencer, membership: Membership, outbox: Outbox) -> None:
         self._sequencer = sequencer

@@ -110,11 +110,11 @@ class Membership:
         return self._sequencer.shards
 
     def learners(self) -> list[Learner]:
-        """All of them. They are few, so that nothing here takes long for each of thousands of shards."""
+        """All learners. They are few, so that nothing here takes long for each of thousands of shards."""
         return [learner for number in list(self._learners) for learner in self.learners_of(number)]
 
     def learners_of(self, number: int) -> list[Learner]:
-        """Those of one shard."""
+        """Learners of one shard."""
         if number not in self._learners:
             return []
         followings = self._shards[number].learners

@@ -12,7 +12,7 @@ from kvtcp.cluster.map import ClusterMap
 
 
 class ClusterState:
-    """Of one cluster. The map is as the config store holds it."""
+    """State of one cluster. The map is the one that the config store holds."""
 
     def __init__(self, cluster_map: ClusterMap) -> None:
         self.map = cluster_map
@@ -49,6 +49,6 @@ class ClusterState:
             self.stamp_bound_ms = cluster_map.stamp_bound_ms
 
     def count_waiting(self, items: int, size: int) -> None:
-        """So many requests, with so many bytes, wait more, or (negative) fewer."""
+        """Count requests that begin to wait, and their bytes; negative numbers for those that end to."""
         self.waiting_items += items
         self.waiting_bytes += size

@@ -93,7 +93,7 @@ class MultiRead:
         return self.done
 
     def release(self) -> None:
-        """Answer if all that was seen is committed, else be held at the first shard that is behind."""
+        """Answer if everything that the parts show is committed, else wait for the first shard that is behind."""
         for shard, needed in self.needed.items():
             if shard.commit < needed:
                 shard.hold(needed, None, self, None)

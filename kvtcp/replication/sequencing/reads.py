@@ -19,7 +19,7 @@ from kvtcp.replication.sequencing.shard import Shard
 
 
 class Reads:
-    """Of one sequencer."""
+    """Reads of one sequencer that are over several shards."""
 
     def __init__(self, cluster: ClusterState, shards: list[Shard], links: dict[str, Link]) -> None:
         self._cluster = cluster
@@ -109,7 +109,7 @@ class Reads:
         return cover
 
     def start_waiting(self) -> None:
-        """Start those that wait and can be now."""
+        """Start the waiting reads whose shards can be read now."""
         blocked: set[int] = set()  # shards that a read could not be started for; rooms only shrink in this loop
         for _ in range(len(self._waiting)):
             entry = self._waiting.popleft()
@@ -121,12 +121,12 @@ class Reads:
                 self._waiting.append(entry)
 
     def refuse_waiting(self, code: Code, text: str) -> None:
-        """Refuse all that wait to begin."""
+        """Refuse all reads that wait to begin."""
         while self._waiting:
             self._refuse_first(code, text)
 
     def refuse_stopped(self) -> None:
-        """Refuse those that wait for a shard which is not served any more."""
+        """Refuse the waiting reads of a shard that is not served any more."""
         waiting, self._waiting = self._waiting, deque()
         for entry in waiting:
             if self._is_refused(entry[1]):
@@ -135,7 +135,7 @@ class Reads:
                 self._waiting.append(entry)
 
     def expire(self) -> None:
-        """Refuse what waited too long."""
+        """Refuse the reads that waited too long."""
         shards = self._shards
         while self._waiting and self._waiting[0][0] <= self._cluster.now_ms:
             numbers = self._waiting[0][1].shards
@@ -149,5 +149,5 @@ class Reads:
         multi.fail(code, text)
 
     def waiting(self) -> list[MultiRead]:
-        """Those that wait, in order."""
+        """Reads that wait to begin, in order."""
         return [multi for _, multi in self._waiting]

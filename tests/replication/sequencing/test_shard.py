@@ -1,4 +1,5 @@
-"""Tests of the shared state: what its checks find, and the sink that nobody listens to."""
+"""Tests of Shard: what its checks find, marks and space. test_admission.py has requests, test_answers.py answers,
+test_members.py members."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 
-from kvtcp.replication.sequencing.requests import IGNORE
 from kvtcp.replication.sequencing.shard import Shard
 from tests.support.replication_fakes import Cluster
 
@@ -68,9 +68,3 @@ def test_the_worst_member_decides_on_space() -> None:
     shard.update_space()
     shard.update_writable()
     assert shard.space == 2 and not shard.writable and shard.takes_writes()
-
-
-def test_ignore_is_a_sink() -> None:
-    """The sequencer's own writes are answered to nobody."""
-    IGNORE.reply(None, 1)
-    IGNORE.fail(None, 1, "", {})
