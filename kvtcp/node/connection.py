@@ -19,7 +19,7 @@ from kvtcp.runtime.transport import FramedConnection
 
 
 class NodeParts(Protocol):
-    """What a connection needs of its server."""
+    """The parts of a node that its connections use."""
 
     loop: asyncio.AbstractEventLoop
     core: NodeCore

@@ -285,7 +285,7 @@ class CopySet:
 
     def take_donation(self, token: bytes) -> tuple[Donation, list[Logged]] | None:
         """What is donated under a token, and the entries to give along, which may be uncommitted. None if there is
-        nothing, or not any more; whoever has it closes it."""
+        nothing, or not any more. The caller closes the donation."""
         donation = self.donations.pop(token, None)
         if donation is None:
             return None

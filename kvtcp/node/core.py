@@ -93,7 +93,7 @@ class CoordinatorLink:
 
 
 class Persistence(Protocol):
-    """What a node must not forget: one queue, done in its order, and told when it is durable."""
+    """The disk of a node as its core sees it: one queue, worked off in order. Callers learn when something is durable."""
 
     def append(self, entries: list[Logged], link: CoordinatorLink, ordinal: int) -> bool:
         """Log entries, applied up to `ordinal` of a link. True if everything is durable already; otherwise
@@ -124,7 +124,7 @@ class InMemory:
         """Nothing waits."""
 
     def when_durable(self, done: Callable[[], None]) -> None:
-        """It is as durable as it gets."""
+        """Nothing is ever more durable than now."""
         done()
 
     def remember(self, replica: Replica, done: Callable[[], None]) -> None:
@@ -136,7 +136,7 @@ class InMemory:
 
 
 class NodeProcess(Protocol):
-    """What a node needs of its process."""
+    """The process around a core: timers, transfers, the log, the end."""
 
     def event(self, level: str, word: str, **fields: Any) -> None:
         """A line for the log: "debug", "info" or "warning"."""
@@ -187,11 +187,11 @@ class NodeCore:
         self.identity = identity
         self.link: CoordinatorLink | None = None  # the newest accepted one
         self.link_number = 0  # of it; only grows in an epoch
-        self.results_bytes_max = RESULTS_BYTES_MAX  # values in one frame of results, before the batch goes on
+        self.results_bytes_max = RESULTS_BYTES_MAX  # values in one frame of results, before the next one begins
         self._process = process
         self._young_cells = 0  # made since the last collection, at most
         self._is_catching_up = False  # the next slice of a buffer is due
-        self._is_leaving = False  # the coordinator was told that this node is about to stop
+        self._is_leaving = False  # LEAVE was sent: this node is about to stop
 
     # --- first frames -------------------------------------------------------------------------------
 
@@ -317,7 +317,7 @@ class NodeCore:
         results: list[Any] = []
         heartbeat = False  # a batch without items wants an answer of its own
         while inbox and not connection.write_paused:
-            if inbox[0][0] != BATCH:  # what was applied before it is told already
+            if inbox[0][0] != BATCH:  # the results of what was applied before it are sent
                 self._frame(link, inbox.popleft())
                 continue
             if not link.running:
@@ -340,7 +340,7 @@ class NodeCore:
             self._tell_news()
 
     def _send_results(self, link: CoordinatorLink, results: list[Any]) -> None:
-        """What was applied, and what of it is durable."""
+        """Send RESULTS: the ordinal that is applied, and the one that is durable."""
         replica, connection = self.replica, link.connection
         connection.send((RESULTS, replica.applied, link.durable, results, replica.take_flags()))
         connection.flush()
@@ -501,7 +501,7 @@ class NodeCore:
         return True
 
     def pull_failed(self, learning: Learning, reason: str) -> None:
-        """A copy could not be fetched or stored. The coordinator is told, if it still wants it."""
+        """A copy could not be fetched or stored: send LEARN_FAILED, if the coordinator still wants it."""
         if self.is_wanted(learning):
             self.replica.learn_failed(learning.shard, reason)
             self.changed()

@@ -214,7 +214,7 @@ class NodeServer:
         gc.collect(0)
 
     def failed(self, error: BaseException) -> None:
-        """An exception nobody expected, or an error of the disk: this replica might differ from the others, or from
+        """An unexpected exception, or an error of the disk: this replica might differ from the others, or from
         what it acknowledged. Nothing more is acknowledged."""
         if isinstance(error, OSError):
             log.critical("event=disk-failed node=%s reason=%s", self.replica.node, error)

@@ -26,7 +26,7 @@ log = logging.getLogger("kvtcp.durability")
 
 
 class SnapshotOwner(Protocol):
-    """What a snapshot needs of the durability of its node."""
+    """The part of a node's durability that a snapshot uses."""
 
     store: NodeStore
 
