@@ -93,7 +93,7 @@ class CoordinatorLink:
 
 
 class Persistence(Protocol):
-    """The disk of a node as its core sees it: one queue, worked off in order. Callers learn when something is durable."""
+    """The disk of a node as its core sees it: one queue, worked off in order, that says when something is durable."""
 
     def append(self, entries: list[Logged], link: CoordinatorLink, ordinal: int) -> bool:
         """Log entries, applied up to `ordinal` of a link. True if everything is durable already; otherwise
