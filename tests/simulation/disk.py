@@ -216,16 +216,15 @@ class NodeDisk:
         """The manifest is to name these copies: those it does not know are new and empty. Part of a job."""
         for copy in copies:
             known = self.manifest.copies.get(copy.shard)
-            if known is not None and known.disk == copy.disk:
-                known.reason = copy.reason
-                continue
-            if copy.disk in self.archive:  # one that was to be replaced, and is not
-                self._adopt(self.archive[copy.disk])
-            elif known is not None and known.generation == copy.generation:
-                self._adopt(known.renamed(copy.disk))  # another identity of what is there
-            else:
-                assert copy.table.seq == 0, "what has entries is published, not found"
-                self._adopt(Stored(self.node.name, copy.shard, copy.disk, copy.generation))
+            if known is None or known.disk != copy.disk:
+                if copy.disk in self.archive:  # one that was to be replaced, and is not
+                    self._adopt(self.archive[copy.disk])
+                elif known is not None and known.generation == copy.generation:
+                    self._adopt(known.renamed(copy.disk))  # another identity of what is there
+                else:
+                    assert copy.table.seq == 0, "what has entries is published, not found"
+                    self._adopt(Stored(self.node.name, copy.shard, copy.disk, copy.generation))
+            self.manifest.copies[copy.shard].reason = copy.reason
 
     def _adopt(self, stored: Stored) -> None:
         """This copy is the one of its shard from now on."""
