@@ -215,7 +215,7 @@ def disk_of(mode: str, seed: int) -> tuple[World, Owner, NodeDisk, Table]:
     disk = NodeDisk(owner, mode, {})
     table = Table(0)
 
-    named: Any = SimpleNamespace(shard=0, disk=disk.new_disk(), generation=1, table=table)
+    named: Any = SimpleNamespace(shard=0, disk=disk.new_disk(), generation=1, reason="", table=table)
     disk.found([named])
     return world, owner, disk, table
 
