@@ -64,7 +64,7 @@ def build(durability: str, ending: str) -> Origin:
     disk = disk.process_kill()
     store = open_small(disk, durability=durability, seed=1)  # what was above the mark is void in the older segment now
     fill(store, 9, SHARDS, first=50)
-    store.write_snapshot(store.copies[2], store.kept.of_shard(2))  # the older one stays: killed before its removal
+    store.write_snapshot(store.copies[2], store.backlog.of_shard(2))  # the older one stays: killed before its removal
     mark(store)
     before_tail = state_of(store.copies)
     if ending == "killed":

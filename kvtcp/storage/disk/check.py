@@ -1,8 +1,8 @@
-"""Check: verify the data directory of a stopped node, and say what is in it.
+"""Check: verify the data directory of a stopped node, and describe its content.
 
-I/O shell that only reads: it replays everything as a start would, then lets each table verify its own invariants. What
-a start would give up, keep aside or report is a *finding*; a torn end of the log is none, since nothing that was
-acknowledged is in it.
+I/O shell that only reads: it replays everything as a start would, then lets each table verify its own invariants. Each
+thing that a start would give up, move aside or report is a *finding*. A torn end of the log is none, because nothing in
+it was acknowledged.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from kvtcp.storage.disk.manifest import Manifest
 from kvtcp.storage.disk.replay import Replayed, ReplayProgress, replay
 from kvtcp.storage.files import Disk
 
-SHARDS_SHOWN: Final = 8  # of those with one reason
+SHARDS_SHOWN: Final = 8  # numbers named of all shards with one reason
 
 
 @dataclass(slots=True)
 class CheckReport:
-    """`lines` describe the directory, `findings` what is wrong with it; empty = nothing."""
+    """`lines` describe the directory. `findings` are the things wrong with it; empty = none."""
 
     lines: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
 
 
 def by_reason(reasons: Mapping[int, str]) -> list[tuple[str, str]]:
-    """Shards with the same reason together: ("shard 3", reason), ("64 shards (0, 1, 2, ...)", reason)."""
+    """Shards grouped by reason: ("shard 3", reason), ("64 shards (0, 1, 2, ...)", reason)."""
     shards: dict[str, list[int]] = {}
     for shard, reason in sorted(reasons.items()):
         shards.setdefault(reason, []).append(shard)
@@ -48,8 +48,8 @@ def check_directory(
     progress: ReplayProgress = lambda *_: None,
     boot: str = "",
 ) -> CheckReport:
-    """Verify everything, in this boot of the machine. Raises VersionError for files of another format, OSError for a
-    disk that cannot be read."""
+    """Verify a data directory; `boot` is the present boot of the machine. Raises VersionError for files of another
+    format, OSError for a disk that cannot be read."""
     found = replay(disk, directory, manifest, progress, manifest.power_failed(boot))
     report = CheckReport(findings=[str(damage) for damage in found.damages])
     incomplete = {shard: copy.reason for shard, copy in found.copies.items() if not copy.complete}
@@ -71,7 +71,7 @@ def _describe(manifest: Manifest, found: Replayed, keys: int) -> list[str]:
     whole = sum(copy.complete and shard not in found.doubts for shard, copy in found.copies.items())
     log_bytes = sum(segment.size for segment in found.segments)
     snapshot_bytes = sum(found.snapshot_bytes.values())
-    above = sum(bool(record.entries()) for record in found.tail)  # the mark of a clean stop is above itself
+    above = sum(bool(record.entries()) for record in found.tail)  # not the empty one of a clean stop
     lines = [
         f"durability {manifest.durability}, promised epoch {manifest.promised}, map version {manifest.map_version}, "
         + ("stopped in order" if manifest.clean else "not stopped in order"),
@@ -86,7 +86,7 @@ def _describe(manifest: Manifest, found: Replayed, keys: int) -> list[str]:
 
 
 def _counted(count: int, what: str) -> str:
-    """As people say it: no segments, 1 segment, 2 segments; 3 entries."""
+    """A count with its noun: no segments, 1 segment, 2 segments; 3 entries."""
     if count == 1:
         return f"1 {what}"
     return f"{count or 'no'} {what.removesuffix('y')}{'ies' if what.endswith('y') else 's'}"

@@ -1,20 +1,20 @@
 """The write-ahead log of a node: one stream of records in segments, written by group commit.
 
-I/O shell over `log_format` (bytes) and `files` (the disk). Two threads use a `LogWriter`, and share nothing but what is
-handed over: the event loop decides everything (`prepare`, `prepare_mark`: numbers, sums, when a new segment begins),
-the log thread does what was prepared (`write`), and the loop is told (`written`). A record is prepared only when the
-last one is written, so **at most one is written and not yet synced**, and a sync covers only what was written before
-it began.
+I/O shell over `log_format` (bytes) and `files` (the disk). Two threads use a `LogWriter`, and share only the objects
+that one hands to the other: the event loop decides everything (`prepare`, `prepare_mark`: numbers, sums, when a segment
+begins), the log thread writes what was prepared (`write`), then the loop takes note of it (`written`). A record is
+prepared only after the last one is written, so **at most one is written and not yet synced**, and a sync covers only
+what was written before it began.
 
     sync    a record is written and synced (fdatasync), then acknowledged
     os      a record is written, then acknowledged: it survives the process, not the machine
 
 A new segment is written under a temporary name with its header and, after a restart, the records that were above the
 durable mark; synced; renamed; then its directory is synced. So a segment that has its name is whole up to the durable
-LSN of its header, and everything before it is on the disk. Segments are deleted, oldest first, when every shard's
-snapshot has passed them.
+LSN of its header, and everything before it is on the disk. Segments are deleted, oldest first, when the snapshots of
+all shards have passed them.
 
-Any OSError here means that nobody knows what is on the disk: the process ends without another acknowledgement.
+After an OSError here the content of the disk is unknown: the process ends without another acknowledgement.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def segment_name(first_lsn: int) -> str:
 
 
 def segment_lsn(name: str) -> int | None:
-    """The first LSN that a file name says, None for what is not a segment's."""
+    """The first LSN of a segment by its file name; None for any other name."""
     stem = name.removesuffix(SUFFIX)
     return int(stem) if name.endswith(SUFFIX) and len(stem) == 20 and stem.isascii() and stem.isdigit() else None
 
@@ -58,20 +58,20 @@ class SegmentInfo:
 
     path: Path
     first_lsn: int
-    positions: dict[int, Position]  # what was logged before it
+    positions: dict[int, Position]  # shard -> its last entry logged before this segment
     size: int  # bytes
-    is_written: bool = True  # it has its name on the disk
+    is_written: bool = True  # the file has its name on the disk
 
 
 @dataclass(slots=True)
 class Prepared:
-    """What the log thread is to write."""
+    """A record for the log thread to write."""
 
-    lsn: int  # of the last record in `data`
+    lsn: int
     data: bytes
-    durable_lsn: int  # what is durable when it is written (mode sync: `lsn`)
-    segment: SegmentInfo  # to which it goes
-    header: bytes | None = None  # begin this segment first; None = it is the present one
+    durable_lsn: int  # highest durable LSN once `data` is written (mode sync: `lsn`)
+    segment: SegmentInfo  # which `data` is appended to
+    header: bytes | None = None  # of `segment`, if this record begins it
 
 
 class LogWriter:
@@ -90,7 +90,7 @@ class LogWriter:
         self.segments: list[SegmentInfo] = []  # oldest first; the last one is written to
         self.durable_lsn = 0  # highest LSN known to be on the disk; <= last_lsn
         self.last_lsn = 0  # of the last record prepared
-        self.positions: dict[int, Position] = {}  # shard -> what of it is in the records prepared so far
+        self.positions: dict[int, Position] = {}  # shard -> its last entry in the records prepared so far
         self.bytes_written = 0  # by this process, for status
         self.records_written = 0
         self._disk = disk
@@ -119,10 +119,12 @@ class LogWriter:
         positions: dict[int, Position],
         tail_positions: dict[int, Position],
     ) -> None:
-        """Go on after a restart with a new segment that has `tail`, the valid records above the durable mark, again.
+        """Begin a new segment after a restart, with `tail`, the valid records above the durable mark, written again.
 
         `positions` are those before `tail`, `tail_positions` those behind it. Blocks. Raises OSError.
         """
+        # A segment that begins at `first_lsn` holds nothing but the tail. The new one has its name, and replaces it by
+        # the rename.
         self.segments = [segment for segment in older if segment.first_lsn < first_lsn]
         self.positions = dict(positions)
         self.last_lsn = first_lsn - 1
@@ -130,6 +132,8 @@ class LogWriter:
         pieces = []
         for record in tail:
             assert record.lsn == self.last_lsn + 1, "the tail has no gap"
+            # Its durable LSN may be that of the record before: the header's covers the whole tail when the file is
+            # named.
             pieces.append(encode_record(salt, record.lsn, self.last_lsn, record.payload))
             self.last_lsn = record.lsn
         info, header = self._new_segment(first_lsn, self.last_lsn, salt)
@@ -141,9 +145,8 @@ class LogWriter:
         self.positions = dict(tail_positions)
 
     def prepare(self, entries: list[Logged]) -> Prepared:
-        """The record of these entries, as the next one of the log. `write` it in the log thread, then call `written`.
-
-        Entries have to be in the order in which they were applied.
+        """The next record, with `entries` in the order in which they were applied. `write` it in the log thread, then
+        call `written`.
         """
         payload = encode_entries(entries)
         prepared = self._prepare(payload)
@@ -155,12 +158,12 @@ class LogWriter:
         return self._prepare(encode_entries([]))
 
     def begin_new_segment(self) -> None:
-        """The next record goes into a new segment, so that this one can be deleted some day."""
+        """Put the next record into a new segment, so that the present one can be deleted some day."""
         self._rotate = True
 
     @property
     def wants_segment(self) -> bool:
-        """Whether the next record begins a segment on demand."""
+        """Whether `begin_new_segment` was called, and the present segment has a record."""
         return self._rotate and self.last_lsn >= self.segments[-1].first_lsn
 
     def _prepare(self, payload: bytes) -> Prepared:
@@ -171,8 +174,9 @@ class LogWriter:
         segment = self.segments[-1]
         wanted = self._rotate or segment.size + len(payload) > self._segment_bytes_max
         self._rotate = False
-        if wanted and lsn > segment.first_lsn:  # one without a record is as good as a new one, and has its name
+        if wanted and lsn > segment.first_lsn:  # a segment without a record is as good as new, and has the same name
             segment, header = self._new_segment(lsn, lsn - 1, self._new_salt())
+        # A new segment gets its name after everything before it is synced, in every mode: so lsn - 1 is durable.
         data = encode_record(self._salt, lsn, lsn - 1 if header is not None else self.durable_lsn, payload)
         segment.size += len(data)
         self.last_lsn = lsn
@@ -189,7 +193,7 @@ class LogWriter:
         return info, header
 
     def written(self, prepared: Prepared) -> None:
-        """The log thread is done with it."""
+        """Take note that the log thread has written a record."""
         self._under_way = False
         prepared.segment.is_written = True
         self.durable_lsn = prepared.durable_lsn
@@ -197,9 +201,12 @@ class LogWriter:
         self.records_written += 1
 
     def deletable(self, is_covered: Callable[[int, Position], bool]) -> list[Path]:
-        """Take the oldest segments off the list for which `is_covered(shard, position)` says that nobody needs the
-        entries up to there any more; their paths, oldest first, to be removed in this order. A segment goes only when
-        the next one is on the disk: there is never none."""
+        """Take the oldest segments off the list, as far as `is_covered(shard, position)` says that no restart needs
+        entries up to their ends. Returns their paths, to be removed in this order, oldest first.
+
+        A segment is deleted only when the next one is on the disk, because a directory without a segment looks like a
+        lost log; and the oldest first, because a gap between segments looks like lost entries.
+        """
         paths: list[Path] = []
         while len(self.segments) > 1 and self.segments[1].is_written:
             behind = self.segments[1].positions
@@ -211,7 +218,8 @@ class LogWriter:
     # --- the log thread -------------------------------------------------------------------------------
 
     def write(self, prepared: Prepared) -> None:
-        """Write what was prepared, and make it durable as the mode says. Raises OSError: then nothing is known."""
+        """Write a prepared record, and make it durable as the mode says. Raises OSError, after which the content of the
+        disk is unknown."""
         if prepared.header is not None:
             if self._file is not None and not self._sync:
                 self._file.sync()  # the new segment's header says that all before it is on the disk
@@ -222,12 +230,12 @@ class LogWriter:
             self._file.sync()
 
     def sync_all(self) -> None:
-        """Make everything written durable, whatever the mode. Raises OSError."""
+        """Make all written records durable, whatever the mode. Raises OSError."""
         if self._file is not None:
             self._file.sync()
 
     def close(self) -> None:
-        """Give the file back; nothing is synced."""
+        """Close the file without a sync."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -12,8 +12,8 @@ Pure. `log.py` writes and reads files of this form; nothing else knows it. All i
               salt        4   random, another one in every segment
               first LSN   8   of the first record
               durable LSN 8   highest LSN that was on the disk when the segment got its name; >= first LSN - 1
-              positions       msgpack [[shard, generation, seq, chain], ...]: what is logged before this segment
-    record  = salt        4   of the segment: what a search for the next record looks for
+              positions       msgpack [[shard, generation, seq, chain], ...]: last entries logged before this segment
+    record  = salt        4   of the segment: finds the next record behind damage
               length      4   of the payload
               crc32       4   of length, LSN, durable LSN and payload, begun with the salt
               LSN         8   1, 2, 3, ... over all segments
@@ -23,13 +23,13 @@ Pure. `log.py` writes and reads files of this form; nothing else knows it. All i
 A record is the entries of one group commit, in the order in which they were applied.
 
 **Torn or corrupt** is decided by the durable mark alone: the highest durable LSN of any valid record or header. (A
-segment gets its name only after all before it is on the disk.) A record at or below the mark that is not valid is
-corruption: it had been on the disk, and was perhaps acknowledged. A bad record above it was never acknowledged as
-durable, so the log ends before it. Without a power cut that can only be the last record: a process that is killed
-leaves no valid one behind a bad one.
+segment gets its name only after everything before it is on the disk.) An invalid record at or below the mark is
+corruption: it had been on the disk, and was perhaps acknowledged. An invalid record above the mark was never
+acknowledged as durable, so the log ends before it. Without a power cut that can only be the last record: a killed
+process leaves no valid record behind an invalid one.
 
-What a segment has at or above the first LSN of the next segment is void: a restart writes the records above the mark
-again, into a new segment, because nobody knows whether the kernel will ever write what it still holds of them.
+Records at or above the first LSN of the next segment are void: a restart writes the records above the mark again, into
+a new segment, because the kernel may never write the pages that it still holds of the old ones.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Position = tuple[int, int, int]  # generation, seq, chain
 
 
 class FormatError(ValueError):
-    """Bytes that are not what they should be; the text says how."""
+    """Bytes are not in the format expected; the text says where they differ."""
 
 
 class VersionError(FormatError):
@@ -70,7 +70,7 @@ class VersionError(FormatError):
 
 @dataclass(frozen=True, slots=True)
 class SegmentHeader:
-    """The beginning of a segment. `positions` maps shards to what is logged of them in earlier segments."""
+    """The beginning of a segment. `positions` maps each shard to its last entry in earlier segments."""
 
     directory: bytes
     salt: bytes
@@ -89,7 +89,7 @@ class Record:
     payload: bytes
 
     def entries(self) -> list[Logged]:
-        """Its entries. Raises FormatError: a record with a right sum and a wrong payload was written wrong."""
+        """The entries in the payload. Raises FormatError if a record with a right sum was written wrong."""
         try:
             rows = msgpack.unpackb(self.payload, use_list=False)
             if any(tuple(map(type, row)) != _ROW_TYPES for row in rows):
@@ -104,12 +104,12 @@ _ROW_TYPES: Final = (int, int, int, int, bytes)
 
 @dataclass(slots=True)
 class Segment:
-    """What `parse_records` found behind a header."""
+    """The records that `parse_records` found behind a header."""
 
     records: list[Record] = field(default_factory=list)  # valid, without a gap from the first LSN on
-    bad_offset: int | None = None  # where they end before the file does; None = the file ends with the last of them
+    bad_offset: int | None = None  # where the first bad record begins; None = the file ends with a valid one
     bad_reason: str = ""
-    later: list[Record] = field(default_factory=list)  # valid ones found behind the bad place, ascending
+    later: list[Record] = field(default_factory=list)  # valid records behind the bad place, ascending
     end_offset: int = 0  # behind the last record
 
     @property
@@ -150,7 +150,8 @@ def parse_header(data: bytes) -> SegmentHeader:
 
 
 def encode_record(salt: bytes, lsn: int, durable_lsn: int, payload: bytes) -> bytes:
-    """One record. One that `parse_records` would refuse must never be acknowledged."""
+    """The bytes of a record."""
+    # `parse_records` would refuse a longer one, after it was acknowledged
     assert len(payload) <= LOG_RECORD_BYTES_MAX, f"a record of {len(payload)} bytes is more than can be read back"
     total = crc32(payload, crc32(_RECORD_SUMMED.pack(len(payload), lsn, durable_lsn), _seed(salt)))
     return _RECORD.pack(salt, len(payload), total, lsn, durable_lsn) + payload
@@ -163,7 +164,7 @@ def encode_entries(entries: Sequence[Logged]) -> bytes:
 
 
 def parse_records(data: bytes, header: SegmentHeader) -> Segment:
-    """All records of a segment. Whatever the bytes are, this returns; nothing that is not valid is in the result."""
+    """All valid records of a segment, whatever the bytes are. Raises nothing."""
     found = Segment(end_offset=header.bytes)
     offset, lsn = header.bytes, header.first_lsn
     while offset < len(data):
@@ -201,7 +202,10 @@ def _parse_record(data: bytes, offset: int, salt: bytes) -> tuple[Record, int]:
 
 
 def _find_later(data: bytes, offset: int, salt: bytes, lsn: int) -> list[Record]:
-    """Valid records behind a bad place, where record `lsn` belongs: the salt is searched, the sums decide."""
+    """Valid records behind a bad place, where record `lsn` belongs: searched by the salt, verified by the sums.
+
+    Only ascending LSNs count: a value may contain the bytes of an older record.
+    """
     later: list[Record] = []
     place = data.find(salt, offset)
     while place >= 0:

@@ -1,4 +1,4 @@
-"""The manifest of a node: what it must not forget, apart from its data.
+"""The manifest of a node: everything but its data that must survive a restart.
 
 I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fsync, rename, fsync of the directory.
 
@@ -7,17 +7,17 @@ I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fs
         "durability"    mode of the process that wrote it
         "boot"          id of the boot of the machine in which it was written
         "clean"         whether that process ended in order, everything written
-        "promised", "coordinator"       highest epoch accepted, and whose it is
+        "promised", "coordinator"       highest epoch accepted, and the coordinator that has it
         "map_version", "map"            highest version of the cluster map seen, and that map as its coordinator sent it
-        "segment"       first LSN of the newest segment when this was written: there is one at least as new
-        "durable_lsn"   highest LSN known to be on the disk then: a log that ends before it was cut
+        "segment"       first LSN of the newest segment at that time: a log without one as new was cut
+        "durable_lsn"   highest LSN known to be on the disk at that time: a log that ends before it was cut
         "shards"        {number: [disk, generation, complete, reason]}      the copies; see copy.py
-        "generations"   {number: generation}    highest ever given to a copy of that shard here, also to one that was
-                        dropped: the log may have its entries. May be missing: then those of "shards" are
+        "generations"   {number: generation}    highest generation of all copies of a shard on this node, dropped ones
+                        included: the log may have their entries. If the field is missing, those of "shards" count
     }}
 
-Invariant: a report to a coordinator says nothing that a restart would not say again, so promise and copies are written
-here before it is sent.
+Invariant: everything that a report tells a coordinator is still true after a restart. So promise and copies are written
+here before the report is sent.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Manifest:
 
     def power_failed(self, boot: str) -> bool:
         """Whether the machine was restarted (its present boot is `boot`) while a process ran in a mode that does not
-        sync: then nobody knows what of its last writes is on the disk. A system that does not tell (`boot` empty) may
-        have been."""
+        sync. Then any part of its last writes may be missing. If the system has no boot id (`boot` is empty), a restart
+        is assumed."""
         return self.durability != "sync" and not self.clean and (not boot or self.boot != boot)
 
     def encode(self) -> bytes:
@@ -82,7 +82,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
-        """Raises VersionError, FormatError."""
+        """The manifest in a file's content. Raises VersionError, FormatError."""
         try:
             content = json.loads(data)
             version = content["format"]
@@ -107,7 +107,10 @@ class Manifest:
                 map=node["map"].encode(),
                 segment=node["segment"],
                 durable_lsn=node["durable_lsn"],
-                shards={int(shard): (row[0], row[1], row[2], row[3]) for shard, row in node["shards"].items()},
+                shards={
+                    int(shard): (disk, generation, complete, reason)
+                    for shard, (disk, generation, complete, reason, *_) in node["shards"].items()
+                },
                 generations={int(shard): number for shard, number in node.get("generations", {}).items()},
             )
         except FormatError:
@@ -130,7 +133,7 @@ def read_manifest(disk: Disk, directory: Path) -> Manifest | None:
 
 
 def write_manifest(disk: Disk, directory: Path, data: bytes) -> None:
-    """Replace the manifest by an encoded one, durably. Raises OSError: then either may be there."""
+    """Replace the manifest by an encoded one, durably. After an OSError the old or the new one may be there."""
     temporary = directory / (FILE + ".tmp")
     disk.remove(temporary)
     file = disk.create(temporary)

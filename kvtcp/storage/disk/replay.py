@@ -1,17 +1,18 @@
-"""Replay: what a data directory holds, read without changing anything.
+"""Replay: read the content of a data directory without changing anything.
 
-I/O shell that only reads. `store.py` acts on the result, `check.py` prints it. Per shard: the newest valid snapshot,
-then the entries of the log, each verified by number and chain. The log is read oldest segment first, one at a time.
+I/O shell that only reads. `store.py` acts on the result, `check.py` prints it. Of each shard the newest valid snapshot
+is loaded, then the entries of the log are applied, each verified by number and chain. The log is read one segment at a
+time, oldest first.
 
-**Doubt.** A copy is complete only if nothing of it can be missing. It is in doubt
+**Doubt.** A copy is complete only if no entry of it can be missing. It is in doubt
 
-- if entries are missing between its table and what the log has next, or what a segment says was logged before it;
+- if entries are missing between its table and the next one in the log, or the position in the header of a segment;
 - if a chain does not match;
-- if the log is damaged and nothing behind the damage proves that no entry of this shard was in it. Proof is a later
-  entry that follows the table's last one, or a later segment's position.
+- if the log is damaged and nothing behind the damage proves that it held no entry of this shard. Proof is a later entry
+  that follows the last one of the table, or the position in the header of a later segment.
 
-A damaged snapshot alone is no doubt if an older one and the log, or the log by itself, lead to a position that is
-proven; it is reported all the same (`damages`), and kept.
+A damaged snapshot alone is no doubt if an older one and the log, or the log by itself, lead to a proven position. It is
+reported all the same (`damages`), and kept.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ReplayProgress = Callable[[str, int, int], None]  # what, bytes done, bytes in a
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Something on the disk that is not as it was written."""
+    """A place on the disk that differs from what was written there."""
 
     path: Path
     offset: int | None  # None: the whole file
@@ -61,19 +62,19 @@ class Replayed:
     """The content of a data directory."""
 
     copies: dict[int, Copy] = field(default_factory=dict)
-    doubts: dict[int, str] = field(default_factory=dict)  # shards the manifest calls complete, and why they are not
+    doubts: dict[int, str] = field(default_factory=dict)  # shard that is complete in the manifest -> why it is not
     damages: list[Damage] = field(default_factory=list)
-    snapshots: dict[int, SnapshotName] = field(default_factory=dict)  # those that were loaded
-    snapshot_bytes: dict[int, int] = field(default_factory=dict)  # their lengths
-    stale: list[Path] = field(default_factory=list)  # files that nothing needs: temporary ones, older snapshots
+    snapshots: dict[int, SnapshotName] = field(default_factory=dict)  # loaded ones
+    snapshot_bytes: dict[int, int] = field(default_factory=dict)  # lengths of the loaded ones
+    stale: list[Path] = field(default_factory=list)  # useless files: temporary ones, older snapshots
     given_up: list[Path] = field(default_factory=list)  # snapshots of copies that are not complete any more
     segments: list[SegmentInfo] = field(default_factory=list)  # with a valid header, oldest first
     mark: int = 0  # the durable mark of the log
-    last_lsn: int = 0  # highest LSN seen anywhere, also in what is damaged
+    last_lsn: int = 0  # highest LSN seen anywhere, damaged places included
     tail: list[Record] = field(default_factory=list)  # valid records above the mark, all in the last segment
-    cut: str = ""  # where the log was torn above the mark, for people; empty = it was not
-    mark_positions: dict[int, Position] = field(default_factory=dict)  # what is logged up to the mark
-    positions: dict[int, Position] = field(default_factory=dict)  # what is logged at all, `tail` included
+    cut: str = ""  # for people: where the log is torn above the mark; empty = nowhere
+    mark_positions: dict[int, Position] = field(default_factory=dict)  # shard -> last entry logged up to the mark
+    positions: dict[int, Position] = field(default_factory=dict)  # shard -> last entry logged, `tail` included
     backlog: Backlog = field(default_factory=Backlog)
     log_damaged: bool = False
     entries: int = 0  # entries applied from the log
@@ -86,13 +87,13 @@ def replay(
     progress: ReplayProgress = lambda *_: None,
     power_failed: bool = False,
 ) -> Replayed:
-    """Read everything. `power_failed`: what was not synced may be on the disk in any part, see `Manifest.power_failed`.
-    Raises VersionError for files of another format, OSError for a disk that cannot be read."""
+    """Read a data directory. `power_failed`: any part of the writes that were not synced may be on the disk, see
+    `Manifest.power_failed`. Raises VersionError for files of another format, OSError for a disk that cannot be read."""
     return _Replay(disk, directory, manifest, progress, power_failed).run()
 
 
 class _Replay:
-    """One reading of a directory."""
+    """One pass over a directory."""
 
     def __init__(
         self, disk: Disk, directory: Path, manifest: Manifest, progress: ReplayProgress, power_failed: bool
@@ -104,10 +105,10 @@ class _Replay:
         self.manifest = manifest
         self.progress = progress
         self.found = Replayed()
-        self.positions: dict[int, Position] = {}  # what the records read so far have logged
+        self.positions: dict[int, Position] = {}  # shard -> its last entry in the records read so far
         self.bad_snapshots: dict[int, Damage] = {}
-        self.bad_seqs: dict[int, int] = {}  # how far the damaged snapshots went, by their names
-        self.unproven: dict[int, str] = {}  # shards of which something may be missing since a damage, and which
+        self.bad_seqs: dict[int, int] = {}  # shard -> highest position of its damaged snapshots, by their names
+        self.unproven: dict[int, str] = {}  # shards that may have lost entries by a damage -> the damage
 
     def run(self) -> Replayed:
         found = self.found
@@ -117,6 +118,7 @@ class _Replay:
         self._read_log()
         for shard, reason in list(self.unproven.items()):
             self._doubt(shard, reason)
+        # The log may have let go of entries because of a snapshot that is damaged now.
         for shard, seq in self.bad_seqs.items():
             if found.copies[shard].table.seq < seq:
                 self._doubt(shard, f"the entries up to {seq} are not in the log")
@@ -154,7 +156,7 @@ class _Replay:
         for name in names:
             path = self.snapshot_directory / name.file
             if copy is None or name.generation != copy.generation:
-                # the copy was reset after it; a newer generation than the manifest's was never published
+                # an older generation was reset; a newer one than the manifest names was never published
                 self.found.stale.append(path)
                 continue
             if not copy.complete:
@@ -197,11 +199,12 @@ class _Replay:
             self._read_segment(path, lsn, data, following)
             done += len(data)
             self.progress("log", done, total)
-        if self.manifest.segment > max((lsn for lsn, _ in names), default=0):  # last: what is there proves nothing
+        # After all segments: none of them proves anything about entries in the missing one.
+        if self.manifest.segment > max((lsn for lsn, _ in names), default=0):
             path = self.log_directory / log.segment_name(self.manifest.segment)
             found.last_lsn = max(found.last_lsn, self.manifest.segment)
             self._damaged(Damage(path, None, "the manifest names this segment, and there is none so new"))
-        found.last_lsn = max(found.last_lsn, self.manifest.durable_lsn)  # numbers that were given are not given again
+        found.last_lsn = max(found.last_lsn, self.manifest.durable_lsn)  # no LSN is given twice
 
     def _read_segment(self, path: Path, lsn: int, data: bytes, following: int | None) -> None:
         found = self.found
@@ -215,41 +218,43 @@ class _Replay:
         except VersionError:
             raise
         except FormatError as error:
-            found.last_lsn = max(found.last_lsn, lsn)  # a new segment must not take its name
+            found.last_lsn = max(found.last_lsn, lsn)  # a new segment must not get the name of this one
             self._damaged(Damage(path, None, str(error)))
             return
         self._check_positions(path, header)
         found.segments.append(SegmentInfo(path, lsn, header.positions, len(data)))
         segment = parse_records(data, header)
-        # what stands at or above the next segment's first record is void: it is there again
+        # Records at or above the first LSN of the next segment are void: that segment has them again.
         end_lsn = None if following is None else following - 1
         records = [record for record in segment.records if end_lsn is None or record.lsn <= end_lsn]
+        # A segment that has a successor is durable to its end: the successor got its name after that.
         found.mark = max(found.mark, header.durable_lsn, segment.mark if following is None else following - 1)
         found.last_lsn = max(found.last_lsn, lsn - 1, *(record.lsn for record in segment.later), 0)
         self.positions = {**self.positions, **header.positions}
         for record in records:
             self._read_record(path, record)
         bad_lsn = lsn + len(segment.records)
-        last_lsn = found.mark if end_lsn is None else end_lsn  # of what must be here
+        last_lsn = found.mark if end_lsn is None else end_lsn  # the last record that must be here
         if end_lsn is None and segment.later and not self.power_failed:
-            last_lsn = max(last_lsn, segment.later[-1].lsn)  # a process that is killed leaves no holes
+            last_lsn = max(last_lsn, segment.later[-1].lsn)  # a killed process leaves no holes
         if bad_lsn <= last_lsn:
             self._read_behind(path, segment, bad_lsn, last_lsn, end_lsn)
         elif segment.bad_offset is not None and following is None:
             found.cut = f"{path} at byte {segment.bad_offset}: {segment.bad_reason}"
 
     def _read_behind(self, path: Path, segment: Segment, bad_lsn: int, last_lsn: int, end_lsn: int | None) -> None:
-        """A record at or below the mark is not there: entries behind it still show which shards it did not touch."""
+        """Read the records behind a bad or missing one at or below the mark. Their entries prove of some shards that no
+        entry was lost."""
         reason = segment.bad_reason or f"the file ends before record {bad_lsn}, which was on the disk"
         offset = segment.end_offset if segment.bad_offset is None else segment.bad_offset
         damage = Damage(path, offset, reason)
         self._damaged(damage)
-        self.found.last_lsn = max(self.found.last_lsn, bad_lsn)  # a new segment must not take the name of this one
+        self.found.last_lsn = max(self.found.last_lsn, bad_lsn)  # a new segment must not get the name of this one
         next_lsn: int | None = None
         for record in segment.later:
             if end_lsn is not None and record.lsn > end_lsn:
                 break
-            if next_lsn is not None and record.lsn != next_lsn:  # another hole
+            if next_lsn is not None and record.lsn != next_lsn:  # another hole: what was proven is in doubt again
                 if next_lsn > last_lsn:
                     break  # above the mark: a torn end
                 self._unprove(damage)
@@ -278,9 +283,10 @@ class _Replay:
             found.backlog.add(0, present)
 
     def _is_present(self, entry: Logged) -> bool:
-        """Whether an entry is one of the copy that the shard has now."""
-        copy = self.found.copies.get(entry[0])
-        return copy is not None and copy.complete and entry[1] == copy.generation
+        """Whether an entry belongs to the present copy of its shard."""
+        shard, generation, _, _, _ = entry
+        copy = self.found.copies.get(shard)
+        return copy is not None and copy.complete and generation == copy.generation
 
     def _apply(self, path: Path, entry: Logged) -> None:
         shard, _, seq, chain, packed = entry
@@ -288,6 +294,7 @@ class _Replay:
         if shard in self.found.doubts:
             return
         table = copy.table
+        # Entries at or below the position of the snapshot are in the table already.
         if seq > table.seq:
             if seq != table.seq + 1:
                 self._doubt(shard, f"the entries {table.seq + 1} to {seq - 1} are missing before one in {path}")
@@ -304,7 +311,7 @@ class _Replay:
         self.unproven.pop(shard, None)
 
     def _check_positions(self, path: Path, header: SegmentHeader) -> None:
-        """What a segment says was logged before it must be here."""
+        """Verify that every table has reached the position that the header of a segment names for its shard."""
         for shard, (generation, seq, chain) in header.positions.items():
             copy = self.found.copies.get(shard)
             if copy is None or generation != copy.generation or not copy.complete:
@@ -317,15 +324,15 @@ class _Replay:
                 self._doubt(shard, f"another chain than {path} has at entry {seq}")
             else:
                 self.unproven.pop(shard, None)
-        # nothing of the others was logged before it
+        # The header names all shards with entries before this segment: the others have lost none.
         for shard in [shard for shard in self.unproven if shard not in header.positions]:
             del self.unproven[shard]
 
     def _damaged(self, damage: Damage) -> None:
-        """The log is damaged: from here on every copy has to prove that it misses nothing."""
+        """Note a damage of the log. From here on every copy has to prove that it misses no entry."""
         self.found.damages.append(damage)
         self.found.log_damaged = True
-        self.found.tail = []
+        self.found.tail = []  # not written again: `open_store` begins a log without any of the old records
         self._unprove(damage)
 
     def _unprove(self, damage: Damage) -> None:

@@ -10,9 +10,9 @@ I/O shell over `freeze` (the rows) and `files` (the disk). All integers are big-
             2  [[seq, chain, packed entry], ...]     entries up to the position that may be uncommitted
             3  [rows, frames]                        the last frame; nothing follows it
 
-A file is written under a temporary name, synced, renamed, its directory synced: so one that has its name was whole, and
-any doubt about it later is corruption. The sums are chained, hence a frame that is missing, doubled or in another place
-is found too. Loading is a few calls in C per frame.
+A file is written under a temporary name, synced, renamed, its directory synced. So a file that has its name was whole
+once, and anything wrong with it later is corruption. The sums are chained: a frame that is missing, doubled or in
+another place is found too. Loading takes a few calls in C per frame.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _pack = msgpack.Packer(autoreset=True).pack
 
 @dataclass(frozen=True, slots=True)
 class SnapshotName:
-    """What a file name says."""
+    """The fields of a file name."""
 
     shard: int
     generation: int
@@ -72,7 +72,7 @@ class SnapshotName:
 
     @classmethod
     def parse(cls, name: str) -> SnapshotName | None:
-        """None for what is not the name of a snapshot."""
+        """The fields of a name; None if it is not the name of a snapshot."""
         found = _NAME.fullmatch(name)
         parsed = None if found is None else cls(int(found[1]), int(found[2]), int(found[3]))
         return parsed if parsed is not None and parsed.file == name else None
@@ -80,7 +80,7 @@ class SnapshotName:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotHeader:
-    """Whose rows these are, and at which position."""
+    """The copy whose rows a file has, and the position of them."""
 
     directory: bytes
     shard: int
@@ -91,7 +91,7 @@ class SnapshotHeader:
 
     @property
     def name(self) -> SnapshotName:
-        """The file it belongs into."""
+        """The name of the file with this header."""
         return SnapshotName(self.shard, self.generation, self.seq)
 
     def encode(self) -> bytes:
@@ -102,7 +102,7 @@ class SnapshotHeader:
 
     @classmethod
     def parse(cls, data: bytes | bytearray) -> SnapshotHeader:
-        """Raises VersionError, FormatError."""
+        """The header at the start of a file. Raises VersionError, FormatError."""
         if len(data) < _HEADER.size:
             raise FormatError(f"the file has {len(data)} bytes, less than a header")
         magic, version, _, total, *fields = _HEADER.unpack_from(data)
@@ -158,8 +158,7 @@ class SnapshotEncoder:
 
 def encode_snapshot(header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logged]) -> Iterator[bytes]:
     """The bytes of the snapshot of a frozen shard, in pieces of some hundred rows or entries, or about
-    SNAPSHOT_FRAME_BYTES. Writes to the shard meanwhile change nothing. `frozen` is read to its end, or has to be
-    closed."""
+    SNAPSHOT_FRAME_BYTES. The shard may change meanwhile. A caller that stops early has to close `frozen`."""
     encoder = SnapshotEncoder(header)
     yield encoder.begin()
     while frozen.rows_left:
@@ -171,8 +170,8 @@ def encode_snapshot(header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logge
                 yield encoder.add_rows(keys[start:end], cells[start:end])
                 start, size = end, 0
     start = size = 0
-    for end, entry in enumerate(kept, 1):
-        size += len(entry[4])
+    for end, (_, _, _, _, packed) in enumerate(kept, 1):
+        size += len(packed)
         if size >= SNAPSHOT_FRAME_BYTES or end - start == SNAPSHOT_FRAME_ROWS or end == len(kept):
             yield encoder.add_kept(kept[start:end])
             start, size = end, 0
@@ -180,7 +179,7 @@ def encode_snapshot(header: SnapshotHeader, frozen: Frozen, kept: Sequence[Logge
 
 
 class SnapshotFile:
-    """A snapshot being written. Raises OSError; then it is given up with `abort`. Blocks, for a thread of its own."""
+    """A snapshot being written. Methods block, for a thread of their own, and raise OSError; `abort` it then."""
 
     def __init__(self, disk: Disk, directory: Path, name: SnapshotName) -> None:
         self.path = directory / name.file
@@ -192,7 +191,7 @@ class SnapshotFile:
         self._unsynced_bytes = 0
 
     def write(self, data: bytes) -> None:
-        """Append, and sync what has become much."""
+        """Append `data`, with a sync every SNAPSHOT_SYNC_BYTES: one large sync would delay those of the log."""
         assert self._file is not None, "the file is open"
         self._file.write(data)
         self._unsynced_bytes += len(data)
@@ -201,18 +200,19 @@ class SnapshotFile:
             self._unsynced_bytes = 0
 
     def finish(self) -> None:
-        """All bytes are on the disk, under the temporary name."""
+        """Make all bytes durable, under the temporary name."""
         assert self._file is not None, "the file is open"
         self._file.sync()
         self._file.close()
         self._file = None
 
     def read_back(self) -> bytes:
-        """What is on the disk under the temporary name, after `finish`."""
+        """The bytes on the disk under the temporary name, after `finish`."""
         return self._disk.read(self._temporary)
 
     def publish(self) -> int:
-        """Give it its name, durably, and read it back; its length. Raises FormatError if it is not what was written."""
+        """Give the file its name, durably, and return its length. Raises FormatError if it reads back damaged."""
+        # The log lets go of entries because of this file, so it is verified before anything relies on it.
         self._disk.rename(self._temporary, self.path)
         self._disk.sync_directory(self._directory)
         data = self._disk.read(self.path)
@@ -222,7 +222,7 @@ class SnapshotFile:
         return len(data)
 
     def abort(self) -> None:
-        """Remove what there is of it."""
+        """Remove the unfinished file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -230,8 +230,8 @@ class SnapshotFile:
 
 
 def check_frames(data: bytes | bytearray) -> Iterator[tuple[int, bytes | bytearray, int]]:
-    """(kind, body, offset) of every frame behind the header. Raises FormatError at the first wrong sum, or for what is
-    missing or too much at the end."""
+    """(kind, body, offset) of every frame behind the header. Raises FormatError at the first wrong sum, and if bytes
+    are missing or left over at the end."""
     offset = _HEADER.size
     total = crc32(data[:offset])
     kind = 0
@@ -252,7 +252,7 @@ def check_frames(data: bytes | bytearray) -> Iterator[tuple[int, bytes | bytearr
 
 
 def read_frames(data: bytes | bytearray) -> Iterator[tuple[int, Any]]:
-    """(kind, content) of every frame, the last one excepted, whose counts are checked. Raises FormatError."""
+    """(kind, content) of every frame but the last one, whose counts are verified. Raises FormatError."""
     rows = 0
     for frames, (kind, body, offset) in enumerate(check_frames(data)):
         try:
@@ -262,7 +262,7 @@ def read_frames(data: bytes | bytearray) -> Iterator[tuple[int, Any]]:
         if kind == END:
             if content != (rows, frames):
                 raise FormatError(f"the last frame counts {content}, the file has {rows} rows in {frames} frames")
-            continue  # to the end of the file, where nothing may be
+            continue  # `check_frames` still has to see that nothing follows
         if kind == ROWS:
             rows += len(content[0])
         yield kind, content
@@ -279,17 +279,17 @@ def read_header(data: bytes | bytearray, name: SnapshotName, directory_id: bytes
 
 
 def load_snapshot(disk: Disk, path: Path, directory_id: bytes) -> tuple[Table, list[Logged]]:
-    """The table of a snapshot, and the entries it keeps. Raises FormatError, VersionError, DataError for rows out of
-    order, OSError."""
+    """The table of a snapshot, and the entries in it that may be uncommitted. Raises FormatError, VersionError,
+    DataError for rows out of order, OSError."""
     name = SnapshotName.parse(path.name)
-    assert name is not None, "the caller looked at the name"
+    assert name is not None, "the caller has parsed the name"
     return decode_snapshot(disk.read(path), name, directory_id)
 
 
 def decode_snapshot(
     data: bytes | bytearray, name: SnapshotName, directory_id: bytes
 ) -> tuple[Table, list[Logged]]:
-    """The same from the bytes of a file. Raises FormatError, VersionError, DataError."""
+    """`load_snapshot` from the bytes of a file. Raises FormatError, VersionError, DataError."""
     header = read_header(data, name, directory_id)
     kept: list[Logged] = []
 
