@@ -30,7 +30,7 @@ from kvtcp.protocol.operations import (
     TTL,
 )
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
-from kvtcp.testing.linearizability import Operation, check_history
+from kvtcp.testing.linearizability import TimedOperation, check_history
 from tests.simulation.disk import MEMORY
 from tests.simulation.world import Violation, require
 
@@ -159,7 +159,7 @@ class Request:
         answer = f" = {self.results}" if self.results else ""
         return f"{self.kind} {keys} {self.argument} at {self.coordinator.name}: {self.outcome}{answer}"
 
-    def operation(self, at: int) -> Operation | None:
+    def operation(self, at: int) -> TimedOperation | None:
         """Of this target, for the checker; None if there is nothing to check."""
         kind = {"mget": "get", "scan": "get", "ttl": "exists", "pair": "swap"}.get(self.kind, self.kind)
         if self.outcome == "ok":
@@ -325,7 +325,7 @@ class Clients:
     def check_histories(self, reads: list[tuple[bytes, Any]]) -> None:
         """Every hot key, with `reads` (key, value) after everything else, is linearizable."""
         last = self.world.order + 1
-        by_key: dict[bytes, list[Operation]] = {key: [] for key, _ in self.hot}
+        by_key: dict[bytes, list[TimedOperation]] = {key: [] for key, _ in self.hot}
         for key, value in reads:
             by_key[key].append((last, last + 1, "get", None, value))
         for request in self.requests:
@@ -371,11 +371,11 @@ def _write_of(kind: str, argument: Any) -> tuple[int, tuple[Any, ...]]:
     return DELETE, ()
 
 
-def _by_call(operation: Operation) -> float:
+def _by_call(operation: TimedOperation) -> float:
     return operation[0]
 
 
-def _was_seen(unknown: Operation, history: list[Operation]) -> bool:
+def _was_seen(unknown: TimedOperation, history: list[TimedOperation]) -> bool:
     """Whether a value that only this write can have made was read."""
     _, _, kind, argument, _ = unknown
     value = argument[1] if kind == "cas" else argument
