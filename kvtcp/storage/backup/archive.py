@@ -1,16 +1,16 @@
-"""JSON backups: readable files with one point in time of the whole cluster, published whole or not at all.
+"""JSON backups: readable files of the whole cluster at one point in time, published whole or not at all.
 
     backups/<name>/node-<id>.jsonl      one JSON line per pair, sorted by key (backup_file.py)
     backups/<name>/manifest.json        the cut and the sums of all files (backup_manifest.py)
-    backups/.<name>.tmp/                the same, unfinished; nobody reads it
+    backups/.<name>.tmp/                the same, unfinished; never read
 
 The coordinator calls, in this order: `begin_backup`; every node writes its file into the temporary directory with
-`NodeFileWriter`; `write_manifest`; `publish`. Every step makes its bytes durable before the next begins, and the rename
-of the directory is the only thing that makes a backup exist. So a crash or a disk error at any point leaves either
-no backup or a complete one.
+`NodeFileWriter`; `write_manifest`; `publish`. Every step makes its bytes durable before the next begins, and a backup
+exists from the rename of the directory on. So a crash or a disk error at any point leaves either no backup or a
+complete one.
 
-Checking and reading (`verify`, `read_pairs`, `list_backups`) need no server. Whatever is in the directory, they give an
-answer or a DataError that names the file; an error of the disk while reading is a DataError too.
+Verifying and reading (`verify`, `read_pairs`, `list_backups`) need no server. Whatever the directory contains, they
+give an answer or a DataError that names the file; an error of the disk while reading is a DataError too.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ __all__ = [
     "write_manifest",
 ]  # fmt: skip
 
-DISCARD_TRIES: Final = 5  # each node disturbs it once at most, with its one file
+DISCARD_TRIES: Final = 5  # a late node disturbs an attempt once at most, with its one file
 _NAME: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{BACKUP_NAME_CHARS_MAX - 1}}}")
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """A backup that is what it was. `bytes` are those of the node files, `created` is ISO 8601 UTC."""
+    """Figures of an undamaged backup. `bytes` counts the node files, `created` is ISO 8601 UTC."""
 
     pairs: int
     bytes: int
@@ -76,7 +76,7 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class BackupInfo:
-    """A line of the list of backups, from the manifest alone. `error` is the sentence if that cannot be read."""
+    """A line of the list of backups, from the manifest alone. `error` says why the manifest cannot be read, if so."""
 
     name: str
     path: Path
@@ -91,13 +91,13 @@ class BackupInfo:
 
 
 def backup_name_from_time(when: datetime) -> str:
-    """The name of a backup nobody named, e.g. `20261123T152600Z`. `when` is in UTC."""
+    """The default name of a backup, e.g. `20261123T152600Z`. `when` is in UTC."""
     assert when.utcoffset() == timedelta(0), "backups are named by UTC, whatever the machine's time zone"
     return when.strftime("%Y%m%dT%H%M%SZ")
 
 
 def check_backup_name(name: str) -> str:
-    """The name, if it is a plain file name. Raises RequestError."""
+    """`name`, if it is a plain file name. Raises RequestError."""
     if not _NAME.fullmatch(name):
         raise RequestError(
             f"backup name {name!r}: allowed are letters, digits and . _ -, not beginning with . or -, "
@@ -110,11 +110,11 @@ def check_backup_name(name: str) -> str:
 
 
 def begin_backup(disk: Disk, backup_dir: Path, name: str, attempt: int = 1) -> Path:
-    """Makes the empty temporary directory of a backup and returns its path.
+    """Create the empty temporary directory of a backup; returns its path.
 
-    Each attempt has a directory of its own, so that a node still busy with a failed one cannot drop its file into the
-    next. What an earlier backup of this name left unfinished is removed. RequestError if the name is taken or not a
-    name, OSError of the disk.
+    Each attempt has a directory of its own: a node that is still busy with a failed attempt cannot put its file into
+    the next. An unfinished backup of the same name is removed. Raises RequestError if the name is taken or no name,
+    OSError.
     """
     if disk.exists(backup_dir / check_backup_name(name)):
         raise RequestError(f"backup {name} is there already; choose another name or remove {backup_dir / name}")
@@ -125,21 +125,21 @@ def begin_backup(disk: Disk, backup_dir: Path, name: str, attempt: int = 1) -> P
 
 
 def discard(disk: Disk, tmp_dir: Path) -> None:
-    """Removes what a failed attempt has written. Raises OSError."""
+    """Remove the temporary directory of a failed attempt. Raises OSError."""
     assert tmp_dir.name.startswith(".") and tmp_dir.name.endswith(".tmp"), "only unfinished backups are discarded"
     for _ in range(DISCARD_TRIES - 1):
         try:
             disk.remove_tree(tmp_dir)
             return
         except OSError as error:
-            # a node that is late made a file, or removed its own, after the directory was listed
+            # after the directory was listed, a late node created its file or removed it
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
     disk.remove_tree(tmp_dir)
 
 
 def write_manifest(disk: Disk, directory: Path, manifest: BackupManifest) -> None:
-    """Writes `manifest.json` durably. DataError, before anything is written, if its parts do not fit together."""
+    """Write `manifest.json` durably. Raises DataError, before anything is written, if its parts do not fit together."""
     path = directory / MANIFEST_NAME
     text = manifest.to_json()
     BackupManifest.from_json(text, str(path))
@@ -154,10 +154,10 @@ def write_manifest(disk: Disk, directory: Path, manifest: BackupManifest) -> Non
 
 
 def publish(disk: Disk, tmp_dir: Path, final_dir: Path) -> None:
-    """Gives the complete temporary directory its name. Afterwards the backup exists and is durable.
+    """Give the complete temporary directory its name. Afterwards the backup exists and is durable.
 
-    Raises FileExistsError if the name is taken, else OSError of the disk; then the backup is not published. (Only if
-    the disk fails here and refuses to take the name back too, a complete backup stays under its name.)
+    Raises FileExistsError if the name is taken, OSError if the disk fails; after either the backup is not published.
+    (One exception: if the disk fails, and then fails to take the name back, a complete backup stays under its name.)
     """
     assert disk.exists(tmp_dir / MANIFEST_NAME), "the manifest is written before the backup is published"
     if disk.exists(final_dir):  # rename would replace an empty directory
@@ -167,7 +167,7 @@ def publish(disk: Disk, tmp_dir: Path, final_dir: Path) -> None:
     try:
         disk.sync_directory(final_dir.parent)
     except OSError:
-        with suppress(OSError):  # the error above is the one to report
+        with suppress(OSError):  # the first error is the one to report
             disk.rename(final_dir, tmp_dir)
         raise
 
@@ -191,9 +191,9 @@ def read_manifest(directory: Path, disk: Disk = OS_DISK) -> BackupManifest:
 
 
 def verify(directory: Path, disk: Disk = OS_DISK) -> VerifyReport:
-    """Checks everything about a backup: manifest, files, every line, order, shards, counts and sums.
+    """Verify a whole backup: manifest, files, every line, order, shards, counts and sums.
 
-    Raises DataError that names file and line (or the manifest's field) of the first thing found wrong.
+    Raises DataError with file and line (or field of the manifest) of the first fault.
     """
     manifest = read_manifest(directory, disk)
     known = {file.name for file in manifest.files}
@@ -219,7 +219,7 @@ def verify(directory: Path, disk: Disk = OS_DISK) -> VerifyReport:
 def read_pairs(directory: Path, prefix: bytes = b"", disk: Disk = OS_DISK) -> Iterator[Pair]:
     """The pairs whose keys begin with `prefix`, in key order over all files, with bounded memory.
 
-    Form and order of the lines are checked on the way (DataError), sums are not: `verify` comes first.
+    Form and order of the lines are checked on the way (DataError). Sums are not: call `verify` first.
     """
     manifest = read_manifest(directory, disk)
     files = [read_file_pairs(disk, directory / file.name) for file in manifest.files]
@@ -236,8 +236,8 @@ def _with_prefix(pairs: Iterator[Pair], prefix: bytes) -> Iterator[Pair]:
 class ContentHash:
     """A hash of pairs in key order, over keys and values alone.
 
-    Restored pairs have new revisions and less time to live, so only keys and values can be compared with a backup.
-    It is the sha256 over, for every pair: length of the key (4 bytes, big-endian), key, length of the value, value.
+    Restored pairs have new revisions and less time to live, so only keys and values can be compared with a backup. The
+    hash is the sha256 over, for every pair: length of the key (4 bytes, big-endian), key, length of the value, value.
     """
 
     def __init__(self) -> None:
@@ -245,7 +245,7 @@ class ContentHash:
         self._sha256 = hashlib.sha256()
 
     def add(self, key: bytes, value: bytes) -> None:
-        """Adds one pair."""
+        """Add one pair."""
         self.count += 1
         self._sha256.update(b"%b%b%b%b" % (len(key).to_bytes(4, "big"), key, len(value).to_bytes(4, "big"), value))
 
@@ -255,7 +255,7 @@ class ContentHash:
 
 
 def content_hash(pairs: Iterable[Pair]) -> tuple[int, str]:
-    """Number and `ContentHash` of pairs in key order."""
+    """The number of pairs, in key order, and their `ContentHash`."""
     content = ContentHash()
     for pair in pairs:
         content.add(pair.key, pair.value)
@@ -265,7 +265,7 @@ def content_hash(pairs: Iterable[Pair]) -> tuple[int, str]:
 def list_backups(backup_dir: Path, disk: Disk = OS_DISK) -> list[BackupInfo]:
     """The published backups, sorted by name; none if there is no such directory.
 
-    One whose manifest cannot be read is listed with its error. Raises OSError if the directory itself cannot be read.
+    A backup whose manifest cannot be read is listed with its error. Raises OSError if the directory cannot be read.
     """
     infos = []
     for name in disk.list(backup_dir) if disk.exists(backup_dir) else []:

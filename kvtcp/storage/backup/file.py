@@ -1,14 +1,13 @@
 """One node's file of a backup: written on the node, checked and read anywhere.
 
 `node-<id>.jsonl` has one JSON line (kvtcp/jsonl.py) per pair of the shards this node saves, sorted by key over the
-whole file. Three sums grow with the lines and end in the manifest: sha256 of the file, sha256 of every shard's lines,
-and a crc32 per block of BACKUP_BLOCK_LINES lines. The first says *whether* the file is damaged; shard and block
-together say *where*, usually down to a few lines, although the changed line may still be a good JSON object.
-
-`LineSums` computes them for the writer and for the check, so the two cannot differ.
+whole file. Three sums of the lines go into the manifest: sha256 of the file, sha256 of the lines of every shard, and a
+crc32 per block of BACKUP_BLOCK_LINES lines. The first shows *whether* the file is damaged; shard and block together
+show *where*, usually to a few lines, even if the changed line is still a valid JSON object. `LineSums` computes them
+for the writer and for the check, so that both agree.
 
 The writer runs on the event loop of a node between batches of writes: about 3 us a row of 370 bytes. `finish` waits for
-the disk and may be called in another thread, since nobody else touches the writer then.
+the disk and may be called in another thread: the event loop does not use the writer any more.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ BackupRow = tuple[int, bytes, bytes, int, int | None]  # shard, key, value, revi
 
 
 def node_file_name(node_id: str) -> str:
-    """Name of the file of a node. ValueError for an id that does not make a plain file name."""
+    """The name of the file of a node. Raises ValueError if the id does not make a plain file name."""
     name = f"node-{node_id}.jsonl"
     if not NODE_FILE.fullmatch(name):
         raise ValueError(f"node id {node_id!r} does not make a file name; allowed are letters, digits and ._-")
@@ -40,7 +39,7 @@ def node_file_name(node_id: str) -> str:
 
 
 class LineSums:
-    """The sums of a file, line by line. Lines are folded into the hashes in groups, which is what makes them cheap."""
+    """The sums of a file, line by line. Lines are folded into the hashes in groups: a hash call per line is slow."""
 
     def __init__(self, shards: Iterable[int]) -> None:
         self.pairs = 0  # lines added
@@ -56,7 +55,7 @@ class LineSums:
         self._blocks: list[str] = []  # the full blocks
 
     def add(self, shard: int, line: bytes) -> bytes | None:
-        """Takes one line with its newline. Returns the bytes folded by this call, if it was time for that."""
+        """Add one line with its newline. Returns the bytes folded by this call, if it was time for that."""
         self.pairs += 1
         self._lines.append(line)
         self._lines_bytes += len(line)
@@ -72,7 +71,7 @@ class LineSums:
         return self.fold()
 
     def fold(self) -> bytes:
-        """Adds the collected lines to the sums and returns them as one piece of the file."""
+        """Add the collected lines to the sums; returns them as one piece of the file."""
         piece = b"".join(self._lines)
         self._lines.clear()
         self._lines_bytes = 0
@@ -93,7 +92,7 @@ class LineSums:
         self._block_crc, self._block_left = 0, BACKUP_BLOCK_LINES
 
     def report(self, name: str) -> FileReport:
-        """The sums of everything added; nothing may be added afterwards."""
+        """The sums of all lines. No line may be added afterwards."""
         assert not self._lines, "fold comes before report"
         if self._block_left < BACKUP_BLOCK_LINES:
             self._end_block()
@@ -113,10 +112,10 @@ class LineSums:
 class NodeFileWriter:
     """Writes the file of one node; `write_rows` as often as needed, then `finish` or `abort`.
 
-    A file of the same name that an earlier attempt left in `directory` is replaced. The directory is there already: one
-    that is missing was discarded with its attempt, and must not come back. `shards` are those the node was
-    asked to save: they are reported also if they have no pair, which tells an empty shard from a forgotten one.
-    All methods but `abort` raise OSError; after that only `abort` may be called.
+    A file of the same name that an earlier attempt left in `directory` is replaced. The directory must exist: if it
+    does not, it was discarded with its attempt, and must not come back. `shards` are the shards that the node was asked
+    to save. They are reported even without a pair, which distinguishes an empty shard from a forgotten one. All methods
+    but `abort` raise OSError; after that only `abort` may be called.
     """
 
     def __init__(self, disk: Disk, directory: Path, node_id: str, shards: Iterable[int] = ()) -> None:
@@ -132,9 +131,9 @@ class NodeFileWriter:
         self._file = disk.create(self.path)
 
     def write_rows(self, rows: Iterable[BackupRow]) -> None:
-        """Adds rows; keys strictly increase over all calls, else DataError."""
+        """Append rows. Raises DataError unless keys strictly increase over all calls."""
         assert self._usable, "the writer was finished, aborted or has failed"
-        self._usable = False  # until the loop has ended well
+        self._usable = False  # until all rows are written
         add, last_key = self._sums.add, self._last_key
         for shard, key, value, rev, ttl_ms in rows:
             if key <= last_key:
@@ -147,7 +146,7 @@ class NodeFileWriter:
         self._usable = True
 
     def finish(self) -> dict[str, Any]:
-        """Makes the file and its name durable. Returns `FileReport.to_fields()`: name, bytes, sha256, pairs, ..."""
+        """Make the file and its name durable. Returns `FileReport.to_fields()`: name, bytes, sha256, pairs, ..."""
         assert self._usable, "the writer was finished, aborted or has failed"
         self._usable = False
         self._keep(self._sums.fold())
@@ -158,10 +157,10 @@ class NodeFileWriter:
         return self._sums.report(self.path.name).to_fields()
 
     def abort(self) -> None:
-        """Gives the file up and removes it, at any time, also after `finish`. Raises nothing."""
+        """Give the file up and remove it, at any time, even after `finish`. Raises nothing."""
         self._usable = False
-        # What cannot be removed does no harm: it lies in a directory that was never published, nobody reads it, and
-        # the next backup of this name replaces it. The error that led here is the one to report.
+        # A file that cannot be removed does no harm: its directory was never published, and the next backup of this
+        # name replaces it. The error that led here is the one to report.
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -182,7 +181,7 @@ class NodeFileWriter:
 
 
 def read_lines(disk: Disk, path: Path) -> Iterator[bytes]:
-    """The lines of a file, newlines included, with bounded memory. DataError for what cannot be read as lines."""
+    """The lines of a file, newlines included, with bounded memory. Raises DataError if they cannot be read."""
     number = 0
     try:
         with disk.open_read(path) as stream:
@@ -210,9 +209,9 @@ def read_file_pairs(disk: Disk, path: Path) -> Iterator[Pair]:
 
 
 def verify_file(disk: Disk, path: Path, expected: FileReport, shards: int) -> None:
-    """Compares a file with its report in the manifest of a cluster of `shards` shards.
+    """Compare a file with its report in the manifest of a cluster of `shards` shards.
 
-    Raises DataError that names the file and, where it can be known, the line, the few lines or the block of lines.
+    Raises DataError with the file and, if possible, the line, a few lines or the block of lines.
     """
     held = {entry.shard for entry in expected.shards}
     sums = LineSums(held)
@@ -241,13 +240,13 @@ def _not_above(path: Path, number: int, key: bytes, last_key: bytes) -> DataErro
 
 
 def _difference(disk: Disk, path: Path, found: FileReport, expected: FileReport, shards: int) -> str:
-    """The sentence for a file whose lines are all well formed and in order, but not those of the manifest."""
+    """The sentence for a file whose lines are well formed and in order, but differ from the manifest."""
     place = str(path)
     differing = [f.shard for f, e in zip(found.shards, expected.shards, strict=True) if f != e]
     block = _first_difference(found.blocks, expected.blocks)
     if found.pairs != expected.pairs:
         if found.pairs < expected.pairs and (block is None or block == found.pairs // BACKUP_BLOCK_LINES):
-            # every full block is right, so something is missing at the end, or just before it
+            # every full block is right, so lines are missing at the end, or just before it
             return f"{place}, line {found.pairs + 1}: the file ends before it, the manifest has {expected.pairs} pairs"
         text = f"{place}: has {found.pairs} pairs, the manifest has {expected.pairs}"
         return text if block is None else f"{text}; the first difference is in {_block_lines(block, found.pairs)}"
@@ -269,7 +268,7 @@ def _difference(disk: Disk, path: Path, found: FileReport, expected: FileReport,
 
 
 def _first_difference(found: str, expected: str) -> int | None:
-    """Index of the first block that differs, None if the common part is equal."""
+    """The index of the first block that differs; None if the common part is equal."""
     for i in range(0, min(len(found), len(expected)), 8):
         if found[i : i + 8] != expected[i : i + 8]:
             return i // 8
@@ -281,7 +280,7 @@ def _block_lines(block: int, pairs: int) -> str:
 
 
 def _suspects(disk: Disk, path: Path, block: int, differing: set[int], shards: int, pairs: int) -> str:
-    """The lines of a damaged block that belong to a damaged shard, as words; the whole block if they are many."""
+    """The lines of a damaged block that belong to a damaged shard, in words; the whole block if they are many."""
     start = block * BACKUP_BLOCK_LINES
     lines = islice(read_lines(disk, path), start, start + BACKUP_BLOCK_LINES)
     numbers = [

@@ -1,4 +1,4 @@
-"""The manifest of a backup: what was saved, from which point in time, and the sums that prove it is still that.
+"""The manifest of a backup: its content, its point in time, and the sums that prove that it is unchanged.
 
 Pure. `manifest.json` is one JSON object (docs/backup.md has every field):
 
@@ -7,11 +7,11 @@ Pure. `manifest.json` is one JSON object (docs/backup.md has every field):
     files:  [{name, bytes, sha256, pairs, shards: [[shard, pairs, sha256], ...], blocks}, ...]     sorted by name
     manifest_sha256                               sha256 of the file itself with these 64 digits replaced by zeros
 
-Invariants, checked when a manifest is read and before one is written: the cut has every shard once; every shard is
-held by exactly one file, also one without pairs; the pairs of a file are the sum of its shards'; a file has one block
+Invariants, checked when a manifest is read and before one is written: the cut has every shard once; every shard, even
+one without pairs, is in exactly one file; the pairs of a file are the sum of those of its shards; a file has one block
 (crc32 of BACKUP_BLOCK_LINES lines, 8 hexadecimal digits) per begun hundred lines.
 
-`from_json` trusts nothing: whatever the text is, it gives a BackupManifest or one DataError that names file and field.
+`from_json` trusts nothing: any text gives a BackupManifest, or one DataError that names file and field.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FILE_FIELDS: Final = ("name", "bytes", "sha256", "pairs", "shards", "blocks")
 
 @dataclass(frozen=True, slots=True)
 class ShardSum:
-    """One shard in one file. `sha256` is over its lines, newlines included, in the order of the file."""
+    """A shard in a file. `sha256` is over its lines, newlines included, in the order of the file."""
 
     shard: int
     pairs: int
@@ -51,7 +51,7 @@ class ShardSum:
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """What is known about one node's file. `blocks` is one string: 8 hexadecimal digits of crc32 per block of lines."""
+    """The sums of one node's file. `blocks` is one string: 8 hexadecimal digits of crc32 per block of lines."""
 
     name: str
     bytes: int
@@ -73,7 +73,8 @@ class FileReport:
 
     @staticmethod
     def from_fields(fields: object, where: str) -> FileReport:
-        """The report of `to_fields`, also as it comes off the wire (text as bytes). DataError begins with `where`."""
+        """The report from the values of `to_fields`, also with text as bytes, as the wire has it. Raises DataError,
+        which begins with `where`."""
         members = _members(_as_text(fields), _FILE_FIELDS, where, "")
         return _file_report(members, where, "")
 
@@ -102,12 +103,12 @@ class BackupManifest:
 
     @property
     def pairs(self) -> int:
-        """Pairs of the whole backup."""
+        """Number of pairs in the whole backup."""
         return sum(file.pairs for file in self.files)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all node files."""
+        """Length of all node files together."""
         return sum(file.bytes for file in self.files)
 
     def to_json(self) -> str:
@@ -130,7 +131,7 @@ class BackupManifest:
 
     @staticmethod
     def from_json(text: str, source: str) -> BackupManifest:
-        """The manifest of a text. DataError names `source` and the field, whatever the text is."""
+        """The manifest in a text. Raises DataError, which names `source` and the field."""
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
@@ -140,7 +141,7 @@ class BackupManifest:
             raise DataError(f"{source}: not JSON that can be read: {error}") from error
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise DataError(f'{source}: "format" is not "{FORMAT}": this is not the manifest of a backup')
-        # Before anything else: another version may have other fields and other sums.
+        # The version first: another one may have other fields and other sums.
         version = fields.get("format_version")
         if type(version) is not int or version != BACKUP_FORMAT_VERSION:
             raise DataError(
@@ -163,7 +164,7 @@ class BackupManifest:
         return manifest
 
     def check(self, source: str) -> None:
-        """Whether the parts fit together. Raises DataError that names `source` and the field."""
+        """Verify that the parts fit together. Raises DataError, which names `source` and the field."""
         if [c.shard for c in self.cut] != list(range(self.shards)):
             raise DataError(f'{source}: "cut" does not have every shard from 0 to {self.shards - 1} once, in order')
         holder: dict[int, str] = {}
@@ -210,7 +211,7 @@ def _shard_cut(value: object, path: str, source: str) -> ShardCut:
 
 
 def _file_report(members: dict[str, Any], source: str, at: str) -> FileReport:
-    """`at` is the path of the object inside the document, for the sentence: "" or "files[1]."."""
+    """The report in an object. `at` is the path of the object in the document, for messages: "" or "files[1]."."""
     name = _string(members, "name", source, at)
     if not NODE_FILE.fullmatch(name):
         raise DataError(f'{source}: "{at}name" {name!r} is not the name of a node\'s file (node-<id>.jsonl)')
@@ -244,7 +245,7 @@ def _file_report(members: dict[str, Any], source: str, at: str) -> FileReport:
 
 
 def _as_text(value: object) -> object:
-    """The same value with text where the wire has bytes."""
+    """`value` with text in place of bytes, at any depth."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, list | tuple):

@@ -348,4 +348,3 @@ class _Replay:
 
     def _names(self, directory: Path) -> list[str]:
         return self.disk.list(directory) if self.disk.exists(directory) else []
-
