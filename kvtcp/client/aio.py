@@ -91,7 +91,7 @@ class AsyncClient(Generic[V]):
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said about itself when the connection was made: version, cluster id, shards, limits."""
+        """The answer of the server to `hello`: version, cluster id, shards, limits."""
         info = self._channel.info
         assert info is not None, "a client exists only after its first hello"
         return info
@@ -183,7 +183,7 @@ class AsyncClient(Generic[V]):
         return total
 
     async def exists(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Whether a key is there."""
+        """Whether a key is present."""
         there: bool = await self._call([0, b"exists", key_bytes(key)], timeout)
         return there
 
@@ -193,7 +193,7 @@ class AsyncClient(Generic[V]):
         return there
 
     async def persist(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Take a key's deadline away; returns whether it had one."""
+        """Remove a key's deadline; returns whether it had one."""
         had_one: bool = await self._call([0, b"persist", key_bytes(key)], timeout)
         return had_one
 
@@ -259,7 +259,7 @@ class AsyncClient(Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> AsyncIterator[bytes]:
-        """As `scan`, keys alone."""
+        """`scan` with keys alone."""
         return self._items(PageRequest(prefix, start, end, limit, reverse, True), timeout, self._key)
 
     def scan_entries(
@@ -272,7 +272,7 @@ class AsyncClient(Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> AsyncIterator[Entry[V]]:
-        """As `scan`, with revisions and remaining lives."""
+        """`scan` with revisions and remaining lifetimes."""
         return self._items(PageRequest(prefix, start, end, limit, reverse, False), timeout, self._entry)
 
     def scan_pages(
@@ -286,7 +286,7 @@ class AsyncClient(Generic[V]):
         page_items: int = PAGE_ITEMS_MAX,
         timeout: float | None = None,
     ) -> AsyncIterator[list[tuple[bytes, V]]]:
-        """As `scan`, a list per page of at most `page_items` pairs; a page may be shorter, and empty."""
+        """`scan` by pages: lists of at most `page_items` pairs. A page may be shorter, even empty."""
         return self._pages(PageRequest(prefix, start, end, limit, reverse, False, page_items), timeout)
 
     async def count(
@@ -297,7 +297,7 @@ class AsyncClient(Generic[V]):
         end: Key | None = None,
         timeout: float | None = None,
     ) -> int:
-        """How many keys there are, in a range or with a prefix."""
+        """The number of keys, in a range or with a prefix."""
         keys: int = await self._call(count_request(prefix, start, end), timeout)
         return keys
 
@@ -326,7 +326,7 @@ class AsyncClient(Generic[V]):
         return [None if e is None else e.value for e in await self.get_many_entries(keys, timeout=timeout)]
 
     async def get_many_entries(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[Entry[V] | None]:
-        """As `get_many`, with revisions and remaining lives."""
+        """`get_many` with revisions and remaining lifetimes."""
         names = [key_bytes(key) for key in keys]
         cells = await self._run(KeyBatch(b"mget", names, names, [len(name) for name in names]), timeout)
         return [self._cell(name, cell) for name, cell in zip(names, cells, strict=True)]
@@ -370,7 +370,8 @@ class AsyncClient(Generic[V]):
         progress: ProgressCallback | None = None,
         timeout: float = ADMIN_IDLE_S,
     ) -> dict[str, Any]:
-        """Bring a backup back: `merge` over what is there, or `replace` it; only keys with `prefix`; returns counts.
+        """Restore a backup: `merge` it into the present content, or `replace` that; only keys with `prefix`; returns
+        counts.
 
         `dry_run` only counts. `progress` and `timeout` as for `backup`.
         """
@@ -393,15 +394,15 @@ class AsyncClient(Generic[V]):
         return node_change(await self._change(node_request(b"node_drain", node), timeout))
 
     async def node_undrain(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Let a node that was to be emptied hold shards again; what has moved comes back with a rebalance."""
+        """Let a drained node hold shards again; moved shards come back with a rebalance."""
         return node_change(await self._change(node_request(b"node_undrain", node), timeout))
 
     async def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Take a node that holds nothing out of the cluster."""
+        """Remove a node that holds nothing from the cluster."""
         return node_change(await self._change(node_request(b"node_remove", node), timeout))
 
     async def node_forget(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Declare a node destroyed: nobody waits for what it held any more, and it must never come back."""
+        """Declare a node destroyed: the cluster stops waiting for its copies, and it must never come back."""
         return node_change(await self._change(node_request(b"node_forget", node), timeout))
 
     async def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> Rebalance:
@@ -409,13 +410,14 @@ class AsyncClient(Generic[V]):
         return rebalance_result(await self._change(rebalance_request(dry_run), timeout))
 
     async def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> LossAccepted:
-        """Let a shard that is down go on with what is left of it. Acknowledged writes may be lost."""
+        """Serve a shard that is down with the copies that are left. Acknowledged writes may be lost."""
         return loss_accepted(await self._change(request(b"shard_accept_loss", shard), timeout))
 
     # --- for the synchronous client ---------------------------------------------------------------
 
     def _disown(self) -> None:
-        """In a forked child: let go of the parent's socket without touching the parent's loop. Never use it again."""
+        """Release the socket of the parent in a forked child, without touching its loop. The client is unusable
+        then."""
         self._channel.disown()
 
     def _pair(self, row: list[Any]) -> tuple[bytes, Any]:
@@ -487,7 +489,7 @@ class AsyncClient(Generic[V]):
             yield open_rows(rows)
         finally:
             if asked is not None:
-                asked.cancel()  # it also keeps asyncio from complaining of an error that nobody waited for
+                asked.cancel()  # also keeps asyncio from reporting an error that was never awaited
 
     async def _run(self, batch: KeyBatch, timeout: float | None) -> list[Any]:
         """Send the parts of a batch, several at once, until all are done or one failed as a whole."""
@@ -514,7 +516,7 @@ class AsyncClient(Generic[V]):
         return batch.finish()
 
     async def _run_part(self, batch: KeyBatch, indexes: list[int], timeout: float | None) -> bool:
-        """One part, and again what may be repeated of it within its timeout. Returns whether to go on with others."""
+        """Send one part, and repeat what may be repeated within the timeout. Returns whether to send other parts."""
         timeout = self._channel.timeout_s if timeout is None else timeout
         began = monotonic()
         parts, tries = [indexes], 0
@@ -565,7 +567,7 @@ def _shaped(answer: Any, op: bytes, shape: type[D]) -> D:
 
 
 class Connecting(Generic[V]):
-    """What `connect` returns: await it for a client, or enter it with `async with` for one closed at the end."""
+    """The result of `connect`: await it for a client, or enter it with `async with`, which closes the client."""
 
     def __init__(self, url: str, codec: Codec[V], timeout_s: float, name: str) -> None:
         self._address = parse_url(url)
@@ -607,6 +609,6 @@ def connect(
     """Connect to a cluster: `async with connect(url) as kv` or `kv = await connect(url)`.
 
     `timeout`: seconds for connecting and for every call that names none. `name`: how the server's log and status call
-    this client. Raises RequestError (the URL), Unavailable (nobody answers), ProtocolError (not a kvtcp server).
+    this client. Raises RequestError (the URL), Unavailable (no answer), ProtocolError (not a kvtcp server).
     """
     return Connecting(url, codec, timeout, name)

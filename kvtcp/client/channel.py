@@ -10,8 +10,8 @@ new one when it is needed.
   for another such wait (`may_repeat`); the items of an m-request that were refused alone follow the same rule.
 - A connection is made by the first call that needs one; all calls share the attempt, and a caller that gives up does
   not stop it for the others. The first request on it is `hello`; its answer is `Channel.info`.
-- A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. The first to wait
-  are the first to go on, and nobody who comes later passes them.
+- A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. Waiting callers
+  are admitted in the order in which they came, before any later call.
 
 The data path has no task, no timer and no StreamReader per call: one future, one entry in a table.
 """
@@ -54,7 +54,7 @@ TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's tim
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
 _HANGS_UP: Final = "the server closed the connection at the first frame"
-# what a failure to connect most likely means
+# The likely cause of a failure to connect.
 _HINTS: Final = {
     "connection refused": "is the cluster running?",
     _HANGS_UP: "that port does not speak to clients; is it a node's port?",
@@ -65,7 +65,7 @@ _REFUSAL_S: Final = (WRITE_WAIT_MS + 2 * TICK_MS) / 1000 + _LATE_S
 
 
 class ServerInfo(NamedTuple):
-    """What the server said in its answer to `hello`."""
+    """The answer of the server to `hello`."""
 
     server: str  # its name and version
     version: int  # of the protocol
@@ -95,10 +95,10 @@ def backoff_s(failures: int, fraction: float) -> float:
 
 
 def may_repeat(error: KvtcpError, op: bytes, remaining_s: float) -> bool:
-    """Whether a request that ended with `error` may be sent once more with so much time left.
+    """Whether a request that ended with `error` may be sent again in the time that is left.
 
-    A write that waited in vain for a replica or for room is refused after a wait again: without the time to hear of it
-    the caller would be told "unknown" of a write that is known not to have been executed.
+    A write that waited in vain for a replica or for room may be refused after the same wait again. Without time for
+    that answer the call would end as "outcome unknown", although the write is known not to have been executed.
     """
     waits = error.code in _REFUSED_LATE and REQUESTS[op].kind in (Kind.WRITE, Kind.ADMIN)
     return isinstance(error, Unavailable) and remaining_s > (_REFUSAL_S if waits else 0)
@@ -116,7 +116,7 @@ class ChannelConnection(asyncio.Protocol):
         self._paused = False  # the socket's buffer is full
         self._ended = False
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()  # callers that wait for room, oldest first
-        self._granted_bytes = 0  # of requests that were told to go on and have not been sent yet
+        self._granted_bytes = 0  # of requests that are admitted and not yet sent
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0  # time of `_sweep`, meaningful while it is not None
         self._postponed = False  # `_sweep` is the second one: it is held whether or not it is late
@@ -162,7 +162,7 @@ class ChannelConnection(asyncio.Protocol):
             self._loop.call_soon(self._admit)  # for those behind a caller that gave up
 
     async def close(self, reason: str) -> None:
-        """Send what is queued, end all calls and close the socket."""
+        """Send the queued requests, end all calls and close the socket."""
         self._flush()
         self._end(reason)
         if self._transport is not None:
@@ -245,7 +245,7 @@ class ChannelConnection(asyncio.Protocol):
         return used_bytes < CLIENT_OUTSTANDING_BYTES_MAX and not self._paused
 
     def _admit(self) -> None:
-        """Let the callers that wait longest go on, as many as there is room for; all when the connection has ended."""
+        """Admit waiting callers in order, as many as there is room for; all of them when the connection has ended."""
         while self._queue and (self._ended or self._has_capacity()):
             turn, request_bytes = self._queue.popleft()
             if not turn.done():
@@ -267,7 +267,7 @@ class ChannelConnection(asyncio.Protocol):
             return
         now = monotonic()
         if now - self._sweep_at > _LATE_S and not self._postponed:
-            # The loop was held up. Answers may lie unread in the socket: read them before anybody is told of a timeout.
+            # The loop was blocked. Answers may be unread in the socket: read them before calls run out of time.
             self._postponed = True
             self._sweep_at = now
             self._sweep = self._loop.call_later(CLIENT_TICK_MS / 1000, self._on_sweep)
@@ -303,7 +303,7 @@ def _fail(future: asyncio.Future[Any], error: Exception) -> None:
 
 
 class Channel:
-    """Calls to one address, over one connection that is made anew when it is lost."""
+    """Calls to one address, over one connection that is replaced when it is lost."""
 
     def __init__(self, address: Address, *, timeout_s: float = TIMEOUT_S, name: str = NAME_DEFAULT) -> None:
         self.address = address
@@ -324,7 +324,7 @@ class Channel:
         await self._ready([], monotonic() + self.timeout_s, self.timeout_s)
 
     def pause_s(self, failures: int) -> float:
-        """A random pause before the next try, after so many that failed."""
+        """A random pause before the next attempt, after `failures` failed ones."""
         return backoff_s(failures, self._random.random())
 
     async def close(self) -> None:
@@ -337,7 +337,7 @@ class Channel:
             await self._connection.close("the client was closed")
 
     def disown(self) -> None:
-        """In a forked child: put /dev/null in the place of the socket, so that only the parent holds it open."""
+        """Replace the socket by /dev/null in a forked child, so that only the parent holds it open."""
         if self._connection is not None:
             self._connection.disown()
 
@@ -358,7 +358,9 @@ class Channel:
             return await self._persist(message, began, timeout_s, error)
 
     async def call_long(self, message: Message, idle_s: float, progress: OnProgress | None) -> Any:
-        """As `call` for administration: to get it started has the usual timeout, then only silence ends it."""
+        """`call` for long administrative requests: until the first progress the usual timeout, then only silence ends
+        it.
+        """
         check_timeout(idle_s)
         return await self._persist(message, monotonic(), self.timeout_s, None, idle_s, progress)
 
@@ -434,7 +436,7 @@ class Channel:
     def _attempt_done(self, attempt: asyncio.Task[None]) -> None:
         self._attempt = None
         if not attempt.cancelled():
-            attempt.exception()  # whoever waits raises it; when all have gone, nobody needs it
+            attempt.exception()  # waiting callers raise it; without any it must not be reported
 
     def _unreachable(self, timeout_s: float) -> Unavailable:
         failure = self._last_failure or "no answer"
@@ -446,7 +448,7 @@ class Channel:
         )
 
     async def _connect(self) -> None:
-        """One attempt: pause, connect, say hello. Failures that may pass are remembered, others raised."""
+        """Make one attempt: pause, connect, say hello. Failures that may pass are remembered, others raised."""
         if self._failures:
             await asyncio.sleep(self.pause_s(self._failures))
         host, port = self.address

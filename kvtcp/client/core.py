@@ -6,7 +6,7 @@ A call is `[id, op, ...args]`. From `request` until its answer or the end of the
 is given to no other call, **whatever happened to the caller**: one that was cancelled or ran out of time leaves an
 abandoned id behind, and the late answer finds that id and is dropped. So an answer can never reach a later call.
 
-What a call ends with, if not with its answer:
+A call without an answer ends with one of these errors:
 
     |                  | not handed to the socket | a read               | any other       |
     |------------------|--------------------------|----------------------|-----------------|
@@ -14,11 +14,11 @@ What a call ends with, if not with its answer:
     | peer talks trash | Unavailable              | ProtocolError        | OutcomeUnknown  |
     | out of time      | -                        | Unavailable          | OutcomeUnknown  |
 
-Deadlines: a call is kept in the set of its tick (CLIENT_TICK_MS), which is let go when the call ends; a sweep looks
-at the sets of the ticks that have passed. No timer and no heap entry per call.
+Deadlines: the id of a call is in the set of its tick (CLIENT_TICK_MS) until the call ends; a sweep expires the sets of
+the ticks that have passed. So no call needs a timer or a heap entry.
 
-`waiter` is whatever the adapter completes (a future); this module only hands it back. It is None once the call is
-abandoned. The adapter may also forget a waiter on its own (a cancelled future) and ignore its completion.
+`waiter` is the object that the adapter completes (a future); this module only hands it back. It is None once the call
+is abandoned. The adapter may also forget a waiter on its own (a cancelled future) and ignore its completion.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Call(Generic[W]):
         progress: OnProgress | None,
     ) -> None:
         self.op = op
-        self.waiter = waiter  # None: abandoned, nobody waits for the answer any more
+        self.waiter = waiter  # None: abandoned, its answer is dropped
         self.timeout_s = timeout_s
         self.frame_bytes = frame_bytes
         self.due = due  # ids whose time ends in the same tick
@@ -139,7 +139,7 @@ class ConnectionCore(Generic[W]):
                         done.append((call.waiter, message[2], None))
                 elif code == 1 and type(code) is int:
                     calls[call_id] = call
-                    self._go_on(call_id, call, message[2], now, done)
+                    self._on_progress(call_id, call, message[2], now, done)
                     continue
                 elif type(code) is int:
                     if call.waiter is not None:
@@ -166,7 +166,7 @@ class ConnectionCore(Generic[W]):
                 if call.waiter is not None:
                     done.append((call.waiter, None, _out_of_time(call)))
                     call.waiter = None
-                # Nobody waits for it, so others need not wait for its room: what it may still hold is the socket's.
+                # Its caller is gone, so other calls get its room; bytes that are not sent yet count for the socket.
                 self.outstanding_bytes -= call.frame_bytes
                 call.frame_bytes = 0
         self._due = {t: ids for t, ids in self._due.items() if ids}
@@ -174,11 +174,11 @@ class ConnectionCore(Generic[W]):
         return done
 
     def is_silent(self, now: float) -> bool:
-        """Whether nothing was heard for so long, while calls ran out of time, that the connection is given up."""
+        """Whether the connection is to be given up: calls ran out of time, and nothing was heard for SILENCE_S."""
         return self._silent_since is not None and now - self._silent_since >= SILENCE_S
 
     def lost(self, reason: str) -> list[Completion[W]]:
-        """End of the connection: what every call that still waits ends with (see the table above)."""
+        """End the connection; returns the errors of all waiting calls (see the table above)."""
         self._ended = True
         unsent = set(self._unsent)
         done: list[Completion[W]] = []
@@ -203,8 +203,8 @@ class ConnectionCore(Generic[W]):
                 self.next_due = at
         return due
 
-    def _go_on(self, call_id: int, call: Call[W], fields: Any, now: float, done: list[Completion[W]]) -> None:
-        """A progress frame: the call's time starts again, and whoever waits hears of it."""
+    def _on_progress(self, call_id: int, call: Call[W], fields: Any, now: float, done: list[Completion[W]]) -> None:
+        """Take a progress frame: the time of the call starts again, and its callback is called."""
         if call.waiter is None:
             return
         call.due.discard(call_id)

@@ -74,7 +74,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said about itself: version, cluster id, shards, limits."""
+        """The answer of the server to `hello`: version, cluster id, shards, limits."""
         return self._live().info
 
     @property
@@ -135,7 +135,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         return self._run(self._live().incr(key, by, timeout=timeout))
 
     def exists(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Whether a key is there."""
+        """Whether a key is present."""
         return self._run(self._live().exists(key, timeout=timeout))
 
     def expire(self, key: Key, ttl: float, *, timeout: float | None = None) -> bool:
@@ -143,7 +143,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         return self._run(self._live().expire(key, ttl, timeout=timeout))
 
     def persist(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Take a key's deadline away; returns whether it had one."""
+        """Remove a key's deadline; returns whether it had one."""
         return self._run(self._live().persist(key, timeout=timeout))
 
     def ttl(self, key: Key, *, timeout: float | None = None) -> float | None:
@@ -201,7 +201,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> Iterator[bytes]:
-        """As `scan`, keys alone."""
+        """`scan` with keys alone."""
         return (row[0] for row in self._rows(PageRequest(prefix, start, end, limit, reverse, True), timeout))
 
     def scan_entries(
@@ -214,7 +214,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> Iterator[Entry[V]]:
-        """As `scan`, with revisions and remaining lives."""
+        """`scan` with revisions and remaining lifetimes."""
         pages = PageRequest(prefix, start, end, limit, reverse, False)
         return (self._live()._entry(row) for row in self._rows(pages, timeout))
 
@@ -229,7 +229,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         page_items: int = PAGE_ITEMS_MAX,
         timeout: float | None = None,
     ) -> Iterator[list[tuple[bytes, V]]]:
-        """As `scan`, a list per page of at most `page_items` pairs; a page may be shorter, and empty."""
+        """`scan` by pages: lists of at most `page_items` pairs. A page may be shorter, even empty."""
         pages = PageRequest(prefix, start, end, limit, reverse, False, page_items)
         return ([self._live()._pair(row) for row in rows] for rows in self._pages(pages, timeout))
 
@@ -241,7 +241,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         end: Key | None = None,
         timeout: float | None = None,
     ) -> int:
-        """How many keys there are, in a range or with a prefix."""
+        """The number of keys, in a range or with a prefix."""
         return self._run(self._live().count(prefix=prefix, start=start, end=end, timeout=timeout))
 
     # --- many keys ------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         return self._run(self._live().get_many(keys, timeout=timeout))
 
     def get_many_entries(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[Entry[V] | None]:
-        """As `get_many`, with revisions and remaining lives."""
+        """`get_many` with revisions and remaining lifetimes."""
         return self._run(self._live().get_many_entries(keys, timeout=timeout))
 
     def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
@@ -311,15 +311,15 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         return self._run(self._live().node_drain(node, timeout=timeout))
 
     def node_undrain(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Let a node that was to be emptied hold shards again."""
+        """Let a drained node hold shards again."""
         return self._run(self._live().node_undrain(node, timeout=timeout))
 
     def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Take a node that holds nothing out of the cluster."""
+        """Remove a node that holds nothing from the cluster."""
         return self._run(self._live().node_remove(node, timeout=timeout))
 
     def node_forget(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Declare a node destroyed: nobody waits for what it held any more, and it must never come back."""
+        """Declare a node destroyed: the cluster stops waiting for its copies, and it must never come back."""
         return self._run(self._live().node_forget(node, timeout=timeout))
 
     def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> Rebalance:
@@ -327,7 +327,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         return self._run(self._live().rebalance(dry_run, timeout=timeout))
 
     def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> LossAccepted:
-        """Let a shard that is down go on with what is left of it. Acknowledged writes may be lost."""
+        """Serve a shard that is down with the copies that are left. Acknowledged writes may be lost."""
         return self._run(self._live().shard_accept_loss(shard, timeout=timeout))
 
     # --- the mapping ----------------------------------------------------------------------------
@@ -471,7 +471,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
             yield from rows
 
     def _forked(self) -> None:
-        """In a child process: forget the parent's connection, without a word to its server."""
+        """Forget the connection of the parent in a child process, without a word to the server."""
         self._lock = threading.Lock()
         if self._client is not None:
             self._client._disown()

@@ -1,4 +1,4 @@
-"""Linearizability: is there an order of operations that explains what the clients of one key saw?
+"""Linearizability: does an order of operations exist that explains all results for one key?
 
 Pure. The algorithm is that of Wing and Gong with Lowe's cache of visited (set of linearized operations, state) pairs.
 Keys are independent, so a history is checked one key at a time; that keeps the search small. Keep it to about ten
@@ -101,7 +101,7 @@ def _earlier_twins(operations: Sequence[TimedOperation]) -> list[int]:
 
 
 def check_history(operations: Sequence[TimedOperation], initial: Any = None, budget: int = 5_000_000) -> bool | None:
-    """Whether the history of one key is linearizable; None if `budget` steps did not tell."""
+    """Whether the history of one key is linearizable; None if `budget` steps did not decide it."""
     events = _Events(operations)
     twins = _earlier_twins(operations)
     left = sum(operation[1] is not None for operation in operations)  # answered operations without a place in the order
@@ -141,7 +141,7 @@ def check_history(operations: Sequence[TimedOperation], initial: Any = None, bud
 
 
 def check_order(numbered: Iterable[Numbered], initial: Any = None) -> str:
-    """What contradicts the order of one key's log, or "" if nothing does, in O(n log n).
+    """The contradiction to the order of one key's log, or "" if there is none, in O(n log n).
 
     Each operation comes with its sequence number, a "get" with that of the last write it saw. Operations without an
     answer are given too if they are in the log.
