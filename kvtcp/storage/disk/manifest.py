@@ -13,7 +13,7 @@ I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fs
         "durable_lsn"   highest LSN known to be on the disk at that time: a log that ends before it was cut
         "shards"        {number: [disk, generation, complete, reason]}      the copies; see copy.py
         "generations"   {number: generation}    highest generation of all copies of a shard on this node, dropped ones
-                        included: the log may have their entries. If the field is missing, those of "shards" count
+                        included: the log may have their entries. A shard that is missing never had another copy
     }}
 
 Invariant: everything that a report tells a coordinator is still true after a restart. So promise and copies are written
@@ -74,9 +74,8 @@ class Manifest:
             "segment": self.segment,
             "durable_lsn": self.durable_lsn,
             "shards": {str(shard): list(row) for shard, row in sorted(self.shards.items())},
+            "generations": {str(shard): number for shard, number in sorted(self.generations.items())},
         }
-        if self.generations:
-            node["generations"] = {str(shard): number for shard, number in sorted(self.generations.items())}
         content = {"format": MANIFEST_FORMAT_VERSION, "crc32": _sum(node), "node": node}
         return json.dumps(content, indent=1).encode()
 
@@ -109,9 +108,9 @@ class Manifest:
                 durable_lsn=node["durable_lsn"],
                 shards={
                     int(shard): (disk, generation, complete, reason)
-                    for shard, (disk, generation, complete, reason, *_) in node["shards"].items()
+                    for shard, (disk, generation, complete, reason) in node["shards"].items()
                 },
-                generations={int(shard): number for shard, number in node.get("generations", {}).items()},
+                generations={int(shard): number for shard, number in node["generations"].items()},
             )
         except FormatError:
             raise
