@@ -64,9 +64,6 @@ class Disk(Protocol):
     def exists(self, path: Path) -> bool:
         """Whether the name is taken."""
 
-    def is_directory(self, path: Path) -> bool:
-        """Whether the name is that of a directory."""
-
     def make_directory(self, directory: Path) -> None:
         """Create `directory` and missing parents, each durably; no error if it exists."""
 
@@ -149,10 +146,6 @@ class OsDisk:
     def exists(self, path: Path) -> bool:
         """Whether the name is taken, even by a dangling link."""
         return os.path.lexists(path)
-
-    def is_directory(self, path: Path) -> bool:
-        """Whether the name is that of a directory."""
-        return path.is_dir()
 
     def make_directory(self, directory: Path) -> None:
         """Create `directory` and missing parents."""
