@@ -133,7 +133,7 @@ class _NotSettledError(StartError):
     """A node seems to come or go: port and directory do not tell the same."""
 
 
-class NodeProcess:
+class ChildProcess:
     """One local node: spawned, or adopted from a coordinator that died."""
 
     def __init__(self, node: str, command: list[str], data_dir: Path) -> None:
@@ -246,7 +246,7 @@ class Supervisor:
         self.host = host
         self.ports = ports  # node -> port
         self.data_dir = data_dir
-        self.processes: dict[str, NodeProcess] = {}
+        self.processes: dict[str, ChildProcess] = {}
         self._arguments = arguments
         self._on_failure = on_failure  # a watcher ended with an exception: nobody restarts its node any more
         self._watchers: list[asyncio.Task[None]] = []
@@ -353,7 +353,7 @@ class Supervisor:
                 sys.executable, "-P", "-m", "kvtcp.node.main", "--id", node, "--host", self.host,
                 "--port", str(port), "--data-dir", str(path), "--spawned", *self._arguments,
             ]  # fmt: skip
-            self.processes[node] = process = NodeProcess(node, command, path)
+            self.processes[node] = process = ChildProcess(node, command, path)
             if node in self._adopt:
                 log.info("event=adopted node=%s port=%s holder=%s", node, port, lock_holder(path))
             else:

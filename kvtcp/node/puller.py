@@ -110,7 +110,7 @@ class Pulls:
             log.warning("event=load-not-stopped reason=a table was not made or freed in %s s", STOP_WAIT_S)
 
 
-class Sink(Protocol):
+class CopySink(Protocol):
     """Where the bytes of a copy go."""
 
     waiting_bytes: int  # given and not stored yet
@@ -149,7 +149,7 @@ class Pull:
         self._whole = False  # the last byte is here
         self._is_paused = False  # nothing is read until more is stored
         self._began_s = time.monotonic()
-        self._sink: Sink = MemorySink() if pulls.durability is None else DiskSink(pulls.durability, self)
+        self._sink: CopySink = MemorySink() if pulls.durability is None else DiskSink(pulls.durability, self)
         self._dialling: asyncio.Task[None] | None = None
         self._watch = IdleWatch(
             self.loop, DONATION_IDLE_MS, lambda idle_s: self.fail(f"nothing came from the donor for {idle_s:.0f} s")

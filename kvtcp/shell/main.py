@@ -32,7 +32,7 @@ ConnectTo = Callable[[str, float], Awaitable[Client]]
 
 
 @dataclass
-class Call:
+class CommandLine:
     """The command line, taken apart."""
 
     address: str = ADDRESS_DEFAULT
@@ -42,9 +42,9 @@ class Call:
     words: list[Word] = field(default_factory=list)
 
 
-def parse_arguments(arguments: Sequence[str]) -> Call:
+def parse_arguments(arguments: Sequence[str]) -> CommandLine:
     """Take the command line apart; the words of the command stay as they are. Raises UsageError."""
-    call = Call()
+    call = CommandLine()
     rest = list(arguments)
     ended: list[str] = []  # the `--` that ended the options, which the command must know of too
     while rest:

@@ -16,7 +16,7 @@ import pytest
 
 import kvtcp
 from kvtcp.coordinator import supervisor as module
-from kvtcp.coordinator.supervisor import Found, NodeProcess, Supervisor, who_is_there
+from kvtcp.coordinator.supervisor import ChildProcess, Found, Supervisor, who_is_there
 from kvtcp.node.server import NodeServer
 from kvtcp.runtime.data_directory import DataDirectory, write_identity
 from kvtcp.runtime.process import StartError, bind
@@ -177,9 +177,9 @@ async def test_a_node_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- life of a process ----------------------------------------------------------------------------------
 
 
-def node_process(tmp_path: Path, code: str) -> NodeProcess:
+def node_process(tmp_path: Path, code: str) -> ChildProcess:
     """A process that runs this code instead of a node."""
-    return NodeProcess("n1", [sys.executable, "-c", code], tmp_path)
+    return ChildProcess("n1", [sys.executable, "-c", code], tmp_path)
 
 
 async def test_back_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -285,10 +285,10 @@ async def test_a_watcher_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.
     supervisor = Supervisor("127.0.0.1", {"n1": free_ports(1)}, tmp_path, [], failed.set)
     await supervisor.survey("c", "s")
 
-    async def fail(self: NodeProcess) -> None:
+    async def fail(self: ChildProcess) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(NodeProcess, "watch", fail)
+    monkeypatch.setattr(ChildProcess, "watch", fail)
     await supervisor.start("c", "s")
     async with asyncio.timeout(5):
         await failed.wait()

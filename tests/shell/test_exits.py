@@ -11,7 +11,7 @@ from kvtcp.errors import (
     ProtocolError,
     Unavailable,
 )
-from kvtcp.shell.exits import Exit, Refused, UsageError, exit_of
+from kvtcp.shell.exits import Exit, ShellRefused, UsageError, exit_of
 
 EXPECTED = {
     Code.BAD_REQUEST: 2,
@@ -45,8 +45,8 @@ def test_every_wire_code_has_an_exit_code(code: Code) -> None:
     ("error", "code"),
     [
         (UsageError("x"), Exit.USAGE),
-        (Refused("x"), Exit.REFUSED),
-        (Refused("x", Exit.NOT_FOUND), Exit.NOT_FOUND),
+        (ShellRefused("x"), Exit.REFUSED),
+        (ShellRefused("x", Exit.NOT_FOUND), Exit.NOT_FOUND),
         (ProtocolError("x"), Exit.UNREACHABLE),
         (ConnectionRefusedError(), Exit.UNREACHABLE),
         (TimeoutError(), Exit.UNREACHABLE),

@@ -554,7 +554,7 @@ def new_disk_before_resync(garden: Garden) -> None:
 
     def adopt_empty(self: Any, shard: Any, empty: Any, size: int) -> bool:
         if empty and shard.good:
-            self._change(shard, recovery._Change(shard, disks=dict(empty)))
+            self._change(shard, recovery._RowChange(shard, disks=dict(empty)))
             return True
         return bool(before(self, shard, empty, size))
 

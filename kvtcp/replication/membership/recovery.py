@@ -91,7 +91,7 @@ class _Shard:
 
 
 @dataclass
-class _Change:
+class _RowChange:
     """A change of one shard's row: new disks of members, or members that are removed, and why."""
 
     shard: _Shard
@@ -121,7 +121,7 @@ class Recovery:
         self.losses: dict[int, Learner] = {}  # shards whose loss was accepted, until they are judged again
         self._queue: list[_Shard] = []  # SHIPPING, and waiting for their turn
         self._running = 0  # SHIPPING, and in their turn
-        self._changes: list[_Change] = []  # of this step, not proposed yet
+        self._changes: list[_RowChange] = []  # of this step, not proposed yet
         self._removed: dict[str, list[tuple[int, str]]] = {}  # node -> shards it was removed from and why, to be told
 
     @property
@@ -364,10 +364,10 @@ class Recovery:
                 self._sequencer.set_members(shard.number, nodes)
                 self.begin_from(shard.number, nodes[0], nodes[0], shard.given + 1)
                 return True
-        self._change(shard, _Change(shard, disks=dict(empty)))
+        self._change(shard, _RowChange(shard, disks=dict(empty)))
         return True
 
-    def _change(self, shard: _Shard, change: _Change) -> None:
+    def _change(self, shard: _Shard, change: _RowChange) -> None:
         """Change the row of the shard, with others in this step, and judge it again."""
         self._membership.stop_repair(shard.number)
         shard.state = CHANGING
@@ -401,7 +401,7 @@ class Recovery:
 
         self._proposals.propose(edit, done)
 
-    def _changed(self, change: _Change) -> None:
+    def _changed(self, change: _RowChange) -> None:
         """It is stored."""
         shard = change.shard
         nodes = self._map.nodes_of(shard.number)
@@ -430,7 +430,7 @@ class Recovery:
         gone = gone[: len(row) - self._map.min_insync]
         if gone:
             whys_gone = {node: f"it {shard.bad.get(node, 'did not report in time')}" for node in gone}
-            self._change(shard, _Change(shard, removed=whys_gone))
+            self._change(shard, _RowChange(shard, removed=whys_gone))
         elif shard.silent:
             names = ", ".join(shard.silent)
             self._down(

@@ -17,7 +17,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.shell.cluster_view import View, nodes_view, shards_view, status_rows
 from kvtcp.shell.command import Arguments, Command
 from kvtcp.shell.context import Context
-from kvtcp.shell.exits import Exit, Refused, UsageError
+from kvtcp.shell.exits import Exit, ShellRefused, UsageError
 from kvtcp.shell.output import Output
 from kvtcp.shell.text import cell
 from kvtcp.shell.wait import moving_left, node_left, until_moved
@@ -160,10 +160,10 @@ async def _shard_accept_loss(context: Context, arguments: Arguments, output: Out
 
 
 async def _confirm(context: Context, sentence: str) -> None:
-    """Ask. Raises Refused for an answer that is not yes."""
+    """Ask. Raises ShellRefused for an answer that is not yes."""
     assert context.ask is not None, "there is somebody to ask"
     if not await context.ask(f"{sentence} Go on? [y/N] "):
-        raise Refused("nothing was changed", Exit.NOT_FOUND)
+        raise ShellRefused("nothing was changed", Exit.NOT_FOUND)
 
 
 COMMANDS: Final = (
@@ -184,7 +184,7 @@ COMMANDS: Final = (
     Command("node undrain ID", "let a node that was to be emptied hold shards again", "node undrain n1\nnode\tn1",
             _node_undrain, "What has moved comes back with a `rebalance`."),
     Command("node remove ID", "take a node that holds nothing out of the cluster", "node remove n1\nnode\tn1",
-            _node_remove, "Refused while it holds something: `node drain` comes first."),
+            _node_remove, "ShellRefused while it holds something: `node drain` comes first."),
     Command("node forget ID destroyed [yes]", "declare that a node will never come back",
             "node forget n1 destroyed yes\nnode\tn1", _node_forget,
             "Nobody waits for what it held any more. What it alone held is lost: look at `shards` first. Asks on a\n"

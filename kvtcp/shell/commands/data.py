@@ -13,7 +13,7 @@ from kvtcp.constants import INTEGER_MAX, INTEGER_MIN
 from kvtcp.errors import show_bytes
 from kvtcp.shell.command import Arguments, Command
 from kvtcp.shell.context import Context
-from kvtcp.shell.exits import Exit, Refused, UsageError
+from kvtcp.shell.exits import Exit, ShellRefused, UsageError
 from kvtcp.shell.output import Output, in_pages
 from kvtcp.shell.text import number
 
@@ -151,11 +151,11 @@ async def _delete_prefix(context: Context, arguments: Arguments, output: Output)
         return Exit.OK
     which = f"that start with {show_bytes(prefix)}" if prefix else "of the cluster"
     if keys_max is not None and count > keys_max:
-        raise Refused(f"{count} keys {which} are more than max={keys_max}; nothing was deleted")
+        raise ShellRefused(f"{count} keys {which} are more than max={keys_max}; nothing was deleted")
     if count and "yes" not in arguments.flags:
         assert context.ask is not None, "checked above"
         if not await context.ask(f"delete {count} keys {which}? [y/N] "):
-            raise Refused("nothing was deleted", Exit.NOT_FOUND)
+            raise ShellRefused("nothing was deleted", Exit.NOT_FOUND)
     deleted = await _delete_all(context, prefix, which, keys_max) if count else 0
     output.scalar(str(deleted), {"matched": count, "deleted": deleted})
     return Exit.OK
@@ -168,7 +168,7 @@ async def _delete_all(context: Context, prefix: bytes, which: str, keys_max: int
     try:
         async for keys in in_pages(client.scan_keys(prefix=prefix)):
             if keys_max is not None and deleted + len(keys) > keys_max:
-                raise Refused(f"more than max={keys_max} keys {which} are there by now")
+                raise ShellRefused(f"more than max={keys_max} keys {which} are there by now")
             deleted += sum(map(bool, await client.delete_many(keys)))
     except Exception:
         context.streams.message(f"{deleted} keys were deleted before the error")

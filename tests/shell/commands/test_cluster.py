@@ -10,7 +10,7 @@ import pytest
 from kvtcp.errors import AdminError
 from kvtcp.shell import wait
 from kvtcp.shell.context import Context
-from kvtcp.shell.exits import Exit, Refused
+from kvtcp.shell.exits import Exit, ShellRefused
 from kvtcp.shell.parser import split_line
 from kvtcp.shell.table import take_command
 from tests.support.shell_fakes import FakeClient, Moving, Shell
@@ -118,7 +118,7 @@ async def test_questions(shell: Shell, line: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(shell.client, "shards", shards)
     no = Asked(False)
-    with pytest.raises(Refused, match="nothing was changed") as caught:
+    with pytest.raises(ShellRefused, match="nothing was changed") as caught:
         await run(shell, line, no)
     assert (caught.value.code, no.questions, shell.client.calls) == (Exit.NOT_FOUND, [QUESTIONS[line]], [])
     yes = Asked(True)
