@@ -200,6 +200,7 @@ class SimCoordinator(Process):
         self._leaving = False  # it is being stopped: time stands still
         self._asking = False  # the store has a request of this process
         self._has_written = False  # the batches of this turn are sent
+        self._changing: tuple[int, set[int]] = (0, set())  # version of the map, and rows in change, when it began
         self.dies_writing = 0.0  # share of its writes in which it is killed
         self.killed_writing = 0
         self._tokens = 0
@@ -227,6 +228,7 @@ class SimCoordinator(Process):
         self.starts += 1
         self.owner = f"{self.name}/{self.starts}"
         self.controller = self.changes = None
+        self._changing = (0, set())
         self.links = {}
         self.silent = True
         self._commits = [-1] * self.oracles.map.shards
@@ -324,6 +326,8 @@ class SimCoordinator(Process):
                 self.look()
             self._has_written = False
             self.controller.end_turn(self)
+        if self.controller is not None:  # else it was killed while it wrote
+            self._changing = (self.controller.map.version, set(self.controller.membership.changing))
 
     def event(self, level: str, word: str, **fields: Any) -> None:
         """See CoordinatorProcess, also below."""
@@ -370,16 +374,15 @@ class SimCoordinator(Process):
             self.links[link.node].write()
 
     def _check_left(self, node: str) -> None:
-        """A node that asked to leave is stopped when it has left every in-sync set that can do without it, by the map
-        that is stored."""
+        """A node that asked to leave is stopped when the map is stored in which it has left, not before: none of its
+        shards has been changing since the turn began."""
         controller = self.controller
         assert controller is not None
-        for shard in controller.sequencer.shards:
-            row = controller.map.nodes_of(shard.number)
-            others = [link for link in shard.members if link.node != node]
-            can_do = len(others) >= controller.map.min_insync and all(link.connected for link in others)
-            stays = shard.serving and node in row and can_do and not shard.bad
-            require(not stays, f"R14: {self.name} stops {node}, which the map has in {row}", shard.number)
+        version, changing = self._changing
+        if controller.map.version == version:
+            for number in changing & controller.membership.changing:
+                row = controller.map.nodes_of(number)
+                require(node not in row, f"R14: {self.name} stops {node} while the row {row} is being changed", number)
 
     def _check_let_out(self, what: str) -> None:
         require(not self.silent, f"R13: {self.name} was deposed, and sends {what}")

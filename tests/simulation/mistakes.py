@@ -957,7 +957,8 @@ def leave_answered_before_it_is_stored(garden: Garden) -> None:
 
     def evict_lost(self: Any) -> None:
         for node, state in self.nodes.items():
-            if state.leaves and not state.may_stop and self._sequencer.links[node].connected:
+            link = self._sequencer.links[node]
+            if state.leaves and link.connected and not state.may_stop and not self.evict(link, list(link.shards), ""):
                 state.may_stop = True
                 self._outbox.send(node, (STOP,))
         before(self)
