@@ -20,6 +20,7 @@ from kvtcp.coordinator import status
 from kvtcp.coordinator.takeover import CannotServe
 from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
+from kvtcp.replication import ownership
 from kvtcp.replication.membership.insync import Membership
 from kvtcp.replication.membership.recovery import Recovery
 from kvtcp.replication.sequencing.link import LinkError
@@ -350,7 +351,7 @@ async def test_a_map_that_somebody_else_changed(monkeypatch: pytest.MonkeyPatch)
     async with LocalCluster(1, shards=2) as cluster:
         other = await MapKeeper.open(cluster.store)
         await other.change(lambda old: replace(old, owner="another"))
-        monkeypatch.setattr(module, "STAMP_MOVE_MS", STAMP_AHEAD_MS)
+        monkeypatch.setattr(ownership, "STAMP_MOVE_MS", STAMP_AHEAD_MS)
         with pytest.raises(CannotServe, match="changed by somebody else"):
             await cluster.coordinator.failed
         assert cluster.coordinator.controller.ownership.deposed
@@ -366,7 +367,7 @@ async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
         with monkeypatch.context() as patch:
             patch.setattr(cluster.store, "compare_and_set", fail)
-            patch.setattr(module, "BOUND_RETRY_MS", 0)
+            patch.setattr(ownership, "BOUND_RETRY_MS", 0)
             bound_ms = coordinator.map.stamp_bound_ms
             for each in (module, status):
                 patch.setattr(each, "wall_ms", lambda: bound_ms + 700)
