@@ -143,7 +143,11 @@ def on_unexpected_errors(callback: Callable[[BaseException], None]) -> None:
 
 
 def on_stop_signals(callback: Callable[[], None]) -> None:
-    """Call `callback` on SIGTERM, SIGINT and, unless it is ignored (nohup), SIGHUP."""
+    """Call `callback` on SIGTERM, SIGINT and, unless it is ignored (nohup), SIGHUP.
+
+    SIGINT counts even if it was ignored, as in nginx, PostgreSQL and Redis: scripts start servers with `&`, for which
+    a shell ignores it, and stop them with `kill -INT`.
+    """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
