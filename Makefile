@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN_READY := $(VENV)/.run-ready
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 # of `make run`
@@ -12,15 +13,26 @@ DATA_DIR ?= data
 .PHONY: run test lint types unit model fuzz sim mutants crash kills chaos redis-suite compiled pure bench bench-full
 .PHONY: bench-check bench-report clean
 
-$(READY): setup.py pyproject.toml
+# kvtcp with the extras EXTRAS; a venv that was interrupted half-way, or whose Python is gone, is replaced
+define install
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
-	@# one that was interrupted half-way, or whose Python is gone, is made anew
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[test,shell,bench]'
-	touch $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	touch $(RUN_READY) $@
+endef
+
+# what running needs
+$(RUN_READY): EXTRAS := shell
+$(RUN_READY): setup.py
+	$(install)
+
+# what all other verbs need besides
+$(READY): EXTRAS := shell,test,bench
+$(READY): setup.py pyproject.toml
+	$(install)
 
 # exec: the coordinator takes the place of the shell, so that a signal to it or Ctrl-C stops it cleanly
-run: $(READY)
+run: $(RUN_READY)
 	exec $(BIN)/python bin/kvtcp-coordinator --num-nodes 3 --replication-factor 3 \
 		--main-port $(MAIN_PORT) --base-port $(BASE_PORT) --data-dir $(DATA_DIR)
 
