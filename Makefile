@@ -18,7 +18,7 @@ define install
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvtcp needs Python 3.11 or newer; set PYTHON=...")'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
-	touch $(RUN_READY) $@
+	touch $(sort $(RUN_READY) $@)
 endef
 
 # what running needs
