@@ -53,9 +53,9 @@ model: $(READY)
 
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz_framing.py $(or $(FUZZ),1000000) $(SEED)
-	$(BIN)/python tests/fuzz_resp.py $(or $(FUZZ),1000000) $(SEED)
-	$(BIN)/python tests/fuzz_resp_sockets.py $(or $(FUZZ),20000) $(SEED)
+	$(BIN)/python -m tests.fuzz_framing $(or $(FUZZ),1000000) $(SEED)
+	$(BIN)/python -m tests.fuzz_resp $(or $(FUZZ),1000000) $(SEED)
+	$(BIN)/python -m tests.fuzz_resp_sockets $(or $(FUZZ),20000) $(SEED)
 
 # SEEDS=<number> and SEED=<seed>: the first of them, or the only one, to tell its story again
 sim: $(READY)
@@ -75,7 +75,7 @@ kills: $(READY)
 
 # MINUTES=<duration>, SEED=<seed> of a round to repeat its faults, FACTOR=<copies>, MIN_INSYNC=<fewest copies>
 chaos: $(READY)
-	$(BIN)/python tests/chaos.py --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
 		--factor $(or $(FACTOR),3) $(if $(MIN_INSYNC),--min-insync $(MIN_INSYNC)) --json chaos.json
 
 # ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis_suite --help`

@@ -29,15 +29,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from chaos_checks import Availability, History, blame
-from chaos_cluster import Broken, ChaosCluster, Shape
-from chaos_disks import read_map, read_members
-from chaos_faults import BALLAST_BYTES, CALM_S, KEPT, Faults
-from chaos_operator import Operator
-from process_cluster import ROOT, Command
-
 import kvtcp
 from kvtcp.errors import KvtcpError
+from tests.chaos_checks import Availability, History, blame
+from tests.chaos_cluster import Broken, ChaosCluster, Shape
+from tests.chaos_disks import read_map, read_members
+from tests.chaos_faults import BALLAST_BYTES, CALM_S, KEPT, Faults
+from tests.chaos_operator import Operator
+from tests.process_cluster import ROOT, Command
 
 HEAL_S: Final = 60.0
 LATE_MAX_S: Final = 1.0  # an answer may come so long after its timeout
@@ -170,7 +169,7 @@ class Round:
         await self.kv.backup("kept")
         for number in range(self.clients):
             arguments = (self.cluster.url, self.random.randrange(2**32), f"c{number}", f"c{number}.jsonl")
-            self.workers.append(Command(self.directory, "chaos_client.py", *arguments, folder="tests"))
+            self.workers.append(Command(self.directory, "tests.chaos_client", *arguments))
         await asyncio.sleep(1.0)  # sleeps: clients are at work before anything happens
 
     # --- faults -------------------------------------------------------------------------------------

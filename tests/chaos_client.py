@@ -1,6 +1,6 @@
 """A client process of the chaos driver: works on a cluster until SIGTERM, then writes down all that it saw.
 
-Run as `python tests/chaos_client.py URL SEED NAME FILE`. A line of FILE is one call, as JSON:
+Run as `python -m tests.chaos_client URL SEED NAME FILE`. A line of FILE is one call, as JSON:
 
     [kind, key, call_s, ret_s, argument, result, outcome]
 

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from chaos_disks import read_map
-from chaos_proxy import Proxy
-from process_cluster import Command, free_ports, is_running
-
 from kvtcp.server.identity import LOCK, lock_holder
+from tests.chaos_disks import read_map
+from tests.chaos_proxy import Proxy
+from tests.process_cluster import Command, free_ports, is_running
 
 START_S: Final = 60.0  # for a coordinator to serve, also when its first starts are refused
 STOP_S: Final = 10.5

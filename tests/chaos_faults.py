@@ -14,10 +14,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from chaos_cluster import Broken, ChaosCluster
-
 import kvtcp
 from kvtcp.errors import KvtcpError, OutcomeUnknown, Unavailable
+from tests.chaos_cluster import Broken, ChaosCluster
 
 Rows = list[dict[str, Any]]
 

@@ -15,9 +15,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from chaos_cluster import Broken, ChaosCluster
-
 from kvtcp.errors import AdminError, OutcomeUnknown, Unavailable
+from tests.chaos_cluster import Broken, ChaosCluster
 
 
 class Operator:

@@ -1,4 +1,4 @@
-"""Fuzzer of the frame decoder: `python tests/fuzz_framing.py [inputs] [seed]`. The test suite runs a few thousand.
+"""Fuzzer of the frame decoder: `python -m tests.fuzz_framing [inputs] [seed]`. The test suite runs a few thousand.
 
 Every input is a byte string made to be almost right (valid frames, spliced, truncated, with bytes changed, with odd
 headers) and is fed twice: whole, and cut at random places. Both must give the same verdict: messages, or messages and

@@ -1,4 +1,4 @@
-"""Fuzzer of the parser of the Redis protocol: `python tests/fuzz_resp.py [inputs] [seed]`, a million by default.
+"""Fuzzer of the parser of the Redis protocol: `python -m tests.fuzz_resp [inputs] [seed]`, a million by default.
 
 Random streams, valid ones and damaged ones, are given to `RespParser` whole, in pieces, and with its quick path
 switched off, and to a model: the rules of the protocol written down once more, one byte at a time, without a thought

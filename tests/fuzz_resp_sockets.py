@@ -1,4 +1,4 @@
-"""Fuzzer of running servers: `python tests/fuzz_resp_sockets.py [inputs] [seed]`, 20,000 connections by default.
+"""Fuzzer of running servers: `python -m tests.fuzz_resp_sockets [inputs] [seed]`, 20,000 connections by default.
 
 Each connection sends random streams of the Redis protocol (fuzz_resp.py) in pieces; some are half-closed and read to
 the end, some are cut off, some are just closed. Meanwhile a healthy client writes and reads, and at the end the
@@ -14,11 +14,10 @@ import random
 import sys
 import time
 
-from fuzz_resp import random_input
-from server_tools import Wire, healthy, until
-
 from kvtcp.constants import MIB
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.fuzz_resp import random_input
+from tests.server_tools import Wire, healthy, until
 
 HELD_BYTES_MAX = 64 * MIB
 AT_ONCE = 50

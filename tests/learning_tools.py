@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from server_tools import Wire
-
 from kvtcp.protocol.link import BATCH, HELLO, LINK_VERSION, PULL, REPORT, RESULTS, STATS
 from kvtcp.protocol.operations import DONATE, LEARN, PUT
 from kvtcp.server.node import NodeServer
+from tests.server_tools import Wire
 
 
 def hello(node: str = "n1", **changed: Any) -> list[Any]:

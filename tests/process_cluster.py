@@ -67,22 +67,21 @@ def is_running(pid: int) -> bool:
 
 
 class Command:
-    """One running command of bin/, or Python program of another folder, with its output in files."""
+    """One running command of bin/, or module of the tests if there is a dot in its name, with its output in files."""
 
-    def __init__(
-        self, directory: Path, name: str, *arguments: object, new_group: bool = False, folder: str = "bin"
-    ) -> None:
+    def __init__(self, directory: Path, name: str, *arguments: object, new_group: bool = False) -> None:
+        program = ["-m", name] if "." in name else [str(ROOT / "bin" / name)]
         number = len(list(directory.glob(f"{name}.*.out")))
         self.out = directory / f"{name}.{number}.out"
         self.err = directory / f"{name}.{number}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / folder / name), *map(str, arguments)],
+                [sys.executable, *program, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 cwd=directory,
-                env=os.environ if folder == "bin" else {**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT)} if "." in name else os.environ,
                 process_group=0 if new_group else None,
             )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from replication_fakes import Cluster
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
@@ -42,6 +41,7 @@ from kvtcp.protocol.operations import (
 )
 from kvtcp.replication import admission, progress
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from tests.replication_fakes import Cluster
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from replication_fakes import Cluster, wire
-
 from kvtcp.constants import VALUE_BYTES_MAX, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import (
@@ -25,6 +23,7 @@ from kvtcp.protocol.operations import (
     TTL,
 )
 from kvtcp.replication.multi_read import count_read, mget_read, page_read
+from tests.replication_fakes import Cluster, wire
 
 
 def withheld() -> Cluster:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import BOTH_LOOPS, event_loop_policy, until
 
 from kvtcp.constants import FREEZE_ROWS
 from kvtcp.protocol.operations import PUT
@@ -16,6 +15,7 @@ from kvtcp.server.backup_job import BackupJob
 from kvtcp.storage.backup_file import read_file_pairs
 from kvtcp.storage.files import OS_DISK, OsFile
 from kvtcp.storage.table import Table
+from tests.server_tools import BOTH_LOOPS, event_loop_policy, until
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

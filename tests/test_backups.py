@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import (
+
+import kvtcp
+from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestError, Unavailable
+from kvtcp.protocol.operations import CLEAR, FREEZE
+from kvtcp.replication.membership import Membership
+from kvtcp.server import backup_job, backups
+from kvtcp.storage import backup as files
+from kvtcp.testing.local_cluster import LocalCluster
+from tests.server_tools import (
     BOTH_LOOPS,
     Wire,
     bad_shards,
@@ -23,14 +31,6 @@ from server_tools import (
     restart_empty,
     until,
 )
-
-import kvtcp
-from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, RequestError, Unavailable
-from kvtcp.protocol.operations import CLEAR, FREEZE
-from kvtcp.replication.membership import Membership
-from kvtcp.server import backup_job, backups
-from kvtcp.storage import backup as files
-from kvtcp.testing.local_cluster import LocalCluster
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

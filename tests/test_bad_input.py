@@ -10,7 +10,16 @@ from typing import Any
 
 import msgpack
 import pytest
-from server_tools import (
+
+import kvtcp
+from kvtcp.constants import FRAME_BYTES_MAX, KEY_BYTES_MAX, MIB, REQUEST_ID_MAX, VALUE_BYTES_MAX
+from kvtcp.errors import Code
+from kvtcp.protocol.link import HELLO, REFUSED, REPORT
+from kvtcp.server import caps as caps_module
+from kvtcp.server import coordinator as coordinator_module
+from kvtcp.server.links import NodeLink
+from kvtcp.testing.local_cluster import LocalCluster
+from tests.server_tools import (
     BOTH_LOOPS,
     Wire,
     cut_link,
@@ -21,15 +30,6 @@ from server_tools import (
     pack,
     until,
 )
-
-import kvtcp
-from kvtcp.constants import FRAME_BYTES_MAX, KEY_BYTES_MAX, MIB, REQUEST_ID_MAX, VALUE_BYTES_MAX
-from kvtcp.errors import Code
-from kvtcp.protocol.link import HELLO, REFUSED, REPORT
-from kvtcp.server import caps as caps_module
-from kvtcp.server import coordinator as coordinator_module
-from kvtcp.server.links import NodeLink
-from kvtcp.testing.local_cluster import LocalCluster
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

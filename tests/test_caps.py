@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from test_transport import FakeTransport
 
 from kvtcp.constants import CLIENT_INPUT_BYTES_MAX, CLIENT_OUTPUT_BYTES_MAX, CLIENT_OUTSTANDING_MAX, FRAME_WAIT_MS
 from kvtcp.server.caps import FOR_OUTPUT, FOR_OUTSTANDING, FOR_STOP, FOR_TOTAL, CappedConnection
+from tests.test_transport import FakeTransport
 
 
 class RecordingTransport(FakeTransport):

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos import Options, run_round
-from chaos_checks import Availability, Gap, History, blame
-from chaos_cluster import Shape
-from chaos_disks import read_members
 
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.operations import PUT
 from kvtcp.storage.copy import Copy
 from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.store import open_store
+from tests.chaos import Options, run_round
+from tests.chaos_checks import Availability, Gap, History, blame
+from tests.chaos_cluster import Shape
+from tests.chaos_disks import read_members
 
 ROUND_S = 3.0
 FAULTS = ("kill_node", "kill_coordinator", "cut")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replication_fakes import make_map
 
 from kvtcp.constants import NODES_MAX
 from kvtcp.replication.cluster_map import ClusterMap, MapError
+from tests.replication_fakes import make_map
 
 
 def test_found() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fake_disk import FaultyDisk, QuickDisk
 
 from kvtcp.config_store.file import FileConfigStore, form, parse
 from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
 from tests.crash_disk import CrashDisk, Crashes
+from tests.fake_disk import FaultyDisk, QuickDisk
 
 OLD, NEW = b'{"old": 1}', b'{"new": 2}'
 

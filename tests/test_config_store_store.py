@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_disk import QuickDisk
 
 from kvtcp.config_store.file import FileConfigStore
 from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.config_store.store import ConfigStore, Outcome, Stored
+from tests.fake_disk import QuickDisk
 
 
 @pytest.fixture(params=["memory", "file"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from replication_fakes import Cluster
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
@@ -14,6 +13,7 @@ from kvtcp.replication import admission, progress
 from kvtcp.replication.confirm import ConfirmingSequencer
 from kvtcp.replication.learner import Learner
 from kvtcp.replication.multi_read import count_read
+from tests.replication_fakes import Cluster
 
 
 class Confirming(Cluster):

@@ -13,21 +13,6 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
-from replication_fakes import Answers
-from server_tools import (
-    BOTH_LOOPS,
-    Wire,
-    bad_shards,
-    event_loop_policy,
-    keys_of_shards,
-    kill_node,
-    link_hello,
-    link_number,
-    linked,
-    pack,
-    restart_empty,
-    until,
-)
 
 import kvtcp
 from kvtcp.config_store.keeper import MapKeeper
@@ -45,6 +30,21 @@ from kvtcp.server.supervisor import Found
 from kvtcp.testing import local_cluster
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.process_cluster import free_ports
+from tests.replication_fakes import Answers
+from tests.server_tools import (
+    BOTH_LOOPS,
+    Wire,
+    bad_shards,
+    event_loop_policy,
+    keys_of_shards,
+    kill_node,
+    link_hello,
+    link_number,
+    linked,
+    pack,
+    restart_empty,
+    until,
+)
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replication_fakes import make_map
 
 from kvtcp.config_store.keeper import MapKeeper
 from kvtcp.config_store.memory import MemoryConfigStore
@@ -30,6 +29,7 @@ from kvtcp.server.ownership import found_map
 from kvtcp.server.runtime import StartError
 from kvtcp.server.supervisor import Found, Supervisor
 from tests.process_cluster import free_ports
+from tests.replication_fakes import make_map
 
 
 def parse(*arguments: object) -> argparse.Namespace:

@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from learning_tools import Link
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
 
 from kvtcp.constants import KIB, MIB
 from kvtcp.protocol.link import CHUNK, GIVE, LINK_VERSION
@@ -15,6 +13,8 @@ from kvtcp.protocol.operations import DONATE, DROP
 from kvtcp.server import donations as donations_module
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.snapshot import SnapshotName, decode_snapshot
+from tests.learning_tools import Link
+from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

@@ -6,7 +6,6 @@ import struct
 import tracemalloc
 from typing import Any
 
-import fuzz_framing
 import msgpack
 import pytest
 from hypothesis import example, given, settings
@@ -25,6 +24,7 @@ from kvtcp.constants import (
 )
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.framing import PREFIX_CACHE_LENGTHS, FrameDecoder, FrameEncoder, frame_prefix
+from tests import fuzz_framing
 
 KEYS = st.binary(max_size=10)
 SCALARS = (

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from table_items import Model, as_item, run_model, write_items
 
 from kvtcp.protocol import operations as op
 from kvtcp.storage.freeze import Frozen
 from kvtcp.storage.index import Row
 from kvtcp.storage.table import Table
+from tests.table_items import Model, as_item, run_model, write_items
 
 
 class FreezeMachine(RuleBasedStateMachine):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from replication_fakes import Answers, Cluster
 
 from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import CHANGES, REQUESTS
 from kvtcp.replication.gateway import LIMITS, Gateway, Gather
+from tests.replication_fakes import Answers, Cluster
 
 
 class Session(Answers):

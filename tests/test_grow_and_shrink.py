@@ -12,15 +12,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from chaos_cluster import ChaosCluster, Shape
-from chaos_disks import read_map, read_members
-from process_cluster import ROOT
-
 import kvtcp
 from kvtcp.errors import Unavailable
 from kvtcp.storage.files import OS_DISK
 from kvtcp.storage.snapshot import DIRECTORY as SNAPSHOTS
 from kvtcp.storage.store import read_store_manifest
+from tests.chaos_cluster import ChaosCluster, Shape
+from tests.chaos_disks import read_map, read_members
+from tests.process_cluster import ROOT
 
 SHARDS = 16
 FACTOR = 3

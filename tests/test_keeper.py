@@ -7,14 +7,14 @@ from collections import deque
 from dataclasses import replace
 
 import pytest
-from replication_fakes import make_map
-from server_tools import until
 
 from kvtcp.config_store.keeper import MapKeeper, NotOwner
 from kvtcp.config_store.memory import MemoryConfigStore
 from kvtcp.config_store.store import ConfigStoreError, Outcome, Stored
 from kvtcp.replication import map_changes as module
 from kvtcp.replication.cluster_map import ClusterMap
+from tests.replication_fakes import make_map
+from tests.server_tools import until
 
 
 class ScriptedStore(MemoryConfigStore):

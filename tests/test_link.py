@@ -7,11 +7,11 @@ from typing import Any
 
 import msgpack
 import pytest
-import wire_golden
 
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol import link
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
+from tests import wire_golden
 
 KINDS = {name: value for name, value in wire_golden.numbers(link).items() if name != "LINK_VERSION"}
 

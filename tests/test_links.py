@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import (
+
+import kvtcp
+from kvtcp.constants import LINK_SILENCE_MS
+from kvtcp.errors import KvtcpError, OutcomeUnknown
+from kvtcp.protocol.link import BATCH, HELLO, RESULTS
+from kvtcp.server import links as links_module
+from kvtcp.server.links import LinkConnection, NodeLink
+from kvtcp.server.node import LinkConnection as NodeConnection
+from kvtcp.server.node import NodeServer
+from kvtcp.testing.local_cluster import LocalCluster
+from tests.server_tools import (
     BOTH_LOOPS,
     Wire,
     cut_link,
@@ -19,16 +29,6 @@ from server_tools import (
     pack,
     until,
 )
-
-import kvtcp
-from kvtcp.constants import LINK_SILENCE_MS
-from kvtcp.errors import KvtcpError, OutcomeUnknown
-from kvtcp.protocol.link import BATCH, HELLO, RESULTS
-from kvtcp.server import links as links_module
-from kvtcp.server.links import LinkConnection, NodeLink
-from kvtcp.server.node import LinkConnection as NodeConnection
-from kvtcp.server.node import NodeServer
-from kvtcp.testing.local_cluster import LocalCluster
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

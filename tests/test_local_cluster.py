@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from server_tools import link_number
 
 import kvtcp
 from kvtcp.server.coordinator import CoordinatorServer
 from kvtcp.testing import LocalCluster
 from tests.process_cluster import wait_for
+from tests.server_tools import link_number
 
 
 async def until(look: Callable[[], object]) -> None:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from replication_fakes import make_map
 
 from kvtcp.constants import MAP_RESEND_MS
 from kvtcp.replication.cluster_map import ClusterMap, MapError
 from kvtcp.replication.map_changes import LOST, NOTHING, Edit, MapChanges, NotOwner, Outcome, Stored
+from tests.replication_fakes import make_map
 
 Sent = tuple[int | None, bytes]
 

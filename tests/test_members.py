@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from replication_fakes import Cluster, wire
 
 from kvtcp.constants import LINK_GRACE_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
@@ -28,6 +27,7 @@ from kvtcp.replication.members import part_of
 from kvtcp.replication.multi_read import count_read
 from kvtcp.replication.progress import Batch, Progress
 from tests.controller_world import World
+from tests.replication_fakes import Cluster, wire
 
 
 def leave(cluster: Cluster, node: str, *numbers: int) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import msgpack
 import pytest
-import wire_golden
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +33,7 @@ from kvtcp.protocol.messages import (
     prefix_bounds,
     request_id,
 )
+from tests import wire_golden
 
 KEY = b"k" * KEY_BYTES_MAX
 VALUE = bytes(VALUE_BYTES_MAX)
@@ -429,5 +429,5 @@ def test_any_message_is_accepted_or_refused(message: Any) -> None:
 
 
 def test_the_wire_is_as_written_down() -> None:
-    """A change of the wire is a visible difference; `python tests/wire_golden.py` writes the file anew."""
+    """A change of the wire is a visible difference; `python -m tests.wire_golden` writes the file anew."""
     assert wire_golden.wire_text() == wire_golden.GOLDEN.read_text()

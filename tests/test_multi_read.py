@@ -7,7 +7,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from replication_fakes import Answers
 
 from kvtcp.errors import Code
 from kvtcp.protocol.operations import ANY_KEY, COUNT, MGET, PAGE
@@ -21,6 +20,7 @@ from kvtcp.replication.multi_read import (
     mget_read,
     page_read,
 )
+from tests.replication_fakes import Answers
 
 
 def rows(*keys: str) -> list[tuple[Any, ...]]:

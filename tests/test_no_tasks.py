@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import uvloop
-from server_tools import Wire
 
 import kvtcp
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.server_tools import Wire
 
 OPERATIONS = 10_000
 LOOPS: dict[str, type[asyncio.AbstractEventLoop]] = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 
 from kvtcp.constants import MIB
 from kvtcp.protocol.link import (
@@ -36,6 +35,7 @@ from kvtcp.server import node_stats
 from kvtcp.server.node import NodeServer
 from kvtcp.storage.manifest import read_manifest
 from tests.crash_disk import CrashDisk
+from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 from tests.storage_tools import DIRECTORY, open_small
 
 __all__ = ["event_loop_policy"]

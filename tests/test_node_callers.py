@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy
-from test_node import link, node
-
 from kvtcp.protocol.link import ASK, BATCH, LINK_VERSION, REFUSED, TOLD, parse_told
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.server.node import NodeServer
+from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy
+from tests.test_node import link, node
 
 __all__ = ["event_loop_policy", "node"]
 pytestmark = BOTH_LOOPS

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from learning_tools import Link
-from server_tools import BOTH_LOOPS, event_loop_policy, until
 
 from kvtcp.constants import MIB
 from kvtcp.protocol.link import STATS
 from kvtcp.server import node_stats
 from kvtcp.server.node import NodeServer
+from tests.learning_tools import Link
+from tests.server_tools import BOTH_LOOPS, event_loop_policy, until
 from tests.storage_tools import new_disk, open_small
 
 __all__ = ["event_loop_policy"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import wire_golden
-
 from kvtcp.protocol import operations
 from kvtcp.protocol.messages import WRITES
 from kvtcp.protocol.operations import WRITE_NAMES, WRITE_OP_END
+from tests import wire_golden
 
 EFFECTS = {"SET", "REMOVE", "DEADLINE", "WIPE", "PATCH", "CLONE"}
 ARGUMENTS = {

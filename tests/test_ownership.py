@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from replication_fakes import make_map
 
 from kvtcp.config_store.keeper import MapKeeper
 from kvtcp.config_store.memory import MemoryConfigStore
@@ -13,6 +12,7 @@ from kvtcp.config_store.store import Outcome
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.server.ownership import CannotServe, Predecessor, check_store, found_map, own_map, wall_ms
 from kvtcp.server.supervisor import Found
+from tests.replication_fakes import make_map
 
 NODES = {"n1": ("h", 1), "n2": ("h", 2)}
 

@@ -7,14 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import wire_golden
-
 from kvtcp import constants
 from kvtcp.errors import CLASS_OF, Code
 from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder
 from kvtcp.protocol.messages import REQUESTS, parse_request, request_id
 from kvtcp.replication.gateway import LIMITS
+from tests import wire_golden
 
 TEXT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 

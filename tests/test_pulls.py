@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from learning_tools import Link, begin_transfer, hello
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
 
 from kvtcp.constants import KIB
 from kvtcp.protocol.framing import FrameEncoder
@@ -24,6 +22,8 @@ from kvtcp.storage.manifest import read_manifest
 from kvtcp.storage.snapshot import SnapshotFile, SnapshotHeader
 from kvtcp.storage.table import Table
 from tests.crash_disk import CrashDisk
+from tests.learning_tools import Link, begin_transfer, hello
+from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, until
 from tests.storage_tools import DIRECTORY, names, open_small
 
 __all__ = ["event_loop_policy"]

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from replication_fakes import make_map
 
 from kvtcp.constants import RECOVER_WAIT_MS
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
@@ -16,6 +15,7 @@ from kvtcp.replication import recovery
 from kvtcp.replication.cluster_map import LOST_DISK, ClusterMap
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, Recovery, StaleStore
+from tests.replication_fakes import make_map
 
 ENTRY = b"packed"
 

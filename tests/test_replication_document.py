@@ -43,7 +43,7 @@ def test_planted_bugs_of_the_store_exist() -> None:
     found = rows("| rule | planted bug in the store |")
     assert len(found) >= 4
     for _, bugs, test in found:
-        named = re.fullmatch(r"`(test_\w+)::(test_\w+)`", test)
+        named = re.fullmatch(r"`((?:\w+/)*test_\w+)::(test_\w+)`", test)
         assert named, test
         source = (TESTS / f"{named[1]}.py").read_text()
         names = [named[2], *names_in(bugs)]

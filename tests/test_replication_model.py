@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import replication_model, replication_model_rules
 from tests.replication_model import (
     CAPPED,
     EXHAUSTED,
@@ -23,7 +24,7 @@ from tests.replication_model_rules import DESTROYED, Node, Rules, Scope, State, 
 
 JOBS = 2
 SMALL = Scope(2, 2, ("put x",))
-SOURCES = [Path(__file__).with_name(f"replication_model{part}.py") for part in ("", "_rules")]
+SOURCES = [Path(module.__file__) for module in (replication_model, replication_model_rules)]
 
 
 @pytest.fixture(scope="module")

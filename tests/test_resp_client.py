@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from fuzz_resp import array
-from resp_tools import Error, World, one, parse
 
 from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX, KEY_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.resp.client import LARGE_REPLY_BYTES, RUN_BYTES, TURN_BYTES_MAX
+from tests.fuzz_resp import array
+from tests.resp_tools import Error, World, one, parse
 
 
 def test_replies_in_order() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from resp_tools import Error, World
 
 from kvtcp.resp.commands import COMMANDS, IMMEDIATE, CommandSpec
+from tests.resp_tools import Error, World
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

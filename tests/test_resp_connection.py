@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from resp_tools import Client, Error, Status, World, one, parse
 
 from kvtcp import __version__
 from kvtcp.constants import NAME_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.resp.commands import COMMANDS
 from kvtcp.resp.connection import REDIS_VERSION, WORDS_MAX
+from tests.resp_tools import Client, Error, Status, World, one, parse
 
 
 def flat(pairs: dict[bytes, object]) -> list[object]:

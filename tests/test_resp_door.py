@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from resp_tools import SHARDS, World
 
 from kvtcp.constants import SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.resp.plan import CommandError
+from tests.resp_tools import SHARDS, World
 
 
 def test_clients_are_numbered() -> None:

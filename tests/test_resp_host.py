@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from resp_tools import parse
-from server_tools import Wire, until
 
 import kvtcp
 from kvtcp.resp.replies import encode
 from kvtcp.server.resp_host import RespHost
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.resp_tools import parse
+from tests.server_tools import Wire, until
 
 
 def facts_of(text: bytes) -> dict[str, str]:

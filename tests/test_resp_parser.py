@@ -8,10 +8,10 @@ import time
 import tracemalloc
 
 import pytest
-from fuzz_resp import Model, StepParser, array, fuzz, model_words, run, small_limits
 
 from kvtcp.constants import KIB, RESP_ARGUMENTS_MAX, RESP_COMMAND_BYTES_MAX, RESP_LINE_BYTES_MAX, VALUE_BYTES_MAX
 from kvtcp.resp.parser import Command, RespParser, split_line
+from tests.fuzz_resp import Model, StepParser, array, fuzz, model_words, run, small_limits
 
 INPUTS = 20_000
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from resp_tools import SHARDS, Client, Error, World, one, parse
 
 from kvtcp.constants import KEY_BYTES_MAX, PAGE_ITEMS_MAX, RESP_KEYS_BYTES_MAX, SCAN_CURSOR_IDLE_MS, SCAN_CURSORS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.resp.patterns import PATTERN_BYTES_MAX
+from tests.resp_tools import SHARDS, Client, Error, World, one, parse
 
 
 def scan(client: Client, cursor: int, *options: str) -> tuple[int, list[bytes]]:

@@ -9,10 +9,6 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from fuzz_resp import array
-from fuzz_resp_sockets import attack
-from resp_tools import Error, parse
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, healthy, until
 
 import kvtcp
 from kvtcp.constants import (
@@ -28,6 +24,10 @@ from kvtcp.server import caps
 from kvtcp.server import coordinator as coordinator_module
 from kvtcp.server.resp_session import RespSession
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.fuzz_resp import array
+from tests.fuzz_resp_sockets import attack
+from tests.resp_tools import Error, parse
+from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, healthy, until
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

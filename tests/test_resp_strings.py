@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from resp_tools import Error, Status, World, parse
 
 from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, MGET_KEYS_BYTES_MAX, MULTI_KEYS_MAX, RESP_KEYS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
+from tests.resp_tools import Error, Status, World, parse
 
 CELL = [b"value", 7, None]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from resp_tools import Client, Error, NilArray, Status, World, parse
 
 from kvtcp.constants import (
     ARRAY_ITEMS_MAX,
@@ -17,6 +16,7 @@ from kvtcp.constants import (
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.resp.transactions import UNKNOWN
+from tests.resp_tools import Client, Error, NilArray, Status, World, parse
 
 ABORTED = "EXECABORT Transaction discarded because of previous errors."
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from replication_fakes import Cluster
 
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_SHARDS_MAX, READ_RETRY_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
@@ -16,6 +15,7 @@ from kvtcp.replication.multi_read import count_read, mget_read
 from kvtcp.replication.progress import LinkError
 from kvtcp.replication.sequencer import Sequencer
 from kvtcp.replication.shard_state import LINK_LOST
+from tests.replication_fakes import Cluster
 
 # --- links ------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 
 import kvtcp
 from kvtcp.errors import Code
@@ -15,6 +14,7 @@ from kvtcp.server import caps
 from kvtcp.server.caps import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
 from kvtcp.server.sessions import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.server_tools import BOTH_LOOPS, Wire, event_loop_policy, pack, until
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from replication_fakes import Cluster
 
 from kvtcp.replication.shard_state import IGNORE, ShardState
+from tests.replication_fakes import Cluster
 
 DAMAGE: list[tuple[str, Callable[[ShardState], object]]] = [
     ("commit is at most", lambda shard: setattr(shard, "commit", 9)),

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shell_fakes import Shell
 
 from kvtcp.shell.main import connect_to, main
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.shell_fakes import Shell
 
 
 class RealShell(Shell):

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from shell_fakes import Shell
 
 from kvtcp.errors import DataError, Unavailable
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.storage import backup
+from tests.shell_fakes import Shell
 
 
 @pytest.fixture

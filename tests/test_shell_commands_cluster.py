@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from shell_fakes import FakeClient, Moving, Shell
 
 from kvtcp.errors import AdminError
 from kvtcp.shell import wait
@@ -14,6 +13,7 @@ from kvtcp.shell.commands import take_command
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import Exit, Refused
 from kvtcp.shell.parser import split_line
+from tests.shell_fakes import FakeClient, Moving, Shell
 
 
 @pytest.fixture

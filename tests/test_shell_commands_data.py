@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from shell_fakes import FakeClient, Shell
 
 from kvtcp.errors import Code, OutcomeUnknown, RequestError, Unavailable
+from tests.shell_fakes import FakeClient, Shell
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import io
 from pathlib import Path
 
 import pytest
-from shell_fakes import FakeClient, Shell
 
 from kvtcp.constants import VALUE_BYTES_MAX
 from kvtcp.errors import Unavailable
 from kvtcp.shell.context import Context
 from kvtcp.shell.exits import UsageError
 from kvtcp.shell.parser import word_of_argument
+from tests.shell_fakes import FakeClient, Shell
 
 
 def make(client: FakeClient, *, stdin: bytes = b"", terminal: bool = False) -> Context:

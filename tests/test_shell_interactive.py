@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from shell_fakes import FakeClient, Shell
 
 from kvtcp.errors import OutcomeUnknown, Unavailable
 from kvtcp.shell import interactive
 from kvtcp.shell.context import Context
 from kvtcp.shell.interactive import PlainFront, PromptFront, completions, history_file, path_before, run_session
+from tests.shell_fakes import FakeClient, Shell
 
 ADDRESS = "kvtcp://127.0.0.1:8000"
 
@@ -216,9 +216,9 @@ def test_history_file(monkeypatch: pytest.MonkeyPatch) -> None:
 WITHOUT_PROMPT_TOOLKIT = """
 import fcntl, sys, termios
 sys.modules["prompt_toolkit"] = None
-sys.path[:0] = ["tests"]
+sys.path[:0] = ["."]
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from shell_fakes import FakeClient
+from tests.shell_fakes import FakeClient
 from kvtcp.shell.main import main
 sys.exit(main([], connect=FakeClient().connect))
 """

@@ -7,17 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-from shell_fakes import Shell
 
 from kvtcp import __version__
 from kvtcp.shell.commands import TABLE, group
 from kvtcp.shell.exits import MEANINGS, UsageError
 from kvtcp.shell.main import parse_arguments
+from tests.shell_fakes import Shell
 
 PROGRAM = Path(__file__).parent.parent / "bin" / "kvtcp-shell"
 FAKE = (
-    "import sys; sys.path[:0] = ['tests']\n"
-    "from shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
+    "import sys; sys.path[:0] = ['.']\n"
+    "from tests.shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
     "client = FakeClient()\n"
 )
 

@@ -1,10 +1,10 @@
 """One command: errors become sentences and codes, bugs do not."""
 
 import pytest
-from shell_fakes import Shell
 
 from kvtcp.errors import BatchError, Code, DataError, Unavailable
 from kvtcp.shell.run import sentence
+from tests.shell_fakes import Shell
 
 
 @pytest.mark.parametrize(

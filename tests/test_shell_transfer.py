@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shell_fakes import FakeClient, Shell
 
 from kvtcp.constants import IMPORT_CHUNK_BYTES, IMPORT_CHUNK_RECORDS, IMPORT_CHUNKS_MAX, JSON_LINE_BYTES_MAX
 from kvtcp.errors import BatchError, Code, DataError, OutcomeUnknown, RequestError, Unavailable
 from kvtcp.jsonl import encode_pair
 from kvtcp.shell.transfer import ChunkBuilder, LineReader, Sender
+from tests.shell_fakes import FakeClient, Shell
 
 
 @pytest.fixture
@@ -323,8 +323,8 @@ def test_progress_on_a_terminal(shell: Shell, tmp_path: Path) -> None:
 def test_interrupt_does_not_wait_for_a_pipe() -> None:
     """Ctrl-C ends an import whose pipe never ends, with 130, and tells what was written."""
     program = (
-        "import sys; sys.path[:0] = ['tests']\n"
-        "from shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
+        "import sys; sys.path[:0] = ['.']\n"
+        "from tests.shell_fakes import FakeClient; from kvtcp.shell.main import main\n"
         "sys.exit(main(['import', '-'], connect=FakeClient().connect))"
     )
     process = subprocess.Popen(

@@ -6,11 +6,11 @@ import asyncio
 import io
 
 import pytest
-from shell_fakes import Moving
 
 from kvtcp.errors import Code, DataError, OutcomeUnknown, Unavailable
 from kvtcp.shell.context import Context, Streams
 from kvtcp.shell.wait import SILENCE_S, Left, moving_left, node_left, until_moved
+from tests.shell_fakes import Moving
 
 
 class Clock:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import until
 
 import kvtcp
 from kvtcp.protocol.hashing import shard_of
@@ -14,6 +13,7 @@ from kvtcp.replication.learner import Learner
 from kvtcp.replication.recovery import Recovery
 from kvtcp.server import status as module
 from kvtcp.testing.local_cluster import LocalCluster
+from tests.server_tools import until
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "administration.md"
 

@@ -10,13 +10,13 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_items import STAMP, as_item, string_items
 
 from kvtcp.constants import INTEGER_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
 from kvtcp.storage.strings import DECIMAL_BYTES_MAX, decimal_of, patched
 from kvtcp.storage.table import Table
+from tests.table_items import STAMP, as_item, string_items
 
 ENTRY_BYTES = 64  # of an entry beyond its item
 SUM_BYTES_MAX = 330  # a sign, 309 digits, a point, 17 places

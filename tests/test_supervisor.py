@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from server_tools import link_number
 
 import kvtcp
 from kvtcp.server import supervisor as module
@@ -23,6 +22,7 @@ from kvtcp.server.runtime import StartError, bind
 from kvtcp.server.supervisor import Found, NodeProcess, Supervisor, who_is_there
 from kvtcp.testing import LocalCluster
 from tests.process_cluster import free_ports, is_running
+from tests.server_tools import link_number
 
 
 @contextlib.asynccontextmanager

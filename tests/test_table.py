@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from table_items import HOT, KEYS, LIMITS, STAMP, Model, as_item, run_model, transactions, visible, write_items
 
 from kvtcp.constants import INTEGER_MAX, PURGE_KEYS_MAX, TTL_MS_MAX
 from kvtcp.errors import Code, DataError, ProtocolError
 from kvtcp.protocol import operations as op
 from kvtcp.storage.table import ChainError, SequenceError, Table
+from tests.table_items import HOT, KEYS, LIMITS, STAMP, Model, as_item, run_model, transactions, visible, write_items
 
 
 def plain(result: Any) -> Any:

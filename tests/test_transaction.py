@@ -6,7 +6,6 @@ from typing import Any
 
 import msgpack
 import pytest
-from table_items import STAMP
 
 from kvtcp.constants import MGET_VALUES_BYTES_MAX, MULTI_BYTES_MAX, TRANSACTION_COPY_BYTES_MAX, VALUE_BYTES_MAX
 from kvtcp.errors import Code, ProtocolError
@@ -14,6 +13,7 @@ from kvtcp.protocol import operations as op
 from kvtcp.storage import transaction
 from kvtcp.storage.table import Table
 from kvtcp.storage.transaction import result_bytes
+from tests.table_items import STAMP
 
 STORE_PLAIN = (op.NO_DEADLINE, 0, op.ALWAYS, None)
 

@@ -6,11 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from server_tools import pack
 
 from kvtcp.constants import FRAME_BYTES_MAX, LINK_FRAME_BYTES_MAX
 from kvtcp.errors import RequestError
 from kvtcp.server.transport import FramedConnection
+from tests.server_tools import pack
 
 
 class FakeTransport(asyncio.Transport):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from replication_fakes import Cluster
-
 from kvtcp.server.write_times import SAMPLES, WriteTimes
+from tests.replication_fakes import Cluster
 
 
 class Followed:

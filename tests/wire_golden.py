@@ -1,7 +1,7 @@
 """The wire, written down: `tests/golden/wire.txt` has every request, reply, code and number as text and hex.
 
 `test_messages.py` compares the file with what this module makes of the code. A difference is a change of the protocol:
-if it is meant, run `python tests/wire_golden.py`, look at the diff, and say in docs/protocol.md and the changelog what
+if it is meant, run `python -m tests.wire_golden`, look at the diff, and say in docs/protocol.md and the changelog what
 older clients will meet. Additions are harmless; a changed or vanished line breaks somebody.
 """
 
