@@ -12,7 +12,6 @@ from kvtcp.errors import Code
 from kvtcp.protocol.operations import (
     ADD,
     AUDIT,
-    CHAIN_AT,
     DELETE,
     DONATE,
     DROP,
@@ -94,7 +93,7 @@ def test_a_copy_is_completed_by_shipped_entries(donor: Replica, learner: Replica
 
 def test_a_copy_that_has_everything_is_live_at_once(donor: Replica, learner: Replica) -> None:
     """Without a single entry shipped, in the very batch that asks for it."""
-    answer, cell, position = batch(learner, 101, (LEARN, 0, 0, 2, 2), put(0, 3), (GET, 0, b"k3"), (CHAIN_AT, 0))[0:3]
+    answer, cell, (position,) = batch(learner, 101, (LEARN, 0, 0, 2, 2), put(0, 3), (GET, 0, b"k3"), (AUDIT, [0]))
     assert answer[:2] == ["d1", 1] and cell == (b"v", 3, None) and position[0] == 3
     assert learner.take_learned() == [0] and learner.take_learned() == [] and not learner.learning
 

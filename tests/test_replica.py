@@ -12,7 +12,7 @@ from kvtcp.protocol.operations import (
     ADD,
     ANY_KEY,
     APPEND,
-    CHAIN_AT,
+    AUDIT,
     COUNT,
     DEADLINE_OF,
     DELETE,
@@ -132,11 +132,11 @@ def test_reads_and_writes_in_order(replica: Replica) -> None:
         replica, 110,
         (GET, 0, b"a"), (PUT, 0, 2, 0, b"a", b"new"), (GET, 0, b"a"), (ADD, 0, 3, 1, b"c", b"vc"),
         (ADD, 0, 4, 1, b"c", b"again"), (EXISTS, 0, b"c"), (EXISTS, 0, b"x"), (TTL, 1, b"b"), (TTL, 0, b"x"),
-        (COUNT, [0, 1], b"", None), (CHAIN_AT, 0),
+        (COUNT, [0, 1], b"", None), (AUDIT, [0]),
     )  # fmt: skip
     assert results[:3] == [(b"va", 1, None), (b"new", 2, None), 3]
     assert results[3][0] == Code.EXISTS
-    assert results[4:] == [[3], None, (1, 40), None, 3, (4, replica.tables[0].chain)]
+    assert results[4:] == [[3], None, (1, 40), None, 3, [(4, replica.tables[0].chain)]]
     assert replica.applied == 13 and replica.operations == 13
 
 

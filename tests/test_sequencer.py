@@ -9,7 +9,7 @@ import pytest
 
 from kvtcp.constants import PURGE_INTERVAL_MS, PURGE_SHARDS_MAX, READ_RETRY_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import ADD, CHAIN_AT, DELETE, GET, INCR, PURGE, PUT
+from kvtcp.protocol.operations import ADD, AUDIT, DELETE, GET, INCR, PURGE, PUT
 from kvtcp.replication import progress
 from kvtcp.replication.multi_read import count_read, mget_read
 from kvtcp.replication.progress import LinkError
@@ -295,13 +295,13 @@ def test_nodes_are_not_told_while_a_shard_is_not_served() -> None:
 def test_control_item_of_a_lost_node_fails() -> None:
     """Nobody else can answer it, also when it was looked at by the retry before; a node that is down takes none."""
     cluster = Cluster(shards=1)
-    assert cluster.sequencer.control("n1", (CHAIN_AT, 0), [0], cluster.answers, "control")
+    assert cluster.sequencer.control("n1", (AUDIT, [0]), [0], cluster.answers, "control")
     cluster.apply("n1")
     cluster.tick(READ_RETRY_MS)
     cluster.tick()
     cluster.down("n1")
     assert cluster.answers.failed["control"][0] == Code.UNKNOWN
-    assert not cluster.sequencer.control("n1", (CHAIN_AT, 0), [0], cluster.answers, "refused")
+    assert not cluster.sequencer.control("n1", (AUDIT, [0]), [0], cluster.answers, "refused")
     cluster.down("n1", "still away")
     assert cluster.sequencer.links["n1"].reason == "still away"
 
@@ -312,7 +312,7 @@ def test_a_call_is_called_once() -> None:
     told: list[Any] = []
     link = cluster.sequencer.links["n1"]
     for number in range(2):
-        cluster.sequencer.call(link, (CHAIN_AT, 0), lambda result, number=number: told.append((number, result)))
+        cluster.sequencer.call(link, (AUDIT, [0]), lambda result, number=number: told.append((number, result)))
     cluster.apply("n1")
     cluster.sequencer.on_results("n1", 0, 0, [(0, 0)], [])
     cluster.tick(READ_RETRY_MS)
@@ -324,11 +324,11 @@ def test_control_item_is_answered_at_commit() -> None:
     """A table position of one node is handed out when the others have it too."""
     cluster = Cluster(shards=1)
     cluster.put("w")
-    assert cluster.sequencer.control("n1", (CHAIN_AT, 0), [0], cluster.answers, "control")
+    assert cluster.sequencer.control("n1", (AUDIT, [0]), [0], cluster.answers, "control")
     cluster.pump("n1", "n2")
     assert not cluster.answers.ok
     cluster.pump("n3")
-    assert cluster.answers.ok["control"] == (1, cluster.replicas["n2"].tables[0].chain)
+    assert cluster.answers.ok["control"] == [(1, cluster.replicas["n2"].tables[0].chain)]
 
 
 @pytest.mark.parametrize(

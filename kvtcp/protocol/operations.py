@@ -101,13 +101,13 @@ MGET: Final = 69  # [op, [[shard, key], ...]] -> [cell or nil, ...] as GET
 ANY_KEY: Final = 71  # [op, shards, number] -> [key or nil, keys]: one of all keys, each equally likely if the number is
 # control items, also in the link's order
 FREEZE: Final = 80  # [op, shards, backup name, directory] -> nil; the file is reported by a BACKUP frame later
-CHAIN_AT: Final = 81  # [op, shard] -> [seq, chain]: the position here in the link's order; nil = no live copy
 LEARN: Final = 82  # [op, shard, fresh, last_seq] -> [disk, generation, complete, epoch, seq, chain] or nil
 UNLEARN: Final = 83  # [op, shard] -> nil
 DROP: Final = 84  # [op, shard] -> nil
 DONATE: Final = 85  # [op, shard, token, seq_min] -> [epoch, seq, chain, keys]; nil = no live copy
 RESULTS_OF: Final = 86  # [op, shard, [seq, ...]] -> [[result] or nil, ...]
-AUDIT: Final = 87  # [op, [shard, ...]] -> [[seq, chain] or nil, ...]
+# [op, [shard, ...]] -> [[seq, chain] or nil, ...]: the positions here in the link's order; nil = no live copy
+AUDIT: Final = 87
 
 # effects of an entry: [kind, key, ...]
 SET: Final = 1  # [SET, key, value, deadline_ms or nil]; the revision is the entry's number

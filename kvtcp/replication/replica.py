@@ -34,7 +34,6 @@ from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import (
     ANY_KEY,
     AUDIT,
-    CHAIN_AT,
     COUNT,
     DEADLINE_OF,
     DONATE,
@@ -285,8 +284,6 @@ class Replica(CopySet):
             return sum(tables[shard].count(item[2], item[3], stamp_ms) for shard in item[1])
         if op == MGET:
             return self._mget(item[1], stamp_ms)
-        if op == CHAIN_AT:
-            return self._audit(item[1])
         if op == FREEZE:
             _, shards, name, directory = item
             frozen = [tables[shard].freeze() for shard in shards]
