@@ -11,7 +11,7 @@ from kvtcp import constants
 from kvtcp.errors import CLASS_OF, Code
 from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder
-from kvtcp.protocol.messages import REQUESTS, parse_request, request_id
+from kvtcp.protocol.messages import REQUESTS, request_id
 from kvtcp.replication.gateway import LIMITS
 from tests import wire_golden
 
@@ -53,7 +53,8 @@ def test_the_example_is_true() -> None:
         assert decoder.buffered_bytes == 0
         assert as_text(message) == json.loads(shown)
         if direction == ">":
-            waiting[request_id(message)] = parse_request(message)[0]
+            REQUESTS[message[1]](message)
+            waiting[request_id(message)] = message[1]
         else:
             op = waiting.pop(message[0])
             assert message[1] in list(Code)

@@ -14,7 +14,7 @@ from kvtcp.constants import PROTOCOL_VERSION
 from kvtcp.errors import CLASS_OF, Code
 from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
-from kvtcp.protocol.messages import make_cursor, parse_request
+from kvtcp.protocol.messages import REQUESTS, make_cursor
 
 GOLDEN = Path(__file__).parent / "golden" / "wire.txt"
 
@@ -136,7 +136,7 @@ def wire_text() -> str:
     for form, results in REQUEST_FORMS:
         frame = encoder.encode([1, *form])
         (message,) = decoder.feed(frame)
-        lines += ["", f"{form!r}", f"> {frame.hex()}", f"= {parse_request(message)[1]!r}"]
+        lines += ["", f"{form!r}", f"> {frame.hex()}", f"= {REQUESTS[message[1]](message)!r}"]
         lines += [f"< {encoder.encode([1, int(Code.OK), result]).hex()}  {result!r}" for result in results]
     lines += ["", "## other replies"]
     for reply in ([1, int(Code.PROGRESS), {"done": 1}], [1, int(Code.MISMATCH), "sentence", {"rev": 7}]):

@@ -2,8 +2,7 @@
 
 Pure. A request is `[id, op, ...args]`; `REQUESTS[op](message)` returns its arguments as one tuple, in the order and
 with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the
-limit. `parse_request(message)` does the same for an operation that may be unknown. `id` is checked by `request_id`:
-without it there is nobody to answer, so its error closes the connection.
+limit. `id` is checked by `request_id`: without it there is nobody to answer, so its error closes the connection.
 
 Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the last), `[id, code, message, details]`.
 `docs/protocol.md` shows the whole table with results and errors for people who write a client.
@@ -421,13 +420,3 @@ WRITES: Final = frozenset({b"put", b"add", b"delete", b"cas", b"incr", b"mput", 
 CHANGES: Final = frozenset(
     {b"node_add", b"node_drain", b"node_undrain", b"node_remove", b"node_forget", b"rebalance", b"shard_accept_loss"}
 )
-
-
-def parse_request(message: Message) -> tuple[bytes, tuple[Any, ...]]:
-    """Operation and checked arguments of a message that has an id. Raises RequestError, UNKNOWN_OP among them."""
-    op = message[1]
-    checker = REQUESTS.get(op) if type(op) is bytes else None
-    if checker is None:
-        shown = show_bytes(op) if type(op) is bytes else _kind(op)
-        raise RequestError(f"unknown operation {shown}", Code.UNKNOWN_OP)
-    return op, checker(message)
