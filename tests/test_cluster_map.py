@@ -233,23 +233,6 @@ def test_random_edits(
             assert len(set(row) - set(old_row)) <= 1 and len(set(old_row) - set(row)) <= 1, "one member at a time"
 
 
-def test_json_of_a_map_without_learners() -> None:
-    """A map of the version before has none of the new fields: its members are where they shall be."""
-    cluster_map = replace(make_map(3, 2, shards=5), version=9, epoch=4)
-    older = json.loads(cluster_map.to_json())
-    for name in ("wanted", "draining", "destroyed", "last_node", "heard"):
-        del older[name]
-    older["heard_version"] = 8
-    heard = {"n1": 8, "n2": 8, "n3": 8}
-    assert ClusterMap.from_json(json.dumps(older).encode()) == replace(cluster_map, heard=heard)
-    older["nodes"]["n3"] = "here"
-    with pytest.raises(MapError, match="nodes of the cluster map cannot be"):
-        ClusterMap.from_json(json.dumps(older).encode())
-    del older["nodes"]
-    with pytest.raises(MapError, match="has no nodes"):
-        ClusterMap.from_json(json.dumps(older).encode())
-
-
 def test_other_ids_than_numbered_ones() -> None:
     """Ids that are not an n and a number do not count as given."""
     made = ClusterMap.found(

@@ -33,7 +33,7 @@ def test_write_and_read(tmp_path: Path) -> None:
 
 
 def test_spawned_nodes(tmp_path: Path) -> None:
-    """The coordinator's has the nodes that it spawned, one of an older version has not; anything else is damage."""
+    """The coordinator's has the nodes that it spawned, but not after --recover-map; anything else is damage."""
     fields: dict[str, Any] = {"cluster": "c", "secret": "s"}
     for spawned in ({}, {"local": []}, {"local": ["n1", "n3"]}):
         write_identity(tmp_path, "coordinator", fields | spawned)

@@ -14,8 +14,7 @@ the `stamp_bound_ms` that was stored when it was made; an id of a node is never 
 comes after one that was removed. `factor` may exceed the number of nodes after a node was removed.
 
 As JSON the fields are those of the class, `nodes` as {id: [host, port]}, `members` as a list of [node, disk] for each
-shard, `wanted` as a list of nodes for each, `restoring` in hexadecimal. A map without all of `wanted`, `draining`,
-`destroyed` and `last_node` is of a version that had none of them: its members are where they shall be.
+shard, `wanted` as a list of nodes for each, `restoring` in hexadecimal.
 """
 
 from __future__ import annotations
@@ -262,17 +261,13 @@ class ClusterMap:
         if type(found) is not dict:
             raise MapError("the cluster map is not a JSON object")
         names = {each.name for each in fields(cls)}
-        is_older = not found.keys() & _SINCE_LEARNERS
-        for name in sorted(names - found.keys() - (_SINCE_LEARNERS if is_older else set())):
+        for name in sorted(names - found.keys()):
             raise MapError(f"the cluster map has no {name}")
-        for name in sorted(found.keys() - names - ({"heard_version"} if is_older else set())):
+        for name in sorted(found.keys() - names):
             raise MapError(f"the cluster map has {name}, which this version does not know")
         for name, is_right in _FIELDS.items():
-            if name in found and not is_right(found[name]):
+            if not is_right(found[name]):
                 raise MapError(f"{name} of the cluster map cannot be {_shown(found[name])}")
-        if is_older:
-            found |= _before_learners(found)
-            found.pop("heard_version", None)
         nodes = {node: (host, port) for node, (host, port) in found["nodes"].items()}
         members = tuple(tuple((node, disk) for node, disk in row) for row in found["members"])
         restoring = found["restoring"]
@@ -306,22 +301,12 @@ class ClusterMap:
                 raise MapError(f"wanted of the cluster map has a wrong row for shard {shard}: {_shown(wanted)}")
 
 
-# fields that maps of the versions without learners do not have
-_SINCE_LEARNERS: Final = frozenset(("wanted", "draining", "destroyed", "last_node", "heard"))
 _NUMBERED: Final = re.compile("n([1-9][0-9]*)")
 
 
 def last_number(nodes: Iterable[str]) -> int:
     """The highest number of the ids that are an n and a number; 0 if there are none."""
     return max((int(found[1]) for node in nodes if (found := _NUMBERED.fullmatch(node))), default=0)
-
-
-def _before_learners(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Those fields of a map that has none of them."""
-    wanted = [[node for node, _ in row] for row in found["members"]]
-    heard = dict.fromkeys(found["nodes"], found.get("heard_version", 0))
-    last_node = last_number(found["nodes"])
-    return {"wanted": wanted, "draining": [], "destroyed": [], "last_node": last_node, "heard": heard}
 
 
 def _is_text(value: Any) -> bool:

@@ -6,9 +6,9 @@ node. It is written with temp file, fsync, rename and directory fsync, and read 
     coordinator  {"format": 1, "role": "coordinator", "cluster", "secret", "local"}
     node         {"format": 1, "role": "node", "cluster", "secret", "node"}
 
-`local` lists the nodes that the coordinator spawned: others of the cluster were started elsewhere. An identity of an
-older version does not have it. Everything else that a coordinator has to know of its cluster is in the cluster map,
-beside it in `map.json`.
+`local` lists the nodes that the coordinator spawned: others of the cluster were started elsewhere. An identity that
+--recover-map has put together from those of the nodes does not have it before the next start. Everything else that a
+coordinator has to know of its cluster is in the cluster map, beside it in `map.json`.
 
 A directory is locked (`lock` file, flock) while a process uses it, so that two can never believe they own it. The lock
 ends with its process, however that ends, so "is it locked" is also the answer to "does the process still run"; the file

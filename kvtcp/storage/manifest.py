@@ -13,7 +13,7 @@ I/O shell (`files`) around a small JSON file, replaced whole: temporary file, fs
         "durable_lsn"   highest LSN known to be on the disk then: a log that ends before it was cut
         "shards"        {number: [disk, generation, complete, reason]}      the copies; see copy.py
         "generations"   {number: generation}    highest ever given to a copy of that shard here, also to one that was
-                        dropped: the log may have its entries. May be missing: then those of "shards" are
+                        dropped: the log may have its entries. A shard that is missing never had another copy
     }}
 
 Invariant: a report to a coordinator says nothing that a restart would not say again, so promise and copies are written
@@ -74,9 +74,8 @@ class Manifest:
             "segment": self.segment,
             "durable_lsn": self.durable_lsn,
             "shards": {str(shard): list(row) for shard, row in sorted(self.shards.items())},
+            "generations": {str(shard): number for shard, number in sorted(self.generations.items())},
         }
-        if self.generations:
-            node["generations"] = {str(shard): number for shard, number in sorted(self.generations.items())}
         content = {"format": MANIFEST_FORMAT_VERSION, "crc32": _sum(node), "node": node}
         return json.dumps(content, indent=1).encode()
 
@@ -108,7 +107,7 @@ class Manifest:
                 segment=node["segment"],
                 durable_lsn=node["durable_lsn"],
                 shards={int(shard): (row[0], row[1], row[2], row[3]) for shard, row in node["shards"].items()},
-                generations={int(shard): number for shard, number in node.get("generations", {}).items()},
+                generations={int(shard): number for shard, number in node["generations"].items()},
             )
         except FormatError:
             raise
