@@ -132,7 +132,7 @@ def test_directories(tmp_path: Path) -> None:
         OS_DISK.create(deep / name).close()
     assert OS_DISK.list(deep) == ["c", "z"]
     OS_DISK.rename(deep, tmp_path / "n")
-    assert OS_DISK.is_directory(tmp_path / "n") and not OS_DISK.exists(deep)
+    assert (tmp_path / "n").is_dir() and not OS_DISK.exists(deep)
     OS_DISK.remove(tmp_path / "n" / "c")
     OS_DISK.remove(tmp_path / "n" / "c")
     assert OS_DISK.list(tmp_path / "n") == ["z"]

@@ -90,7 +90,7 @@ class FreezeMachine(RuleBasedStateMachine):
             while rows := frozen.next_rows(5):
                 seen += rows
             assert seen == expected
-            assert frozen.saved_count == 0
+            assert len(frozen._saved) == 0
         assert not self.table._frozen
 
 
@@ -113,11 +113,11 @@ def test_one_cell_is_saved_per_changed_key() -> None:
     for _ in range(3):
         for key in (b"00010", b"00060", b"00070", b"new", b"00055x"):
             table.apply([op.PUT, 0, table.seq + 1, 0, key, b"new"], 0)
-    assert frozen.saved_count == 4
+    assert len(frozen._saved) == 4
     assert [row[1] for row in frozen.next_rows(30)] == [b"old"] * 29
-    assert frozen.saved_count == 1
+    assert len(frozen._saved) == 1
     assert len(frozen.next_rows(30)) == 21
-    assert (frozen.saved_count, frozen.next_rows(1)) == (0, [])
+    assert (len(frozen._saved), frozen.next_rows(1)) == (0, [])
 
 
 def test_keys_inserted_after_the_end_do_not_prolong_a_scan() -> None:
@@ -127,7 +127,7 @@ def test_keys_inserted_after_the_end_do_not_prolong_a_scan() -> None:
     for number in range(500):
         table.apply([op.PUT, 0, table.seq + 1, 0, b"9%05d" % number, b"new"], 0)
     assert len(frozen.next_rows(10)) == 3
-    assert frozen.saved_count == 0
+    assert len(frozen._saved) == 0
     assert frozen.next_rows(10) == []
 
 

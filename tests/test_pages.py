@@ -149,4 +149,4 @@ def test_frozen_shards_are_merged_in_order(rows_per_slice: int) -> None:
         for table in tables[:3]:
             table.apply([op.DELETE, table.shard, table.seq + 1, 0, b"%04d" % ((len(seen) * 37) % 600)], STAMP)
     assert seen == [(key, *rows[key]) for key in sorted(rows)]
-    assert all(frozen.saved_count == 0 and frozen.rows_left == 0 for frozen in frozens)
+    assert all(len(frozen._saved) == 0 and frozen.rows_left == 0 for frozen in frozens)

@@ -9,17 +9,16 @@ The coordinator calls, in this order: `begin_backup`; every node writes its file
 of the directory is the only thing that makes a backup exist. So a crash or a disk error at any point leaves either
 no backup or a complete one.
 
-Checking and reading (`verify`, `read_pairs`, `list_backups`) need no server. Whatever is in the directory, they give an
-answer or a DataError that names the file; an error of the disk while reading is a DataError too.
+Checking and reading (`verify`, `read_pairs`) need no server. Whatever is in the directory, they give an answer or a
+DataError that names the file; an error of the disk while reading is a DataError too.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import heapq
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -36,9 +35,9 @@ from kvtcp.storage.backup_manifest import MANIFEST_NAME, NODE_FILE, FileReport, 
 from kvtcp.storage.files import OS_DISK, Disk
 
 __all__ = [
-    "BackupInfo", "ContentHash", "FileReport", "Manifest", "NodeFileWriter", "ShardCut", "ShardSum", "VerifyReport",
-    "backup_name_from_time", "begin_backup", "check_backup_name", "content_hash", "discard", "list_backups",
-    "node_file_name", "publish", "read_manifest", "read_pairs", "verify", "write_manifest",
+    "FileReport", "Manifest", "NodeFileWriter", "ShardCut", "ShardSum", "VerifyReport",
+    "backup_name_from_time", "begin_backup", "check_backup_name", "discard", "node_file_name", "publish",
+    "read_manifest", "read_pairs", "verify", "write_manifest",
 ]  # fmt: skip
 
 DISCARD_TRIES: Final = 5  # each node disturbs it once at most, with its one file
@@ -55,19 +54,6 @@ class VerifyReport:
     shards: int
     cluster: str
     created: str
-
-
-@dataclass(frozen=True, slots=True)
-class BackupInfo:
-    """A line of the list of backups, from the manifest alone. `error` is the sentence if that cannot be read."""
-
-    name: str
-    path: Path
-    created: str
-    cluster: str
-    pairs: int
-    bytes: int
-    error: str | None
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -214,53 +200,3 @@ def read_pairs(directory: Path, prefix: bytes = b"", disk: Disk = OS_DISK) -> It
 def _with_prefix(pairs: Iterator[Pair], prefix: bytes) -> Iterator[Pair]:
     # keys with a common prefix are neighbours in key order, and the prefix itself is the lowest of them
     return takewhile(lambda pair: pair.key.startswith(prefix), dropwhile(lambda pair: pair.key < prefix, pairs))
-
-
-class ContentHash:
-    """A hash of pairs in key order, over keys and values alone.
-
-    Restored pairs have new revisions and less time to live, so only keys and values can be compared with a backup.
-    It is the sha256 over, for every pair: length of the key (4 bytes, big-endian), key, length of the value, value.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0  # pairs added
-        self._sha256 = hashlib.sha256()
-
-    def add(self, key: bytes, value: bytes) -> None:
-        """Adds one pair."""
-        self.count += 1
-        self._sha256.update(b"%b%b%b%b" % (len(key).to_bytes(4, "big"), key, len(value).to_bytes(4, "big"), value))
-
-    def hexdigest(self) -> str:
-        """The hash of the pairs so far."""
-        return self._sha256.hexdigest()
-
-
-def content_hash(pairs: Iterable[Pair]) -> tuple[int, str]:
-    """Number and `ContentHash` of pairs in key order."""
-    content = ContentHash()
-    for pair in pairs:
-        content.add(pair.key, pair.value)
-    return content.count, content.hexdigest()
-
-
-def list_backups(backup_dir: Path, disk: Disk = OS_DISK) -> list[BackupInfo]:
-    """The published backups, sorted by name; none if there is no such directory.
-
-    One whose manifest cannot be read is listed with its error. Raises OSError if the directory itself cannot be read.
-    """
-    infos = []
-    for name in disk.list(backup_dir) if disk.exists(backup_dir) else []:
-        path = backup_dir / name
-        if not _NAME.fullmatch(name) or not disk.is_directory(path):
-            continue
-        try:
-            manifest = read_manifest(path, disk)
-        except DataError as error:
-            infos.append(BackupInfo(name, path, "", "", 0, 0, error.message))
-        else:
-            infos.append(
-                BackupInfo(name, path, manifest.created, manifest.cluster, manifest.pairs, manifest.bytes, None)
-            )
-    return infos

@@ -64,9 +64,6 @@ class Disk(Protocol):
     def exists(self, path: Path) -> bool:
         """Whether there is anything under that name."""
 
-    def is_directory(self, path: Path) -> bool:
-        """Whether there is a directory under that name."""
-
     def make_directory(self, directory: Path) -> None:
         """Makes `directory` and missing parents, each durable in the one above it; fine if it is there."""
 
@@ -149,10 +146,6 @@ class OsDisk:
     def exists(self, path: Path) -> bool:
         """Whether there is anything under that name, a dangling link too."""
         return os.path.lexists(path)
-
-    def is_directory(self, path: Path) -> bool:
-        """Whether there is a directory under that name."""
-        return path.is_dir()
 
     def make_directory(self, directory: Path) -> None:
         """Makes `directory` and missing parents."""

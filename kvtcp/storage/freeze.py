@@ -37,11 +37,6 @@ class Frozen:
         self._saved: dict[bytes, Cell | None] = {}  # changed and not passed: key -> cell at the position, None = absent
         self._saved_order = BTree()  # the keys of `_saved`
 
-    @property
-    def saved_count(self) -> int:
-        """Number of cells saved and not yet passed."""
-        return len(self._saved)
-
     def save(self, key: bytes, cell: Cell | None) -> None:
         """The table is about to change `key`, whose cell is `cell` (None: absent)."""
         if key >= self._lower and key not in self._saved:

@@ -91,8 +91,6 @@ class LogWriter:
         self.durable_lsn = 0  # highest LSN known to be on the disk; <= last_lsn
         self.last_lsn = 0  # of the last record prepared
         self.positions: dict[int, Position] = {}  # shard -> what of it is in the records prepared so far
-        self.bytes_written = 0  # by this process, for status
-        self.records_written = 0
         self._disk = disk
         self._directory = directory
         self._directory_id = directory_id
@@ -193,8 +191,6 @@ class LogWriter:
         self._under_way = False
         prepared.segment.is_written = True
         self.durable_lsn = prepared.durable_lsn
-        self.bytes_written += len(prepared.data) + len(prepared.header or b"")
-        self.records_written += 1
 
     def deletable(self, is_covered: Callable[[int, Position], bool]) -> list[Path]:
         """Take the oldest segments off the list for which `is_covered(shard, position)` says that nobody needs the
