@@ -10,7 +10,7 @@ MAIN_PORT ?= 8000
 BASE_PORT ?= 5000
 DATA_DIR ?= data
 
-.PHONY: run test lint types unit model fuzz sim mutants crash kills chaos redis-suite compiled pure bench bench-full
+.PHONY: run test test-all lint types unit slow model fuzz sim mutants crash kills chaos redis-suite compiled pure bench bench-full
 .PHONY: bench-check bench-report clean
 
 # kvtcp with the extras EXTRAS; a venv that was interrupted half-way, or whose Python is gone, is replaced
@@ -38,14 +38,22 @@ run: $(RUN_READY)
 
 test: lint types unit
 
+# with the tests that are marked slow: three minutes more
+test-all: test slow
+
 lint: $(READY)
 	$(BIN)/ruff check .
 
 types: $(READY)
 	$(BIN)/mypy
 
+# all tests but the slow ones; skipped ones are listed with their reasons
 unit: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
+	@echo 'Not run: tests marked slow (`make slow`), see README.md'
+
+slow: $(READY)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 # all scopes of the model of the replication rules: about ten minutes of one core; `make test` has the smaller ones
 model: $(READY)

@@ -83,6 +83,7 @@ def shell(url: str, *words: str) -> Any:
 # --- starts without some nodes ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_start_without_some_nodes(cluster: ProcessCluster) -> None:
     """The directory of one node is gone, that of another makes its process end at once: what is left serves, writes
     too, and they are in sync again when they can be. Only if too few are left the start is refused."""
@@ -188,6 +189,7 @@ def test_nodes_elsewhere(cluster: ProcessCluster) -> None:
 # --- more nodes, and fewer ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_local_nodes_and_fewer(cluster: ProcessCluster) -> None:
     """--num-nodes 5 on a cluster of three: two nodes more, which hold nothing before a rebalance; one is drained and
     removed; min_insync is raised and lowered at a start. A restart of everything finds all of it."""
@@ -239,7 +241,7 @@ def keys_of(url: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[int, str
     return {number: keys[number] for number in numbers}
 
 
-@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("factor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_accepted_losses(cluster: ProcessCluster, factor: int) -> None:
     """All copies of some shards are destroyed: these are down and say so, the others serve; when the loss is accepted
     they serve again, empty, with numbers above every number ever shown, and do so after the next start."""
@@ -276,7 +278,7 @@ def test_accepted_losses(cluster: ProcessCluster, factor: int) -> None:
     assert content(cluster.url) == left
 
 
-@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("factor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_node_is_forgotten(cluster: ProcessCluster, factor: int) -> None:
     """A node that cannot come back keeps shards down, as it may have what others lack, until it is declared destroyed:
     with a copy left nothing is lost; without one the loss is accepted, and the shards begin empty on other nodes."""

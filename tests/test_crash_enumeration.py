@@ -23,7 +23,7 @@ STATES_MIN = 2_000
 @pytest.mark.parametrize("durability", ["sync", "os"])
 def test_no_crash_loses_anything(durability: str) -> None:
     """Thousands of recovered states; the workload rotates, publishes snapshots and removes segments. None is wrong."""
-    states, workload = enumerate_crashes(4, 130, samples=10 if durability == "sync" else 6, durability=durability)
+    states, workload = enumerate_crashes(4, 130, samples=3 if durability == "sync" else 5, durability=durability)
     assert states >= STATES_MIN
     assert workload.seen["rotated"] >= 3, workload.seen
     assert workload.seen["published"] >= 3, workload.seen
@@ -34,7 +34,7 @@ def test_no_crash_loses_anything(durability: str) -> None:
 @pytest.mark.parametrize("durability", ["sync", "os"])
 def test_copies_come_and_go(durability: str) -> None:
     """Copies are replaced, dropped and made anew all the time: a crash leaves the old one as it was, or the new one."""
-    states, workload = enumerate_crashes(6, 130, samples=6, durability=durability, changes=True)
+    states, workload = enumerate_crashes(6, 130, samples=3, durability=durability, changes=True)
     assert states >= 1_000
     assert workload.seen["pulled"] >= 3, workload.seen
     assert workload.seen["changed"] >= 6, workload.seen

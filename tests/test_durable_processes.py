@@ -62,7 +62,7 @@ def check(directory: Path) -> tuple[int, str]:
 # --- restarts -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("durability", ["sync", "os"])
+@pytest.mark.parametrize("durability", ["sync", pytest.param("os", marks=pytest.mark.slow)])
 def test_a_stopped_cluster_has_its_data(cluster: ProcessCluster, durability: str) -> None:
     """Stop and start, twice: everything is there, also time to live, revisions go on, and the epoch went up."""
     command = cluster.start("--durability", durability)
@@ -108,7 +108,7 @@ def test_a_killed_node_comes_back_with_its_data(cluster: ProcessCluster) -> None
     assert "event=pulling" not in said, "no copy is made anew"
 
 
-@pytest.mark.parametrize(("durability", "factor"), [("sync", 3), ("os", 1)])
+@pytest.mark.parametrize(("durability", "factor"), [("sync", 3), pytest.param("os", 1, marks=pytest.mark.slow)])
 def test_kills_during_an_import(tmp_path: Path, durability: str, factor: int) -> None:
     """kill -9 of a node, of the coordinator and of all at once under load: every acknowledged record is there."""
     report = kill_run.run(tmp_path, 4, factor, durability, seed=11)
@@ -205,6 +205,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
     """Growing writes are refused before anything fails; reads and deletes go on; with space writes come back."""
     cluster = ProcessCluster(tmp_path, nodes=1)
@@ -276,6 +277,7 @@ def test_damage_is_named_and_kept(cluster: ProcessCluster) -> None:
     assert kept.read_bytes() == damaged, "what was damaged stays for people to look at"
 
 
+@pytest.mark.slow
 def test_an_older_copy_of_a_node(cluster: ProcessCluster) -> None:
     """The directory of a node is put back as it was before: it is no member, and alone it serves nothing rather than
     something old; when those with the data are back they serve, and it learns from them."""

@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import kvtcp
 from kvtcp.errors import Unavailable
 from kvtcp.storage.files import OS_DISK
@@ -121,6 +123,7 @@ async def empty_disk(directory: Path) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 async def test_three_nodes_become_five_and_three(tmp_path: Path) -> None:
     """Shards spread evenly over new nodes and leave the drained ones; no client meets an error, no key is lost."""
     seed = random.randrange(2**32)

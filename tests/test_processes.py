@@ -205,6 +205,7 @@ def test_orphans_stop_by_themselves(tmp_path: Path) -> None:
         cluster.close()
 
 
+@pytest.mark.slow
 def test_an_old_copy_of_the_map_is_refused(cluster: ProcessCluster) -> None:
     """Nodes that know more than the map, running or not: an older copy of the map, or none, is refused, and nothing is
     changed; with the newest one everything goes on."""

@@ -121,6 +121,7 @@ def test_a_lost_map_is_made_again(cluster: ProcessCluster) -> None:
     stop(command)
 
 
+@pytest.mark.slow
 def test_a_node_without_its_directory(cluster: ProcessCluster) -> None:
     """Then data could be lost: the start is refused and names the node. It may be put back, or the loss accepted."""
     command = cluster.start(*SHARDS)

@@ -38,6 +38,7 @@ def test_every_mistake_is_documented() -> None:
     assert documented == {name: mistake.rule for name, mistake in MISTAKES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, seed in FOUND.items() if seed <= RARE])
 def test_the_mistake_is_found(name: str) -> None:
     """By its recorded seed, or by another one."""
