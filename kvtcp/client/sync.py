@@ -1,8 +1,9 @@
 """The synchronous client: `with kvtcp.sync.connect("kvtcp://127.0.0.1:8000") as kv`.
 
 The asynchronous client (`kvtcp.client.aio`) on the loop thread of the process, with the same methods, arguments and
-errors; see there. It may be used by any number of threads at once, whose calls share one connection. Ctrl-C cancels
-the call it meets.
+errors; see there. Methods that only wait for its results are made from its own by `_method`, with their types and
+docstrings. A client may be used by any number of threads at once, whose calls share one connection. Ctrl-C cancels the
+call it meets.
 
 A client is also a `MutableMapping`: `kv["a"] = b"1"`, `kv["a"]`, `del kv["a"]`, `"a" in kv`, `for k in kv`, `len(kv)`.
 What a dict does in one step under its lock takes conditions here: `pop`, `popitem` and `setdefault` give each value to
@@ -17,18 +18,18 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, ItemsView, Iterable, Iterator, MutableMapping, ValuesView
+from collections.abc import Callable, Coroutine, ItemsView, Iterator, MutableMapping, ValuesView
+from functools import wraps
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, TypeVar, cast, overload
+from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from kvtcp.client import codecs, loop_thread
-from kvtcp.client.administration import LossAccepted, NodeChange, Rebalance
 from kvtcp.client.aio import ADMIN_IDLE_S, AsyncClient, ProgressCallback
 from kvtcp.client.aio import connect as connect_async
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, ServerInfo
 from kvtcp.client.codecs import Codec
 from kvtcp.client.loop_thread import LoopThread
-from kvtcp.client.requests import Entry, Items, Key, PageRequest, open_rows
+from kvtcp.client.requests import Entry, Key, PageRequest, open_rows
 from kvtcp.client.url import URL_DEFAULT, parse_url
 from kvtcp.constants import PAGE_ITEMS_MAX
 from kvtcp.errors import KeyExists
@@ -36,8 +37,21 @@ from kvtcp.errors import KeyExists
 V = TypeVar("V")
 D = TypeVar("D")
 T = TypeVar("T")
+P = ParamSpec("P")
 _MISSING: Final = object()
 _clients: weakref.WeakSet[SyncClient[Any]] = weakref.WeakSet()
+
+
+def _method(
+    method: Callable[Concatenate[AsyncClient[V], P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[SyncClient[V], P], T]:
+    """Make of a method of the asynchronous client one that waits for its result; arguments and docstring stay."""
+
+    @wraps(method)
+    def run(self: SyncClient[V], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(method(self._live(), *args, **kwargs))
+
+    return run
 
 
 class SyncClient(MutableMapping[Key, V], Generic[V]):
@@ -92,63 +106,16 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         """The value of a key, or `default` when there is none."""
         return self._run(self._live().get(key, default, timeout=timeout))
 
-    def get_entry(self, key: Key, *, timeout: float | None = None) -> Entry[V] | None:
-        """Value, revision and remaining life of a key, or None."""
-        return self._run(self._live().get_entry(key, timeout=timeout))
-
-    def put(
-        self,
-        key: Key,
-        value: V | str,
-        *,
-        ttl: float | None = None,
-        keep_ttl: bool = False,
-        timeout: float | None = None,
-    ) -> int:
-        """Store a value; returns the revision. See AsyncClient.put."""
-        return self._run(self._live().put(key, value, ttl=ttl, keep_ttl=keep_ttl, timeout=timeout))
-
-    def add(self, key: Key, value: V | str, *, ttl: float | None = None, timeout: float | None = None) -> int:
-        """Store a value under a key that is not there yet; returns the revision. Raises KeyExists."""
-        return self._run(self._live().add(key, value, ttl=ttl, timeout=timeout))
-
-    def delete(
-        self, key: Key, *, if_value: V | str | None = None, if_rev: int | None = None, timeout: float | None = None
-    ) -> bool:
-        """Delete a key, with a condition only if it holds; returns whether it was deleted."""
-        return self._run(self._live().delete(key, if_value=if_value, if_rev=if_rev, timeout=timeout))
-
-    def cas(
-        self,
-        key: Key,
-        value: V | str,
-        *,
-        if_value: V | str | None = None,
-        if_rev: int | None = None,
-        timeout: float | None = None,
-    ) -> int:
-        """Replace a value only if the present one, or its revision, is this. Raises Mismatch. See AsyncClient.cas."""
-        return self._run(self._live().cas(key, value, if_value=if_value, if_rev=if_rev, timeout=timeout))
-
-    def incr(self, key: Key, by: int = 1, *, timeout: float | None = None) -> int:
-        """Add to a counter and return its new value; a missing key counts as 0."""
-        return self._run(self._live().incr(key, by, timeout=timeout))
-
-    def exists(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Whether a key is there."""
-        return self._run(self._live().exists(key, timeout=timeout))
-
-    def expire(self, key: Key, ttl: float, *, timeout: float | None = None) -> bool:
-        """Give a key `ttl` more seconds to live; returns whether it is there."""
-        return self._run(self._live().expire(key, ttl, timeout=timeout))
-
-    def persist(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Take a key's deadline away; returns whether it had one."""
-        return self._run(self._live().persist(key, timeout=timeout))
-
-    def ttl(self, key: Key, *, timeout: float | None = None) -> float | None:
-        """Seconds a key has left: `math.inf` without a deadline, None when there is no such key."""
-        return self._run(self._live().ttl(key, timeout=timeout))
+    get_entry = _method(AsyncClient.get_entry)
+    put = _method(AsyncClient.put)
+    add = _method(AsyncClient.add)
+    delete = _method(AsyncClient.delete)
+    cas = _method(AsyncClient.cas)
+    incr = _method(AsyncClient.incr)
+    exists = _method(AsyncClient.exists)
+    expire = _method(AsyncClient.expire)
+    persist = _method(AsyncClient.persist)
+    ttl = _method(AsyncClient.ttl)
 
     # --- ranges ---------------------------------------------------------------------------------
 
@@ -233,48 +200,20 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         pages = PageRequest(prefix, start, end, limit, reverse, False, page_items)
         return ([self._live()._pair(row) for row in rows] for rows in self._pages(pages, timeout))
 
-    def count(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        timeout: float | None = None,
-    ) -> int:
-        """How many keys there are, in a range or with a prefix."""
-        return self._run(self._live().count(prefix=prefix, start=start, end=end, timeout=timeout))
+    count = _method(AsyncClient.count)
 
     # --- many keys ------------------------------------------------------------------------------
 
-    def put_many(self, items: Items[V], *, ttl: float | None = None, timeout: float | None = None) -> list[int]:
-        """Store many values; returns their revisions. Not atomic. Raises BatchError. See AsyncClient.put_many."""
-        return self._run(self._live().put_many(items, ttl=ttl, timeout=timeout))
-
-    def get_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[V | None]:
-        """The values of many keys in their order, None for those that are missing."""
-        return self._run(self._live().get_many(keys, timeout=timeout))
-
-    def get_many_entries(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[Entry[V] | None]:
-        """As `get_many`, with revisions and remaining lives."""
-        return self._run(self._live().get_many_entries(keys, timeout=timeout))
-
-    def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
-        """Delete many keys; returns whether each was there. Not atomic."""
-        return self._run(self._live().delete_many(keys, timeout=timeout))
+    put_many = _method(AsyncClient.put_many)
+    get_many = _method(AsyncClient.get_many)
+    get_many_entries = _method(AsyncClient.get_many_entries)
+    delete_many = _method(AsyncClient.delete_many)
 
     # --- administration -------------------------------------------------------------------------
 
-    def status(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """The state of the cluster, names as text."""
-        return self._run(self._live().status(timeout=timeout))
-
-    def nodes(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
-        """The nodes of the cluster, names as text."""
-        return self._run(self._live().nodes(timeout=timeout))
-
-    def shards(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
-        """The shards of the cluster and who holds them, names as text."""
-        return self._run(self._live().shards(timeout=timeout))
+    status = _method(AsyncClient.status)
+    nodes = _method(AsyncClient.nodes)
+    shards = _method(AsyncClient.shards)
 
     def backup(
         self, name: str | None = None, *, progress: ProgressCallback | None = None, timeout: float = ADMIN_IDLE_S
@@ -302,33 +241,13 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
             progress,
         )
 
-    def node_add(self, host: str, port: int, *, timeout: float | None = None) -> NodeChange:
-        """Make the node that listens at `host`:`port` one of the cluster. See AsyncClient.node_add."""
-        return self._run(self._live().node_add(host, port, timeout=timeout))
-
-    def node_drain(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Have everything that a node holds moved to others."""
-        return self._run(self._live().node_drain(node, timeout=timeout))
-
-    def node_undrain(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Let a node that was to be emptied hold shards again."""
-        return self._run(self._live().node_undrain(node, timeout=timeout))
-
-    def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Take a node that holds nothing out of the cluster."""
-        return self._run(self._live().node_remove(node, timeout=timeout))
-
-    def node_forget(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Declare a node destroyed: nobody waits for what it held any more, and it must never come back."""
-        return self._run(self._live().node_forget(node, timeout=timeout))
-
-    def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> Rebalance:
-        """Spread the shards evenly over the nodes by the fewest moves; `dry_run` only returns them."""
-        return self._run(self._live().rebalance(dry_run, timeout=timeout))
-
-    def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> LossAccepted:
-        """Let a shard that is down go on with what is left of it. Acknowledged writes may be lost."""
-        return self._run(self._live().shard_accept_loss(shard, timeout=timeout))
+    node_add = _method(AsyncClient.node_add)
+    node_drain = _method(AsyncClient.node_drain)
+    node_undrain = _method(AsyncClient.node_undrain)
+    node_remove = _method(AsyncClient.node_remove)
+    node_forget = _method(AsyncClient.node_forget)
+    rebalance = _method(AsyncClient.rebalance)
+    shard_accept_loss = _method(AsyncClient.shard_accept_loss)
 
     # --- the mapping ----------------------------------------------------------------------------
 
