@@ -181,11 +181,6 @@ def fdatasync_ms(rounds: int = 300, directory: Path | None = None) -> tuple[floa
     return quantile(times, 0.5), quantile(times, 0.99)
 
 
-def floor_rates(results: list[Result]) -> dict[str, float]:
-    """Median rates of the echo in these rows, by workload."""
-    return {row["workload"]: row["median"] for row in results if row["target"] == "uvloop echo"}
-
-
 def beside(results: list[Result], target: str = "uvloop echo") -> list[Result]:
     """The rows, each with the median of the floor's row of the same workload and unit beside it, if there is one."""
     floors = {(row["workload"], row["unit"]): row["median"] for row in results if row["target"] == target}

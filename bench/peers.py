@@ -304,7 +304,6 @@ class PySyncObj(Peer):
         base = free_ports(3)
         addresses = [f"127.0.0.1:{base + n}" for n in range(3)]
         self.port = base
-        self.pipes: list[Any] = []
         for n in range(3):
             others = [address for address in addresses if address != addresses[n]]
             process = subprocess.Popen(

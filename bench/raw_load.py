@@ -59,7 +59,7 @@ class _Connection:
         self._batches = batches
         self._next = first
         self._expected = b""
-        self._left = self._sent = 0
+        self._left = 0
         self._received = bytearray()
         self._is_first = True
         self.sent_at = 0.0

@@ -39,7 +39,6 @@ LOADS = (0.5, 0.7, 0.85)
 OPERATIONS = {"E": (15_000, 800)}
 OPERATIONS_OTHER = (60_000, 4_000)
 OPEN_S = (4.0, 1.0)
-TARGET = "kvtcp RF 3 sync"
 
 
 class Ycsb:

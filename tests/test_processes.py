@@ -51,8 +51,9 @@ def fill(url: str, count: int = 100) -> dict[bytes, bytes]:
 # --- stop ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_stops_everything(cluster: ProcessCluster, number: int, hangup: None) -> None:
+def test_a_signal_stops_everything(cluster: ProcessCluster, number: int) -> None:
     """The coordinator serves three nodes; after a signal it exits with 0 within 10 s and nothing is left."""
     command = cluster.start()
     pairs = fill(cluster.url)

@@ -96,7 +96,8 @@ def test_the_loop_is_the_one_asked_for(name: str, module: str) -> None:
     assert (done.returncode, done.stdout.split(".")[0].strip(), done.stderr) == (7, module, "")
 
 
-async def test_stop_signals(hangup: None) -> None:
+@pytest.mark.usefixtures("hangup")
+async def test_stop_signals() -> None:
     """SIGTERM, SIGINT and SIGHUP call back; if they were ignored, SIGINT does so all the same and SIGHUP not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     loop = asyncio.get_running_loop()
