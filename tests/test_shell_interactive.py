@@ -242,7 +242,10 @@ class Terminal:
         self._seen = 0  # characters of `shown` that were waited for
 
     def type(self, keys: str) -> None:
-        """Send keys."""
+        """Send keys, once the process waits for them: readline misses a Ctrl-C that comes just before."""
+        state = Path(f"/proc/{self.process.pid}/stat")
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
         os.write(self.master, keys.encode())
 
     def wait_for(self, text: str) -> None:
