@@ -20,6 +20,7 @@ from kvtcp.client import loop_thread
 from kvtcp.errors import Code
 from tests import fake_server
 from tests.fake_server import FakeServer
+from tests.process_cluster import is_waiting
 
 
 class ServerThread:
@@ -221,7 +222,7 @@ def test_ctrl_c_cancels_the_call(kv: SyncClient[bytes], peer: ServerThread) -> N
     peer.do(peer.server.on, b"get", peer.server.hold)
 
     def interrupt() -> None:
-        until(lambda: peer.server.held)
+        until(lambda: peer.server.held and is_waiting(os.getpid()))
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

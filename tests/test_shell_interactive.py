@@ -19,6 +19,7 @@ from kvtcp.errors import OutcomeUnknown, Unavailable
 from kvtcp.shell import interactive
 from kvtcp.shell.context import Context
 from kvtcp.shell.interactive import PlainFront, PromptFront, completions, history_file, path_before, run_session
+from tests.process_cluster import is_waiting
 from tests.shell_fakes import FakeClient, Shell
 
 ADDRESS = "kvtcp://127.0.0.1:8000"
@@ -243,8 +244,7 @@ class Terminal:
 
     def type(self, keys: str) -> None:
         """Send keys, once the process waits for them: readline misses a Ctrl-C that comes just before."""
-        state = Path(f"/proc/{self.process.pid}/stat")
-        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+        while not is_waiting(self.process.pid):
             time.sleep(0.01)
         os.write(self.master, keys.encode())
 
