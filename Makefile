@@ -57,38 +57,38 @@ slow: $(READY)
 
 # all scopes of the model of the replication rules: about ten minutes of one core; `make test` has the smaller ones
 model: $(READY)
-	$(BIN)/python -m tests.replication_model $(if $(JOBS),--jobs $(JOBS))
+	$(BIN)/python -m tests.model.explore $(if $(JOBS),--jobs $(JOBS))
 
 # FUZZ=<inputs> and SEED=<seed> of a failure to repeat it
 fuzz: $(READY)
-	$(BIN)/python -m tests.fuzz_framing $(or $(FUZZ),1000000) $(SEED)
-	$(BIN)/python -m tests.fuzz_resp $(or $(FUZZ),1000000) $(SEED)
-	$(BIN)/python -m tests.fuzz_resp_sockets $(or $(FUZZ),20000) $(SEED)
+	$(BIN)/python -m tests.fuzz.framing $(or $(FUZZ),1000000) $(SEED)
+	$(BIN)/python -m tests.fuzz.resp $(or $(FUZZ),1000000) $(SEED)
+	$(BIN)/python -m tests.fuzz.resp_sockets $(or $(FUZZ),20000) $(SEED)
 
 # SEEDS=<number> and SEED=<seed>: the first of them, or the only one, to tell its story again
 sim: $(READY)
-	$(BIN)/python -m tests.simulation $(or $(SEEDS),$(if $(SEED),1,300)) $(if $(SEED),--first $(SEED))
+	$(BIN)/python -m tests.simulation.run $(or $(SEEDS),$(if $(SEED),1,300)) $(if $(SEED),--first $(SEED))
 
 # MUTANTS=<part of a name>: only these planted mistakes
 mutants: $(READY)
-	$(BIN)/python -m tests.simulation_mistakes $(MUTANTS)
+	$(BIN)/python -m tests.simulation.mistakes $(MUTANTS)
 
 # STATES=<recovered states to check> and SEED=<seed> of a failure to repeat it
 crash: $(READY)
-	$(BIN)/python -m tests.crash_enumeration $(or $(STATES),50000) $(SEED)
+	$(BIN)/python -m tests.crash.enumeration $(or $(STATES),50000) $(SEED)
 
 # KILLS=<number for each mode and factor> and SEED=<seed> of a run to repeat its kills
 kills: $(READY)
-	$(BIN)/python -m tests.kill_run --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.crash.kill_run --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 
 # MINUTES=<duration>, SEED=<seed> of a round to repeat its faults, FACTOR=<copies>, MIN_INSYNC=<fewest copies>
 chaos: $(READY)
-	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
+	$(BIN)/python -m tests.chaos.run --minutes $(or $(MINUTES),4) $(if $(SEED),--seed $(SEED)) \
 		--factor $(or $(FACTOR),3) $(if $(MIN_INSYNC),--min-insync $(MIN_INSYNC)) --json chaos.json
 
-# ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis_suite --help`
+# ONLY=<name of a test>; JOBS=<servers>; ARGS=... see `python -m tests.redis.suite --help`
 redis-suite: $(READY)
-	$(BIN)/python -m tests.redis_suite $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--test '$(ONLY)') $(ARGS)
+	$(BIN)/python -m tests.redis.suite $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--test '$(ONLY)') $(ARGS)
 
 # the coordinator's path of every request compiled in place; `make pure` goes back
 compiled: $(READY)
@@ -111,11 +111,11 @@ $(PEERS): $(READY)
 # everything, at most an hour, with verdicts, then docs/performance.md; SUITES=<names>: only these, without the page
 bench-full: $(PEERS)
 	$(BIN)/python bench/run_bench.py $(SUITES)
-	$(if $(SUITES),,$(BIN)/python bench/report.py)
+	$(if $(SUITES),,$(BIN)/python bench/report/page.py)
 
 # docs/performance.md and its charts from the newest full run
 bench-report: $(PEERS)
-	$(BIN)/python bench/report.py
+	$(BIN)/python bench/report/page.py
 
 # what became slower by more than 10 % since BASE=<commit> (default: the last tag, or HEAD~1); ROUNDS=<number>
 bench-check: $(READY)

@@ -32,9 +32,11 @@ TEST = [
 
 # What a request passes through in the coordinator. Nodes gain nothing: their time goes into msgpack and memory.
 COMPILED = [
-    "constants", "errors", "protocol/hashing", "protocol/operations", "replication/progress", "replication/shard_state",
-    "replication/multi_read", "replication/answers", "replication/admission", "replication/members",
-    "replication/sequencer", "resp/parser", "resp/replies", "resp/client",
+    "constants", "errors", "protocol/hashing", "protocol/operations", "replication/sequencing/requests",
+    "replication/sequencing/link", "replication/sequencing/multi_read", "replication/sequencing/following",
+    "replication/sequencing/cluster_state", "replication/sequencing/shard", "replication/sequencing/reads",
+    "replication/sequencing/sequencer", "frontend/resp/parser", "frontend/resp/replies", "frontend/resp/client_state",
+    "frontend/resp/pipeline",
 ]  # fmt: skip
 
 
@@ -62,8 +64,8 @@ setup(
     extras_require={"shell": SHELL, "bench": BENCH, "peers": PEERS, "test": TEST},
     entry_points={
         "console_scripts": [
-            "kvtcp-coordinator = kvtcp.server.coordinator_main:main",
-            "kvtcp-node = kvtcp.server.node_main:main",
+            "kvtcp-coordinator = kvtcp.coordinator.main:main",
+            "kvtcp-node = kvtcp.node.main:main",
             "kvtcp-shell = kvtcp.shell.main:main",
         ],
         "pytest11": ["kvtcp = kvtcp.testing.pytest_plugin"],

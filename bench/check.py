@@ -30,8 +30,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import tables  # noqa: E402 - the path comes first
 from bench.measure import HIGHER_IS_BETTER, compiled_modules  # noqa: E402
+from bench.report import tables  # noqa: E402 - the path comes first
 
 LIMIT = 0.10
 ROUNDS = 5

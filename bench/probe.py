@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kvtcp
-from bench import load
-from bench.cluster import Cluster
-from bench.load import Job, run_load
+from bench.load import clients as load
+from bench.load.clients import Job, run_load
+from bench.load.cluster import Cluster
 from bench.measure import resident_bytes, usage_s
 
 KEYS = 50_000
@@ -32,7 +32,7 @@ Figures = dict[str, tuple[float, str]]
 
 def tree(seed: int) -> Figures:
     """The index of a shard."""
-    from kvtcp.storage.index import Index
+    from kvtcp.storage.shard.index import Index
 
     rng = random.Random(seed)
     numbers = rng.sample(range(KEYS * 10), KEYS)
@@ -114,8 +114,8 @@ def _load(cluster: Cluster, name: str, kind: str, seed: int) -> Figures:
 
 
 def _resp(cluster: Cluster, name: str) -> Figures:
-    from bench.peers import BENCHMARK, PeerMissing, program
-    from bench.resp import redis_benchmark, speaks_resp
+    from bench.load.resp import redis_benchmark, speaks_resp
+    from bench.peers.servers import BENCHMARK, PeerMissing, program
 
     try:
         program(BENCHMARK)
@@ -155,7 +155,7 @@ def scan(seed: int) -> Figures:
 
 def restart(seed: int) -> Figures:
     """From the log."""
-    from bench.recovery_suite import make_node, start_node
+    from bench.suites.recovery import make_node, start_node
 
     with tempfile.TemporaryDirectory(prefix="kvtcp-bench-") as name:
         make_node(Path(name) / "n1", KEYS)

@@ -68,9 +68,9 @@ def main() -> None:
     program, file, *arguments = sys.argv[1:]
     sys.argv = [f"kvtcp-{program}", *arguments]
     if program == "coordinator":
-        from kvtcp.server.coordinator_main import main as run
+        from kvtcp.coordinator.main import main as run
     else:
-        from kvtcp.server.node_main import main as run
+        from kvtcp.node.main import main as run
     sampler = Sampler()
     sampler.start()
     try:

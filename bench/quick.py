@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import btree_suite, recovery_suite, scan_suite
 from bench.measure import Options, Result, find, interleave, ratio
-from bench.peers import BENCHMARK, KvtcpResp, PeerMissing, Redis, program
-from bench.peers_suite import Group
-from bench.tables import number
+from bench.peers.servers import BENCHMARK, KvtcpResp, PeerMissing, Redis, program
+from bench.report.tables import number
+from bench.suites import btree
+from bench.suites import recovery as recovery_suite
+from bench.suites import scan as scan_suite
+from bench.suites.peers import Group
 
 KEYS = 100_000
 Figure = tuple[str, str]
@@ -56,8 +58,8 @@ def _failover(options: Options) -> tuple[Figure, list[Result]]:
     import uvloop
 
     import kvtcp
-    from bench.cluster import Cluster
-    from bench.failover_suite import Suite
+    from bench.load.cluster import Cluster
+    from bench.suites.failover import Suite
 
     async def kill(cluster: Cluster) -> list[Result]:
         async with kvtcp.connect(cluster.url) as kv:
@@ -77,7 +79,7 @@ def six_figures(options: Options) -> tuple[list[Figure], list[Result]]:
         everything.extend({"suite": suite, **row} for row in rows)
         return rows
 
-    tree = keep("btree", btree_suite.run(KEYS, options.seed, 1))
+    tree = keep("btree", btree.run(KEYS, options.seed, 1))
     figures = [("tree, get / BTrees.OOBTree", ratio_text(tree, ("kvtcp table", "get"), ("BTrees.OOBTree", "get")))]
     served, rows = _served(options)
     keep("peers", rows)

@@ -8,9 +8,9 @@
 
 Figures are medians over the runs with their minimum and maximum; systems that are compared take turns. Machines differ
 and are shared: compare the columns of one run, not two runs. All figures with versions, commit and machine are written
-to bench/results/ after each suite; `bench/report.py` makes tables and charts of them. Something that is not installed
-is passed over loudly; the peers come with `pip install '.[bench,peers]'` and
-`apt-get install redis-server redis-tools nutcracker memcached etcd-server etcd-client`.
+to bench/results/ after each suite; `bench/report/page.py` makes tables and charts of them. Something that is not
+installed is passed over loudly; the peers come with `pip install '.[bench,peers]'` and `apt-get install redis-server
+redis-tools nutcracker memcached etcd-server etcd-client`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import peers, tables, targets  # noqa: E402 - the path comes first, so that a checkout needs no installation
 from bench.measure import Options, Result, machine  # noqa: E402
+from bench.peers import servers  # noqa: E402 - the path comes first, so that a checkout needs no installation
+from bench.report import tables, targets  # noqa: E402
 
 # suite -> its module, and the minutes it takes in full on two cores; those that targets need come first
 SUITES: dict[str, tuple[str, float]] = {
-    "floors": ("bench.floors", 0.5),
-    "btree": ("bench.btree_suite", 9),
-    "codec": ("bench.codec_suite", 0.5),
-    "peers": ("bench.peers_suite", 13),
-    "scan": ("bench.scan_suite", 1.5),
-    "memory": ("bench.memory_suite", 4),
-    "recovery": ("bench.recovery_suite", 3),
-    "scale": ("bench.scale_suite", 5),
-    "durability": ("bench.durability_suite", 4),
-    "profile": ("bench.profile_suite", 1),
-    "network": ("bench.network_suite", 1.5),
-    "replication": ("bench.replication_suite", 4),
-    "ycsb": ("bench.ycsb_suite", 5),
-    "failover": ("bench.failover_suite", 4),
-    "catchup": ("bench.catchup_suite", 3),
+    "floors": ("bench.suites.floors", 0.5),
+    "btree": ("bench.suites.btree", 9),
+    "codec": ("bench.suites.codec", 0.5),
+    "peers": ("bench.suites.peers", 13),
+    "scan": ("bench.suites.scan", 1.5),
+    "memory": ("bench.suites.memory", 4),
+    "recovery": ("bench.suites.recovery", 3),
+    "scale": ("bench.suites.scale", 5),
+    "durability": ("bench.suites.durability", 4),
+    "profile": ("bench.suites.profile", 1),
+    "network": ("bench.suites.network", 1.5),
+    "replication": ("bench.suites.replication", 4),
+    "ycsb": ("bench.suites.ycsb", 5),
+    "failover": ("bench.suites.failover", 4),
+    "catchup": ("bench.suites.catchup", 3),
 }
 MINUTES_MAX = 60.0
 RESULTS = ROOT / "bench" / "results"
@@ -174,7 +175,7 @@ def main() -> int:
     command = parser()
     options = command.parse_args()
     names = chosen(command, options.suites)
-    about = {**machine(), "programs": peers.versions()}
+    about = {**machine(), "programs": servers.versions()}
     packages = ", ".join(f"{name} {number}" for name, number in {**about["packages"], **about["programs"]}.items())
     print(
         f"kvtcp {about['commit']}, {len(about['compiled'])} modules compiled, Python {about['python']}\n"

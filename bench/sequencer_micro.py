@@ -10,10 +10,10 @@ import sys
 import time
 from typing import Any
 
+from kvtcp.cluster.map import ClusterMap
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
-from kvtcp.replication.cluster_map import ClusterMap
-from kvtcp.replication.sequencer import Sequencer
+from kvtcp.replication.sequencing.sequencer import Sequencer
 
 SHARDS = 64
 NODES = 3
@@ -42,7 +42,7 @@ def make_sequencer(factor: int) -> Sequencer:
     sequencer = Sequencer(cluster_map)
     sequencer.begin(1_000, 1_000)
     for number in range(SHARDS):
-        sequencer.serve(number, 0, 0)
+        sequencer.shards[number].serve(0, 0)
     for node in nodes:
         copies = {number: CopyReport("") for number in cluster_map.shards_of(node)}
         assert sequencer.link_up(node, copies) == {}
@@ -70,12 +70,13 @@ def pump(sequencer: Sequencer) -> float:
 def measure(factor: int, batch: int, kind: str, seconds: float) -> float:
     """Microseconds per operation, best round."""
     sequencer = make_sequencer(factor)
+    shards = sequencer.shards
     sink = CountingSink()
     keys = [b"key-%06d" % n for n in range(batch)]
     numbers = [n % SHARDS for n in range(batch)]
     value = (b"v" * 128,)
     for number in range(SHARDS):  # so that a read of revision 1 shows committed state
-        sequencer.write(PUT, number, b"k", value, 129, sink, 0)
+        sequencer.shards[number].write(PUT, b"k", value, 129, sink, 0)
     pump(sequencer)
     best = float("inf")
     clock = 1_000
@@ -86,13 +87,11 @@ def measure(factor: int, batch: int, kind: str, seconds: float) -> float:
         began = time.perf_counter()
         sequencer.begin(clock, clock)
         if kind == "put":
-            write = sequencer.write
             for key, number in zip(keys, numbers, strict=True):
-                write(PUT, number, key, value, 138, sink, 7)
+                shards[number].write(PUT, key, value, 138, sink, 7)
         else:
-            read = sequencer.read
             for key, number in zip(keys, numbers, strict=True):
-                read(GET, number, key, sink, 7)
+                shards[number].read(GET, key, sink, 7)
         faked = pump(sequencer)
         best = min(best, (time.perf_counter() - began - faked) / batch * 1e6)
         assert sink.answers == batch

@@ -1,15 +1,15 @@
 """The errors of kvtcp, split by what the caller does next, and their codes on the wire.
 
-Pure. Every error a server answers has a code (`Code`), a sentence and a map of details; the client raises the class
-that `CLASS_OF` names for the code. Codes are assigned once here and never used again for something else.
+Pure. Every error that a server answers has a code (`Code`), a sentence and a map of details; the client raises the
+class that `CLASS_OF` names for the code. A code is never given a second meaning.
 
 | class            | the caller                                                        |
 |------------------|-------------------------------------------------------------------|
 | RequestError     | fixes the request; nothing was changed                            |
-| AdminError       | makes the cluster ready for the change first; nothing was changed |
+| AdminError       | prepares the cluster for the change first; nothing was changed    |
 | ConditionFailed  | decides; the condition was false and nothing was changed          |
 | Unavailable      | may repeat: the request was *not executed*                        |
-| OutcomeUnknown   | must look before repeating: the write may or may not have happened |
+| OutcomeUnknown   | must read before repeating: the write may or may not have happened |
 | DataError        | has a damaged or foreign file; nothing was changed                |
 | ProtocolError    | has a bug, or a wrong port: the bytes are not this protocol       |
 """
@@ -24,10 +24,10 @@ Details = dict[str, Any]
 
 
 class Code(IntEnum):
-    """Second field of every reply."""
+    """The second field of every reply."""
 
     OK = 0
-    PROGRESS = 1  # not an error: the request goes on, the third field says how far it is
+    PROGRESS = 1  # not an error: the request is still running, the third field has its progress
 
     BAD_REQUEST = 10
     TOO_LARGE = 11
@@ -35,7 +35,7 @@ class Code(IntEnum):
     RANGE = 13
     UNKNOWN_OP = 14
     VERSION = 15
-    REFUSED = 16  # a change of the cluster; the sentence says why, and what to do
+    REFUSED = 16  # for a change of the cluster; the sentence says why, and what to do
 
     EXISTS = 20
     MISMATCH = 21
@@ -54,7 +54,7 @@ class Code(IntEnum):
 
 
 class KvtcpError(Exception):
-    """Base of all errors of kvtcp. `code` is the wire code, `details` what the sentence was built from."""
+    """Base of all errors of kvtcp. `code` is the wire code, `details` are the values in the sentence."""
 
     def __init__(self, message: str, code: Code = Code.BAD_REQUEST, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -68,7 +68,7 @@ class RequestError(KvtcpError):
 
 
 class AdminError(RequestError):
-    """A change of the cluster is refused as the cluster is now. Nothing was changed; the sentence says what to do."""
+    """A change of the cluster is refused in its present state. Nothing was changed; the sentence says what to do."""
 
     def __init__(
         self, message: str, code: Code = Code.REFUSED, details: Mapping[str, Any] | None = None
@@ -81,7 +81,7 @@ class ConditionFailed(KvtcpError):
 
 
 class KeyExists(ConditionFailed):
-    """`add` of a key that is there. `details`: `key`, `rev`."""
+    """`add` of a key that is present. `details`: `key`, `rev`."""
 
 
 class Mismatch(ConditionFailed):
@@ -94,11 +94,11 @@ class Mismatch(ConditionFailed):
 
 
 class Unavailable(KvtcpError):
-    """Not executed: the cluster could not take the request now. It is safe to repeat it."""
+    """The request was not executed, because the cluster could not take it now. Repeating it is safe."""
 
 
 class OutcomeUnknown(KvtcpError):
-    """The write was sent, and whether it happened is not known. Look before repeating."""
+    """The write was sent, but it is unknown whether it happened. Read before repeating it."""
 
     def __init__(
         self, message: str, code: Code = Code.UNKNOWN, details: Mapping[str, Any] | None = None
@@ -116,7 +116,7 @@ class DataError(KvtcpError):
 
 
 class ProtocolError(KvtcpError):
-    """Bytes that are not this protocol. The connection they came on is closed."""
+    """The bytes received are not this protocol. Their connection is closed."""
 
 
 class BatchError(KvtcpError):
@@ -152,7 +152,7 @@ assert set(CLASS_OF) == set(Code) - {Code.OK, Code.PROGRESS}, "every error code 
 
 
 def text_of(message: object, details: object) -> tuple[str, Details]:
-    """Sentence and details of an error as it comes off the wire, where text arrives as bytes."""
+    """Sentence and details of an error as received: text arrives as bytes."""
     text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
     fields: Details = {}
     if isinstance(details, dict):
@@ -161,7 +161,8 @@ def text_of(message: object, details: object) -> tuple[str, Details]:
 
 
 def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
-    """The exception for an error reply. A code of a newer server becomes OutcomeUnknown: never a wrong promise."""
+    """The exception for an error reply. An unknown code, of a newer server, becomes OutcomeUnknown: any other class
+    would promise too much."""
     text, fields = text_of(message, details)
     try:
         known = Code(code)
@@ -171,7 +172,7 @@ def error_from_wire(code: int, message: object, details: object) -> KvtcpError:
 
 
 def show_bytes(data: bytes, bytes_max: int = 40) -> str:
-    """A key for a sentence: text where it is text, c-style escapes where not, shortened to `bytes_max` bytes."""
+    """A key for a sentence: as text if it is text, else with c-style escapes; cut to `bytes_max` bytes."""
     head = data[:bytes_max]
     text = "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in head)
     try:

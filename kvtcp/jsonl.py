@@ -4,14 +4,15 @@ Pure. A line is one JSON object:
 
     {"key": "user:1", "value": "Ada", "rev": 7, "ttl_ms": 60000}
 
-`key_b64` / `value_b64` (standard base64) stand instead of `key` / `value` only when the bytes are not UTF-8. `rev` and
-`ttl_ms` are left out or null where there is none; more than TTL_MS_MAX (clients of Redis may give any deadline) is
-written as that, which every reader takes. Other fields are refused, and so is a field given twice, so that
-nothing is lost in silence. `decode_pair` is the only reader: whoever reads such a line gets the same checks and the
-same sentences.
+`key_b64` / `value_b64` (standard base64) replace `key` / `value` only when the bytes are not UTF-8. `rev` and `ttl_ms`
+are omitted or null if the pair has none. A longer `ttl_ms` than TTL_MS_MAX (clients of Redis may give any deadline) is
+written as TTL_MS_MAX, which every reader accepts. Other fields are refused, and so is a field given twice, so that
+nothing is lost silently. `decode_pair` is the only reader, so all commands make the same checks and give the same
+messages.
 
-The reader is the import path: a line goes through one check of the common form (key and value are strings, lengths in
-range); only what falls out of it is looked at field by field, to be accepted in its rarer form or refused by name.
+The reader is the hot path of an import. A line first goes through one check of the common form (key and value are
+strings, lengths in range). Only a line that fails it is checked field by field, to be accepted in a rarer form or
+refused with the name of the field.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _encode_string = json.encoder.encode_basestring  # the C encoder, non-ASCII left
 
 
 class Pair(NamedTuple):
-    """One line. `rev` is None where the line has none, `ttl_ms` None for a key without deadline."""
+    """The content of a line. `rev` is None if the line has none, `ttl_ms` None for a key without deadline."""
 
     key: bytes
     value: bytes
@@ -46,7 +47,7 @@ def _member(name: str, data: bytes) -> str:
 
 
 def encode_pair(key: bytes, value: bytes, rev: int | None = None, ttl_ms: int | None = None) -> str:
-    """One line, without its newline. Equal pairs give equal lines."""
+    """The line of a pair, without its newline. Equal pairs give equal lines."""
     line = "{" + _member("key", key) + ", " + _member("value", value)
     if rev is not None:
         line += f', "rev": {rev}'
@@ -56,7 +57,7 @@ def encode_pair(key: bytes, value: bytes, rev: int | None = None, ttl_ms: int | 
 
 
 class _Twice(ValueError):
-    """A field stands twice in one object; the sentence is complete."""
+    """A field appears twice in an object; the text names it."""
 
 
 def _members(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _object_of(line: str | bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except _Twice as error:
         raise DataError(f"{where}: {error}") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deeply
         raise DataError(f"{where}: not JSON that can be read: {error}") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: not a JSON object")
@@ -116,7 +117,7 @@ def _object_of(line: str | bytes, where: str) -> dict[str, Any]:
 
 
 def _decode_carefully(fields: dict[str, Any], where: str) -> Pair:
-    """Any form of a line, with the sentence for what is wrong with it."""
+    """The pair of a line in any form. Raises DataError, which says what is wrong."""
     unknown = fields.keys() - _FIELDS
     if unknown:
         raise DataError(f"{where}: unknown field {min(unknown)!r}")
@@ -131,8 +132,8 @@ def _decode_carefully(fields: dict[str, Any], where: str) -> Pair:
 
 
 def decode_pair(line: str | bytes, source: str, line_number: int) -> Pair:
-    """The pair of one line (a newline at its end is allowed). Raises DataError that names `source`, line and field."""
-    # The common form first, without building sentences nobody reads: 0.7 us beyond json.loads for a line of 370 bytes.
+    """The pair of a line, with or without its newline. Raises DataError, which names `source`, line and field."""
+    # The common form first, without building `where` for every line: 0.7 us beyond json.loads for a line of 370 bytes.
     try:
         fields = _parse(line if isinstance(line, str) else line.decode("utf-8"))
         key, value = fields["key"].encode("utf-8"), fields["value"].encode("utf-8")

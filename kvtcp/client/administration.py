@@ -29,7 +29,7 @@ class NodeChange:
 
 @dataclass(frozen=True)
 class Move:
-    """One shard's way from a node to another."""
+    """The move of a shard from one node to another."""
 
     shard: int
     source: str
@@ -47,7 +47,7 @@ class Rebalance:
 
 @dataclass(frozen=True)
 class LossAccepted:
-    """A shard goes on with what is left of it."""
+    """The acceptance of a shard with the copies that are left."""
 
     shard: int
     details: dict[str, Any] = field(default_factory=dict)

@@ -39,13 +39,12 @@ from kvtcp.client.administration import (
 )
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, decode_tree, may_repeat
 from kvtcp.client.codecs import Codec
-from kvtcp.client.core import READ, WRITE, Kind
 from kvtcp.client.requests import (
     NEVER,
-    Batch,
     Entry,
     Items,
     Key,
+    KeyBatch,
     PageRequest,
     conditions,
     count_request,
@@ -92,7 +91,7 @@ class AsyncClient(Generic[V]):
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said about itself when the connection was made: version, cluster id, shards, limits."""
+        """The answer of the server to `hello`: version, cluster id, shards, limits."""
         info = self._channel.info
         assert info is not None, "a client exists only after its first hello"
         return info
@@ -111,13 +110,13 @@ class AsyncClient(Generic[V]):
     async def get(self, key: Key, default: Any = None, *, timeout: float | None = None) -> Any:
         """The value of a key, or `default` when there is none."""
         name = key_bytes(key)
-        cell = await self._call([0, b"get", name], READ, timeout)
+        cell = await self._call([0, b"get", name], timeout)
         return default if cell is None else self._decode(name, open_cell(cell)[0])
 
     async def get_entry(self, key: Key, *, timeout: float | None = None) -> Entry[V] | None:
         """Value, revision and remaining life of a key, or None."""
         name = key_bytes(key)
-        cell = await self._call([0, b"get", name], READ, timeout)
+        cell = await self._call([0, b"get", name], timeout)
         return self._cell(name, cell)
 
     async def put(
@@ -138,15 +137,13 @@ class AsyncClient(Generic[V]):
         message = [0, b"put", name, data]
         if ttl is not None or keep_ttl:
             message = request(b"put", name, data, *ttl_options(ttl, keep_ttl))
-        rev: int = await self._call(message, WRITE, timeout)
+        rev: int = await self._call(message, timeout)
         return rev
 
     async def add(self, key: Key, value: V | str, *, ttl: float | None = None, timeout: float | None = None) -> int:
         """Store a value under a key that is not there yet; returns the revision. Raises KeyExists."""
         name = key_bytes(key)
-        rev: int = await self._call(
-            request(b"add", name, self._encode(name, value), *ttl_options(ttl)), WRITE, timeout
-        )
+        rev: int = await self._call(request(b"add", name, self._encode(name, value), *ttl_options(ttl)), timeout)
         return rev
 
     async def delete(
@@ -155,9 +152,7 @@ class AsyncClient(Generic[V]):
         """Delete a key, with a condition only if its value or revision is this; returns whether it was deleted."""
         name = key_bytes(key)
         options = self._condition(name, if_value, if_rev)
-        deleted: bool = await self._call(
-            request(b"delete", name, *([options] if options else [])), WRITE, timeout
-        )
+        deleted: bool = await self._call(request(b"delete", name, *([options] if options else [])), timeout)
         return deleted
 
     async def cas(
@@ -176,7 +171,7 @@ class AsyncClient(Generic[V]):
         """
         name = key_bytes(key)
         message = request(b"cas", name, self._encode(name, value), self._condition(name, if_value, if_rev))
-        rev: int = await self._call(message, WRITE, timeout)
+        rev: int = await self._call(message, timeout)
         return rev
 
     async def incr(self, key: Key, by: int = 1, *, timeout: float | None = None) -> int:
@@ -184,27 +179,27 @@ class AsyncClient(Generic[V]):
 
         The value is a signed 64-bit integer in decimal text; RequestError (NOT_A_NUMBER, RANGE) changes nothing.
         """
-        total: int = await self._call(request(b"incr", key_bytes(key), by), WRITE, timeout)
+        total: int = await self._call(request(b"incr", key_bytes(key), by), timeout)
         return total
 
     async def exists(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Whether a key is there."""
-        there: bool = await self._call([0, b"exists", key_bytes(key)], READ, timeout)
+        """Whether a key is present."""
+        there: bool = await self._call([0, b"exists", key_bytes(key)], timeout)
         return there
 
     async def expire(self, key: Key, ttl: float, *, timeout: float | None = None) -> bool:
         """Give a key `ttl` more seconds to live; returns whether it is there."""
-        there: bool = await self._call([0, b"expire", key_bytes(key), duration_ms(ttl)], WRITE, timeout)
+        there: bool = await self._call([0, b"expire", key_bytes(key), duration_ms(ttl)], timeout)
         return there
 
     async def persist(self, key: Key, *, timeout: float | None = None) -> bool:
-        """Take a key's deadline away; returns whether it had one."""
-        had_one: bool = await self._call([0, b"persist", key_bytes(key)], WRITE, timeout)
+        """Remove a key's deadline; returns whether it had one."""
+        had_one: bool = await self._call([0, b"persist", key_bytes(key)], timeout)
         return had_one
 
     async def ttl(self, key: Key, *, timeout: float | None = None) -> float | None:
         """Seconds a key has left: `math.inf` without a deadline, None when there is no such key."""
-        ttl_ms: int | None = await self._call([0, b"ttl", key_bytes(key)], READ, timeout)
+        ttl_ms: int | None = await self._call([0, b"ttl", key_bytes(key)], timeout)
         if ttl_ms is None:
             return None
         return NEVER if ttl_ms < 0 else ttl_ms / 1000
@@ -264,7 +259,7 @@ class AsyncClient(Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> AsyncIterator[bytes]:
-        """As `scan`, keys alone."""
+        """`scan` with keys alone."""
         return self._items(PageRequest(prefix, start, end, limit, reverse, True), timeout, self._key)
 
     def scan_entries(
@@ -277,7 +272,7 @@ class AsyncClient(Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> AsyncIterator[Entry[V]]:
-        """As `scan`, with revisions and remaining lives."""
+        """`scan` with revisions and remaining lifetimes."""
         return self._items(PageRequest(prefix, start, end, limit, reverse, False), timeout, self._entry)
 
     def scan_pages(
@@ -291,7 +286,7 @@ class AsyncClient(Generic[V]):
         page_items: int = PAGE_ITEMS_MAX,
         timeout: float | None = None,
     ) -> AsyncIterator[list[tuple[bytes, V]]]:
-        """As `scan`, a list per page of at most `page_items` pairs; a page may be shorter, and empty."""
+        """`scan` by pages: lists of at most `page_items` pairs. A page may be shorter, even empty."""
         return self._pages(PageRequest(prefix, start, end, limit, reverse, False, page_items), timeout)
 
     async def count(
@@ -302,15 +297,13 @@ class AsyncClient(Generic[V]):
         end: Key | None = None,
         timeout: float | None = None,
     ) -> int:
-        """How many keys there are, in a range or with a prefix."""
-        keys: int = await self._call(count_request(prefix, start, end), READ, timeout)
+        """The number of keys, in a range or with a prefix."""
+        keys: int = await self._call(count_request(prefix, start, end), timeout)
         return keys
 
     # --- many keys ------------------------------------------------------------------------------
 
-    async def put_many(
-        self, items: Items[V], *, ttl: float | None = None, timeout: float | None = None
-    ) -> list[int]:
+    async def put_many(self, items: Items[V], *, ttl: float | None = None, timeout: float | None = None) -> list[int]:
         """Store many values: a mapping, pairs, or triples `(key, value, ttl)`; returns their revisions in order.
 
         Not atomic. Sent in requests of about 1 MiB, several under way at once; `timeout` is for each of them. `ttl` is
@@ -325,23 +318,23 @@ class AsyncClient(Generic[V]):
             row: list[Any] = [name, self._encode(name, value)]
             rows.append(row if life_ms is None else [*row, life_ms])
         keys = [row[0] for row in rows]
-        batch = Batch(b"mput", rows, keys, [len(row[0]) + len(row[1]) for row in rows])
-        return await self._run(batch, WRITE, timeout)
+        batch = KeyBatch(b"mput", rows, keys, [len(row[0]) + len(row[1]) for row in rows])
+        return await self._run(batch, timeout)
 
     async def get_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[V | None]:
         """The values of many keys in their order, None for those that are missing. Raises as `put_many`."""
         return [None if e is None else e.value for e in await self.get_many_entries(keys, timeout=timeout)]
 
     async def get_many_entries(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[Entry[V] | None]:
-        """As `get_many`, with revisions and remaining lives."""
+        """`get_many` with revisions and remaining lifetimes."""
         names = [key_bytes(key) for key in keys]
-        cells = await self._run(Batch(b"mget", names, names, [len(name) for name in names]), READ, timeout)
+        cells = await self._run(KeyBatch(b"mget", names, names, [len(name) for name in names]), timeout)
         return [self._cell(name, cell) for name, cell in zip(names, cells, strict=True)]
 
     async def delete_many(self, keys: Iterable[Key], *, timeout: float | None = None) -> list[bool]:
         """Delete many keys; returns in their order whether each was there. Not atomic. Raises as `put_many`."""
         names = [key_bytes(key) for key in keys]
-        return await self._run(Batch(b"mdelete", names, names, [len(name) for name in names]), WRITE, timeout)
+        return await self._run(KeyBatch(b"mdelete", names, names, [len(name) for name in names]), timeout)
 
     # --- administration -------------------------------------------------------------------------
 
@@ -377,7 +370,8 @@ class AsyncClient(Generic[V]):
         progress: ProgressCallback | None = None,
         timeout: float = ADMIN_IDLE_S,
     ) -> dict[str, Any]:
-        """Bring a backup back: `merge` over what is there, or `replace` it; only keys with `prefix`; returns counts.
+        """Restore a backup: `merge` it into the present content, or `replace` that; only keys with `prefix`; returns
+        counts.
 
         `dry_run` only counts. `progress` and `timeout` as for `backup`.
         """
@@ -400,15 +394,15 @@ class AsyncClient(Generic[V]):
         return node_change(await self._change(node_request(b"node_drain", node), timeout))
 
     async def node_undrain(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Let a node that was to be emptied hold shards again; what has moved comes back with a rebalance."""
+        """Let a drained node hold shards again; moved shards come back with a rebalance."""
         return node_change(await self._change(node_request(b"node_undrain", node), timeout))
 
     async def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Take a node that holds nothing out of the cluster."""
+        """Remove a node that holds nothing from the cluster."""
         return node_change(await self._change(node_request(b"node_remove", node), timeout))
 
     async def node_forget(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Declare a node destroyed: nobody waits for what it held any more, and it must never come back."""
+        """Declare a node destroyed: the cluster stops waiting for its copies, and it must never come back."""
         return node_change(await self._change(node_request(b"node_forget", node), timeout))
 
     async def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> Rebalance:
@@ -416,13 +410,14 @@ class AsyncClient(Generic[V]):
         return rebalance_result(await self._change(rebalance_request(dry_run), timeout))
 
     async def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> LossAccepted:
-        """Let a shard that is down go on with what is left of it. Acknowledged writes may be lost."""
+        """Serve a shard that is down with the copies that are left. Acknowledged writes may be lost."""
         return loss_accepted(await self._change(request(b"shard_accept_loss", shard), timeout))
 
     # --- for the synchronous client ---------------------------------------------------------------
 
     def _disown(self) -> None:
-        """In a forked child: let go of the parent's socket without touching the parent's loop. Never use it again."""
+        """Release the socket of the parent in a forked child, without touching its loop. The client is unusable
+        then."""
         self._channel.disown()
 
     def _pair(self, row: list[Any]) -> tuple[bytes, Any]:
@@ -435,7 +430,7 @@ class AsyncClient(Generic[V]):
 
     async def _page(self, pages: PageRequest, timeout: float | None) -> list[Any]:
         """The rows of the next page of a scan, for `open_rows`."""
-        return pages.rows(await self._call(pages.next(), READ, timeout))
+        return pages.rows(await self._call(pages.next(), timeout))
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -494,9 +489,9 @@ class AsyncClient(Generic[V]):
             yield open_rows(rows)
         finally:
             if asked is not None:
-                asked.cancel()  # it also keeps asyncio from complaining of an error that nobody waited for
+                asked.cancel()  # also keeps asyncio from reporting an error that was never awaited
 
-    async def _run(self, batch: Batch, kind: Kind, timeout: float | None) -> list[Any]:
+    async def _run(self, batch: KeyBatch, timeout: float | None) -> list[Any]:
         """Send the parts of a batch, several at once, until all are done or one failed as a whole."""
         runs = iter(batch.runs)
         failed = False
@@ -506,7 +501,7 @@ class AsyncClient(Generic[V]):
             for run in runs:
                 if failed:
                     return
-                failed = not await self._run_part(batch, list(run), kind, timeout) or failed
+                failed = not await self._run_part(batch, list(run), timeout) or failed
 
         workers = min(len(batch.runs), CLIENT_CHUNKS_MAX) if batch.distinct else 1
         if workers > 1:
@@ -520,15 +515,15 @@ class AsyncClient(Generic[V]):
             await work()
         return batch.finish()
 
-    async def _run_part(self, batch: Batch, indexes: list[int], kind: Kind, timeout: float | None) -> bool:
-        """One part, and again what may be repeated of it within its timeout. Returns whether to go on with others."""
+    async def _run_part(self, batch: KeyBatch, indexes: list[int], timeout: float | None) -> bool:
+        """Send one part, and repeat what may be repeated within the timeout. Returns whether to send other parts."""
         timeout = self._channel.timeout_s if timeout is None else timeout
         began = monotonic()
         parts, tries = [indexes], 0
         while parts:
             part = parts.pop()
             try:
-                answers = await self._call(batch.message(part), kind, timeout, began)
+                answers = await self._call(batch.message(part), timeout, began)
                 again = batch.take(part, answers)
             except KvtcpError as error:
                 batch.fail(part, error)
@@ -542,7 +537,7 @@ class AsyncClient(Generic[V]):
                 tries += 1
                 pause_s = self._channel.pause_s(tries)
                 remaining_s = began + timeout - monotonic() - pause_s
-                refused = [i for i in refused if may_repeat(batch.results[i], kind, remaining_s)]
+                refused = [i for i in refused if may_repeat(batch.results[i], batch.op, remaining_s)]
                 if refused:
                     parts.insert(0, refused)
                     await asyncio.sleep(pause_s)
@@ -551,10 +546,10 @@ class AsyncClient(Generic[V]):
         return True
 
     async def _administer(self, op: bytes, shape: type[D], timeout: float | None) -> D:
-        return _shaped(await self._call([0, op], READ, timeout), op, shape)
+        return _shaped(await self._call([0, op], timeout), op, shape)
 
     async def _change(self, message: list[Any], timeout: float | None) -> Any:
-        return decode_tree(await self._call(message, WRITE, timeout))
+        return decode_tree(await self._call(message, timeout))
 
     async def _administer_long(
         self, message: list[Any], progress: ProgressCallback | None, idle_s: float
@@ -572,7 +567,7 @@ def _shaped(answer: Any, op: bytes, shape: type[D]) -> D:
 
 
 class Connecting(Generic[V]):
-    """What `connect` returns: await it for a client, or enter it with `async with` for one closed at the end."""
+    """The result of `connect`: await it for a client, or enter it with `async with`, which closes the client."""
 
     def __init__(self, url: str, codec: Codec[V], timeout_s: float, name: str) -> None:
         self._address = parse_url(url)
@@ -614,6 +609,6 @@ def connect(
     """Connect to a cluster: `async with connect(url) as kv` or `kv = await connect(url)`.
 
     `timeout`: seconds for connecting and for every call that names none. `name`: how the server's log and status call
-    this client. Raises RequestError (the URL), Unavailable (nobody answers), ProtocolError (not a kvtcp server).
+    this client. Raises RequestError (the URL), Unavailable (no answer), ProtocolError (not a kvtcp server).
     """
     return Connecting(url, codec, timeout, name)

@@ -1,7 +1,7 @@
-"""The client's socket: one connection, kept alive and used by everybody, and the rules for trying again.
+"""The client's socket: one connection, kept alive and shared by all calls, and the rules for trying again.
 
-`Connection` is the asyncio face of a `ConnectionCore`: requests of one tick of the loop leave in one write, answers
-of one read are completed in one go, a timer sweeps the deadlines. `Channel` owns at most one Connection and makes a
+`ChannelConnection` puts a `ConnectionCore` on asyncio: requests of one tick of the loop leave in one write, answers of
+one read are completed in one go, a timer sweeps the deadlines. `Channel` owns at most one ChannelConnection and makes a
 new one when it is needed.
 
 - A call is tried again, after a pause drawn from 0 to a growing bound, only when it raised `Unavailable`: the server
@@ -10,8 +10,8 @@ new one when it is needed.
   for another such wait (`may_repeat`); the items of an m-request that were refused alone follow the same rule.
 - A connection is made by the first call that needs one; all calls share the attempt, and a caller that gives up does
   not stop it for the others. The first request on it is `hello`; its answer is `Channel.info`.
-- A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. The first to wait
-  are the first to go on, and nobody who comes later passes them.
+- A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. Waiting callers
+  are admitted in the order in which they came, before any later call.
 
 The data path has no task, no timer and no StreamReader per call: one future, one entry in a table.
 """
@@ -30,7 +30,7 @@ from time import monotonic
 from typing import Any, Final, NamedTuple, cast
 
 from kvtcp._version import __version__
-from kvtcp.client.core import Completion, ConnectionCore, Kind, Progress, show_seconds
+from kvtcp.client.core import Completion, ConnectionCore, OnProgress, show_seconds
 from kvtcp.client.url import Address
 from kvtcp.constants import (
     CLIENT_BACKOFF_MAX_MS,
@@ -45,7 +45,7 @@ from kvtcp.constants import (
     WRITE_WAIT_MS,
 )
 from kvtcp.errors import Code, KvtcpError, ProtocolError, RequestError, Unavailable
-from kvtcp.protocol.messages import Message
+from kvtcp.protocol.messages import REQUESTS, Kind, Message
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's tim
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
 _HANGS_UP: Final = "the server closed the connection at the first frame"
-# what a failure to connect most likely means
+# The likely cause of a failure to connect.
 _HINTS: Final = {
     "connection refused": "is the cluster running?",
     _HANGS_UP: "that port does not speak to clients; is it a node's port?",
@@ -65,7 +65,7 @@ _REFUSAL_S: Final = (WRITE_WAIT_MS + 2 * TICK_MS) / 1000 + _LATE_S
 
 
 class ServerInfo(NamedTuple):
-    """What the server said in its answer to `hello`."""
+    """The answer of the server to `hello`."""
 
     server: str  # its name and version
     version: int  # of the protocol
@@ -94,20 +94,20 @@ def backoff_s(failures: int, fraction: float) -> float:
     return fraction * bound_ms / 1000
 
 
-def may_repeat(error: KvtcpError, kind: Kind, remaining_s: float) -> bool:
-    """Whether a request that ended with `error` may be sent once more with so much time left.
+def may_repeat(error: KvtcpError, op: bytes, remaining_s: float) -> bool:
+    """Whether a request that ended with `error` may be sent again in the time that is left.
 
-    A write that waited in vain for a replica or for room is refused after a wait again: without the time to hear of it
-    the caller would be told "unknown" of a write that is known not to have been executed.
+    A write that waited in vain for a replica or for room may be refused after the same wait again. Without time for
+    that answer the call would end as "outcome unknown", although the write is known not to have been executed.
     """
-    waits = kind is Kind.WRITE and error.code in _REFUSED_LATE
+    waits = error.code in _REFUSED_LATE and REQUESTS[op].kind in (Kind.WRITE, Kind.ADMIN)
     return isinstance(error, Unavailable) and remaining_s > (_REFUSAL_S if waits else 0)
 
 
-class Connection(asyncio.Protocol):
+class ChannelConnection(asyncio.Protocol):
     """One socket. `on_end` is called once, with the reason, when it takes no more requests."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[Connection, str], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[ChannelConnection, str], None]) -> None:
         self._loop = loop
         self._on_end = on_end
         self._core: ConnectionCore[asyncio.Future[Any]] = ConnectionCore()
@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
         self._paused = False  # the socket's buffer is full
         self._ended = False
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()  # callers that wait for room, oldest first
-        self._granted_bytes = 0  # of requests that were told to go on and have not been sent yet
+        self._granted_bytes = 0  # of requests that are admitted and not yet sent
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0  # time of `_sweep`, meaningful while it is not None
         self._postponed = False  # `_sweep` is the second one: it is held whether or not it is late
@@ -135,11 +135,11 @@ class Connection(asyncio.Protocol):
         return self._ended
 
     def send(
-        self, message: Message, kind: Kind, began: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, began: float, timeout_s: float, progress: OnProgress | None = None
     ) -> asyncio.Future[Any]:
         """The future of a call, whose time ends `timeout_s` after `began`. Raises RequestError (TOO_LARGE)."""
         future = self._loop.create_future()
-        self._core.request(message, kind, future, began, timeout_s, progress)
+        self._core.request(message, future, began, timeout_s, progress)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -162,7 +162,7 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._admit)  # for those behind a caller that gave up
 
     async def close(self, reason: str) -> None:
-        """Send what is queued, end all calls and close the socket."""
+        """Send the queued requests, end all calls and close the socket."""
         self._flush()
         self._end(reason)
         if self._transport is not None:
@@ -245,7 +245,7 @@ class Connection(asyncio.Protocol):
         return used_bytes < CLIENT_OUTSTANDING_BYTES_MAX and not self._paused
 
     def _admit(self) -> None:
-        """Let the callers that wait longest go on, as many as there is room for; all when the connection has ended."""
+        """Admit waiting callers in order, as many as there is room for; all of them when the connection has ended."""
         while self._queue and (self._ended or self._has_capacity()):
             turn, request_bytes = self._queue.popleft()
             if not turn.done():
@@ -267,7 +267,7 @@ class Connection(asyncio.Protocol):
             return
         now = monotonic()
         if now - self._sweep_at > _LATE_S and not self._postponed:
-            # The loop was held up. Answers may lie unread in the socket: read them before anybody is told of a timeout.
+            # The loop was blocked. Answers may be unread in the socket: read them before calls run out of time.
             self._postponed = True
             self._sweep_at = now
             self._sweep = self._loop.call_later(CLIENT_TICK_MS / 1000, self._on_sweep)
@@ -303,7 +303,7 @@ def _fail(future: asyncio.Future[Any], error: Exception) -> None:
 
 
 class Channel:
-    """Calls to one address, over one connection that is made anew when it is lost."""
+    """Calls to one address, over one connection that is replaced when it is lost."""
 
     def __init__(self, address: Address, *, timeout_s: float = TIMEOUT_S, name: str = NAME_DEFAULT) -> None:
         self.address = address
@@ -311,7 +311,7 @@ class Channel:
         self.info: ServerInfo | None = None  # of the newest connection
         self._name = name
         self._loop = asyncio.get_running_loop()
-        self._connection: Connection | None = None  # said hello and has not ended
+        self._connection: ChannelConnection | None = None  # said hello and has not ended
         self._attempt: asyncio.Task[None] | None = None  # the one attempt to connect that is under way
         self._connected_at = 0.0  # when `_connection` was made
         self._failures = 0  # attempts in a row that gave no lasting connection
@@ -324,7 +324,7 @@ class Channel:
         await self._ready([], monotonic() + self.timeout_s, self.timeout_s)
 
     def pause_s(self, failures: int) -> float:
-        """A random pause before the next try, after so many that failed."""
+        """A random pause before the next attempt, after `failures` failed ones."""
         return backoff_s(failures, self._random.random())
 
     async def close(self) -> None:
@@ -337,13 +337,11 @@ class Channel:
             await self._connection.close("the client was closed")
 
     def disown(self) -> None:
-        """In a forked child: put /dev/null in the place of the socket, so that only the parent holds it open."""
+        """Replace the socket by /dev/null in a forked child, so that only the parent holds it open."""
         if self._connection is not None:
             self._connection.disown()
 
-    async def call(
-        self, message: Message, kind: Kind, timeout_s: float | None = None, began: float | None = None
-    ) -> Any:
+    async def call(self, message: Message, timeout_s: float | None = None, began: float | None = None) -> Any:
         """The result of a request; `message[0]` is overwritten with its id. Raises what errors.py says.
 
         The time runs from `began` (of the monotonic clock), None = now.
@@ -353,26 +351,27 @@ class Channel:
             began = monotonic()
         connection = self._connection
         if connection is None or not connection.has_room:
-            return await self._persist(message, kind, began, timeout_s)
+            return await self._persist(message, began, timeout_s)
         try:
-            return await connection.send(message, kind, began, timeout_s)
+            return await connection.send(message, began, timeout_s)
         except Unavailable as error:
-            return await self._persist(message, kind, began, timeout_s, error)
+            return await self._persist(message, began, timeout_s, error)
 
-    async def call_long(self, message: Message, idle_s: float, progress: Progress | None) -> Any:
-        """As `call` for administration: to get it started has the usual timeout, then only silence ends it."""
+    async def call_long(self, message: Message, idle_s: float, progress: OnProgress | None) -> Any:
+        """`call` for long administrative requests: until the first progress the usual timeout, then only silence ends
+        it.
+        """
         check_timeout(idle_s)
-        return await self._persist(message, Kind.ADMIN, monotonic(), self.timeout_s, None, idle_s, progress)
+        return await self._persist(message, monotonic(), self.timeout_s, None, idle_s, progress)
 
     async def _persist(
         self,
         message: Message,
-        kind: Kind,
         began: float,
         timeout_s: float,
         error: Unavailable | None = None,
         idle_s: float | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> Any:
         """Try, and while the request is known not to have been executed try again, until the deadline."""
         deadline = began + timeout_s
@@ -381,7 +380,7 @@ class Channel:
             if error is not None:
                 tries += 1
                 pause_s = self.pause_s(tries)
-                if self._closed or not may_repeat(error, kind, deadline - monotonic() - pause_s):
+                if self._closed or not may_repeat(error, message[1], deadline - monotonic() - pause_s):
                     raise error
                 await asyncio.sleep(pause_s)
             connection = await self._ready(message, deadline, timeout_s, error)
@@ -390,8 +389,8 @@ class Channel:
                 raise error or self._unreachable(timeout_s)
             try:
                 if idle_s is not None:
-                    return await connection.send(message, kind, now, idle_s, progress)
-                return await connection.send(message, kind, began, timeout_s)
+                    return await connection.send(message, now, idle_s, progress)
+                return await connection.send(message, began, timeout_s)
             except Unavailable as refused:
                 # that the last try ran out of time says less than why the cluster refused the one before
                 if error is None or refused.code != Code.UNREACHABLE or monotonic() < deadline:
@@ -399,7 +398,7 @@ class Channel:
 
     async def _ready(
         self, message: Message, deadline: float, timeout_s: float, error: Unavailable | None = None
-    ) -> Connection:
+    ) -> ChannelConnection:
         """A connection with room for a request, made if need be."""
         while True:
             if self._closed:
@@ -437,7 +436,7 @@ class Channel:
     def _attempt_done(self, attempt: asyncio.Task[None]) -> None:
         self._attempt = None
         if not attempt.cancelled():
-            attempt.exception()  # whoever waits raises it; when all have gone, nobody needs it
+            attempt.exception()  # waiting callers raise it; without any it must not be reported
 
     def _unreachable(self, timeout_s: float) -> Unavailable:
         failure = self._last_failure or "no answer"
@@ -449,20 +448,20 @@ class Channel:
         )
 
     async def _connect(self) -> None:
-        """One attempt: pause, connect, say hello. Failures that may pass are remembered, others raised."""
+        """Make one attempt: pause, connect, say hello. Failures that may pass are remembered, others raised."""
         if self._failures:
             await asyncio.sleep(self.pause_s(self._failures))
         host, port = self.address
-        connection: Connection | None = None
+        connection: ChannelConnection | None = None
         try:
             async with asyncio.timeout(self.timeout_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop, self._on_end), host, port
+                    lambda: ChannelConnection(self._loop, self._on_end), host, port
                 )
                 if connection.ended:
                     raise Unavailable("the server closed the connection", Code.UNREACHABLE)
                 hello = [0, b"hello", PROTOCOL_VERSION, self._name]
-                info = _server_info(await connection.send(hello, Kind.READ, monotonic(), self.timeout_s))
+                info = _server_info(await connection.send(hello, monotonic(), self.timeout_s))
         except (OSError, Unavailable) as error:
             self._failures += 1
             hung_up = connection is not None and connection.ended and getattr(error, "code", None) == Code.UNREACHABLE
@@ -487,7 +486,7 @@ class Channel:
             if connection.ended:
                 self._on_end(connection, "the server closed the connection after hello")
 
-    def _on_end(self, connection: Connection, reason: str) -> None:
+    def _on_end(self, connection: ChannelConnection, reason: str) -> None:
         if self._connection is not connection:
             return
         self._connection = None
@@ -515,7 +514,7 @@ def _reason(error: Exception) -> str:
     return ", ".join(reasons) or str(error) or "no answer"
 
 
-def _drop(connection: Connection | None) -> None:
+def _drop(connection: ChannelConnection | None) -> None:
     if connection is not None:
         connection.abort("the attempt to connect failed")
 

@@ -1,7 +1,7 @@
 """Codecs: how values of Python become the bytes the store keeps, and back.
 
 Pure. A codec is chosen once, when a client is made, and is explicit: nothing is guessed from a value, nothing is
-marked in the stored bytes, and none can run code of whoever wrote the value (there is no pickle here).
+marked in the stored bytes, and no stored value can run code (there is no pickle here).
 
     raw      bytes; text on the way in is stored as UTF-8 (the default)
     text     str, stored as UTF-8
@@ -26,7 +26,7 @@ V = TypeVar("V")
 
 
 class Codec(Protocol[V]):
-    """What a client needs of a codec; write your own with these three."""
+    """The interface of a codec; any object with these three members will do."""
 
     @property
     def name(self) -> str:

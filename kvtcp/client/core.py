@@ -6,66 +6,54 @@ A call is `[id, op, ...args]`. From `request` until its answer or the end of the
 is given to no other call, **whatever happened to the caller**: one that was cancelled or ran out of time leaves an
 abandoned id behind, and the late answer finds that id and is dropped. So an answer can never reach a later call.
 
-What a call ends with, if not with its answer:
+A call without an answer ends with one of these errors:
 
-    |                  | not handed to the socket | read                 | write, admin    |
+    |                  | not handed to the socket | a read               | any other       |
     |------------------|--------------------------|----------------------|-----------------|
     | connection lost  | Unavailable              | Unavailable          | OutcomeUnknown  |
     | peer talks trash | Unavailable              | ProtocolError        | OutcomeUnknown  |
     | out of time      | -                        | Unavailable          | OutcomeUnknown  |
 
-Deadlines: a call is kept in the set of its tick (CLIENT_TICK_MS), which is let go when the call ends; a sweep looks
-at the sets of the ticks that have passed. No timer and no heap entry per call.
+Deadlines: the id of a call is in the set of its tick (CLIENT_TICK_MS) until the call ends; a sweep expires the sets of
+the ticks that have passed. So no call needs a timer or a heap entry.
 
-`waiter` is whatever the adapter completes (a future); this module only hands it back. It is None once the call is
-abandoned. The adapter may also forget a waiter on its own (a cancelled future) and ignore its completion.
+`waiter` is the object that the adapter completes (a future); this module only hands it back. It is None once the call
+is abandoned. The adapter may also forget a waiter on its own (a cancelled future) and ignore its completion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, Final, Generic, TypeVar
 
 from kvtcp.constants import CLIENT_SILENCE_MS, CLIENT_TICK_MS, REQUEST_ID_MAX
 from kvtcp.errors import Code, KvtcpError, OutcomeUnknown, ProtocolError, Unavailable, error_from_wire
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
-from kvtcp.protocol.messages import CHANGES, WRITES, Message
+from kvtcp.protocol.messages import REQUESTS, Kind, Message
 
 W = TypeVar("W")
-Progress = Callable[[Any], None]
+OnProgress = Callable[[Any], None]
 
 TICKS_PER_S: Final = 1000 / CLIENT_TICK_MS
 SILENCE_S: Final = CLIENT_SILENCE_MS / 1000
 
 
-class Kind(Enum):
-    """What may be concluded when the answer to a request does not come."""
-
-    READ = "read"  # changes nothing: may always be repeated
-    WRITE = "write"  # may have happened: never repeated blindly
-    ADMIN = "admin"  # as a write, and long: its time runs out only without progress
-
-
-READ, WRITE, ADMIN = Kind.READ, Kind.WRITE, Kind.ADMIN
-KIND_OF: Final = {
-    **dict.fromkeys((b"hello", b"get", b"exists", b"mget", b"ttl", b"scan", b"count"), Kind.READ),
-    **dict.fromkeys((b"status", b"nodes", b"shards"), Kind.READ),
-    **dict.fromkeys(WRITES | CHANGES, Kind.WRITE),
-    **dict.fromkeys((b"backup", b"restore"), Kind.ADMIN),
-}
-
-
 class Call(Generic[W]):
     """A request without its answer. `id` is in exactly one set, `due`, until the call ends or is abandoned."""
 
-    __slots__ = ("due", "frame_bytes", "kind", "progress", "timeout_s", "waiter")
+    __slots__ = ("due", "frame_bytes", "op", "progress", "timeout_s", "waiter")
 
     def __init__(
-        self, kind: Kind, waiter: W | None, timeout_s: float, frame_bytes: int, due: set[int], progress: Progress | None
+        self,
+        op: bytes,
+        waiter: W | None,
+        timeout_s: float,
+        frame_bytes: int,
+        due: set[int],
+        progress: OnProgress | None,
     ) -> None:
-        self.kind = kind
-        self.waiter = waiter  # None: abandoned, nobody waits for the answer any more
+        self.op = op
+        self.waiter = waiter  # None: abandoned, its answer is dropped
         self.timeout_s = timeout_s
         self.frame_bytes = frame_bytes
         self.due = due  # ids whose time ends in the same tick
@@ -100,7 +88,7 @@ class ConnectionCore(Generic[W]):
         return len(self._calls)
 
     def request(
-        self, message: Message, kind: Kind, waiter: W, began: float, timeout_s: float, progress: Progress | None = None
+        self, message: Message, waiter: W, began: float, timeout_s: float, progress: OnProgress | None = None
     ) -> None:
         """Put a call into the table and its frame into the output; `message[0]` becomes its id.
 
@@ -119,7 +107,7 @@ class ConnectionCore(Generic[W]):
         self.outstanding_bytes += frame_bytes
         due = self._due_set(began + timeout_s)
         due.add(call_id)
-        calls[call_id] = Call(kind, waiter, timeout_s, frame_bytes, due, progress)
+        calls[call_id] = Call(message[1], waiter, timeout_s, frame_bytes, due, progress)
         self._frames.append(frame)
         self._unsent.append(call_id)
 
@@ -151,7 +139,7 @@ class ConnectionCore(Generic[W]):
                         done.append((call.waiter, message[2], None))
                 elif code == 1 and type(code) is int:
                     calls[call_id] = call
-                    self._go_on(call_id, call, message[2], now, done)
+                    self._on_progress(call_id, call, message[2], now, done)
                     continue
                 elif type(code) is int:
                     if call.waiter is not None:
@@ -178,7 +166,7 @@ class ConnectionCore(Generic[W]):
                 if call.waiter is not None:
                     done.append((call.waiter, None, _out_of_time(call)))
                     call.waiter = None
-                # Nobody waits for it, so others need not wait for its room: what it may still hold is the socket's.
+                # Its caller is gone, so other calls get its room; bytes that are not sent yet count for the socket.
                 self.outstanding_bytes -= call.frame_bytes
                 call.frame_bytes = 0
         self._due = {t: ids for t, ids in self._due.items() if ids}
@@ -186,11 +174,11 @@ class ConnectionCore(Generic[W]):
         return done
 
     def is_silent(self, now: float) -> bool:
-        """Whether nothing was heard for so long, while calls ran out of time, that the connection is given up."""
+        """Whether the connection is to be given up: calls ran out of time, and nothing was heard for SILENCE_S."""
         return self._silent_since is not None and now - self._silent_since >= SILENCE_S
 
     def lost(self, reason: str) -> list[Completion[W]]:
-        """End of the connection: what every call that still waits ends with (see the table above)."""
+        """End the connection; returns the errors of all waiting calls (see the table above)."""
         self._ended = True
         unsent = set(self._unsent)
         done: list[Completion[W]] = []
@@ -215,8 +203,8 @@ class ConnectionCore(Generic[W]):
                 self.next_due = at
         return due
 
-    def _go_on(self, call_id: int, call: Call[W], fields: Any, now: float, done: list[Completion[W]]) -> None:
-        """A progress frame: the call's time starts again, and whoever waits hears of it."""
+    def _on_progress(self, call_id: int, call: Call[W], fields: Any, now: float, done: list[Completion[W]]) -> None:
+        """Take a progress frame: the time of the call starts again, and its callback is called."""
         if call.waiter is None:
             return
         call.due.discard(call_id)
@@ -238,10 +226,11 @@ def show_seconds(timeout_s: float) -> str:
 
 def _out_of_time(call: Call[Any]) -> KvtcpError:
     time = show_seconds(call.timeout_s)
-    if call.kind is READ:
+    kind = REQUESTS[call.op].kind
+    if kind is Kind.READ:
         return Unavailable(f"no answer within {time}", Code.UNREACHABLE, {"timeout_s": call.timeout_s})
     return OutcomeUnknown(
-        f"the request was sent and had no {'progress' if call.kind is ADMIN else 'answer'} within {time};"
+        f"the request was sent and had no {'progress' if kind is Kind.LONG else 'answer'} within {time};"
         " whether it was executed is not known",
         details={"timeout_s": call.timeout_s},
     )
@@ -251,7 +240,7 @@ def _without_connection(call: Call[Any], unsent: bool, reason: str, failure: Pro
     error: KvtcpError
     if unsent:
         error = Unavailable(f"{reason}; the request was not sent", Code.UNREACHABLE)
-    elif call.kind is not READ:
+    elif REQUESTS[call.op].kind is not Kind.READ:
         error = OutcomeUnknown(f"{reason} after the request was sent; whether it was executed is not known")
     elif failure is not None:
         error = ProtocolError(f"{reason}: {failure.message}", failure.code)

@@ -4,7 +4,7 @@ A caller hands in a coroutine and sleeps on a plain lock until its task is done;
 coroutine itself: one wake-up of the loop, one task, one release of a lock.
 
 - The thread starts with the first client and ends with the last one, or at the exit of the interpreter.
-- An exception in the sleeping caller (Ctrl-C) cancels its task and goes on; nobody else notices.
+- An exception in the sleeping caller (Ctrl-C) cancels its task and propagates; other callers do not notice.
 - After a fork the thread exists only in the parent. The child starts its own when it needs one, and never touches the
   parent's loop again: the objects are kept (freeing them would change what the kernel polls for the parent).
 """
@@ -116,7 +116,7 @@ class LoopThread:
             error = job.error = None  # it would hold itself alive through its own traceback
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job nobody waits for any more."""
+        """Cancel a job whose caller is gone."""
         with self._gate:
             if not self._stopping:
                 self.loop.call_soon_threadsafe(job.cancel)
@@ -159,7 +159,7 @@ def acquire() -> LoopThread:
 
 
 def release(thread: LoopThread) -> None:
-    """One user less; the last one ends the thread."""
+    """Count one user less; the last one ends the thread."""
     global _current
     with _lock:
         thread.users -= 1

@@ -34,7 +34,7 @@ NEVER: Final = math.inf  # what `ttl` gives for a key without a deadline
 
 
 class Entry(NamedTuple, Generic[V]):
-    """One key with everything about it. `ttl` is the rest of its life in seconds, None without a deadline."""
+    """A key with its value, revision and remaining lifetime: `ttl` is in seconds, None without a deadline."""
 
     key: bytes
     value: V
@@ -102,7 +102,7 @@ def seconds(ttl_ms: int | None) -> float | None:
 def request(op: bytes, *args: Any) -> Message:
     """A checked request without its id. Raises RequestError."""
     message = [0, op, *args]
-    REQUESTS[op](message)
+    REQUESTS[op].check(message)
     return message
 
 
@@ -211,7 +211,7 @@ def chunks(sizes_bytes: Sequence[int]) -> list[range]:
 
 
 def item_result(answer: Any) -> Any:
-    """One result of an m-request: as it is, or the exception it stands for."""
+    """A result of an m-request as it is, or the exception that it encodes."""
     if type(answer) is list and answer and type(answer[0]) is int:
         if answer[0] in (Code.OK, Code.PROGRESS):
             raise ProtocolError(f"code {answer[0]} in the results of an m-request is not an error")
@@ -219,8 +219,8 @@ def item_result(answer: Any) -> Any:
     return answer
 
 
-class Batch:
-    """The items of one operation on many keys: which are still to be asked for, and what came back.
+class KeyBatch:
+    """The items of one operation on many keys, and their results so far.
 
     `results[i]` belongs to `items[i]`: a result, or the KvtcpError it failed with. An item that was not executed for a
     passing reason is asked for again by the same call, unless the batch names a key twice: then the order of its
@@ -262,7 +262,7 @@ class Batch:
         return self.op == b"mget" and error.code == Code.TOO_LARGE and keys > 1
 
     def sort(self, again: Sequence[int], keys: int) -> tuple[list[int], list[int]]:
-        """Split what is to be asked for again: in smaller requests, and after a pause."""
+        """Split the items to repeat into those for smaller requests, and those to send after a pause."""
         large = [i for i in again if self.is_too_large(self.results[i], keys)]
         return large, [i for i in again if isinstance(self.results[i], Unavailable)]
 

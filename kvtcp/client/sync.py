@@ -88,7 +88,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
 
     @property
     def info(self) -> ServerInfo:
-        """What the server said about itself: version, cluster id, shards, limits."""
+        """The answer of the server to `hello`: version, cluster id, shards, limits."""
         return self._live().info
 
     @property
@@ -168,7 +168,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> Iterator[bytes]:
-        """As `scan`, keys alone."""
+        """`scan` with keys alone."""
         return (row[0] for row in self._rows(PageRequest(prefix, start, end, limit, reverse, True), timeout))
 
     def scan_entries(
@@ -181,7 +181,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         reverse: bool = False,
         timeout: float | None = None,
     ) -> Iterator[Entry[V]]:
-        """As `scan`, with revisions and remaining lives."""
+        """`scan` with revisions and remaining lifetimes."""
         pages = PageRequest(prefix, start, end, limit, reverse, False)
         return (self._live()._entry(row) for row in self._rows(pages, timeout))
 
@@ -196,7 +196,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         page_items: int = PAGE_ITEMS_MAX,
         timeout: float | None = None,
     ) -> Iterator[list[tuple[bytes, V]]]:
-        """As `scan`, a list per page of at most `page_items` pairs; a page may be shorter, and empty."""
+        """`scan` by pages: lists of at most `page_items` pairs. A page may be shorter, even empty."""
         pages = PageRequest(prefix, start, end, limit, reverse, False, page_items)
         return ([self._live()._pair(row) for row in rows] for rows in self._pages(pages, timeout))
 
@@ -390,7 +390,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
             yield from rows
 
     def _forked(self) -> None:
-        """In a child process: forget the parent's connection, without a word to its server."""
+        """Forget the connection of the parent in a child process, without a word to the server."""
         self._lock = threading.Lock()
         if self._client is not None:
             self._client._disown()

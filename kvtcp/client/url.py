@@ -19,7 +19,7 @@ _FORM: Final = "it is kvtcp://host:port, for example kvtcp://127.0.0.1:8000 or k
 
 
 class Address(NamedTuple):
-    """Where the coordinator listens. `host` is without brackets."""
+    """The address of a coordinator. `host` is without brackets."""
 
     host: str
     port: int
@@ -41,7 +41,7 @@ def _port(url: str, text: str) -> int:
 
 
 def parse_url(url: str) -> Address:
-    """Host and port of a URL. Raises RequestError with what is wrong and an example."""
+    """Host and port of a URL. Raises RequestError, which names the fault and has an example."""
     if not isinstance(url, str):
         raise _refuse(url, f"it must be text, not {type(url).__name__}")
     if not url.startswith(SCHEME):

@@ -57,6 +57,7 @@ were applied; only what LEARNED says, and what is durable after it, counts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -121,6 +122,11 @@ _REPORT_FIELDS: Final = {
 _COPY_TYPES: Final = [int, bytes, int, bool, int, int, int, int]
 
 
+def is_entry(entry: Any) -> bool:
+    """Whether this is [chain, packed entry], as in ENTRIES."""
+    return type(entry) is list and len(entry) == 2 and type(entry[0]) is int and type(entry[1]) is bytes
+
+
 def parse_report(fields: Any) -> Report:
     """The second field of a REPORT frame. Raises ProtocolError."""
     if type(fields) is not dict:
@@ -162,3 +168,19 @@ def parse_told(fields: Any) -> Told:
     if type(cluster_map) not in (bytes, type(None)) or type(linked) is not bool:
         raise ProtocolError("an answer to ASK has a map, or nil, and says whether there is a link")
     return Told(report, cluster_map or b"", linked)
+
+
+_OPTIONAL_INT = (int, type(None))
+_CORE_FRAMES: Final[dict[int, Callable[[Sequence[Any]], bool]]] = {
+    ENTRIES: lambda m: len(m) == 5 and type(m[1]) is type(m[2]) is int and type(m[3]) in _OPTIONAL_INT,
+    SHIPPED: lambda m: tuple(map(type, m[:5])) == (int,) * 5 and len(m) == 6 and type(m[5]) in (bytes, type(None)),
+    LEARNED: lambda m: tuple(map(type, m)) == (int, int, bytes, int, int, int, int),
+    LEARN_FAILED: lambda m: tuple(map(type, m)) == (int, int, bytes),
+    LEAVE: lambda m: len(m) == 1,
+}
+
+
+def is_core_frame(message: Sequence[Any]) -> bool:
+    """Whether a frame of a node is ENTRIES, SHIPPED, LEARNED, LEARN_FAILED or LEAVE, with fields of the right types."""
+    check = _CORE_FRAMES.get(message[0])
+    return check is not None and check(message)

@@ -1,8 +1,10 @@
 """The message table: every request a client may send, checked and normalized before anything acts on it.
 
-Pure. A request is `[id, op, ...args]`; `REQUESTS[op](message)` returns its arguments as one tuple, in the order and
-with the types the comment of its checker gives, or raises RequestError with a sentence that names the argument and the
-limit. `id` is checked by `request_id`: without it there is nobody to answer, so its error closes the connection.
+Pure. A request is `[id, op, ...args]`. `REQUESTS` is the one table of operations: the coordinator, clients and tests
+read there how an operation is checked, what it changes and which keys it touches. `REQUESTS[op].check(message)` returns
+the arguments as one tuple, in the order and with the types the comment of its checker gives, or raises RequestError
+with a sentence that names the argument and the limit. `id` is checked by `request_id`: without it there is nobody to
+answer, so its error closes the connection.
 
 Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the last), `[id, code, message, details]`.
 `docs/protocol.md` shows the whole table with results and errors for people who write a client.
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from enum import Enum
+from typing import Any, Final, NamedTuple
 
 from kvtcp.constants import (
     INTEGER_MAX,
@@ -385,38 +388,59 @@ def _shard_accept_loss(m: Message) -> tuple[int]:  # shard
     return (_integer(m[2], "shard", 0, SHARDS_MAX - 1),)
 
 
-REQUESTS: Final[dict[bytes, Checker]] = {
-    b"hello": _hello,
-    b"get": _key_only("get key"),
-    b"put": _put,
-    b"add": _add,
-    b"delete": _delete,
-    b"cas": _cas,
-    b"incr": _incr,
-    b"exists": _key_only("exists key"),
-    b"mget": _multi_keys("mget [key, ...]"),
-    b"mput": _mput,
-    b"mdelete": _multi_keys("mdelete [key, ...]"),
-    b"expire": _expire,
-    b"persist": _key_only("persist key"),
-    b"ttl": _key_only("ttl key"),
-    b"scan": _scan,
-    b"count": _count,
-    b"status": _nothing("status"),
-    b"nodes": _nothing("nodes"),
-    b"shards": _nothing("shards"),
-    b"backup": _backup,
-    b"restore": _restore,
-    b"node_add": _node_add,
-    b"node_drain": _node_only("node_drain node"),
-    b"node_undrain": _node_only("node_undrain node"),
-    b"node_remove": _node_only("node_remove node"),
-    b"node_forget": _node_only("node_forget node"),
-    b"rebalance": _rebalance,
-    b"shard_accept_loss": _shard_accept_loss,
+class Kind(Enum):
+    """What a request does, and so what its sender may conclude when no answer comes."""
+
+    READ = "read"  # changes nothing: may always be repeated
+    WRITE = "write"  # changes keys, perhaps without an answer: never repeated blindly
+    ADMIN = "admin"  # changes the cluster and no key; else as a write
+    LONG = "long"  # as ADMIN, and tells its progress: its time runs out only without progress
+
+
+class Touches(Enum):
+    """Which keys a request is about, by its checked arguments."""
+
+    NOTHING = "nothing"
+    KEY = "key"  # the first argument
+    KEYS = "keys"  # the first argument is a list of them, or of lists that each begin with one
+    RANGE = "range"  # lower and upper bound are the first two
+
+
+class RequestSpec(NamedTuple):
+    """One operation of clients. `check` returns the arguments of a message, or raises RequestError."""
+
+    check: Checker
+    kind: Kind
+    touches: Touches = Touches.NOTHING
+
+
+REQUESTS: Final[dict[bytes, RequestSpec]] = {
+    b"hello": RequestSpec(_hello, Kind.READ),
+    b"get": RequestSpec(_key_only("get key"), Kind.READ, Touches.KEY),
+    b"put": RequestSpec(_put, Kind.WRITE, Touches.KEY),
+    b"add": RequestSpec(_add, Kind.WRITE, Touches.KEY),
+    b"delete": RequestSpec(_delete, Kind.WRITE, Touches.KEY),
+    b"cas": RequestSpec(_cas, Kind.WRITE, Touches.KEY),
+    b"incr": RequestSpec(_incr, Kind.WRITE, Touches.KEY),
+    b"exists": RequestSpec(_key_only("exists key"), Kind.READ, Touches.KEY),
+    b"mget": RequestSpec(_multi_keys("mget [key, ...]"), Kind.READ, Touches.KEYS),
+    b"mput": RequestSpec(_mput, Kind.WRITE, Touches.KEYS),
+    b"mdelete": RequestSpec(_multi_keys("mdelete [key, ...]"), Kind.WRITE, Touches.KEYS),
+    b"expire": RequestSpec(_expire, Kind.WRITE, Touches.KEY),
+    b"persist": RequestSpec(_key_only("persist key"), Kind.WRITE, Touches.KEY),
+    b"ttl": RequestSpec(_key_only("ttl key"), Kind.READ, Touches.KEY),
+    b"scan": RequestSpec(_scan, Kind.READ, Touches.RANGE),
+    b"count": RequestSpec(_count, Kind.READ, Touches.RANGE),
+    b"status": RequestSpec(_nothing("status"), Kind.READ),
+    b"nodes": RequestSpec(_nothing("nodes"), Kind.READ),
+    b"shards": RequestSpec(_nothing("shards"), Kind.READ),
+    b"backup": RequestSpec(_backup, Kind.LONG),
+    b"restore": RequestSpec(_restore, Kind.LONG),
+    b"node_add": RequestSpec(_node_add, Kind.ADMIN),
+    b"node_drain": RequestSpec(_node_only("node_drain node"), Kind.ADMIN),
+    b"node_undrain": RequestSpec(_node_only("node_undrain node"), Kind.ADMIN),
+    b"node_remove": RequestSpec(_node_only("node_remove node"), Kind.ADMIN),
+    b"node_forget": RequestSpec(_node_only("node_forget node"), Kind.ADMIN),
+    b"rebalance": RequestSpec(_rebalance, Kind.ADMIN),
+    b"shard_accept_loss": RequestSpec(_shard_accept_loss, Kind.ADMIN),
 }
-WRITES: Final = frozenset({b"put", b"add", b"delete", b"cas", b"incr", b"mput", b"mdelete", b"expire", b"persist"})
-# they change the cluster and no key
-CHANGES: Final = frozenset(
-    {b"node_add", b"node_drain", b"node_undrain", b"node_remove", b"node_forget", b"rebalance", b"shard_accept_loss"}
-)

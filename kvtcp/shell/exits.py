@@ -56,7 +56,7 @@ class UsageError(Exception):
     """The command line is wrong. The text says what was expected."""
 
 
-class Refused(Exception):
+class ShellRefused(Exception):
     """The shell itself refuses: a limit that the user set, or a question that was not answered with yes."""
 
     def __init__(self, message: str, code: Exit = Exit.REFUSED) -> None:
@@ -79,7 +79,7 @@ def exit_of(error: BaseException) -> Exit:
             if code in codes:
                 return code
         return Exit.REFUSED
-    if isinstance(error, Refused):
+    if isinstance(error, ShellRefused):
         return error.code
     if isinstance(error, UsageError):
         return Exit.USAGE

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from kvtcp.shell.commands import TABLE, group, parse_error_text
 from kvtcp.shell.context import Context, ctrl_c_raises
 from kvtcp.shell.exits import Exit
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import ParseError, Word, split_line
 from kvtcp.shell.run import run_words
+from kvtcp.shell.table import TABLE, group, parse_error_text
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer

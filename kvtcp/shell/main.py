@@ -19,20 +19,20 @@ from typing import TextIO, cast
 from kvtcp._version import __version__
 from kvtcp.client.aio import connect
 from kvtcp.constants import CLIENT_TIMEOUT_MS
-from kvtcp.shell.commands import TABLE, check_form
 from kvtcp.shell.context import ADDRESS_DEFAULT, PROGRAM, Client, Context, Streams, ctrl_c_raises
 from kvtcp.shell.exits import MEANINGS, Exit, UsageError
 from kvtcp.shell.interactive import run_session
 from kvtcp.shell.output import FORMATS
 from kvtcp.shell.parser import Word, word_of_argument
 from kvtcp.shell.run import run_words
+from kvtcp.shell.table import TABLE, check_form
 
 USAGE = f"usage: {PROGRAM} [kvtcp://host:port] [-o {'|'.join(FORMATS)}] [--timeout S] [--] [COMMAND ...]"
 ConnectTo = Callable[[str, float], Awaitable[Client]]
 
 
 @dataclass
-class Call:
+class CommandLine:
     """The command line, taken apart."""
 
     address: str = ADDRESS_DEFAULT
@@ -42,9 +42,9 @@ class Call:
     words: list[Word] = field(default_factory=list)
 
 
-def parse_arguments(arguments: Sequence[str]) -> Call:
+def parse_arguments(arguments: Sequence[str]) -> CommandLine:
     """Take the command line apart; the words of the command stay as they are. Raises UsageError."""
-    call = Call()
+    call = CommandLine()
     rest = list(arguments)
     ended: list[str] = []  # the `--` that ended the options, which the command must know of too
     while rest:

@@ -175,7 +175,7 @@ class Output:
     def texts(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Help: aligned columns in table form, tab-separated lines without header otherwise."""
         if self.form == "table":
-            Table(self, header, is_cut=False).rows(rows)
+            RowTable(self, header, is_cut=False).rows(rows)
         else:
             for row in rows:
                 self.line("\t".join(row))
@@ -190,7 +190,7 @@ class Output:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_shown: bool = True) -> None:
         """Aligned columns of cells that are text already; nothing if there are no rows."""
         if rows:
-            Table(self, header, header_shown=header_shown).rows(rows)
+            RowTable(self, header, header_shown=header_shown).rows(rows)
 
 
 def _flat(fields: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
@@ -271,7 +271,7 @@ class _TableWriter(PageWriter[T]):
         self, output: Output, header: Sequence[str], row: Callable[[T], Sequence[str]], noun: str
     ) -> None:
         super().__init__(output)
-        self._table = Table(output, header)
+        self._table = RowTable(output, header)
         self._row = row
         self._noun = noun
         self._written = 0  # items so far
@@ -284,7 +284,7 @@ class _TableWriter(PageWriter[T]):
         self.output.line(f"{self._written} {self._noun}{'' if self._written == 1 else 's'}")
 
 
-class Table:
+class RowTable:
     """Aligned columns; on a terminal the last one is cut to what its line has left.
 
     The first column, the key, is never cut: a key that is wider than its column pushes the rest of its line. Widths

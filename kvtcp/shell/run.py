@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from kvtcp.errors import BatchError, KvtcpError
-from kvtcp.shell.commands import help_of, parse_error_text, take_command, take_form
 from kvtcp.shell.context import Context
-from kvtcp.shell.exits import Exit, Refused, UsageError, exit_of
+from kvtcp.shell.exits import Exit, ShellRefused, UsageError, exit_of
 from kvtcp.shell.parser import ParseError, Word
+from kvtcp.shell.table import help_of, parse_error_text, take_command, take_form
 
-_EXPECTED = (KvtcpError, UsageError, Refused, ConnectionError, TimeoutError, OSError)
+_EXPECTED = (KvtcpError, UsageError, ShellRefused, ConnectionError, TimeoutError, OSError)
 
 
 async def run_words(context: Context, words: Sequence[Word], line: str | None = None) -> Exit:

@@ -1,17 +1,17 @@
-"""The disk seam: the only module of kvtcp that touches files for data.
+"""The disk seam: the only module of kvtcp that reads and writes data files.
 
-Backups (and whatever else a node keeps on disk) receive a `Disk` and call nothing else, so that a test can hand them a
-disk on which the n-th call fails. `OsDisk` is the real one. It does exactly one thing per call and never retries: after
-a failed write or fsync nobody knows what the file holds, so the caller gives the file up.
+All storage code receives a `Disk` and calls nothing else, so that a test can pass a disk on which the n-th call fails.
+`OsDisk` is the real one. It does exactly one thing per call and never retries: after a failed write or fsync the
+content of the file is unknown, so the caller gives the file up.
 
-What makes something durable, in this order, is the caller's sequence of calls:
+A file becomes durable by these calls, in this order:
 
-    create, write..., sync, close      the bytes of a file are on the disk, under a name nobody reads yet
+    create, write..., sync, close      the bytes of a file are on the disk, under a name that no reader uses
     sync_directory(its directory)      the name is on the disk
     rename, sync_directory(parent)     published: the final name is there after a power cut, with all of its bytes
 
-A file's sync is fdatasync where the system has it: the bytes and the size of the file, without its times, which saves a
-write of the journal of the file system when the size is as before.
+A file is synced by fdatasync where the system has it: its bytes and size, without its times. If the size is unchanged,
+that saves a write to the journal of the file system.
 
 Every error is an OSError with the path in it. Writes are not buffered here; callers write pieces of 64 KiB or more.
 """
@@ -28,23 +28,23 @@ _sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS 
 
 
 class AppendFile(Protocol):
-    """A file open for writing at its end. Raises OSError; after one the content is unknown and the file given up."""
+    """A file open for writing at its end. Methods raise OSError; after one the content is unknown: give the file up."""
 
     def write(self, data: bytes) -> None:
-        """Appends all of `data`, however many system calls that takes."""
+        """Append all of `data`, however many system calls that takes."""
 
     def sync(self) -> None:
-        """Returns when everything written before the call is on the disk. Blocks; safe to call in another thread."""
+        """Wait until everything written before the call is on the disk. May be called in another thread."""
 
     def close(self) -> None:
-        """Gives the descriptor back. A second call does nothing."""
+        """Close the descriptor. A second call does nothing."""
 
 
 class Disk(Protocol):
-    """What storage code may do with files. All methods raise OSError."""
+    """The calls of storage code on files. All methods raise OSError."""
 
     def create(self, path: Path, private: bool = False) -> AppendFile:
-        """A new, empty file, mode 0600 if `private`, else 0644. FileExistsError if there is something of that name."""
+        """A new, empty file, mode 0600 if `private`, else 0644. FileExistsError if the name is taken."""
 
     def open_read(self, path: Path) -> IO[bytes]:
         """The file as a buffered binary stream from its start."""
@@ -56,28 +56,28 @@ class Disk(Protocol):
         """Bytes in a file."""
 
     def free_bytes(self, directory: Path) -> int:
-        """Bytes that may still be written on the file system of `directory`, without what is kept for root."""
+        """Bytes that may still be written on the file system of `directory`, without the reserve of root."""
 
     def list(self, directory: Path) -> list[str]:
-        """Names of everything in `directory`, sorted."""
+        """All names in `directory`, sorted."""
 
     def exists(self, path: Path) -> bool:
-        """Whether there is anything under that name."""
+        """Whether the name is taken."""
 
     def make_directory(self, directory: Path) -> None:
-        """Makes `directory` and missing parents, each durable in the one above it; fine if it is there."""
+        """Create `directory` and missing parents, each durably; no error if it exists."""
 
     def rename(self, old: Path, new: Path) -> None:
-        """Atomically gives `old` the name `new` on the same file system; not durable before `sync_directory`."""
+        """Atomically give `old` the name `new` on the same file system; not durable before `sync_directory`."""
 
     def sync_directory(self, directory: Path) -> None:
-        """Returns when the names in `directory` are on the disk."""
+        """Wait until the names in `directory` are on the disk."""
 
     def remove(self, path: Path) -> None:
-        """Removes a file; fine if there is none."""
+        """Remove a file; no error if there is none."""
 
     def remove_tree(self, directory: Path) -> None:
-        """Removes a directory with everything in it; fine if there is none."""
+        """Remove a directory with its content; no error if there is none."""
 
 
 class OsFile:
@@ -89,11 +89,11 @@ class OsFile:
         self._descriptor = os.open(path, flags, 0o600 if private else 0o644)  # -1 after close
 
     def write(self, data: bytes) -> None:
-        """Appends all of `data`."""
+        """Append all of `data`."""
         assert self._descriptor >= 0, "the file is closed"
         try:
             written = os.write(self._descriptor, data)
-            if written < len(data):  # a disk that gets full takes a part first; the next call says why
+            if written < len(data):  # a disk that is nearly full takes a part; the next call raises ENOSPC
                 rest = memoryview(data)[written:]
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
@@ -101,7 +101,7 @@ class OsFile:
             raise _with_path(error, self._path) from error
 
     def sync(self) -> None:
-        """Returns when everything written before the call is on the disk."""
+        """Wait until everything written before the call is on the disk."""
         assert self._descriptor >= 0, "the file is closed"
         try:
             _sync_data(self._descriptor)
@@ -109,14 +109,14 @@ class OsFile:
             raise _with_path(error, self._path) from error
 
     def close(self) -> None:
-        """Gives the descriptor back."""
+        """Close the descriptor."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
 
 class OsDisk:
-    """`Disk` on the file system of the machine. Has no state: one for all."""
+    """`Disk` on the file system of the machine. Without state: one instance serves all."""
 
     def create(self, path: Path, private: bool = False) -> AppendFile:
         """A new, empty file."""
@@ -140,15 +140,15 @@ class OsDisk:
         return status.f_bavail * status.f_frsize
 
     def list(self, directory: Path) -> list[str]:
-        """Names of everything in `directory`, sorted."""
+        """All names in `directory`, sorted."""
         return sorted(os.listdir(directory))
 
     def exists(self, path: Path) -> bool:
-        """Whether there is anything under that name, a dangling link too."""
+        """Whether the name is taken, even by a dangling link."""
         return os.path.lexists(path)
 
     def make_directory(self, directory: Path) -> None:
-        """Makes `directory` and missing parents."""
+        """Create `directory` and missing parents."""
         if directory.is_dir():
             return
         self.make_directory(directory.parent)
@@ -156,11 +156,11 @@ class OsDisk:
         self.sync_directory(directory.parent)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Atomically gives `old` the name `new`."""
+        """Atomically give `old` the name `new`."""
         os.rename(old, new)
 
     def sync_directory(self, directory: Path) -> None:
-        """Returns when the names in `directory` are on the disk."""
+        """Wait until the names in `directory` are on the disk."""
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -170,17 +170,17 @@ class OsDisk:
             os.close(descriptor)
 
     def remove(self, path: Path) -> None:
-        """Removes a file; fine if there is none."""
+        """Remove a file; no error if there is none."""
         path.unlink(missing_ok=True)
 
     def remove_tree(self, directory: Path) -> None:
-        """Removes a directory with everything in it; fine if there is none."""
+        """Remove a directory with its content; no error if there is none."""
         if os.path.lexists(directory):
             shutil.rmtree(directory)
 
 
 def _with_path(error: OSError, path: Path) -> OSError:
-    """The error with the path that a call on a descriptor leaves out; the class follows the number."""
+    """The error with the path, which calls on a descriptor leave out. Its class follows from the errno."""
     return OSError(error.errno, error.strerror, str(path))
 
 

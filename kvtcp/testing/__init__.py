@@ -1,4 +1,4 @@
-"""What users need to test against the real servers: LocalCluster, and the fixtures of `kvtcp.testing.pytest_plugin`.
+"""Tools for tests against the real servers: LocalCluster, and the fixtures of `kvtcp.testing.pytest_plugin`.
 
 LocalCluster is imported when it is first used (PEP 562): pytest loads the plugin, and so this package, at the start of
 every session of everybody who has kvtcp installed.

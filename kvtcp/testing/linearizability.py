@@ -1,4 +1,4 @@
-"""Linearizability: is there an order of operations that explains what the clients of one key saw?
+"""Linearizability: does an order of operations exist that explains all results for one key?
 
 Pure. The algorithm is that of Wing and Gong with Lowe's cache of visited (set of linearized operations, state) pairs.
 Keys are independent, so a history is checked one key at a time; that keeps the search small. Keep it to about ten
@@ -33,8 +33,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Operation = tuple[float, float | None, str, Any, Any]
-Numbered = tuple[int, Operation]
+TimedOperation = tuple[float, float | None, str, Any, Any]
+Numbered = tuple[int, TimedOperation]
 
 
 def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
 class _Events:
     """Calls and returns in order of time, linked; at equal times calls are first, which allows more."""
 
-    def __init__(self, operations: Sequence[Operation]) -> None:
+    def __init__(self, operations: Sequence[TimedOperation]) -> None:
         events = [(operation[0], 0, n) for n, operation in enumerate(operations)]
         events += [(operation[1], 1, n) for n, operation in enumerate(operations) if operation[1] is not None]
         events.sort()
@@ -88,7 +88,7 @@ class _Events:
             self.before[self.after[place]] = place
 
 
-def _earlier_twins(operations: Sequence[Operation]) -> list[int]:
+def _earlier_twins(operations: Sequence[TimedOperation]) -> list[int]:
     """For each unanswered operation the one that is the same and was called last before it, as a bit; 0 for none."""
     twins = [0] * len(operations)
     last: dict[tuple[str, Any], int] = {}
@@ -100,8 +100,8 @@ def _earlier_twins(operations: Sequence[Operation]) -> list[int]:
     return twins
 
 
-def check_history(operations: Sequence[Operation], initial: Any = None, budget: int = 5_000_000) -> bool | None:
-    """Whether the history of one key is linearizable; None if `budget` steps did not tell."""
+def check_history(operations: Sequence[TimedOperation], initial: Any = None, budget: int = 5_000_000) -> bool | None:
+    """Whether the history of one key is linearizable; None if `budget` steps did not decide it."""
     events = _Events(operations)
     twins = _earlier_twins(operations)
     left = sum(operation[1] is not None for operation in operations)  # answered operations without a place in the order
@@ -141,7 +141,7 @@ def check_history(operations: Sequence[Operation], initial: Any = None, budget: 
 
 
 def check_order(numbered: Iterable[Numbered], initial: Any = None) -> str:
-    """What contradicts the order of one key's log, or "" if nothing does, in O(n log n).
+    """The contradiction to the order of one key's log, or "" if there is none, in O(n log n).
 
     Each operation comes with its sequence number, a "get" with that of the last write it saw. Operations without an
     answer are given too if they are in the log.

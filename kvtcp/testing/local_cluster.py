@@ -11,10 +11,9 @@ memory; only the process boundary is missing. Everything is ready when `start` r
     with LocalCluster.run_in_thread() as cluster:           # no event loop of one's own
         with kvtcp.sync.connect(cluster.url) as kv: ...
 
-A node is killed as a process would be: port and link gone at once, data gone with it. The others go on, writes too as
-long as `min_insync` of them are left. One that is restarted has the same address and is empty, which is all that memory
-leaves; it learns everything from the others and is in sync again (`status`).
-A coordinator that is restarted takes the nodes over as they are.
+A node is killed as a process would be: port, link and data are gone at once. The others continue to serve, and to take
+writes as long as `min_insync` of them are left. A restarted node has the same address and is empty; it learns
+everything from the others and is in sync again (`status`). A restarted coordinator takes the nodes over as they are.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvtcp.config_store.keeper import MapKeeper
-from kvtcp.config_store.memory import MemoryConfigStore
+from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
-from kvtcp.server.coordinator import ClusterConfig, CoordinatorServer
-from kvtcp.server.node import NodeServer
-from kvtcp.server.ownership import check_store, found_map, own_map
-from kvtcp.server.supervisor import Found
+from kvtcp.coordinator.server import ClusterConfig, CoordinatorServer
+from kvtcp.coordinator.supervisor import Found
+from kvtcp.coordinator.takeover import check_store, found_map, own_map
+from kvtcp.node.server import NodeServer
 
 START_S = 10.0  # for all nodes to report
 STOP_S = 10.0  # for the thread of run_in_thread to end

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def marker_arguments(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the nearest marker asks for. Raises pytest.UsageError for positional arguments."""
+    """The arguments of the nearest marker. Raises pytest.UsageError for positional arguments."""
     marker = request.node.get_closest_marker("kvtcp")
     if marker is None:
         return {}

@@ -1,0 +1,1 @@
+"""Load, and the clusters it is put on."""

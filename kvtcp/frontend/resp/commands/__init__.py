@@ -1,0 +1,1 @@
+"""The commands of Redis, by what they are about."""

@@ -1,0 +1,1 @@
+"""Who has which copy: recovery, learners, in-sync sets, audits, administration."""

@@ -1,0 +1,529 @@
+"""Membership: who is in sync, who is let go, and who learns.
+
+Pure. Looks at the sequencer's shards and links once per tick and whenever something changed, compares them with where
+the copies shall be (`wanted` of the map), and takes one step per shard at a time:
+
+- a node whose link closed and did not return within LINK_GRACE_MS leaves all its shards by one change of the map
+  (R14);
+- so does one whose oldest unacknowledged item is older than EVICT_AFTER_MS while its peers acknowledged (slow is not
+  dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and
+  it learns again after the same time. A learner for which nobody waits has LEARNER_EVICT_AFTER_MS;
+- a bad copy leaves at once; if it has to stay it is replaced whole in its place; if no good member is left, nor may
+  come back, the shard goes back to the recovery;
+- a wanted node that is no member learns; a member that is not wanted leaves when there are enough without it, and then
+  drops its copy.
+
+Rules kept here: R2 (shrink: change the map, then drop; grow: the learner joins in the step in which it has everything
+committed, then the map is changed), R4 (never fewer than `min_insync` members), R6 (no change removes the last member
+known to be good, that is good and linked). A shard with a change of its row on its way is left alone (`changing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kvtcp.cluster.map import ClusterMap
+from kvtcp.constants import (
+    BACKOFF_MAX_MS,
+    BACKOFF_MIN_MS,
+    EVICT_AFTER_MS,
+    LEARNER_EVICT_AFTER_MS,
+    LEARNERS_PER_DONOR_MAX,
+    LINK_GRACE_MS,
+    RECOVER_WAIT_MS,
+    SLOW_INTERVAL_MS,
+)
+from kvtcp.protocol.link import STOP, CopyReport, Report
+from kvtcp.protocol.operations import DROP
+from kvtcp.replication.membership.learner import FREEZING, PULLING, Learner
+from kvtcp.replication.outbox import Outbox
+from kvtcp.replication.proposals import Proposals
+from kvtcp.replication.sequencing.link import Batch, Link
+from kvtcp.replication.sequencing.sequencer import Sequencer
+from kvtcp.replication.sequencing.shard import Shard
+
+DONOR_MISSES_MAX: Final = 8  # shards without a free donor after which no more are looked at now
+DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for
+RECOVERED_ANEW: Final = "its shard is recovered anew"
+
+
+@dataclass
+class NodeState:
+    """What is remembered of a node beyond its link."""
+
+    lost_ms: int | None = None  # when its link was lost; None = it is up
+    learns_after_ms: int = 0  # no learner on it before
+    failures: int = 0  # of its learners, one after the other
+    leaves: bool = False  # it asked to leave the in-sync sets, as it is about to stop
+    may_stop: bool = False  # and was told that it has left, as far as it can
+    dropping: set[int] = field(default_factory=set)  # shards whose copy it was told to drop
+
+
+class Membership:
+    """All decisions about members and learners. `reports` are those of the linked nodes, `new_token` makes names that
+    nobody can guess."""
+
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        proposals: Proposals,
+        outbox: Outbox,
+        reports: Mapping[str, Report],
+        new_token: Callable[[], bytes],
+    ) -> None:
+        self._sequencer = sequencer
+        self._proposals = proposals
+        self._outbox = outbox
+        self._reports = reports
+        self._new_token = new_token
+        self.nodes: dict[str, NodeState] = {node: NodeState() for node in proposals.map.nodes}
+        self.leaving: set[str] = set()  # nodes that are about to be removed from the map: nothing learns there
+        self.changing: set[int] = set()  # shards with a change of their row on its way
+        self.repairing: set[int] = set()  # shards that are not served before their bad members are replaced
+        self.unsettled: set[int] = set()  # shards whose members are not what is wanted, or not all good
+        self._lost_since_ms: dict[int, int] = {}  # shards without a good member that is linked, and since when
+        self._learners: dict[int, list[Learner]] = {}  # of each shard, and some that are over
+        self._waiting: dict[int, None] = {}  # shards that want a learner, and some that did, in their order
+        self.evictions = 0
+        self.joins = 0
+        self._last_slow_ms = -SLOW_INTERVAL_MS
+        self._last_drop_ms = 0  # when copies that are not wanted were looked for
+        self._looks_at_all = True
+        # A member of a shard that is not served was replaced in the map, by this copy: number, node, disk.
+        self.on_replaced: Callable[[int, str, str], None] = lambda number, node, disk: None
+        # A served shard has no good member any more, and why: the recovery judges it anew.
+        self.on_hand_back: Callable[[int, str], None] = lambda number, why: None
+        self.on_learner_failed: Callable[[Learner, str], None] = lambda learner, why: None
+
+    @property
+    def _map(self) -> ClusterMap:
+        return self._proposals.map
+
+    @property
+    def _now_ms(self) -> int:
+        return self._sequencer.now_ms
+
+    @property
+    def _shards(self) -> list[Shard]:
+        return self._sequencer.shards
+
+    def learners(self) -> list[Learner]:
+        """All learners. They are few, so that nothing here takes long for each of thousands of shards."""
+        return [learner for number in list(self._learners) for learner in self.learners_of(number)]
+
+    def learners_of(self, number: int) -> list[Learner]:
+        """Learners of one shard."""
+        if number not in self._learners:
+            return []
+        followings = self._shards[number].learners
+        found = [each for each in self._learners[number] if followings.get(each.link) is each.following]
+        if found:
+            self._learners[number] = found
+        else:
+            del self._learners[number]
+        return list(found)
+
+    def copies_of(self, node: str) -> dict[int, CopyReport]:
+        """The copies of a linked node, as far as is known; none of one that is not."""
+        report = self._reports.get(node)
+        return {} if report is None else report.copies
+
+    # --- events -------------------------------------------------------------------------------------
+
+    def node_up(self, node: str) -> None:
+        """Its link is up."""
+        state = self.nodes[node]
+        state.lost_ms = None
+        state.leaves = state.may_stop = False
+        state.dropping.clear()
+        self.look_at_all()
+
+    def node_down(self, node: str) -> None:
+        """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
+        self.nodes[node].lost_ms = self._now_ms
+        for learner in self.learners():
+            if learner.proposed:
+                continue  # it counts when the map says so, linked or not
+            if learner.link.node == node:
+                learner.give_up()
+                self._sequencer.detach(learner.shard, learner.link)
+            elif learner.donor.node == node:
+                learner.fail(f"the link to {node}, which gave it its data, was lost")
+
+    def tick(self, stalled: bool) -> None:
+        """Time passed. `stalled`: this process did not run for a while, so nobody else can be called slow."""
+        if stalled:
+            self._last_slow_ms = max(self._last_slow_ms, self._now_ms - SLOW_INTERVAL_MS + EVICT_AFTER_MS)
+        for learner in self.learners():
+            learner.tick()
+            if learner.following.holds_writes:
+                learner.shard.writable = False
+        self._evict_lost()
+        self._evict_slow()
+        self.work()
+        self._hand_back_lost()
+        if self._now_ms - self._last_drop_ms >= DROP_INTERVAL_MS:
+            self._last_drop_ms = self._now_ms
+            self._drop_copies()
+
+    def work(self) -> None:
+        """Take the next steps of all shards."""
+        wanted = self._map.wanted
+        shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
+        self._looks_at_all = False
+        self.unsettled = {shard.number for shard in shards if _is_unsettled(shard, wanted[shard.number])}
+        self._take_steps(sorted(self.unsettled))
+
+    def work_on(self, numbers: Sequence[int]) -> None:
+        """Take the next steps of these shards."""
+        for number in numbers:
+            if _is_unsettled(self._shards[number], self._map.wanted[number]):
+                self.unsettled.add(number)
+            else:
+                self.unsettled.discard(number)
+        self._take_steps(numbers)
+
+    def _take_steps(self, numbers: Iterable[int]) -> None:
+        for learner in self.learners():
+            learner.go_on()
+        for number in numbers:
+            shard = self._shards[number]
+            if number in self.unsettled and shard.serving and number not in self.changing:
+                self._give_up_unwanted(shard)
+                self._evict_bad(shard)
+                self._shrink_moved(shard)
+            if self._wants_learner(shard):
+                self._waiting[number] = None
+        self._start_learners()
+
+    def _wants_learner(self, shard: Shard) -> bool:
+        number = shard.number
+        if number not in self.unsettled or number in self.changing or shard.learners:
+            return False
+        return shard.serving or number in self.repairing
+
+    def look_at_all(self) -> None:
+        """Links or the map changed: any shard may not be as it is wanted. Thousands of shards are not looked at for
+        every frame."""
+        self._looks_at_all = True
+
+    # --- shards that are not served -----------------------------------------------------------------
+
+    def repair(self, number: int) -> None:
+        """Replace the bad members of a shard that is not served; the others are equal."""
+        self.repairing.add(number)
+        self.work_on([number])
+
+    def stop_repair(self, number: int) -> None:
+        """Replace none of its members."""
+        self.repairing.discard(number)
+        self.end_learners(number, RECOVERED_ANEW)
+
+    def repair_in_flight(self, number: int) -> bool:
+        """Whether the map is being changed for a member that was replaced."""
+        return any(learner.proposed for learner in self.learners_of(number))
+
+    def end_learners(self, number: int, why: str) -> None:
+        """Give up all learners of a shard."""
+        for learner in self.learners_of(number):
+            learner.fail(why)
+
+    # --- leaving ------------------------------------------------------------------------------------
+
+    def may_leave(self, shard: Shard, link: Link) -> bool:
+        """Whether the map can be changed so that `link` is no member, with M members and a good one left."""
+        return (
+            shard.serving
+            and shard.number not in self.changing
+            and link in shard.acked
+            and len(shard.members) > self._map.min_insync
+            and _leaves_a_good_one(shard, link)
+        )
+
+    def evict(self, link: Link, shards: Iterable[Shard], why: str, level: str = "warning") -> int:
+        """R2, R14: propose that `link` leaves those of the shards that it can leave; how many they are."""
+        leaving = [shard for shard in shards if self.may_leave(shard, link)]
+        if leaving:
+            numbers = [shard.number for shard in leaving]
+            left: list[Shard] = []
+
+            def edit(old: ClusterMap) -> ClusterMap:
+                # The store may have taken its time, or have failed: the last good member may be another one now (R6).
+                left[:] = [shard for shard in leaving if _leaves_a_good_one(shard, link)]
+                return old.without([shard.number for shard in left], link.node)
+
+            def stored(_: ClusterMap) -> None:
+                self.changing.difference_update(numbers)
+                if left:
+                    self._sequencer.leave(left, link)
+                    for learner in [learner for shard in left for learner in self.learners_of(shard.number)]:
+                        if learner.replaces == link.node:  # its place is free: it comes in addition
+                            learner.replaces = None
+                    self.left(link.node, left[0].number, len(left), why, level)
+                self.work_on(numbers)
+
+            self.changing.update(numbers)
+            self._proposals.propose(edit, stored)
+        return len(leaving)
+
+    def left(self, node: str, first: int, count: int, why: str, level: str = "warning") -> None:
+        """The map does not name the node any more as a member of so many shards."""
+        self.evictions += 1
+        self._outbox.event(level, "left-in-sync", node=node, shards=count, first=first, reason=why)
+
+    def _evict_lost(self) -> None:
+        for node, state in self.nodes.items():
+            link = self._sequencer.links[node]
+            if state.leaves and link.connected:
+                left = self.evict(link, list(link.shards), "it is about to stop")
+                waits = left or any(shard.number in self.changing for shard in link.shards)
+                if not waits and not state.may_stop:
+                    state.may_stop = True
+                    self._outbox.send(node, (STOP,))
+            elif state.lost_ms is not None and self._now_ms - state.lost_ms >= LINK_GRACE_MS:
+                self.evict(link, list(link.shards), link.reason)
+
+    def _evict_slow(self) -> None:
+        now_ms = self._now_ms
+        if now_ms - self._last_slow_ms < SLOW_INTERVAL_MS:
+            return
+        for node, state in self.nodes.items():
+            link = self._sequencer.links[node]
+            if not link.connected:
+                continue
+            oldest = link.oldest_unacknowledged()
+            if oldest is None or now_ms - oldest.written_ms < self._patience_ms(link, oldest):
+                continue
+            if not self._peers_have(link, oldest):
+                continue
+            if not any(link in shard.learners or self.may_leave(shard, link) for shard in link.shards):
+                continue  # nothing goes on without it: with a new link it would only be sent everything again
+            self._last_slow_ms = now_ms
+            state.learns_after_ms = now_ms + SLOW_INTERVAL_MS
+            why = f"it acknowledged nothing for {now_ms - oldest.written_ms} ms while others did"
+            self._outbox.event("warning", "slow-node", node=node, reason=why)
+            self.evict(link, list(link.shards), why)
+            self._outbox.close_link(node, why)
+            return
+
+    def _patience_ms(self, link: Link, batch: Batch) -> int:
+        """How long the link may have this batch. Nobody waits for a learner, which has much to do, before it holds the
+        writes of its shards back."""
+        is_awaited = link.full or any(link in self._shards[number].acked for number in batch.last_seqs)
+        return EVICT_AFTER_MS if is_awaited else LEARNER_EVICT_AFTER_MS
+
+    def _peers_have(self, link: Link, batch: Batch) -> bool:
+        """Whether for some shard M other members acknowledged what this batch has of it: without this one, and others
+        that are slow, it would go on."""
+        for number, seq in batch.last_seqs.items():
+            acked = self._shards[number].acked
+            if sum(acked[other] >= seq for other in acked if other is not link) >= self._map.min_insync:
+                return True
+        return False
+
+    def _hand_back_lost(self) -> None:
+        """R9: a shard all of whose members have lost their data, or are destroyed, for RECOVER_WAIT_MS: nobody can be
+        replaced. The recovery says that it is down. As long as a good one may come back the shard stays here: numbers
+        that were given in this epoch are on their way to it."""
+        lost: dict[int, int] = {}
+        for number in sorted(self.unsettled):
+            shard = self._shards[number]
+            if not shard.serving or number in self.changing:
+                continue
+            if any(link.node not in self._map.destroyed for link in shard.good):
+                continue
+            lost[number] = since_ms = self._lost_since_ms.get(number, self._now_ms)
+            if self._now_ms - since_ms >= RECOVER_WAIT_MS:
+                self.end_learners(number, RECOVERED_ANEW)
+                self.on_hand_back(number, "none of its members has its data")
+        self._lost_since_ms = lost
+
+    def _evict_bad(self, shard: Shard) -> None:
+        for link, why in list(shard.bad.items()):
+            if self.evict(link, [shard], f"it {why}"):
+                return
+
+    def _give_up_unwanted(self, shard: Shard) -> None:
+        """A learner that comes in addition, on a node where the copy is not wanted any more."""
+        for learner in self.learners_of(shard.number):
+            if learner.replaces is None and learner.link.node not in self._map.wanted[shard.number]:
+                learner.fail("it is not wanted there any more")
+
+    def _shrink_moved(self, shard: Shard) -> None:
+        """A member that is not wanted leaves when there are enough wanted ones."""
+        wanted = self._map.wanted[shard.number]
+        if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
+            return
+        link = next(link for link in shard.members if link.node not in wanted)
+        self.evict(link, [shard], "it is not wanted there any more", "info")
+
+    def _drop_copies(self) -> None:
+        """Copies of shards that are as they are wanted, on nodes that are not: they are let go."""
+        for node, state in self.nodes.items():
+            link = self._sequencer.links[node]
+            if not link.connected:
+                continue
+            for number in list(self.copies_of(node)):
+                shard = self._shards[number]
+                is_settled = shard.serving and number not in self.unsettled and shard.is_whole()
+                if is_settled and link not in shard.acked and number not in state.dropping:
+                    state.dropping.add(number)
+                    self._sequencer.call(link, (DROP, number), self._dropped(node, number))
+
+    def _dropped(self, node: str, number: int) -> Callable[[Any], None]:
+        def done(result: Any) -> None:
+            state = self.nodes.get(node)
+            if state is not None and result is None:
+                state.dropping.discard(number)
+                self.copies_of(node).pop(number, None)
+
+        return done
+
+    # --- learning -----------------------------------------------------------------------------------
+
+    def _start_learners(self) -> None:
+        """Begin with the shards that wait, as far as there are donors for them."""
+        gives: dict[Link, int] = {}
+        for learner in self.learners():
+            gives[learner.donor] = gives.get(learner.donor, 0) + 1
+        misses = 0
+        for number in list(self._waiting):
+            shard = self._shards[number]
+            found = self._candidate(shard) if self._wants_learner(shard) else None
+            if found is None:
+                del self._waiting[number]  # until the next look at it
+                continue
+            donor = self._donor(shard, found[0], gives)
+            del self._waiting[number]
+            if donor is None:
+                self._waiting[number] = None  # behind the others: most likely none of them has one either
+                misses += 1
+                if misses == DONOR_MISSES_MAX:
+                    break
+                continue
+            gives[donor] = gives.get(donor, 0) + 1
+            self.learn(shard, found[0], donor, found[1])
+
+    def learn(
+        self, shard: Shard, link: Link, donor: Link, replaces: str | None, seq_min: int = 0
+    ) -> Learner:
+        """Begin to bring a copy up to date."""
+        learner = Learner(
+            shard, link, donor, replaces, seq_min, sequencer=self._sequencer, outbox=self._outbox,
+            token_for=self._token_for, on_live=self._learner_is_live, on_failed=self._learner_failed,
+        )  # fmt: skip
+        shard.learners[link] = learner.following
+        self._learners[shard.number] = [*self.learners_of(shard.number), learner]
+        self.unsettled.add(shard.number)
+        learner.start(self.copies_of(link.node).get(shard.number))
+        self._outbox.event("info", "learner-begins", shard=shard.number, node=link.node, donor=donor.node)
+        return learner
+
+    def _candidate(self, shard: Shard) -> tuple[Link, str | None] | None:
+        """Who shall learn the shard next, and whose place it takes."""
+        links = self._sequencer.links
+        for link in shard.bad:  # those that could leave have left, or are about to
+            if link.node in self._map.destroyed:
+                return self._substitute(shard, link)
+            if self._can_learn(link):
+                return link, link.node
+        if shard.bad or not shard.serving:
+            return None
+        for link in shard.members:
+            if link.node in self._map.destroyed and len(shard.members) <= self._map.min_insync:
+                return self._substitute(shard, link)
+        if len(shard.members) > self._map.factor:
+            return None
+        for node in self._map.wanted[shard.number]:
+            if links[node] not in shard.acked and self._can_learn(links[node]):
+                return links[node], None
+        return None
+
+    def _substitute(self, shard: Shard, gone: Link) -> tuple[Link, str | None] | None:
+        """Another node for a member that was declared destroyed and cannot just leave."""
+        out = {*self._map.draining, *self._map.destroyed}
+        wanted = self._map.wanted[shard.number]
+        nodes = [*wanted, *(node for node in self._map.nodes if node not in wanted and node not in out)]
+        for node in nodes:
+            link = self._sequencer.links[node]
+            if link not in shard.acked and self._can_learn(link):
+                return link, gone.node
+        return None
+
+    def _can_learn(self, link: Link) -> bool:
+        state = self.nodes[link.node]
+        is_leaving = state.leaves or link.node in self.leaving
+        return link.connected and not is_leaving and state.learns_after_ms <= self._now_ms
+
+    def _donor(self, shard: Shard, link: Link, gives: Mapping[Link, int]) -> Link | None:
+        """The good member that gives to fewest learners."""
+        able = [each for each in shard.good if each.connected and each is not link]
+        able = [each for each in able if gives.get(each, 0) < LEARNERS_PER_DONOR_MAX]
+        return min(able, key=lambda each: (gives.get(each, 0), each.node), default=None)
+
+    def _token_for(self, learner: Learner) -> bytes:
+        """Whole copies leave a donor one after the other; one that its node gives to itself waits for none."""
+        is_busy = learner.donor is not learner.link and any(
+            other is not learner and other.donor is learner.donor and other.phase in (FREEZING, PULLING) and other.token
+            for other in self.learners()
+        )
+        return b"" if is_busy else self._new_token()
+
+    def _learner_failed(self, learner: Learner, why: str) -> None:
+        """Try again after a while."""
+        state = self.nodes[learner.link.node]
+        if state.learns_after_ms <= self._now_ms:  # else another one failed just now: of a node they fail together
+            state.failures += 1
+            wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
+            state.learns_after_ms = self._now_ms + wait_ms
+        wait_ms = state.learns_after_ms - self._now_ms
+        number, node = learner.shard.number, learner.link.node
+        self._outbox.event("warning", "learner-failed", shard=number, node=node, reason=why, again_in_ms=wait_ms)
+        self._sequencer.detach(learner.shard, learner.link)
+        self.on_learner_failed(learner, why)
+
+    def _learner_is_live(self, learner: Learner) -> None:
+        """R2: if it acknowledged everything committed, it joins in this step, and then the map is changed; one that
+        takes the place of another joins when the map says so (R9)."""
+        shard = learner.shard
+        number = shard.number
+        if learner.proposed or number in self.changing or learner.following.acked < shard.commit:
+            return
+        learner.proposed = True
+        link, node, disk, replaces = learner.link, learner.link.node, learner.following.disk, learner.replaces
+        self.nodes[node].failures = 0
+        self.changing.add(number)
+        is_first = self._map.wanted[number][0] == node  # so that answering is spread as it was planned
+        if replaces is None:
+            self._sequencer.join(shard, link, is_first)
+
+        def stored(_: ClusterMap) -> None:
+            self.changing.discard(number)
+            self.joins += 1
+            if replaces is not None:
+                self._sequencer.swap(shard, self._sequencer.links[replaces], link)
+            self._outbox.event("info", "joined-in-sync", node=node, shard=number, seq=learner.following.acked)
+            if not shard.serving:
+                self.on_replaced(number, node, disk)
+            self.work_on([number])
+
+        if replaces is None:
+            def joined(old: ClusterMap) -> ClusterMap:
+                new = old.with_member(number, node, disk)
+                return new.first_answers(number, node) if is_first else new
+
+            self._proposals.propose(joined, stored)
+        else:
+            self._proposals.propose(lambda old: old.replaced(number, replaces, node, disk), stored)
+
+
+def _is_unsettled(shard: Shard, wanted: Collection[str]) -> bool:
+    """Whether there may be something to do for the shard."""
+    return bool(shard.bad or shard.learners) or {link.node for link in shard.members} != set(wanted)
+
+
+def _leaves_a_good_one(shard: Shard, link: Link) -> bool:
+    """Whether a member known to be good, that is good and linked, is there without this one."""
+    return any(other is not link and other.connected for other in shard.good)

@@ -1,0 +1,1 @@
+"""The path of requests: numbers, batches, commits, answers."""

@@ -1,0 +1,1 @@
+"""What both server processes need of the machine."""

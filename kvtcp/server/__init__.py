@@ -1,1 +1,0 @@
-"""The I/O shells: transports, node, coordinator, supervisor."""

@@ -1,0 +1,1 @@
+"""One data directory: log, snapshots, manifest, and how they are read back."""
