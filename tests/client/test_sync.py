@@ -18,6 +18,7 @@ import kvtcp
 from kvtcp import AdminError, BatchError, Entry, KeyExists, OutcomeUnknown, SyncClient, Unavailable, codecs
 from kvtcp.client import loop_thread
 from kvtcp.errors import Code
+from tests.processes.cluster import is_waiting
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer
 
@@ -221,7 +222,7 @@ def test_ctrl_c_cancels_the_call(kv: SyncClient[bytes], peer: ServerThread) -> N
     peer.do(peer.server.on, b"get", peer.server.hold)
 
     def interrupt() -> None:
-        until(lambda: peer.server.held)
+        until(lambda: peer.server.held and is_waiting(os.getpid()))
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
