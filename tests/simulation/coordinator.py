@@ -141,7 +141,8 @@ class SimLink:
         self.is_closing = True
         connection, self.connection = self.connection, None
         if connection is not None:
-            connection.send(TO_SERVER, (STOP,))
+            if self.live:
+                connection.send(TO_SERVER, (STOP,))
             connection.close(TO_CLIENT)
 
     def write(self) -> None:
