@@ -94,7 +94,6 @@ class DonationStream:
         pieces: Iterator[bytes],
         on_end: Callable[[DonationStream], None],
     ) -> None:
-        self._donations = donations
         self._connection = connection
         self._donation = donation
         self._pieces = pieces

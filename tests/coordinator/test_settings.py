@@ -87,7 +87,7 @@ def test_nodes_of_an_old_cluster() -> None:
 
     assert local(spawned) == {"n1", "n3", "n4"}, "it runs as if spawned here"
     assert local(spawned, base_port=7000) == {"n1", "n3"}
-    assert local(None) == {"n1", "n3", "n4"}, "an identity of an older version"
+    assert local(None) == {"n1", "n3", "n4"}, "an identity that --recover-map made"
     assert local([]) == {"n4"}
 
 
