@@ -319,10 +319,10 @@ class Controller:
             for learner in self.membership.learners_of(number):
                 learner.on_shipped(node, seq, chain, error)
         elif kind == LEARNED:
-            _, _, disk, generation, epoch, seq, chain = message
-            self.reports[node].copies[number] = CopyReport(disk.decode(), generation, True, epoch, seq, chain)
+            _, _, replica_id, generation, epoch, seq, chain = message
+            self.reports[node].copies[number] = CopyReport(replica_id.decode(), generation, True, epoch, seq, chain)
             for learner in self.membership.learners_of(number):
-                learner.on_learned(node, disk, seq)
+                learner.on_learned(node, replica_id, seq)
         else:
             for learner in self.membership.learners_of(number):
                 learner.on_failed(node, message[2].decode("utf-8", "replace"))
@@ -336,7 +336,7 @@ class Controller:
             if node not in self.sequencer.links:
                 self.sequencer.add_link(node)
                 self.membership.nodes[node] = NodeState()
-        self.membership.look_at_all()
+        self.membership.check_all()
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""

@@ -15,7 +15,7 @@ UNKNOWN_COPY: Final = "may lack writes: the cluster map, which said whether it d
 
 
 def foreign_copy(copy: CopyReport) -> str:
-    """Why a copy whose disk is not the member's is bad."""
+    """Why a copy whose replica_id is not the member's is bad."""
     if copy.damage:
         return f"has a damaged copy: {copy.damage}"
     return f"{LOST_DATA}: what it has is not what was written to this cluster" if copy.seq else LOST_DATA
@@ -26,10 +26,10 @@ def incomplete_copy(copy: CopyReport) -> str:
     return f"has an incomplete copy: {copy.damage or 'it was never finished'}"
 
 
-def why_other(copy: CopyReport, number: int, disk: str, acked: int, last_seq: int, base: tuple[int, int]) -> str:
-    """Why a copy is not the one by this disk that acknowledged `acked` of the shard, of which numbers up to `last_seq`
+def why_other(copy: CopyReport, number: int, replica_id: str, acked: int, last_seq: int, base: tuple[int, int]) -> str:
+    """Why a copy is not the one by this replica_id that acknowledged `acked` of the shard, of which numbers up to `last_seq`
     were given; empty if it is. `base` is a position of the shard, number and chain."""
-    if copy.disk != disk:
+    if copy.replica_id != replica_id:
         return foreign_copy(copy)
     if not copy.complete:
         return incomplete_copy(copy)

@@ -52,6 +52,6 @@ class Proposals:
     def _is_named(self, node: str, report: Report) -> bool:
         """Whether a copy of this node is the one that the map names, or will name after the founding."""
         for number, copy in report.copies.items():
-            if number < self.map.shards and dict(self.map.members[number]).get(node) in (copy.disk, ""):
+            if number < self.map.shards and dict(self.map.members[number]).get(node) in (copy.replica_id, ""):
                 return True
         return False

@@ -90,9 +90,9 @@ class Membership:
         self.joins = 0
         self._last_slow_ms = -SLOW_INTERVAL_MS
         self._last_drop_ms = 0  # when copies that are not wanted were looked for
-        self._looks_at_all = True
-        # A member of a shard that is not served was replaced in the map, by this copy: number, node, disk.
-        self.on_replaced: Callable[[int, str, str], None] = lambda number, node, disk: None
+        self._checks_all = True
+        # A member of a shard that is not served was replaced in the map, by this copy: number, node, replica_id.
+        self.on_replaced: Callable[[int, str, str], None] = lambda number, node, replica_id: None
         # A served shard has no good member any more, and why: the recovery judges it anew.
         self.on_hand_back: Callable[[int, str], None] = lambda number, why: None
         self.on_learner_failed: Callable[[Learner, str], None] = lambda learner, why: None
@@ -138,7 +138,7 @@ class Membership:
         state.lost_ms = None
         state.leaves = state.may_stop = False
         state.dropping.clear()
-        self.look_at_all()
+        self.check_all()
 
     def node_down(self, node: str) -> None:
         """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
@@ -171,8 +171,8 @@ class Membership:
     def work(self) -> None:
         """Take the next steps of all shards."""
         wanted = self._map.wanted
-        shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
-        self._looks_at_all = False
+        shards = self._shards if self._checks_all else [self._shards[number] for number in self.unsettled]
+        self._checks_all = False
         self.unsettled = {shard.number for shard in shards if _is_unsettled(shard, wanted[shard.number])}
         self._take_steps(sorted(self.unsettled))
 
@@ -187,7 +187,7 @@ class Membership:
 
     def _take_steps(self, numbers: Iterable[int]) -> None:
         for learner in self.learners():
-            learner.go_on()
+            learner.resume()
         for number in numbers:
             shard = self._shards[number]
             if number in self.unsettled and shard.serving and number not in self.changing:
@@ -204,10 +204,10 @@ class Membership:
             return False
         return shard.serving or number in self.repairing
 
-    def look_at_all(self) -> None:
+    def check_all(self) -> None:
         """Links or the map changed: any shard may not be as it is wanted. Thousands of shards are not looked at for
         every frame."""
-        self._looks_at_all = True
+        self._checks_all = True
 
     # --- shards that are not served -----------------------------------------------------------------
 
@@ -492,7 +492,7 @@ class Membership:
         if learner.proposed or number in self.changing or learner.following.acked < shard.commit:
             return
         learner.proposed = True
-        link, node, disk, replaces = learner.link, learner.link.node, learner.following.disk, learner.replaces
+        link, node, replica_id, replaces = learner.link, learner.link.node, learner.following.replica_id, learner.replaces
         self.nodes[node].failures = 0
         self.changing.add(number)
         is_first = self._map.wanted[number][0] == node  # so that answering is spread as it was planned
@@ -506,17 +506,17 @@ class Membership:
                 self._sequencer.swap(shard, self._sequencer.links[replaces], link)
             self._outbox.event("info", "joined-in-sync", node=node, shard=number, seq=learner.following.acked)
             if not shard.serving:
-                self.on_replaced(number, node, disk)
+                self.on_replaced(number, node, replica_id)
             self.work_on([number])
 
         if replaces is None:
             def joined(old: ClusterMap) -> ClusterMap:
-                new = old.with_member(number, node, disk)
+                new = old.with_member(number, node, replica_id)
                 return new.first_answers(number, node) if is_first else new
 
             self._proposals.propose(joined, stored)
         else:
-            self._proposals.propose(lambda old: old.replaced(number, replaces, node, disk), stored)
+            self._proposals.propose(lambda old: old.replaced(number, replaces, node, replica_id), stored)
 
 
 def _is_unsettled(shard: Shard, wanted: Collection[str]) -> bool:

@@ -12,7 +12,7 @@ outbox; the controller brings back what nodes answered. The shard sees of it onl
     LIVE       the node has everything, what was set aside included, and acknowledges like a member
 
 A copy that goes on where it was is compared first: the donor's chain at its position must be the copy's own (R7). What
-does not match, or cannot be shipped, is replaced whole, under a new disk. Nothing that a learner acknowledges counts
+does not match, or cannot be shipped, is replaced whole, under a new replica_id. Nothing that a learner acknowledges counts
 before LIVE (`acknowledged`), and it joins only when that is everything committed (R2).
 
 Requests of an attempt that is over may still be answered; what is not awaited is not looked at.
@@ -42,11 +42,11 @@ FREEZING: Final = "freezing"
 PULLING: Final = "pulling"
 LIVE: Final = "live"
 
-HURRY_TICKS: Final = 4  # ticks for which a live learner runs after the members before writes wait for it
+HOLD_AFTER_TICKS: Final = 4  # ticks for which a live learner runs after the members before writes wait for it
 
 
 class Learner:
-    """One attempt. `replaces` is the member whose place it takes at the end: the same node with the disk that it had,
+    """One attempt. `replaces` is the member whose place it takes at the end: the same node with the replica_id that it had,
     or one that was declared destroyed; None if it comes in addition."""
 
     def __init__(
@@ -170,9 +170,9 @@ class Learner:
             self._on_live(self)
             if not self.proposed and self.following.acked < self.shard.commit:
                 self._ticks_behind += 1
-                self.following.holds_writes = self._ticks_behind > HURRY_TICKS
+                self.following.holds_writes = self._ticks_behind > HOLD_AFTER_TICKS
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """The donor may be free now."""
         if self.phase == FREEZING and not self.token:
             self._freeze()
@@ -187,8 +187,8 @@ class Learner:
             else:
                 self._attach(fresh=True)
             return
-        disk, _, _, _, seq, chain = result
-        self.following.disk, self.seq, self._chain = disk.decode(), seq, chain
+        replica_id, _, _, _, seq, chain = result
+        self.following.replica_id, self.seq, self._chain = replica_id.decode(), seq, chain
         if self.donor is self.link:
             self._pull()
         elif self.fresh:
@@ -221,7 +221,7 @@ class Learner:
             self._outbox.send(self.link.node, (SHIP, self.shard.number, entries))
         elif after >= self._attach_seq:
             self.phase = SHIPPING  # it has all, and says so when it is durable
-            self._look_whether_live()
+            self._check_live()
 
     def on_shipped(self, node: str, seq: int, chain: int, error: bytes | None) -> None:
         """SHIPPED of the learner."""
@@ -238,7 +238,7 @@ class Learner:
         self.phase = FREEZING
         self.token = self._token_for(self)
         if not self.token:
-            return  # `go_on` tries again
+            return  # `resume` tries again
         item = (DONATE, self.shard.number, self.token, self._seq_min)
         self._sequencer.call(self.donor, item, self._guarded(self._on_frozen))
 
@@ -255,19 +255,19 @@ class Learner:
         host, port = self._sequencer.map.nodes[self.donor.node]
         self._outbox.send(self.link.node, (PULL, self.shard.number, host, port, self.token))
 
-    def on_learned(self, node: str, disk: bytes, seq: int) -> None:
+    def on_learned(self, node: str, replica_id: bytes, seq: int) -> None:
         """LEARNED: the copy is complete and live, up to this number. Raises LinkError if it cannot be."""
-        if self.phase in (ASKED, LIVE) or node != self.link.node or disk.decode() != self.following.disk:
+        if self.phase in (ASKED, LIVE) or node != self.link.node or replica_id.decode() != self.following.replica_id:
             return  # of an attempt that is over
         if seq < self._attach_seq:
-            return  # of one with the same disk: what is durable there is told late
+            return  # of one with the same replica_id: what is durable there is told late
         last_seq = max(self.shard.last_seq, self._attach_seq)
         if seq > last_seq:
             raise LinkError(f"{node} has shard {self.shard.number} up to {seq}, the last number given is {last_seq}")
         self._learned = seq
-        self._look_whether_live()
+        self._check_live()
 
-    def _look_whether_live(self) -> None:
+    def _check_live(self) -> None:
         if self._learned >= 0 and self._compared:
             self.phase = LIVE
             self.seq = self.following.acked = self._learned

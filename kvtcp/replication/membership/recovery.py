@@ -10,7 +10,7 @@ members are replaced by Membership.
     REPAIRING  bad members that have to stay are replaced whole, each by a learner
     DOWN       too few members that could be made good; judged again when one of its nodes reports
 
-1. A member is *bad* if its copy has another disk than the map says, or is not complete, or ends below a number that any
+1. A member is *bad* if its copy has another replica_id than the map says, or is not complete, or ends below a number that any
    member was told to be committed (R9). Whatever it holds is not looked at.
 2. The best position is the highest (epoch, seq) of the good ones. Two good members with that position and different
    chains: the shard is down.
@@ -19,10 +19,10 @@ members are replaced by Membership.
 4. A good member that ends earlier gets the entries that follow, fetched from one at the best position, if that one's
    chain at the place where they join is the same; else it is bad. They keep their epoch and stamp. What nobody was ever
    answered about may so become committed, which is right: it may have happened.
-5. A bad member that has to stay is brought whole to the best copy, and enters the map under its new disk; only then the
+5. A bad member that has to stay is brought whole to the best copy, and enters the map under its new replica_id; only then the
    shard is served. Committed is what the best has.
 
-Two exceptions, in which new disks enter the map at once: a shard in which nothing was ever written is as complete in an
+Two exceptions, in which new replica_ids enter the map at once: a shard in which nothing was ever written is as complete in an
 empty copy as in any other; and if the last run kept its data in memory and all members are new and empty, they are what
 the end of that run has left, and the shard begins anew.
 
@@ -40,7 +40,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kvtcp.cluster.map import LOST_DISK, ClusterMap
+from kvtcp.cluster.map import LOST_REPLICA, ClusterMap
 from kvtcp.constants import RECOVER_WAIT_MS, RECOVERY_SHARDS_MAX
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report, is_entry
 from kvtcp.replication.copy_reports import UNKNOWN_COPY, foreign_copy, incomplete_copy
@@ -92,10 +92,10 @@ class _Shard:
 
 @dataclass
 class _RowChange:
-    """A change of one shard's row: new disks of members, or members that are removed, and why."""
+    """A change of one shard's row: new replica_ids of members, or members that are removed, and why."""
 
     shard: _Shard
-    disks: dict[str, str] = field(default_factory=dict)
+    replica_ids: dict[str, str] = field(default_factory=dict)
     removed: dict[str, str] = field(default_factory=dict)
     is_made: bool = True  # the members were removed indeed
 
@@ -186,13 +186,13 @@ class Recovery:
                 self._judge(shard)
         self._propose()
 
-    def replaced(self, number: int, node: str, disk: str) -> None:
+    def replaced(self, number: int, node: str, replica_id: str) -> None:
         """A member of a shard that is not served was replaced in the map, by this copy of the node, which may have lost
         it since that was proposed."""
         if number in self.shards:
             shard, repairing = self.shards[number], self._membership.repairing
             is_repair = number in repairing  # else a loss was accepted
-            if not is_repair or shard.again or not self._has(node, number, disk):
+            if not is_repair or shard.again or not self._has(node, number, replica_id):
                 repairing.discard(number)
                 self.begin(number)
             elif not self._sequencer.shards[number].bad:
@@ -204,7 +204,7 @@ class Recovery:
 
     def begin_from(self, number: int, node: str, replaces: str, seq_min: int) -> None:
         """A shard goes on, above `seq_min`, with what this node has, which is nothing if it has no copy. The node gives
-        that to itself under a new disk, which takes the place of the member `replaces`."""
+        that to itself under a new replica_id, which takes the place of the member `replaces`."""
         link = self._sequencer.links[node]
         self.losses[number] = self._membership.learn(self._sequencer.shards[number], link, link, replaces, seq_min)
 
@@ -309,11 +309,11 @@ class Recovery:
         row = self._map.members[shard.number]
         reports, destroyed = self._reports, self._map.destroyed
         shard.silent = [node for node, _ in row if node not in reports and node not in destroyed]
-        is_founding = any(not disk for _, disk in row)
+        is_founding = any(not replica_id for _, replica_id in row)
         if shard.silent and (is_founding or self._now_ms < shard.since_ms + RECOVER_WAIT_MS):
             return
         shard.good, shard.bad, empty, hint = {}, {}, {}, 0
-        for node, disk in row:
+        for node, replica_id in row:
             copy = reports[node].copies.get(shard.number) if node in reports else None
             if node in destroyed:
                 shard.bad[node] = "was declared destroyed"
@@ -321,12 +321,12 @@ class Recovery:
                 continue
             elif copy is None:
                 shard.bad[node] = "has no copy of it"
-            elif copy.disk != disk:
+            elif copy.replica_id != replica_id:
                 if copy.complete and not copy.seq:
-                    empty[node] = copy.disk
-                elif not disk:
+                    empty[node] = copy.replica_id
+                elif not replica_id:
                     raise StaleStore(f"node {node} has data of shard {shard.number}, the cluster map knows of none")
-                shard.bad[node] = UNKNOWN_COPY if disk == LOST_DISK and copy.seq else foreign_copy(copy)
+                shard.bad[node] = UNKNOWN_COPY if replica_id == LOST_REPLICA and copy.seq else foreign_copy(copy)
             else:
                 hint = max(hint, copy.commit)
                 if node in shard.found:
@@ -340,7 +340,7 @@ class Recovery:
                 self._is_bad(shard, node, f"ends at number {copy.seq}, but number {hint} was committed")
                 self._outbox.alarm(f"{node} {shard.bad[node]} in shard {shard.number}")
         if not self._adopt_empty(shard, empty, len(row)):
-            self._go_on(shard)
+            self._proceed(shard)
 
     def _is_bad(self, shard: _Shard, node: str, why: str) -> None:
         shard.bad[node] = why
@@ -348,7 +348,7 @@ class Recovery:
 
     def _adopt_empty(self, shard: _Shard, empty: Mapping[str, str], size: int) -> bool:
         """The exceptions for empty copies; true if a change of the map is on its way."""
-        is_founding = any(not disk for _, disk in self._map.members[shard.number])
+        is_founding = any(not replica_id for _, replica_id in self._map.members[shard.number])
         never_written = bool(shard.good) and all(copy.seq == 0 for copy in shard.good.values())
         ended = len(empty) == size and not is_founding and self._map.durability == "memory"
         if not empty or not (never_written or ended or (is_founding and len(empty) == size)):
@@ -364,7 +364,7 @@ class Recovery:
                 self._sequencer.set_members(shard.number, nodes)
                 self.begin_from(shard.number, nodes[0], nodes[0], shard.given + 1)
                 return True
-        self._change(shard, _RowChange(shard, disks=dict(empty)))
+        self._change(shard, _RowChange(shard, replica_ids=dict(empty)))
         return True
 
     def _change(self, shard: _Shard, change: _RowChange) -> None:
@@ -378,15 +378,15 @@ class Recovery:
         if not self._changes:
             return
         changes, self._changes = self._changes, []
-        disks = {change.shard.number: change.disks for change in changes if change.disks}
+        replica_ids = {change.shard.number: change.replica_ids for change in changes if change.replica_ids}
 
         def edit(old: ClusterMap) -> ClusterMap:
-            new = old.with_disks(disks)
+            new = old.with_replica_ids(replica_ids)
             removed: dict[str, list[int]] = {}
             for change in changes:
                 # The store may have taken its time, or have failed: is one of the good members still known to be good?
                 change.is_made = any(
-                    self._has(node, change.shard.number, copy.disk) for node, copy in change.shard.good.items()
+                    self._has(node, change.shard.number, copy.replica_id) for node, copy in change.shard.good.items()
                 )
                 for node in change.removed if change.is_made else ():
                     removed.setdefault(node, []).append(change.shard.number)
@@ -414,7 +414,7 @@ class Recovery:
             self._restart(shard)
         self._judge(shard)
 
-    def _go_on(self, shard: _Shard) -> None:
+    def _proceed(self, shard: _Shard) -> None:
         """Who is good is known: remove, ship, repair or serve."""
         row = self._map.members[shard.number]
         if not shard.good:
@@ -444,11 +444,11 @@ class Recovery:
         else:
             self._repair_or_finish(shard)
 
-    def _has(self, node: str, number: int, disk: str) -> bool:
+    def _has(self, node: str, number: int, replica_id: str) -> bool:
         """Whether the node is linked, and has this copy."""
         report = self._reports.get(node)
         copy = None if report is None else report.copies.get(number)
-        return copy is not None and copy.disk == disk
+        return copy is not None and copy.replica_id == replica_id
 
     def _choose_best(self, shard: _Shard) -> bool:
         best = max(shard.good.values(), key=_order)

@@ -11,14 +11,14 @@ from collections.abc import Callable
 class Following:
     """A record of one learner of one shard."""
 
-    __slots__ = ("acked", "attached", "disk", "holds_writes", "lost_reason", "on_acknowledged")
+    __slots__ = ("acked", "attached", "holds_writes", "lost_reason", "on_acknowledged", "replica_id")
 
     def __init__(self, on_acknowledged: Callable[[int], None]) -> None:
         self.on_acknowledged = on_acknowledged  # called with the number up to which an ordinal of the link covers it
         self.attached = False  # LEARN was queued
         self.holds_writes = False  # it does not catch up while writes go on: they wait a moment
         self.acked = 0  # number up to which it has everything, durably; 0 as long as nothing of it counts
-        self.disk = ""  # of the copy that it will be a member by
+        self.replica_id = ""  # of the copy that it will be a member by
         self.lost_reason = ""  # why its copy is not what it was when it was proposed as a member; empty = it is
 
     @property

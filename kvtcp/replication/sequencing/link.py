@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from kvtcp.constants import BATCH_BYTES_MAX, READ_RETRY_MS, WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.protocol.operations import WRITE_OP_END
-from kvtcp.replication.sequencing.requests import AWAITED, DUE
+from kvtcp.replication.sequencing.requests import AWAITED, UNANSWERED
 
 Item = tuple[Any, ...]  # as operations.py lays it out
 Op = list[Any]  # what waits for an answer: see requests.py
@@ -78,7 +78,7 @@ class Batch:
                 op = next(answers)
                 if op is ANSWERED or item[1] not in numbers or item[2] > seq_max:
                     continue
-                if op[1] is not None and op[3] in (AWAITED, DUE):
+                if op[1] is not None and op[3] in (AWAITED, UNANSWERED):
                     found.append((item[1], item[2], op))
         return found
 
@@ -91,7 +91,7 @@ class Batch:
         for item in self.items:
             op = next(answers) if item[3] else None
             if item[2] <= has.get(item[1], 0):
-                if op is not None and op is not ANSWERED and op[1] is not None and op[3] in (AWAITED, DUE):
+                if op is not None and op is not ANSWERED and op[1] is not None and op[3] in (AWAITED, UNANSWERED):
                     orphans.append((item[1], item[2], op))
                 continue
             lacks.items.append(item)

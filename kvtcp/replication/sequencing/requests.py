@@ -45,7 +45,7 @@ ITEM_OVERHEAD_BYTES: Final = 32  # what an item counts in a window beyond its ke
 NUMBER: Final = object()  # result of a write that is its own number (put)
 AWAITED: Final = object()  # result that has not arrived
 LOST: Final = object()  # result that died with a link: the entry is applied, nobody knows any more what it gave
-DUE: Final = object()  # result that has not arrived of a write that is committed
+UNANSWERED: Final = object()  # result that has not arrived of a write that is committed
 LINK_LOST: Final = object()  # what a call gets instead of a result
 
 # unsequenced: (deadline_ms, bytes, op, key, args or None for a read, sink, token)

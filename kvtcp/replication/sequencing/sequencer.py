@@ -48,11 +48,11 @@ from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.replication.sequencing.reads import Reads
 from kvtcp.replication.sequencing.requests import (
     CALL,
-    DUE,
     IGNORE,
     ITEM_OVERHEAD_BYTES,
     LINK_LOST,
     PART,
+    UNANSWERED,
     WRITE,
     Sink,
 )
@@ -88,7 +88,7 @@ class Sequencer(ClusterState):
             if shard.joining:
                 named = cluster_map.members[shard.number]
                 shard.joining = {
-                    link: disk for link, disk in shard.joining.items() if (link.node, disk) not in named
+                    link: replica_id for link, replica_id in shard.joining.items() if (link.node, replica_id) not in named
                 }
 
     # --- reads over several shards, and control items -----------------------------------------------
@@ -177,10 +177,10 @@ class Sequencer(ClusterState):
             ordinal, last_seqs = uncommitted[0]
             for number, seq in last_seqs.items():
                 shard = shards[number]
-                if (shard.told() if shard.due else shard.commit) < seq:
+                if (shard.announced_commit() if shard.unanswered else shard.commit) < seq:
                     # A write of a shard that waits for another node may be first for long: drop those behind it.
                     if len(uncommitted) > link.uncommitted_max:
-                        link.drop_committed(lambda number, seq: shards[number].told() >= seq)
+                        link.drop_committed(lambda number, seq: shards[number].announced_commit() >= seq)
                     return ordinal
             uncommitted.popleft()
         return link.written_ordinal
@@ -202,7 +202,7 @@ class Sequencer(ClusterState):
         if answers:
             for op, result in zip(answers, results, strict=True):
                 if op[0] == WRITE:
-                    if op[3] is DUE and op[1] is not None:  # committed before, with another member's help
+                    if op[3] is UNANSWERED and op[1] is not None:  # committed before, with another member's help
                         op[3] = result
                         answer_write(op, result)
                     else:
@@ -317,7 +317,7 @@ class Sequencer(ClusterState):
         shard.members = [link, *shard.members] if is_first else [*shard.members, link]
         acked = {**shard.acked, link: learner.acked}
         shard.acked = {member: acked[member] for member in shard.members}
-        shard.joining[link] = learner.disk
+        shard.joining[link] = learner.replica_id
         shard.retarget()
         if learner.holds_writes:
             self._resume([shard])
@@ -338,7 +338,7 @@ class Sequencer(ClusterState):
         self._resume(shards)
 
     def swap(self, shard: Shard, old: Link, link: Link) -> None:
-        """The map names the learner `link` in the place of the member `old`, which may be the same node with the disk
+        """The map names the learner `link` in the place of the member `old`, which may be the same node with the replica_id
         it had before."""
         learner = shard.learners.pop(link)
         assert learner.acked >= shard.commit, "it acknowledged everything committed"
@@ -406,9 +406,9 @@ class Sequencer(ClusterState):
         shard = self.shards[number]
         shard.serving, shard.reason = False, reason
         shard.writable = False
-        for op in [*shard.pending, *(op for _, op in shard.due)]:
+        for op in [*shard.pending, *(op for _, op in shard.unanswered)]:
             shard.answer_unknown(op, reason)
-        shard.due.clear()
+        shard.unanswered.clear()
         shard.orphans = []
         for link in self.links.values():
             if link.resend:
@@ -474,7 +474,7 @@ class Sequencer(ClusterState):
         for shard in link.shards:
             shard.update_space()
             if shard.number in has:
-                shard.check_stuck()
+                shard.check_blocked()
                 shard.acknowledged(link, has[shard.number])
             if shard.orphans:
                 shard.hand_over()

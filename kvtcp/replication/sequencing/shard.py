@@ -48,12 +48,12 @@ from kvtcp.replication.sequencing.link import Link, Op
 from kvtcp.replication.sequencing.requests import (
     AWAITED,
     CALL,
-    DUE,
     GROWING,
     ITEM_OVERHEAD_BYTES,
     LINK_LOST,
     LOST,
     NUMBER,
+    UNANSWERED,
     WRITE,
     Held,
     Sink,
@@ -65,9 +65,30 @@ class Shard:
     """One shard."""
 
     __slots__ = (
-        "acked", "bad", "base", "cluster", "commit", "due", "good", "held", "joining", "last_seq", "learners",
-        "members", "number", "orphans", "pending", "purge_after_ms", "reason", "serving", "space", "stuck", "targets",
-        "waiting", "waiting_reads", "writable",
+        "acked",
+        "bad",
+        "base",
+        "blocked_reason",
+        "cluster",
+        "commit",
+        "good",
+        "held",
+        "joining",
+        "last_seq",
+        "learners",
+        "members",
+        "number",
+        "orphans",
+        "pending",
+        "purge_after_ms",
+        "reason",
+        "serving",
+        "space",
+        "targets",
+        "unanswered",
+        "waiting",
+        "waiting_reads",
+        "writable",
     )  # fmt: skip
 
     def __init__(self, number: int, members: list[Link], cluster: ClusterState) -> None:
@@ -75,7 +96,7 @@ class Shard:
         self.cluster = cluster
         self.members = members  # E: all of them must have an entry before it is committed; the first answers writes
         self.learners: dict[Link, Following] = {}  # nodes whose copies are being brought up to date
-        self.joining: dict[Link, str] = {}  # disks of members that the map as it is stored does not name yet
+        self.joining: dict[Link, str] = {}  # replica_ids of members that the map as it is stored does not name yet
         self.targets = members  # to whom writes are queued: good members, then learners
         self.bad: dict[Link, str] = {}  # members that do not count, and why, as the end of a sentence
         self.good = members  # members that are not bad, in their order
@@ -84,14 +105,14 @@ class Shard:
         self.last_seq = 0  # highest number given
         self.commit = 0  # highest number durable on all members; <= last_seq
         self.pending: deque[Op] = deque()  # writes (commit, last_seq], in order
-        self.due: deque[tuple[int, Op]] = deque()  # writes committed without their result; the first may be answered
+        self.unanswered: deque[tuple[int, Op]] = deque()  # writes committed without their result; the first may be answered
         self.orphans: list[tuple[int, Op]] = []  # writes whose result was lost, to be asked for when a member is linked
         self.held: list[Held] = []  # heap of answers whose first field is above commit
         self.waiting: deque[Waiting] = deque()  # not sequenced yet, in order of arrival
         self.waiting_reads = 0  # reads in `waiting`
         self.serving = False  # its members are equal, and it may be read
         self.reason = "its members have not reported yet"  # why not serving, for people
-        self.stuck = ""  # why the pending writes cannot commit now, for people; empty = they can
+        self.blocked_reason = ""  # why the pending writes cannot commit now, for people; empty = they can
         self.space = 0  # how short of disk space the worst member is, see Link.space
         self.writable = False  # every write can be sequenced: see `update_writable`
         self.purge_after_ms = 0  # no purge before this time
@@ -232,7 +253,7 @@ class Shard:
                     return False
                 self.enqueue_read(link, [op, sink, token, self, 0, key])
             else:
-                if self.is_blocked():
+                if not self.targets_ready():
                     self.pass_writes()
                     return False
                 self.writable = True
@@ -330,8 +351,8 @@ class Shard:
             if result is NUMBER:
                 sink.reply(token, number)
             elif result is AWAITED:  # the member that was to answer is gone; another one was asked, or will be
-                op[3] = DUE
-                self.due.append((number, op))
+                op[3] = UNANSWERED
+                self.unanswered.append((number, op))
             elif result is LOST:
                 self._answer_lost(op)
             else:
@@ -364,7 +385,7 @@ class Shard:
 
     def hold(self, needed: int, sink: Sink | None, token: Any, value: Any) -> None:
         """Keep an answer until `needed` is committed; without a sink the token is a read over several shards."""
-        if self.stuck:
+        if self.blocked_reason:
             self.refuse_held(sink, token)
             return
         cluster = self.cluster
@@ -375,8 +396,8 @@ class Shard:
         """Refuse a read whose answer was held."""
         if not self.serving:
             text = f"shard {self.number} is down: {self.reason}"
-        elif self.stuck:
-            text = f"shard {self.number} cannot commit what this read saw: {self.stuck}"
+        elif self.blocked_reason:
+            text = f"shard {self.number} cannot commit what this read saw: {self.blocked_reason}"
         else:
             behind = "; ".join(
                 f"{link.node}: {link.reason or 'slow'}" for link, seq in self.acked.items() if seq < self.last_seq
@@ -444,7 +465,7 @@ class Shard:
         """The result of a write, from a member that was asked for it, or LOST."""
         if op[3] is AWAITED:
             op[3] = result
-        elif op[3] is DUE and op[1] is not None:
+        elif op[3] is UNANSWERED and op[1] is not None:
             if result is LOST:
                 self._answer_lost(op)
             else:
@@ -468,7 +489,7 @@ class Shard:
         """Members or learners changed: set what depends on them."""
         self.update_targets()
         self.update_space()
-        self.check_stuck()
+        self.check_blocked()
         self.update_writable()
 
     def mark(self, link: Link, why: str) -> None:
@@ -483,7 +504,7 @@ class Shard:
         """The node has not what it acknowledged, so nothing it says counts."""
         self.mark(link, why)
         self.writable = False
-        self.check_stuck()
+        self.check_blocked()
 
     def why_bad(self, link: Link, copy: CopyReport | None) -> str:
         """Why the copy that a node reported is not the member's, or that of the learner which the map is about to name;
@@ -492,21 +513,21 @@ class Shard:
             return "has no copy of it"
         learner = self.learners.get(link)
         if learner is None:
-            disk, acked = self.joining.get(link, ""), self.acked[link]
+            replica_id, acked = self.joining.get(link, ""), self.acked[link]
         else:
-            disk, acked = learner.disk, learner.acked
-        disk = disk or self.cluster.map.disk_of(self.number, link.node)
-        return why_other(copy, self.number, disk, acked, self.last_seq, self.base)
+            replica_id, acked = learner.replica_id, learner.acked
+        replica_id = replica_id or self.cluster.map.replica_id_of(self.number, link.node)
+        return why_other(copy, self.number, replica_id, acked, self.last_seq, self.base)
 
-    def check_stuck(self) -> None:
+    def check_blocked(self) -> None:
         """A member that is bad and has to stay may keep pending writes from being committed before it is replaced,
         which takes longer than anybody waits: then nobody does."""
         lost = [f"{link.node} {why}" for link, why in self.bad.items() if self.acked[link] < self.last_seq]
         may_leave = len(self.members) > self.cluster.min_insync and self.good
-        self.stuck = "" if may_leave else "; ".join(lost)
-        if self.stuck:
+        self.blocked_reason = "" if may_leave else "; ".join(lost)
+        if self.blocked_reason:
             for op in self.pending:
-                self.answer_unknown(op, self.stuck)
+                self.answer_unknown(op, self.blocked_reason)
             self.refuse_all_held()
 
     def update_targets(self) -> None:
@@ -527,10 +548,10 @@ class Shard:
 
     # --- questions ----------------------------------------------------------------------------------
 
-    def told(self) -> int:
+    def announced_commit(self) -> int:
         """Up to where nodes are told that writes are committed. They know a result no longer than that, so it is not
         beyond one that is still to be asked for."""
-        due = self.due
+        due = self.unanswered
         while due and due[0][1][1] is None:
             due.popleft()
         return due[0][0] - 1 if due else self.commit
@@ -539,19 +560,18 @@ class Shard:
         """Whether every member has a link and counts, so that writes go on as soon as there is room."""
         return not self.bad and all(link.connected for link in self.members)
 
-    def is_blocked(self) -> bool:
-        """Whether a member or a learner cannot take a write now."""
+    def targets_ready(self) -> bool:
+        """Whether all members and learners can take a write now."""
         if self.bad or any(learner.holds_writes for learner in self.learners.values()):
-            return True
-        blocked = False
+            return False
         for link in self.targets:
             if link.full or not link.connected:
-                blocked = True
-        return blocked
+                return False
+        return True
 
     def takes_writes(self) -> bool:
         """Whether a write that needs no space can be sequenced now."""
-        return self.serving and not self.waiting and not self.is_blocked()
+        return self.serving and not self.waiting and self.targets_ready()
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
@@ -561,9 +581,9 @@ class Shard:
             assert len(self.pending) == self.last_seq - self.commit, "pending are the numbers above commit"
             assert self.commit == min(self.acked.values()), "commit is what all members have"
             assert max(self.acked.values()) <= self.last_seq, "nobody acknowledged a number that was not given"
-        assert not self.due or self.due[-1][0] <= self.commit, "what is due is committed"
+        assert not self.unanswered or self.unanswered[-1][0] <= self.commit, "what is due is committed"
         assert not self.held or self.held[0][0] > self.commit, "what is committed is not held"
-        assert not self.held or not self.stuck, "nothing is held for a commit that cannot come"
+        assert not self.held or not self.blocked_reason, "nothing is held for a commit that cannot come"
         reads = sum(entry[4] is None for entry in self.waiting)
         assert self.waiting_reads == reads, "waiting reads are counted"
         if self.writable:

@@ -149,7 +149,7 @@ def test_two_bad_members_of_which_one_can_leave() -> None:
     assert not cluster.answers.failed
     leave(cluster, "n3")
     shard = cluster.sequencer.shards[0]
-    assert shard.stuck == "n2 came back without its data"
+    assert shard.blocked_reason == "n2 came back without its data"
     assert cluster.answers.failed["held"][0] == Code.NOT_ENOUGH_REPLICAS
     assert cluster.answers.failed["pending"][0] == Code.UNKNOWN
 

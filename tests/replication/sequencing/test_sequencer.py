@@ -152,7 +152,7 @@ def test_node_that_lost_its_data_and_has_to_stay() -> None:
     cluster.get("last")
     cluster.pump()
     assert cluster.answers.ok["after"] == 3 and cluster.answers.ok["last"][1] == 3
-    assert shard.stuck == "" and not shard.bad
+    assert shard.blocked_reason == "" and not shard.bad
 
 
 def test_node_that_lost_its_data_and_may_leave() -> None:
@@ -249,7 +249,7 @@ def test_a_new_disk_is_no_member_before_the_map_says_so() -> None:
     copies = cluster.hello("n1")
     assert set(cluster.sequencer.link_up("n1", copies)) == {0, 1}
     cluster.down("n1")
-    cluster.map = cluster.map.with_disks({0: {"n1": "new"}})
+    cluster.map = cluster.map.with_replica_ids({0: {"n1": "new"}})
     cluster.sequencer.map_changed(cluster.map)
     assert set(cluster.sequencer.link_up("n1", copies)) == {1}
     assert cluster.sequencer.shards[0].writable
