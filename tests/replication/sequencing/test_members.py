@@ -530,12 +530,12 @@ def test_parts_of_kept_batches() -> None:
     batch.items = [(PUT, 0, 1, 0), (DELETE, 1, 1, 1), (DELETE, 0, 2, 1), (PUT, 1, 2, 0)]
     batch.answers = list(ops)
     batch.bytes = 99
-    part = batch.part({1}, True)
+    part = batch.part(lambda number, seq: number == 1)
     assert (part.stamp_ms, part.items, part.answers) == (7, [batch.items[1], batch.items[3]], [ops[0]])
     assert part.last_seqs == {1: 2} and part.bytes == 99
-    rest = batch.part({1}, False)
+    rest = batch.part(lambda number, seq: number != 1)
     assert rest.items == [batch.items[0], batch.items[2]] and rest.answers == [ops[1]]
-    assert batch.part({0, 1}, False, 1).items == batch.items[2:]
+    assert batch.part(lambda number, seq: seq > 1).items == batch.items[2:]
 
 
 def test_writes_that_wait_for_a_member_in_doubt_are_refused_in_time() -> None:

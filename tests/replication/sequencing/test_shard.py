@@ -21,11 +21,11 @@ DAMAGE: list[tuple[str, Callable[[Shard], object]]] = [
         lambda shard: (setattr(shard, "blocked_reason", "x"), shard.held.append((1, 1, 0, None, None, None))),
     ),
     ("waiting reads are counted", lambda shard: setattr(shard, "waiting_reads", 1)),
-    ("nobody waits", lambda shard: setattr(shard, "serving", False)),
+    ("no request waits", lambda shard: setattr(shard, "serving", False)),
     ("all members can take", lambda shard: setattr(shard.members[1], "full", True)),
     ("has no bad member, and space", lambda shard: shard.mark(shard.members[1], "is in doubt")),
     ("has no bad member, and space", lambda shard: setattr(shard, "space", 1)),
-    ("good is what is not bad", lambda shard: setattr(shard, "good", shard.members[1:])),
+    ("good members are those not bad", lambda shard: setattr(shard, "good", shard.members[1:])),
 ]
 
 
