@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvtcp.cluster.keeper import MapKeeper, NotOwner, ends_of
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.map_store import MapStore, NotOwner, ends_of
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import (
     HEARTBEAT_MS,
@@ -65,18 +65,18 @@ class ClusterConfig:
 
 
 class CoordinatorServer:
-    """One coordinator: the client port, the links, the cores. It owns the map of `keeper` (see `own_map`)."""
+    """One coordinator: the client port, the links, the cores. It owns the map of `map_store` (see `own_map`)."""
 
-    def __init__(self, config: ClusterConfig, keeper: MapKeeper, before: Predecessor) -> None:
+    def __init__(self, config: ClusterConfig, map_store: MapStore, before: Predecessor) -> None:
         self.loop = asyncio.get_running_loop()
         self.address: tuple[str, int] = ("", 0)
         self.secret = config.secret
         self.local_sockets = config.local_sockets
-        self.keeper = keeper
-        keeper.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
-        keeper.on_crash = self.core_failed
+        self.map_store = map_store
+        map_store.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
+        map_store.on_crash = self.core_failed
         self.controller = Controller(
-            keeper.changes,
+            map_store.changes,
             durability=config.durability,
             map_version_before=before.map_version,
             stamp_before_ms=before.stamp_bound_ms,
@@ -96,7 +96,7 @@ class CoordinatorServer:
             start_task=self._start_task,
         )
         self.file_done = self.backups.file_done  # of links
-        self.store_map = keeper.wake  # of the controller
+        self.store_map = map_store.wake  # of the controller
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.status = Status(self.controller, self.links, self.clients, self.backups, self.write_times)
         administration = Administration(
@@ -209,7 +209,7 @@ class CoordinatorServer:
             link.close()
         if self.ready.is_set() and not self.failed.done() and not self._killed:
             await self._leave_time()
-        await self.keeper.close()
+        await self.map_store.close()
         self.failed.cancel()
         await asyncio.sleep(0)
 
@@ -259,7 +259,7 @@ class CoordinatorServer:
         """Store the last stamp, so that the next coordinator need not begin with the bound, seconds ahead."""
         stored: asyncio.Future[ClusterMap] = self.loop.create_future()
         self.controller.ownership.end(*ends_of(stored))
-        self.keeper.wake()
+        self.map_store.wake()
         try:
             async with asyncio.timeout(LEAVE_TIME_MS / 1000):
                 await stored
@@ -277,7 +277,7 @@ class CoordinatorServer:
     async def remember_restoring(self, prefix: bytes | None) -> None:
         """Store for the next coordinator which prefix is in pieces, None for none. Raises OSError."""
         try:
-            await self.keeper.change(lambda old: replace(old, restoring=prefix))
+            await self.map_store.change(lambda old: replace(old, restoring=prefix))
         except (NotOwner, ConfigStoreError) as error:
             raise OSError(f"the cluster map cannot be stored: {error}") from error
 

@@ -91,7 +91,7 @@ LINK_VERSION: Final = 3
 class CopyReport(NamedTuple):
     """What a node says of its copy of one shard. Epoch, number and chain are the position, as far as it is durable."""
 
-    disk: str
+    replica_id: str
     generation: int = 1
     complete: bool = True
     epoch: int = 0
@@ -141,8 +141,8 @@ def parse_report(fields: Any) -> Report:
             if list(map(type, row)) != _COPY_TYPES or row[0] in copies:
                 raise ProtocolError("a report has a row for each copy: shard, disk, generation, complete, "
                                     "epoch, seq, chain, commit")  # fmt: skip
-            shard, disk, *rest = row
-            copies[shard] = CopyReport._make([disk.decode(), *rest, damage.get(shard, "")])
+            shard, replica_id, *rest = row
+            copies[shard] = CopyReport._make([replica_id.decode(), *rest, damage.get(shard, "")])
         node, durability = fields[b"node"].decode(), fields[b"durability"].decode()
     except (TypeError, ValueError, AttributeError) as error:  # of other shapes, or text that is none
         raise ProtocolError(f"a report that cannot be read: {error}") from error

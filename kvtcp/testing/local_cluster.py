@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.map_store import MapStore
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
 from kvtcp.coordinator.server import ClusterConfig, CoordinatorServer
@@ -111,9 +111,9 @@ class LocalCluster:
 
     async def _start_coordinator(self, port: int) -> None:
         cluster, secret = self._identity
-        keeper = await MapKeeper.open(self.store)
+        map_store = await MapStore.open(self.store)
         replicas = {node: server.replica for node, server in self.nodes.items()}
-        check_store(keeper, {node: Found("ours", "", r.promised, r.map_version) for node, r in replicas.items()})
+        check_store(map_store, {node: Found("ours", "", r.promised, r.map_version) for node, r in replicas.items()})
         first = found_map(
             cluster=cluster,
             shards=self.shards,
@@ -122,9 +122,9 @@ class LocalCluster:
             durability=self.durability,
             nodes=self._addresses,
         )
-        before = await own_map(keeper, first)
+        before = await own_map(map_store, first)
         config = ClusterConfig(secret, self.durability, self.backup_dir, self.resp)
-        self._coordinator = CoordinatorServer(config, keeper, before)
+        self._coordinator = CoordinatorServer(config, map_store, before)
         self._coordinator.start_links()
         async with asyncio.timeout(START_S):
             await self._coordinator.wait_ready()

@@ -141,7 +141,7 @@ async def test_nodes_that_are_not_added() -> None:
             await linked(coordinator, 3)
             added: list[Any] = []
             coordinator.controller.admin.add_node("a..b", 1, added.append)
-            coordinator.keeper.wake()
+            coordinator.map_store.wake()
             await until(lambda: added and "n4" in coordinator.links, "the node in the map")
             coordinator.controller.act(coordinator)
             await until(lambda: "idna" in coordinator.sequencer.links["n4"].reason, "a try to link it")

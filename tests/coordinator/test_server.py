@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import kvtcp
-from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.map_store import MapStore
 from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.coordinator import server as module
 from kvtcp.coordinator import status
@@ -156,7 +156,7 @@ async def test_node_restarted_empty(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         await kv.put_many(dict.fromkeys(keys, "w"))
         assert all_equal(cluster, 2)
         replica = cluster.nodes["n1"].replica
-        assert all(cluster.coordinator.map.disk_of(n, "n1") == replica.copies[n].disk for n in range(8))
+        assert all(cluster.coordinator.map.replica_id_of(n, "n1") == replica.copies[n].disk for n in range(8))
         cluster.coordinator.controller.check()
 
 
@@ -349,7 +349,7 @@ async def test_fenced() -> None:
 async def test_a_map_that_somebody_else_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next change of the map meets the other's: it is final."""
     async with LocalCluster(1, shards=2) as cluster:
-        other = await MapKeeper.open(cluster.store)
+        other = await MapStore.open(cluster.store)
         await other.change(lambda old: replace(old, owner="another"))
         monkeypatch.setattr(ownership, "STAMP_MOVE_MS", STAMP_AHEAD_MS)
         with pytest.raises(CannotServe, match="changed by somebody else"):

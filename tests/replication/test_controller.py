@@ -264,7 +264,7 @@ def test_a_member_that_is_behind_and_cannot_be_shipped_to_is_replaced() -> None:
     world.up("n1", "n2")
     world.run(500)
     assert world.shards[0].commit == 3
-    assert world.map.disk_of(0, "n2") != "n2-1"
+    assert world.map.replica_id_of(0, "n2") != "n2-1"
     world.assert_equal()
 
 
@@ -571,7 +571,7 @@ def test_a_link_that_breaks_while_a_replacement_is_stored(lost: str, comes_back:
     if outcome == "held":
         world.settle(world.store.compare_and_set(*sent))
     world.run(500)
-    assert world.map.disk_of(0, "n2") != "n2-1"
+    assert world.map.replica_id_of(0, "n2") != "n2-1"
     if comes_back == "later":
         assert not world.shards[0].serving
         world.up(lost)

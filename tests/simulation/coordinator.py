@@ -481,7 +481,7 @@ class SimCoordinator(Process):
         if report is None:
             return False
         copy = report.copies.get(shard)
-        return copy is None or copy.disk != disk
+        return copy is None or copy.replica_id != disk
 
     def check_bounds(self) -> None:
         """I12: what waits has its bound."""
@@ -508,8 +508,8 @@ class SimCoordinator(Process):
             changes.on_outcome(outcome, stored if outcome is Outcome.CONFLICT else None, now_ms=self.world.now_ms)
         if self.controller is not None:
             self._schedule_flush()
-        elif changes.lost:  # before it owned the map
-            self.world.note(f"{self.name} does not take over: {changes.lost}")
+        elif changes.lost_reason:  # before it owned the map
+            self.world.note(f"{self.name} does not take over: {changes.lost_reason}")
             self.kill()
         else:
             self._send_changes()

@@ -183,7 +183,7 @@ def _grow_late(garden: Garden, on_unknown: bool) -> None:
         if one.proposed or number in self.changing or one.following.acked < shard.commit:
             return
         one.proposed = True
-        node, disk = one.link.node, one.following.disk
+        node, disk = one.link.node, one.following.replica_id
         self.changing.add(number)
         if on_unknown:
             self._sequencer.join(shard, one.link)
@@ -259,7 +259,7 @@ def learner_counts_before_live(garden: Garden) -> None:
     def acknowledged(self: Any, seq: int) -> None:
         self.phase = learner.LIVE
         self.following.acked = max(self.following.acked, seq)
-        if self.following.disk:
+        if self.following.replica_id:
             self._on_live(self)
 
     garden.put(Learner, "acknowledged", acknowledged)
@@ -443,7 +443,7 @@ def recover_from_any(garden: Garden) -> None:
         row = rows[shard.number]
         heard = tuple(member for member in row if member[0] in reports)
         copies = {node: reports[node].copies.get(shard.number) for node, _ in heard}
-        good = [node for node, disk in heard if copies[node] is not None and copies[node].disk == disk]
+        good = [node for node, disk in heard if copies[node] is not None and copies[node].replica_id == disk]
         if shard.state == recovery.WAITING and good and len(heard) < len(row) and all(disk for _, disk in row):
             rows[shard.number] = heard
             with mock.patch.object(type(proposals), "map", _with_rows(proposals.map, rows)):
@@ -536,7 +536,7 @@ def wiped_member_is_good(garden: Garden) -> None:
         for shard, copy in list(report.copies.items()):
             disk = dict(self.map.members[shard]).get(node)
             if disk:
-                report.copies[shard] = copy._replace(disk=disk)
+                report.copies[shard] = copy._replace(replica_id=disk)
         before(self, node, report)
 
     before = garden.put(Controller, "node_up", node_up)
@@ -554,7 +554,7 @@ def new_disk_before_resync(garden: Garden) -> None:
 
     def adopt_empty(self: Any, shard: Any, empty: Any, size: int) -> bool:
         if empty and shard.good:
-            self._change(shard, recovery._RowChange(shard, disks=dict(empty)))
+            self._change(shard, recovery._RowChange(shard, replica_ids=dict(empty)))
             return True
         return bool(before(self, shard, empty, size))
 
@@ -588,7 +588,7 @@ def reconnect_by_position(garden: Garden) -> None:
     def why_bad(self: Any, link: Any, copy: Any) -> str:
         disk = self.joining.get(link) or dict(self.cluster.map.members[self.number]).get(link.node)
         if copy is not None and disk:
-            copy = copy._replace(disk=disk)
+            copy = copy._replace(replica_id=disk)
         return str(before(self, link, copy))
 
     before = garden.put(Shard, "why_bad", why_bad)

@@ -43,7 +43,7 @@ def make_map(
         cluster="c", owner="o", shards=shards, factor=factor, min_insync=min_insync, durability="sync",
         nodes={f"n{n + 1}": ("h", n + 1) for n in range(nodes)}, stamp_bound_ms=STAMP_MAX_MS,
     )  # fmt: skip
-    return founded.with_disks({n: dict.fromkeys(founded.nodes_of(n), disk) for n in range(shards)})
+    return founded.with_replica_ids({n: dict.fromkeys(founded.nodes_of(n), disk) for n in range(shards)})
 
 
 def wire(message: Any) -> Any:

@@ -378,7 +378,8 @@ def test_a_bad_copy_that_has_to_stay_is_replaced_in_its_place() -> None:
     assert world.row() == world.members() == ["n1", "n2"] and "waiting" not in world.answers
     world.release_store()
     world.pump()
-    assert world.answers.ok["waiting"] == 3 and world.map.disk_of(0, "n2") == learner.following.disk != "n2-1"
+    assert world.answers.ok["waiting"] == 3
+    assert world.map.replica_id_of(0, "n2") == learner.following.replica_id != "n2-1"
     settled(world, 0)
 
 
@@ -397,7 +398,7 @@ def test_a_bad_copy_that_leaves_while_it_is_replaced() -> None:
     assert learner.phase == LIVE and not learner.proposed
     world.release_store()
     world.run(200)
-    assert world.row() == ["n1", "n2", "n3"] and world.map.disk_of(0, "n3") == learner.following.disk
+    assert world.row() == ["n1", "n2", "n3"] and world.map.replica_id_of(0, "n3") == learner.following.replica_id
     write(world)
     settled(world)
 
@@ -408,7 +409,7 @@ def test_a_new_copy_of_an_empty_shard_needs_no_transfer() -> None:
     world.replace("n2")
     world.up("n2")
     settled(world, 500)
-    assert world.map.disk_of(0, "n2") == "n2-2" and world.items("n1", DONATE) == []
+    assert world.map.replica_id_of(0, "n2") == "n2-2" and world.items("n1", DONATE) == []
 
 
 @pytest.mark.parametrize("lost", ["n1", "n2"])
@@ -546,13 +547,13 @@ def test_a_node_that_was_away_gets_what_it_missed() -> None:
     """By entries, while writes go on; it keeps its disk."""
     world = World()
     write(world)
-    disk = world.map.disk_of(0, "n3")
+    disk = world.map.replica_id_of(0, "n3")
     away(world)
     world.up("n3")
     world.put("meanwhile")
     world.pump()
     settled(world)
-    assert world.map.disk_of(0, "n3") == disk and world.items("n1", DONATE) == world.items("n2", DONATE) == []
+    assert world.map.replica_id_of(0, "n3") == disk and world.items("n1", DONATE) == world.items("n2", DONATE) == []
     assert world.controller.membership.joins == 1
 
 
@@ -570,7 +571,7 @@ def test_a_node_that_missed_too_much_gets_a_whole_copy() -> None:
         assert n in world.answers.ok
     world.nodes["n3"].holds_pulls = False
     settled(world)
-    assert world.map.disk_of(0, "n3") == "n3-2"
+    assert world.map.replica_id_of(0, "n3") == "n3-2"
 
 
 def test_a_node_with_another_history_gets_a_whole_copy() -> None:
@@ -588,7 +589,7 @@ def test_a_node_with_another_history_gets_a_whole_copy() -> None:
     write(world, 3)
     world.up("n3")
     settled(world)
-    assert world.map.disk_of(0, "n3") == "n3-2"
+    assert world.map.replica_id_of(0, "n3") == "n3-2"
 
 
 def test_few_learners_at_a_time_from_one_donor() -> None:
@@ -1013,7 +1014,7 @@ def test_a_substitute_that_is_lost_while_the_map_is_changed(comes_back: str) -> 
     world.release_store()
     settled(world, 1_000)
     assert world.answers.ok["waits"] == 3 and world.row() == ["n1", "n3"]
-    assert (world.map.disk_of(0, "n3") == learner.following.disk) is (comes_back == "as it was")
+    assert (world.map.replica_id_of(0, "n3") == learner.following.replica_id) is (comes_back == "as it was")
 
 
 def test_writes_of_a_learner_are_its_shards_alone() -> None:

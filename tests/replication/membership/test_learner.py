@@ -14,7 +14,7 @@ from kvtcp.replication.membership.learner import (
     ASKED,
     FETCHING,
     FREEZING,
-    HURRY_TICKS,
+    HOLD_AFTER_TICKS,
     LIVE,
     PULLING,
     SHIPPING,
@@ -171,7 +171,7 @@ def test_by_entries() -> None:
     acknowledged counts from LEARNED on."""
     case = shipping()
     learner = case.learner
-    assert learner.following.disk == "old" and learner.entries_left == LAST - 7
+    assert learner.following.replica_id == "old" and learner.entries_left == LAST - 7
     learner.on_shipped("n3", 9, 109, None)
     assert case.around.take() == [("n1", (FETCH, 3, 9))] and learner.phase == FETCHING and learner.entries_left == 1
     learner.on_entries("n1", 9, 109, entries(10, 12))
@@ -209,7 +209,7 @@ def test_a_copy_that_has_everything_is_compared_all_the_same(order: str) -> None
 def test_by_a_whole_copy() -> None:
     """Frozen at the donor after the learner was attached, pulled, published, live."""
     case = pulling()
-    assert case.learner.token == b"token1" and case.learner.following.disk == "new"
+    assert case.learner.token == b"token1" and case.learner.following.replica_id == "new"
     case.learner.acknowledged(LAST + 1)
     assert case.learner.following.acked == 0
     case.learner.on_learned("n3", b"new", LAST)
@@ -329,11 +329,11 @@ def test_a_donor_that_gives_to_another_one_is_waited_for() -> None:
     case.around.may = False
     case.learn(True)
     case.learner.tick()
-    case.learner.go_on()
+    case.learner.resume()
     assert case.learner.phase == FREEZING and case.around.take() == [] and not case.learner.token
     case.around.may = True
-    case.learner.go_on()
-    case.learner.go_on()
+    case.learner.resume()
+    case.learner.resume()
     assert case.around.take() == [("n1", (DONATE, 3, b"token1", 0))]
 
 
@@ -456,11 +456,11 @@ def test_a_learner_that_runs_after_the_members() -> None:
     """Live, and always a little behind: after some ticks writes wait for it. One that has everything committed and
     waits for the map only keeps nobody waiting."""
     case = live()
-    for _ in range(3 * HURRY_TICKS):
+    for _ in range(3 * HOLD_AFTER_TICKS):
         case.learner.tick()
     assert not case.learner.following.holds_writes and set(case.around.live) == {LAST}
     case.shard.last_seq = case.shard.commit = LAST + 5
-    for _ in range(HURRY_TICKS):
+    for _ in range(HOLD_AFTER_TICKS):
         case.learner.tick()
     assert not case.learner.following.holds_writes
     case.learner.tick()

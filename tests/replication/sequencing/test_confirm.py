@@ -176,7 +176,7 @@ def test_what_a_learner_answered_does_not_confirm(how: str) -> None:
     cluster.apply("n3")
     cluster.results("n3")
     shard.learners[link] = following = Following(lambda seq: None)
-    following.disk = "disk"
+    following.replica_id = "disk"
     if how == "join":
         sequencer.join(shard, link)
     else:

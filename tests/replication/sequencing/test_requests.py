@@ -7,12 +7,12 @@ from kvtcp.replication.sequencing.link import ANSWERED
 from kvtcp.replication.sequencing.requests import (
     AWAITED,
     CALL,
-    DUE,
     IGNORE,
     LINK_LOST,
     LOST,
     NUMBER,
     PART,
+    UNANSWERED,
     WRITE,
     Gather,
 )
@@ -28,7 +28,7 @@ def test_kinds_are_no_operations() -> None:
 
 def test_states_of_results_are_no_results() -> None:
     """Each is an object of its own."""
-    assert len({id(state) for state in (NUMBER, AWAITED, LOST, DUE, LINK_LOST)}) == 5
+    assert len({id(state) for state in (NUMBER, AWAITED, LOST, UNANSWERED, LINK_LOST)}) == 5
 
 
 def test_the_sink_that_ignores() -> None:

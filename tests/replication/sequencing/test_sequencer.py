@@ -152,7 +152,7 @@ def test_node_that_lost_its_data_and_has_to_stay() -> None:
     cluster.get("last")
     cluster.pump()
     assert cluster.answers.ok["after"] == 3 and cluster.answers.ok["last"][1] == 3
-    assert shard.stuck == "" and not shard.bad
+    assert shard.blocked_reason == "" and not shard.bad
 
 
 def test_node_that_lost_its_data_and_may_leave() -> None:
@@ -212,9 +212,9 @@ def test_what_is_kept_for_a_bad_copy_survives_more_links() -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"disk": "other", "seq": 0, "chain": 0}, "came back without its data"),
-        ({"disk": "other"}, "came back without its data: what it has is not what was written to this cluster"),
-        ({"disk": "other", "damage": "segment 3 is torn"}, "has a damaged copy: segment 3 is torn"),
+        ({"replica_id": "other", "seq": 0, "chain": 0}, "came back without its data"),
+        ({"replica_id": "other"}, "came back without its data: what it has is not what was written to this cluster"),
+        ({"replica_id": "other", "damage": "segment 3 is torn"}, "has a damaged copy: segment 3 is torn"),
         ({"complete": False}, "has an incomplete copy: it was never finished"),
         ({"complete": False, "damage": "a snapshot is gone"}, "has an incomplete copy: a snapshot is gone"),
         ({"seq": 5}, "has another history: it has shard 0 up to 5, above the last number given, 1"),
@@ -249,7 +249,7 @@ def test_a_new_disk_is_no_member_before_the_map_says_so() -> None:
     copies = cluster.hello("n1")
     assert set(cluster.sequencer.link_up("n1", copies)) == {0, 1}
     cluster.down("n1")
-    cluster.map = cluster.map.with_disks({0: {"n1": "new"}})
+    cluster.map = cluster.map.with_replica_ids({0: {"n1": "new"}})
     cluster.sequencer.map_changed(cluster.map)
     assert set(cluster.sequencer.link_up("n1", copies)) == {1}
     assert cluster.sequencer.shards[0].writable
@@ -594,7 +594,7 @@ def test_a_shard_that_is_handed_back() -> None:
     sequencer.leave([shard], sequencer.links["n1"])
     cluster.put("pending")
     cluster.apply("n2")
-    with pytest.raises(AssertionError, match="nobody is there who could acknowledge"):
+    with pytest.raises(AssertionError, match="no linked member could acknowledge"):
         sequencer.hand_back(0, "a test")
     for node in ("n1", "n2", "n3"):
         cluster.down(node)

@@ -16,13 +16,16 @@ DAMAGE: list[tuple[str, Callable[[Shard], object]]] = [
     ("commit is what all members have", lambda shard: shard.acked.update(dict.fromkeys(shard.members, 1))),
     ("not given", lambda shard: shard.acked.update({shard.members[0]: 9})),
     ("is not held", lambda shard: shard.held.append((0, 1, 0, None, None, None))),
-    ("that cannot come", lambda shard: (setattr(shard, "stuck", "x"), shard.held.append((1, 1, 0, None, None, None)))),
+    (
+        "that cannot come",
+        lambda shard: (setattr(shard, "blocked_reason", "x"), shard.held.append((1, 1, 0, None, None, None))),
+    ),
     ("waiting reads are counted", lambda shard: setattr(shard, "waiting_reads", 1)),
-    ("nobody waits", lambda shard: setattr(shard, "serving", False)),
+    ("no request waits", lambda shard: setattr(shard, "serving", False)),
     ("all members can take", lambda shard: setattr(shard.members[1], "full", True)),
     ("has no bad member, and space", lambda shard: shard.mark(shard.members[1], "is in doubt")),
     ("has no bad member, and space", lambda shard: setattr(shard, "space", 1)),
-    ("good is what is not bad", lambda shard: setattr(shard, "good", shard.members[1:])),
+    ("good members are those not bad", lambda shard: setattr(shard, "good", shard.members[1:])),
 ]
 
 
