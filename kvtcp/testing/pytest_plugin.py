@@ -49,4 +49,3 @@ def kvtcp_url(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with LocalCluster.run_in_thread(**marker_arguments(request)) as cluster:
         yield cluster.url
-
