@@ -304,7 +304,7 @@ class Channel:
         self._attempt: asyncio.Task[None] | None = None  # the one attempt to connect that is under way
         self._connected_at = 0.0  # when `_connection` was made
         self._failures = 0  # attempts in a row that gave no lasting connection
-        self._last_failure = ""  # what the last of them met
+        self._last_failure = ""  # the reason of the last of them
         self._random = random.Random()
         self._closed = False
 

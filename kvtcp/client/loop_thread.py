@@ -6,7 +6,7 @@ one wake-up of the loop, one task, one release of a lock.
 - The thread starts with the first client and ends with the last one, or at the exit of the interpreter.
 - An exception in the sleeping caller (Ctrl-C) cancels its task and propagates; other callers do not notice.
 - After a fork the thread exists only in the parent. The child starts its own when it needs one, and never touches the
-  parent's loop again: the objects are kept (freeing them would change what the kernel polls for the parent).
+  parent's loop again: the objects are kept (to free them would change the polling of the kernel for the parent).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ all of them: CLIENT_CONNECTIONS_MAX, and BUFFERED_BYTES_MAX for unfinished reque
 wait for nodes. Over the second no client is read; if that does not help, the sessions that hold most are closed, with
 the reason in the log.
 
-Invariants: `sessions` are the open connections; `held_bytes` is the sum of what they put on the account; a session is
+Invariants: `sessions` are the open connections; `held_bytes` is the sum of their bytes on the account; a session is
 in `dirty` if it has something to send in this turn.
 """
 
@@ -108,7 +108,7 @@ class Clients:
             session.abort()
 
     def close(self) -> None:
-        """Close all connections; what was written is sent."""
+        """Close all connections; answers that were written are sent."""
         for session in list(self.sessions):
             session.close()
 

@@ -4,7 +4,7 @@ I/O shell, the base of all sessions. A client's socket is not read while its own
 (CLIENT_OUTPUT_BYTES_MAX of answers it has not read, CLIENT_OUTSTANDING_MAX requests or CLIENT_INPUT_BYTES_MAX bytes not
 answered) or while the server holds BUFFERED_BYTES_MAX for all clients together (clients.py); others do not notice.
 
-Simplification: `input_bytes` is no sum over requests. It grows with what is read and shrinks, once per flush, by the
+Simplification: `input_bytes` is no sum over requests. It grows with every read and shrinks, once per flush, by the
 share of the outstanding requests that were answered, as if all were of one size. That saves bookkeeping on every
 request, and a write that waits long for a missing node does not keep later requests on the account. The bytes of such
 writes are bounded by the windows of the links.
@@ -22,8 +22,8 @@ from kvtcp.runtime.transport import Connection
 
 
 class ClientConnection(Connection):
-    """A client connection with limits. Subclasses count `outstanding`, call `begin` before they handle what they read,
-    and `bytes_read` after it. `requests_read` is called with the number of requests that a read made complete."""
+    """A client connection with limits. Subclasses count `outstanding`, call `begin` before they handle a read, and
+    `bytes_read` after it. `requests_read` is called with the number of requests that a read made complete."""
 
     outstanding = 0  # requests read and not answered, without the long ones
 
@@ -152,7 +152,7 @@ class ClientConnection(Connection):
             self.transport.resume_reading()
 
     def check_unread(self) -> None:
-        """Measure again what the client has not read: no event tells when it reads the rest."""
+        """Measure the unread answers again: no event comes when the client reads them."""
         if self.unread_bytes and self.transport is not None:
             self.unread_bytes = self.transport.get_write_buffer_size()
             self.account()

@@ -42,16 +42,15 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     CHUNK    [18, bytes]                        answer: the bytes of a snapshot file in pieces; an empty one is the end
     REFUSED  as above                           instead of chunks
 
-What a report says is durable, and nothing older than the link changes it any more. The frames of a link are worked off
-in their order, batches and others alike.
-Every item of a link has an ordinal 1, 2, 3... since HELLO. `commit` is the ordinal up to which every write of the link
-is committed; -1 while anything that the node had before the link is not. `applied` and `durable` are ordinals: all
-items up to them are applied, and durable by the chosen mode. `results` has one result per read and per write with the
-answer bit, in order, of the items since the last RESULTS. `flags` are the shards that hold keys past their deadline.
-Durable ordinals fall on ends of batches.
+The contents of a report are durable, and nothing older than the link changes them. The frames of a link are handled in
+their order, batches and others alike. Every item of a link has an ordinal 1, 2, 3... since HELLO. `commit` is the
+ordinal up to which every write of the link is committed; -1 while an entry from before the link is not. `applied` and
+`durable` are ordinals: all items up to them are applied, and durable by the chosen mode. `results` has one result per
+read and per write with the answer bit, in order, of the items since the last RESULTS. `flags` are the shards that hold
+keys past their deadline. Durable ordinals fall on ends of batches.
 
 While a shard is *learned* (LEARN in operations.py) its items are buffered and their ordinals acknowledged as if they
-were applied; only what LEARNED says, and what is durable after it, counts.
+were applied; only LEARNED, and entries that are durable after it, count.
 """
 
 from __future__ import annotations

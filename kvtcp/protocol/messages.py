@@ -1,7 +1,7 @@
 """The message table: every request a client may send, checked and normalized before anything acts on it.
 
 Pure. A request is `[id, op, ...args]`. `REQUESTS` is the one table of operations: the coordinator, clients and tests
-read there how an operation is checked, what it changes and which keys it touches. `REQUESTS[op].check(message)` returns
+read there how an operation is checked, its effect and the keys it touches. `REQUESTS[op].check(message)` returns
 the arguments as one tuple, in the order and with the types the comment of its checker gives, or raises RequestError
 with a sentence that names the argument and the limit. `id` is checked by `request_id`: a request without it cannot be
 answered, so its error closes the connection.

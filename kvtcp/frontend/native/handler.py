@@ -64,7 +64,7 @@ class RequestHandler:
     ) -> None:
         self.sequencer = sequencer
         self.keyspace = keyspace
-        self.administration = administration  # operation -> what carries it out
+        self.administration = administration  # operation -> function that carries it out
         self.shards = keyspace.shards
         self._by_number = sequencer.shards
         self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {

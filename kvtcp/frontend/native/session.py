@@ -27,7 +27,7 @@ class ClientSession(ClientConnection):
         self.decoder = FrameDecoder()
         self.encoder = FrameEncoder()
         self.greeted = False  # hello was accepted
-        self.name = "?"  # what the client calls itself
+        self.name = "?"  # of the client, given by hello
 
     @property
     def unfinished_bytes(self) -> int:

@@ -71,7 +71,7 @@ class Pipeline:
         self._deferred: list[Callable[[], None]] = []
         self._when_first: tuple[Slot, Callable[[], None]] | None = None
         self._turn_bytes = 0
-        self._last_error = ""  # of the protocol, behind what is held
+        self._last_error = ""  # of the protocol, behind the commands that are held
         self._wake = wake
         self._woken = False
         self._nil = nil(2)

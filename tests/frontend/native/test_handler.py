@@ -1,4 +1,4 @@
-"""Tests of the request handler: every request of the table over real replicas, its errors, and the guard of a restore."""
+"""Tests of the handler: every request of the table over real replicas, its errors, and the guard of a restore."""
 
 from __future__ import annotations
 

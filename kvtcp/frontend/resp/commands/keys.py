@@ -1,4 +1,4 @@
-"""Commands on keys, whatever their values: each is compiled to a plan (plan.py).
+"""Commands on keys with values of any kind: each is compiled to a plan (plan.py).
 
 Pure. The arguments are those behind the command's name. Deadlines are given in the units of the command and kept in ms;
 a time that is over deletes the key.
