@@ -1,4 +1,4 @@
-"""The coordinator's server: an I/O shell around gateway and sequencer.
+"""The coordinator's server: an I/O shell around request handler and sequencer.
 
 One event loop. Clients' sockets and nodes' links bring messages; the cores queue batches and answers; once per tick
 (`_flush`, one `call_soon` however many messages came) every link and every client gets at most one write; a tick that
@@ -39,7 +39,7 @@ from kvtcp.coordinator.status import Status
 from kvtcp.coordinator.takeover import CannotServe, Predecessor, stale_store, wall_ms, wall_us
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.keyspace import Keyspace
-from kvtcp.frontend.native.gateway import RequestHandler
+from kvtcp.frontend.native.handler import RequestHandler
 from kvtcp.frontend.port import Port
 from kvtcp.frontend.resp.service import RespService
 from kvtcp.protocol.link import Report
@@ -108,12 +108,12 @@ class CoordinatorServer:
             act=lambda: self.controller.act(self),
             start_task=self._start_task,
         )
-        self.gateway = RequestHandler(self.sequencer, self.keyspace, administration.requests)
+        self.handler = RequestHandler(self.sequencer, self.keyspace, administration.requests)
         info = RedisInfo(self.status, self.clients, lambda: self.address[1])
         service = None
         if config.resp:
             service = RespService(self.sequencer, self.keyspace, info, self.clients.now_ms, wall_us, secrets.randbelow)
-        self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, service)
+        self.port = Port(self.clients, self.begin, self.requests_read, self.handler, service)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
         self.ready = asyncio.Event()  # the shards were taken over

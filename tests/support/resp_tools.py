@@ -200,7 +200,7 @@ class Client:
         for _ in range(100_000):
             if not self.resp.has_work:
                 return out
-            self.resp.go_on()
+            self.resp.resume()
             out += b"".join(self.resp.take_output())
         raise AssertionError("it never comes to an end")
 
