@@ -23,16 +23,9 @@ class Administration:
     """One per coordinator. `begin` begins a turn, `act` does what the controller wants."""
 
     def __init__(
-        self,
-        controller: Controller,
-        backups: Backups,
-        status: Status,
-        secret: str,
-        *,
-        begin: Callable[[], None],
-        act: Callable[[], None],
-        start_task: StartTask,
-    ) -> None:
+        self, controller: Controller, backups: Backups, status: Status, secret: str, *, begin: Callable[[], None],
+        act: Callable[[], None], start_task: StartTask,
+    ) -> None:  # fmt: skip
         self._controller = controller
         self._secret = secret
         self._begin = begin

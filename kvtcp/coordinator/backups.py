@@ -104,15 +104,9 @@ class Backups:
     """
 
     def __init__(
-        self,
-        backup_dir: Path,
-        sequencer: Sequencer,
-        keyspace: Keyspace,
-        *,
-        begin: Callable[[], None],
-        remember: Callable[[bytes | None], Awaitable[None]],
-        start_task: StartTask,
-    ) -> None:
+        self, backup_dir: Path, sequencer: Sequencer, keyspace: Keyspace, *, begin: Callable[[], None],
+        remember: Callable[[bytes | None], Awaitable[None]], start_task: StartTask,
+    ) -> None:  # fmt: skip
         self.backup_dir = backup_dir.absolute()
         self.sequencer = sequencer
         self.keyspace = keyspace

@@ -76,38 +76,26 @@ class CoordinatorServer:
         map_store.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
         map_store.on_crash = self.core_failed
         self.controller = Controller(
-            map_store.changes,
-            durability=config.durability,
-            map_version_before=before.map_version,
-            stamp_before_ms=before.stamp_bound_ms,
-            new_token=lambda: secrets.token_bytes(16),
-        )
+            map_store.changes, durability=config.durability, map_version_before=before.map_version,
+            stamp_before_ms=before.stamp_bound_ms, new_token=lambda: secrets.token_bytes(16),
+        )  # fmt: skip
         self.controller.ownership.on_deposed = self._deposed
         self.sequencer = self.controller.sequencer
         self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
         self.clients = Clients(lambda: int(self.loop.time() * 1000), lambda: self.sequencer.waiting_bytes)
         self.keyspace = Keyspace(self.map.shards)
         self.backups = Backups(
-            config.backup_dir,
-            self.sequencer,
-            self.keyspace,
-            begin=self.begin,
-            remember=self.remember_restoring,
+            config.backup_dir, self.sequencer, self.keyspace, begin=self.begin, remember=self.remember_restoring,
             start_task=self._start_task,
-        )
+        )  # fmt: skip
         self.file_done = self.backups.file_done  # of links
         self.store_map = map_store.wake  # of the controller
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.status = Status(self.controller, self.links, self.clients, self.backups, self.write_times)
         administration = Administration(
-            self.controller,
-            self.backups,
-            self.status,
-            config.secret,
-            begin=self.begin,
-            act=lambda: self.controller.act(self),
-            start_task=self._start_task,
-        )
+            self.controller, self.backups, self.status, config.secret, begin=self.begin,
+            act=lambda: self.controller.act(self), start_task=self._start_task,
+        )  # fmt: skip
         self.handler = RequestHandler(self.sequencer, self.keyspace, administration.requests)
         info = RedisInfo(self.status, self.clients, lambda: self.address[1])
         service = None

@@ -35,13 +35,9 @@ class Status:
     """One per coordinator. The server keeps `lag_ms` up to date."""
 
     def __init__(
-        self,
-        controller: Controller,
-        links: Mapping[str, NodeLink],
-        clients: Clients,
-        backups: Backups,
+        self, controller: Controller, links: Mapping[str, NodeLink], clients: Clients, backups: Backups,
         write_times: WriteTimes,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._controller = controller
         self._sequencer = controller.sequencer
         self._links = links

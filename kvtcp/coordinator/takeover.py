@@ -57,25 +57,13 @@ async def own_map(map_store: MapStore, first: ClusterMap) -> Predecessor:
 
 
 def found_map(
-    *,
-    cluster: str,
-    shards: int,
-    factor: int,
-    min_insync: int,
-    durability: str,
-    nodes: Mapping[str, tuple[str, int]],
-) -> ClusterMap:
+    *, cluster: str, shards: int, factor: int, min_insync: int, durability: str, nodes: Mapping[str, tuple[str, int]],
+) -> ClusterMap:  # fmt: skip
     """The map of a new cluster with this coordinator as its owner. Raises ValueError for values that do not fit."""
     return ClusterMap.found(
-        cluster=cluster,
-        owner=uuid.uuid4().hex,
-        shards=shards,
-        factor=factor,
-        min_insync=min_insync,
-        durability=durability,
-        nodes=nodes,
-        stamp_bound_ms=wall_ms() + STAMP_AHEAD_MS,
-    )
+        cluster=cluster, owner=uuid.uuid4().hex, shards=shards, factor=factor, min_insync=min_insync,
+        durability=durability, nodes=nodes, stamp_bound_ms=wall_ms() + STAMP_AHEAD_MS,
+    )  # fmt: skip
 
 
 def wall_ms() -> int:

@@ -34,14 +34,9 @@ class CopySet:
     removed, which may take a while to be let go."""
 
     def __init__(
-        self,
-        new_disk: Callable[[], str],
-        copies: Iterable[Copy],
-        kept: Backlog | None,
-        promised: int,
-        generations: dict[int, int] | None,
-        retire: Callable[[Copy], None],
-    ) -> None:
+        self, new_disk: Callable[[], str], copies: Iterable[Copy], kept: Backlog | None, promised: int,
+        generations: dict[int, int] | None, retire: Callable[[Copy], None],
+    ) -> None:  # fmt: skip
         self.copies: dict[int, Copy] = {}
         self.tables: dict[int, Table] = {}  # those of the complete copies, for the path of every operation
         self.promised = promised  # highest epoch accepted

@@ -87,13 +87,9 @@ class DonationStream:
     """One frozen shard on its way to one learner."""
 
     def __init__(
-        self,
-        donations: Donations,
-        connection: FramedConnection,
-        donation: Donation,
-        pieces: Iterator[bytes],
+        self, donations: Donations, connection: FramedConnection, donation: Donation, pieces: Iterator[bytes],
         on_end: Callable[[DonationStream], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._connection = connection
         self._donation = donation
         self._pieces = pieces

@@ -88,21 +88,11 @@ class Replica(CopySet):
     copies that are replaced or removed, which may take a while to be let go."""
 
     def __init__(
-        self,
-        node: str,
-        pid: int,
-        new_disk: Callable[[], str],
-        durability: str = "memory",
-        copies: Iterable[Copy] = (),
-        kept: Backlog | None = None,
-        promised: int = 0,
-        coordinator: str = "",
-        map_version: int = 0,
-        stamp_ms: int = 0,
-        cluster_map: bytes = b"",
-        generations: dict[int, int] | None = None,
+        self, node: str, pid: int, new_disk: Callable[[], str], durability: str = "memory",
+        copies: Iterable[Copy] = (), kept: Backlog | None = None, promised: int = 0, coordinator: str = "",
+        map_version: int = 0, stamp_ms: int = 0, cluster_map: bytes = b"", generations: dict[int, int] | None = None,
         retire: Callable[[Copy], None] = lambda _: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(new_disk, copies, kept, promised, generations, retire)
         self.node = node
         self.pid = pid

@@ -26,13 +26,9 @@ class NodeStats:
     """Tells the figures by `tell` as long as it runs."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        replica: Replica,
-        durability: Durability | None,
-        pulled_bytes: Callable[[], int],
-        tell: Callable[[dict[str, Any]], None],
-    ) -> None:
+        self, loop: asyncio.AbstractEventLoop, replica: Replica, durability: Durability | None,
+        pulled_bytes: Callable[[], int], tell: Callable[[dict[str, Any]], None],
+    ) -> None:  # fmt: skip
         """`pulled_bytes` is how many bytes of whole copies came from other nodes."""
         self._loop = loop
         self._replica = replica
