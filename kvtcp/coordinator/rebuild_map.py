@@ -27,9 +27,9 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.map_store import MapStore, NotOwner
 from kvtcp.cluster.rebuild import CannotRecover, Recovered, newest_map, recovered_map
 from kvtcp.coordinator.supervisor import STRANGER, Found, Supervisor, first_answer, refusal
-from kvtcp.coordinator.takeover import wall_ms
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import ASK, LINK_VERSION, TOLD, Told, parse_told
+from kvtcp.runtime.clock import wall_ms
 from kvtcp.runtime.data_directory import FILE, DataDirectory, IdentityError, read_identity
 from kvtcp.runtime.process import StartError, join_address
 from kvtcp.storage.disk.check import by_reason

@@ -36,7 +36,7 @@ from kvtcp.coordinator.latency import WriteTimes
 from kvtcp.coordinator.links import NodeLink
 from kvtcp.coordinator.redis_info import RedisInfo
 from kvtcp.coordinator.status import Status
-from kvtcp.coordinator.takeover import CannotServe, Predecessor, stale_store, wall_ms, wall_us
+from kvtcp.coordinator.takeover import CannotServe, Predecessor, stale_store
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.keyspace import Keyspace
 from kvtcp.frontend.native.handler import RequestHandler
@@ -46,6 +46,7 @@ from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership.recovery import StaleStore
 from kvtcp.replication.sequencing.link import Link
+from kvtcp.runtime.clock import wall_ms, wall_us
 
 log = logging.getLogger("kvtcp.coordinator")
 

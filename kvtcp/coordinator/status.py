@@ -14,7 +14,6 @@ from kvtcp.constants import EVICT_AFTER_MS
 from kvtcp.coordinator.backups import Backups
 from kvtcp.coordinator.latency import WriteTimes
 from kvtcp.coordinator.links import NodeLink
-from kvtcp.coordinator.takeover import wall_ms
 from kvtcp.errors import show_bytes
 from kvtcp.frontend.clients import Clients
 from kvtcp.replication.controller import Controller
@@ -22,6 +21,7 @@ from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import DOWN
 from kvtcp.replication.sequencing.link import Link
 from kvtcp.replication.sequencing.shard import Shard
+from kvtcp.runtime.clock import wall_ms
 
 _DEGRADED = {
     "down": "are down",

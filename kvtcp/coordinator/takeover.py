@@ -8,7 +8,6 @@ changed, neither in the store nor on a node: the store would catch up with its n
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.coordinator.supervisor import Found
 from kvtcp.replication.ownership import next_epoch
+from kvtcp.runtime.clock import wall_ms
 
 
 class CannotServe(Exception):
@@ -64,16 +64,6 @@ def found_map(
         cluster=cluster, owner=uuid.uuid4().hex, shards=shards, factor=factor, min_insync=min_insync,
         durability=durability, nodes=nodes, stamp_bound_ms=wall_ms() + STAMP_AHEAD_MS,
     )  # fmt: skip
-
-
-def wall_ms() -> int:
-    """The clock of the machine."""
-    return time.time_ns() // 1_000_000
-
-
-def wall_us() -> int:
-    """The same in us."""
-    return time.time_ns() // 1_000
 
 
 def check_store(map_store: MapStore, found: Mapping[str, Found]) -> None:

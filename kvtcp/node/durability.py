@@ -36,7 +36,7 @@ from kvtcp.constants import (
     SNAPSHOT_SHARE_URGENT,
     SPACE_LOOK_MS,
 )
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.node.snapshots import SnapshotJob
 from kvtcp.runtime.worker import Worker
 from kvtcp.storage.disk.log import Prepared
@@ -217,7 +217,7 @@ class Durability:
         """Call `done` when everything appended so far is durable."""
         self._job(None, lambda _: done())
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """Write promise, map and copies of a replica as they are now, when everything appended so far is durable; then
         call `done`."""
         manifest = self.store.manifest

@@ -29,7 +29,7 @@ from kvtcp.node.donor import Donations
 from kvtcp.node.durability import Durability
 from kvtcp.node.learning import Learning
 from kvtcp.node.puller import Pulls
-from kvtcp.node.replica import FreezeRequest, Replica
+from kvtcp.node.replica import FreezeRequest, Replicas
 from kvtcp.node.stats import NodeStats
 from kvtcp.protocol.link import STATS
 from kvtcp.storage.disk.store import NodeStore
@@ -95,7 +95,7 @@ class NodeServer:
         replica = self.replica
         return Durability(
             self.loop, store, on_durable=self.core.durable, on_failed=self.failed, on_space=self.core.space_changed,
-            freeze=lambda shard: (replica.copies[shard].table.freeze(), replica.kept.of_shard(shard)),
+            freeze=lambda shard: (replica.copies[shard].table.freeze(), replica.backlog.of_shard(shard)),
             snapshot_log_bytes=snapshot_log_bytes,
         )  # fmt: skip
 
@@ -241,12 +241,12 @@ class NodeServer:
         await asyncio.sleep(0)
 
 
-def _replica_of(node: str, store: NodeStore | None, retire: Callable[[Copy], None]) -> Replica:
+def _replica_of(node: str, store: NodeStore | None, retire: Callable[[Copy], None]) -> Replicas:
     """The replica of a new node, or one with what was recovered."""
     if store is None:
-        return Replica(node, os.getpid(), lambda: secrets.token_hex(8), retire=retire)
+        return Replicas(node, os.getpid(), lambda: secrets.token_hex(8), retire=retire)
     manifest = store.manifest
-    return Replica(
+    return Replicas(
         node, os.getpid(), lambda: secrets.token_hex(8), manifest.durability, store.copies.values(), store.backlog,
         manifest.promised, manifest.coordinator, manifest.map_version, cluster_map=manifest.map,
         generations=manifest.generations, retire=retire,

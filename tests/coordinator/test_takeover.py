@@ -11,7 +11,8 @@ from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.cluster.store import Outcome
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.coordinator.supervisor import Found
-from kvtcp.coordinator.takeover import CannotServe, Predecessor, check_store, found_map, own_map, wall_ms
+from kvtcp.coordinator.takeover import CannotServe, Predecessor, check_store, found_map, own_map
+from kvtcp.runtime.clock import wall_ms
 from tests.support.replication_fakes import make_map
 
 NODES = {"n1": ("h", 1), "n2": ("h", 2)}

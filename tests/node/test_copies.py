@@ -12,7 +12,7 @@ from kvtcp.errors import Code
 from kvtcp.node import copies as copy_set
 from kvtcp.node import replica as replica_module
 from kvtcp.node.learning import Donation
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.operations import (
     ADD,
     AUDIT,
@@ -33,18 +33,18 @@ from kvtcp.storage.shard.table import Table
 from tests.support.replica_tools import batch, hello, make, put
 
 
-def pull(donor: Replica, learner: Replica, token: bytes, shard: int = 0) -> Copy | None:
+def pull(donor: Replicas, learner: Replicas, token: bytes, shard: int = 0) -> Copy | None:
     """Move a donated copy as the servers do, by the bytes of a snapshot; what `loaded` says."""
     donation = donor.donations.pop(token)
     learning = learner.learning.get(shard)
     header = SnapshotHeader(b"12345678", shard, learning.generation if learning else 9, *donation.position)
-    kept = [entry for entry in donor.kept.of_shard(shard) if entry[2] <= donation.position[1]]
+    kept = [entry for entry in donor.backlog.of_shard(shard) if entry[2] <= donation.position[1]]
     data = b"".join(encode_snapshot(header, donation.frozen, kept))
     return learner.loaded(shard, *decode_snapshot(data, header.name, b"12345678"))
 
 
 @pytest.fixture
-def donor() -> Replica:
+def donor() -> Replicas:
     """A member with five writes of shard 0, of epoch 2."""
     node = make()
     node.hello(hello(epoch=2))
@@ -53,7 +53,7 @@ def donor() -> Replica:
 
 
 @pytest.fixture
-def learner() -> Replica:
+def learner() -> Replicas:
     """A node with the copies d1 of shard 0, which has two writes, and d2 of shard 1."""
     node = make()
     node.hello(hello(epoch=2))
@@ -62,7 +62,7 @@ def learner() -> Replica:
     return node
 
 
-def same(one: Replica, other: Replica, shard: int = 0) -> None:
+def same(one: Replicas, other: Replicas, shard: int = 0) -> None:
     """Two copies are the same."""
     assert one.tables[shard].position == other.tables[shard].position
     assert one.tables[shard].digest() == other.tables[shard].digest()
@@ -71,7 +71,7 @@ def same(one: Replica, other: Replica, shard: int = 0) -> None:
 # --- by entries -----------------------------------------------------------------------------------------
 
 
-def test_a_copy_is_completed_by_shipped_entries(donor: Replica, learner: Replica) -> None:
+def test_a_copy_is_completed_by_shipped_entries(donor: Replicas, learner: Replicas) -> None:
     """What comes by the link waits; when all before is there it is applied, as of its stamp, and the copy is live."""
     chain = learner.tables[0].chain
     answer, live = batch(learner, 101, (LEARN, 0, 0, 5, 2), (AUDIT, [0, 1]))
@@ -88,10 +88,10 @@ def test_a_copy_is_completed_by_shipped_entries(donor: Replica, learner: Replica
     same(donor, learner)
     assert not learner.learning and [entry[2] for entry in learner.take_logged()] == [3, 4, 5, 6, 7]
     batch(learner, 110, put(0, 8))
-    assert [entry[2] for entry in learner.kept.of_shard(0)] == list(range(1, 9))
+    assert [entry[2] for entry in learner.backlog.of_shard(0)] == list(range(1, 9))
 
 
-def test_a_copy_that_has_everything_is_live_at_once(donor: Replica, learner: Replica) -> None:
+def test_a_copy_that_has_everything_is_live_at_once(donor: Replicas, learner: Replicas) -> None:
     """Without a single entry shipped, in the very batch that asks for it."""
     answer, cell, (position,) = batch(learner, 101, (LEARN, 0, 0, 2, 2), put(0, 3), (GET, 0, b"k3"), (AUDIT, [0]))
     assert answer[:2] == ["d1", 1] and cell == (b"v", 3, None) and position[0] == 3
@@ -99,7 +99,7 @@ def test_a_copy_that_has_everything_is_live_at_once(donor: Replica, learner: Rep
 
 
 @pytest.mark.parametrize("is_told", ["before", "after"])
-def test_what_a_copy_had_before_it_is_learned_may_be_uncommitted(is_told: str, learner: Replica) -> None:
+def test_what_a_copy_had_before_it_is_learned_may_be_uncommitted(is_told: str, learner: Replicas) -> None:
     """Ordinals say what members have: a node that is none is told nothing by them of the copy that it has, neither
     before it is learned nor after."""
     learner.hello(hello(epoch=2))
@@ -111,37 +111,37 @@ def test_what_a_copy_had_before_it_is_learned_may_be_uncommitted(is_told: str, l
     batch(learner, 102, (AUDIT, []), commit=0)
     assert learner.copies[0].commit == 0
     batch(learner, 103, put(0, 3), commit=2)
-    assert learner.copies[0].commit == 0 and len(learner.kept.of_shard(0)) == (1 if is_told == "before" else 3)
+    assert learner.copies[0].commit == 0 and len(learner.backlog.of_shard(0)) == (1 if is_told == "before" else 3)
     batch(learner, 104, (AUDIT, []), commit=4)
-    assert learner.copies[0].commit == 3 and learner.kept.of_shard(0) == []
+    assert learner.copies[0].commit == 3 and learner.backlog.of_shard(0) == []
 
 
 @pytest.mark.parametrize("state", ["absent", "incomplete", "ahead"])
-def test_a_copy_that_cannot_be_completed(learner: Replica, state: str) -> None:
+def test_a_copy_that_cannot_be_completed(learner: Replicas, state: str) -> None:
     """There is none, it is not complete, or ends above the others: refused, and its items are passed over."""
     shard = 0 if state == "ahead" else 7
     if state == "incomplete":
         learner._add(Copy(7, "lost", complete=False))
     assert batch(learner, 101, (LEARN, shard, 0, 1, 2), put(shard, 2), (GET, 1, b"x")) == [None, None]
     batch(learner, 102, put(shard, 3))
-    assert shard not in learner.learning and learner.kept.of_shard(7) == []
+    assert shard not in learner.learning and learner.backlog.of_shard(7) == []
     assert learner.copies[0].table.seq == 2 and (0 in learner.tables)
     assert learner.take_failed() == []
     batch(learner, 103, (UNLEARN, shard), (LEARN, 0, 0, 2, 2), put(0, 3))
     assert learner.tables[0].seq == 3
 
 
-def test_shipped_entries_of_another_history(donor: Replica, learner: Replica) -> None:
+def test_shipped_entries_of_another_history(donor: Replicas, learner: Replicas) -> None:
     """It cannot be learned so: the copy stays where it was, and what comes by the link is passed over."""
     batch(learner, 101, (LEARN, 0, 0, 5, 2), put(0, 6))
-    error = learner.ship(0, [[1, donor.kept.of_shard(0)[2][4]]])
+    error = learner.ship(0, [[1, donor.backlog.of_shard(0)[2][4]]])
     assert error is not None and "chain" in error
     assert learner.take_failed() == [(0, error)] and learner.take_failed() == [] and not learner.learning
     batch(learner, 102, put(0, 7))
     assert learner.tables[0].seq == 2 and learner._buffered_bytes == 0
 
 
-def test_more_is_shipped_than_the_link_brought(donor: Replica, learner: Replica) -> None:
+def test_more_is_shipped_than_the_link_brought(donor: Replicas, learner: Replicas) -> None:
     """Entries of items that are still on their way: these are not applied again, and the copy is live after them."""
     batch(learner, 101, (LEARN, 0, 0, 3, 2))
     _, entries = donor.entries_after(0, 2)
@@ -158,7 +158,7 @@ def test_more_is_shipped_than_the_link_brought(donor: Replica, learner: Replica)
 # --- whole ----------------------------------------------------------------------------------------------
 
 
-def test_a_copy_is_replaced(donor: Replica, learner: Replica) -> None:
+def test_a_copy_is_replaced(donor: Replicas, learner: Replicas) -> None:
     """A new disk and generation; the old copy is there until the new one is published, and retired then."""
     retired: list[Copy] = []
     learner._retire = retired.append
@@ -176,19 +176,19 @@ def test_a_copy_is_replaced(donor: Replica, learner: Replica) -> None:
     assert learner.published(0) and learner.take_learned() == [0] and retired == [old]
     assert learner.copies[0] is copy and learner.take_logged()[0][:3] == (0, 2, 6)
     same(donor, learner)
-    assert [entry[:3] for entry in learner.kept.of_shard(0)] == [(0, 2, seq) for seq in range(1, 7)]
+    assert [entry[:3] for entry in learner.backlog.of_shard(0)] == [(0, 2, seq) for seq in range(1, 7)]
     batch(learner, 102, put(0, 7))
     assert learner.tables[0].position[:2] == (3, 7) and not learner.published(0)
 
 
-def test_a_copy_of_a_shard_that_was_not_there(donor: Replica, learner: Replica) -> None:
+def test_a_copy_of_a_shard_that_was_not_there(donor: Replicas, learner: Replicas) -> None:
     """A node that is added has none: it is of generation 1."""
     assert batch(learner, 101, (LEARN, 9, 1, 0, 2)) == [["d3", 1, False, 0, 0, 0]]
     assert learner.loaded(9, Table(9)) is not None and 9 not in learner.copies
     assert learner.published(9) and learner.tables[9].seq == 0 and learner.take_learned() == [9]
 
 
-def test_a_pulled_copy_is_ahead_of_the_link(donor: Replica, learner: Replica) -> None:
+def test_a_pulled_copy_is_ahead_of_the_link(donor: Replicas, learner: Replicas) -> None:
     """It is live when the link has brought what the copy has already, none of which is applied again."""
     batch(learner, 101, (LEARN, 0, 1, 2, 2), put(0, 3))
     batch(donor, 101, (DONATE, 0, b"t", 0))
@@ -202,7 +202,7 @@ def test_a_pulled_copy_is_ahead_of_the_link(donor: Replica, learner: Replica) ->
     same(donor, learner)
 
 
-def test_a_pulled_copy_that_is_too_old(donor: Replica, learner: Replica) -> None:
+def test_a_pulled_copy_that_is_too_old(donor: Replicas, learner: Replicas) -> None:
     """It ends before the first item of the link: of no use."""
     batch(donor, 101, (DONATE, 0, b"t", 0))
     batch(learner, 101, (LEARN, 0, 1, 6, 2))
@@ -212,7 +212,7 @@ def test_a_pulled_copy_that_is_too_old(donor: Replica, learner: Replica) -> None
     assert learner.tables[0].seq == 2 and learner.copies[0].disk == "d1"
 
 
-def test_a_copy_that_nobody_wants_any_more(donor: Replica, learner: Replica) -> None:
+def test_a_copy_that_nobody_wants_any_more(donor: Replicas, learner: Replicas) -> None:
     """The coordinator gave up, or began anew, or the link is gone, while it was pulled or published."""
     for end in ((UNLEARN, 0), (LEARN, 0, 0, 2, 2), (LEARN, 0, 1, 2, 2), None):
         batch(learner, 101, (LEARN, 0, 1, 2, 2))
@@ -227,7 +227,7 @@ def test_a_copy_that_nobody_wants_any_more(donor: Replica, learner: Replica) -> 
     assert learner.loaded(0, donor.tables[0]) is None and learner.tables[0].seq == 2
 
 
-def test_a_failed_transfer(learner: Replica) -> None:
+def test_a_failed_transfer(learner: Replicas) -> None:
     """The server says why; then the shard is as before, and its items are passed over."""
     batch(learner, 101, (LEARN, 0, 1, 2, 2), put(0, 3))
     learner.learn_failed(0, "the donor is gone")
@@ -237,7 +237,7 @@ def test_a_failed_transfer(learner: Replica) -> None:
     assert learner.take_failed() == [(0, "the donor is gone")] and learner.tables[0].seq == 2
 
 
-def test_the_donated_copy_after_an_accepted_loss(donor: Replica, learner: Replica) -> None:
+def test_the_donated_copy_after_an_accepted_loss(donor: Replicas, learner: Replicas) -> None:
     """Its position is above every number ever shown, in the epoch of the promise; numbering goes on there."""
     assert batch(donor, 101, (DONATE, 0, b"t", 70))[0] == [2, 70, 0, 5]
     batch(learner, 101, (LEARN, 0, 1, 70, 2), put(0, 71))
@@ -252,7 +252,7 @@ def test_the_donated_copy_after_an_accepted_loss(donor: Replica, learner: Replic
     assert batch(donor, 102, (DONATE, 6, b"x", 0), (DONATE, 6, b"y", 4)) == [None, [2, 4, 0, 0]]
 
 
-def test_a_copy_is_replaced_by_its_own_rows(donor: Replica) -> None:
+def test_a_copy_is_replaced_by_its_own_rows(donor: Replicas) -> None:
     """After an accepted loss the donor takes the new position too: it learns what it donates."""
     before = donor.tables[0].digest()
     batch(donor, 101, (DONATE, 0, b"t", 70), (LEARN, 0, 1, 70, 2), put(0, 71))
@@ -265,7 +265,7 @@ def test_a_copy_is_replaced_by_its_own_rows(donor: Replica) -> None:
 # --- the buffer -----------------------------------------------------------------------------------------
 
 
-def test_the_buffer_is_bounded(learner: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_buffer_is_bounded(learner: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over it the shard with most is given up; the others go on, and all of its bytes are free."""
     monkeypatch.setattr(copy_set, "LEARN_BUFFER_BYTES_MAX", 4 * LEARN_ITEM_BYTES)
     batch(learner, 101, (LEARN, 0, 0, 9, 2), (LEARN, 1, 1, 0, 2), put(0, 10), put(0, 11), put(1, 1), put(0, 12))
@@ -276,7 +276,7 @@ def test_the_buffer_is_bounded(learner: Replica, monkeypatch: pytest.MonkeyPatch
     assert learner.tables[0].seq == 2 and len(learner.learning[1].buffer) == 2
 
 
-def test_a_long_buffer_is_applied_in_slices(donor: Replica, learner: Replica) -> None:
+def test_a_long_buffer_is_applied_in_slices(donor: Replicas, learner: Replicas) -> None:
     """Never many items at once; batches meanwhile are no faster, and the copy comes to be live."""
     batch(learner, 101, (LEARN, 0, 0, 3, 2))
     seq = 3
@@ -298,7 +298,7 @@ def test_a_long_buffer_is_applied_in_slices(donor: Replica, learner: Replica) ->
     assert [entry[2] for entry in logged] == list(range(3, seq + 1))
 
 
-def test_a_gap_between_copy_and_link(donor: Replica, learner: Replica) -> None:
+def test_a_gap_between_copy_and_link(donor: Replicas, learner: Replicas) -> None:
     """The numbers do not join: that is told, and ends the learning, not the node."""
     batch(learner, 101, (LEARN, 0, 0, 2, 2), put(0, 3))
     batch(learner, 101, (LEARN, 0, 0, 4, 2), put(0, 7))
@@ -310,14 +310,14 @@ def test_a_gap_between_copy_and_link(donor: Replica, learner: Replica) -> None:
     assert learner.tables[0].seq == 3 and learner._buffered_bytes == 0
 
 
-def test_a_learner_answers_nothing(learner: Replica) -> None:
+def test_a_learner_answers_nothing(learner: Replicas) -> None:
     """A write of a shard that is being learned, to be answered here: the coordinator is out of its mind."""
     learner.begin(101, -1, [(LEARN, 0, 1, 2, 2), (ADD, 0, 3, 1, b"a", b"v")])
     with pytest.raises(ValueError, match="answered by a node that learns it"):
         learner.run([])
 
 
-def test_learning_again_begins_anew(learner: Replica) -> None:
+def test_learning_again_begins_anew(learner: Replicas) -> None:
     """What was buffered is dropped, and a second disk and generation are chosen."""
     first, second = batch(learner, 101, (LEARN, 0, 1, 2, 2), put(0, 3), (LEARN, 0, 1, 3, 2), put(0, 4))
     assert first[:2] == ["d3", 2] and second[:2] == ["d4", 3]
@@ -325,7 +325,7 @@ def test_learning_again_begins_anew(learner: Replica) -> None:
     assert learner._buffered_bytes == learner.learning[0].bytes
 
 
-def test_given_up(donor: Replica, learner: Replica) -> None:
+def test_given_up(donor: Replicas, learner: Replicas) -> None:
     """UNLEARN leaves a copy where it is: as before, or as far as it was completed."""
     batch(learner, 101, (LEARN, 0, 0, 5, 2), put(0, 6))
     _, entries = donor.entries_after(0, 2)
@@ -335,7 +335,7 @@ def test_given_up(donor: Replica, learner: Replica) -> None:
     assert learner.ship(0, entries[1:]) is None and learner.tables[0].seq == 5
 
 
-def test_a_new_link_ends_it(donor: Replica, learner: Replica) -> None:
+def test_a_new_link_ends_it(donor: Replicas, learner: Replicas) -> None:
     """What was learned is dropped with the link, what was donated is let go; the copies are there, of the new epoch."""
     batch(learner, 101, (LEARN, 0, 0, 5, 2), put(0, 6), (LEARN, 1, 1, 0, 2), (DONATE, 0, b"t", 0))
     assert batch(learner, 101, (LEARN, 7, 0, 0, 2)) == [None]
@@ -350,7 +350,7 @@ def test_a_new_link_ends_it(donor: Replica, learner: Replica) -> None:
     assert learner.tables[0].position[:2] == (3, 3)
 
 
-def test_one_look_at_each_batch(learner: Replica) -> None:
+def test_one_look_at_each_batch(learner: Replicas) -> None:
     """A node that learns nothing does not even look at the items."""
     learner.begin(101, -1, [put(0, 3)])
     assert type(learner._items) is type(iter([]))
@@ -364,7 +364,7 @@ def test_one_look_at_each_batch(learner: Replica) -> None:
 # --- dropping, donating, asking -------------------------------------------------------------------------
 
 
-def test_drop(learner: Replica) -> None:
+def test_drop(learner: Replicas) -> None:
     """The copy is gone, with its kept entries and results; the next one of the shard has another generation."""
     retired: list[Copy] = []
     learner._retire = retired.append
@@ -373,7 +373,7 @@ def test_drop(learner: Replica) -> None:
     results = batch(learner, 102, put(0, 4), (DROP, 0), (DROP, 9), (RESULTS_OF, 0, [3]), (AUDIT, [0, 1]))
     assert results[:3] == [None, None, [None]] and results[3][0] is None
     assert learner.take_dropped() == [0] and learner.take_dropped() == [] and retired == [old]
-    assert not learner.donations and 0 not in learner.copies and learner.kept.of_shard(0) == []
+    assert not learner.donations and 0 not in learner.copies and learner.backlog.of_shard(0) == []
     batch(learner, 103, put(1, 2), commit=99)
     assert [row[0] for row in learner.report()["shards"]] == [1]
     learner.hello(hello(epoch=3))
@@ -382,7 +382,7 @@ def test_drop(learner: Replica) -> None:
     assert learner.learning[0].generation == 3
 
 
-def test_drop_of_a_shard_that_is_learned(donor: Replica, learner: Replica) -> None:
+def test_drop_of_a_shard_that_is_learned(donor: Replicas, learner: Replicas) -> None:
     """Both are gone: what was learned, and the copy that was there."""
     batch(learner, 101, (LEARN, 0, 1, 2, 2), put(0, 3), (DROP, 0))
     assert not learner.learning and learner.take_dropped() == [0] and learner._buffered_bytes == 0
@@ -399,7 +399,7 @@ def test_generations_of_before_a_restart() -> None:
     assert node.generations == {0: 7, 1: 6, 5: 1}
 
 
-def test_donate(donor: Replica) -> None:
+def test_donate(donor: Replicas) -> None:
     """The shard as it is at this place in the order; a second donation under a token takes the place of the first."""
     chain = donor.tables[0].chain
     answers = batch(donor, 101, (DONATE, 0, b"t", 0), put(0, 6), (DONATE, 0, b"u", 0), (DONATE, 9, b"v", 0))
@@ -412,7 +412,7 @@ def test_donate(donor: Replica) -> None:
     assert donor.donations[b"u"] is not first and first.frozen._index is None
 
 
-def test_results_of_writes(donor: Replica) -> None:
+def test_results_of_writes(donor: Replicas) -> None:
     """Those of writes other than puts, in the same batch too, until they are committed."""
     found = batch(
         donor, 101, (DELETE, 0, 6, 0, b"k1"), (ADD, 0, 7, 0, b"k2", b"x"), (RESULTS_OF, 0, [4, 5, 6, 7, 8]),
@@ -425,7 +425,7 @@ def test_results_of_writes(donor: Replica) -> None:
     assert not donor._results
 
 
-def test_results_of_buffered_writes(donor: Replica, learner: Replica) -> None:
+def test_results_of_buffered_writes(donor: Replicas, learner: Replicas) -> None:
     """A node that learned them knows them like the others."""
     batch(learner, 101, (LEARN, 0, 1, 5, 2), (INCR, 0, 6, 0, b"n", 2), (PUT, 0, 7, 0, b"a", b"v"))
     batch(donor, 101, (DONATE, 0, b"t", 0))
@@ -434,7 +434,7 @@ def test_results_of_buffered_writes(donor: Replica, learner: Replica) -> None:
     assert batch(learner, 102, (RESULTS_OF, 0, [5, 6, 7])) == [[None, [7], None]]
 
 
-def test_unknown_control_items(learner: Replica) -> None:
+def test_unknown_control_items(learner: Replicas) -> None:
     """An item that this version does not know stops the node."""
     learner.begin(101, -1, [(99, 0)])
     with pytest.raises(ValueError, match="unknown operation"):
@@ -454,7 +454,7 @@ class Pair:
             node.hello(hello(shards=[0]))
         self.seq = 0
         self.stamp_ms = 100
-        self.due: dict[Replica, list[tuple[int, list[Any]]]] = {self.member: [], self.learner: []}
+        self.due: dict[Replicas, list[tuple[int, list[Any]]]] = {self.member: [], self.learner: []}
         self.attached = False
         self.token = b""
         self.number = 0
@@ -478,7 +478,7 @@ class Pair:
         if self.attached:
             self.due[self.learner].append((self.stamp_ms, items))
 
-    def deliver(self, node: Replica) -> None:
+    def deliver(self, node: Replicas) -> None:
         """The next batch of a link."""
         if self.due[node]:
             stamp_ms, items = self.due[node].pop(0)
@@ -561,5 +561,5 @@ def test_copies_are_the_same_in_the_end(seed: int, monkeypatch: pytest.MonkeyPat
     logged = [entry for entry in pair.logged if entry[1] == copy.generation]
     assert [entry[2] for entry in logged] == list(range(copy.table.seq - len(logged) + 1, copy.table.seq + 1)), seed
     assert pair.learner._buffered_bytes == 0
-    known = pair.learner.kept.look_up(0)
+    known = pair.learner.backlog.look_up(0)
     assert all(entry[1] == copy.generation for entry in known.values())

@@ -14,7 +14,7 @@ from kvtcp.node import core as node_core
 from kvtcp.node.access import Identity
 from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Learning
-from kvtcp.node.replica import FreezeRequest, Replica
+from kvtcp.node.replica import FreezeRequest, Replicas
 from kvtcp.protocol.link import (
     BATCH,
     ENTRIES,
@@ -87,7 +87,7 @@ class Around:
         self.is_slow = slow
         self.waiting: list[Callable[[], None]] = []
         self.due: list[tuple[int, Callable[[], None]]] = []
-        self.replica: Replica = make(**options)
+        self.replica: Replicas = make(**options)
         self.core = NodeCore(self.replica, self, Identity())
         self.core.persistence = self
 
@@ -139,7 +139,7 @@ class Around:
         """Of the disk."""
         self._durable(done)
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """Of the disk."""
         self.calls.append(("remember", replica.promised, [copy.reason for copy in replica.copies.values()]))
         self._durable(done)
@@ -491,8 +491,8 @@ def test_an_index_is_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     around = Around()
     link, peer = around.link()
     ready = iter((False, False, True, True, False, True))
-    index_some = around.replica.kept.index_some
-    monkeypatch.setattr(around.replica.kept, "index_some", lambda: next(ready) and index_some())
+    index_some = around.replica.backlog.index_some
+    monkeypatch.setattr(around.replica.backlog, "index_some", lambda: next(ready) and index_some())
     around.core.received(link, [[FETCH, 0, 0], batch(put(0, 1))])
     assert [frame[0] for frame in peer.take()] == [RESULTS]
     assert around.run_due() == [2] and around.run_due() == [2] and around.run_due() == []

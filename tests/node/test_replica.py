@@ -11,7 +11,7 @@ from kvtcp.errors import Code
 from kvtcp.node import copies as copy_set
 from kvtcp.node import replica as replica_module
 from kvtcp.node import write_results
-from kvtcp.node.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replica
+from kvtcp.node.replica import FLAG_INTERVAL_MS, OLDER_COPY, Refused, Replicas
 from kvtcp.protocol.operations import (
     ADD,
     ANY_KEY,
@@ -42,7 +42,7 @@ from tests.support.replica_tools import batch, hello, make, put
 
 
 @pytest.fixture
-def replica() -> Replica:
+def replica() -> Replicas:
     """A replica that said HELLO, with `a` in shard 0 and `b`, living until stamp 150, in shard 1."""
     node = make()
     node.hello(hello())
@@ -50,7 +50,7 @@ def replica() -> Replica:
     return node
 
 
-def test_report(replica: Replica) -> None:
+def test_report(replica: Replicas) -> None:
     """What a node has: positions, the highest stamp, its promise."""
     report = replica.report()
     chains = [replica.tables[n].chain for n in (0, 1)]
@@ -60,7 +60,7 @@ def test_report(replica: Replica) -> None:
     assert report["version"]
 
 
-def test_the_report_of_a_hello_is_of_before(replica: Replica) -> None:
+def test_the_report_of_a_hello_is_of_before(replica: Replicas) -> None:
     """It says what the node had: its map version is the highest seen before this HELLO. New shards are in it."""
     report = replica.hello(hello(epoch=2, map_version=9, shards=[0, 1, 5], map=b"{}"))
     assert report["map_version"] == 3 and report["shards"][2] == [5, "d3", 1, True, 0, 0, 0, 0]
@@ -108,7 +108,7 @@ def test_what_was_recovered() -> None:
         (hello(epoch=5, coordinator=b"d"), "FENCED"),
     ],
 )
-def test_refused_hello_changes_nothing(replica: Replica, fields: dict[bytes, Any], code: str) -> None:
+def test_refused_hello_changes_nothing(replica: Replicas, fields: dict[bytes, Any], code: str) -> None:
     """R5: an epoch below the promise, or the same of another coordinator, is refused."""
     replica.hello(hello(epoch=5))
     before = replica.report()
@@ -117,7 +117,7 @@ def test_refused_hello_changes_nothing(replica: Replica, fields: dict[bytes, Any
     assert refused.value.code == code and replica.report() == before
 
 
-def test_hello_of_a_new_epoch(replica: Replica) -> None:
+def test_hello_of_a_new_epoch(replica: Replicas) -> None:
     """The tables stay; new entries carry the epoch; ordinals begin again."""
     assert replica.applied == 2
     replica.hello(hello(epoch=7, coordinator=b"d"))
@@ -126,7 +126,7 @@ def test_hello_of_a_new_epoch(replica: Replica) -> None:
     assert replica.tables[0].position[:2] == (7, 2)
 
 
-def test_reads_and_writes_in_order(replica: Replica) -> None:
+def test_reads_and_writes_in_order(replica: Replicas) -> None:
     """A read sees exactly the items before it; only writes with the bit and reads have results."""
     results = batch(
         replica, 110,
@@ -140,7 +140,7 @@ def test_reads_and_writes_in_order(replica: Replica) -> None:
     assert replica.applied == 13 and replica.operations == 13
 
 
-def test_page_and_mget(replica: Replica) -> None:
+def test_page_and_mget(replica: Replicas) -> None:
     """Both see several shards at one stamp; an expired key is not there."""
     page, mget = batch(
         replica, 110, (PAGE, [0, 1], b"", None, 10, False, True), (MGET, [[1, b"b"], [0, b"a"], [0, b"x"]])
@@ -150,14 +150,14 @@ def test_page_and_mget(replica: Replica) -> None:
     assert batch(replica, 150, (MGET, [[1, b"b"]]), (COUNT, [1], b"", None)) == [[None], 0]
 
 
-def test_mget_that_is_too_large(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mget_that_is_too_large(replica: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error with the limit, in the place of the result."""
     monkeypatch.setattr(replica_module, "MGET_VALUES_BYTES_MAX", 3)
     code, text, details = batch(replica, 110, (MGET, [[0, b"a"], [1, b"b"]]))[0]
     assert code == Code.TOO_LARGE and "over 3 bytes" in text and details == {"bytes_max": 3}
 
 
-def test_results_in_pieces(replica: Replica) -> None:
+def test_results_in_pieces(replica: Replicas) -> None:
     """`run` stops when enough bytes are ready, counting what reads really return, and goes on where it was."""
     batch(replica, 101, (PUT, 0, 2, 0, b"a", b"x" * 100))
     items = [
@@ -179,7 +179,7 @@ def test_results_in_pieces(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_results_of_writes_in_pieces(replica: Replica, asked: int) -> None:
+def test_results_of_writes_in_pieces(replica: Replicas, asked: int) -> None:
     """Values among the results of writes count too: of strings, and of a transaction. What nobody asked for is taken
     while the batch goes on, so that what is kept of it is bounded."""
     batch(replica, 101, (PUT, 0, 2, 0, b"a", b"x" * 100))
@@ -208,7 +208,7 @@ def test_results_of_writes_in_pieces(replica: Replica, asked: int) -> None:
 
 
 def test_results_that_are_asked_for_again_fill_frames_too(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch
+    replica: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several shards may have lost their answering member at once, each with large results."""
     monkeypatch.setattr(write_results, "RESULTS_BYTES_MAX", 99)
@@ -222,7 +222,7 @@ def test_results_that_are_asked_for_again_fill_frames_too(
     assert replica.run([], 99)
 
 
-def test_reads_of_strings(replica: Replica) -> None:
+def test_reads_of_strings(replica: Replicas) -> None:
     """Deadlines as times since 1970, revisions alone, any key with the number of keys."""
     assert batch(
         replica, 110, (DEADLINE_OF, 1, b"b"), (DEADLINE_OF, 0, b"a"), (DEADLINE_OF, 0, b"x"), (REVISION, 0, b"a"),
@@ -232,7 +232,7 @@ def test_reads_of_strings(replica: Replica) -> None:
     assert late == [None, None, (b"a", 2), (None, 1)]
 
 
-def test_batch_before_the_last_is_finished(replica: Replica) -> None:
+def test_batch_before_the_last_is_finished(replica: Replicas) -> None:
     """Its items would be lost: a defect. A new link drops them on purpose."""
     replica.begin(101, -1, [(GET, 0, b"a"), (GET, 0, b"a")])
     assert not replica.run([], 0)
@@ -242,7 +242,7 @@ def test_batch_before_the_last_is_finished(replica: Replica) -> None:
     assert batch(replica, 103, (EXISTS, 0, b"a")) == [[1]] and replica.applied == 1
 
 
-def test_gap_stops_the_node(replica: Replica) -> None:
+def test_gap_stops_the_node(replica: Replicas) -> None:
     """I1: a number that is not the next one raises, and so does an operation or a shard that is not known."""
     for error, item in ((SequenceError, (PUT, 0, 3, 0, b"a", b"v")), (ValueError, (99, 0)), (KeyError, (GET, 5, b"a"))):
         replica.hello(hello())
@@ -251,7 +251,7 @@ def test_gap_stops_the_node(replica: Replica) -> None:
             replica.run([])
 
 
-def test_flags(replica: Replica) -> None:
+def test_flags(replica: Replicas) -> None:
     """Shards with expired keys are flagged once per interval of stamps; taking the flags clears them."""
     assert replica.take_flags() == []
     batch(replica, 100 + FLAG_INTERVAL_MS - 1)
@@ -260,13 +260,13 @@ def test_flags(replica: Replica) -> None:
     assert replica.take_flags() == [1] and replica.take_flags() == []
 
 
-def test_stamps_are_remembered(replica: Replica) -> None:
+def test_stamps_are_remembered(replica: Replicas) -> None:
     """The highest stamp is reported; an older one, of a batch that was sent again, does not lower it."""
     batch(replica, 90, (PUT, 0, 2, 0, b"z", b"v"))
     assert replica.stamp_ms == 100
 
 
-def test_freeze(replica: Replica) -> None:
+def test_freeze(replica: Replicas) -> None:
     """A freeze is exact at its place in the batch, and left for the server."""
     chains = [replica.tables[number].chain for number in (0, 1)]
     (frozen,) = batch(replica, 120, (FREEZE, [0, 1], b"name", b"/dir"), (PUT, 0, 2, 0, b"later", b"v"))
@@ -279,7 +279,7 @@ def test_freeze(replica: Replica) -> None:
 # --- entries: logged, kept, shipped -----------------------------------------------------------------
 
 
-def test_entries_are_handed_over_once(replica: Replica) -> None:
+def test_entries_are_handed_over_once(replica: Replicas) -> None:
     """What a batch wrote, in the order in which it was applied, also if it was applied in pieces."""
     first = replica.take_logged()
     assert [(shard, generation, seq) for shard, generation, seq, _, _ in first] == [(0, 1, 1), (1, 1, 1)]
@@ -291,34 +291,34 @@ def test_entries_are_handed_over_once(replica: Replica) -> None:
     assert [entry[:3] for entry in replica.take_logged()] == [(0, 1, 2), (1, 1, 3)]
 
 
-def test_what_is_committed_is_forgotten(replica: Replica) -> None:
+def test_what_is_committed_is_forgotten(replica: Replicas) -> None:
     """By the ordinal of the link; the hint of the commit grows."""
     batch(replica, 101, put(0, 2), put(1, 2))  # ordinals 3 and 4
     batch(replica, 102, put(0, 3), commit=2)
-    assert [entry[2] for entry in replica.kept.of_shard(0)] == [2, 3]
+    assert [entry[2] for entry in replica.backlog.of_shard(0)] == [2, 3]
     assert [copy.commit for copy in replica.copies.values()] == [1, 1]
     batch(replica, 103, commit=3)
-    assert [entry[2] for entry in replica.kept.of_shard(0)] == [2, 3], "a batch is committed as a whole"
+    assert [entry[2] for entry in replica.backlog.of_shard(0)] == [2, 3], "a batch is committed as a whole"
     batch(replica, 103, commit=5)
-    assert replica.kept.bytes == 0 and [copy.commit for copy in replica.copies.values()] == [3, 2]
+    assert replica.backlog.bytes == 0 and [copy.commit for copy in replica.copies.values()] == [3, 2]
     assert replica.report()["shards"][0][-1] == 3
 
 
-def test_what_is_from_before_the_link_is_kept(replica: Replica) -> None:
+def test_what_is_from_before_the_link_is_kept(replica: Replicas) -> None:
     """-1 commits nothing of it, whatever its ordinal was; 0 all of it."""
     replica.hello(hello(epoch=2))
     batch(replica, 101, put(0, 2), commit=-1)
-    assert [entry[2] for entry in replica.kept.of_shard(0)] == [1, 2] and replica.copies[0].commit == 0
+    assert [entry[2] for entry in replica.backlog.of_shard(0)] == [1, 2] and replica.copies[0].commit == 0
     batch(replica, 102, commit=0)
-    assert [entry[2] for entry in replica.kept.of_shard(0)] == [2] and replica.copies[0].commit == 1
+    assert [entry[2] for entry in replica.backlog.of_shard(0)] == [2] and replica.copies[0].commit == 1
 
 
-def test_a_half_done_batch_is_kept_over_a_new_link(replica: Replica) -> None:
+def test_a_half_done_batch_is_kept_over_a_new_link(replica: Replicas) -> None:
     """What was applied of it stays; the items that were not are dropped."""
     replica.begin(101, -1, [put(0, 2), (GET, 0, b"a"), put(0, 3)])
     assert not replica.run([], 0)
     replica.hello(hello(epoch=2))
-    assert replica.tables[0].seq == 2 and [entry[2] for entry in replica.kept.of_shard(0)] == [1, 2]
+    assert replica.tables[0].seq == 2 and [entry[2] for entry in replica.backlog.of_shard(0)] == [1, 2]
     batch(replica, 102, put(0, 3, b"other"))
     assert replica.tables[0].position[:2] == (2, 3)
 
@@ -329,10 +329,10 @@ def chains(entries: list[list[Any]] | None) -> list[int]:
     return [chain for chain, _ in entries]
 
 
-def test_entries_after(replica: Replica) -> None:
+def test_entries_after(replica: Replicas) -> None:
     """The chain at a number and what follows; nothing of what is not known or not complete."""
     batch(replica, 101, put(0, 2), put(0, 3))
-    kept = replica.kept.of_shard(0)
+    kept = replica.backlog.of_shard(0)
     assert replica.entries_after(0, 0) == (0, [[entry[3], entry[4]] for entry in kept])
     chain, entries = replica.entries_after(0, 2)
     assert chain == kept[1][3] and chains(entries) == [kept[2][3]]
@@ -346,11 +346,11 @@ def test_entries_after(replica: Replica) -> None:
 
 def test_entries_after_of_what_is_not_recent_any_more() -> None:
     """The oldest committed entries are gone: what follows them is not shipped, what follows the others is."""
-    node = make(kept=Backlog(recent_bytes_max=2 * (RECENT_ENTRY_BYTES + 20)))
+    node = make(backlog=Backlog(recent_bytes_max=2 * (RECENT_ENTRY_BYTES + 20)))
     node.hello(hello())
     batch(node, 100, put(0, 1))
     batch(node, 101, put(0, 2), put(0, 3))
-    kept = node.kept.of_shard(0)
+    kept = node.backlog.of_shard(0)
     batch(node, 102, put(0, 4), commit=3)  # number 1 is too old
     assert node.entries_after(0, 0) == (0, None) and node.entries_after(0, 1)[0] is None
     assert chains(node.entries_after(0, 1)[1])[:2] == [kept[1][3], kept[2][3]]
@@ -359,7 +359,7 @@ def test_entries_after_of_what_is_not_recent_any_more() -> None:
     assert node.entries_after(0, 6) == (node.tables[0].chain, [])
 
 
-def test_entries_after_in_pieces(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_after_in_pieces(replica: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many bytes at once, and at least one entry however large."""
     monkeypatch.setattr(copy_set, "SHIP_BYTES_MAX", 200)
     batch(replica, 101, *(put(0, seq, b"v" * size) for seq, size in enumerate([60, 60, 500, 60, 60], 2)))
@@ -383,20 +383,20 @@ def test_entries_that_are_kept_twice() -> None:
         logged.append((0, 1, seq, table.chain, table.last_entry))
     kept.add(0, logged[3:5])  # of a snapshot at 5
     kept.add(0, logged)
-    node = make(copies=[Copy(0, "x", table=table)], kept=kept)
+    node = make(copies=[Copy(0, "x", table=table)], backlog=kept)
     for after in range(7):
         chain, entries = node.entries_after(0, after)
         assert chain == (logged[after - 1][3] if after else 0) and chains(entries) == [e[3] for e in logged[after:]]
 
 
-def shipped(source: Replica, target: Replica, shard: int, after: int) -> str | None:
+def shipped(source: Replicas, target: Replicas, shard: int, after: int) -> str | None:
     """Move entries from one member to another as a takeover does."""
     _, entries = source.entries_after(shard, after)
     assert entries is not None
     return target.ship(shard, entries)
 
 
-def test_ship(replica: Replica) -> None:
+def test_ship(replica: Replicas) -> None:
     """The other member has the same afterwards, logs it, and can ship it further; epoch and stamp are the old ones."""
     other = make()
     other.hello(hello(epoch=5))
@@ -404,17 +404,17 @@ def test_ship(replica: Replica) -> None:
     assert shipped(replica, other, 0, 0) is None
     assert other.tables[0].position == replica.tables[0].position and other.tables[0].position[0] == 1
     assert other.tables[0].digest() == replica.tables[0].digest()
-    assert [entry[:4] for entry in other.take_logged()] == [entry[:4] for entry in replica.kept.of_shard(0)]
-    assert other.kept.of_shard(0) == replica.kept.of_shard(0)
+    assert [entry[:4] for entry in other.take_logged()] == [entry[:4] for entry in replica.backlog.of_shard(0)]
+    assert other.backlog.of_shard(0) == replica.backlog.of_shard(0)
     batch(other, 160, commit=0)
-    assert [entry[2] for entry in other.kept.of_shard(0)] == [1, 2, 3, 4], "no ordinal of the link commits them"
+    assert [entry[2] for entry in other.backlog.of_shard(0)] == [1, 2, 3, 4], "no ordinal of the link commits them"
     batch(other, 160, put(0, 5), commit=0)
     assert other.tables[0].position[:2] == (5, 5) and other.copies[0].commit == 0
     batch(other, 160, commit=1)
-    assert other.kept.of_shard(0) == [] and other.copies[0].commit == 5
+    assert other.backlog.of_shard(0) == [] and other.copies[0].commit == 5
 
 
-def test_ship_what_does_not_follow(replica: Replica) -> None:
+def test_ship_what_does_not_follow(replica: Replicas) -> None:
     """A gap, another chain or damage: what came before is applied, the rest is not, and it says why."""
     batch(replica, 101, *(put(0, seq) for seq in range(2, 6)))
     _, entries = replica.entries_after(0, 0)
@@ -429,11 +429,11 @@ def test_ship_what_does_not_follow(replica: Replica) -> None:
         other.hello(hello())
         error = other.ship(0, [*entries[:index], wrong, *entries[index + 1 :]])
         assert error is not None and reason in error
-        assert other.tables[0].seq == index == len(other.take_logged()) == len(other.kept.of_shard(0))
+        assert other.tables[0].seq == index == len(other.take_logged()) == len(other.backlog.of_shard(0))
         other.check()
 
 
-def test_ship_to_another_history(replica: Replica) -> None:
+def test_ship_to_another_history(replica: Replicas) -> None:
     """R7: a member with other entries takes none of these."""
     batch(replica, 101, put(0, 2))
     other = make()
@@ -443,7 +443,7 @@ def test_ship_to_another_history(replica: Replica) -> None:
     assert error is not None and "chain" in error and other.tables[0].seq == 1
 
 
-def test_ship_to_no_copy(replica: Replica) -> None:
+def test_ship_to_no_copy(replica: Replicas) -> None:
     """A copy that is not complete takes no entries, and one that is not there neither."""
     replica.copies[1].complete = False
     for shard in (1, 7):

@@ -105,13 +105,13 @@ async def test_error_while_applying_ends_the_node(
 async def test_frames_are_worked_off_in_order(node: NodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked behind a batch, in the same read, sees it; its results are sent before. An index is not hurried."""
     rounds: list[bool] = []
-    index_some = node.replica.kept.index_some
+    index_some = node.replica.backlog.index_some
 
     def slowly() -> bool:
         rounds.append(len(rounds) >= 3)
         return rounds[-1] and index_some()
 
-    monkeypatch.setattr(node.replica.kept, "index_some", slowly)
+    monkeypatch.setattr(node.replica.backlog, "index_some", slowly)
     async with await link(node) as wire:
         wire.send([BATCH, 1, 0, [[PUT, 0, 1, 1, "a", "x"]]], [FETCH, 0, 0], [BATCH, 1, 0, [[PUT, 0, 2, 1, "b", "x"]]])
         assert (await wire.receive())[3] == [1] and (await wire.receive())[3] == [2]

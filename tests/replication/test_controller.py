@@ -259,7 +259,7 @@ def test_a_member_that_is_behind_and_cannot_be_shipped_to_is_replaced() -> None:
     world = World(2, 2)
     behind(world, "n2")
     for name in world.nodes:
-        world.nodes[name].kept.forget(0)
+        world.nodes[name].backlog.forget(0)
     world.take_over()
     world.up("n1", "n2")
     world.run(500)
@@ -461,8 +461,8 @@ def test_a_node_is_told_of_commits_though_a_shard_is_not_its_own_any_more() -> N
     world.pump()
     world.down("n1", "n2", "n3")
     world.nodes["n3"].wipe(0)
-    world.nodes["n1"].kept.forget(0)
-    world.nodes["n2"].kept.forget(0)
+    world.nodes["n1"].backlog.forget(0)
+    world.nodes["n2"].backlog.forget(0)
     world.take_over()
     world.nodes["n3"].holds_pulls = True
     world.up("n1", "n2", "n3")
@@ -589,7 +589,7 @@ def test_a_link_that_breaks_before_a_replacement_is_proposed(lost: str) -> None:
     world.pump()
     world.down("n1", "n2")
     world.replace("n2")
-    world.nodes["n1"].kept.forget(0)
+    world.nodes["n1"].backlog.forget(0)
     world.take_over()
     world.nodes["n2"].holds_pulls = True
     world.up("n1", "n2")

@@ -31,7 +31,7 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
 from kvtcp.errors import Code
 from kvtcp.node.core import NodeCore
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED, STOP
 from kvtcp.replication import ownership
 from kvtcp.replication.controller import Controller
@@ -366,8 +366,8 @@ def report_no_fence(garden: Garden) -> None:
         self.promised, self.coordinator = getattr(self, "next_promise", (self.promised, self.coordinator))
         begin_before(self, *batch)
 
-    hello_before = garden.put(Replica, "hello", hello)
-    begin_before = garden.put(Replica, "begin", begin)
+    hello_before = garden.put(Replicas, "hello", hello)
+    begin_before = garden.put(Replicas, "begin", begin)
 
 
 @mistake("R5")
@@ -381,7 +381,7 @@ def no_node_epoch_check(garden: Garden) -> None:
         self.promised, self.coordinator = max(promise, (self.promised, self.coordinator))
         return report | {"promised": self.promised}
 
-    before = garden.put(Replica, "hello", hello)
+    before = garden.put(Replicas, "hello", hello)
 
 
 @mistake("R5", shared=True, factor=2, mode="sync", kinds=("split", "rival", "kill_node", "pause_coordinator"))
@@ -618,8 +618,8 @@ def operations_shipped(garden: Garden) -> None:
             again.append((None, replica_pack((self.promised, seq, stamp_ms + 1, effects))))
         return before(self, shard, again)
 
-    before = garden.put(Replica, "ship", ship)
-    garden.put(Replica, "ship", _with_chains(ship))
+    before = garden.put(Replicas, "ship", ship)
+    garden.put(Replicas, "ship", _with_chains(ship))
 
 
 def replica_unpack(packed: bytes) -> Any:
@@ -675,7 +675,7 @@ def chain_over_batches(garden: Garden) -> None:
                 self.tables[shard].chain ^= 1
         before(self)
 
-    before = garden.put(Replica, "_take_made", take_made)
+    before = garden.put(Replicas, "_take_made", take_made)
 
 
 # --- R10: one step -----------------------------------------------------------------------------------------------
@@ -737,7 +737,7 @@ def responder_by_agreement(garden: Garden) -> None:
             ]
         before(self, stamp_ms, commit, items)
 
-    before = garden.put(Replica, "begin", begin)
+    before = garden.put(Replicas, "begin", begin)
 
 
 @mistake("R10")
@@ -1067,7 +1067,7 @@ def donated_before_attached(garden: Garden) -> None:
             one.buffer.popleft()
         return before(self, shard, table, kept)
 
-    before = garden.put(Replica, "loaded", loaded)
+    before = garden.put(Replicas, "loaded", loaded)
 
 
 @mistake("R6")

@@ -21,7 +21,7 @@ from kvtcp.constants import TICK_MS
 from kvtcp.node.access import Identity
 from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Learning
-from kvtcp.node.replica import FreezeRequest, Replica
+from kvtcp.node.replica import FreezeRequest, Replicas
 from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, parse_report
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.controller import Controller
@@ -72,7 +72,7 @@ class Node:
         self.port = world.map.nodes[name][1]
         self.disks = (f"{name}-{number}" for number in count(1))
         self.copies: list[Copy] = []
-        self.kept = Backlog()
+        self.backlog = Backlog()
         self.generations: dict[int, int] = {}
         self.promise = (0, "", 0)  # epoch, coordinator, map version
         self.is_paused = False
@@ -84,8 +84,8 @@ class Node:
     def start(self) -> None:
         """A process that goes on with what it had."""
         promised, coordinator, version = self.promise
-        self.replica = Replica(
-            self.name, 1, lambda: next(self.disks), self.world.durability, self.copies, self.kept, promised,
+        self.replica = Replicas(
+            self.name, 1, lambda: next(self.disks), self.world.durability, self.copies, self.backlog, promised,
             coordinator, version, generations=self.generations,
         )  # fmt: skip
         self.core = NodeCore(self.replica, self, Identity())
@@ -110,7 +110,7 @@ class Node:
         """The copies of these shards are gone, or all."""
         self.stop()
         for shard in shards or range(self.world.controller.map.shards):
-            self.kept.forget(shard)
+            self.backlog.forget(shard)
             self.copies = [copy for copy in self.copies if copy.shard != shard]
         self.start()
 
@@ -194,7 +194,7 @@ class Node:
         else:
             done()
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """A promise is never withheld."""
         done()
 

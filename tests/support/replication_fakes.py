@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 
 from kvtcp.cluster.map import ClusterMap
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.link import LINK_VERSION, CopyReport, parse_report
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.replication.sequencing.sequencer import Sequencer
@@ -60,7 +60,7 @@ class Cluster:
         """`link` False: the shards are not served yet, and no link is up."""
         self.map = make_map(nodes, factor, shards, min_insync=min_insync)
         self.sequencer = Sequencer(self.map)
-        self.replicas: dict[str, Replica] = {}
+        self.replicas: dict[str, Replicas] = {}
         self.applied: dict[str, tuple[int, list[Any]]] = {}  # last applied ordinal, results not yet handed over
         self.answers = Answers()
         self.now_ms = 1_000
@@ -86,7 +86,7 @@ class Cluster:
 
     def new_process(self, node: str, disk: str = "disk") -> None:
         """The node is a new, empty process. With the disk of the map it claims to be what it was."""
-        self.replicas[node] = Replica(node, 1, lambda: disk)
+        self.replicas[node] = Replicas(node, 1, lambda: disk)
         self.hello(node)
 
     def hello(self, node: str) -> dict[int, CopyReport]:

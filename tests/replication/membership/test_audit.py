@@ -140,7 +140,7 @@ def test_a_learner_of_a_shard_that_is_stopped() -> None:
     world = World()
     write(world, "a")
     for node in world.nodes.values():
-        node.kept.forget(0)
+        node.backlog.forget(0)
     world.replace("n3")
     world.run(LINK_GRACE_MS)
     world.nodes["n3"].holds_pulls = True

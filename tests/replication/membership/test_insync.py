@@ -46,7 +46,7 @@ def whole(world: World) -> None:
     """Nobody has entries to ship: whoever learns needs a whole copy."""
     for node in world.nodes.values():
         for number in range(world.map.shards):
-            node.kept.forget(number)
+            node.backlog.forget(number)
 
 
 def write(world: World, count: int = 1) -> None:

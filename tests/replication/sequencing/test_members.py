@@ -40,7 +40,7 @@ def leave(cluster: Cluster, node: str, *numbers: int) -> None:
 def learning(world: World, node: str = "n3") -> None:
     """A node learns the shards, and its learner stays where its copy is frozen: it is live when it is let go."""
     for each in world.nodes.values():
-        each.kept.forget(0)
+        each.backlog.forget(0)
     world.nodes[node].holds_pulls = True
     world.replace(node)
     world.run(LINK_GRACE_MS)
@@ -545,7 +545,7 @@ def test_writes_that_wait_for_a_member_in_doubt_are_refused_in_time() -> None:
     world.pump()
     world.replace("n2", 0)
     world.nodes["n2"].holds_pulls = True
-    world.nodes["n1"].kept.forget(0)
+    world.nodes["n1"].backlog.forget(0)
     world.up("n2")
     world.put("waits")
     world.run(WRITE_WAIT_MS - 50)
