@@ -490,7 +490,7 @@ def remove_last_good(patches: Patches) -> None:
     before = patches.put(Recovery, "_down", down)
 
 
-@mutant("R6", factor=3, min_insync=1, mode="sync", kinds=("kill_coordinator", "kill_node", "cut", "slow_disk"))
+@mutant("R6", factor=2, min_insync=1, mode="sync", kinds=("kill_coordinator", "kill_node", "slow_disk"))
 def judged_while_shipping(patches: Patches) -> None:
     """A shard that starts over is judged by what its members had before they were sent entries."""
 
@@ -887,7 +887,7 @@ def stamps_go_back(patches: Patches) -> None:
     patches.put(Sequencer, "begin", begin)
 
 
-@mutant("R12")
+@mutant("R12", shared=True, kinds=("jump_clock", "slow_store", "store_down", "kill_coordinator"))
 def bound_before_it_is_stored(patches: Patches) -> None:
     """Stamps follow the next bound from the moment on in which it is proposed."""
 

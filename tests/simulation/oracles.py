@@ -86,6 +86,8 @@ class Oracles:
         _, epoch_before, stamp_before_ms = self.ledger[shard][seq - 1, before]
         require(epoch >= epoch_before, f"an entry of epoch {epoch} follows one of {epoch_before}", shard)
         require(stamp_ms >= stamp_before_ms, f"R12: stamp {stamp_ms} follows {stamp_before_ms}", shard)
+        bound_ms = self.map.stamp_bound_ms
+        require(stamp_ms <= bound_ms, f"R12: stamp {stamp_ms} is above {bound_ms}, which is stored", shard)
         self.ledger[shard][seq, chain] = (before, epoch, stamp_ms)
         for effect in effects:
             if effect[0] in (SET, PATCH):
