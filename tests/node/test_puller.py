@@ -333,15 +333,14 @@ async def test_a_donor_that_sends_nonsense(nodes: Nodes, monkeypatch: pytest.Mon
         return [*frames[:middle], [CHUNK, bytes(data)], *frames[middle + 1 :]]
 
     cases: list[tuple[Callable[[list[Any]], list[Any] | bytes], str]] = [
-        (flipped, "sum"),
-        (lambda frames: frames[:1] + frames[-1:], "without its last frame"),
+        (flipped, "sum"), (lambda frames: frames[:1] + frames[-1:], "without its last frame"),
         (lambda frames: [[CHUNK, b"x" * 100]], "no snapshot"),
         (lambda frames: [[CHUNK, b"KVTCP"], [CHUNK, b""]], "less than a header"),
         (lambda frames: [[CHUNK, SnapshotHeader(bytes(8), 5, 1, 1, 1, 1).encode()]], "another copy"),
         (lambda frames: [7], "no part of a copy"),
         (lambda frames: b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak the protocol"),
         (lambda frames: [[CHUNK, frames[0][1]], [REFUSED, b"X", b"no more", 0, 0]], "the donor refused: no more"),
-    ]
+    ]  # fmt: skip
     for answer, expected in cases:
         generation = (await nodes.learner.ask([LEARN, 0, 1, 300, 1]))[0][1]
         chunks = await real_chunks(generation)

@@ -102,12 +102,8 @@ def test_what_was_recovered() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "code"),
-    [
-        (hello(node=b"n2"), "NODE"),
-        (hello(epoch=4), "FENCED"),
-        (hello(epoch=5, coordinator=b"d"), "FENCED"),
-    ],
-)
+    [(hello(node=b"n2"), "NODE"), (hello(epoch=4), "FENCED"), (hello(epoch=5, coordinator=b"d"), "FENCED")],
+)  # fmt: skip
 def test_refused_hello_changes_nothing(replica: Replica, fields: dict[bytes, Any], code: str) -> None:
     """R5: an epoch below the promise, or the same of another coordinator, is refused."""
     replica.hello(hello(epoch=5))
@@ -129,8 +125,7 @@ def test_hello_of_a_new_epoch(replica: Replica) -> None:
 def test_reads_and_writes_in_order(replica: Replica) -> None:
     """A read sees exactly the items before it; only writes with the bit and reads have results."""
     results = batch(
-        replica, 110,
-        (GET, 0, b"a"), (PUT, 0, 2, 0, b"a", b"new"), (GET, 0, b"a"), (ADD, 0, 3, 1, b"c", b"vc"),
+        replica, 110, (GET, 0, b"a"), (PUT, 0, 2, 0, b"a", b"new"), (GET, 0, b"a"), (ADD, 0, 3, 1, b"c", b"vc"),
         (ADD, 0, 4, 1, b"c", b"again"), (EXISTS, 0, b"c"), (EXISTS, 0, b"x"), (TTL, 1, b"b"), (TTL, 0, b"x"),
         (COUNT, [0, 1], b"", None), (AUDIT, [0]),
     )  # fmt: skip
@@ -161,9 +156,8 @@ def test_results_in_pieces(replica: Replica) -> None:
     """`run` stops when enough bytes are ready, counting what reads really return, and goes on where it was."""
     batch(replica, 101, (PUT, 0, 2, 0, b"a", b"x" * 100))
     items = [
-        (GET, 0, b"a"), (GET, 0, b"none"), (MGET, [[0, b"a"], [0, b"none"]]),
-        (PAGE, [0], b"", None, 1, False, False), (PAGE, [0], b"", None, 1, False, True), (EXISTS, 0, b"a"),
-        (GET, 0, b"a"),
+        (GET, 0, b"a"), (GET, 0, b"none"), (MGET, [[0, b"a"], [0, b"none"]]), (PAGE, [0], b"", None, 1, False, False),
+        (PAGE, [0], b"", None, 1, False, True), (EXISTS, 0, b"a"), (GET, 0, b"a"),
     ]  # fmt: skip
     replica.begin(102, -1, items)
     pieces = []
@@ -197,9 +191,7 @@ def test_results_of_writes_in_pieces(replica: Replica, asked: int) -> None:
         finished = replica.run(piece, 99)
         pieces.append(piece)
     if asked:
-        assert pieces == [
-            [b"x" * 100], [101, [[(b"z" * 101, 4, None), 102]]], [1, b"z" * 101 + b"y"], [1]
-        ]  # fmt: skip
+        assert pieces == [[b"x" * 100], [101, [[(b"z" * 101, 4, None), 102]]], [1, b"z" * 101 + b"y"], [1]]
     else:
         assert pieces == [[]]
     assert replica.applied == 3 + len(items) and [entry[2] for entry in replica.take_logged()][3:] == list(range(3, 9))
@@ -207,9 +199,7 @@ def test_results_of_writes_in_pieces(replica: Replica, asked: int) -> None:
     assert found == [[b"x" * 100], [101], [[[(b"z" * 101, 4, None), 102]]], [1]] and size == 100 + 101 + 32
 
 
-def test_results_that_are_asked_for_again_fill_frames_too(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_that_are_asked_for_again_fill_frames_too(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards may have lost their answering member at once, each with large results."""
     monkeypatch.setattr(write_results, "RESULTS_BYTES_MAX", 99)
     batch(replica, 102, *[(STORE, 0, seq, 0, b"a", b"x" * 60, 1, 0, 0, None, 1) for seq in (2, 3, 4, 5)])

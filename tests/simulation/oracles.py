@@ -129,9 +129,7 @@ class Oracles:
             stored = self.archive[disk]
             chains = self.chains[shard]
             known = min(commit, len(chains) - 1)
-            require(
-                stored.seq >= commit, f"I4: {who} commits {commit}, {disk} has {stored.seq} durable", shard
-            )
+            require(stored.seq >= commit, f"I4: {who} commits {commit}, {disk} has {stored.seq} durable", shard)
             require(stored.holds(known, chains[known]), f"{who} commits another entry {known} at {disk}", shard)
             chains += stored.between(len(chains), commit)
             require(stored.holds(commit, chains[commit]), f"I6: {disk} has another entry {commit}", shard)

@@ -276,9 +276,7 @@ def test_nodes_that_cannot_be_forgotten() -> None:
     world.down("n2", "n3")
     assert ask(world, "forget", "n3") == []
     world.run(200)
-    assert refused(world, "forget", "n2") == (
-        "without n2 there are 1 nodes, and every shard needs 2; add a node first"
-    )
+    assert refused(world, "forget", "n2") == "without n2 there are 1 nodes, and every shard needs 2; add a node first"
 
 
 def test_a_node_comes_while_it_is_declared_destroyed() -> None:

@@ -68,9 +68,7 @@ def test_members_that_differ_are_stopped() -> None:
     world.pump()
     chains = {node: world.nodes[node].replica.tables[0].chain for node in world.nodes}
     told = ", ".join(f"{node} (2, {chains[node]})" for node in sorted(chains))
-    assert world.words("alarm") == [
-        {"reason": f"shard 0 was stopped: its members differ (number, chain): {told}"}
-    ]
+    assert world.words("alarm") == [{"reason": f"shard 0 was stopped: its members differ (number, chain): {told}"}]
     assert not world.shards[0].serving and world.shards[1].writable
     world.put("refused")
     code, text, _ = world.answers.failed["refused"]

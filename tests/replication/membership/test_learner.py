@@ -44,9 +44,7 @@ class Around(Outbox):
         self.may = True
         self.tokens = 0
 
-    def attach(
-        self, shard: Shard, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]
-    ) -> None:
+    def attach(self, shard: Shard, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         self.call(link, item, then)
 
     def call(self, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:

@@ -219,11 +219,10 @@ def test_what_is_kept_for_a_bad_copy_survives_more_links() -> None:
         ({"complete": False, "damage": "a snapshot is gone"}, "has an incomplete copy: a snapshot is gone"),
         ({"seq": 5}, "has another history: it has shard 0 up to 5, above the last number given, 1"),
         ({"seq": 0}, "came back without its data: it has shard 0 up to 0, but acknowledged 1"),
-        (None, "has no copy of it"),
-        ({}, ""),
+        (None, "has no copy of it"), ({}, ""),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_copies_that_are_not_the_member(changes: dict[str, Any] | None, why: str) -> None:
     """A copy with another disk, an incomplete one, one with less than it acknowledged or more than was given is bad,
     each for its shard alone."""
@@ -331,9 +330,7 @@ def test_control_item_is_answered_at_commit() -> None:
     assert cluster.answers.ok["control"] == [(1, cluster.replicas["n2"].tables[0].chain)]
 
 
-@pytest.mark.parametrize(
-    "frame", [(b"1", 1, []), (1, None, []), (1, 1, b"x"), (True, 1, []), (2, 2, [])], ids=str
-)
+@pytest.mark.parametrize("frame", [(b"1", 1, []), (1, None, []), (1, 1, b"x"), (True, 1, []), (2, 2, [])], ids=str)
 def test_frame_that_cannot_be_true(frame: tuple[Any, ...]) -> None:
     """The link is closed for it; reads in it are answered by another member, and nothing is lost."""
     cluster = Cluster(shards=1, factor=2, nodes=2)

@@ -15,11 +15,8 @@ from tests.support.resp_tools import Error, Status, World, parse
 @pytest.mark.parametrize(
     ("command", "operation", "args", "result", "reply"),
     [
-        ("del a", op.DELETE, (), True, 1),
-        ("unlink a", op.DELETE, (), False, 0),
-        ("exists a", op.EXISTS, (), True, 1),
-        ("touch a", op.EXISTS, (), False, 0),
-        ("type a", op.EXISTS, (), True, Status("string")),
+        ("del a", op.DELETE, (), True, 1), ("unlink a", op.DELETE, (), False, 0), ("exists a", op.EXISTS, (), True, 1),
+        ("touch a", op.EXISTS, (), False, 0), ("type a", op.EXISTS, (), True, Status("string")),
         ("type a", op.EXISTS, (), False, Status("none")),
         ("expire a 5", op.EXPIRE_IF, (op.IN_MS, 5000, op.ALWAYS), True, 1),
         ("pexpire a -5", op.EXPIRE_IF, (op.IN_MS, -5, op.ALWAYS), True, 1),
@@ -31,21 +28,17 @@ from tests.support.resp_tools import Error, Status, World, parse
         ("expire a 5 lt", op.EXPIRE_IF, (op.IN_MS, 5000, op.IF_EARLIER), True, 1),
         ("expire a 5 xx gt", op.EXPIRE_IF, (op.IN_MS, 5000, op.IF_LATER), True, 1),
         ("expire a 5 lt xx", op.EXPIRE_IF, (op.IN_MS, 5000, op.IF_PRESENT_EARLIER), True, 1),
-        ("ttl a", op.TTL, (), 1499, 1),
-        ("ttl a", op.TTL, (), 1500, 2),
-        ("ttl a", op.TTL, (), None, -2),
-        ("ttl a", op.TTL, (), -1, -1),
-        ("pttl a", op.TTL, (), 1499, 1499),
+        ("ttl a", op.TTL, (), 1499, 1), ("ttl a", op.TTL, (), 1500, 2), ("ttl a", op.TTL, (), None, -2),
+        ("ttl a", op.TTL, (), -1, -1), ("pttl a", op.TTL, (), 1499, 1499),
         ("expiretime a", op.DEADLINE_OF, (), 1_700_000_000_000, 1_700_000_000),
         ("pexpiretime a", op.DEADLINE_OF, (), 1_700_000_000_001, 1_700_000_000_001),
-        ("persist a", op.PERSIST, (), True, 1),
-        ("rename a a", op.RENAME, (b"a", False), op.RENAMED, Status("OK")),
+        ("persist a", op.PERSIST, (), True, 1), ("rename a a", op.RENAME, (b"a", False), op.RENAMED, Status("OK")),
         ("rename a a", op.RENAME, (b"a", False), op.NO_KEY, Error("ERR no such key")),
         ("renamenx a a", op.RENAME, (b"a", True), op.RENAMED, 1),
         ("renamenx a a", op.RENAME, (b"a", True), op.NEW_KEY_EXISTS, 0),
         ("renamenx a a", op.RENAME, (b"a", True), op.NO_KEY, Error("ERR no such key")),
     ],
-)
+)  # fmt: skip
 def test_what_is_asked(command: str, operation: int, args: tuple[Any, ...], result: Any, reply: Any) -> None:
     """One command is one operation on its key; its result becomes the reply."""
     client = World().connect()
@@ -63,8 +56,7 @@ def test_what_is_asked(command: str, operation: int, args: tuple[Any, ...], resu
         ("del", "ERR wrong number of arguments for 'del' command"),
         ("type", "ERR wrong number of arguments for 'type' command"),
         ("expire a", "ERR wrong number of arguments for 'expire' command"),
-        ("expire a x", "ERR value is not an integer or out of range"),
-        ("expire a 1 yy", "ERR Unsupported option yy"),
+        ("expire a x", "ERR value is not an integer or out of range"), ("expire a 1 yy", "ERR Unsupported option yy"),
         ("expire a 1 nx xx", "ERR NX and XX, GT or LT options at the same time are not compatible"),
         ("expire a 1 nx gt", "ERR NX and XX, GT or LT options at the same time are not compatible"),
         ("expire a 1 lt gt", "ERR GT and LT options at the same time are not compatible"),
@@ -73,13 +65,12 @@ def test_what_is_asked(command: str, operation: int, args: tuple[Any, ...], resu
         (f"expireat a {INTEGER_MAX}", "ERR invalid expire time in 'expireat' command"),
         (f"expire a -{INTEGER_MAX}", "ERR invalid expire time in 'expire' command"),
         ("ttl", "ERR wrong number of arguments for 'ttl' command"),
-        ("rename a", "ERR wrong number of arguments for 'rename' command"),
-        ("copy {a}1 {a}2 x", "ERR syntax error"),
+        ("rename a", "ERR wrong number of arguments for 'rename' command"), ("copy {a}1 {a}2 x", "ERR syntax error"),
         ("copy {a}1 {a}2 db", "ERR value is not an integer or out of range"),
         ("copy {a}1 {a}2 db 1", "ERR DB index is out of range"),
         ("copy a a", "ERR source and destination objects are the same"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused(command: str, reply: str) -> None:
     """Nothing is asked of a shard, and the text is Redis's."""
     found = World().connect().ask(command)
@@ -122,8 +113,7 @@ def test_partial_failure() -> None:
     fourth.answer(True)
     fifth.fail(Code.RECOVERING)
     assert parse(client.output()) == [
-        "UNKNOWN 2 of 3 keys were written, of the others the first says: TRYAGAIN it said no",
-        "TRYAGAIN it said no",
+        "UNKNOWN 2 of 3 keys were written, of the others the first says: TRYAGAIN it said no", "TRYAGAIN it said no"
     ]
 
 

@@ -56,12 +56,10 @@ def test_hello() -> None:
         ("hello 3 auth me", "ERR Syntax error in HELLO option 'auth'"),
         ("hello 3 auth me secret", "ERR AUTH <password> called without any password configured for the default user"),
         ("hello 3 setname \xff", "ERR Client names cannot contain spaces, newlines or special characters."),
-        ("select 1", "ERR DB index is out of range"),
-        ("select x", "ERR value is not an integer or out of range"),
+        ("select 1", "ERR DB index is out of range"), ("select x", "ERR value is not an integer or out of range"),
         ("auth secret", "ERR AUTH <password> called without any password configured for the default user"),
         ("auth me secret", "ERR AUTH <password> called without any password configured for the default user"),
-        ("auth a b c", "ERR syntax error"),
-        ("client nosuch", "ERR unknown subcommand 'nosuch'. Try CLIENT HELP."),
+        ("auth a b c", "ERR syntax error"), ("client nosuch", "ERR unknown subcommand 'nosuch'. Try CLIENT HELP."),
         ("client id x", "ERR wrong number of arguments for 'client|id' command"),
         ("client setname", "ERR wrong number of arguments for 'client|setname' command"),
         ("client setinfo lib-name", "ERR wrong number of arguments for 'client|setinfo' command"),
@@ -72,7 +70,7 @@ def test_hello() -> None:
         ("config get", "ERR wrong number of arguments for 'config|get' command"),
         ("function list", "ERR unknown subcommand 'list'. Try FUNCTION HELP."),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused(command: str, reply: str) -> None:
     """The text is Redis's, and nothing was changed."""
     client = World().connect()
@@ -131,10 +129,7 @@ def test_command() -> None:
     """All commands, some, and those that are none."""
     client = World().connect()
     assert client.ask("command count") == len(COMMANDS) == len(client.ask("command"))
-    assert client.ask("command info get nosuch") == [
-        [b"get", 2, [b"readonly"], 1, 1, 1, [], [], [], []],
-        None,
-    ]
+    assert client.ask("command info get nosuch") == [[b"get", 2, [b"readonly"], 1, 1, 1, [], [], [], []], None]
     assert client.ask("command docs get nosuch") == [
         b"get", [b"summary", b"Returns the value of a key.", b"group", b"string"],
     ]  # fmt: skip
