@@ -36,16 +36,8 @@ from kvtcp.protocol.link import (
 from kvtcp.protocol.operations import DONATE, DROP, FREEZE, GET, LEARN, PUT
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Logged, Table
+from tests.support.learning_tools import hello_fields as hello
 from tests.support.replica_tools import make, put
-
-
-def hello(**changed: Any) -> dict[bytes, Any]:
-    """The fields of a HELLO for node n1 with shards 0 and 1."""
-    fields: dict[str, Any] = {
-        "version": LINK_VERSION, "cluster": b"c", "secret": b"s", "epoch": 1, "coordinator": b"k", "link": 1,
-        "node": b"n1", "map_version": 1, "heard_version": 0, "shards": [0, 1], "durability": b"sync", "map": None,
-    }  # fmt: skip
-    return {name.encode(): value for name, value in (fields | changed).items()}
 
 
 class Peer:
@@ -117,6 +109,10 @@ class Around:
         """What it was told, without arguments."""
         return [call[0] for call in self.calls]
 
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """What has no answer is noted."""
+        return lambda *args: self.calls.append((name, *args))
+
     def _durable(self, done: Callable[[], None]) -> None:
         if self.is_slow:
             self.waiting.append(done)
@@ -130,10 +126,6 @@ class Around:
             self.waiting.append(partial(self.core.durable, link, ordinal))
             return False
         return True
-
-    def flush(self) -> None:
-        """Of the disk."""
-        self.calls.append(("flush",))
 
     def when_durable(self, done: Callable[[], None]) -> None:
         """Of the disk."""
@@ -156,49 +148,13 @@ class Around:
         """Of the process."""
         self.due.append((delay_ms, callback))
 
-    def failed(self, error: BaseException) -> None:
-        """Of the process."""
-        self.calls.append(("failed", error))
-
-    def stop(self) -> None:
-        """Of the process."""
-        self.calls.append(("stop",))
-
-    def founded(self, cluster: str, secret: str) -> None:
-        """Of the process."""
-        self.calls.append(("founded", cluster, secret))
-
-    def linked(self) -> None:
-        """Of the process."""
-        self.calls.append(("linked_",))
-
-    def unlinked(self) -> None:
-        """Of the process."""
-        self.calls.append(("unlinked",))
-
-    def end_transfers(self, reason: str) -> None:
-        """Of the process."""
-        self.calls.append(("end_transfers", reason))
-
     def start_pull(self, learning: Learning, host: str, port: int, token: bytes) -> None:
         """Of the process."""
         self.calls.append(("start_pull", learning.shard, host, port, token))
 
-    def end_pull(self, shard: int, reason: str) -> None:
-        """Of the process."""
-        self.calls.append(("end_pull", shard))
-
-    def donations_changed(self) -> None:
-        """Of the process."""
-        self.calls.append(("donations_changed",))
-
     def start_backup(self, request: FreezeRequest) -> None:
         """Of the process."""
         self.calls.append(("start_backup", request.name))
-
-    def collect_young(self) -> None:
-        """Of the process."""
-        self.calls.append(("collect_young",))
 
 
 def batch(*items: Any, commit: int = -1) -> list[Any]:
@@ -225,7 +181,7 @@ def test_a_report_waits_until_the_promise_is_durable() -> None:
     around, peer = Around(slow=True), Peer()
     link = CoordinatorLink(peer)
     around.core.hello(link, hello(epoch=3))
-    assert around.names() == ["founded", "end_transfers", "linked_", "linked", "remember"]
+    assert around.names() == ["founded", "end_transfers", "linked", "linked", "remember"]
     assert around.calls[-1][1] == 3 and not peer.frames and not link.accepted
     with pytest.raises(ProtocolError, match="the first frame of a link is HELLO"):
         around.core.received(link, [batch(put(0, 1))])
@@ -382,7 +338,10 @@ def test_frames_and_batches_are_worked_off_in_their_order() -> None:
     assert (second[0], len(second[4])) == (ENTRIES, 1) and (fourth[0], len(fourth[4])) == (ENTRIES, 1)
 
 
-@pytest.mark.parametrize("items", [[(PUT, 0, 5, 0, b"a", b"x")], [(PUT, 9, 1, 0, b"a", b"x")], [(200, 0)], [7]])
+@pytest.mark.parametrize(
+    "items",
+    [[(PUT, 0, 5, 0, b"a", b"x")], [(PUT, 9, 1, 0, b"a", b"x")], [(200, 0)], [()], [7], [(GET, 0)]],
+)
 def test_an_error_while_applying_ends_the_node(items: list[Any]) -> None:
     """Nothing of it is acknowledged."""
     around = Around()

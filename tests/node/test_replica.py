@@ -100,19 +100,6 @@ def test_what_was_recovered() -> None:
         node.run([])
 
 
-@pytest.mark.parametrize(
-    ("fields", "code"),
-    [(hello(node=b"n2"), "NODE"), (hello(epoch=4), "FENCED"), (hello(epoch=5, coordinator=b"d"), "FENCED")],
-)  # fmt: skip
-def test_refused_hello_changes_nothing(replica: Replica, fields: dict[bytes, Any], code: str) -> None:
-    """R5: an epoch below the promise, or the same of another coordinator, is refused."""
-    replica.hello(hello(epoch=5))
-    before = replica.report()
-    with pytest.raises(Refused) as refused:
-        replica.hello(fields)
-    assert refused.value.code == code and replica.report() == before
-
-
 def test_hello_of_a_new_epoch(replica: Replica) -> None:
     """The tables stay; new entries carry the epoch; ordinals begin again."""
     assert replica.applied == 2
