@@ -15,24 +15,7 @@ from kvtcp.node.access import Identity
 from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Learning
 from kvtcp.node.replica import FreezeRequest, Replica
-from kvtcp.protocol.link import (
-    BATCH,
-    ENTRIES,
-    FETCH,
-    LEARN_FAILED,
-    LEARNED,
-    LEAVE,
-    LINK_VERSION,
-    PULL,
-    REFUSED,
-    REPORT,
-    RESULTS,
-    SHIP,
-    SHIPPED,
-    SPACE,
-    STOP,
-    TOLD,
-)
+from kvtcp.protocol import link as wire
 from kvtcp.protocol.operations import DONATE, DROP, FREEZE, GET, LEARN, PUT
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Logged, Table
@@ -89,7 +72,7 @@ class Around:
         link = CoordinatorLink(peer)
         self.core.hello(link, hello(**changed))
         self.sync()
-        assert [frame[0] for frame in peer.take()] == [REPORT]
+        assert [frame[0] for frame in peer.take()] == [wire.REPORT]
         self.calls.clear()
         return link, peer
 
@@ -159,7 +142,7 @@ class Around:
 
 def batch(*items: Any, commit: int = -1) -> list[Any]:
     """A frame."""
-    return [BATCH, 1000, commit, list(items)]
+    return [wire.BATCH, 1000, commit, list(items)]
 
 
 def packed(*values: bytes) -> list[list[Any]]:
@@ -189,7 +172,7 @@ def test_a_report_waits_until_the_promise_is_durable() -> None:
     assert not peer.frames and around.replica.applied == 0
     around.sync()
     ((kind, report),) = peer.take()
-    assert (kind, report["promised"], link.accepted) == (REPORT, 3, True)
+    assert (kind, report["promised"], link.accepted) == (wire.REPORT, 3, True)
 
 
 def test_a_newer_link_takes_the_place_of_the_older_one() -> None:
@@ -206,7 +189,7 @@ def test_a_newer_link_takes_the_place_of_the_older_one() -> None:
     assert (peer.ended, list(older.inbox), older.accepted, around.core.link) == ("aborted", [], False, newer)
     assert ("end_transfers", "the link it was asked for on is gone") in around.calls
     around.sync()
-    assert [frame[0] for frame in other.take()] == [REPORT] and not peer.frames
+    assert [frame[0] for frame in other.take()] == [wire.REPORT] and not peer.frames
     around.calls.clear()
     around.core.closed(older, "reset")
     assert around.core.link is newer and not around.calls, "what becomes of the older one concerns nobody"
@@ -222,13 +205,13 @@ def test_a_link_that_is_replaced_before_its_report() -> None:
     around.core.hello(CoordinatorLink(peer), hello())
     around.core.hello(CoordinatorLink(other), hello(link=2))
     around.sync()
-    assert not peer.frames and [frame[0] for frame in other.frames] == [REPORT]
+    assert not peer.frames and [frame[0] for frame in other.frames] == [wire.REPORT]
 
 
 @pytest.mark.parametrize(
     ("changed", "code"),
     [
-        ({"version": LINK_VERSION + 1}, "VERSION"), ({"secret": b"x"}, "SECRET"), ({"cluster": b"x"}, "CLUSTER"),
+        ({"version": wire.LINK_VERSION + 1}, "VERSION"), ({"secret": b"x"}, "SECRET"), ({"cluster": b"x"}, "CLUSTER"),
         ({"node": b"n2"}, "NODE"), ({"epoch": 4, "link": 9}, "FENCED"), ({"coordinator": b"x", "link": 9}, "FENCED"),
         ({"link": 2}, "LINK"), ({"link": 1}, "LINK"), ({"epoch": 0}, "FENCED"),
     ],
@@ -240,7 +223,7 @@ def test_refused(changed: dict[str, Any], code: str) -> None:
     before, peer = around.replica.report(), Peer()
     around.core.hello(CoordinatorLink(peer), hello(**{"epoch": 5, "link": 3} | changed))
     ((kind, why, _, promised, version),) = peer.frames
-    assert (kind, why, promised, version, peer.ended) == (REFUSED, code, 5, 1, "closed")
+    assert (kind, why, promised, version, peer.ended) == (wire.REFUSED, code, 5, 1, "closed")
     ((event, level, _),) = around.calls
     assert (event, level) == ("hello-refused", "debug" if "epoch" in changed and not changed["epoch"] else "warning")
     assert around.core.link is link and around.replica.report() == before
@@ -265,12 +248,12 @@ def test_results_are_sent_at_once_and_acknowledged_later() -> None:
     around = Around(slow=True)
     link, peer = around.link()
     around.core.received(link, [batch(put(0, 1)), batch([GET, 0, b"k1"], (PUT, 0, 2, 1, b"b", b"v"))])
-    assert peer.take() == [(RESULTS, 3, 0, [(b"v", 1, None), 2], [])]
+    assert peer.take() == [(wire.RESULTS, 3, 0, [(b"v", 1, None), 2], [])]
     assert around.names() == ["append", "flush"] and around.calls[0][2] == 3
     around.core.received(link, [batch([GET, 0, b"b"])])
     around.sync()
     frames = peer.take()
-    assert frames[0] == (RESULTS, 4, 0, [(b"v", 2, None)], [])
+    assert frames[0] == (wire.RESULTS, 4, 0, [(b"v", 2, None)], [])
     assert [frame[1:4] for frame in frames[1:]] == [(4, 3, []), (4, 4, [])]
     around.core.durable(link, 4)
     assert not peer.frames, "it is told already"
@@ -283,11 +266,11 @@ def test_what_has_nothing_to_tell_is_not_told() -> None:
     around.core.received(link, [batch(put(0, 1))])
     assert not peer.frames
     around.core.received(link, [batch()])
-    assert peer.take() == [(RESULTS, 1, 0, [], [])]
+    assert peer.take() == [(wire.RESULTS, 1, 0, [], [])]
     around.sync()
-    assert peer.take() == [(RESULTS, 1, 1, [], [])]
+    assert peer.take() == [(wire.RESULTS, 1, 1, [], [])]
     around.core.received(link, [batch([GET, 0, b"k1"])])
-    assert peer.take() == [(RESULTS, 2, 2, [(b"v", 1, None)], [])]
+    assert peer.take() == [(wire.RESULTS, 2, 2, [(b"v", 1, None)], [])]
 
 
 def test_what_is_durable_is_told_to_the_link_that_applied_it() -> None:
@@ -307,11 +290,11 @@ def test_nothing_is_applied_while_the_coordinator_does_not_read() -> None:
     around = Around()
     link, peer = around.link()
     peer.write_paused = True
-    around.core.received(link, [batch(put(0, 1)), [FETCH, 0, 0]])
+    around.core.received(link, [batch(put(0, 1)), [wire.FETCH, 0, 0]])
     assert around.replica.tables[0].seq == 0 and not peer.frames
     peer.write_paused = False
     around.core.run(link)
-    assert [frame[0] for frame in peer.frames] == [RESULTS, ENTRIES]
+    assert [frame[0] for frame in peer.frames] == [wire.RESULTS, wire.ENTRIES]
 
 
 def test_large_results_leave_in_pieces() -> None:
@@ -331,11 +314,12 @@ def test_frames_and_batches_are_worked_off_in_their_order() -> None:
     around = Around()
     link, peer = around.link()
     around.core.received(
-        link, [batch((PUT, 0, 1, 1, b"a", b"v")), [FETCH, 0, 0], batch((PUT, 0, 2, 1, b"b", b"v")), [FETCH, 0, 1]]
-    )
+        link,
+        [batch((PUT, 0, 1, 1, b"a", b"v")), [wire.FETCH, 0, 0], batch((PUT, 0, 2, 1, b"b", b"v")), [wire.FETCH, 0, 1]]
+    )  # fmt: skip
     first, second, third, fourth = peer.take()
     assert first[3] == [1] and third[3] == [2]
-    assert (second[0], len(second[4])) == (ENTRIES, 1) and (fourth[0], len(fourth[4])) == (ENTRIES, 1)
+    assert (second[0], len(second[4])) == (wire.ENTRIES, 1) and (fourth[0], len(fourth[4])) == (wire.ENTRIES, 1)
 
 
 @pytest.mark.parametrize(
@@ -352,8 +336,8 @@ def test_an_error_while_applying_ends_the_node(items: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "frame",
-    [[FETCH, 0], [FETCH, "0", 0], [SHIP, 0, None], [PULL, 0, 7, 1, b"t"], [BATCH, 1, 0], [99], [], 7, [[1], 2],
-     [1, hello()]],
+    [[wire.FETCH, 0], [wire.FETCH, "0", 0], [wire.SHIP, 0, None], [wire.PULL, 0, 7, 1, b"t"], [wire.BATCH, 1, 0],
+     [99], [], 7, [[1], 2], [1, hello()]],
 )  # fmt: skip
 def test_frames_of_other_types(frame: Any) -> None:
     """They are errors of the caller; what came before them in the same read is not lost, nor worked off yet."""
@@ -380,7 +364,7 @@ def test_a_backup_is_begun_when_its_batch_is_told() -> None:
     around = Around()
     link, peer = around.link()
     around.core.received(link, [batch([FREEZE, [0, 1], b"b1", b"dir"])])
-    assert around.calls[-1] == ("start_backup", "b1") and peer.take()[0][0] == RESULTS
+    assert around.calls[-1] == ("start_backup", "b1") and peer.take()[0][0] == wire.RESULTS
     around.core.backup_ended("b1", {"rows": 0}, None)
     assert peer.take()[0][1:] == ("b1", {"rows": 0}, None)
     around.core.closed(link, "reset")
@@ -395,14 +379,14 @@ def test_what_was_shipped_is_told_when_it_is_durable() -> None:
     """Behind the entries in the log; not to another link."""
     around = Around(slow=True)
     link, peer = around.link()
-    around.core.received(link, [[SHIP, 0, packed(b"a", b"b")]])
+    around.core.received(link, [[wire.SHIP, 0, packed(b"a", b"b")]])
     assert around.calls[0] == ("append", [(0, 1, 1), (0, 1, 2)], 0) and not peer.frames
     around.sync()
-    assert [(frame[0], frame[3]) for frame in peer.take()] == [(SHIPPED, 2)]
-    around.core.received(link, [[SHIP, 0, [[1, b"nonsense"]]]])
+    assert [(frame[0], frame[3]) for frame in peer.take()] == [(wire.SHIPPED, 2)]
+    around.core.received(link, [[wire.SHIP, 0, [[1, b"nonsense"]]]])
     around.sync()
     assert "damaged" in peer.take()[0][5]
-    around.core.received(link, [[SHIP, 7, []]])
+    around.core.received(link, [[wire.SHIP, 7, []]])
     left, around.waiting = around.waiting, []
     _, other = around.link(link=2)
     for done in left:
@@ -417,12 +401,12 @@ def test_a_learned_copy_is_told_when_it_is_durable() -> None:
     around.core.received(link, [batch([LEARN, 0, 0, 2, 1])])
     peer.take()
     around.calls.clear()
-    around.core.received(link, [[SHIP, 0, packed(b"a", b"b")]])
+    around.core.received(link, [[wire.SHIP, 0, packed(b"a", b"b")]])
     assert not peer.frames and around.replica.copies[0].reason == ""
     assert around.names() == ["append", "append", "flush", "donations_changed", "learned", "remember", "flush"]
     assert around.calls[-2] == ("remember", 1, ["", ""])
     around.sync()
-    assert [frame[0] for frame in peer.take()] == [SHIPPED, LEARNED]
+    assert [frame[0] for frame in peer.take()] == [wire.SHIPPED, wire.LEARNED]
 
 
 def test_failures_are_told_before_what_was_learned() -> None:
@@ -433,7 +417,7 @@ def test_failures_are_told_before_what_was_learned() -> None:
     peer.take()
     assert around.replica.ship(0, packed(b"a", b"b")) is None
     around.core.pull_failed(around.replica.learning[1], "no space")
-    assert [frame[:2] for frame in peer.frames] == [(LEARN_FAILED, 1), (LEARNED, 0)]
+    assert [frame[:2] for frame in peer.frames] == [(wire.LEARN_FAILED, 1), (wire.LEARNED, 0)]
 
 
 def test_a_drop_is_durable_before_what_follows() -> None:
@@ -452,11 +436,11 @@ def test_an_index_is_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = iter((False, False, True, True, False, True))
     index_some = around.replica.kept.index_some
     monkeypatch.setattr(around.replica.kept, "index_some", lambda: next(ready) and index_some())
-    around.core.received(link, [[FETCH, 0, 0], batch(put(0, 1))])
-    assert [frame[0] for frame in peer.take()] == [RESULTS]
+    around.core.received(link, [[wire.FETCH, 0, 0], batch(put(0, 1))])
+    assert [frame[0] for frame in peer.take()] == [wire.RESULTS]
     assert around.run_due() == [2] and around.run_due() == [2] and around.run_due() == []
-    assert [(frame[0], len(frame[4])) for frame in peer.take()] == [(ENTRIES, 1)]
-    around.core.received(link, [[FETCH, 0, 0]])
+    assert [(frame[0], len(frame[4])) for frame in peer.take()] == [(wire.ENTRIES, 1)]
+    around.core.received(link, [[wire.FETCH, 0, 0]])
     around.core.closed(link, "reset")
     around.run_due()
     assert not peer.frames and not around.due
@@ -477,7 +461,7 @@ def test_what_waits_in_a_buffer_is_applied_in_slices(monkeypatch: pytest.MonkeyP
     around.core.changed()
     assert len(around.due) == 1 and table.seq == 6 and not peer.frames
     around.run_due()
-    assert not around.due and [(frame[0], frame[5]) for frame in peer.frames] == [(LEARNED, 7)]
+    assert not around.due and [(frame[0], frame[5]) for frame in peer.frames] == [(wire.LEARNED, 7)]
 
 
 def test_a_copy_is_pulled() -> None:
@@ -485,9 +469,9 @@ def test_a_copy_is_pulled() -> None:
     copy is queued before anything that is applied to it is logged."""
     around = Around(slow=True)
     link, peer = around.link()
-    pull = [PULL, 0, b"h", 9, b"t"]
+    pull = [wire.PULL, 0, b"h", 9, b"t"]
     around.core.received(link, [pull])
-    assert around.names()[0] == "end_pull" and peer.take() == [(LEARN_FAILED, 0, "the shard is not being learned")]
+    assert around.names()[0] == "end_pull" and peer.take() == [(wire.LEARN_FAILED, 0, "the shard is not being learned")]
     around.core.received(link, [batch([LEARN, 0, 1, 1, 1]), pull, batch(put(0, 2))])
     assert ("start_pull", 0, "h", 9, b"t") in around.calls
     learning, table = around.replica.learning[0], Table(0)
@@ -499,7 +483,7 @@ def test_a_copy_is_pulled() -> None:
     assert not around.core.is_wanted(learning) and not around.core.published(learning, "file")
     peer.take()
     around.sync()
-    assert [frame[0] for frame in peer.take() if frame[0] != RESULTS] == [LEARNED]
+    assert [frame[0] for frame in peer.take() if frame[0] != wire.RESULTS] == [wire.LEARNED]
 
 
 def test_a_copy_that_is_of_no_use() -> None:
@@ -510,7 +494,7 @@ def test_a_copy_that_is_of_no_use() -> None:
     learning = around.replica.learning[0]
     peer.take()
     assert not around.core.loaded(learning, Table(0), [])
-    assert peer.take()[0][:2] == (LEARN_FAILED, 0)
+    assert peer.take()[0][:2] == (wire.LEARN_FAILED, 0)
     assert not around.core.loaded(learning, Table(0), [])
     around.core.pull_failed(learning, "late")
     assert not peer.frames
@@ -523,17 +507,17 @@ def test_who_asks_is_told_what_is_durable() -> None:
     """What a restart would find, and nothing is changed by it."""
     around = Around(slow=True, cluster_map=b"{}")
     peer = Peer()
-    fields = {b"version": LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"node": b""}
+    fields = {b"version": wire.LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"node": b""}
     around.core.ask(peer, fields)
     assert not peer.frames and around.core.identity.secret is None
     around.sync()
     ((kind, told),) = peer.frames
-    assert (kind, told["map"], told["linked"], peer.ended) == (TOLD, b"{}", False, "closed")
+    assert (kind, told["map"], told["linked"], peer.ended) == (wire.TOLD, b"{}", False, "closed")
     around.link()
     for changed, code in (({b"secret": b"x"}, "SECRET"), ({b"node": b"n2"}, "NODE")):
         peer = Peer()
         around.core.ask(peer, fields | changed)
-        assert [frame[:2] for frame in peer.frames] == [(REFUSED, code)]
+        assert [frame[:2] for frame in peer.frames] == [(wire.REFUSED, code)]
 
 
 def test_a_donation_is_given_once() -> None:
@@ -542,7 +526,7 @@ def test_a_donation_is_given_once() -> None:
     link, _ = around.link()
     around.core.received(link, [batch(put(0, 1), [DONATE, 0, b"t", 0])])
     fields = {
-        b"version": LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"token": b"t", b"directory": bytes(8),
+        b"version": wire.LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"token": b"t", b"directory": bytes(8),
         b"generation": 2,
     }  # fmt: skip
     for changed, code in (
@@ -551,7 +535,7 @@ def test_a_donation_is_given_once() -> None:
     ):  # fmt: skip
         peer = Peer()
         assert around.core.give(peer, fields | changed) is None
-        assert [frame[:2] for frame in peer.frames] == [(REFUSED, code)] and peer.ended == "closed"
+        assert [frame[:2] for frame in peer.frames] == [(wire.REFUSED, code)] and peer.ended == "closed"
     given = around.core.give(Peer(), fields)
     assert given is not None and given[0].position[1] == 1 and len(given[1]) == 1
     assert around.core.give(Peer(), fields) is None
@@ -563,9 +547,9 @@ def test_a_node_that_leaves_waits_until_it_may() -> None:
         around = Around()
         link, peer = around.link()
         around.core.leave()
-        assert peer.take() == [(LEAVE,)] and not around.calls
+        assert peer.take() == [(wire.LEAVE,)] and not around.calls
         if ending == "stop":
-            around.core.received(link, [[STOP]])
+            around.core.received(link, [[wire.STOP]])
         elif ending == "lost":
             around.core.closed(link, "reset")
         elif ending == "late":
@@ -596,4 +580,4 @@ def test_space() -> None:
     around = Around()
     _, peer = around.link()
     around.core.space_changed(2)
-    assert peer.take() == [(SPACE, 2)] and around.replica.report()["space"] == 2
+    assert peer.take() == [(wire.SPACE, 2)] and around.replica.report()["space"] == 2

@@ -13,19 +13,7 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.link import (
-    ENTRIES,
-    HELLO,
-    LEARN_FAILED,
-    LEARNED,
-    LEAVE,
-    LINK_VERSION,
-    RESULTS,
-    SHIPPED,
-    STOP,
-    CopyReport,
-    Report,
-)
+from kvtcp.protocol import link as wire
 from kvtcp.protocol.operations import AUDIT, INCR, LEARN, UNLEARN
 from kvtcp.replication.membership import recovery
 from kvtcp.replication.membership.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
@@ -94,8 +82,8 @@ def test_hello_says_what_the_node_has_to_know() -> None:
     """Numbers of links grow; the version that the node is known to have stored comes back to it with the map."""
     world = World(2, 1, shards=3, min_insync=1)
     kind, fields = world.controller.hello("n2", "s")
-    assert kind == HELLO and fields == {
-        "version": LINK_VERSION, "secret": "s", "durability": "sync", "cluster": "c", "epoch": 2,
+    assert kind == wire.HELLO and fields == {
+        "version": wire.LINK_VERSION, "secret": "s", "durability": "sync", "cluster": "c", "epoch": 2,
         "coordinator": "o2", "link": 2, "node": "n2", "map_version": world.map.version,
         "heard_version": world.map.heard["n2"], "map": world.map.to_json(), "shards": [1],
     }  # fmt: skip
@@ -108,8 +96,8 @@ def test_a_node_that_knows_a_newer_map() -> None:
     world = World(2, 2, up=False)
     controller = world.controller
 
-    def report(version: int) -> Report:
-        return Report("n1", 1, "sync", 0, 2, version, 0, {0: CopyReport("n1-1")})
+    def report(version: int) -> wire.Report:
+        return wire.Report("n1", 1, "sync", 0, 2, version, 0, {0: wire.CopyReport("n1-1")})
 
     controller.hello("n1", "s")
     with pytest.raises(StaleStore, match="n1 has seen version 2 of the cluster map, the config store has version 1"):
@@ -134,7 +122,7 @@ def test_a_node_that_is_none_of_the_cluster_any_more() -> None:
     world.controller.admin.remove("n3", removed.append)
     world.pump("n1", "n2")
     assert removed == [{"node": "n3"}]
-    world.controller.node_up("n3", Report("n3", 1, "sync", 0, 2, 0, 0, {}))
+    world.controller.node_up("n3", wire.Report("n3", 1, "sync", 0, 2, 0, 0, {}))
     assert world.controller.outbox.take_actions() == [("close", "n3", "it was removed from the cluster")]
     world.controller.node_down("n3", "closed")
     world.check()
@@ -632,14 +620,15 @@ def test_frames_for_nobody() -> None:
     the connection."""
     world = World(2, 2)
     for frame in (
-        (ENTRIES, 9, 0, 0, []), (ENTRIES, -1, 0, 0, []), (ENTRIES, 0, 0, 0, []), (SHIPPED, 0, 1, 5, 5, None),
-        (LEARNED, 0, b"n1-1", 1, 2, 0, 0), (LEARN_FAILED, 0, b"why"), (LEARN_FAILED, 9, b"why"),
+        (wire.ENTRIES, 9, 0, 0, []), (wire.ENTRIES, -1, 0, 0, []), (wire.ENTRIES, 0, 0, 0, []),
+        (wire.SHIPPED, 0, 1, 5, 5, None), (wire.LEARNED, 0, b"n1-1", 1, 2, 0, 0), (wire.LEARN_FAILED, 0, b"why"),
+        (wire.LEARN_FAILED, 9, b"why"),
     ):  # fmt: skip
         world.controller.receive("n1", frame)
         world.check()
     assert not world.controller.outbox.take_actions() and world.shards[0].writable
     world.down("n1")
-    for frame in ((LEARNED, 0, b"n1-1", 1, 2, 0, 0), (LEAVE,)):
+    for frame in ((wire.LEARNED, 0, b"n1-1", 1, 2, 0, 0), (wire.LEAVE,)):
         with pytest.raises(LinkError, match="n1 is not linked"):
             world.controller.receive("n1", frame)
 
@@ -648,13 +637,13 @@ def test_results_go_to_the_sequencer() -> None:
     """A frame that cannot be true costs the link."""
     world = World(2, 2)
     with pytest.raises(LinkError, match="the last one sent is"):
-        world.controller.receive("n1", [RESULTS, 99, 99, [], []])
+        world.controller.receive("n1", [wire.RESULTS, 99, 99, [], []])
 
 
 def test_a_node_that_leaves_is_let_go_and_told_to_stop() -> None:
     """R14: its shards lose a member before the node is gone, so no write waits; then it is told STOP."""
     world = World(3, 3, shards=2)
-    world.controller.receive("n2", (LEAVE,))
+    world.controller.receive("n2", (wire.LEAVE,))
     assert [fields["node"] for fields in world.words("node-leaves")] == [] and not world.nodes["n2"].is_stopped
     world.run(100)
     assert world.row(0) == world.row(1) == ["n1", "n3"] or set(world.row(1)) == {"n1", "n3"}
@@ -669,7 +658,7 @@ def test_a_node_that_leaves_is_let_go_and_told_to_stop() -> None:
 def test_a_node_that_leaves_where_it_has_to_stay() -> None:
     """It is told to stop at once: there is nothing to wait for."""
     world = World(2, 2)
-    world.controller.receive("n2", (LEAVE,))
+    world.controller.receive("n2", (wire.LEAVE,))
     world.pump()
     assert world.row() == ["n1", "n2"] and world.nodes["n2"].is_stopped
 
@@ -791,7 +780,7 @@ def test_the_map_is_the_one_that_is_stored() -> None:
     assert world.map.restoring is None
     world.release_store()
     assert world.map.restoring == b"x" == ClusterMap.from_json(world.store.value).restoring
-    assert not world.nodes["n1"].frames or world.nodes["n1"].frames[-1][0] != STOP
+    assert not world.nodes["n1"].frames or world.nodes["n1"].frames[-1][0] != wire.STOP
 
 
 def test_random_walks() -> None:

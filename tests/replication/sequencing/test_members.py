@@ -10,19 +10,7 @@ import pytest
 from kvtcp.constants import LINK_GRACE_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.node import write_results
-from kvtcp.protocol.operations import (
-    ADD,
-    DELETE,
-    EXISTS,
-    GET,
-    INCR,
-    LEARN,
-    PUT,
-    RESULTS_OF,
-    STORE,
-    TRANSACTION,
-    UNLEARN,
-)
+from kvtcp.protocol import operations as op
 from kvtcp.replication.sequencing import shard as shard_module
 from kvtcp.replication.sequencing.link import Batch, Link
 from kvtcp.replication.sequencing.multi_read import count_read
@@ -76,7 +64,7 @@ def test_a_member_that_leaves_is_not_waited_for() -> None:
     assert len(other.members) == 3 and not other.writable and other.waiting
     assert cluster.sequencer.links["n3"].shards == [other]
     assert cluster.up("n3") is None
-    assert [item[:3] for item in cluster.apply("n3")] == [(PUT, 1, 1), (PUT, 1, 2)], "nothing of what it left"
+    assert [item[:3] for item in cluster.apply("n3")] == [(op.PUT, 1, 1), (op.PUT, 1, 2)], "nothing of what it left"
 
 
 def test_much_that_waited_goes_on_when_a_member_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +95,7 @@ def test_a_member_that_leaves_while_its_link_is_up() -> None:
     cluster.put("three", 1)
     cluster.down("n3")
     assert cluster.up("n3") is None
-    assert [item[:3] for item in cluster.apply("n3")] == [(PUT, 1, 2)]
+    assert [item[:3] for item in cluster.apply("n3")] == [(op.PUT, 1, 2)]
 
 
 def test_what_is_on_the_link_of_one_that_left_is_not_sent_again() -> None:
@@ -120,7 +108,7 @@ def test_what_is_on_the_link_of_one_that_left_is_not_sent_again() -> None:
     cluster.down("n3")
     cluster.new_process("n3")
     assert cluster.up("n3") is None
-    assert [item[:3] for item in cluster.apply("n3")] == [(PUT, 1, 1)]
+    assert [item[:3] for item in cluster.apply("n3")] == [(op.PUT, 1, 1)]
 
 
 def test_a_bad_member_that_leaves() -> None:
@@ -157,10 +145,10 @@ def test_two_bad_members_of_which_one_can_leave() -> None:
 # --- results ----------------------------------------------------------------------------------------
 
 
-def answering(op: int = INCR, **options: Any) -> tuple[Cluster, str]:
+def answering(kind: int = op.INCR, **options: Any) -> tuple[Cluster, str]:
     """A write whose answering member, the second result, applied it and said nothing yet."""
     cluster = Cluster(shards=1, **options)
-    cluster.write(op, "write", key=b"n", args=(5,) if op == INCR else (b"v",))
+    cluster.write(kind, "write", key=b"n", args=(5,) if kind == op.INCR else (b"v",))
     first = cluster.sequencer.shards[0].members[0].node
     cluster.apply(first)
     return cluster, first
@@ -174,7 +162,7 @@ def test_commit_before_the_result() -> None:
     leave(cluster, first)
     assert cluster.sequencer.shards[0].commit == 1 and "write" not in cluster.answers
     cluster.down(first)
-    asked = [node for node in others if [item[0] for item in cluster.apply(node)] == [RESULTS_OF]]
+    asked = [node for node in others if [item[0] for item in cluster.apply(node)] == [op.RESULTS_OF]]
     assert len(asked) == 1
     cluster.results(asked[0])
     assert cluster.answers.ok == {"write": 5}
@@ -199,10 +187,10 @@ def test_the_result_before_the_commit() -> None:
 def test_errors_are_handed_over_too() -> None:
     """The result may be one."""
     cluster = Cluster(shards=1)
-    cluster.write(ADD, "first", key=b"n", args=(b"v",))
+    cluster.write(op.ADD, "first", key=b"n", args=(b"v",))
     cluster.pump()
     first = cluster.sequencer.shards[0].members[0].node
-    cluster.write(ADD, "write", key=b"n", args=(b"v",))
+    cluster.write(op.ADD, "write", key=b"n", args=(b"v",))
     cluster.apply(first)
     cluster.down(first)
     leave(cluster, first)
@@ -213,10 +201,10 @@ def test_errors_are_handed_over_too() -> None:
 def test_results_of_transactions_are_handed_over() -> None:
     """Cells, errors, values and nil, as the lost member would have told them."""
     cluster, first = answering()
-    ops = [[INCR, b"n", 1], [ADD, b"n", b"x"], [GET, b"n"], [EXISTS, b"x"]]
-    cluster.write(TRANSACTION, "all", key=b"n", args=([[b"n", 1]], ops))
-    cluster.write(TRANSACTION, "watched", key=b"n", args=([[b"n", 1]], ops))
-    cluster.write(STORE, "store", key=b"n", args=(b"v", 1, 0, 0, None, True))
+    ops = [[op.INCR, b"n", 1], [op.ADD, b"n", b"x"], [op.GET, b"n"], [op.EXISTS, b"x"]]
+    cluster.write(op.TRANSACTION, "all", key=b"n", args=([[b"n", 1]], ops))
+    cluster.write(op.TRANSACTION, "watched", key=b"n", args=([[b"n", 1]], ops))
+    cluster.write(op.STORE, "store", key=b"n", args=(b"v", 1, 0, 0, None, True))
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
@@ -233,7 +221,7 @@ def test_large_results_are_handed_over_a_few_at_a_time(monkeypatch: pytest.Monke
     monkeypatch.setattr(write_results, "RESULTS_BYTES_MAX", 100)
     cluster, first = answering()
     for number in range(9):
-        cluster.write(STORE, number, key=b"n", args=(b"%d" % number * 60, 1, 0, 0, None, True))
+        cluster.write(op.STORE, number, key=b"n", args=(b"%d" % number * 60, 1, 0, 0, None, True))
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
@@ -286,7 +274,7 @@ def test_members_that_do_not_know(forgetful: int) -> None:
 def test_some_results_are_known_and_some_are_not() -> None:
     """Each write is answered by itself."""
     cluster, first = answering()
-    cluster.write(INCR, "later", key=b"n", args=(1,))
+    cluster.write(op.INCR, "later", key=b"n", args=(1,))
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
@@ -304,7 +292,7 @@ def test_the_answering_member_comes_back_in_time() -> None:
     cluster, first = answering(nodes=2, factor=2)
     cluster.down(first)
     assert cluster.up(first) is None
-    assert [item[0] for item in cluster.apply(cluster.sequencer.shards[0].good[0].node)][-1] == RESULTS_OF
+    assert [item[0] for item in cluster.apply(cluster.sequencer.shards[0].good[0].node)][-1] == op.RESULTS_OF
     cluster.pump()
     assert cluster.answers.ok == {"write": 5}
 
@@ -313,14 +301,14 @@ def test_a_result_that_was_here_is_not_asked_for() -> None:
     """Nor one of a write that nobody waits for any more."""
     cluster = Cluster(shards=1)
     first = cluster.sequencer.shards[0].members[0].node
-    cluster.write(INCR, "known", key=b"n", args=(5,))
+    cluster.write(op.INCR, "known", key=b"n", args=(5,))
     cluster.apply(first)
     cluster.results(first, durable=False)
     cluster.put("put")
     cluster.apply(first)
     cluster.down(first)
     leave(cluster, first)
-    assert all(item[0] != RESULTS_OF for node in cluster.replicas for item in cluster.apply(node))
+    assert all(item[0] != op.RESULTS_OF for node in cluster.replicas for item in cluster.apply(node))
     cluster.pump()
     for node in cluster.replicas:
         if node != first:
@@ -377,11 +365,12 @@ def test_a_learner_gets_every_write_from_its_item_on() -> None:
     world.pump()
     learning(world)
     world.put("put")
-    world.write(INCR, "incr", key=b"n", args=(1,))
+    world.write(op.INCR, "incr", key=b"n", args=(1,))
     world.pump()
     assert world.answers.ok.keys() == {"before", "put", "incr"} and world.members() == ["n1", "n2"]
-    assert [item[:4] for item in world.items("n3", PUT, INCR) if item[2] > 1] == [[PUT, 0, 2, 0], [INCR, 0, 3, 0]]
-    assert world.items("n3", LEARN)[-1][:4] == [LEARN, 0, 1, 1]
+    items = [item[:4] for item in world.items("n3", op.PUT, op.INCR) if item[2] > 1]
+    assert items == [[op.PUT, 0, 2, 0], [op.INCR, 0, 3, 0]]
+    assert world.items("n3", op.LEARN)[-1][:4] == [op.LEARN, 0, 1, 1]
     world.nodes["n3"].pull()
     world.pump()
     assert world.members() == world.row() == ["n1", "n2", "n3"]
@@ -401,7 +390,7 @@ def test_a_learner_that_is_lost_gets_nothing_more() -> None:
     world.nodes["n3"].frames.clear()
     world.up("n3")
     world.pump()
-    assert [item for item in world.items("n3", PUT) if item[2] < 3] == []
+    assert [item for item in world.items("n3", op.PUT) if item[2] < 3] == []
     world.nodes["n3"].holds_pulls = False
     world.run(1_000)
     world.assert_equal()
@@ -418,7 +407,7 @@ def test_a_learner_that_is_detached_is_told_so_behind_its_writes() -> None:
     world.check()
     world.put("not for it")
     world.pump()
-    assert [item[:3] for item in world.items("n3", PUT, UNLEARN)][-2:] == [[PUT, 0, 1], [UNLEARN, 0]]
+    assert [item[:3] for item in world.items("n3", op.PUT, op.UNLEARN)][-2:] == [[op.PUT, 0, 1], [op.UNLEARN, 0]]
 
 
 def test_a_learner_whose_window_is_full_holds_writes_back() -> None:
@@ -527,7 +516,7 @@ def test_parts_of_kept_batches() -> None:
     """Items with their answers, of some shards or of the others, up to a number."""
     batch = Batch(7)
     ops: list[list[Any]] = [[0, n] for n in range(2)]
-    batch.items = [(PUT, 0, 1, 0), (DELETE, 1, 1, 1), (DELETE, 0, 2, 1), (PUT, 1, 2, 0)]
+    batch.items = [(op.PUT, 0, 1, 0), (op.DELETE, 1, 1, 1), (op.DELETE, 0, 2, 1), (op.PUT, 1, 2, 0)]
     batch.answers = list(ops)
     batch.bytes = 99
     part = batch.part({1}, True)
