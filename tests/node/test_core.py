@@ -140,6 +140,12 @@ class Around:
         self.calls.append(("start_backup", request.name))
 
 
+def linked(slow: bool = False, **options: Any) -> tuple[Around, CoordinatorLink, Peer]:
+    """A core with a link."""
+    around = Around(slow, **options)
+    return around, *around.link()
+
+
 def batch(*items: Any, commit: int = -1) -> list[Any]:
     """A frame."""
     return [wire.BATCH, 1000, commit, list(items)]
@@ -177,8 +183,7 @@ def test_a_report_waits_until_the_promise_is_durable() -> None:
 
 def test_a_newer_link_takes_the_place_of_the_older_one() -> None:
     """The older one is closed with what was unread, nothing more is told to it, and what it began ends."""
-    around = Around(slow=True)
-    older, peer = around.link()
+    around, older, peer = linked(slow=True)
     around.core.received(older, [batch(put(0, 1))])
     peer.write_paused = True
     around.core.received(older, [batch(put(0, 2))])
@@ -245,8 +250,7 @@ def test_the_first_coordinator_founds_the_identity() -> None:
 
 def test_results_are_sent_at_once_and_acknowledged_later() -> None:
     """In one frame for all that follows each other; a frame of its own says that it is durable."""
-    around = Around(slow=True)
-    link, peer = around.link()
+    around, link, peer = linked(slow=True)
     around.core.received(link, [batch(put(0, 1)), batch([GET, 0, b"k1"], (PUT, 0, 2, 1, b"b", b"v"))])
     assert peer.take() == [(wire.RESULTS, 3, 0, [(b"v", 1, None), 2], [])]
     assert around.names() == ["append", "flush"] and around.calls[0][2] == 3
@@ -261,8 +265,7 @@ def test_results_are_sent_at_once_and_acknowledged_later() -> None:
 
 def test_what_has_nothing_to_tell_is_not_told() -> None:
     """Entries without results wait for the disk; an empty batch wants an answer; what is durable is told at once."""
-    around = Around(slow=True)
-    link, peer = around.link()
+    around, link, peer = linked(slow=True)
     around.core.received(link, [batch(put(0, 1))])
     assert not peer.frames
     around.core.received(link, [batch()])
@@ -275,8 +278,7 @@ def test_what_has_nothing_to_tell_is_not_told() -> None:
 
 def test_what_is_durable_is_told_to_the_link_that_applied_it() -> None:
     """An ordinal of a link that is gone means nothing to the next one."""
-    around = Around(slow=True)
-    older, peer = around.link()
+    around, older, peer = linked(slow=True)
     around.core.received(older, [batch(put(0, 1))])
     left, around.waiting = around.waiting, []
     _, other = around.link(link=2)
@@ -287,8 +289,7 @@ def test_what_is_durable_is_told_to_the_link_that_applied_it() -> None:
 
 def test_nothing_is_applied_while_the_coordinator_does_not_read() -> None:
     """It is worked off when it reads again."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     peer.write_paused = True
     around.core.received(link, [batch(put(0, 1)), [wire.FETCH, 0, 0]])
     assert around.replica.tables[0].seq == 0 and not peer.frames
@@ -299,8 +300,7 @@ def test_nothing_is_applied_while_the_coordinator_does_not_read() -> None:
 
 def test_large_results_leave_in_pieces() -> None:
     """The ordinal stands still within a batch, and each piece is logged before it leaves."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.results_bytes_max = 2
     items = [[GET, 0, b"a"] for _ in range(4)]
     around.core.received(link, [batch((PUT, 0, 1, 0, b"a", b"vv"), *items), batch(put(0, 2))])
@@ -311,8 +311,7 @@ def test_large_results_leave_in_pieces() -> None:
 
 def test_frames_and_batches_are_worked_off_in_their_order() -> None:
     """What is asked behind a batch sees it; the results of that batch are sent before."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(
         link,
         [batch((PUT, 0, 1, 1, b"a", b"v")), [wire.FETCH, 0, 0], batch((PUT, 0, 2, 1, b"b", b"v")), [wire.FETCH, 0, 1]]
@@ -328,8 +327,7 @@ def test_frames_and_batches_are_worked_off_in_their_order() -> None:
 )
 def test_an_error_while_applying_ends_the_node(items: list[Any]) -> None:
     """Nothing of it is acknowledged."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch(put(0, 1), *items)])
     assert around.names() == ["failed"] and peer.ended == "aborted" and not peer.frames
 
@@ -341,8 +339,7 @@ def test_an_error_while_applying_ends_the_node(items: list[Any]) -> None:
 )  # fmt: skip
 def test_frames_of_other_types(frame: Any) -> None:
     """They are errors of the caller; what came before them in the same read is not lost, nor worked off yet."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     with pytest.raises(ProtocolError):
         around.core.received(link, [batch(put(0, 1)), frame])
     assert not around.calls and not peer.frames
@@ -350,8 +347,7 @@ def test_frames_of_other_types(frame: Any) -> None:
 
 def test_many_entries_are_collected() -> None:
     """A collection of young objects for every so many entries."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     half = YOUNG_CELLS_MAX // 2 + 1
     for first in (1, half + 1):
         assert "collect_young" not in around.names()
@@ -361,8 +357,7 @@ def test_many_entries_are_collected() -> None:
 
 def test_a_backup_is_begun_when_its_batch_is_told() -> None:
     """And its end is told to the coordinator, if there is one."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([FREEZE, [0, 1], b"b1", b"dir"])])
     assert around.calls[-1] == ("start_backup", "b1") and peer.take()[0][0] == wire.RESULTS
     around.core.backup_ended("b1", {"rows": 0}, None)
@@ -377,8 +372,7 @@ def test_a_backup_is_begun_when_its_batch_is_told() -> None:
 
 def test_what_was_shipped_is_told_when_it_is_durable() -> None:
     """Behind the entries in the log; not to another link."""
-    around = Around(slow=True)
-    link, peer = around.link()
+    around, link, peer = linked(slow=True)
     around.core.received(link, [[wire.SHIP, 0, packed(b"a", b"b")]])
     assert around.calls[0] == ("append", [(0, 1, 1), (0, 1, 2)], 0) and not peer.frames
     around.sync()
@@ -396,8 +390,7 @@ def test_what_was_shipped_is_told_when_it_is_durable() -> None:
 
 def test_a_learned_copy_is_told_when_it_is_durable() -> None:
     """Behind what was shipped to it; its doubt is over, in memory at once and on the disk next."""
-    around = Around(slow=True, copies=[Copy(0, "d", reason="no power")])
-    link, peer = around.link()
+    around, link, peer = linked(slow=True, copies=[Copy(0, "d", reason="no power")])
     around.core.received(link, [batch([LEARN, 0, 0, 2, 1])])
     peer.take()
     around.calls.clear()
@@ -411,8 +404,7 @@ def test_a_learned_copy_is_told_when_it_is_durable() -> None:
 
 def test_failures_are_told_before_what_was_learned() -> None:
     """A shard whose copy could not be learned, and one that could: in this order, in one step."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([LEARN, 0, 0, 2, 1], [LEARN, 1, 1, 0, 1])])
     peer.take()
     assert around.replica.ship(0, packed(b"a", b"b")) is None
@@ -422,8 +414,7 @@ def test_failures_are_told_before_what_was_learned() -> None:
 
 def test_a_drop_is_durable_before_what_follows() -> None:
     """The manifest without the copy is queued before anything is logged."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     around.core.received(link, [batch(put(0, 1), [DROP, 1], put(0, 2))])
     assert around.names()[:3] == ["dropped", "change_copies", "append"]
     assert around.calls[1] == ("change_copies", [0], None)
@@ -431,8 +422,7 @@ def test_a_drop_is_durable_before_what_follows() -> None:
 
 def test_an_index_is_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches go on meanwhile; a link that is gone gets no answer."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     ready = iter((False, False, True, True, False, True))
     index_some = around.replica.kept.index_some
     monkeypatch.setattr(around.replica.kept, "index_some", lambda: next(ready) and index_some())
@@ -449,8 +439,7 @@ def test_an_index_is_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_waits_in_a_buffer_is_applied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """One slice is due at a time, and each is logged; with the last the copy is live."""
     monkeypatch.setattr(node_core, "LEARN_APPLY_ITEMS", 2)
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([LEARN, 0, 0, 2, 1], *(put(0, seq) for seq in range(3, 8)))])
     peer.take()
     learning, table = around.replica.learning[0], around.replica.copies[0].table
@@ -467,8 +456,7 @@ def test_what_waits_in_a_buffer_is_applied_in_slices(monkeypatch: pytest.MonkeyP
 def test_a_copy_is_pulled() -> None:
     """Only one that is being learned as a whole; an older transfer of the shard ends first. The manifest that names the
     copy is queued before anything that is applied to it is logged."""
-    around = Around(slow=True)
-    link, peer = around.link()
+    around, link, peer = linked(slow=True)
     pull = [wire.PULL, 0, b"h", 9, b"t"]
     around.core.received(link, [pull])
     assert around.names()[0] == "end_pull" and peer.take() == [(wire.LEARN_FAILED, 0, "the shard is not being learned")]
@@ -488,8 +476,7 @@ def test_a_copy_is_pulled() -> None:
 
 def test_a_copy_that_is_of_no_use() -> None:
     """One that ends too early is told; one that is not wanted any more is not."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([LEARN, 0, 1, 5, 1])])
     learning = around.replica.learning[0]
     peer.take()
@@ -522,8 +509,7 @@ def test_who_asks_is_told_what_is_durable() -> None:
 
 def test_a_donation_is_given_once() -> None:
     """To another node of the cluster that knows the token."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     around.core.received(link, [batch(put(0, 1), [DONATE, 0, b"t", 0])])
     fields = {
         b"version": wire.LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"token": b"t", b"directory": bytes(8),
@@ -544,8 +530,7 @@ def test_a_donation_is_given_once() -> None:
 def test_a_node_that_leaves_waits_until_it_may() -> None:
     """It says so once, and stops when it is told to, when the link is lost, after a while, or at the second call."""
     for ending in ("stop", "lost", "late", "twice"):
-        around = Around()
-        link, peer = around.link()
+        around, link, peer = linked()
         around.core.leave()
         assert peer.take() == [(wire.LEAVE,)] and not around.calls
         if ending == "stop":
@@ -564,8 +549,7 @@ def test_a_node_that_leaves_waits_until_it_may() -> None:
 
 def test_a_lost_link() -> None:
     """What was learned and donated is as before, and transfers end."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     around.core.received(link, [batch([LEARN, 0, 1, 1, 1], [DONATE, 1, b"t", 0])])
     around.calls.clear()
     around.core.closed(link, "reset")
@@ -577,7 +561,6 @@ def test_a_lost_link() -> None:
 
 def test_space() -> None:
     """It is told, and in the next report."""
-    around = Around()
-    _, peer = around.link()
+    around, _, peer = linked()
     around.core.space_changed(2)
     assert peer.take() == [(wire.SPACE, 2)] and around.replica.report()["space"] == 2

@@ -239,7 +239,10 @@ class World:
     def __init__(
         self, nodes: int = 3, factor: int = 3, shards: int = 1, *, min_insync: int = 2, durability: str = "sync",
         wanted: int = 0, up: bool = True, changes: Callable[[ClusterMap], ClusterMap] = lambda founded: founded,
+        writes: int = 0, ships: bool = True,
     ) -> None:  # fmt: skip
+        """With so many `writes` to every shard. Unless it `ships`, no node has the entries of them: a learner needs a
+        whole copy."""
         addresses = {f"n{number}": ("h", number) for number in range(1, nodes + 1)}
         held = {node: addresses[node] for node in list(addresses)[: wanted or nodes]}
         founded = ClusterMap.found(
@@ -264,6 +267,9 @@ class World:
             self.up(*self.nodes)
             self.pump()
             assert all(shard.serving for shard in self.shards)
+        self.fill(writes)
+        if not ships:
+            self.forget_entries()
 
     # --- what is asked of it --------------------------------------------------------------------------
 
@@ -309,6 +315,22 @@ class World:
         self.sequencer.shards[number].write(PUT, key, (value,), len(key) + len(value), self.answers, token)
         self.check()
 
+    def commit(self, token: Any, number: int = 0, key: bytes = b"k") -> Any:
+        """A put, and all that comes of it. Returns its result, None if it has none yet."""
+        self.put(token, number, key)
+        self.pump()
+        return self.answers.ok.get(token)
+
+    def fill(self, count: int = 1, token: Any = None) -> None:
+        """So many writes to every shard, answered, with `token` and the shard for their tokens, or others."""
+        for n in range(count):
+            name = token or len(self.answers.ok) + len(self.answers.failed)
+            tokens = [(name, shard.number) for shard in self.shards]
+            for each in tokens:
+                self.put(each, each[1], key=b"%d" % n if n else b"k")
+            self.pump()
+            assert all(each in self.answers.ok for each in tokens)
+
     def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
         """Any other write."""
         self.sequencer.shards[number].write(op, key, args, len(key), self.answers, token)
@@ -322,8 +344,10 @@ class World:
 
     # --- steps ------------------------------------------------------------------------------------------
 
-    def take_over(self) -> None:
-        """A new coordinator: no link is up."""
+    def take_over(self, *up: str) -> None:
+        """A new coordinator. No link is up but those of the nodes `up`, which come after it."""
+        if self.nodes:
+            self.down(*self.controller.reports)
         self.sent = None
         before = ClusterMap.from_json(self.store.value)
         self.changes = MapChanges(before, self.store.version)
@@ -346,6 +370,7 @@ class World:
         for node in self.map.nodes:
             if node not in self.nodes:
                 self.nodes[node] = Node(self, node)
+        self.up(*up)
 
     def check(self) -> None:
         """The cores check themselves."""
@@ -386,6 +411,12 @@ class World:
             self.controller.node_down(node, reason)
             self.check()
             self.act()
+
+    def pull(self, node: str) -> None:
+        """Link a node whose transfers do not end."""
+        self.nodes[node].holds_pulls = True
+        self.up(node)
+        self.pump()
 
     def act(self) -> None:
         """What the core wants, but for batches."""
@@ -515,6 +546,22 @@ class World:
             self.down(node, reason="killed")
         self.nodes[node].stop()
         self.nodes[node].start()
+
+    def forget_entries(self) -> None:
+        """No node has entries to ship any more."""
+        for node in self.nodes.values():
+            for number in range(self.map.shards):
+                node.kept.forget(number)
+
+    def settled(self, ms: int = 3_000) -> None:
+        """After so long every shard has its wanted members, which are equal, and takes writes."""
+        self.run(ms)
+        for shard in self.shards:
+            number = shard.number
+            assert set(self.row(number)) == set(self.members(number)) == set(self.map.wanted[number])
+            assert shard.writable and not shard.learners
+            self.assert_equal(number)
+        assert not self.words("alarm")
 
     def assert_equal(self, number: int = 0) -> None:
         """All members of the shard have the same, which is all there is, by the disks that are stored."""

@@ -139,6 +139,12 @@ class Cluster:
         """A put by the common sink."""
         self.sequencer.shards[number].write(PUT, key, (value,), len(key) + len(value), self.answers, token)
 
+    def commit(self, token: Any, number: int = 0) -> Any:
+        """A put, applied and answered by all. Returns its result."""
+        self.put(token, number)
+        self.pump()
+        return self.answers.ok.get(token)
+
     def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
         """Any other write."""
         self.sequencer.shards[number].write(op, key, args, len(key), self.answers, token)

@@ -141,9 +141,7 @@ def test_a_learner_of_a_shard_that_is_stopped() -> None:
         node.kept.forget(0)
     world.replace("n3")
     world.run(LINK_GRACE_MS)
-    world.nodes["n3"].holds_pulls = True
-    world.up("n3")
-    world.pump()
+    world.pull("n3")
     assert world.shards[0].learners
     spoil(world, "n2")
     audit(world)
@@ -197,8 +195,6 @@ def test_the_next_coordinator_looks_at_a_stopped_shard_anew() -> None:
     spoil(world, "n2")
     audit(world)
     world.pump()
-    world.down("n1", "n2")
-    world.take_over()
-    world.up("n1", "n2")
+    world.take_over("n1", "n2")
     assert world.controller.recovery.shards[0].state == DOWN
     assert "its members differ" in world.shards[0].reason

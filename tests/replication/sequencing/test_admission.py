@@ -315,8 +315,7 @@ def test_no_growing_writes_without_space() -> None:
     """At level 1 what may grow is refused at once, before it is sequenced; removals, reads and purges go on. At level 2
     no write is taken. When there is space again everything is as before."""
     cluster = Cluster(shards=2, nodes=2, factor=2)
-    cluster.put("before")
-    cluster.pump()
+    cluster.commit("before")
     sequencer, answers = cluster.sequencer, cluster.answers
     sequencer.on_space("n2", 1)
     sequencer.check()
@@ -353,8 +352,7 @@ def test_no_growing_writes_without_space() -> None:
         sequencer.on_space(node, 0)
     sequencer.check()
     assert all(shard.writable for shard in sequencer.shards)
-    cluster.put("after")
-    cluster.pump()
+    cluster.commit("after")
     assert answers.ok["after"] == 11
 
 

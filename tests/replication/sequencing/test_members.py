@@ -25,6 +25,12 @@ def leave(cluster: Cluster, node: str, *numbers: int) -> None:
     cluster.sequencer.check()
 
 
+def lose(cluster: Cluster, node: str) -> None:
+    """The link of a node is lost, and the map names it no more."""
+    cluster.down(node)
+    leave(cluster, node)
+
+
 def learning(world: World, node: str = "n3") -> None:
     """A node learns the shards, and its learner stays where its copy is frozen: it is live when it is let go."""
     for each in world.nodes.values():
@@ -172,8 +178,7 @@ def test_the_result_before_the_commit() -> None:
     """Another member was asked, and the entry is committed later: the answer waits for that."""
     cluster, first = answering()
     slow, quick = (node for node in cluster.replicas if node != first)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     asked = cluster.sequencer.shards[0].good[0].node
     assert asked == slow
     cluster.apply(asked)
@@ -192,8 +197,7 @@ def test_errors_are_handed_over_too() -> None:
     first = cluster.sequencer.shards[0].members[0].node
     cluster.write(op.ADD, "write", key=b"n", args=(b"v",))
     cluster.apply(first)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump()
     assert cluster.answers.failed["write"][0] == Code.EXISTS and cluster.answers.failed["write"][2] == {"rev": 1}
 
@@ -208,8 +212,7 @@ def test_results_of_transactions_are_handed_over() -> None:
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump(*others)
     results = wire(cluster.answers.ok.pop("all"))
     assert (results[0], results[1][0], results[2:]) == (6, Code.EXISTS, [[b"6", 2, None], False])
@@ -225,8 +228,7 @@ def test_large_results_are_handed_over_a_few_at_a_time(monkeypatch: pytest.Monke
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     asked = 0
     while len(cluster.answers.ok) < 10:
         asked += 1
@@ -240,8 +242,7 @@ def test_the_member_that_was_asked_is_lost_too() -> None:
     """Then the next one is, and one that cannot be asked is waited for."""
     cluster, first = answering()
     second, third = (node for node in cluster.replicas if node != first)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.apply(second)
     cluster.down(second)
     cluster.apply(third)
@@ -261,8 +262,7 @@ def test_members_that_do_not_know(forgetful: int) -> None:
     cluster.pump(*others)
     for node in others[:forgetful]:
         cluster.replicas[node]._results.forget(0)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump(*others)
     cluster.pump(*others)
     if forgetful == 1:
@@ -280,8 +280,7 @@ def test_some_results_are_known_and_some_are_not() -> None:
     cluster.pump(*others)
     for node in others:
         cluster.replicas[node]._results.commit({0: 1})
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump(*others)
     cluster.pump(*others)
     assert cluster.answers.ok == {"later": 6} and cluster.answers.failed["write"][0] == Code.UNKNOWN
@@ -306,8 +305,7 @@ def test_a_result_that_was_here_is_not_asked_for() -> None:
     cluster.results(first, durable=False)
     cluster.put("put")
     cluster.apply(first)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     assert all(item[0] != op.RESULTS_OF for node in cluster.replicas for item in cluster.apply(node))
     cluster.pump()
     for node in cluster.replicas:
@@ -319,8 +317,7 @@ def test_a_result_that_was_here_is_not_asked_for() -> None:
 def test_a_result_that_comes_when_nobody_waits_any_more() -> None:
     """The shard was stopped meanwhile, and the write is UNKNOWN, committed or not: nothing more comes of it."""
     cluster, first = answering()
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.sequencer.stop_serving(0, "a test")
     assert cluster.answers.failed["write"][0] == Code.UNKNOWN
     cluster.pump()
@@ -333,8 +330,7 @@ def test_a_result_that_comes_when_nobody_waits_any_more() -> None:
     assert cluster.answers.failed["write"][0] == Code.UNKNOWN and not cluster.answers.ok
     cluster, first = answering()
     cluster.pump(*(node for node in cluster.replicas if node != first))
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.sequencer.stop_serving(0, "a test")
     cluster.pump()
     assert cluster.answers.failed["write"][0] == Code.UNKNOWN and not cluster.answers.ok
@@ -361,8 +357,7 @@ def test_nothing_is_told_committed_whose_result_is_still_asked_for() -> None:
 def test_a_learner_gets_every_write_from_its_item_on() -> None:
     """In order, never the bit to answer, and it counts for nothing before it joined."""
     world = World()
-    world.put("before")
-    world.pump()
+    world.commit("before")
     learning(world)
     world.put("put")
     world.write(op.INCR, "incr", key=b"n", args=(1,))
@@ -381,8 +376,7 @@ def test_a_learner_that_is_lost_gets_nothing_more() -> None:
     """Nothing that was on its link is sent again when it is back, and the shard goes on."""
     world = World()
     learning(world)
-    world.put("buffered")
-    world.pump()
+    world.commit("buffered")
     world.put("on its way")
     world.flush()
     world.down("n3")
@@ -405,8 +399,7 @@ def test_a_learner_that_is_detached_is_told_so_behind_its_writes() -> None:
     [learner] = world.controller.membership.learners_of(0)
     learner.fail("a test")
     world.check()
-    world.put("not for it")
-    world.pump()
+    world.commit("not for it")
     assert [item[:3] for item in world.items("n3", op.PUT, op.UNLEARN)][-2:] == [[op.PUT, 0, 1], [op.UNLEARN, 0]]
 
 
@@ -448,8 +441,7 @@ def test_a_member_from_the_step_on_in_which_it_joins() -> None:
 def test_one_that_joined_is_lost_before_the_map_says_so(stored: str, wiped: bool) -> None:
     """It is one of E, and judged by the disk that it joined with, whatever is stored."""
     world = World()
-    world.put("before")
-    world.pump()
+    world.commit("before")
     learning(world)
     world.store.is_held = True
     world.nodes["n3"].holds_pulls = False
@@ -530,8 +522,7 @@ def test_parts_of_kept_batches() -> None:
 def test_writes_that_wait_for_a_member_in_doubt_are_refused_in_time() -> None:
     """Nobody replaced it: R4."""
     world = World(2, 2)
-    world.put("before")
-    world.pump()
+    world.commit("before")
     world.replace("n2", 0)
     world.nodes["n2"].holds_pulls = True
     world.nodes["n1"].kept.forget(0)

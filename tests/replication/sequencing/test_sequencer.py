@@ -111,8 +111,7 @@ def test_node_that_lost_its_data_and_has_to_stay() -> None:
     replaced, and are refused in time; reads go to the others; other shards go on. The process that has the data may
     come back and everything goes on."""
     cluster = Cluster(shards=2, min_insync=3)
-    cluster.put("committed")
-    cluster.pump()
+    cluster.commit("committed")
     cluster.put("pending")
     cluster.apply("n1")
     cluster.apply("n2")
@@ -159,8 +158,7 @@ def test_node_that_lost_its_data_and_may_leave() -> None:
     """With enough members besides it nothing is answered UNKNOWN or refused: it may be gone in a moment, and then what
     is pending commits and what waits goes on."""
     cluster = Cluster(shards=1)
-    cluster.put("committed")
-    cluster.pump()
+    cluster.commit("committed")
     cluster.put("pending")
     cluster.apply("n1")
     cluster.apply("n2")
@@ -186,8 +184,7 @@ def test_what_is_kept_for_a_bad_copy_survives_more_links() -> None:
     """A bad copy is linked and lost again: its writes still wait for the one that has the data, in order."""
     cluster = Cluster(nodes=2, factor=2, shards=1, min_insync=2)
     first = cluster.sequencer.shards[0].members[0].node
-    cluster.put("committed")
-    cluster.pump()
+    cluster.commit("committed")
     for token in ("one", "two"):
         cluster.begin()
         cluster.write(INCR, token, key=b"n", args=(1,))
@@ -227,8 +224,7 @@ def test_copies_that_are_not_the_member(changes: dict[str, Any] | None, why: str
     """A copy with another disk, an incomplete one, one with less than it acknowledged or more than was given is bad,
     each for its shard alone."""
     cluster = Cluster(nodes=2, factor=2, shards=2)
-    cluster.put("w")
-    cluster.pump()
+    cluster.commit("w")
     cluster.down("n2")
     copies = cluster.hello("n2")
     if changes is None:
@@ -282,8 +278,7 @@ def test_nodes_are_not_told_while_a_shard_is_not_served() -> None:
         cluster.replicas[node].begin(1, 0, [(PUT, 0, 1, 0, b"k", b"v")])
         assert cluster.replicas[node].run([])
         assert cluster.up(node) is None
-    cluster.put("w", 1)
-    cluster.pump()
+    cluster.commit("w", 1)
     link = sequencer.links["n1"]
     assert cluster.answers.ok == {"w": 1} and sequencer.committed_ordinal(link) == -1
     sequencer.shards[0].serve(1, cluster.replicas["n1"].tables[0].chain)
@@ -480,8 +475,7 @@ def test_multi_read_whose_links_are_lost_waits_once() -> None:
 def test_multi_read_moves_from_a_silent_node() -> None:
     """Another attempt replaces the first; parts of the first that arrive later are not looked at."""
     cluster = Cluster(shards=1)
-    cluster.put("w")
-    cluster.pump()
+    cluster.commit("w")
     cluster.sequencer.multi_read(mget_read([b"k"], [0], cluster.answers, "mget"))
     silent = reader_of(cluster)
     cluster.apply(silent)
@@ -551,8 +545,7 @@ def test_a_shard_that_is_stopped() -> None:
     cluster = Cluster(shards=2)
     sequencer, answers = cluster.sequencer, cluster.answers
     down = (Code.SHARD_DOWN, "shard 0 is down: its members differ")
-    cluster.put("committed")
-    cluster.pump()
+    cluster.commit("committed")
     cluster.write(INCR, "pending", key=b"n", args=(1,))
     cluster.get("held", key=b"n")
     cluster.pump("n1", "n2")
@@ -575,8 +568,7 @@ def test_a_shard_that_is_stopped() -> None:
         assert cluster.up(node) is None
         assert [item for item in cluster.apply(node) if item[1] == 0] == []
     cluster.put("refused")
-    cluster.put("elsewhere", 1)
-    cluster.pump()
+    cluster.commit("elsewhere", 1)
     assert answers.failed["refused"][:2] == down
     assert answers.ok.keys() == {"committed", "elsewhere"}
 
@@ -604,8 +596,7 @@ def test_a_shard_that_is_handed_back() -> None:
         cluster.new_process(node)
         assert cluster.up(node) is None
     sequencer.shards[0].serve(0, 0)
-    cluster.put("after")
-    cluster.pump()
+    cluster.commit("after")
     assert cluster.answers.ok == {"after": 1}
 
 
@@ -641,8 +632,7 @@ def test_reads_that_wait_for_a_shard_that_is_stopped() -> None:
 def test_another_history_at_the_position_of_the_takeover() -> None:
     """A member that comes back at the number where this coordinator began, with another chain, is not that member."""
     cluster = Cluster(nodes=2, factor=2, shards=1)
-    cluster.put("w")
-    cluster.pump()
+    cluster.commit("w")
     copies = cluster.hello("n2")
     sequencer = Sequencer(cluster.map)
     sequencer.shards[0].serve(1, copies[0].chain)
