@@ -58,10 +58,9 @@ def test_the_first_start() -> None:
     assert {word for word, _ in world.events} == {"link-up", "ready"}
 
 
-def test_a_takeover() -> None:
+def test_a_takeover(world: World) -> None:
     """The next coordinator goes on with the numbers, with a higher epoch, and with time where the store says; entries
     that not all members have are shipped to those that lack them."""
-    world = World()
     world.commit("answered")
     behind(world, "n2")
     world.take_over()
@@ -150,9 +149,8 @@ def test_why_a_node_is_not_linked_is_known() -> None:
 # --- recovery over real replicas --------------------------------------------------------------------
 
 
-def test_silent_members_are_removed() -> None:
+def test_silent_members_are_removed(world: World) -> None:
     """As far as enough stay; the shard is served by the others."""
-    world = World()
     world.commit("answered")
     world.take_over("n1", "n2")
     world.run(RECOVER_WAIT_MS)

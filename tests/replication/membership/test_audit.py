@@ -44,9 +44,8 @@ def test_members_that_are_equal() -> None:
     assert all(shard.writable for shard in world.shards) and not world.words("alarm")
 
 
-def test_writes_around_it_change_nothing() -> None:
+def test_writes_around_it_change_nothing(world: World) -> None:
     """All are asked in one step, and links are in order: every answer is about the same number."""
-    world = World()
     for node in ("n1", "n2", "n3"):
         world.put(("before", node))
         audit(world)
@@ -93,9 +92,8 @@ def test_a_member_without_a_live_copy_differs() -> None:
 
 
 @pytest.mark.parametrize("lost", ["before it answered", "while it was full", "before it was asked"])
-def test_who_cannot_answer_is_not_compared(lost: str) -> None:
+def test_who_cannot_answer_is_not_compared(world: World, lost: str) -> None:
     """A link that is lost, or has no room; the others are compared the next time."""
-    world = World()
     write(world, "a")
     spoil(world, "n3")
     if lost == "before it was asked":
@@ -133,9 +131,8 @@ def test_a_shard_that_was_stopped_meanwhile() -> None:
     assert len(world.words("alarm")) == 1
 
 
-def test_a_learner_of_a_shard_that_is_stopped() -> None:
+def test_a_learner_of_a_shard_that_is_stopped(world: World) -> None:
     """It is given up: nothing is learned from members that differ, and nothing changes in the map."""
-    world = World()
     write(world, "a")
     for node in world.nodes.values():
         node.kept.forget(0)

@@ -52,9 +52,8 @@ def replaced(world: World, node: str) -> None:
 # --- links that are lost ----------------------------------------------------------------------------
 
 
-def test_a_link_that_is_back_in_time_is_no_loss() -> None:
+def test_a_link_that_is_back_in_time_is_no_loss(world: World) -> None:
     """R14: within LINK_GRACE_MS nothing is stored, and what waited goes on."""
-    world = World()
     version = world.map.version
     world.down("n3")
     world.put("waits")
@@ -80,10 +79,9 @@ def test_a_lost_node_leaves_all_its_shards_by_one_change() -> None:
     assert world.words("left-in-sync") == [{"node": "n3", "shards": 4, "first": 0, "reason": "pulled out"}]
 
 
-def test_a_lost_node_stays_where_it_has_to() -> None:
+def test_a_lost_node_stays_where_it_has_to(world: World) -> None:
     """R4: never fewer than M; writes wait, and are refused in time. A node that is back joins all the same: it has
     everything that was committed; then the lost one may leave."""
-    world = World()
     world.down("n3")
     world.run(LINK_GRACE_MS)
     assert world.row() == ["n1", "n2"]
@@ -150,9 +148,8 @@ def test_two_nodes_are_lost_at_once() -> None:
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_the_outcome_of_an_eviction_is_not_known(stored: bool) -> None:
+def test_the_outcome_of_an_eviction_is_not_known(world: World, stored: bool) -> None:
     """R2: E keeps the node until the change is known to be stored; the same change is sent until then."""
-    world = World()
     world.store.is_held = True
     world.down("n3")
     world.put("waits")
@@ -206,10 +203,9 @@ def slow(world: World, node: str, ms: int = EVICT_AFTER_MS, step_ms: int = 200) 
         world.pump()
 
 
-def test_a_slow_node_is_let_go() -> None:
+def test_a_slow_node_is_let_go(world: World) -> None:
     """R14: its link is up and its oldest item is EVICT_AFTER_MS old; it leaves, its link is closed, and after
     SLOW_INTERVAL_MS it learns."""
-    world = World()
     slow(world, "n3", EVICT_AFTER_MS - 1)
     assert world.members() == ["n1", "n2", "n3"] and not world.closed and not world.answers.ok
     world.tick(1)
@@ -224,9 +220,8 @@ def test_a_slow_node_is_let_go() -> None:
     world.settled()
 
 
-def test_a_node_that_applies_and_syncs_nothing_is_slow() -> None:
+def test_a_node_that_applies_and_syncs_nothing_is_slow(world: World) -> None:
     """What counts is what is durable."""
-    world = World()
     world.nodes["n3"].withholds = True
     world.commit("w")
     world.run(EVICT_AFTER_MS)
@@ -246,17 +241,15 @@ def test_one_slow_node_per_interval() -> None:
     assert len(world.answers.ok) == 3
 
 
-def test_slow_nodes_without_which_nothing_goes_on() -> None:
+def test_slow_nodes_without_which_nothing_goes_on(world: World) -> None:
     """Two of three with M = 2: it would not help to let one of them go."""
-    world = World()
     world.nodes["n2"].is_paused = True
     slow(world, "n3", 3 * EVICT_AFTER_MS)
     assert not world.closed and world.row() == ["n1", "n2", "n3"]
 
 
-def test_nobody_is_slow_while_nobody_acknowledges() -> None:
+def test_nobody_is_slow_while_nobody_acknowledges(world: World) -> None:
     """The fault may be here, or all of them wait for the same disk."""
-    world = World()
     for node in world.nodes.values():
         node.is_paused = True
     world.put("w")
@@ -626,9 +619,8 @@ def test_learners_that_fail_together_fail_once() -> None:
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_the_outcome_of_a_join_is_not_known(stored: bool) -> None:
+def test_the_outcome_of_a_join_is_not_known(world: World, stored: bool) -> None:
     """R2: it is one of E from the step in which it joined, whatever is stored."""
-    world = World()
     away(world)
     world.store.is_held = True
     world.up("n3")
@@ -719,9 +711,8 @@ def test_writes_wait_for_a_learner_that_runs_after_the_members(ending: str) -> N
     world.settled()
 
 
-def test_a_node_that_leaves_does_not_learn() -> None:
+def test_a_node_that_leaves_does_not_learn(world: World) -> None:
     """It is about to stop."""
-    world = World()
     away(world)
     world.up("n3")
     world.controller.receive("n3", (LEAVE,))
@@ -928,9 +919,8 @@ def test_writes_of_a_learner_are_its_shards_alone() -> None:
     assert {item[1] for item in world.items("n4", PUT, LEARN)} == {0}
 
 
-def test_who_shall_answer_answers_again() -> None:
+def test_who_shall_answer_answers_again(world: World) -> None:
     """A node that was away joins in the place that was planned, or one node would answer everything in the end."""
-    world = World()
     first = world.map.wanted[0][0]
     assert world.row()[0] == first
     world.down(first)

@@ -29,9 +29,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reads, "WAITING_MULTI_MAX", 2)
 
 
-def test_one_member_answers() -> None:
+def test_one_member_answers(cluster: Cluster) -> None:
     """All members get the entry, one with the bit to answer; a put needs nobody."""
-    cluster = Cluster(shards=1)
     cluster.put("put")
     cluster.write(op.ADD, "add", args=(b"v",))
     items = [cluster.apply(node) for node in cluster.replicas]
@@ -39,9 +38,8 @@ def test_one_member_answers() -> None:
     assert sorted(each[1][3] for each in items) == [0, 0, 1] and all(each[0][3] == 0 for each in items)
 
 
-def test_reads_go_to_the_member_with_the_least_outstanding() -> None:
+def test_reads_go_to_the_member_with_the_least_outstanding(cluster: Cluster) -> None:
     """Reads are spread, also while a member is missing."""
-    cluster = Cluster(shards=1)
     for n in range(6):
         cluster.get(n)
     assert [link.items for link in cluster.sequencer.links.values()] == [2, 2, 2]
@@ -51,9 +49,8 @@ def test_reads_go_to_the_member_with_the_least_outstanding() -> None:
     assert len(cluster.answers.ok) == 6
 
 
-def test_write_waits_for_a_missing_member_and_is_refused_in_time() -> None:
+def test_write_waits_for_a_missing_member_and_is_refused_in_time(cluster: Cluster) -> None:
     """R4: nothing is numbered while a member is missing; the text names it."""
-    cluster = Cluster(shards=1)
     cluster.down("n2", "pulled out")
     cluster.put("late")
     cluster.tick(WRITE_WAIT_MS - 1)
@@ -70,10 +67,9 @@ def test_write_waits_for_a_missing_member_and_is_refused_in_time() -> None:
     assert cluster.sequencer.unavailable == 1
 
 
-def test_reads_pass_writes_that_wait_for_a_missing_member() -> None:
+def test_reads_pass_writes_that_wait_for_a_missing_member(cluster: Cluster) -> None:
     """A read goes to another member at once; reads that came while no member was there go when one is back, though
     writes before them still wait."""
-    cluster = Cluster(shards=1)
     cluster.down("n1")
     cluster.put("write")
     cluster.get("new")

@@ -49,9 +49,8 @@ def test_withheld_acknowledgement() -> None:
     assert [row[0] for row in answers.ok["page"][0]] == [b"new", b"old"]
 
 
-def test_ttl_of_a_key_with_a_deadline() -> None:
+def test_ttl_of_a_key_with_a_deadline(cluster: Cluster) -> None:
     """The time to live is answered as the milliseconds left at the stamp of the read."""
-    cluster = Cluster(shards=1)
     cluster.write(op.ADD, "add", args=(b"v", 500))
     cluster.pump()
     cluster.begin(100)
@@ -60,9 +59,8 @@ def test_ttl_of_a_key_with_a_deadline() -> None:
     assert cluster.answers.ok["ttl"] == 400
 
 
-def test_results_and_errors_of_writes() -> None:
+def test_results_and_errors_of_writes(cluster: Cluster) -> None:
     """A write is answered with what the answering member evaluated; its error has code, text and details."""
-    cluster = Cluster(shards=1)
     cluster.write(op.ADD, "add", args=(b"1",))
     cluster.write(op.ADD, "again", args=(b"2",))
     cluster.write(op.CAS, "cas", args=(b"5", b"1", None))
@@ -73,9 +71,8 @@ def test_results_and_errors_of_writes() -> None:
     assert cluster.answers.failed["again"][0] == Code.EXISTS and cluster.answers.failed["again"][2] == {"rev": 1}
 
 
-def test_results_of_a_transaction() -> None:
+def test_results_of_a_transaction(cluster: Cluster) -> None:
     """They come as a list, with errors as arrays among them; nil if a watched key was changed; refused it fails."""
-    cluster = Cluster(shards=1)
     ops = [[op.ADD, b"k", b"v"], [op.ADD, b"k", b"w"], [op.GET, b"k"], [op.TAKE, b"k"]]
     cluster.write(op.TRANSACTION, "all", args=([[b"k", 0]], ops))
     cluster.write(op.TRANSACTION, "watched", args=([[b"k", 1]], [[op.PUT, b"k", b"v"]]))
@@ -116,10 +113,9 @@ def test_a_revision_is_answered_when_it_is_committed() -> None:
     assert cluster.answers.ok == {"put": 1, "revision": 1, "absent": None, "deadline": -1}
 
 
-def test_held_answers_are_refused_in_time() -> None:
+def test_held_answers_are_refused_in_time(cluster: Cluster) -> None:
     """A commit that does not come does not keep readers waiting, or the memory of their answers; the text says which
     node is behind. Younger ones stay."""
-    cluster = Cluster(shards=1)
     cluster.put("w")
     cluster.pump("n1")
     cluster.down("n3", "pulled out")
@@ -139,9 +135,8 @@ def test_held_answers_are_refused_in_time() -> None:
     assert cluster.answers.ok["w"] == 1 and cluster.answers.ok["young"] == (b"v", 1, None)
 
 
-def test_slow_member_is_named() -> None:
+def test_slow_member_is_named(cluster: Cluster) -> None:
     """A held answer that is refused while all are linked names the slow one."""
-    cluster = Cluster(shards=1)
     cluster.put("w")
     cluster.pump("n1", "n2")
     cluster.sequencer.multi_read(count_read([0], b"", None, cluster.answers, "count"))
@@ -164,10 +159,9 @@ def test_multi_read_waits_for_every_shard() -> None:
     assert cluster.answers.ok["count"] == 3
 
 
-def test_a_commit_before_its_result() -> None:
+def test_a_commit_before_its_result(cluster: Cluster) -> None:
     """The member that was to answer left the in-sync set: the write commits without it, and is answered once, when its
     result is here."""
-    cluster = Cluster(shards=1)
     shard = cluster.sequencer.shards[0]
     first = shard.members[0]
     cluster.write(op.ADD, "add", args=(b"v",))

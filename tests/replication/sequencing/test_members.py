@@ -117,9 +117,8 @@ def test_what_is_on_the_link_of_one_that_left_is_not_sent_again() -> None:
     assert [item[:3] for item in cluster.apply("n3")] == [(op.PUT, 1, 1)]
 
 
-def test_a_bad_member_that_leaves() -> None:
+def test_a_bad_member_that_leaves(cluster: Cluster) -> None:
     """Its mark and what was kept for it go with it."""
-    cluster = Cluster(shards=1)
     cluster.put("one")
     cluster.pump("n1", "n2")
     cluster.down("n3")
@@ -189,9 +188,8 @@ def test_the_result_before_the_commit() -> None:
     assert cluster.answers.ok == {"write": 5}
 
 
-def test_errors_are_handed_over_too() -> None:
+def test_errors_are_handed_over_too(cluster: Cluster) -> None:
     """The result may be one."""
-    cluster = Cluster(shards=1)
     cluster.write(op.ADD, "first", key=b"n", args=(b"v",))
     cluster.pump()
     first = cluster.sequencer.shards[0].members[0].node
@@ -296,9 +294,8 @@ def test_the_answering_member_comes_back_in_time() -> None:
     assert cluster.answers.ok == {"write": 5}
 
 
-def test_a_result_that_was_here_is_not_asked_for() -> None:
+def test_a_result_that_was_here_is_not_asked_for(cluster: Cluster) -> None:
     """Nor one of a write that nobody waits for any more."""
-    cluster = Cluster(shards=1)
     first = cluster.sequencer.shards[0].members[0].node
     cluster.write(op.INCR, "known", key=b"n", args=(5,))
     cluster.apply(first)
@@ -354,9 +351,8 @@ def test_nothing_is_told_committed_whose_result_is_still_asked_for() -> None:
 # --- learners ---------------------------------------------------------------------------------------
 
 
-def test_a_learner_gets_every_write_from_its_item_on() -> None:
+def test_a_learner_gets_every_write_from_its_item_on(world: World) -> None:
     """In order, never the bit to answer, and it counts for nothing before it joined."""
-    world = World()
     world.commit("before")
     learning(world)
     world.put("put")
@@ -372,9 +368,8 @@ def test_a_learner_gets_every_write_from_its_item_on() -> None:
     world.assert_equal()
 
 
-def test_a_learner_that_is_lost_gets_nothing_more() -> None:
+def test_a_learner_that_is_lost_gets_nothing_more(world: World) -> None:
     """Nothing that was on its link is sent again when it is back, and the shard goes on."""
-    world = World()
     learning(world)
     world.commit("buffered")
     world.put("on its way")
@@ -391,9 +386,8 @@ def test_a_learner_that_is_lost_gets_nothing_more() -> None:
     assert world.row() == ["n1", "n2", "n3"]
 
 
-def test_a_learner_that_is_detached_is_told_so_behind_its_writes() -> None:
+def test_a_learner_that_is_detached_is_told_so_behind_its_writes(world: World) -> None:
     """The node passes over what was on its way."""
-    world = World()
     learning(world)
     world.put("buffered")
     [learner] = world.controller.membership.learners_of(0)
@@ -403,9 +397,8 @@ def test_a_learner_that_is_detached_is_told_so_behind_its_writes() -> None:
     assert [item[:3] for item in world.items("n3", op.PUT, op.UNLEARN)][-2:] == [[op.PUT, 0, 1], [op.UNLEARN, 0]]
 
 
-def test_a_learner_whose_window_is_full_holds_writes_back() -> None:
+def test_a_learner_whose_window_is_full_holds_writes_back(world: World) -> None:
     """As a member does; they go on when it is detached."""
-    world = World()
     learning(world)
     world.sequencer.links["n3"].full = True
     for shard in world.shards:
@@ -419,9 +412,8 @@ def test_a_learner_whose_window_is_full_holds_writes_back() -> None:
     assert world.answers.ok == {"waits": 1}
 
 
-def test_a_member_from_the_step_on_in_which_it_joins() -> None:
+def test_a_member_from_the_step_on_in_which_it_joins(world: World) -> None:
     """R2: from then on a commit needs it, though the map does not name it yet."""
-    world = World()
     learning(world)
     world.store.is_held = True
     world.nodes["n3"].holds_pulls = False
@@ -438,9 +430,8 @@ def test_a_member_from_the_step_on_in_which_it_joins() -> None:
 
 @pytest.mark.parametrize("stored", ["before it is back", "after it is back"])
 @pytest.mark.parametrize("wiped", [False, True])
-def test_one_that_joined_is_lost_before_the_map_says_so(stored: str, wiped: bool) -> None:
+def test_one_that_joined_is_lost_before_the_map_says_so(world: World, stored: str, wiped: bool) -> None:
     """It is one of E, and judged by the disk that it joined with, whatever is stored."""
-    world = World()
     world.commit("before")
     learning(world)
     world.store.is_held = True
@@ -464,9 +455,8 @@ def test_one_that_joined_is_lost_before_the_map_says_so(stored: str, wiped: bool
     world.assert_equal()
 
 
-def test_one_that_joined_stays_away_after_the_map_says_so() -> None:
+def test_one_that_joined_stays_away_after_the_map_says_so(world: World) -> None:
     """It is let go like any other."""
-    world = World()
     learning(world)
     world.store.is_held = True
     world.nodes["n3"].holds_pulls = False
@@ -480,9 +470,8 @@ def test_one_that_joined_stays_away_after_the_map_says_so() -> None:
     assert world.row() == world.members() == ["n1", "n2"] and world.answers.ok == {"waits": 1}
 
 
-def test_members_of_a_shard_in_service() -> None:
+def test_members_of_a_shard_in_service(cluster: Cluster) -> None:
     """They come and go one by one; only of one that is not served they can be set."""
-    cluster = Cluster(shards=1)
     with pytest.raises(AssertionError, match="come and go one by one"):
         cluster.sequencer.set_members(0, ["n1"])
     cluster.sequencer.stop_serving(0, "a test")
@@ -493,9 +482,8 @@ def test_members_of_a_shard_in_service() -> None:
     assert [len(cluster.sequencer.links[node].shards) for node in ("n1", "n2", "n3")] == [0, 1, 1]
 
 
-def test_links_of_nodes_that_come_and_go() -> None:
+def test_links_of_nodes_that_come_and_go(cluster: Cluster) -> None:
     """One that is removed holds nothing."""
-    cluster = Cluster(shards=1)
     link = cluster.sequencer.add_link("n4")
     assert isinstance(link, Link) and cluster.sequencer.links["n4"] is link
     cluster.sequencer.remove_link("n4")

@@ -9,7 +9,7 @@ import pytest
 from kvtcp.constants import INTEGER_MAX, KEY_BYTES_MAX, RESP_KEYS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
-from tests.support.resp_tools import Error, Status, World, parse
+from tests.support.resp_tools import Client, Error, Status, World, parse
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,8 @@ from tests.support.resp_tools import Error, Status, World, parse
         ("renamenx a a", op.RENAME, (b"a", True), op.NO_KEY, Error("ERR no such key")),
     ],
 )  # fmt: skip
-def test_what_is_asked(command: str, operation: int, args: tuple[Any, ...], result: Any, reply: Any) -> None:
+def test_what_is_asked(client: Client, command: str, operation: int, args: Any, result: Any, reply: Any) -> None:
     """One command is one operation on its key; its result becomes the reply."""
-    client = World().connect()
     client.send(command)
     (asked,) = client.sequencer.asked
     assert (asked.op, asked.key, asked.args) == (operation, b"a", args)
@@ -83,9 +82,8 @@ def test_two_keys_of_two_shards(command: str) -> None:
     assert World().connect().ask(command).startswith("CROSSSLOT Keys in request don't hash to the same slot")
 
 
-def test_copy() -> None:
+def test_copy(client: Client) -> None:
     """With its options, within one shard."""
-    client = World().connect()
     client.send("copy {a}1 {a}2 DB 0 REPLACE", "copy {a}1 {a}2")
     first, second = client.sequencer.asked
     assert (first.op, first.key, first.args) == (op.COPY, b"{a}1", (b"{a}2", True))
@@ -95,16 +93,14 @@ def test_copy() -> None:
     assert parse(client.output()) == [1, 0]
 
 
-def test_several_keys() -> None:
+def test_several_keys(client: Client) -> None:
     """Each at its shard; the reply counts them, also one that is named twice."""
-    client = World().connect()
     assert client.ask_shards("del a b c", True, False, True) == 2
     assert client.ask_shards("exists a a b", True, True, False) == 2
 
 
-def test_partial_failure() -> None:
+def test_partial_failure(client: Client) -> None:
     """Some keys were deleted, of others it is not known: UNKNOWN; a read is told as it is."""
-    client = World().connect()
     client.send("del a b c", "exists a b")
     first, second, third, fourth, fifth = client.sequencer.asked
     first.answer(True)

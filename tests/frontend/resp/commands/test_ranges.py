@@ -89,9 +89,8 @@ def test_match_and_type() -> None:
         (f"scan 0 match *{'x' * PATTERN_BYTES_MAX}", f"ERR a pattern is over the limit of {PATTERN_BYTES_MAX} bytes"),
     ],
 )  # fmt: skip
-def test_what_is_refused(command: str, reply: str) -> None:
+def test_what_is_refused(command: str, reply: str, client: Client) -> None:
     """Nothing is asked of the cluster."""
-    client = World().connect()
     found = client.ask(command)
     assert type(found) is Error and found == reply and not client.sequencer.multi
 
@@ -226,9 +225,8 @@ def test_randomkey_of_none() -> None:
 
 
 @pytest.mark.parametrize("command", ["scan 0", "keys *", "dbsize", "randomkey", "kv.count - +", "kv.range - +"])
-def test_errors_of_the_cluster(command: str) -> None:
+def test_errors_of_the_cluster(command: str, client: Client) -> None:
     """They are told with the word that says what to do, whether they come at once or later."""
-    client = World().connect()
     client.send(command)
     (multi,) = client.sequencer.multi
     multi.sink.fail(multi.token, int(Code.RECOVERING), "wait", {})

@@ -9,7 +9,7 @@ import pytest
 from kvtcp.constants import INTEGER_MAX, INTEGER_MIN, MGET_KEYS_BYTES_MAX, MULTI_KEYS_MAX, RESP_KEYS_MAX
 from kvtcp.errors import Code
 from kvtcp.protocol import operations as op
-from tests.support.resp_tools import Error, Status, World, parse
+from tests.support.resp_tools import Client, Error, Status, World, parse
 
 CELL = [b"value", 7, None]
 
@@ -46,9 +46,8 @@ CELL = [b"value", 7, None]
         ("kv.cas a v rev 4", op.CAS, (b"v", None, 4), 9, 9), ("kv.cas a v absent", op.CAS, (b"v", None, 0), 9, 9),
     ],
 )  # fmt: skip
-def test_what_is_asked(command: str, operation: int, args: tuple[Any, ...], result: Any, reply: Any) -> None:
+def test_what_is_asked(client: Client, command: str, operation: int, args: Any, result: Any, reply: Any) -> None:
     """One command is one operation on its key; its result becomes the reply."""
-    client = World().connect()
     client.send(command)
     (asked,) = client.sequencer.asked
     assert (asked.op, asked.key, asked.args) == (operation, b"a", args)
@@ -121,9 +120,8 @@ def test_what_is_refused(command: str, reply: str) -> None:
         ("set a v", Code.UNKNOWN, "UNKNOWN it said no"), ("set a v nx", Code.UNKNOWN, "UNKNOWN it said no"),
     ],
 )  # fmt: skip
-def test_errors_of_shards(command: str, code: Code, reply: str | None) -> None:
+def test_errors_of_shards(command: str, code: Code, reply: str | None, client: Client) -> None:
     """Errors of values in the words of Redis, those of the cluster by what the client is to do."""
-    client = World().connect()
     client.send(command)
     client.sequencer.take().fail(code)
     assert parse(client.output()) == [reply]
@@ -148,9 +146,8 @@ def test_getbit(offset: int, bit: int) -> None:
     assert World().connect().ask_shards(f"getbit a {offset}", [b"\x81\x40", 1, None]) == bit
 
 
-def test_mset_of_one_shard_is_one_step() -> None:
+def test_mset_of_one_shard_is_one_step(client: Client) -> None:
     """Keys of one shard are written together, those of several each by itself."""
-    client = World().connect()
     client.send("mset {t}a 1 {t}b 2")
     (asked,) = client.sequencer.asked
     assert asked.op == op.PUT_ALL and asked.args == ([(b"{t}a", b"1"), (b"{t}b", b"2")], False)
@@ -174,9 +171,8 @@ def test_mget_of_several_keys_is_one_read() -> None:
     assert client.ask_range("mget a b c a") == [b"of a", None, b"of c", b"of a"]
 
 
-def test_too_many_keys() -> None:
+def test_too_many_keys(client: Client) -> None:
     """The limits of one command."""
-    client = World().connect()
     many = [b"k"] * (MULTI_KEYS_MAX + 1)
     assert "over the limit of 10000" in client.ask([b"MGET", *many])
     assert f"over the limit of {RESP_KEYS_MAX}" in client.ask([b"MSET", *[b"k"] * (2 * RESP_KEYS_MAX + 2)])
