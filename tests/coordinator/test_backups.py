@@ -33,6 +33,7 @@ from tests.processes.raw_client import (
     restart_empty,
     until,
 )
+from tests.support.learning_tools import deafen
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
@@ -585,9 +586,7 @@ async def test_cut_that_cannot_commit(
 
 async def restart_on_other_terms(cluster: LocalCluster, kv: Any) -> None:
     """n1 stops reading with writes on their way to it, then is killed."""
-    node = cluster.nodes["n1"]
-    assert node.core.link is not None and node.core.link.connection.transport is not None
-    node.core.link.connection.transport.pause_reading()
+    deafen(cluster.nodes["n1"])
     keys = keys_of_shards(cluster)
     writes = [asyncio.ensure_future(kv.put(key, "pending", timeout=0.2)) for key in keys]
     await asyncio.gather(*writes, return_exceptions=True)

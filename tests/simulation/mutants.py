@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgpack
+
 from kvtcp.cluster.changes import MapChanges
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
@@ -612,39 +614,17 @@ def operations_shipped(patches: Patches) -> None:
     def ship(self: Any, shard: int, entries: Any) -> Any:
         again = []
         for _, packed in entries:
-            _, seq, stamp_ms, effects = replica_unpack(packed)
-            again.append((None, replica_pack((self.promised, seq, stamp_ms + 1, effects))))
+            _, seq, stamp_ms, effects = msgpack.unpackb(packed)
+            again.append((None, bytes(msgpack.packb((self.promised, seq, stamp_ms + 1, effects)))))
         return before(self, shard, again)
 
-    before = patches.put(Replica, "ship", ship)
-    patches.put(Replica, "ship", _with_chains(ship))
-
-
-def replica_unpack(packed: bytes) -> Any:
-    """An entry."""
-    import msgpack
-
-    return msgpack.unpackb(packed)
-
-
-def replica_pack(entry: Any) -> bytes:
-    """A packed entry."""
-    import msgpack
-
-    return bytes(msgpack.packb(entry))
-
-
-def _with_chains(ship: Any) -> Any:
-    def shipped(self: Any, shard: int, entries: Any) -> Any:
+    def with_chains(self: Any, shard: int, entries: Any) -> Any:
         error = ship(self, shard, entries)
-        table = self.copies[shard].table if shard in self.copies else None
-        fixed = []
-        for entry in self._logged:
-            fixed.append(entry if entry[3] is not None else (*entry[:3], table.chain if table else 0, entry[4]))
-        self._logged = fixed
+        chain = self.copies[shard].table.chain if shard in self.copies else 0
+        self._logged = [each if each[3] is not None else (*each[:3], chain, each[4]) for each in self._logged]
         return error
 
-    return shipped
+    before = patches.put(Replica, "ship", with_chains)
 
 
 @mutant("R7")

@@ -81,6 +81,14 @@ class Link:
         return self.results[-len(items) :]
 
 
+def deafen(node: NodeServer) -> Any:
+    """A node stops reading its link. Returns the transport, which resumes it."""
+    assert node.core.link is not None
+    transport = node.core.link.connection.transport
+    transport.pause_reading()
+    return transport
+
+
 async def begin_transfer(member: Link, learner: Link, shard: int = 0, token: bytes = b"t", seq_min: int = 0) -> Any:
     """LEARN, DONATE and PULL; what LEARN said."""
     last_seq = seq_min or member.seqs.get(shard, 0)
