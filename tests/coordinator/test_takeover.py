@@ -35,24 +35,6 @@ async def test_found_and_take_over() -> None:
     assert keeper.map.nodes == moved and keeper.map.shards == 4 and keeper.map.durability == "sync"
 
 
-async def test_a_cluster_that_grows_with_a_start() -> None:
-    """Nodes that the map does not have get the next ids and hold nothing, but where copies are missing; min_insync is
-    that of the start."""
-    store = MemoryConfigStore()
-    shape = {"cluster": "c", "shards": 4, "durability": "sync"}
-    first = found_map(factor=2, min_insync=1, nodes=NODES, **shape)
-    await own_map(await MapKeeper.open(store), first)
-    more = {**NODES, "n3": ("h", 3), "n4": ("h", 4)}
-    keeper = await MapKeeper.open(store)
-    await own_map(keeper, found_map(factor=2, min_insync=2, nodes=more, **shape))
-    assert keeper.map.nodes == more and keeper.map.last_node == 4 and keeper.map.min_insync == 2
-    assert keeper.map.wanted == first.wanted and not keeper.map.shards_of("n3")
-    await keeper.change(lambda old: old.with_destroyed("n4").without_node("n4").with_wanted([["n1"]] * 4))
-    keeper = await MapKeeper.open(store)
-    await own_map(keeper, found_map(factor=2, min_insync=2, nodes={**NODES, "n3": ("h", 3), "n5": ("h", 5)}, **shape))
-    assert keeper.map.last_node == 5 and all(len(row) == 2 for row in keeper.map.wanted)
-
-
 async def test_a_store_that_takes_nothing() -> None:
     """An error of the disk, and another coordinator that was faster: one sentence."""
 

@@ -322,8 +322,7 @@ def test_frames_and_batches_are_worked_off_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "items",
-    [[(PUT, 0, 5, 0, b"a", b"x")], [(PUT, 9, 1, 0, b"a", b"x")], [(200, 0)], [()], [7], [(GET, 0)]],
+    "items", [[(PUT, 0, 5, 0, b"a", b"x")], [(PUT, 9, 1, 0, b"a", b"x")], [(200, 0)], [()], [7], [(GET, 0)]]
 )
 def test_an_error_while_applying_ends_the_node(items: list[Any]) -> None:
     """Nothing of it is acknowledged."""

@@ -105,14 +105,9 @@ class Node:
         self.spaces: list[int] = []
         self.frozen: list[int] = []
         self.durability = Durability(
-            asyncio.get_running_loop(),
-            store,
-            on_durable=lambda connection, ordinal: self.told.append((connection, ordinal)),
-            on_failed=self.failures.append,
-            on_space=self.spaces.append,
-            freeze=self.freeze,
-            **options,
-        )
+            asyncio.get_running_loop(), store, on_durable=lambda *durable: self.told.append(durable),
+            on_failed=self.failures.append, on_space=self.spaces.append, freeze=self.freeze, **options,
+        )  # fmt: skip
 
     def freeze(self, shard: int) -> tuple[Frozen, list[Logged]]:
         self.frozen.append(shard)

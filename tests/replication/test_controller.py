@@ -266,18 +266,6 @@ def test_a_destroyed_member_waits_for_a_node_that_can_take_its_place() -> None:
     world.assert_equal()
 
 
-def test_the_end_of_a_run_in_memory() -> None:
-    """All copies are new and empty: the shard begins anew, and that is told."""
-    world = World(2, 2, durability="memory")
-    world.commit("gone")
-    world.replace("n1")
-    world.replace("n2")
-    world.take_over("n1", "n2")
-    world.pump()
-    assert world.controller.recovery.emptied == [0] and len(world.words("began-empty")) == 1
-    assert world.shards[0].commit == 0 and world.shards[0].writable
-
-
 def test_all_copies_in_memory_are_lost_while_the_coordinator_runs() -> None:
     """The shard begins anew, and nobody waits for what was there. Its numbers go on: who read one that is gone does not
     take another value for it."""
@@ -559,8 +547,8 @@ def test_a_link_that_breaks_while_the_first_disks_are_stored() -> None:
 
 
 def test_frames_for_nobody() -> None:
-    """Of shards that are not, of attempts that are over: nothing comes of them. Of a node that is not linked they cost
-    the connection."""
+    """Of shards that are not, of attempts that are over: nothing comes of them. One that cannot be true, or is of a
+    node that is not linked, costs the connection."""
     world = World(2, 2)
     for frame in (
         (wire.ENTRIES, 9, 0, 0, []), (wire.ENTRIES, -1, 0, 0, []), (wire.ENTRIES, 0, 0, 0, []),
@@ -570,17 +558,12 @@ def test_frames_for_nobody() -> None:
         world.controller.receive("n1", frame)
         world.check()
     assert not world.controller.outbox.take_actions() and world.shards[0].writable
+    with pytest.raises(LinkError, match="the last one sent is"):
+        world.controller.receive("n1", [wire.RESULTS, 99, 99, [], []])
     world.down("n1")
     for frame in ((wire.LEARNED, 0, b"n1-1", 1, 2, 0, 0), (wire.LEAVE,)):
         with pytest.raises(LinkError, match="n1 is not linked"):
             world.controller.receive("n1", frame)
-
-
-def test_results_go_to_the_sequencer() -> None:
-    """A frame that cannot be true costs the link."""
-    world = World(2, 2)
-    with pytest.raises(LinkError, match="the last one sent is"):
-        world.controller.receive("n1", [wire.RESULTS, 99, 99, [], []])
 
 
 def test_a_node_that_leaves_is_let_go_and_told_to_stop() -> None:

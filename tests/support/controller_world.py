@@ -9,7 +9,7 @@ After every step the cores check themselves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from typing import Any
@@ -176,10 +176,10 @@ class Node:
         """To the coordinator."""
         self.outbox.append(wire(frame))
 
-    def close(self) -> None:
-        """The world does it."""
+    def close(self, *_: Any, **__: Any) -> None:
+        """The world does it, or nobody reads it."""
 
-    flush = abort = linked = unlinked = donations_changed = collect_young = close
+    flush = abort = linked = unlinked = donations_changed = collect_young = change_copies = event = founded = close
 
     def append(self, entries: list[Logged], link: CoordinatorLink, ordinal: int) -> bool:
         """Durable, unless it is withheld."""
@@ -198,12 +198,6 @@ class Node:
         """A promise is never withheld."""
         done()
 
-    def change_copies(self, copies: Iterable[Copy], pulled: Any = None) -> None:
-        """The copies of the replica are those of the disk."""
-
-    def event(self, level: str, word: str, **fields: Any) -> None:
-        """Nobody reads it."""
-
     def later(self, delay_ms: int, callback: Callable[[], None], /) -> None:
         """When the frame is worked off."""
         self.due.append(callback)
@@ -211,9 +205,6 @@ class Node:
     def failed(self, error: BaseException) -> None:
         """There is no error that a node may end by."""
         raise error
-
-    def founded(self, cluster: str, secret: str) -> None:
-        """It is of this cluster."""
 
     def end_transfers(self, reason: str) -> None:
         """Those of the link that was lost."""
@@ -553,8 +544,10 @@ class World:
             for number in range(self.map.shards):
                 node.kept.forget(number)
 
-    def settled(self, ms: int = 3_000) -> None:
-        """After so long every shard has its wanted members, which are equal, and takes writes."""
+    def settled(self, ms: int = 3_000, *, up: str = "") -> None:
+        """After so long every shard has its wanted members, which are equal, and takes writes. `up` is linked first."""
+        if up:
+            self.up(up)
         self.run(ms)
         for shard in self.shards:
             number = shard.number

@@ -70,8 +70,7 @@ def test_a_node_is_added_to_shards_with_too_few_copies() -> None:
     world.run(500)
     assert world.map.wanted == (("n1",), ("n1",)) and "n2" not in world.map.nodes
     assert answer(world, "add_node", "h", 9) == {"node": "n3"}
-    world.up("n3")
-    world.settled()
+    world.settled(up="n3")
     assert counts(world) == {"n1": 2, "n3": 2}
 
 
@@ -105,8 +104,7 @@ def test_others_that_are_told_of_the_map_with_a_new_node_know_it() -> None:
     world.release_store()
     world.run(100)
     assert added == [{"node": "n4"}]
-    world.up("n4")
-    world.settled()
+    world.settled(up="n4")
     assert counts(world) == {"n1": 2, "n2": 2, "n4": 2}
 
 
@@ -398,8 +396,7 @@ def test_a_copy_of_a_node_that_is_no_member() -> None:
     world.get("read")
     world.pump()
     assert world.answers.ok["read"][0] == b"v"
-    world.up("n2")
-    world.settled()
+    world.settled(up="n2")
 
 
 def test_a_shard_of_which_nothing_is_left_begins_empty() -> None:

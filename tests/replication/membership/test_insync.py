@@ -93,8 +93,7 @@ def test_a_lost_node_stays_where_it_has_to(world: World) -> None:
     world.up("n3")
     world.run(200)
     assert world.row() == ["n1", "n3"] and world.answers.ok == {"waits too": 1}
-    world.up("n2")
-    world.settled()
+    world.settled(up="n2")
 
 
 @pytest.mark.parametrize("first", ["n1", "n2"])
@@ -400,8 +399,7 @@ def test_a_link_that_breaks_before_a_replacement_in_a_served_shard_is_proposed()
     world.down("n2")
     assert not world.shards[0].learners and world.shards[0].bad
     world.nodes["n2"].holds_pulls = False
-    world.up("n2")
-    world.settled()
+    world.settled(up="n2")
 
 
 def test_the_only_good_member_is_lost_while_it_gives_its_copy() -> None:
@@ -416,8 +414,7 @@ def test_the_only_good_member_is_lost_while_it_gives_its_copy() -> None:
     world.nodes["n2"].holds_pulls = False
     world.run(RECOVER_WAIT_MS - TICK_MS)
     assert world.row() == ["n1", "n2"] and world.shards[0].bad and not world.shards[0].learners
-    world.up("n1")
-    world.settled()
+    world.settled(up="n1")
 
 
 def test_nobody_is_left_who_has_the_data() -> None:
@@ -519,8 +516,7 @@ def test_a_node_with_another_history_gets_a_whole_copy() -> None:
     world.run(2_000)
     assert world.row() == ["n1", "n2"] and world.nodes["n3"].replica.tables[0].seq == 2
     world.fill(3)
-    world.up("n3")
-    world.settled()
+    world.settled(up="n3")
     assert world.map.disk_of(0, "n3") == "n3-2"
 
 
@@ -663,8 +659,7 @@ def test_a_learner_that_is_live_while_another_change_is_on_its_way() -> None:
     world.release_store()
     world.run(100)
     assert world.row() == ["n1", "n2", "n4"]
-    world.up("n3")
-    world.settled()
+    world.settled(up="n3")
 
 
 def test_a_learner_that_lacks_something_committed_does_not_join() -> None:
@@ -763,8 +758,7 @@ def test_a_copy_is_not_dropped_before_the_shard_is_as_it_is_wanted() -> None:
     world.up("n4")
     world.run(2_000)
     assert world.items("n3", DROP) == []
-    world.up("n2")
-    world.settled()
+    world.settled(up="n2")
     assert world.items("n3", DROP) == [[DROP, 0]]
 
 
@@ -796,8 +790,7 @@ def test_the_copy_of_a_node_that_was_away_while_it_moved_is_dropped() -> None:
     want(world, ["n1", "n2", "n4"])
     world.run(2_000)
     assert world.row() == ["n1", "n2", "n4"]
-    world.up("n3")
-    world.settled()
+    world.settled(up="n3")
     assert world.items("n3", DROP) == [[DROP, 0]]
 
 
@@ -864,8 +857,7 @@ def test_a_draining_node_is_no_substitute() -> None:
     forget(world, "n2")
     world.run(1_000)
     assert world.row() == ["n1", "n2"] and not world.shards[0].learners
-    world.up("n4")
-    world.settled()
+    world.settled(up="n4")
     assert world.row() == ["n1", "n4"]
 
 

@@ -150,10 +150,10 @@ def test_two_bad_members_of_which_one_can_leave() -> None:
 # --- results ----------------------------------------------------------------------------------------
 
 
-def answering(kind: int = op.INCR, **options: Any) -> tuple[Cluster, str]:
+def answering(**options: Any) -> tuple[Cluster, str]:
     """A write whose answering member, the second result, applied it and said nothing yet."""
     cluster = Cluster(shards=1, **options)
-    cluster.write(kind, "write", key=b"n", args=(5,) if kind == op.INCR else (b"v",))
+    cluster.write(op.INCR, "write", key=b"n", args=(5,))
     first = cluster.sequencer.shards[0].members[0].node
     cluster.apply(first)
     return cluster, first
