@@ -1,29 +1,23 @@
-"""The coordinator's server with real nodes: nodes that die, come back empty, are slow, come and go for good;
-acknowledgements withheld."""
+"""The coordinator's server with real nodes: nodes that die, come back empty, are slow, come and go for good; takeovers,
+and coordinators that are deposed."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import kvtcp
-from kvtcp.cluster.map_store import MapStore
 from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.coordinator import server as module
 from kvtcp.coordinator import status
 from kvtcp.coordinator.takeover import CannotServe
 from kvtcp.errors import Code
-from kvtcp.protocol.link import HELLO, REPORT, RESULTS
+from kvtcp.protocol.link import HELLO, REPORT
 from kvtcp.replication import ownership
 from kvtcp.replication.membership.insync import Membership
-from kvtcp.replication.membership.recovery import Recovery
-from kvtcp.replication.sequencing.link import LinkError
 from kvtcp.testing import local_cluster
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
@@ -39,28 +33,10 @@ from tests.processes.raw_client import (
     restart_empty,
     until,
 )
+from tests.support.learning_tools import deafen
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
-
-
-@contextlib.contextmanager
-def withheld(cluster: LocalCluster, node: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The node applies and answers, but acknowledges nothing as durable; at the end it acknowledges everything."""
-    link = cluster.nodes[node].core.link
-    assert link is not None
-    connection = link.connection
-    send, replica = connection.send, cluster.nodes[node].replica
-
-    def hold(message: Any) -> None:
-        send((RESULTS, message[1], durable, *message[3:]) if message[0] == RESULTS else message)
-
-    durable = replica.applied
-    with monkeypatch.context() as patch:
-        patch.setattr(connection, "send", hold)
-        yield
-    send((RESULTS, replica.applied, replica.applied, [], []))
-    connection.flush()
 
 
 def all_equal(cluster: LocalCluster, nodes: int) -> bool:
@@ -160,36 +136,6 @@ async def test_node_restarted_empty(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         cluster.coordinator.controller.check()
 
 
-async def test_empty_node_of_an_empty_cluster() -> None:
-    """A node that had acknowledged nothing may come back with another disk and is a member again."""
-    async with LocalCluster(2, shards=8) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
-        await kill_node(cluster, "n1")
-        await restart_empty(cluster, "n1")
-        await kv.put("a", "1")
-        assert (await kv.status())["state"] == "ok"
-
-
-async def test_withheld_acknowledgements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read waits while what it saw is not committed (a new value, an absence after a delete); an old key answers."""
-    async with LocalCluster(2, shards=1) as cluster, await Wire.open(cluster.coordinator.address) as wire:
-        for key in ("old", "gone"):
-            assert (await wire.ask("put", key, "v"))[1] == 0
-        with withheld(cluster, "n2", monkeypatch):
-            wire.send([100, "put", "new", "v"], [101, "get", "new"], [102, "delete", "gone"], [103, "get", "gone"])
-            wire.send([104, "exists", "none"], [105, "count", "", None], [106, "mget", ["old"]])
-            wire.send([107, "get", "old"], [108, "ttl", "old"], [109, "exists", "old"])
-            answers = [await wire.receive() for _ in range(3)]
-            assert {answer[0] for answer in answers} == {107, 108, 109}
-            await until(lambda: not any(link.written for link in cluster.coordinator.sequencer.links.values()))
-            assert len(cluster.coordinator.sequencer.shards[0].held) == 5, "results are here, and held"
-            assert cluster.coordinator.sequencer.shards[0].commit == 2
-        answers = [await wire.receive() for _ in range(7)]
-        assert {answer[0]: answer[2] for answer in answers} == {
-            100: 3, 101: [b"v", 3, None], 102: True, 103: None, 104: False, 105: 2, 106: [[b"v", 1, None]],
-        }  # fmt: skip
-        cluster.coordinator.sequencer.check()
-
-
 async def test_many_requests_are_sent_in_between() -> None:
     """What some requests led to waits for the end of the tick; when very many were read it leaves without reading on,
     and with it the answers that were there. Nothing is answered twice or out of order."""
@@ -213,10 +159,7 @@ async def test_slow_node() -> None:
     """A slow replica slows writes down to its pace and loses none; reads come from the other one."""
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "0")
-        node = cluster.nodes["n2"]
-        assert node.core.link is not None and node.core.link.connection.transport is not None
-        transport = node.core.link.connection.transport
-        transport.pause_reading()
+        transport = deafen(cluster.nodes["n2"])
         writes = [asyncio.ensure_future(kv.incr("a")) for _ in range(200)]
         await until(lambda: cluster.coordinator.links["n2"].progress.items >= 200, "writes on their way")
         assert not any(write.done() for write in writes)
@@ -230,9 +173,7 @@ async def test_silent_node_is_named() -> None:
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
         assert (await kv.status())["state"] == "ok"
         node = cluster.nodes["n2"]
-        assert node.core.link is not None and node.core.link.connection.transport is not None
-        transport = node.core.link.connection.transport
-        transport.pause_reading()
+        transport = deafen(node)
         node._stats.stop()
         silent = cluster.coordinator.links["n2"]
         await until(lambda: cluster.coordinator.status.nodes()[1]["state"] == "silent", "the silence")
@@ -265,8 +206,7 @@ async def test_takeover_ships_what_a_member_lacks(monkeypatch: pytest.MonkeyPatc
     async with LocalCluster(3, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "0")
         slow = cluster.nodes["n2"]
-        assert slow.core.link is not None and slow.core.link.connection.transport is not None
-        slow.core.link.connection.transport.pause_reading()
+        deafen(slow)
         writes = [asyncio.ensure_future(kv.incr(f"n{n % 20}", timeout=0.3)) for n in range(300)]
         outcomes = await asyncio.gather(*writes, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {kvtcp.OutcomeUnknown}
@@ -278,31 +218,6 @@ async def test_takeover_ships_what_a_member_lacks(monkeypatch: pytest.MonkeyPatc
         for number in range(2):
             tables = [node.replica.tables[number] for node in cluster.nodes.values()]
             assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1
-
-
-async def test_a_shard_begins_anew_when_a_link_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link that is lost while members are made equal: its shards are judged again, and then it succeeds."""
-    asked = []
-    on_entries = Recovery.on_entries
-
-    def broken(self: Recovery, node: str, *frame: Any) -> None:
-        asked.append(node)
-        if len(asked) == 1:
-            raise LinkError("for the test")
-        on_entries(self, node, *frame)
-
-    async with LocalCluster(2, shards=1) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
-        await kv.put("a", "0")
-        slow = cluster.nodes["n2"]
-        assert slow.core.link is not None and slow.core.link.connection.transport is not None
-        slow.core.link.connection.transport.pause_reading()
-        with pytest.raises(kvtcp.OutcomeUnknown):
-            await kv.put("a", "1", timeout=0.1)
-        monkeypatch.setattr(Recovery, "on_entries", broken)
-        await cluster.restart_coordinator()
-        assert asked == ["n1", "n1"] and link_number(cluster.coordinator, "n1") == 2
-        assert await kv.get("a") == b"1"
-        await kv.put("a", "2")
 
 
 async def test_an_older_copy_of_the_map_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,17 +261,6 @@ async def test_fenced() -> None:
             await Wire.open(coordinator.address)
 
 
-async def test_a_map_that_somebody_else_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next change of the map meets the other's: it is final."""
-    async with LocalCluster(1, shards=2) as cluster:
-        other = await MapStore.open(cluster.store)
-        await other.change(lambda old: replace(old, owner="another"))
-        monkeypatch.setattr(ownership, "STAMP_MOVE_MS", STAMP_AHEAD_MS)
-        with pytest.raises(CannotServe, match="changed by somebody else"):
-            await cluster.coordinator.failed
-        assert cluster.coordinator.controller.ownership.deposed
-
-
 async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """R12: stamps stop at the stored bound, status says so, and they go on when the store takes the next bound."""
     async with LocalCluster(1, shards=2) as cluster, kvtcp.connect(cluster.url) as kv:
@@ -383,17 +287,6 @@ async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
         assert await kv.get("a") is None
         assert coordinator.map.stamp_bound_ms == bound_ms + 700 + STAMP_AHEAD_MS
         assert (await kv.status())["degraded"] == []
-
-
-async def test_stamps_go_on_where_the_last_bound_was() -> None:
-    """The next coordinator begins with the bound of the one before, whatever the clock says; its own is no lower."""
-    async with LocalCluster(1, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
-        await kv.put("a", "1", ttl=1)
-        bound_ms = cluster.coordinator.map.stamp_bound_ms
-        await cluster.restart_coordinator()
-        assert cluster.coordinator.sequencer.stamp_ms >= bound_ms
-        assert cluster.coordinator.map.stamp_bound_ms >= bound_ms
-        assert await kv.get("a") is None
 
 
 async def test_time_after_a_clean_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,9 @@ async def test_administration_keys_are_documented() -> None:
     """Every key of status, nodes and shards stands in the document, and no other."""
     async with LocalCluster(2, shards=2) as cluster, kvtcp.connect(cluster.url) as kv:
         shown = {
-            "status": set(await kv.status()),
-            "nodes": set().union(*await kv.nodes()),
+            "status": set(await kv.status()), "nodes": set().union(*await kv.nodes()),
             "shards": set().union(*await kv.shards()),
-        }
+        }  # fmt: skip
     documented: dict[str, set[str]] = {}
     section = ""
     for line in DOCUMENT.read_text().splitlines():

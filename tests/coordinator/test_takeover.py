@@ -36,25 +36,6 @@ async def test_found_and_take_over() -> None:
     assert map_store.map.nodes == moved and map_store.map.shards == 4 and map_store.map.durability == "sync"
 
 
-async def test_a_cluster_that_grows_with_a_start() -> None:
-    """Nodes that the map does not have get the next ids and hold nothing, but where copies are missing; min_insync is
-    that of the start."""
-    store = MemoryConfigStore()
-    shape = {"cluster": "c", "shards": 4, "durability": "sync"}
-    first = found_map(factor=2, min_insync=1, nodes=NODES, **shape)
-    await own_map(await MapStore.open(store), first)
-    more = {**NODES, "n3": ("h", 3), "n4": ("h", 4)}
-    map_store = await MapStore.open(store)
-    await own_map(map_store, found_map(factor=2, min_insync=2, nodes=more, **shape))
-    assert map_store.map.nodes == more and map_store.map.last_node == 4 and map_store.map.min_insync == 2
-    assert map_store.map.wanted == first.wanted and not map_store.map.shards_of("n3")
-    await map_store.change(lambda old: old.with_destroyed("n4").without_node("n4").with_wanted([["n1"]] * 4))
-    map_store = await MapStore.open(store)
-    more = {**NODES, "n3": ("h", 3), "n5": ("h", 5)}
-    await own_map(map_store, found_map(factor=2, min_insync=2, nodes=more, **shape))
-    assert map_store.map.last_node == 5 and all(len(row) == 2 for row in map_store.map.wanted)
-
-
 async def test_a_store_that_takes_nothing() -> None:
     """An error of the disk, and another coordinator that was faster: one sentence."""
 

@@ -293,13 +293,9 @@ class SimCoordinator(Process):
     def make_controller(self, changes: MapChanges, before: Any) -> Controller:
         """The core."""
         return self.controller_class(
-            changes,
-            durability=self.mode,
-            map_version_before=before.version,
-            stamp_before_ms=before.stamp_bound_ms,
-            sequencer=self.confirming_class if self.store.shared else self.sequencer_class,
-            new_token=self._new_token,
-        )
+            changes, durability=self.mode, map_version_before=before.version, stamp_before_ms=before.stamp_bound_ms,
+            sequencer=self.confirming_class if self.store.shared else self.sequencer_class, new_token=self._new_token,
+        )  # fmt: skip
 
     def _new_token(self) -> bytes:
         self._tokens += 1

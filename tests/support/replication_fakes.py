@@ -35,9 +35,7 @@ class Answers:
 STAMP_MAX_MS = 10**15
 
 
-def make_map(
-    nodes: int = 3, factor: int = 3, shards: int = 4, disk: str = "disk", min_insync: int = 1
-) -> ClusterMap:
+def make_map(nodes: int = 3, factor: int = 3, shards: int = 4, disk: str = "disk", min_insync: int = 1) -> ClusterMap:
     """A map with nodes n1, n2, ... whose copies all have this disk, and a bound of stamps that is never met."""
     founded = ClusterMap.found(
         cluster="c", owner="o", shards=shards, factor=factor, min_insync=min_insync, durability="sync",
@@ -93,8 +91,7 @@ class Cluster:
         """A new link, as the node sees it; its copies."""
         report = self.replicas[node].hello({
             b"version": LINK_VERSION, b"epoch": 1, b"coordinator": b"o", b"node": node.encode(), b"map_version": 1,
-            b"heard_version": 0,
-            b"shards": self.map.shards_of(node),
+            b"heard_version": 0, b"shards": self.map.shards_of(node),
         })  # fmt: skip
         self.applied[node] = (0, [])
         return parse_report(wire(report)).copies
@@ -141,6 +138,12 @@ class Cluster:
     def put(self, token: Any, number: int = 0, key: bytes = b"k", value: bytes = b"v") -> None:
         """A put by the common sink."""
         self.sequencer.shards[number].write(PUT, key, (value,), len(key) + len(value), self.answers, token)
+
+    def commit(self, token: Any, number: int = 0) -> Any:
+        """A put, applied and answered by all. Returns its result."""
+        self.put(token, number)
+        self.pump()
+        return self.answers.ok.get(token)
 
     def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
         """Any other write."""

@@ -156,14 +156,11 @@ class World:
         self.sequencer = FakeSequencer(keys=sorted(keys))
         self.keyspace = Keyspace(SHARDS)
         self.host = FakeHost()
+        sequencer: Any = self.sequencer
         self.service = RespService(
-            self.sequencer,  # type: ignore[arg-type]
-            self.keyspace,
-            self.host,
-            lambda: self.now_ms,
-            lambda: 1_700_000_000_123_456,
+            sequencer, self.keyspace, self.host, lambda: self.now_ms, lambda: 1_700_000_000_123_456,
             lambda below: below // 2,
-        )
+        )  # fmt: skip
 
     def connect(self) -> Client:
         """A client."""

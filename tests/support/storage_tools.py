@@ -27,14 +27,9 @@ def ids(seed: int = 0) -> Callable[[int], bytes]:
 
 
 def open_small(
-    disk: Disk,
-    *,
-    durability: str = "sync",
-    boot: str = BOOT,
-    seed: int = 0,
-    directory: Path = DIRECTORY,
+    disk: Disk, *, durability: str = "sync", boot: str = BOOT, seed: int = 0, directory: Path = DIRECTORY,
     segment_bytes: int = SEGMENT_BYTES,
-) -> NodeStore:
+) -> NodeStore:  # fmt: skip
     """A store whose segments hold a few records. The `seed` is another one for every opening of a test."""
     return open_store(disk, directory, durability, ids(seed), boot, segment_bytes_max=segment_bytes)
 

@@ -162,18 +162,14 @@ def test_changes_of_the_cluster(served: Served) -> None:
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
-        ((b"get",), Code.BAD_REQUEST),
-        ((b"get", b"a", b"b"), Code.BAD_REQUEST),
-        ((b"get", b""), Code.BAD_REQUEST),
-        ((b"put", b"a"), Code.BAD_REQUEST),
-        ((b"put", b"a", 5), Code.BAD_REQUEST),
-        ((b"put", b"a", b"v", {b"x": 1}), Code.BAD_REQUEST),
-        ((b"mget", [b"a", 5]), Code.BAD_REQUEST),
+        ((b"get",), Code.BAD_REQUEST), ((b"get", b"a", b"b"), Code.BAD_REQUEST), ((b"get", b""), Code.BAD_REQUEST),
+        ((b"put", b"a"), Code.BAD_REQUEST), ((b"put", b"a", 5), Code.BAD_REQUEST),
+        ((b"put", b"a", b"v", {b"x": 1}), Code.BAD_REQUEST), ((b"mget", [b"a", 5]), Code.BAD_REQUEST),
         ((b"scan", None, None, 0), Code.BAD_REQUEST),
         ((b"mget", [b"k" * 4_096] * (MGET_KEYS_BYTES_MAX // 4_096 + 1)), Code.TOO_LARGE),
     ],
     ids=lambda value: str(value)[:40],
-)
+)  # fmt: skip
 def test_bad_requests(served: Served, request_: tuple[Any, ...], code: Code) -> None:
     """Each is answered with its code, the connection goes on, and nothing was queued."""
     assert served.ask(*request_)[0] == code
@@ -201,8 +197,7 @@ def test_guard_of_a_restore(served: Served) -> None:
     served.keyspace.restoring = b"p"
     for request in (
         (b"get", b"p1"), (b"put", b"p", b"v"), (b"mget", [b"a", b"pp"]), (b"mdelete", [b"p1"]),
-        (b"mput", [[b"p1", b"v"]]),
-        (b"scan", None, None, 5), (b"scan", b"p", None, 5), (b"count", b"o", b"pa"),
+        (b"mput", [[b"p1", b"v"]]), (b"scan", None, None, 5), (b"scan", b"p", None, 5), (b"count", b"o", b"pa"),
         (b"count", None, None, {b"prefix": b"p1"}),
     ):  # fmt: skip
         code, text, _ = served.ask(*request)

@@ -245,16 +245,12 @@ def test_nobody_is_removed_before_a_good_member_answered() -> None:
 @pytest.mark.parametrize(
     ("min_insync", "rows", "left", "then"),
     [
-        (1, (7, None, None), ["n1"], "served"),
-        (2, (7, None, None), ["n1", "n3"], "down"),
-        (3, (7, 7, None), ["n1", "n2", "n3"], "down"),
-        (2, (7, "bad", None), ["n1", "n2"], "repairing"),
-        (1, (7, "bad", None), ["n1"], "served"),
-        (2, (7, "bad", "bad"), ["n1", "n3"], "repairing"),
-        (3, (7, "bad", "bad"), ["n1", "n2", "n3"], "repairing"),
-        (2, (7, 7, "bad"), ["n1", "n2"], "served"),
+        (1, (7, None, None), ["n1"], "served"), (2, (7, None, None), ["n1", "n3"], "down"),
+        (3, (7, 7, None), ["n1", "n2", "n3"], "down"), (2, (7, "bad", None), ["n1", "n2"], "repairing"),
+        (1, (7, "bad", None), ["n1"], "served"), (2, (7, "bad", "bad"), ["n1", "n3"], "repairing"),
+        (3, (7, "bad", "bad"), ["n1", "n2", "n3"], "repairing"), (2, (7, 7, "bad"), ["n1", "n2"], "served"),
     ],
-)
+)  # fmt: skip
 def test_removals_never_go_below_min_insync(min_insync: int, rows: Any, left: list[str], then: str) -> None:
     """R4, R6: silent ones go first, as a bad one that answered can be repaired in its place; one silent member that has
     to stay keeps the shard down."""
@@ -562,10 +558,9 @@ def test_members_that_were_replaced() -> None:
         (copy(replica_id="new"), "came back without its data"),
         (copy(9, replica_id="new"), "came back without its data: what it has is not what was written to this cluster"),
         (copy(3, replica_id="new", damage="the log is torn"), "has a damaged copy: the log is torn"),
-        (copy(9, complete=False), "has an incomplete copy: it was never finished"),
-        (None, "has no copy of it"),
+        (copy(9, complete=False), "has an incomplete copy: it was never finished"), (None, "has no copy of it"),
     ],
-)
+)  # fmt: skip
 def test_bad_members(row: CopyReport | None, why: str) -> None:
     """R9: another disk, an incomplete copy or none: whatever it holds, it does not count, and the others go on."""
     around = begin(copy(7), row, copy(7))
@@ -712,7 +707,7 @@ def test_an_end_of_a_run_in_memory() -> None:
         ((copy(replica_id="a"), copy(3, replica_id="b")), in_memory),
         ((copy(replica_id="a"), copy(replica_id="b", complete=False)), in_memory),
         ((copy(replica_id="a"), None), in_memory),
-    ):
+    ):  # fmt: skip
         assert begin(*rows, cluster_map=cluster_map).state() == DOWN
 
 

@@ -30,9 +30,8 @@ DAMAGE: list[tuple[str, Callable[[Shard], object]]] = [
 
 
 @pytest.mark.parametrize(("text", "damage"), DAMAGE, ids=[f"{n} {text}" for n, (text, _) in enumerate(DAMAGE)])
-def test_check_finds(text: str, damage: Callable[[Shard], object]) -> None:
+def test_check_finds(cluster: Cluster, text: str, damage: Callable[[Shard], object]) -> None:
     """Each broken invariant is named."""
-    cluster = Cluster(shards=1)
     cluster.put("w")
     shard = cluster.sequencer.shards[0]
     shard.check()
@@ -48,9 +47,8 @@ def test_links_know_their_shards() -> None:
         assert [shard.number for shard in link.shards] == cluster.map.shards_of(node)
 
 
-def test_marks() -> None:
+def test_marks(cluster: Cluster) -> None:
     """A bad member is none of the good ones, in whatever order they are marked; a shard with one is not whole."""
-    cluster = Cluster(shards=1)
     shard = cluster.sequencer.shards[0]
     first, second, third = shard.members
     assert shard.is_whole() and shard.takes_writes()
@@ -62,9 +60,8 @@ def test_marks() -> None:
     assert shard.good == [first, third] and list(shard.bad) == [second]
 
 
-def test_the_worst_member_decides_on_space() -> None:
+def test_the_worst_member_decides_on_space(cluster: Cluster) -> None:
     """A shard is as short of space as its worst member, and not writable while it is."""
-    cluster = Cluster(shards=1)
     shard = cluster.sequencer.shards[0]
     for level, link in zip((1, 2, 0), shard.members, strict=True):
         link.space = level
