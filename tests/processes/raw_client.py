@@ -25,7 +25,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.testing.local_cluster import LocalCluster
 
-WAIT_S = 10.0  # deadline of every condition
+WAIT_S = 30.0  # deadline of every condition, generous: the machine may be busy
 
 # for the modules that take the fixture below: the hook that replaces it would parametrize the tests of all modules
 BOTH_LOOPS = pytest.mark.filterwarnings('ignore:Overriding the "event_loop_policy" fixture')

@@ -22,6 +22,7 @@ from kvtcp.protocol.link import HELLO, REFUSED, REPORT
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
     BOTH_LOOPS,
+    WAIT_S,
     Wire,
     cut_link,
     event_loop_policy,
@@ -432,12 +433,13 @@ async def test_large_answers_of_one_tick_against_the_total(
         account(difference_bytes)
 
     monkeypatch.setattr(coordinator.clients, "account", watched)
-    async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url) as kv:
+    async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url, timeout=WAIT_S) as kv:
         await kv.put("large", b"v" * MIB)
         session = await until(lambda: next(s for s in coordinator.clients.sessions if s.name == "test"))
         wire.send(*([n, "get", "large"] for n in range(200)))
         await until(lambda: session not in coordinator.clients.sessions, "its end")
         assert 16 * MIB < peak < 48 * MIB
+        await until(lambda: not coordinator.clients.is_over_total, "the others read again")
         assert await kv.put("small", "v") > 0
     await until(lambda: coordinator.clients.held_bytes == 0, "nothing held any more")
 

@@ -1,6 +1,7 @@
 """The program: its own options, help, quiet pipes, interruption, and how fast it starts."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -137,7 +138,8 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_an_interrupted_write_says_that_its_outcome_is_open() -> None:
     """Ctrl-C while a put waits: 130, and the message says that it may have been carried out."""
     program = FAKE + (
-        "import threading\n"
+        "import signal, threading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # however it was started\n"
         "async def connect(*_):\n"
         "    client.hangs = True\n"
         "    return client\n"
@@ -149,11 +151,12 @@ def test_an_interrupted_write_says_that_its_outcome_is_open() -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        assert process.stdout is not None and process.stderr is not None, "pipes were asked for"
+        assert process.stdout is not None, "a pipe was asked for"
         assert process.stdout.readline() == b"ready\n"
-        process.send_signal(2)
-        assert process.wait(10) == 130
-        assert process.stderr.read() == b"kvtcp-shell: interrupted; whether put was carried out is not known\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)  # the machine may be busy
+        message = b"kvtcp-shell: interrupted; whether put was carried out is not known\n"
+        assert (process.returncode, err) == (130, message)
     finally:
         process.kill()
         process.communicate()
