@@ -147,15 +147,12 @@ def make_node(directory: Path, values: list[str]) -> str:
     return copy.disk
 
 
-@pytest.mark.parametrize(
-    ("values", "disk", "said"),
-    [
-        (["a", "b"], "n2", ""),
-        (["a"], "n2", "members differ"),
-        (["a", "c"], "n2", "members differ"),
-        (["a", "b"], "other", "n2 is a member by other and holds n2 (complete)"),
-    ],
-)
+@pytest.mark.parametrize(("values", "disk", "said"), [
+    (["a", "b"], "n2", ""),
+    (["a"], "n2", "members differ"),
+    (["a", "c"], "n2", "members differ"),
+    (["a", "b"], "other", "n2 is a member by other and holds n2 (complete)"),
+])  # fmt: skip
 def test_members_that_differ(tmp_path: Path, values: list[str], disk: str, said: str) -> None:
     """Members whose data differ are named, with all versions of what they hold; so is one with another disk."""
     make_node(tmp_path / "n1", ["a", "b"])

@@ -299,9 +299,7 @@ class History:
 
     def stored(self) -> ClusterMap:
         """The map that is about to be lost."""
-        return replace(
-            self.base, epoch=self.epoch, version=self.version, members=(tuple(self.row.items()),)
-        )
+        return replace(self.base, epoch=self.epoch, version=self.version, members=(tuple(self.row.items()),))
 
     def takeover(self, linked: list[str]) -> None:
         """The next epoch: some nodes get the map; the good members that are linked are made equal to the best."""

@@ -281,10 +281,8 @@ def test_a_directory_with_files_is_never_replaced_or_removed() -> None:
     disk.rename(D / "t", D / "u")
     disk.rename(D / "g", D / "t")
     assert names_left(disk) == {
-        ("d", "d/g", "d/t", "d/t/f"),
-        ("d", "d/g", "d/u", "d/u/f"),
-        ("d", "d/t", "d/u", "d/u/f"),
-    }
+        ("d", "d/g", "d/t", "d/t/f"), ("d", "d/g", "d/u", "d/u/f"), ("d", "d/t", "d/u", "d/u/f"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("follower", ["file", "directory"])

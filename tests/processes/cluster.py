@@ -76,14 +76,10 @@ class Command:
         self.err = directory / f"{name}.{number}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *program, *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                cwd=directory,
-                env={**os.environ, "PYTHONPATH": str(ROOT)} if "." in name else os.environ,
+                [sys.executable, *program, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)} if "." in name else os.environ,
                 process_group=0 if new_group else None,
-            )
+            )  # fmt: skip
 
     @property
     def pid(self) -> int:

@@ -157,20 +157,11 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
     """A HELLO as the coordinator of `running` would say it next to node `to`."""
     coordinator = running.coordinator
     return {
-        "version": LINK_VERSION,
-        "cluster": coordinator.map.cluster,
-        "secret": coordinator.secret,
-        "epoch": coordinator.map.epoch,
-        "coordinator": coordinator.map.owner,
-        "link": link_number(coordinator, to) + 1,
-        "node": to,
-        "durability": coordinator.controller.durability,
-        "map": coordinator.map.to_json(),
-        "map_version": coordinator.map.version,
-        "heard_version": 0,
-        "shards": coordinator.map.shards_of(to),
-        **changed,
-    }
+        "version": LINK_VERSION, "cluster": coordinator.map.cluster, "secret": coordinator.secret,
+        "epoch": coordinator.map.epoch, "coordinator": coordinator.map.owner, "link": link_number(coordinator, to) + 1,
+        "node": to, "durability": coordinator.controller.durability, "map": coordinator.map.to_json(),
+        "map_version": coordinator.map.version, "heard_version": 0, "shards": coordinator.map.shards_of(to), **changed,
+    }  # fmt: skip
 
 
 def link_number(coordinator: CoordinatorServer, node: str) -> int:

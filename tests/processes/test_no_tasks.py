@@ -18,10 +18,7 @@ from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import Wire
 
 OPERATIONS = 10_000
-LOOPS: dict[str, type[asyncio.AbstractEventLoop]] = {
-    "asyncio": asyncio.SelectorEventLoop,
-    "uvloop": uvloop.Loop,
-}
+LOOPS: dict[str, type[asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.Loop}
 
 
 def counting_loop(kind: type[asyncio.AbstractEventLoop]) -> Any:

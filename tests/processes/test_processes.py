@@ -394,9 +394,7 @@ def test_a_coordinator_that_ends_in_a_restore(cluster: ProcessCluster) -> None:
         kv.backup("base")
         with pytest.raises(kvtcp.KvtcpError):
             # the first progress of the restore itself tells of the first chunk that was put
-            kv.restore(
-                "base", "replace", progress=lambda p: "pairs_done" in p and coordinator.signal(signal.SIGTERM)
-            )
+            kv.restore("base", "replace", progress=lambda p: "pairs_done" in p and coordinator.signal(signal.SIGTERM))
     assert coordinator.ended(10) == 0
     for _ in range(2):
         coordinator, url = start()

@@ -148,8 +148,7 @@ LARGE = Code.TOO_LARGE
 
 
 @pytest.mark.parametrize(
-    ("request_", "code", "sentence"),
-    [
+    ("request_", "code", "sentence"), [
         (["hello", 2, "me"], Code.VERSION, "protocol version 2 is not supported, this server speaks 1"),
         (["hello", 0, "me"], BAD, "version must be from 1 to"),
         (["hello", "1", "me"], BAD, "version must be an integer, not bytes"),
@@ -245,9 +244,8 @@ LARGE = Code.TOO_LARGE
         (["shard_accept_loss", -1], BAD, "shard must be from 0 to 4095, not -1"),
         (["shard_accept_loss", SHARDS_MAX], BAD, "shard must be from 0 to 4095, not 4096"),
         (["shard_accept_loss", True], BAD, "shard must be an integer, not a boolean"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
+    ], ids=lambda value: str(value)[:40],
+)  # fmt: skip
 def test_refusals(request_: list[Any], code: Code, sentence: str) -> None:
     """Every refusal has its code and names the argument, the limit or the form; keys are shortened."""
     with pytest.raises(RequestError) as caught:
@@ -355,13 +353,10 @@ def test_prefix_bounds(prefix: bytes, key: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    keys=st.sets(st.binary(min_size=1, max_size=3), max_size=12),
-    lower=st.none() | st.binary(max_size=2),
-    upper=st.none() | st.binary(max_size=2),
-    prefix=st.none() | st.binary(max_size=2),
-    limit=st.integers(1, 4),
+    keys=st.sets(st.binary(min_size=1, max_size=3), max_size=12), lower=st.none() | st.binary(max_size=2),
+    upper=st.none() | st.binary(max_size=2), prefix=st.none() | st.binary(max_size=2), limit=st.integers(1, 4),
     reverse=st.booleans(),
-)
+)  # fmt: skip
 def test_pages_of_a_scan_cover_it_once(
     keys: set[bytes], lower: bytes | None, upper: bytes | None, prefix: bytes | None, limit: int, reverse: bool
 ) -> None:

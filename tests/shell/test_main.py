@@ -23,33 +23,27 @@ FAKE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "address", "form", "timeout_s", "words"),
-    [
-        ([], "kvtcp://127.0.0.1:8000", None, 2.0, []),
-        (["kvtcp://h:1", "get", "a"], "kvtcp://h:1", None, 2.0, ["get", "a"]),
-        (["-o", "json", "kvtcp://h:1", "get", "-o"], "kvtcp://h:1", "json", 2.0, ["get", "-o"]),
-        (["--timeout", "0.5", "--output=raw", "get", "a"], "kvtcp://127.0.0.1:8000", "raw", 0.5, ["get", "a"]),
-        (["-ojsonl", "--timeout=9", "--", "get"], "kvtcp://127.0.0.1:8000", "jsonl", 9.0, ["--", "get"]),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "address", "form", "timeout_s", "words"), [
+    ([], "kvtcp://127.0.0.1:8000", None, 2.0, []),
+    (["kvtcp://h:1", "get", "a"], "kvtcp://h:1", None, 2.0, ["get", "a"]),
+    (["-o", "json", "kvtcp://h:1", "get", "-o"], "kvtcp://h:1", "json", 2.0, ["get", "-o"]),
+    (["--timeout", "0.5", "--output=raw", "get", "a"], "kvtcp://127.0.0.1:8000", "raw", 0.5, ["get", "a"]),
+    (["-ojsonl", "--timeout=9", "--", "get"], "kvtcp://127.0.0.1:8000", "jsonl", 9.0, ["--", "get"]),
+])  # fmt: skip
 def test_options(arguments: list[str], address: str, form: str | None, timeout_s: float, words: list[str]) -> None:
     """Address, form and timeout stand before the command; what follows it is left alone."""
     call = parse_arguments(arguments)
     assert (call.address, call.form, call.timeout_s, [w.raw for w in call.words]) == (address, form, timeout_s, words)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--frob"], "unknown option --frob"),
-        (["-o"], "-o needs a value"),
-        (["-o", "xml"], "-o needs one of"),
-        (["--timeout", "soon"], "--timeout must be a number of seconds"),
-        (["--timeout", "nan"], "--timeout must be a number of seconds"),
-        (["--timeout=0"], "--timeout must be a number of seconds"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["--frob"], "unknown option --frob"),
+    (["-o"], "-o needs a value"),
+    (["-o", "xml"], "-o needs one of"),
+    (["--timeout", "soon"], "--timeout must be a number of seconds"),
+    (["--timeout", "nan"], "--timeout must be a number of seconds"),
+    (["--timeout=0"], "--timeout must be a number of seconds"),
+])  # fmt: skip
 def test_wrong_options(arguments: list[str], text: str) -> None:
     """A wrong option ends with 2 and a sentence."""
     with pytest.raises(UsageError, match=text):
@@ -180,12 +174,9 @@ def test_closed_streams() -> None:
 def test_runs_from_a_checkout(tmp_path: Path) -> None:
     """bin/kvtcp-shell finds its package from any directory without installation."""
     done = subprocess.run(
-        [sys.executable, PROGRAM, "kvtcp://127.0.0.1:1", "--timeout", "0.2", "get", "a"],
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        capture_output=True,
-        timeout=20,
-    )
+        [sys.executable, PROGRAM, "kvtcp://127.0.0.1:1", "--timeout", "0.2", "get", "a"], cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True, timeout=20,
+    )  # fmt: skip
     assert done.returncode == 3
     assert done.stdout == b"" and b"kvtcp-shell: no connection to kvtcp://127.0.0.1:1" in done.stderr
 
@@ -198,13 +189,9 @@ def test_a_missing_package_is_told(name: str, arguments: list[str], tmp_path: Pa
     """Without its packages a program from a checkout says which one is missing and what to do, with exit code 2."""
     (tmp_path / "msgpack.py").write_text("raise ModuleNotFoundError('No module named msgpack', name='msgpack')\n")
     done = subprocess.run(
-        [sys.executable, PROGRAM.parent / name, *arguments],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=20,
-    )
+        [sys.executable, PROGRAM.parent / name, *arguments], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, cwd=tmp_path, timeout=20,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f'{name}: the package msgpack is missing; run "make run" once and "source .venv/bin/activate", '

@@ -7,19 +7,16 @@ from kvtcp.shell.run import sentence
 from tests.support.shell_fakes import Shell
 
 
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (DataError("file x, line 3: bad"), "file x, line 3: bad"),
-        (FileNotFoundError(2, "No such file or directory", "a b"), "a b: No such file or directory"),
-        (ConnectionResetError("reset"), "reset"),
-        (TimeoutError(), "TimeoutError"),
-        (
-            BatchError("some keys failed", [1, Unavailable("no space", Code.NO_SPACE), Unavailable("down")]),
-            "some keys failed (2 of 3 keys; the first: no space)",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("error", "text"), [
+    (DataError("file x, line 3: bad"), "file x, line 3: bad"),
+    (FileNotFoundError(2, "No such file or directory", "a b"), "a b: No such file or directory"),
+    (ConnectionResetError("reset"), "reset"),
+    (TimeoutError(), "TimeoutError"),
+    (
+        BatchError("some keys failed", [1, Unavailable("no space", Code.NO_SPACE), Unavailable("down")]),
+        "some keys failed (2 of 3 keys; the first: no space)",
+    ),
+])  # fmt: skip
 def test_sentences(error: Exception, text: str) -> None:
     """Every expected error is one sentence without a class name, if it has one of its own."""
     assert sentence(error) == text

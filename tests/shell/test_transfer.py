@@ -144,16 +144,13 @@ class Refusing(FakeClient):
         return await super().put_many(items)
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (Unavailable("shard 3 has 1 of 2 replicas", Code.NOT_ENOUGH_REPLICAS), 6),
-        (OutcomeUnknown("the connection was lost"), 5),
-        (Unavailable("no connection within 2 s"), 3),
-        (BatchError("some keys failed", [7, OutcomeUnknown("lost"), Unavailable("no", Code.NO_SPACE)]), 5),
-        (BatchError("some keys failed", [7, 8, RequestError("too large", Code.TOO_LARGE)]), 6),
-    ],
-)
+@pytest.mark.parametrize(("error", "code"), [
+    (Unavailable("shard 3 has 1 of 2 replicas", Code.NOT_ENOUGH_REPLICAS), 6),
+    (OutcomeUnknown("the connection was lost"), 5),
+    (Unavailable("no connection within 2 s"), 3),
+    (BatchError("some keys failed", [7, OutcomeUnknown("lost"), Unavailable("no", Code.NO_SPACE)]), 5),
+    (BatchError("some keys failed", [7, 8, RequestError("too large", Code.TOO_LARGE)]), 6),
+])  # fmt: skip
 def test_failing_cluster_ends_an_import(tmp_path: Path, error: Exception, code: int) -> None:
     """An import stops at the first chunk that fails, with its code, and tells how many records were written."""
     (tmp_path / "data").write_bytes(lines_of(20 * IMPORT_CHUNK_RECORDS))

@@ -108,9 +108,7 @@ def test_verify_needs_no_server(shell: Shell, tmp_path: Path, monkeypatch: pytes
     assert shell.out == b"pairs\t10\nbytes\t200\nfiles\t3\nshards\t64\ncluster\tc-1\ncreated\t2026-01-01T00:00:00Z\n"
 
 
-def test_verify_finds_a_name_among_the_backups(
-    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_finds_a_name_among_the_backups(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is no directory here is looked for in backups/; a directory here goes first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backups" / "monday").mkdir(parents=True)
@@ -122,9 +120,7 @@ def test_verify_finds_a_name_among_the_backups(
     assert seen == [Path("backups/monday"), Path("monday")]
 
 
-def test_verify_suggests_the_backup_of_that_name(
-    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_suggests_the_backup_of_that_name(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path to nothing is an error, which names the backup of that name in backups/ only if there is one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backups" / "monday").mkdir(parents=True)

@@ -183,16 +183,13 @@ def test_other_versions() -> None:
         parse_header(longer)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "has 0 bytes"),
-        (b"KVTCPLOG" * 3, "has 24 bytes"),
-        (b"\0" * 200, "does not begin as a segment"),
-        (encode_header(HEADER)[:12] + (3).to_bytes(4, "big") + encode_header(HEADER)[16:], "no right length (3)"),
-        (encode_header(HEADER)[:-1], "no right length (63)"),
-    ],
-)
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"", "has 0 bytes"),
+    (b"KVTCPLOG" * 3, "has 24 bytes"),
+    (b"\0" * 200, "does not begin as a segment"),
+    (encode_header(HEADER)[:12] + (3).to_bytes(4, "big") + encode_header(HEADER)[16:], "no right length (3)"),
+    (encode_header(HEADER)[:-1], "no right length (63)"),
+])  # fmt: skip
 def test_no_header(data: bytes, reason: str) -> None:
     """What it is not is said in a sentence."""
     with pytest.raises(FormatError) as error:

@@ -212,15 +212,12 @@ def test_data_without_a_manifest(disk: CrashDisk) -> None:
     assert disk.tree() == before
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda data: data[:-3], "manifest.json is damaged: it is not a manifest"),
-        (lambda data: data.replace(b'"promised": 0', b'"promised": 7'), "manifest.json is damaged: its sum is wrong"),
-        (lambda data: data.replace(b'"format": 1', b'"format": 2'), "manifest.json is of another version"),
-        (lambda data: b"", "manifest.json is damaged"),
-    ],
-)
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda data: data[:-3], "manifest.json is damaged: it is not a manifest"),
+    (lambda data: data.replace(b'"promised": 0', b'"promised": 7'), "manifest.json is damaged: its sum is wrong"),
+    (lambda data: data.replace(b'"format": 1', b'"format": 2'), "manifest.json is of another version"),
+    (lambda data: b"", "manifest.json is damaged"),
+])  # fmt: skip
 def test_a_damaged_manifest(disk: CrashDisk, change: Callable[[bytes], bytes], sentence: str) -> None:
     """It is refused with a sentence, and nothing is changed."""
     work(open_small(disk))

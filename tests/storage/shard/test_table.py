@@ -116,12 +116,9 @@ class TableMachine(RuleBasedStateMachine):
         assert self.table.any_key(number, stamp_ms) == (following[0] if following else None)
 
     @rule(
-        lower=st.just(b"") | KEYS,
-        upper=st.none() | KEYS,
-        limit=st.none() | LIMITS,
-        reverse=st.booleans(),
+        lower=st.just(b"") | KEYS, upper=st.none() | KEYS, limit=st.none() | LIMITS, reverse=st.booleans(),
         ms=st.integers(0, 12),
-    )
+    )  # fmt: skip
     def read_range(self, lower: bytes, upper: bytes | None, limit: int | None, reverse: bool, ms: int) -> None:
         stamp_ms = self.stamp_ms + ms
         seen = visible(self.model, stamp_ms)
@@ -298,27 +295,24 @@ def entry(seq: int, *effects: Any) -> bytes:
     return packed
 
 
-@pytest.mark.parametrize(
-    ("packed", "error"),
-    [
-        (b"", DataError),
-        (b"\xc1", DataError),
-        (entry(2) + b"\x00", DataError),
-        (msgpack.packb([0, 2, STAMP]), DataError),
-        (msgpack.packb([0, 2, STAMP, 5]), DataError),
-        (entry(2, [9, b"k"]), DataError),
-        (entry(2, []), DataError),
-        (entry(2, [op.SET, b"k", b"v"]), DataError),
-        (entry(2, [op.DEADLINE, b"absent", 5]), DataError),
-        (entry(2, [op.PATCH, b"absent", 0, b"x"]), DataError),
-        (entry(2, [op.PATCH, b"a", 0]), DataError),
-        (entry(2, [op.CLONE, b"b", b"absent"]), DataError),
-        (entry(2, [op.SET, b"b", b"v", None], [op.DEADLINE, b"absent", 5]), DataError),
-        (entry(2, [op.REMOVE, b"a"], [op.PATCH, b"a", 0, b"x"]), DataError),
-        (entry(2, [op.REMOVE, b"a"], [op.CLONE, b"b", b"a"]), DataError),
-        (entry(3), SequenceError),
-    ],
-)
+@pytest.mark.parametrize(("packed", "error"), [
+    (b"", DataError),
+    (b"\xc1", DataError),
+    (entry(2) + b"\x00", DataError),
+    (msgpack.packb([0, 2, STAMP]), DataError),
+    (msgpack.packb([0, 2, STAMP, 5]), DataError),
+    (entry(2, [9, b"k"]), DataError),
+    (entry(2, []), DataError),
+    (entry(2, [op.SET, b"k", b"v"]), DataError),
+    (entry(2, [op.DEADLINE, b"absent", 5]), DataError),
+    (entry(2, [op.PATCH, b"absent", 0, b"x"]), DataError),
+    (entry(2, [op.PATCH, b"a", 0]), DataError),
+    (entry(2, [op.CLONE, b"b", b"absent"]), DataError),
+    (entry(2, [op.SET, b"b", b"v", None], [op.DEADLINE, b"absent", 5]), DataError),
+    (entry(2, [op.REMOVE, b"a"], [op.PATCH, b"a", 0, b"x"]), DataError),
+    (entry(2, [op.REMOVE, b"a"], [op.CLONE, b"b", b"a"]), DataError),
+    (entry(3), SequenceError),
+])  # fmt: skip
 def test_damaged_entries_are_refused(packed: bytes, error: type[Exception]) -> None:
     """Bytes that are no entry, or not the next one, raise; the table stays as it was."""
     table = Table()
