@@ -1,7 +1,5 @@
 """The guard against becoming slower: verdicts, the commit it compares with, and which bench/ measures."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 from pathlib import Path

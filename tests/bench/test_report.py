@@ -1,7 +1,5 @@
 """Verdicts, comparisons, tables, the page and the command lines of the benchmarks."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What the benchmarks read from other programs: redis-benchmark, etcdctl, replies of RESP; and the check of markers."""
 
-from __future__ import annotations
-
 import random
 import socket
 import threading

@@ -7,8 +7,6 @@ after a pause. Nodes that are added later are always of this second sort; the co
 own, so their data is not in its directory.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil

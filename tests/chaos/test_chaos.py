@@ -1,7 +1,5 @@
 """The chaos driver: a short run, and a judge that finds planted mistakes."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Changes of the cluster: requests that are refused before they are sent, and answers of every form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The asynchronous client against a scripted server: results, timeouts, lost connections, cancellation, batches."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import math

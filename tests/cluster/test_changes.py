@@ -1,7 +1,5 @@
 """Changes of the map: combined in order, settled after unknown outcomes, ended by a conflict; against random stores."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of the cluster map: founding, edits and what they refuse, and its JSON, in which every wrong field is named."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace

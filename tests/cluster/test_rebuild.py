@@ -1,7 +1,5 @@
 """A lost map made again from what nodes tell: what the rows are, when nothing is chosen, and that nothing is lost."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import replace

@@ -5,8 +5,6 @@ Both keep their files in a real (temporary) directory, so that what a test finds
 run once without a fault to learn the number of calls, then once per call with `fail_at`.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import IO

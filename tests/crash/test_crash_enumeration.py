@@ -1,7 +1,5 @@
 """Crashes of a node's store between any two calls of the disk, and planted mistakes that must be found."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """docs/protocol.md says what the code does: its tables, limits, example and numbers are read from the page."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

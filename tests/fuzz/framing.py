@@ -6,8 +6,6 @@ one ProtocolError; the messages of the whole feed are a prefix of those of the c
 same feed). Prints the seed and the input of a failure.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import time

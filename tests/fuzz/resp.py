@@ -6,8 +6,6 @@ of speed. All must come to the same commands, the same error, and the same numbe
 are small here, so that inputs pass them often.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import time

@@ -4,8 +4,6 @@ Output goes to files, not pipes: a node that outlives its coordinator keeps the 
 `ProcessCluster.close` ends everything that was ever started in its data directory and fails if that takes long.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

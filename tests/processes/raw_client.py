@@ -4,8 +4,6 @@ The raw client speaks frames but checks nothing, so that a test can say anything
 and writes all the while that others misbehave: it is what "other clients do not notice" means.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

@@ -1,8 +1,6 @@
 """Running servers under attack: whatever comes in on a port gets a clear error or a closed connection with a logged
 reason, memory stays under the caps, and a healthy client beside it notices nothing. On both event loops."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import AsyncIterator

@@ -1,8 +1,6 @@
 """Clusters of real processes whose nodes come, go, hang and are lost for good: what is left serves, what comes back
 learns, and a restart of everything finds the cluster as it was left."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

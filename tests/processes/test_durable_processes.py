@@ -1,7 +1,5 @@
 """Durable clusters as real processes: stopped, killed, on failing and full disks, in foreign directories."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

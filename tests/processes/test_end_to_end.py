@@ -1,7 +1,5 @@
 """The store end to end: real servers, real client, real shell, on the names of Unicode characters."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 import json

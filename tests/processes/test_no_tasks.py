@@ -3,8 +3,6 @@
 The cluster runs on an event loop of its own, in its own thread, so that whatever that loop makes was made by a server.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The commands of bin/ as real processes: start, serve, stop, kill, refuse."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

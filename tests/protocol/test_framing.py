@@ -1,7 +1,5 @@
 """Frames: round trips, every way to be wrong, limits, and the memory that hostile bytes can cause."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
 from typing import Any

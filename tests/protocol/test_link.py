@@ -1,7 +1,5 @@
 """Frames of the node link: numbers are unique and documented, and pass the codec."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

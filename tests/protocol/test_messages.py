@@ -1,7 +1,5 @@
 """The message table: accepted forms, every limit at its edge, the sentences of refusals, and the golden file."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgpack

@@ -1,7 +1,5 @@
 """Texts of numbers: which ones are taken, and how sums are written."""
 
-from __future__ import annotations
-
 import pytest
 
 from kvtcp.constants import INTEGER_MAX, INTEGER_MIN

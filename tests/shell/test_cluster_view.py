@@ -1,7 +1,5 @@
 """status, nodes and shards as tables: units, columns that fit, sentences that are whole, keys that are missing."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from typing import Any

@@ -237,7 +237,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read until `text` is there, behind what was waited for before."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (found := self.shown.find(text, self._seen)) < 0:
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{text!r} is not in {self.shown[self._seen:]!r}"

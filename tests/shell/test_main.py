@@ -53,9 +53,8 @@ def test_wrong_options(arguments: list[str], text: str) -> None:
     assert shell.out == b"" and shell.err.startswith("kvtcp-shell: ")
 
 
-def test_version_and_help() -> None:
+def test_version_and_help(shell: Shell) -> None:
     """--version and --help need no server; the help names every command."""
-    shell = Shell()
     assert (shell.run("--version"), shell.out) == (0, f"kvtcp {__version__}\n".encode())
     assert shell.run("--help") == 0
     for command in TABLE.values():
@@ -66,9 +65,8 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize("name", list(TABLE))
-def test_help_of_every_command(name: str) -> None:
+def test_help_of_every_command(shell: Shell, name: str) -> None:
     """`help COMMAND` and `COMMAND --help` show usage and an example, which is a call that can be bound."""
-    shell = Shell()
     assert shell.run("help", *name.split()) == 0
     text = shell.out.decode()
     assert text.startswith(f"usage: {name}") and "\nexample:\n  " + name in text
@@ -83,9 +81,8 @@ def test_help_of_every_command(name: str) -> None:
     command.bind(rest)
 
 
-def test_help_lists_all_and_suggests() -> None:
+def test_help_lists_all_and_suggests(shell: Shell) -> None:
     """`help` has a line for each command; help for none of them is a mistake."""
-    shell = Shell()
     assert shell.run("help") == 0
     usages = [line.split("\t")[0] for line in shell.out.decode().splitlines()]
     assert usages == [command.usage for command in TABLE.values()]
@@ -97,18 +94,16 @@ def test_help_lists_all_and_suggests() -> None:
     assert "did you mean export?" in shell.err
 
 
-def test_leaving_needs_no_session() -> None:
+def test_leaving_needs_no_session(shell: Shell) -> None:
     """`exit` and `quit` are known outside a session too, and `?` is `help`."""
-    shell = Shell()
     assert (shell.run("exit"), shell.run("quit"), shell.out, shell.err) == (0, 0, b"", "")
     assert shell.run("help") == 0
     listed = shell.out
     assert (shell.run("?"), shell.out) == (0, listed)
 
 
-def test_address_and_timeout_reach_the_client() -> None:
+def test_address_and_timeout_reach_the_client(shell: Shell) -> None:
     """The client is opened with the address and timeout of the command line, once, and closed."""
-    shell = Shell()
     shell.run("kvtcp://h:1", "--timeout", "0.5", "get", "a")
     assert (shell.client.opened, shell.client.closed) == ([("kvtcp://h:1", 0.5)], 1)
 

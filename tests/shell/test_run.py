@@ -22,9 +22,8 @@ def test_sentences(error: Exception, text: str) -> None:
     assert sentence(error) == text
 
 
-def test_a_bug_is_not_hidden() -> None:
+def test_a_bug_is_not_hidden(shell: Shell) -> None:
     """An error of no expected class ends with 70, never with a code that a script takes for an answer."""
-    shell = Shell()
     shell.client.failure = KeyError("oh")
     assert shell.run("get", "a") == 70
     assert shell.out == b""
@@ -32,8 +31,7 @@ def test_a_bug_is_not_hidden() -> None:
     assert shell.err.splitlines()[-1].startswith("kvtcp-shell: this is a bug of kvtcp-shell ")
 
 
-def test_no_command() -> None:
+def test_no_command(shell: Shell) -> None:
     """Options alone are no command."""
-    shell = Shell()
     assert shell.run("-o", "json", "--") == 2
     assert shell.err == "kvtcp-shell: a command is missing; `help` lists the commands\n"

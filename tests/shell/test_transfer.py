@@ -25,12 +25,6 @@ from kvtcp.shell.transfer import ChunkBuilder, LineReader, Sender
 from tests.support.shell_fakes import FakeClient, Shell
 
 
-@pytest.fixture
-def shell() -> Shell:
-    """A shell over an empty cluster."""
-    return Shell()
-
-
 def lines_of(count: int, start: int = 0) -> bytes:
     """JSON lines of so many pairs."""
     return b"".join(encode_pair(b"k%06d" % n, b"v%d" % n).encode() + b"\n" for n in range(start, start + count))

@@ -1,7 +1,5 @@
 """Tests of the linearizability checker: known verdicts, and random histories of a correct and of a broken register."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from typing import Any

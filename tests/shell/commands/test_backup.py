@@ -10,13 +10,6 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.storage.backup import archive
 from tests.support.shell_fakes import Shell
 
-
-@pytest.fixture
-def shell() -> Shell:
-    """A shell over an empty cluster."""
-    return Shell()
-
-
 GOLDEN: list[tuple[list[str], str]] = [
     (["status"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-\n"),
     (["status", "-o", "raw"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-"),

@@ -1,7 +1,5 @@
 """Changes of the cluster and its views, in every form; questions, and what scripts must say instead."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -14,13 +12,6 @@ from kvtcp.shell.exits import Exit, ShellRefused
 from kvtcp.shell.parser import split_line
 from kvtcp.shell.table import take_command
 from tests.support.shell_fakes import FakeClient, Moving, Shell
-
-
-@pytest.fixture
-def shell() -> Shell:
-    """A shell over an empty cluster."""
-    return Shell()
-
 
 GOLDEN: list[tuple[str, list[tuple[Any, ...]], str]] = [
     ("node add 10.0.0.4:5000", [("node_add", "10.0.0.4", 5000)], "node\tn4\n"),

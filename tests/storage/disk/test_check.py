@@ -1,7 +1,5 @@
 """Check: what is said of a directory that is whole, damaged or incomplete; nothing is changed."""
 
-from __future__ import annotations
-
 import pytest
 
 from kvtcp.storage.disk.check import CheckReport, check_directory
@@ -20,12 +18,6 @@ from tests.support.storage_tools import (
     replace_file,
     take_snapshot,
 )
-
-
-@pytest.fixture
-def disk() -> CrashDisk:
-    """An empty disk in memory."""
-    return CrashDisk()
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The bytes of the log: golden ones, every flipped bit, every torn byte, records behind a bad place, other versions."""
 
-from __future__ import annotations
-
 from random import Random
 from zlib import crc32
 

@@ -1,7 +1,5 @@
 """The manifest: it comes back as it was, or it is refused with a reason."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

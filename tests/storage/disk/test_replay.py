@@ -1,7 +1,5 @@
 """Replay: what a data directory holds, and the verdict on every shard when something of it is missing or damaged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,12 +36,6 @@ from tests.support.storage_tools import (
 
 LOG = DIRECTORY / "log"
 SNAPSHOTS = DIRECTORY / "snapshots"
-
-
-@pytest.fixture
-def disk() -> CrashDisk:
-    """An empty disk in memory."""
-    return CrashDisk()
 
 
 def read(disk: CrashDisk) -> Replayed:

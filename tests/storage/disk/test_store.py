@@ -1,7 +1,5 @@
 """The store: opening what a crash or a damage left, settling it once, and stopping in order."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 from collections.abc import Callable
@@ -36,12 +34,6 @@ from tests.support.storage_tools import (
     state_of,
     take_snapshot,
 )
-
-
-@pytest.fixture
-def disk() -> CrashDisk:
-    """An empty disk in memory."""
-    return CrashDisk()
 
 
 def disks(store: NodeStore) -> dict[int, str]:
