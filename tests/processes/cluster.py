@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import kvtcp
 from kvtcp.runtime.data_directory import lock_holder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,6 +55,14 @@ def free_ports(count: int) -> int:
         except OSError:
             continue
     raise AssertionError("no free ports")
+
+
+def fill(url: str, count: int = 200, prefix: str = "k") -> dict[bytes, bytes]:
+    """Put pairs and return them."""
+    pairs = {f"{prefix}{number:05d}".encode(): b"v%d" % number for number in range(count)}
+    with kvtcp.sync.connect(url) as kv:
+        kv.put_many(pairs)
+    return pairs
 
 
 def is_running(pid: int) -> bool:
@@ -101,6 +110,11 @@ class Command:
     def ended(self, within_s: float = DEADLINE_S) -> int:
         """Its exit code, waited for."""
         return self.process.wait(within_s)
+
+    def stop(self) -> None:
+        """A clean stop."""
+        self.signal(signal.SIGTERM)
+        assert self.ended(15) == 0, self.err.read_text()
 
     def refused(self) -> str:
         """The one sentence of a start that was refused, after exit code 2; AssertionError for anything else."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from kvtcp.protocol import operations as op
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
@@ -27,14 +28,9 @@ def ids(seed: int = 0) -> Callable[[int], bytes]:
 
 
 def open_small(
-    disk: Disk,
-    *,
-    durability: str = "sync",
-    boot: str = BOOT,
-    seed: int = 0,
-    directory: Path = DIRECTORY,
+    disk: Disk, *, durability: str = "sync", boot: str = BOOT, seed: int = 0, directory: Path = DIRECTORY,
     segment_bytes: int = SEGMENT_BYTES,
-) -> NodeStore:
+) -> NodeStore:  # fmt: skip
     """A store whose segments hold a few records. The `seed` is another one for every opening of a test."""
     return open_store(disk, directory, durability, ids(seed), boot, segment_bytes_max=segment_bytes)
 
@@ -77,6 +73,14 @@ def fill(store: NodeStore, records: int, shards: int = 3, first: int = 0) -> Non
         if number % 2:
             entries.append(put(store.copies[(number + 1) % shards], b"x%d" % (number % 5), b"w%d" % number))
         commit(store, entries)
+
+
+def make(disk: Disk, records: int = 0, shards: int = 3, **options: Any) -> NodeStore:
+    """A new store with this many records."""
+    store = open_small(disk, **options)
+    add_copies(store, shards)
+    fill(store, records, shards)
+    return store
 
 
 def take_snapshot(store: NodeStore, shard: int) -> None:
