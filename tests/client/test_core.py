@@ -144,10 +144,9 @@ def test_next_due_is_the_earliest(h: Harness) -> None:
     assert h.core.next_due == late
 
 
-@pytest.mark.parametrize(
-    ("kind", "error_class"),
-    [(Kind.READ, Unavailable), (Kind.WRITE, OutcomeUnknown), (Kind.ADMIN, OutcomeUnknown), (Kind.LONG, OutcomeUnknown)],
-)
+@pytest.mark.parametrize(("kind", "error_class"), [
+    (Kind.READ, Unavailable), (Kind.WRITE, OutcomeUnknown), (Kind.ADMIN, OutcomeUnknown), (Kind.LONG, OutcomeUnknown),
+])  # fmt: skip
 def test_out_of_time(h: Harness, kind: Kind, error_class: type[KvtcpError]) -> None:
     """A read without an answer may be repeated, a write has an unknown outcome."""
     h.ask("a", kind, timeout_s=0.5)
@@ -222,13 +221,10 @@ def test_end_of_connection(h: Harness, sent: bool, kind: Kind, trash: bool) -> N
     assert h.core.outstanding == h.core.outstanding_bytes == 0
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        [77, 0, 1], [0, 0, 1], [None, 0, 1], ["x", 0, 1], [1.0, 0, 1], [True, 0, 1], [[], 0, 1], [1], [1, 0], [], 5,
-        None, [1, 0, 1, 2, 3], [1, None, 1], [1, True, 1], [1, "x", 1], {"a": 1},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("answer", [
+    [77, 0, 1], [0, 0, 1], [None, 0, 1], ["x", 0, 1], [1.0, 0, 1], [True, 0, 1], [[], 0, 1], [1], [1, 0], [], 5,
+    None, [1, 0, 1, 2, 3], [1, None, 1], [1, True, 1], [1, "x", 1], {"a": 1},
+])  # fmt: skip
 def test_garbage_ends_the_connection(h: Harness, answer: Any) -> None:
     """A frame that answers nothing that was asked is a failure; answers before it in the same read still count."""
     h.ask("a")

@@ -78,26 +78,23 @@ async def test_random_bytes(cluster: LocalCluster, caplog: pytest.LogCaptureFixt
     assert logged(caplog, "event=protocol-error"), f"seed {seed}"
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"\xce\xff\xff\xff\xff", "over the limit"),
-        (b"\xce" + (FRAME_BYTES_MAX + 1).to_bytes(4, "big") + b"x", "over the limit"),
-        (b"\xce\x00\x00\x00\x03\xc0\xc0\xc0", "the prefix says 3 bytes"),
-        (b"\xce\x00\x00\x00\x02\x93\x01", "does not end there"),
-        (b"\xce\x00\x00\x00\x00", "does not start a frame"),
-        (b"\xce\x00\x00\x00\x01\xc1", "malformed"),
-        (pack([1, "hello", 1, "x"]) + b"\xcf", "does not start a frame"),
-        (b"\xce\x00\x00\x00\x09\x94\x01\xa3put\x81\x91\x01\x02", "malformed"),  # an array as the key of a map
-        (pack({"id": 1}), "a request is an array"),
-        (pack([1]), "a request is an array"),
-        (pack(7), "a request is an array"),
-        (pack([-1, "status"]), "the id of a request"),
-        (pack([REQUEST_ID_MAX + 1, "status"]), "the id of a request"),
-        (pack([True, "status"]), "the id of a request"),
-        (pack(["1", "status"]), "the id of a request"),
-    ],
-)
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"\xce\xff\xff\xff\xff", "over the limit"),
+    (b"\xce" + (FRAME_BYTES_MAX + 1).to_bytes(4, "big") + b"x", "over the limit"),
+    (b"\xce\x00\x00\x00\x03\xc0\xc0\xc0", "the prefix says 3 bytes"),
+    (b"\xce\x00\x00\x00\x02\x93\x01", "does not end there"),
+    (b"\xce\x00\x00\x00\x00", "does not start a frame"),
+    (b"\xce\x00\x00\x00\x01\xc1", "malformed"),
+    (pack([1, "hello", 1, "x"]) + b"\xcf", "does not start a frame"),
+    (b"\xce\x00\x00\x00\x09\x94\x01\xa3put\x81\x91\x01\x02", "malformed"),  # an array as the key of a map
+    (pack({"id": 1}), "a request is an array"),
+    (pack([1]), "a request is an array"),
+    (pack(7), "a request is an array"),
+    (pack([-1, "status"]), "the id of a request"),
+    (pack([REQUEST_ID_MAX + 1, "status"]), "the id of a request"),
+    (pack([True, "status"]), "the id of a request"),
+    (pack(["1", "status"]), "the id of a request"),
+])  # fmt: skip
 async def test_frame_errors_close(
     cluster: LocalCluster, caplog: pytest.LogCaptureFixture, data: bytes, reason: str
 ) -> None:

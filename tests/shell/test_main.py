@@ -176,10 +176,9 @@ def test_runs_from_a_checkout(tmp_path: Path) -> None:
     assert done.stdout == b"" and b"kvtcp-shell: no connection to kvtcp://127.0.0.1:1" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("kvtcp-shell", ["get", "a"]), ("kvtcp-coordinator", ["--num-nodes", "1"]), ("kvtcp-node", ["--port", "0"])],
-)
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("kvtcp-shell", ["get", "a"]), ("kvtcp-coordinator", ["--num-nodes", "1"]), ("kvtcp-node", ["--port", "0"]),
+])  # fmt: skip
 def test_a_missing_package_is_told(name: str, arguments: list[str], tmp_path: Path) -> None:
     """Without its packages a program from a checkout says which one is missing and what to do, with exit code 2."""
     (tmp_path / "msgpack.py").write_text("raise ModuleNotFoundError('No module named msgpack', name='msgpack')\n")

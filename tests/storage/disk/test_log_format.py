@@ -195,10 +195,9 @@ def test_no_header(data: bytes, reason: str) -> None:
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "payload",
-    [b"", b"\xc1", b"\x01", b"\x91\x01", b"\x91\x94\x01\x01\x01\x01", b"\x91\x95\x01\x01\x01\x01\x01", b"\x90\x90"],
-)
+@pytest.mark.parametrize("payload", [
+    b"", b"\xc1", b"\x01", b"\x91\x01", b"\x91\x94\x01\x01\x01\x01", b"\x91\x95\x01\x01\x01\x01\x01", b"\x90\x90",
+])  # fmt: skip
 def test_wrong_payloads(payload: bytes) -> None:
     """A payload that is no list of entries was written wrong."""
     with pytest.raises(FormatError, match="record 4 has a right sum and no right payload"):

@@ -248,10 +248,9 @@ def test_power_cut_in_mode_os(disk: CrashDisk) -> None:
     assert disks(again) == disks(cut)
 
 
-@pytest.mark.parametrize(
-    ("first", "boot", "clean"),
-    [("os", BOOT, False), ("os", "boot 2", True), ("sync", "boot 2", False), ("sync", BOOT, False)],
-)
+@pytest.mark.parametrize(("first", "boot", "clean"), [
+    ("os", BOOT, False), ("os", "boot 2", True), ("sync", "boot 2", False), ("sync", BOOT, False),
+])  # fmt: skip
 def test_the_same_uuids(disk: CrashDisk, first: str, boot: str, clean: bool) -> None:
     """In the same boot, after a clean stop or in mode sync nothing is missing."""
     store = worked(disk, durability=first)
