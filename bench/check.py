@@ -7,6 +7,10 @@ directory, with the bench/ of this checkout laid over it, so that both are measu
 clients are their own. They take turns, in random order in each round; what counts is the median of the ratios of one
 round. On a machine that does other things too, look at min-max, and measure again with more rounds.
 
+With `--own` each commit is measured by its own bench/ instead. That happens by itself if a commit lacks a module of
+kvtcp that the bench/ of this checkout imports: its modules have other names. Figures of the same name are compared, so
+look whether the probes differ.
+
 BASE is by default the last tag before HEAD, or HEAD~1 if there is none. `--compile` builds the compiled modules in one
 or both of them first; `bench/check.py HEAD HEAD --compile head` shows what compiling is worth.
 """
@@ -14,6 +18,7 @@ or both of them first; `bench/check.py HEAD HEAD --compile head` shows what comp
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import random
@@ -110,14 +115,37 @@ def compile_in(place: Path) -> None:
 
 @contextmanager
 def checkout(commit: str, place: Path) -> Iterator[Path]:
-    """A worktree of a commit with the bench/ of this checkout."""
+    """A worktree of a commit."""
     git("worktree", "add", "--detach", "--quiet", str(place), commit)
     try:
-        shutil.rmtree(place / "bench", ignore_errors=True)
-        shutil.copytree(ROOT / "bench", place / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
         yield place
     finally:
         git("worktree", "remove", "--force", str(place))
+
+
+def lacking(place: Path, bench: Path = ROOT / "bench") -> list[str]:
+    """Modules of kvtcp that `bench` imports and the checkout does not have."""
+    names: set[str] = set()
+    for file in bench.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names.add(node.module)
+            elif isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+    modules = {name: place.joinpath(*name.split(".")) for name in names if name.partition(".")[0] == "kvtcp"}
+    return sorted(name for name, path in modules.items() if not (path.is_dir() or path.with_suffix(".py").is_file()))
+
+
+def lay_over(places: Sequence[Path], bench: Path = ROOT / "bench") -> bool:
+    """Give the checkouts the bench/ of this one, unless one of them lacks what it imports; whether they have it."""
+    for place in places:
+        if names := ", ".join(lacking(place, bench)):
+            print(f"check: {place.name} has no {names}: each is measured by its own bench/", file=sys.stderr)
+            return False
+    for place in places:
+        shutil.rmtree(place / "bench", ignore_errors=True)
+        shutil.copytree(bench, place / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    return True
 
 
 def probe(place: Path, seed: int) -> Figures:
@@ -157,6 +185,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
     command.add_argument("--limit", type=float, default=LIMIT, help="share that is too much (default: %(default)s)")
     command.add_argument("--compile", choices=("base", "head", "both"), help="build compiled modules there first")
+    command.add_argument("--own", action="store_true", help="measure each commit by its own bench/")
     command.add_argument("--seed", type=int, default=1, help="of keys and order (default: %(default)s)")
     return command
 
@@ -171,6 +200,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kvtcp-bench-") as directory:
         places = [Path(directory) / side for side in ("base", "head")]
         with checkout(base, places[0]) as first, checkout(options.head, places[1]) as second:
+            if not options.own:
+                lay_over(places)
             for place in (first, second):
                 if options.compile in (place.name, "both"):
                     compile_in(place)

@@ -21,7 +21,7 @@ import kvtcp
 from bench.load import clients as load
 from bench.load.clients import Job, run_load
 from bench.load.cluster import Cluster
-from bench.measure import resident_bytes, usage_s
+from bench.measure import cpu_s, resident_bytes, usage_s
 
 KEYS = 50_000
 OPERATIONS = 24_000
@@ -106,11 +106,15 @@ def _load(cluster: Cluster, name: str, kind: str, seed: int) -> Figures:
     outcome = run_load(job, before=lambda: before.update(usage_s(cluster.roles())))
     if outcome.failed:
         raise AssertionError(f"{outcome.failed} calls of {kind} had no result")
+    return {
+        f"{name}, {kind}": (outcome.rate, "ops/s"), **_cpu(cluster, before, f"{name}, {kind}", OPERATIONS)
+    }  # fmt: skip
+
+
+def _cpu(cluster: Cluster, before: dict[str, float], name: str, operations: int) -> Figures:
+    """CPU time per operation by role, of so many since `before`."""
     after = usage_s(cluster.roles())
-    figures: Figures = {f"{name}, {kind}": (outcome.rate, "ops/s")}
-    for role in before:
-        figures[f"{name}, {kind}, CPU of {role}"] = ((after[role] - before[role]) / OPERATIONS * 1e6, "us")
-    return figures
+    return {f"{name}, CPU of {role}": ((after[role] - before[role]) / operations * 1e6, "us") for role in before}
 
 
 def _resp(cluster: Cluster, name: str) -> Figures:
@@ -129,10 +133,7 @@ def _resp(cluster: Cluster, name: str) -> Figures:
     for test in ("set", "get"):
         before = usage_s(cluster.roles())
         redis_benchmark(cluster.port, test, 16, RESP_REQUESTS, 128, KEYS)
-        after = usage_s(cluster.roles())
-        for role in before:
-            used = (after[role] - before[role]) / RESP_REQUESTS * 1e6
-            figures[f"{name}, RESP {test}, CPU of {role}"] = (used, "us")
+        figures |= _cpu(cluster, before, f"{name}, RESP {test}", RESP_REQUESTS)
     return figures
 
 
@@ -150,16 +151,19 @@ def scan(seed: int) -> Figures:
 
     with Cluster(3, 3) as cluster:
         load.fill(cluster.url, KEYS)
-        return {"scan, pages": (uvloop.run(rows(cluster.url)), "rows/s")}
+        before = usage_s(cluster.roles())
+        return {"scan, pages": (uvloop.run(rows(cluster.url)), "rows/s"), **_cpu(cluster, before, "scan, pages", KEYS)}
 
 
 def restart(seed: int) -> Figures:
     """From the log."""
-    from bench.suites.recovery import make_node, start_node
+    from bench.suites.recovery import make_node, node
 
-    with tempfile.TemporaryDirectory(prefix="kvtcp-bench-") as name:
-        make_node(Path(name) / "n1", KEYS)
-        return {"restart from the log": (start_node(Path(name) / "n1"), "s")}
+    with tempfile.TemporaryDirectory(prefix="kvtcp-bench-") as directory:
+        make_node(Path(directory) / "n1", KEYS)
+        with node(Path(directory) / "n1") as (process, took_s):
+            used_us = cpu_s(process.pid) / KEYS * 1e6
+        return {"restart from the log": (took_s, "s"), "restart from the log, CPU of nodes": (used_us, "us")}
 
 
 def best_of(part: Callable[[int], Figures], seed: int) -> Figures:

@@ -1,7 +1,5 @@
 """Statistics of the benchmarks: quantiles, histograms, ratios, floors, turns, CPU time; the operations of a load."""
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess

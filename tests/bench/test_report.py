@@ -1,9 +1,6 @@
-"""Verdicts, comparisons, tables, the page, the guard and the command lines of the benchmarks."""
-
-from __future__ import annotations
+"""Verdicts, comparisons, tables, the page and the command lines of the benchmarks."""
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import check, run_bench
+from bench import run_bench
 from bench.measure import make_row
 from bench.profiling import LOOP, name_of
 from bench.report import comparisons, tables, targets
@@ -172,35 +169,6 @@ def test_charts_are_drawn_and_keep_classes_apart(tmp_path: Path) -> None:
     assert "appendfsync" not in (tmp_path / "one" / "cpu-memory.svg").read_text()
     again = draw_all(rows, verdicts, tmp_path / "two")
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
-
-
-def test_the_guard_finds_what_is_worse() -> None:
-    """Rates that fall and times that rise, by the median of the rounds; names that one side lacks are told."""
-    rng = random.Random(2)
-    rounds = []
-    for _ in range(5):
-        busy = rng.uniform(1, 3)  # meets both sides of a round
-        base = {"put": [100 / busy, "ops/s"], "restart": [2 * busy, "s"], "same": [5 * busy, "us"], "old": [1, "us"]}
-        head = {"put": [80 / busy, "ops/s"], "restart": [3 * busy, "s"], "same": [5.2 * busy, "us"], "new": [1, "us"]}
-        rounds.append((base, head))
-    found = check.changes(rounds)
-    assert [(each.name, round(each.worse, 2)) for each in found] == [("restart", 1.5), ("put", 1.25), ("same", 1.04)]
-    assert check.only_one(rounds) == ["new", "old"]
-    assert [cells[-1] for cells in check.rows_of(found, 0.10)[1:]] == ["WORSE", "WORSE", ""]
-    swapped = check.changes([(head, base) for base, head in rounds])
-    assert [cells[-1] for cells in check.rows_of(swapped, 0.10)[1:]] == ["", "better", "better"]
-
-
-def test_the_guard_takes_the_tag_before_or_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If git knows no tag."""
-    monkeypatch.setattr(check, "git", lambda *arguments: "v1" if arguments[-1] == "HEAD^" else "")
-    assert check.default_base("HEAD") == "v1"
-
-    def no_tag(*arguments: str) -> str:
-        raise subprocess.CalledProcessError(128, "git")
-
-    monkeypatch.setattr(check, "git", no_tag)
-    assert check.default_base("HEAD") == "HEAD~1"
 
 
 def test_suites_are_chosen_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,5 @@
 """What the benchmarks read from other programs: redis-benchmark, etcdctl, replies of RESP; and the check of markers."""
 
-from __future__ import annotations
-
 import random
 import socket
 import threading
@@ -59,11 +57,9 @@ def test_every_system_gets_the_same_options() -> None:
     assert " ".join(one).startswith("redis-benchmark -h 127.0.0.1 -p 1 -c 50 -d 64 -r 100000 -P 16 -n 1000 -t set")
 
 
-@pytest.mark.parametrize(
-    ("text", "rate"),
-    [("PASS: Throughput is 150 writes/s", 150), ("FAIL: Throughput too low: 4123 writes/s\nPASS: Stddev", 4123)],
-    ids=["pass", "fail"],
-)
+@pytest.mark.parametrize(("text", "rate"), [
+    ("PASS: Throughput is 150 writes/s", 150), ("FAIL: Throughput too low: 4123 writes/s\nPASS: Stddev", 4123),
+], ids=["pass", "fail"])  # fmt: skip
 def test_the_rate_of_etcd_is_read_whether_etcd_likes_it_or_not(text: str, rate: float) -> None:
     """Its load of 1,000 clients wants 15,000 writes a second, which few machines reach."""
     assert parse_check_perf(f" 60 / 60  100.00% 1m0s\n{text}\n") == rate

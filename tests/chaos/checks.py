@@ -15,8 +15,6 @@ Pure. `History` takes the lines of `chaos_client`; `check` returns sentences, on
 `Availability` tells how long which shard took no writes.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

@@ -25,8 +25,6 @@ how much the slowest answer came after its timeout, `lag_s` how late the event l
 of calls that had the usual timeout.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

@@ -7,8 +7,6 @@ after a pause. Nodes that are added later are always of this second sort; the co
 own, so their data is not in its directory.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil
@@ -134,9 +132,7 @@ class ChaosCluster:
         """Start the coordinator and wait until it serves. One that is refused is started again, as an init would."""
         until = time.monotonic() + START_S
         while True:
-            command = self.coordinator = Command(
-                self.directory, "kvtcp-coordinator", *self._coordinator_arguments()
-            )
+            command = self.coordinator = Command(self.directory, "kvtcp-coordinator", *self._coordinator_arguments())
             while not command.out.read_text().endswith("\n"):
                 if command.process.poll() is not None:
                     break

@@ -5,8 +5,6 @@ Only the cluster map says who is a member of which shard, and by which disk. Mem
 is nobody's business.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ under way. `deck` is what happens in a minute, in an order that the seed gives; 
 exactly. With one more for each of the others it has about ten kills (SIGKILL).
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import signal

@@ -6,8 +6,6 @@ faults go on a step may take as long as it likes. After `finish` the round that 
 what is to be moved is moved, a drained node holds nothing and can be removed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

@@ -5,8 +5,6 @@ forgets. A connection that is *forgotten* is the half-open one: each side believ
 sent on it ever arrives. New connections are not concerned.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 

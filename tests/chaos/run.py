@@ -10,8 +10,6 @@ promised. A round also counts as failed if it did not answer enough: a cluster t
 A seed repeats the choice of faults, not the interleaving of processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

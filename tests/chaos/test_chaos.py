@@ -1,7 +1,5 @@
 """The chaos driver: a short run, and a judge that finds planted mistakes."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -70,35 +68,29 @@ def test_an_honest_history(tmp_path: Path, cold: str) -> None:
     assert verdict(tmp_path, HONEST, HELD | {"cold-0": cold}) == []
 
 
-@pytest.mark.parametrize(
-    ("lie", "said"),
-    [
-        (["get", "hot-0", 8, 9, None, "x", "ok"], "hot-0 is not linearizable"),  # goes backwards
-        (["get", "hot-0", 8, 9, None, "z", "ok"], "hot-0 is not linearizable"),  # a refused write happened
-        (["incr", "count-0", 6, 7, 1, 3, "ok"], "count-0: an answer was given twice"),
-        (["incr", "count-0", 6, 7, 1, 9, "ok"], "count-0: counted 9"),
-        (["mget", "c", 6, 7, None, {"pair-c-0-a": 1, "pair-c-0-b": 2}, "ok"], "pair-c-0-b is 2, its a is 1"),
-        (["scan", "c", 6, 7, None, {"pair-c-0-a": 0}, "ok"], "shows 0, after 1"),
-        (["get", "ttl-0", 3, 3.1, None, "x", "ok"], "ttl-0 is there"),
-        (["get", "ttl-0", 0.4, 0.5, None, None, "ok"], "ttl-0 is gone"),
-        (["get", "cold-0", 4, 5, None, 1, "ok"], "shows 1, after 2"),  # an old value
-        (["get", "cold-0", 4, 5, None, 3, "ok"], "shows 3, which was refused or not written yet"),
-        (["get", "cold-1", 4, 5, None, 2, "ok"], "shows 2, which was refused or not written yet"),
-        (["put", "cold-0", 9, 9, 4, 11, "ok"], "its revisions do not grow"),
-    ],
-)
+@pytest.mark.parametrize(("lie", "said"), [
+    (["get", "hot-0", 8, 9, None, "x", "ok"], "hot-0 is not linearizable"),  # goes backwards
+    (["get", "hot-0", 8, 9, None, "z", "ok"], "hot-0 is not linearizable"),  # a refused write happened
+    (["incr", "count-0", 6, 7, 1, 3, "ok"], "count-0: an answer was given twice"),
+    (["incr", "count-0", 6, 7, 1, 9, "ok"], "count-0: counted 9"),
+    (["mget", "c", 6, 7, None, {"pair-c-0-a": 1, "pair-c-0-b": 2}, "ok"], "pair-c-0-b is 2, its a is 1"),
+    (["scan", "c", 6, 7, None, {"pair-c-0-a": 0}, "ok"], "shows 0, after 1"),
+    (["get", "ttl-0", 3, 3.1, None, "x", "ok"], "ttl-0 is there"),
+    (["get", "ttl-0", 0.4, 0.5, None, None, "ok"], "ttl-0 is gone"),
+    (["get", "cold-0", 4, 5, None, 1, "ok"], "shows 1, after 2"),  # an old value
+    (["get", "cold-0", 4, 5, None, 3, "ok"], "shows 3, which was refused or not written yet"),
+    (["get", "cold-1", 4, 5, None, 2, "ok"], "shows 2, which was refused or not written yet"),
+    (["put", "cold-0", 9, 9, 4, 11, "ok"], "its revisions do not grow"),
+])  # fmt: skip
 def test_lies_are_found(tmp_path: Path, lie: list[Any], said: str) -> None:
     """One false answer in an honest history is named."""
     assert said in "\n".join(verdict(tmp_path, [*HONEST, lie]))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("hot-0", "x"), ("hot-0", None), ("count-0", "1"), ("count-0", "4"), ("pair-c-0-b", "0"), ("cold-0", "1"),
-        ("cold-0", "4"), ("cold-1", "2"), ("cold-1", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "value"), [
+    ("hot-0", "x"), ("hot-0", None), ("count-0", "1"), ("count-0", "4"), ("pair-c-0-b", "0"), ("cold-0", "1"),
+    ("cold-0", "4"), ("cold-1", "2"), ("cold-1", None),
+])  # fmt: skip
 def test_a_replica_without_what_was_acknowledged(tmp_path: Path, key: str, value: str | None) -> None:
     """What a node holds in the end is a read of every key: a write that is missing or doubled there is named."""
     held = {name: text for name, text in (HELD | {key: value}).items() if text is not None}
@@ -147,15 +139,12 @@ def make_node(directory: Path, values: list[str]) -> str:
     return copy.disk
 
 
-@pytest.mark.parametrize(
-    ("values", "disk", "said"),
-    [
-        (["a", "b"], "n2", ""),
-        (["a"], "n2", "members differ"),
-        (["a", "c"], "n2", "members differ"),
-        (["a", "b"], "other", "n2 is a member by other and holds n2 (complete)"),
-    ],
-)
+@pytest.mark.parametrize(("values", "disk", "said"), [
+    (["a", "b"], "n2", ""),
+    (["a"], "n2", "members differ"),
+    (["a", "c"], "n2", "members differ"),
+    (["a", "b"], "other", "n2 is a member by other and holds n2 (complete)"),
+])  # fmt: skip
 def test_members_that_differ(tmp_path: Path, values: list[str], disk: str, said: str) -> None:
     """Members whose data differ are named, with all versions of what they hold; so is one with another disk."""
     make_node(tmp_path / "n1", ["a", "b"])

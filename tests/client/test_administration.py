@@ -1,7 +1,5 @@
 """Changes of the cluster: requests that are refused before they are sent, and answers of every form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -29,19 +27,16 @@ def test_requests() -> None:
     assert rebalance_request(True) == [0, b"rebalance", {b"dry_run": True}]
 
 
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda: node_add_request(b"h", 5000), "host must be text, not bytes"),
-        (lambda: node_add_request("a b", 5000), 'host must be a name or an address, not "a b"'),
-        (lambda: node_add_request("h\udcff", 5000), "host has a lone surrogate"),
-        (lambda: node_add_request("h", 0), "port must be from 1 to 65535, not 0"),
-        (lambda: node_add_request("h", "5000"), "port must be an integer"),
-        (lambda: node_request(b"node_drain", ""), "the node's id must be a text of 1 to 255 bytes"),
-        (lambda: node_request(b"node_drain", 1), "the node's id must be text, not int"),
-        (lambda: rebalance_request(1), "dry_run must be true or false"),
-    ],
-)
+@pytest.mark.parametrize(("make", "sentence"), [
+    (lambda: node_add_request(b"h", 5000), "host must be text, not bytes"),
+    (lambda: node_add_request("a b", 5000), 'host must be a name or an address, not "a b"'),
+    (lambda: node_add_request("h\udcff", 5000), "host has a lone surrogate"),
+    (lambda: node_add_request("h", 0), "port must be from 1 to 65535, not 0"),
+    (lambda: node_add_request("h", "5000"), "port must be an integer"),
+    (lambda: node_request(b"node_drain", ""), "the node's id must be a text of 1 to 255 bytes"),
+    (lambda: node_request(b"node_drain", 1), "the node's id must be text, not int"),
+    (lambda: rebalance_request(1), "dry_run must be true or false"),
+])  # fmt: skip
 def test_wrong_requests(make: Callable[[], Any], sentence: str) -> None:
     """They fail before anything is sent, with the sentence of the server."""
     with pytest.raises(RequestError, match=sentence):
@@ -60,21 +55,18 @@ def test_answers() -> None:
     assert loss_accepted({"shard": 0, "from": "n2"}) == LossAccepted(0, {"from": "n2"})
 
 
-@pytest.mark.parametrize(
-    ("read", "answer", "sentence"),
-    [
-        (node_change, [], "is not a map"),
-        (node_change, {}, "has no node"),
-        (node_change, {"node": 4}, "has no node"),
-        (node_change, {"node": "n1", "shards": "many"}, "the number of shards in the answer is not an integer"),
-        (rebalance_result, None, "is not a map"),
-        (rebalance_result, {"left": 1}, "has no moves"),
-        (rebalance_result, {"moves": []}, "has no left"),
-        (rebalance_result, {"moves": [[5, "n1"]], "left": 1}, r"a move is not \[shard, from, to\]"),
-        (rebalance_result, {"moves": [["5", "n1", "n2"]], "left": 1}, r"a move is not \[shard, from, to\]"),
-        (loss_accepted, {"shard": True}, "has no shard"),
-    ],
-)
+@pytest.mark.parametrize(("read", "answer", "sentence"), [
+    (node_change, [], "is not a map"),
+    (node_change, {}, "has no node"),
+    (node_change, {"node": 4}, "has no node"),
+    (node_change, {"node": "n1", "shards": "many"}, "the number of shards in the answer is not an integer"),
+    (rebalance_result, None, "is not a map"),
+    (rebalance_result, {"left": 1}, "has no moves"),
+    (rebalance_result, {"moves": []}, "has no left"),
+    (rebalance_result, {"moves": [[5, "n1"]], "left": 1}, r"a move is not \[shard, from, to\]"),
+    (rebalance_result, {"moves": [["5", "n1", "n2"]], "left": 1}, r"a move is not \[shard, from, to\]"),
+    (loss_accepted, {"shard": True}, "has no shard"),
+])  # fmt: skip
 def test_answers_that_are_none(read: Callable[[Any], Any], answer: Any, sentence: str) -> None:
     """An answer of another form is the server's mistake, and said so."""
     with pytest.raises(ProtocolError, match=sentence):

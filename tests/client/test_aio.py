@@ -1,7 +1,5 @@
 """The asynchronous client against a scripted server: results, timeouts, lost connections, cancellation, batches."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import math
@@ -214,36 +212,33 @@ async def test_codecs_and_their_errors(server: FakeServer) -> None:
             await kv.get("bad")
 
 
-@pytest.mark.parametrize(
-    ("call", "text"),
-    [
-        (lambda kv: kv.get(""), "must not be empty"),
-        (lambda kv: kv.get(5), "must be bytes or text, not int"),
-        (lambda kv: kv.get("\ud800"), "lone surrogate"),
-        (lambda kv: kv.put("k" * (KEY_BYTES_MAX + 1), b""), f"limit of {KEY_BYTES_MAX} bytes"),
-        (lambda kv: kv.put("k", bytes(VALUE_BYTES_MAX + 1)), f"the limit is {VALUE_BYTES_MAX}"),
-        (lambda kv: kv.put("k", 5), "must be bytes or text, not int"),
-        (lambda kv: kv.put("k", b"", ttl=0), "ttl must be over 0"),
-        (lambda kv: kv.put("k", b"", ttl=math.nan), "ttl must be over 0"),
-        (lambda kv: kv.put("k", b"", ttl=math.inf), "ttl must be over 0"),
-        (lambda kv: kv.put("k", b"", ttl="5"), "ttl must be a number"),
-        (lambda kv: kv.put("k", b"", ttl=5, keep_ttl=True), "not both"),
-        (lambda kv: kv.expire("k", -1), "ttl must be over 0"),
-        (lambda kv: kv.cas("k", b""), "exactly one condition"),
-        (lambda kv: kv.cas("k", b"", if_rev=1, if_value=b""), "one condition"),
-        (lambda kv: kv.delete("k", if_rev=-1), "rev must be from 0"),
-        (lambda kv: kv.incr("k", 2**63), "64-bit"),
-        (lambda kv: kv.incr("k", 1.5), "by must be an integer"),
-        (lambda kv: kv.get("k", timeout=0), "a timeout must be"),
-        (lambda kv: kv.get("k", timeout=math.inf), "a timeout must be"),
-        (lambda kv: kv.count(start=5), "start must be bytes or text"),
-        (lambda kv: kv.put_many([("k",)]), "an item of put_many is"),
-        (lambda kv: kv.put_many({"k": 5}), "must be bytes or text"),
-        (lambda kv: kv.get_many(["k", ""]), "must not be empty"),
-        (lambda kv: kv.restore("a", "wipe"), "merge or replace"),
-        (lambda kv: kv.backup(5), "name must be text, not int"),
-    ],
-)
+@pytest.mark.parametrize(("call", "text"), [
+    (lambda kv: kv.get(""), "must not be empty"),
+    (lambda kv: kv.get(5), "must be bytes or text, not int"),
+    (lambda kv: kv.get("\ud800"), "lone surrogate"),
+    (lambda kv: kv.put("k" * (KEY_BYTES_MAX + 1), b""), f"limit of {KEY_BYTES_MAX} bytes"),
+    (lambda kv: kv.put("k", bytes(VALUE_BYTES_MAX + 1)), f"the limit is {VALUE_BYTES_MAX}"),
+    (lambda kv: kv.put("k", 5), "must be bytes or text, not int"),
+    (lambda kv: kv.put("k", b"", ttl=0), "ttl must be over 0"),
+    (lambda kv: kv.put("k", b"", ttl=math.nan), "ttl must be over 0"),
+    (lambda kv: kv.put("k", b"", ttl=math.inf), "ttl must be over 0"),
+    (lambda kv: kv.put("k", b"", ttl="5"), "ttl must be a number"),
+    (lambda kv: kv.put("k", b"", ttl=5, keep_ttl=True), "not both"),
+    (lambda kv: kv.expire("k", -1), "ttl must be over 0"),
+    (lambda kv: kv.cas("k", b""), "exactly one condition"),
+    (lambda kv: kv.cas("k", b"", if_rev=1, if_value=b""), "one condition"),
+    (lambda kv: kv.delete("k", if_rev=-1), "rev must be from 0"),
+    (lambda kv: kv.incr("k", 2**63), "64-bit"),
+    (lambda kv: kv.incr("k", 1.5), "by must be an integer"),
+    (lambda kv: kv.get("k", timeout=0), "a timeout must be"),
+    (lambda kv: kv.get("k", timeout=math.inf), "a timeout must be"),
+    (lambda kv: kv.count(start=5), "start must be bytes or text"),
+    (lambda kv: kv.put_many([("k",)]), "an item of put_many is"),
+    (lambda kv: kv.put_many({"k": 5}), "must be bytes or text"),
+    (lambda kv: kv.get_many(["k", ""]), "must not be empty"),
+    (lambda kv: kv.restore("a", "wipe"), "merge or replace"),
+    (lambda kv: kv.backup(5), "name must be text, not int"),
+])  # fmt: skip
 async def test_wrong_requests_are_refused_at_once(
     kv: AsyncClient[bytes], server: FakeServer, call: Callable[[Any], Any], text: str
 ) -> None:
@@ -400,9 +395,7 @@ async def test_a_refusal_stays_a_refusal(kv: AsyncClient[bytes], server: FakeSer
     assert len(server.seen(b"put")) == 1
 
 
-async def test_a_read_that_runs_out_of_time_tells_the_last_refusal(
-    kv: AsyncClient[bytes], server: FakeServer
-) -> None:
+async def test_a_read_that_runs_out_of_time_tells_the_last_refusal(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """A read that was refused, and then not answered until the timeout, ends with the reason of the refusal."""
     server.on(b"get", fake_server.error(Code.NOT_ENOUGH_REPLICAS, "n2 is missing"), fake_server.drop)
     with pytest.raises(Unavailable, match="n2 is missing"):
@@ -794,14 +787,9 @@ def refuse_each(connection: fake_server.FakeConnection, message: list[Any]) -> N
 @pytest.mark.parametrize(("timeout_s", "tries_min", "tries_max"), [(0.3, 1, 1), (0.6, 2, 10)])
 @pytest.mark.parametrize("op", ["mput", "mdelete"])
 async def test_refused_items_stay_refused(
-    kv: AsyncClient[bytes],
-    server: FakeServer,
-    monkeypatch: pytest.MonkeyPatch,
-    op: str,
-    timeout_s: float,
-    tries_min: int,
-    tries_max: int,
-) -> None:
+    kv: AsyncClient[bytes], server: FakeServer, monkeypatch: pytest.MonkeyPatch, op: str, timeout_s: float,
+    tries_min: int, tries_max: int,
+) -> None:  # fmt: skip
     """Items refused after a wait are repeated while there is time for another such wait; then all that failed is
     Unavailable, in the server's words and before the timeout, never unknown."""
     monkeypatch.setattr("kvtcp.client.channel._REFUSAL_S", 0.3)
@@ -838,12 +826,10 @@ async def test_many_keys_with_a_missing_node() -> None:
         await cluster.kill_node("n2")
         started = time.monotonic()
         results = await asyncio.gather(
-            kv.put("a", "1", timeout=2),
-            kv.put_many({"a": "1"}, timeout=2),
-            kv.put_many({f"k{i}": "2" for i in range(20)}, timeout=2),
-            kv.delete_many(["a", "b"], timeout=2),
+            kv.put("a", "1", timeout=2), kv.put_many({"a": "1"}, timeout=2),
+            kv.put_many({f"k{i}": "2" for i in range(20)}, timeout=2), kv.delete_many(["a", "b"], timeout=2),
             return_exceptions=True,
-        )
+        )  # fmt: skip
         assert time.monotonic() - started < 1.9
         assert [type(result) for result in results] == [Unavailable] * 4
         assert {getattr(result, "code", None) for result in results} == {Code.NOT_ENOUGH_REPLICAS}

@@ -1,7 +1,5 @@
 """Codecs: what goes in comes out, and what does not fit is refused with the right error."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

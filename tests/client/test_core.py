@@ -1,7 +1,5 @@
 """The core of a connection: ids, answers, deadlines and the end."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
@@ -52,9 +50,14 @@ class Harness:
         return self.core.expire(self.now)
 
 
-def test_answers_in_any_order() -> None:
+@pytest.fixture
+def h() -> Harness:
+    """One that has sent nothing."""
+    return Harness()
+
+
+def test_answers_in_any_order(h: Harness) -> None:
     """Requests leave in order in one piece; answers find their waiters by id."""
-    h = Harness()
     a, b, c = h.ask("a"), h.ask("b"), h.ask("c")
     assert h.sent() == [[a, b"get", b"a"], [b, b"get", b"b"], [c, b"get", b"c"]]
     assert h.core.take_output() == b""
@@ -63,9 +66,8 @@ def test_answers_in_any_order() -> None:
     assert (h.core.outstanding, h.core.outstanding_bytes, h.core.failure) == (0, 0, None)
 
 
-def test_error_answers_become_exceptions() -> None:
+def test_error_answers_become_exceptions(h: Harness) -> None:
     """An error has the class, sentence and details of its code."""
-    h = Harness()
     h.ask("a")
     h.sent()
     [(waiter, _, error)] = h.hear((h.ids["a"], 20, "it exists", {"rev": 4}))
@@ -74,9 +76,8 @@ def test_error_answers_become_exceptions() -> None:
     assert (str(error), error.code, error.details) == ("it exists", Code.EXISTS, {"rev": 4})
 
 
-def test_abandoned_id_is_reserved_and_its_answer_dropped() -> None:
+def test_abandoned_id_is_reserved_and_its_answer_dropped(h: Harness) -> None:
     """After a timeout the id goes to nobody else until the late answer, which reaches nobody."""
-    h = Harness()
     first = h.ask("a")
     h.sent()
     assert [waiter for waiter, _, _ in h.later(1.0 + 2 * TICK_S)] == ["a"]
@@ -89,9 +90,8 @@ def test_abandoned_id_is_reserved_and_its_answer_dropped() -> None:
     assert h.ask("c") == first
 
 
-def test_calls_out_of_time_free_their_room() -> None:
+def test_calls_out_of_time_free_their_room(h: Harness) -> None:
     """What nobody waits for any more keeps no room from others, and a late answer gives none back twice."""
-    h = Harness()
     a, b = h.ask("a", Kind.WRITE), h.ask("b", Kind.WRITE, timeout_s=9.0)
     h.sent()
     both_bytes = h.core.outstanding_bytes
@@ -101,9 +101,8 @@ def test_calls_out_of_time_free_their_room() -> None:
     assert h.core.outstanding_bytes == 0 and h.core.outstanding == 0
 
 
-def test_ids_wrap_around() -> None:
+def test_ids_wrap_around(h: Harness) -> None:
     """After the largest id comes 1, and ids in use are passed over."""
-    h = Harness()
     assert h.ask("a") == 1
     h.core._last_id = REQUEST_ID_MAX - 1
     assert h.ask("b") == REQUEST_ID_MAX
@@ -111,9 +110,8 @@ def test_ids_wrap_around() -> None:
 
 
 @pytest.mark.parametrize("frame_bytes", [1, 7, 64, 1000])
-def test_answers_cut_anywhere(frame_bytes: int) -> None:
+def test_answers_cut_anywhere(h: Harness, frame_bytes: int) -> None:
     """Answers may arrive in any pieces."""
-    h = Harness()
     for i in range(20):
         h.ask(f"w{i}")
     h.sent()
@@ -123,9 +121,8 @@ def test_answers_cut_anywhere(frame_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [0.001, 0.02, 0.5, 1.0, 7.3])
-def test_time_runs_out_late_by_a_tick_at_most(timeout_s: float) -> None:
+def test_time_runs_out_late_by_a_tick_at_most(h: Harness, timeout_s: float) -> None:
     """A call ends after its timeout, not before, and at most a tick later when swept at `next_due`."""
-    h = Harness()
     h.ask("a", timeout_s=timeout_s)
     assert h.core.next_due is not None
     assert timeout_s <= h.core.next_due - h.now <= timeout_s + TICK_S + 1e-9
@@ -135,9 +132,8 @@ def test_time_runs_out_late_by_a_tick_at_most(timeout_s: float) -> None:
     assert h.core.next_due is None
 
 
-def test_next_due_is_the_earliest() -> None:
+def test_next_due_is_the_earliest(h: Harness) -> None:
     """A shorter timeout moves `next_due` forward; an answered call no longer counts after the sweep."""
-    h = Harness()
     h.ask("a", timeout_s=5)
     late = h.core.next_due
     h.ask("b", timeout_s=1)
@@ -148,13 +144,11 @@ def test_next_due_is_the_earliest() -> None:
     assert h.core.next_due == late
 
 
-@pytest.mark.parametrize(
-    ("kind", "error_class"),
-    [(Kind.READ, Unavailable), (Kind.WRITE, OutcomeUnknown), (Kind.ADMIN, OutcomeUnknown), (Kind.LONG, OutcomeUnknown)],
-)
-def test_out_of_time(kind: Kind, error_class: type[KvtcpError]) -> None:
+@pytest.mark.parametrize(("kind", "error_class"), [
+    (Kind.READ, Unavailable), (Kind.WRITE, OutcomeUnknown), (Kind.ADMIN, OutcomeUnknown), (Kind.LONG, OutcomeUnknown),
+])  # fmt: skip
+def test_out_of_time(h: Harness, kind: Kind, error_class: type[KvtcpError]) -> None:
     """A read without an answer may be repeated, a write has an unknown outcome."""
-    h = Harness()
     h.ask("a", kind, timeout_s=0.5)
     h.sent()
     [(_, _, error)] = h.later(0.6)
@@ -162,9 +156,8 @@ def test_out_of_time(kind: Kind, error_class: type[KvtcpError]) -> None:
     assert "0.5 s" in str(error)
 
 
-def test_progress_gives_more_time() -> None:
+def test_progress_gives_more_time(h: Harness) -> None:
     """Progress frames are passed on, keep the call, and start its time again."""
-    h = Harness()
     seen: list[Any] = []
     ident = h.ask("a", Kind.LONG, timeout_s=1.0, progress=seen.append)
     h.sent()
@@ -176,9 +169,8 @@ def test_progress_gives_more_time() -> None:
     assert h.later(10) == []
 
 
-def test_progress_of_a_call_that_was_given_up() -> None:
+def test_progress_of_a_call_that_was_given_up(h: Harness) -> None:
     """Progress for a call nobody waits for is dropped, and its id stays taken."""
-    h = Harness()
     ident = h.ask("a", Kind.LONG, timeout_s=1.0, progress=lambda fields: pytest.fail("nobody listens"))
     h.sent()
     assert len(h.later(1.1)) == 1
@@ -188,9 +180,8 @@ def test_progress_of_a_call_that_was_given_up() -> None:
     assert h.core.outstanding == 0
 
 
-def test_progress_callback_that_fails() -> None:
+def test_progress_callback_that_fails(h: Harness) -> None:
     """The caller's own exception ends the caller's call and nothing else."""
-    h = Harness()
     error = ZeroDivisionError()
 
     def fail(fields: Any) -> None:
@@ -207,9 +198,8 @@ def test_progress_callback_that_fails() -> None:
 @pytest.mark.parametrize("trash", [False, True])
 @pytest.mark.parametrize("kind", list(Kind))
 @pytest.mark.parametrize("sent", [False, True])
-def test_end_of_connection(sent: bool, kind: Kind, trash: bool) -> None:
+def test_end_of_connection(h: Harness, sent: bool, kind: Kind, trash: bool) -> None:
     """What a call ends with: unsent is Unavailable, a sent write unknown, a sent read by what ended the connection."""
-    h = Harness()
     if sent:
         h.ask("a", kind)
         h.sent()
@@ -231,16 +221,12 @@ def test_end_of_connection(sent: bool, kind: Kind, trash: bool) -> None:
     assert h.core.outstanding == h.core.outstanding_bytes == 0
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        [77, 0, 1], [0, 0, 1], [None, 0, 1], ["x", 0, 1], [1.0, 0, 1], [True, 0, 1], [[], 0, 1], [1], [1, 0], [], 5,
-        None, [1, 0, 1, 2, 3], [1, None, 1], [1, True, 1], [1, "x", 1], {"a": 1},
-    ],
-)  # fmt: skip
-def test_garbage_ends_the_connection(answer: Any) -> None:
+@pytest.mark.parametrize("answer", [
+    [77, 0, 1], [0, 0, 1], [None, 0, 1], ["x", 0, 1], [1.0, 0, 1], [True, 0, 1], [[], 0, 1], [1], [1, 0], [], 5,
+    None, [1, 0, 1, 2, 3], [1, None, 1], [1, True, 1], [1, "x", 1], {"a": 1},
+])  # fmt: skip
+def test_garbage_ends_the_connection(h: Harness, answer: Any) -> None:
     """A frame that answers nothing that was asked is a failure; answers before it in the same read still count."""
-    h = Harness()
     h.ask("a")
     good = h.ask("b")
     h.sent()
@@ -249,9 +235,8 @@ def test_garbage_ends_the_connection(answer: Any) -> None:
     assert [waiter for waiter, _, _ in h.core.lost("over")] == ["a"]
 
 
-def test_answer_twice() -> None:
+def test_answer_twice(h: Harness) -> None:
     """A second answer to the same request is a failure, never somebody else's result."""
-    h = Harness()
     ident = h.ask("a")
     h.ask("b")
     h.sent()
@@ -260,18 +245,16 @@ def test_answer_twice() -> None:
     assert "not outstanding" in str(h.core.failure)
 
 
-def test_request_over_the_limit_changes_nothing() -> None:
+def test_request_over_the_limit_changes_nothing(h: Harness) -> None:
     """A request that does not fit a frame is refused and leaves no trace."""
-    h = Harness()
     with pytest.raises(RequestError) as caught:
         h.core.request([0, b"put", b"k", bytes(FRAME_BYTES_MAX)], "a", h.now, 1.0)
     assert caught.value.code == Code.TOO_LARGE
     assert (h.core.outstanding, h.core.outstanding_bytes, h.core.take_output(), h.core.next_due) == (0, 0, b"", None)
 
 
-def test_silence() -> None:
+def test_silence(h: Harness) -> None:
     """Only silence with calls out of time counts, from the last bytes heard, and any bytes end it."""
-    h = Harness()
     h.later(100)
     assert not h.core.is_silent(h.now)
     ident = h.ask("a", timeout_s=1)
@@ -285,9 +268,8 @@ def test_silence() -> None:
     assert not h.core.is_silent(h.now + SILENCE_S)
 
 
-def test_long_calls_do_not_make_a_lively_connection_silent() -> None:
+def test_long_calls_do_not_make_a_lively_connection_silent(h: Harness) -> None:
     """A call that waited long and ran out of time says nothing about a connection that was heard a moment ago."""
-    h = Harness()
     h.ask("long", Kind.LONG, timeout_s=60)
     h.later(59)
     ident = h.ask("a")

@@ -1,7 +1,5 @@
 """Requests and results as both clients share them: sizes of parts, pages, items."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

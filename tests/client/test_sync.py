@@ -1,7 +1,5 @@
 """The synchronous client: the same results, threads, Ctrl-C, fork, and the mapping."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -1,7 +1,5 @@
 """Changes of the map: combined in order, settled after unknown outcomes, ended by a conflict; against random stores."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -101,16 +99,13 @@ def test_what_waits_goes_together() -> None:
     assert [each for name, what, each in told.events if what == "done" and name != "a"] == [new] * 4
 
 
-@pytest.mark.parametrize(
-    "second",
-    [
-        lambda old: old.with_replica_ids({1: {"n2": "second"}}),
-        lambda old: old.without([0, 1], "n2"),
-        lambda old: old.first_answers(1, "n3"),
-        lambda old: old.replaced(1, "n2", "n2", "second"),
-        lambda old: old.with_replica_ids({1: {"n1": "disk"}}),  # the first is taken back
-    ],
-)
+@pytest.mark.parametrize("second", [
+    lambda old: old.with_replica_ids({1: {"n2": "second"}}),
+    lambda old: old.without([0, 1], "n2"),
+    lambda old: old.first_answers(1, "n3"),
+    lambda old: old.replaced(1, "n2", "n2", "second"),
+    lambda old: old.with_replica_ids({1: {"n1": "disk"}}),  # the first is taken back
+])  # fmt: skip
 def test_two_changes_of_one_row(second: Edit) -> None:
     """The second waits for the next compare-and-set, and what was proposed after it does too (I7)."""
     changes, told = made()

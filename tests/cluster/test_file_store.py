@@ -1,7 +1,5 @@
 """The config store in a file: its format, and an error at every call of the disk."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from random import Random

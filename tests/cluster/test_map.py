@@ -1,7 +1,5 @@
 """Tests of the cluster map: founding, edits and what they refuse, and its JSON, in which every wrong field is named."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -153,35 +151,32 @@ def test_another_min_insync() -> None:
             grown.with_min_insync(wrong)
 
 
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        (lambda m: m.with_member(1, "n9", "d"), "n9 is no node"),
-        (lambda m: m.with_member(1, "n2", "d"), "n2 is a member of shard 1 already"),
-        (lambda m: m.with_member(1, "n3", ""), "copy of shard 1 by which n3 joins is known"),
-        (lambda m: m.with_member(2, "n4", "d"), "shard 2 has 3 members with factor 2"),
-        (lambda m: m.without([1], "n3"), "n3 is no member of shard 1"),
-        (lambda m: m.without([1, 0], "n1"), "shard 0 would have fewer than 1 members"),
-        (lambda m: m.replaced(1, "n3", "n4", "d"), "n3 is no member of shard 1"),
-        (lambda m: m.replaced(1, "n1", "n2", "d"), "n2 is a member of shard 1 already"),
-        (lambda m: m.replaced(1, "n1", "n9", "d"), "n9 is no node"),
-        (lambda m: m.replaced(1, "n1", "n3", ""), "copy of shard 1 by which n3 joins is known"),
-        (lambda m: m.first_answers(1, "n3"), "n3 is no member of shard 1"),
-        (lambda m: m.with_node("h", 4), "h:4 is the address of another node"),
-        (lambda m: m.without_node("n9"), "n9 is no node"),
-        (lambda m: m.without_node("n1"), "n1 is a member of 3 shards"),
-        (lambda m: m.with_wanted([["n4"]] * 3).without_node("n4"), "n4 shall hold shards"),
-        (lambda m: m.with_draining("n9", True), "n9 is no node"),
-        (lambda m: m.with_destroyed("n9"), "n9 is no node"),
-        (lambda m: m.with_wanted([["n1"]]), "1 rows for 3 shards"),
-        (lambda m: m.with_wanted([["n1"], [], ["n1"]]), "shard 1 cannot be placed"),
-        (lambda m: m.with_wanted([["n1"], ["n2", "n2"], ["n1"]]), "shard 1 cannot be placed"),
-        (lambda m: m.with_wanted([["n1"], ["n1", "n2", "n3"], ["n1"]]), "shard 1 cannot be placed"),
-        (lambda m: m.with_wanted([["n1"], ["n1"], ["n9"]]), "shard 2 cannot be placed"),
-        (lambda m: m.with_draining("n2", True).with_wanted([["n1"], ["n2"], ["n1"]]), "shard 1 cannot be placed"),
-        (lambda m: m.with_destroyed("n2").with_wanted([["n1"], ["n2"], ["n1"]]), "shard 1 cannot be placed"),
-    ],
-)
+@pytest.mark.parametrize(("edit", "words"), [
+    (lambda m: m.with_member(1, "n9", "d"), "n9 is no node"),
+    (lambda m: m.with_member(1, "n2", "d"), "n2 is a member of shard 1 already"),
+    (lambda m: m.with_member(1, "n3", ""), "copy of shard 1 by which n3 joins is known"),
+    (lambda m: m.with_member(2, "n4", "d"), "shard 2 has 3 members with factor 2"),
+    (lambda m: m.without([1], "n3"), "n3 is no member of shard 1"),
+    (lambda m: m.without([1, 0], "n1"), "shard 0 would have fewer than 1 members"),
+    (lambda m: m.replaced(1, "n3", "n4", "d"), "n3 is no member of shard 1"),
+    (lambda m: m.replaced(1, "n1", "n2", "d"), "n2 is a member of shard 1 already"),
+    (lambda m: m.replaced(1, "n1", "n9", "d"), "n9 is no node"),
+    (lambda m: m.replaced(1, "n1", "n3", ""), "copy of shard 1 by which n3 joins is known"),
+    (lambda m: m.first_answers(1, "n3"), "n3 is no member of shard 1"),
+    (lambda m: m.with_node("h", 4), "h:4 is the address of another node"),
+    (lambda m: m.without_node("n9"), "n9 is no node"),
+    (lambda m: m.without_node("n1"), "n1 is a member of 3 shards"),
+    (lambda m: m.with_wanted([["n4"]] * 3).without_node("n4"), "n4 shall hold shards"),
+    (lambda m: m.with_draining("n9", True), "n9 is no node"),
+    (lambda m: m.with_destroyed("n9"), "n9 is no node"),
+    (lambda m: m.with_wanted([["n1"]]), "1 rows for 3 shards"),
+    (lambda m: m.with_wanted([["n1"], [], ["n1"]]), "shard 1 cannot be placed"),
+    (lambda m: m.with_wanted([["n1"], ["n2", "n2"], ["n1"]]), "shard 1 cannot be placed"),
+    (lambda m: m.with_wanted([["n1"], ["n1", "n2", "n3"], ["n1"]]), "shard 1 cannot be placed"),
+    (lambda m: m.with_wanted([["n1"], ["n1"], ["n9"]]), "shard 2 cannot be placed"),
+    (lambda m: m.with_draining("n2", True).with_wanted([["n1"], ["n2"], ["n1"]]), "shard 1 cannot be placed"),
+    (lambda m: m.with_destroyed("n2").with_wanted([["n1"], ["n2"], ["n1"]]), "shard 1 cannot be placed"),
+])  # fmt: skip
 def test_an_edit_that_does_not_fit(edit: Callable[[ClusterMap], Any], words: str) -> None:
     """It is not made."""
     with pytest.raises(AssertionError, match=words):
@@ -214,9 +209,7 @@ EDITS: list[Callable[[ClusterMap, int, str, str], ClusterMap]] = [
 
 
 @given(st.lists(st.tuples(st.sampled_from(EDITS), st.integers(0, 1), st.integers(1, 5), st.integers(1, 5))))
-def test_random_edits(
-    steps: list[tuple[Callable[[ClusterMap, int, str, str], ClusterMap], int, int, int]],
-) -> None:
+def test_random_edits(steps: list[tuple[Callable[[ClusterMap, int, str, str], ClusterMap], int, int, int]]) -> None:
     """After any edits that were not refused the map fits together, survives its JSON, and gave no id twice."""
     cluster_map = make_map(3, 2, shards=2)
     given_ids = set(cluster_map.nodes)
@@ -262,60 +255,57 @@ def damaged(**changes: Any) -> bytes:
 ROW = [["n1", "d"], ["n2", "d"]]
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", "is not JSON"),
-        (b"\xff", "is not JSON"),
-        (b"[]", "is not a JSON object"),
-        (damaged(owner=...), "has no owner"),
-        (damaged(learners=[]), "has learners, which this version does not know"),
-        (damaged(cluster=""), "cluster of the cluster map cannot be ''"),
-        (damaged(epoch=0), "epoch of the cluster map cannot be 0"),
-        (damaged(epoch=True), "epoch of the cluster map cannot be True"),
-        (damaged(owner=5), "owner of the cluster map cannot be 5"),
-        (damaged(shards=0), "shards of the cluster map cannot be 0"),
-        (damaged(shards=4097), "shards of the cluster map cannot be 4097"),
-        (damaged(shards=3), "members of the cluster map has 2 shards, not 3"),
-        (damaged(factor="2"), "factor of the cluster map cannot be '2'"),
-        (damaged(factor=0), "factor of the cluster map cannot be 0"),
-        (damaged(min_insync=3), "min_insync of the cluster map is 3 with factor 2"),
-        (damaged(durability="none"), "durability of the cluster map cannot be 'none'"),
-        (damaged(nodes=["n1"]), "nodes of the cluster map cannot be"),
-        (damaged(nodes={"n1": ["h"]}), "nodes of the cluster map cannot be"),
-        (damaged(nodes={"n1": ["h", "1"]}), "nodes of the cluster map cannot be"),
-        (damaged(members={}), "members of the cluster map cannot be {}"),
-        (damaged(members=[ROW, [["n1"]]]), "members of the cluster map cannot be"),
-        (damaged(members=[ROW, []]), "members of the cluster map has a wrong row for shard 1"),
-        (damaged(members=[ROW, ROW[:1]], min_insync=2), "members of the cluster map has a wrong row for shard 1"),
-        (damaged(members=[ROW, [[f"n{n}", "d"] for n in (1, 2, 3)]], factor=1), "has a wrong row for shard 1"),
-        (damaged(members=[ROW, ROW[:1] * 2]), "members of the cluster map has a wrong row for shard 1"),
-        (damaged(members=[[["n1", "d"], ["n9", "d"]], ROW]), "members of the cluster map has a wrong row for shard 0"),
-        (damaged(last_node=...), "has no last_node"),
-        (damaged(wanted=..., draining=...), "has no draining"),
-        (damaged(last_node=-1), "last_node of the cluster map cannot be -1"),
-        (damaged(last_node=2), "last_node of the cluster map is 2, and it has n3"),
-        (damaged(wanted=[["n1"], 5]), "wanted of the cluster map cannot be"),
-        (damaged(wanted=[["n1"], [""]]), "wanted of the cluster map cannot be"),
-        (damaged(wanted=[["n1"]]), "wanted of the cluster map has 1 shards, not 2"),
-        (damaged(wanted=[["n1"], []]), "wanted of the cluster map has a wrong row for shard 1"),
-        (damaged(wanted=[["n1"], ["n1", "n2", "n3"]]), "wanted of the cluster map has a wrong row for shard 1"),
-        (damaged(wanted=[["n1"], ["n2", "n2"]]), "wanted of the cluster map has a wrong row for shard 1"),
-        (damaged(wanted=[["n9"], ["n1"]]), "wanted of the cluster map has a wrong row for shard 0"),
-        (damaged(draining="n1"), "draining of the cluster map cannot be 'n1'"),
-        (damaged(draining=["n2", "n1"]), "draining of the cluster map cannot be"),
-        (damaged(draining=["n9"]), "draining of the cluster map has 'n9', which is no node of it"),
-        (damaged(destroyed=["n1", "n1"]), "destroyed of the cluster map cannot be"),
-        (damaged(destroyed=[1]), "destroyed of the cluster map cannot be"),
-        (damaged(stamp_bound_ms=-1), "stamp_bound_ms of the cluster map cannot be -1"),
-        (damaged(restoring="xy"), "restoring of the cluster map cannot be 'xy'"),
-        (damaged(restoring=1), "restoring of the cluster map cannot be 1"),
-        (damaged(heard={"n1": -1}), "heard of the cluster map cannot be"),
-        (damaged(heard=[]), "heard of the cluster map cannot be"),
-        (damaged(heard_version=1), "has heard_version, which this version does not know"),
-        (damaged(version=0), "version of the cluster map cannot be 0"),
-    ],
-)
+@pytest.mark.parametrize(("data", "words"), [
+    (b"", "is not JSON"),
+    (b"\xff", "is not JSON"),
+    (b"[]", "is not a JSON object"),
+    (damaged(owner=...), "has no owner"),
+    (damaged(learners=[]), "has learners, which this version does not know"),
+    (damaged(cluster=""), "cluster of the cluster map cannot be ''"),
+    (damaged(epoch=0), "epoch of the cluster map cannot be 0"),
+    (damaged(epoch=True), "epoch of the cluster map cannot be True"),
+    (damaged(owner=5), "owner of the cluster map cannot be 5"),
+    (damaged(shards=0), "shards of the cluster map cannot be 0"),
+    (damaged(shards=4097), "shards of the cluster map cannot be 4097"),
+    (damaged(shards=3), "members of the cluster map has 2 shards, not 3"),
+    (damaged(factor="2"), "factor of the cluster map cannot be '2'"),
+    (damaged(factor=0), "factor of the cluster map cannot be 0"),
+    (damaged(min_insync=3), "min_insync of the cluster map is 3 with factor 2"),
+    (damaged(durability="none"), "durability of the cluster map cannot be 'none'"),
+    (damaged(nodes=["n1"]), "nodes of the cluster map cannot be"),
+    (damaged(nodes={"n1": ["h"]}), "nodes of the cluster map cannot be"),
+    (damaged(nodes={"n1": ["h", "1"]}), "nodes of the cluster map cannot be"),
+    (damaged(members={}), "members of the cluster map cannot be {}"),
+    (damaged(members=[ROW, [["n1"]]]), "members of the cluster map cannot be"),
+    (damaged(members=[ROW, []]), "members of the cluster map has a wrong row for shard 1"),
+    (damaged(members=[ROW, ROW[:1]], min_insync=2), "members of the cluster map has a wrong row for shard 1"),
+    (damaged(members=[ROW, [[f"n{n}", "d"] for n in (1, 2, 3)]], factor=1), "has a wrong row for shard 1"),
+    (damaged(members=[ROW, ROW[:1] * 2]), "members of the cluster map has a wrong row for shard 1"),
+    (damaged(members=[[["n1", "d"], ["n9", "d"]], ROW]), "members of the cluster map has a wrong row for shard 0"),
+    (damaged(last_node=...), "has no last_node"),
+    (damaged(wanted=..., draining=...), "has no draining"),
+    (damaged(last_node=-1), "last_node of the cluster map cannot be -1"),
+    (damaged(last_node=2), "last_node of the cluster map is 2, and it has n3"),
+    (damaged(wanted=[["n1"], 5]), "wanted of the cluster map cannot be"),
+    (damaged(wanted=[["n1"], [""]]), "wanted of the cluster map cannot be"),
+    (damaged(wanted=[["n1"]]), "wanted of the cluster map has 1 shards, not 2"),
+    (damaged(wanted=[["n1"], []]), "wanted of the cluster map has a wrong row for shard 1"),
+    (damaged(wanted=[["n1"], ["n1", "n2", "n3"]]), "wanted of the cluster map has a wrong row for shard 1"),
+    (damaged(wanted=[["n1"], ["n2", "n2"]]), "wanted of the cluster map has a wrong row for shard 1"),
+    (damaged(wanted=[["n9"], ["n1"]]), "wanted of the cluster map has a wrong row for shard 0"),
+    (damaged(draining="n1"), "draining of the cluster map cannot be 'n1'"),
+    (damaged(draining=["n2", "n1"]), "draining of the cluster map cannot be"),
+    (damaged(draining=["n9"]), "draining of the cluster map has 'n9', which is no node of it"),
+    (damaged(destroyed=["n1", "n1"]), "destroyed of the cluster map cannot be"),
+    (damaged(destroyed=[1]), "destroyed of the cluster map cannot be"),
+    (damaged(stamp_bound_ms=-1), "stamp_bound_ms of the cluster map cannot be -1"),
+    (damaged(restoring="xy"), "restoring of the cluster map cannot be 'xy'"),
+    (damaged(restoring=1), "restoring of the cluster map cannot be 1"),
+    (damaged(heard={"n1": -1}), "heard of the cluster map cannot be"),
+    (damaged(heard=[]), "heard of the cluster map cannot be"),
+    (damaged(heard_version=1), "has heard_version, which this version does not know"),
+    (damaged(version=0), "version of the cluster map cannot be 0"),
+])  # fmt: skip
 def test_json_that_is_no_map(data: bytes, words: str) -> None:
     """Whatever is wrong is named."""
     with pytest.raises(MapError, match=words):

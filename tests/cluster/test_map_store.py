@@ -1,7 +1,5 @@
 """The map_store of the map: one change at a time, unknown outcomes settled, conflicts final."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tests of placement: balance for all small sizes, and of random keys over the nodes; changes with the fewest moves."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections import Counter

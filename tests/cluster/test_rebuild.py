@@ -1,7 +1,5 @@
 """A lost map made again from what nodes tell: what the rows are, when nothing is chosen, and that nothing is lost."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -299,9 +297,7 @@ class History:
 
     def stored(self) -> ClusterMap:
         """The map that is about to be lost."""
-        return replace(
-            self.base, epoch=self.epoch, version=self.version, members=(tuple(self.row.items()),)
-        )
+        return replace(self.base, epoch=self.epoch, version=self.version, members=(tuple(self.row.items()),))
 
     def takeover(self, linked: list[str]) -> None:
         """The next epoch: some nodes get the map; the good members that are linked are made equal to the best."""

@@ -1,7 +1,5 @@
 """The contract of config stores, run on each of them, and what sending a change again means."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -74,16 +74,10 @@ class CrashDisk:
     """
 
     def __init__(
-        self,
-        *,
-        fail_at: int = 0,
-        error_number: int = errno.EIO,
-        dead: bool = False,
-        capacity_bytes: int = UNLIMITED_BYTES,
-        rng: Random | None = None,
-        state: State | None = None,
+        self, *, fail_at: int = 0, error_number: int = errno.EIO, dead: bool = False,
+        capacity_bytes: int = UNLIMITED_BYTES, rng: Random | None = None, state: State | None = None,
         origin: str = "a new disk",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.calls: list[tuple[str, Path]] = []  # (what, file or directory), in order
         self.events: list[Event] = []  # what came of them: 0 to many each
         self.fail_at = fail_at

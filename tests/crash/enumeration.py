@@ -492,9 +492,7 @@ class SnapshotInSlices:
 
 def reopen(disk: CrashDisk, workload: Workload, boot: str) -> NodeStore:
     """A start on what a crash left."""
-    return open_store(
-        disk, DIRECTORY, workload.durability, Random(7).randbytes, boot, segment_bytes_max=SEGMENT_BYTES
-    )
+    return open_store(disk, DIRECTORY, workload.durability, Random(7).randbytes, boot, segment_bytes_max=SEGMENT_BYTES)
 
 
 def outcome(store: NodeStore) -> list[tuple[object, ...]]:
@@ -614,9 +612,7 @@ def enumerate_crashes(
     return judge.states, workload
 
 
-def enumerate_errors(
-    seed: int, steps: int, error_number: int, durability: str = "sync", changes: bool = False
-) -> int:
+def enumerate_errors(seed: int, steps: int, error_number: int, durability: str = "sync", changes: bool = False) -> int:
     """A disk that fails at its n-th call, for every n: no acknowledgement after the error, nothing lost. States."""
     states = 0
     for fail_at in range(1, 1 << 30):

@@ -5,11 +5,10 @@ Both keep their files in a real (temporary) directory, so that what a test finds
 run once without a fault to learn the number of calls, then once per call with `fail_at`.
 """
 
-from __future__ import annotations
-
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from kvtcp.storage.files import AppendFile, OsDisk, OsFile
 
@@ -53,37 +52,19 @@ class FaultyDisk(QuickDisk):
         self.called("create", path)
         return _FaultyFile(self, path, private)
 
-    def open_read(self, path: Path) -> IO[bytes]:
-        self.called("open_read", path)
-        return super().open_read(path)
 
-    def read(self, path: Path) -> bytes:
-        self.called("read", path)
-        return super().read(path)
+def _counted(name: str) -> Callable[..., Any]:
+    """The call of that name, of which the last path is counted."""
 
-    def list(self, directory: Path) -> list[str]:
-        self.called("list", directory)
-        return super().list(directory)
+    def call(self: FaultyDisk, *paths: Path) -> Any:
+        self.called(name, paths[-1])
+        return getattr(QuickDisk, name)(self, *paths)
 
-    def make_directory(self, directory: Path) -> None:
-        self.called("make_directory", directory)
-        super().make_directory(directory)
+    return call
 
-    def rename(self, old: Path, new: Path) -> None:
-        self.called("rename", new)
-        super().rename(old, new)
 
-    def sync_directory(self, directory: Path) -> None:
-        self.called("sync_directory", directory)
-        super().sync_directory(directory)
-
-    def remove(self, path: Path) -> None:
-        self.called("remove", path)
-        super().remove(path)
-
-    def remove_tree(self, directory: Path) -> None:
-        self.called("remove_tree", directory)
-        super().remove_tree(directory)
+for _name in ("open_read", "read", "list", "make_directory", "rename", "sync_directory", "remove", "remove_tree"):
+    setattr(FaultyDisk, _name, _counted(_name))
 
 
 class _FaultyFile(_QuickFile):

@@ -8,8 +8,6 @@ them again. After each kill the cluster must take writes of all shards within HE
 acknowledged is read back: each record is there with its value, and nothing is there that nobody wrote.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import os

@@ -7,8 +7,6 @@ mark. A flip that changes nothing is only one in bytes that nobody reads; which 
     KVTCP_FLIPS=100000 KVTCP_SEED=7 python -m pytest tests/crash/test_bit_flips.py -s
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter

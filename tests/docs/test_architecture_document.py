@@ -1,7 +1,5 @@
 """docs/architecture.md against the code: its layers are the folders, its classes and files are there, its times too."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """docs/client.md says what the clients do: methods, signatures and numbers are compared with the code."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """docs/operations.md against the code: every event that is logged stands in its table."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

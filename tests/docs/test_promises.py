@@ -1,7 +1,5 @@
 """docs/promises.md names tests; they are there."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """docs/protocol.md says what the code does: its tables, limits, example and numbers are read from the page."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -84,12 +82,9 @@ def test_the_limits_are_those_of_the_code() -> None:
     listed = {row[0].strip("`"): int(row[1]) for row in table("name")}
     assert listed == LIMITS
     for number in (
-        constants.FRAME_BYTES_MAX,
-        constants.ARRAY_ITEMS_MAX,
-        constants.MESSAGE_CONTAINERS_MAX,
-        constants.REQUEST_ID_MAX,
-        constants.TTL_MS_MAX,
-    ):
+        constants.FRAME_BYTES_MAX, constants.ARRAY_ITEMS_MAX, constants.MESSAGE_CONTAINERS_MAX,
+        constants.REQUEST_ID_MAX, constants.TTL_MS_MAX,
+    ):  # fmt: skip
         assert f"{number:,}" in TEXT
     assert f"within {constants.FRAME_WAIT_MS // 1000} seconds" in TEXT
     assert f"version {constants.PROTOCOL_VERSION}\n" in TEXT

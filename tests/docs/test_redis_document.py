@@ -1,7 +1,5 @@
 """docs/redis.md lists every command and every test of Redis that is left out."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

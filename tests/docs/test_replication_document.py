@@ -1,7 +1,5 @@
 """docs/replication.md against the tests: the planted bugs it names are those that are planted, rule by rule."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -6,11 +6,10 @@ one ProtocolError; the messages of the whole feed are a prefix of those of the c
 same feed). Prints the seed and the input of a failure.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -89,28 +88,34 @@ def check(data: bytes, cuts: list[int]) -> bool:
     return whole_error is None
 
 
-def fuzz(inputs: int, seed: int) -> int:
-    """Checks `inputs` random inputs; returns how many were valid. Raises AssertionError naming seed and input."""
+def run_checks(make: Callable[[random.Random], bytes], check: Callable[..., bool], inputs: int, seed: int) -> int:
+    """Check so many random inputs; how many were valid. Raises AssertionError that names seed and input."""
     rng = random.Random(seed)
     valid = 0
     for number in range(inputs):
-        data = random_input(rng)
+        data = make(rng)
         cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(1, 8)))
         try:
             valid += check(data, cuts)
         except Exception as error:
-            raise AssertionError(f"seed {seed}, input {number}: {data.hex()} cut at {cuts}") from error
+            raise AssertionError(f"seed {seed}, input {number}: {data.hex()} cut at {cuts}: {error}") from error
     return valid
 
 
-def main() -> None:
+def fuzz(inputs: int, seed: int) -> int:
+    """Checks of the frame decoder."""
+    return run_checks(random_input, check, inputs, seed)
+
+
+def main(checks: Callable[[int, int], int], what: str, verdict: str) -> None:
+    """The command line: run these checks and print what came of them."""
     inputs = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(2**32)
-    print(f"{inputs} inputs, seed {seed}")
+    print(f"{inputs} inputs{what}, seed {seed}")
     began = time.monotonic()
-    valid = fuzz(inputs, seed)
-    print(f"{valid} valid, {inputs - valid} refused, no other outcome, {time.monotonic() - began:.0f} s")
+    valid = checks(inputs, seed)
+    print(f"{valid} valid, {inputs - valid} refused, {verdict}, {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    main(fuzz, "", "no other outcome")

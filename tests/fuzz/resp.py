@@ -6,17 +6,14 @@ of speed. All must come to the same commands, the same error, and the same numbe
 are small here, so that inputs pass them often.
 """
 
-from __future__ import annotations
-
 import random
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from kvtcp.frontend.resp import parser as parser_module
 from kvtcp.frontend.resp.parser import Command, RespParser
+from tests.fuzz.framing import main, run_checks
 
 LINE_BYTES_MAX = 100
 ARGUMENTS_MAX = 10
@@ -274,28 +271,10 @@ def check(data: bytes, cuts: list[int]) -> bool:
 
 
 def fuzz(inputs: int, seed: int) -> int:
-    """Checks `inputs` random inputs; returns how many were valid. Raises AssertionError naming seed and input."""
-    rng = random.Random(seed)
-    valid = 0
+    """Checks of the parser with small limits."""
     with small_limits():
-        for number in range(inputs):
-            data = random_input(rng)
-            cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(1, 8)))
-            try:
-                valid += check(data, cuts)
-            except Exception as error:
-                raise AssertionError(f"seed {seed}, input {number}: {data!r} cut at {cuts}: {error}") from error
-    return valid
-
-
-def main() -> None:
-    inputs = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(2**32)
-    print(f"{inputs} inputs of the Redis protocol, seed {seed}")
-    began = time.monotonic()
-    valid = fuzz(inputs, seed)
-    print(f"{valid} valid, {inputs - valid} refused, all ways came to the same, {time.monotonic() - began:.0f} s")
+        return run_checks(random_input, check, inputs, seed)
 
 
 if __name__ == "__main__":
-    main()
+    main(fuzz, " of the Redis protocol", "all ways came to the same")

@@ -5,8 +5,6 @@ the end, some are cut off, some are just closed. Meanwhile a healthy client writ
 coordinator is up, holds nothing, and held little all the time.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

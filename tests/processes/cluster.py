@@ -4,8 +4,6 @@ Output goes to files, not pipes: a node that outlives its coordinator keeps the 
 `ProcessCluster.close` ends everything that was ever started in its data directory and fails if that takes long.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -18,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import kvtcp
 from kvtcp.runtime.data_directory import lock_holder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,6 +57,14 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
+def fill(url: str, count: int = 200, prefix: str = "k") -> dict[bytes, bytes]:
+    """Put pairs and return them."""
+    pairs = {f"{prefix}{number:05d}".encode(): b"v%d" % number for number in range(count)}
+    with kvtcp.sync.connect(url) as kv:
+        kv.put_many(pairs)
+    return pairs
+
+
 def is_running(pid: int) -> bool:
     """Whether the process exists and is not a zombie."""
     try:
@@ -82,14 +89,10 @@ class Command:
         self.err = directory / f"{name}.{number}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *program, *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                cwd=directory,
-                env={**os.environ, "PYTHONPATH": str(ROOT)} if "." in name else os.environ,
+                [sys.executable, *program, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)} if "." in name else os.environ,
                 process_group=0 if new_group else None,
-            )
+            )  # fmt: skip
 
     @property
     def pid(self) -> int:
@@ -113,6 +116,11 @@ class Command:
     def ended(self, within_s: float = DEADLINE_S) -> int:
         """Its exit code, waited for."""
         return self.process.wait(within_s)
+
+    def stop(self) -> None:
+        """A clean stop."""
+        self.signal(signal.SIGTERM)
+        assert self.ended(15) == 0, self.err.read_text()
 
     def refused(self) -> str:
         """The one sentence of a start that was refused, after exit code 2; AssertionError for anything else."""

@@ -4,8 +4,6 @@ The raw client speaks frames but checks nothing, so that a test can say anything
 and writes all the while that others misbehave: it is what "other clients do not notice" means.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time
@@ -25,7 +23,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.testing.local_cluster import LocalCluster
 
-WAIT_S = 10.0  # deadline of every condition
+WAIT_S = 30.0  # deadline of every condition, generous: the machine may be busy
 
 # for the modules that take the fixture below: the hook that replaces it would parametrize the tests of all modules
 BOTH_LOOPS = pytest.mark.filterwarnings('ignore:Overriding the "event_loop_policy" fixture')
@@ -157,20 +155,11 @@ def link_hello(running: LocalCluster, to: str, **changed: Any) -> dict[str, Any]
     """A HELLO as the coordinator of `running` would say it next to node `to`."""
     coordinator = running.coordinator
     return {
-        "version": LINK_VERSION,
-        "cluster": coordinator.map.cluster,
-        "secret": coordinator.secret,
-        "epoch": coordinator.map.epoch,
-        "coordinator": coordinator.map.owner,
-        "link": link_number(coordinator, to) + 1,
-        "node": to,
-        "durability": coordinator.controller.durability,
-        "map": coordinator.map.to_json(),
-        "map_version": coordinator.map.version,
-        "heard_version": 0,
-        "shards": coordinator.map.shards_of(to),
-        **changed,
-    }
+        "version": LINK_VERSION, "cluster": coordinator.map.cluster, "secret": coordinator.secret,
+        "epoch": coordinator.map.epoch, "coordinator": coordinator.map.owner, "link": link_number(coordinator, to) + 1,
+        "node": to, "durability": coordinator.controller.durability, "map": coordinator.map.to_json(),
+        "map_version": coordinator.map.version, "heard_version": 0, "shards": coordinator.map.shards_of(to), **changed,
+    }  # fmt: skip
 
 
 def link_number(coordinator: CoordinatorServer, node: str) -> int:

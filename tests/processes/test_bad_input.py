@@ -1,8 +1,6 @@
 """Running servers under attack: whatever comes in on a port gets a clear error or a closed connection with a logged
 reason, memory stays under the caps, and a healthy client beside it notices nothing. On both event loops."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import AsyncIterator
@@ -22,6 +20,7 @@ from kvtcp.protocol.link import HELLO, REFUSED, REPORT
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
     BOTH_LOOPS,
+    WAIT_S,
     Wire,
     cut_link,
     event_loop_policy,
@@ -79,26 +78,23 @@ async def test_random_bytes(cluster: LocalCluster, caplog: pytest.LogCaptureFixt
     assert logged(caplog, "event=protocol-error"), f"seed {seed}"
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"\xce\xff\xff\xff\xff", "over the limit"),
-        (b"\xce" + (FRAME_BYTES_MAX + 1).to_bytes(4, "big") + b"x", "over the limit"),
-        (b"\xce\x00\x00\x00\x03\xc0\xc0\xc0", "the prefix says 3 bytes"),
-        (b"\xce\x00\x00\x00\x02\x93\x01", "does not end there"),
-        (b"\xce\x00\x00\x00\x00", "does not start a frame"),
-        (b"\xce\x00\x00\x00\x01\xc1", "malformed"),
-        (pack([1, "hello", 1, "x"]) + b"\xcf", "does not start a frame"),
-        (b"\xce\x00\x00\x00\x09\x94\x01\xa3put\x81\x91\x01\x02", "malformed"),  # an array as the key of a map
-        (pack({"id": 1}), "a request is an array"),
-        (pack([1]), "a request is an array"),
-        (pack(7), "a request is an array"),
-        (pack([-1, "status"]), "the id of a request"),
-        (pack([REQUEST_ID_MAX + 1, "status"]), "the id of a request"),
-        (pack([True, "status"]), "the id of a request"),
-        (pack(["1", "status"]), "the id of a request"),
-    ],
-)
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"\xce\xff\xff\xff\xff", "over the limit"),
+    (b"\xce" + (FRAME_BYTES_MAX + 1).to_bytes(4, "big") + b"x", "over the limit"),
+    (b"\xce\x00\x00\x00\x03\xc0\xc0\xc0", "the prefix says 3 bytes"),
+    (b"\xce\x00\x00\x00\x02\x93\x01", "does not end there"),
+    (b"\xce\x00\x00\x00\x00", "does not start a frame"),
+    (b"\xce\x00\x00\x00\x01\xc1", "malformed"),
+    (pack([1, "hello", 1, "x"]) + b"\xcf", "does not start a frame"),
+    (b"\xce\x00\x00\x00\x09\x94\x01\xa3put\x81\x91\x01\x02", "malformed"),  # an array as the key of a map
+    (pack({"id": 1}), "a request is an array"),
+    (pack([1]), "a request is an array"),
+    (pack(7), "a request is an array"),
+    (pack([-1, "status"]), "the id of a request"),
+    (pack([REQUEST_ID_MAX + 1, "status"]), "the id of a request"),
+    (pack([True, "status"]), "the id of a request"),
+    (pack(["1", "status"]), "the id of a request"),
+])  # fmt: skip
 async def test_frame_errors_close(
     cluster: LocalCluster, caplog: pytest.LogCaptureFixture, data: bytes, reason: str
 ) -> None:
@@ -432,12 +428,13 @@ async def test_large_answers_of_one_tick_against_the_total(
         account(difference_bytes)
 
     monkeypatch.setattr(coordinator.clients, "account", watched)
-    async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url) as kv:
+    async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url, timeout=WAIT_S) as kv:
         await kv.put("large", b"v" * MIB)
         session = await until(lambda: next(s for s in coordinator.clients.sessions if s.name == "test"))
         wire.send(*([n, "get", "large"] for n in range(200)))
         await until(lambda: session not in coordinator.clients.sessions, "its end")
         assert 16 * MIB < peak < 48 * MIB
+        await until(lambda: not coordinator.clients.is_over_total, "the others read again")
         assert await kv.put("small", "v") > 0
     await until(lambda: coordinator.clients.held_bytes == 0, "nothing held any more")
 

@@ -1,15 +1,13 @@
 """Clusters of real processes whose nodes come, go, hang and are lost for good: what is left serves, what comes back
 learns, and a restart of everything finds the cluster as it was left."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +16,10 @@ import pytest
 import kvtcp
 from kvtcp.errors import Code
 from kvtcp.protocol.hashing import shard_of
-from tests.processes.cluster import ROOT, Command, ProcessCluster, wait_for
+from tests.processes.cluster import ROOT, Command, ProcessCluster, fill, wait_for
 
 SHARDS = 8
 FEW = ("--shards", SHARDS)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[ProcessCluster]:
-    """Three nodes, not started."""
-    made = ProcessCluster(tmp_path)
-    yield made
-    made.close()
-
-
-def fill(url: str, prefix: str = "k", count: int = 200) -> dict[bytes, bytes]:
-    """Put pairs and return them."""
-    pairs = {f"{prefix}{number:03d}".encode(): b"v%d" % number for number in range(count)}
-    with kvtcp.sync.connect(url) as kv:
-        kv.put_many(pairs)
-    return pairs
 
 
 def content(url: str) -> dict[bytes, bytes]:
@@ -57,12 +39,6 @@ def healed(url: str, what: str = "a whole cluster") -> None:
             return set(shard["insync"]) == set(shard["wanted"])
 
         wait_for(look, what)
-
-
-def stop(command: Command) -> None:
-    """A clean stop."""
-    command.signal(signal.SIGTERM)
-    assert command.ended(15) == 0, command.err.read_text()
 
 
 def unstartable(directory: Path) -> None:
@@ -87,26 +63,26 @@ def shell(url: str, *words: str) -> Any:
 def test_a_start_without_some_nodes(cluster: ProcessCluster) -> None:
     """The directory of one node is gone, that of another makes its process end at once: what is left serves, writes
     too, and they are in sync again when they can be. Only if too few are left the start is refused."""
-    stop(cluster.start(*FEW))
+    cluster.start(*FEW).stop()
     shutil.rmtree(cluster.data / "n3")
     command = cluster.start(*FEW)
     pairs = fill(cluster.url)
     healed(cluster.url)
-    stop(command)
+    command.stop()
     n2 = cluster.data / "n2"
     n2.rename(cluster.directory / "n2")
     shutil.copytree(cluster.directory / "n2", n2)
     (n2 / "manifest.json").write_text("not a manifest")
     command = cluster.start(*FEW)
     assert content(cluster.url) == pairs
-    pairs |= fill(cluster.url, "more", 50)
+    pairs |= fill(cluster.url, 50, "more")
     with kvtcp.sync.connect(cluster.url) as kv:
         told = kv.status()
         assert (told["nodes"], told["nodes_linked"], told["under_replicated"]) == (3, 2, SHARDS)
         assert any("n2 is not linked" in sentence for sentence in told["degraded"])
     shutil.copy(cluster.directory / "n2" / "manifest.json", n2)
     healed(cluster.url, "n2 in sync")
-    stop(command)
+    command.stop()
     for node in ("n2", "n3"):
         (cluster.data / node / "manifest.json").write_text("not a manifest")
     command = cluster.launch(*FEW)
@@ -131,7 +107,7 @@ def test_a_node_that_hangs_during_a_restart(cluster: ProcessCluster) -> None:
         first.ended()
         cluster.start(*FEW)
         assert content(cluster.url) == pairs
-        pairs |= fill(cluster.url, "more", 50)
+        pairs |= fill(cluster.url, 50, "more")
     finally:
         os.kill(hung, signal.SIGCONT)
     healed(cluster.url, "n2 in sync")
@@ -158,13 +134,13 @@ def test_nodes_elsewhere(cluster: ProcessCluster) -> None:
     nodes = {number: node(number) for number in (1, 2, 3)}
     command, url = start(1, 2, 3)
     pairs = fill(url)
-    stop(command)
-    stop(nodes[3])
+    command.stop()
+    nodes[3].stop()
     command, url = start(1, 2, 3)
-    pairs |= fill(url, "more", 50)
+    pairs |= fill(url, 50, "more")
     nodes[3] = node(3)
     healed(url, "n3 in sync")
-    stop(nodes[3])
+    nodes[3].stop()
     with kvtcp.sync.connect(url) as kv:
         assert all(set(shard["insync"]) == {"n1", "n2"} for shard in kv.shards()), "it was let go before it ended"
     assert "event=left-in-sync node=n3 shards=8 first=0 reason=it is about to stop" in command.err.read_text()
@@ -177,13 +153,13 @@ def test_nodes_elsewhere(cluster: ProcessCluster) -> None:
         healed(url, "n4 in sync")
         assert [row["node"] for row in kv.nodes()] == ["n1", "n2", "n4"]
         assert all(set(shard["insync"]) == {"n1", "n2", "n4"} for shard in kv.shards())
-    stop(command)
-    stop(fourth)
+    command.stop()
+    fourth.stop()
     nodes[4] = node(4)
     command, url = start(1, 2, 4)
     healed(url, "the cluster with n4")
     assert content(url) == pairs
-    stop(command)
+    command.stop()
 
 
 # --- more nodes, and fewer ------------------------------------------------------------------------------
@@ -193,7 +169,7 @@ def test_nodes_elsewhere(cluster: ProcessCluster) -> None:
 def test_more_local_nodes_and_fewer(cluster: ProcessCluster) -> None:
     """--num-nodes 5 on a cluster of three: two nodes more, which hold nothing before a rebalance; one is drained and
     removed; min_insync is raised and lowered at a start. A restart of everything finds all of it."""
-    stop(cluster.start(*FEW))
+    cluster.start(*FEW).stop()
     cluster.nodes += ["n4", "n5"]
     command = cluster.start(*FEW)
     pairs = fill(cluster.url)
@@ -207,7 +183,7 @@ def test_more_local_nodes_and_fewer(cluster: ProcessCluster) -> None:
         kv.node_remove("n1")
         wait_for(lambda: not cluster.pid("n1"), "the end of n1")
         assert [row["node"] for row in kv.nodes()] == ["n2", "n3", "n4", "n5"] and dict(kv.scan()) == pairs
-    stop(command)
+    command.stop()
     assert "Traceback" not in command.err.read_text()
     command = cluster.start("--num-nodes", 4, "--min-insync", 3)
     assert cluster.pid("n1") == 0, "it is none of the cluster any more"
@@ -219,8 +195,8 @@ def test_more_local_nodes_and_fewer(cluster: ProcessCluster) -> None:
             kv.put(key, pairs[key.encode()], timeout=0.5)
         os.kill(cluster.pid("n5"), signal.SIGCONT)
         kv.put(key, pairs[key.encode()], timeout=10)
-    stop(command)
-    stop(cluster.start("--num-nodes", 4, "--min-insync", 1))
+    command.stop()
+    cluster.start("--num-nodes", 4, "--min-insync", 1).stop()
     for node in ("n2", "n3"):
         unstartable(cluster.data / node)
     cluster.start("--num-nodes", 4)
@@ -237,7 +213,7 @@ def keys_of(url: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[int, str
         numbers = {shard["shard"] for shard in kv.shards() if wanted(shard)}
     keys: dict[int, str] = {}
     for number in range(1_000):
-        keys.setdefault(shard_of(b"k%03d" % number, SHARDS), f"k{number:03d}")
+        keys.setdefault(shard_of(b"k%05d" % number, SHARDS), f"k{number:05d}")
     return {number: keys[number] for number in numbers}
 
 
@@ -252,7 +228,7 @@ def test_accepted_losses(cluster: ProcessCluster, factor: int) -> None:
     assert 0 < len(keys) < SHARDS
     with kvtcp.sync.connect(cluster.url) as kv:
         shown = {number: kv.put(key, pairs[key.encode()]) for number, key in keys.items()}
-    stop(command)
+    command.stop()
     for node in gone:
         shutil.rmtree(cluster.data / node)
     command = cluster.start(*FEW)
@@ -273,7 +249,7 @@ def test_accepted_losses(cluster: ProcessCluster, factor: int) -> None:
     said = command.err.read_text()
     assert said.count("event=shard-down") >= len(keys) and said.count("event=loss-accepted") == len(keys)
     if factor == 1:
-        stop(command)
+        command.stop()
         cluster.start(*FEW)
     assert content(cluster.url) == left
 
@@ -285,7 +261,7 @@ def test_a_node_is_forgotten(cluster: ProcessCluster, factor: int) -> None:
     command = cluster.start(*FEW, "--replication-factor", factor)
     pairs = fill(cluster.url)
     keys = keys_of(cluster.url, lambda shard: "n3" in shard["insync"])
-    stop(command)
+    command.stop()
     unstartable(cluster.data / "n3")
     command = cluster.start(*FEW)
     with kvtcp.sync.connect(cluster.url, timeout=2.0) as kv:
@@ -298,7 +274,7 @@ def test_a_node_is_forgotten(cluster: ProcessCluster, factor: int) -> None:
         wait_for(lambda: [row["node"] for row in kv.nodes()] == ["n1", "n2"], "a cluster without n3")
         healed(cluster.url)
         assert dict(kv.scan()) == pairs
-    pairs |= fill(cluster.url, "more", 50)
-    stop(command)
+    pairs |= fill(cluster.url, 50, "more")
+    command.stop()
     cluster.start("--num-nodes", 2)
     assert content(cluster.url) == pairs and cluster.pid("n3") == 0

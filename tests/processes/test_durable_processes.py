@@ -1,7 +1,5 @@
 """Durable clusters as real processes: stopped, killed, on failing and full disks, in foreign directories."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -18,25 +16,9 @@ import kvtcp
 from kvtcp.errors import Code
 from kvtcp.storage.disk.store import ASIDE
 from tests.crash import kill_run
-from tests.processes.cluster import ROOT, Command, ProcessCluster, free_ports, wait_for
+from tests.processes.cluster import ROOT, ProcessCluster, fill, free_ports, wait_for
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[ProcessCluster]:
-    """Three nodes, not started."""
-    made = ProcessCluster(tmp_path)
-    yield made
-    made.close()
-
-
-def fill(url: str, count: int = 500, prefix: str = "k") -> dict[bytes, bytes]:
-    """Put pairs and return them."""
-    pairs = {f"{prefix}{number:05d}".encode(): b"v%d" % number for number in range(count)}
-    with kvtcp.sync.connect(url) as kv:
-        kv.put_many(pairs)
-    return pairs
 
 
 def content(url: str) -> dict[bytes, bytes]:
@@ -44,12 +26,6 @@ def content(url: str) -> dict[bytes, bytes]:
     with kvtcp.sync.connect(url, timeout=5.0) as kv:
         assert kv.status()["state"] == "ok", kv.status()["degraded"]
         return dict(kv.scan())
-
-
-def stop(command: Command) -> None:
-    """A clean stop."""
-    command.signal(signal.SIGTERM)
-    assert command.ended(15) == 0, command.err.read_text()
 
 
 def check(directory: Path) -> tuple[int, str]:
@@ -66,13 +42,13 @@ def check(directory: Path) -> tuple[int, str]:
 def test_a_stopped_cluster_has_its_data(cluster: ProcessCluster, durability: str) -> None:
     """Stop and start, twice: everything is there, also time to live, revisions go on, and the epoch went up."""
     command = cluster.start("--durability", durability)
-    pairs = fill(cluster.url)
+    pairs = fill(cluster.url, 500)
     with kvtcp.sync.connect(cluster.url) as kv:
         kv.put("mortal", "1", ttl=3600)
         rev = kv.put("counted", "1")
         assert kv.status()["durability"] == durability
     for epoch in (2, 3):
-        stop(command)
+        command.stop()
         command = cluster.start("--durability", durability)
         with kvtcp.sync.connect(cluster.url) as kv:
             assert kv.status()["epoch"] == epoch
@@ -81,7 +57,7 @@ def test_a_stopped_cluster_has_its_data(cluster: ProcessCluster, durability: str
             assert ttl is not None and 3000 < ttl <= 3600
             rev, before = kv.put("counted", "2"), rev
             assert rev > before
-    stop(command)
+    command.stop()
     for node in cluster.nodes:
         code, text = check(cluster.data / node)
         assert (code, text.splitlines()[-1]) == (0, "ok"), text
@@ -92,7 +68,7 @@ def test_a_killed_node_comes_back_with_its_data(cluster: ProcessCluster) -> None
     """kill -9 of a node: writes go on without it; after its restart it is sent what it lacks, nothing more, and is in
     sync again by itself."""
     cluster.start("--log-level", "info")
-    pairs = fill(cluster.url)
+    pairs = fill(cluster.url, 500)
     old = cluster.pid("n2")
     os.kill(old, signal.SIGKILL)
     pairs |= fill(cluster.url, 100, "after")
@@ -237,7 +213,7 @@ def test_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
 
             wait_for(grows, "space for a write")
             wait_for(lambda: kv.status()["state"] == "ok", "a cluster with space")
-        stop(command)
+        command.stop()
         cluster.start("--replication-factor", 1)
         assert content(cluster.url) == {**{key.encode(): value for key in written[-10:]}, b"new": value}
     finally:
@@ -252,7 +228,7 @@ def test_damage_is_named_and_kept(cluster: ProcessCluster) -> None:
     kept aside, and nothing of it is served."""
     command = cluster.start("--shards", 4)
     pairs = fill(cluster.url, 2_000)
-    stop(command)
+    command.stop()
     segment = max((cluster.data / "n1" / "log").glob("*.log"), key=lambda path: path.stat().st_size)
     damaged = bytearray(segment.read_bytes())
     damaged[len(damaged) // 2] ^= 4
@@ -270,7 +246,7 @@ def test_damage_is_named_and_kept(cluster: ProcessCluster) -> None:
         assert dict(kv.scan()) == pairs
     said = re.search(r"event=left-in-sync node=n1 shards=(\d+) .* reason=it has .*damage.*", command.err.read_text())
     assert said is not None and segment.name in said.group()
-    stop(command)
+    command.stop()
     for node in cluster.nodes:
         code, text = check(cluster.data / node)
         assert code == 0 and "4 shards, 4 of them whole" in text, text
@@ -281,12 +257,12 @@ def test_damage_is_named_and_kept(cluster: ProcessCluster) -> None:
 def test_an_older_copy_of_a_node(cluster: ProcessCluster) -> None:
     """The directory of a node is put back as it was before: it is no member, and alone it serves nothing rather than
     something old; when those with the data are back they serve, and it learns from them."""
-    stop(cluster.start("--shards", 4))
+    cluster.start("--shards", 4).stop()
     old, whole = cluster.directory / "old", cluster.directory / "whole"
     shutil.copytree(cluster.data / "n1", old)
     command = cluster.start()
-    pairs = fill(cluster.url)
-    stop(command)
+    pairs = fill(cluster.url, 500)
+    command.stop()
     shutil.rmtree(cluster.data / "n1")
     shutil.copytree(old, cluster.data / "n1")
     whole.mkdir()
@@ -297,7 +273,7 @@ def test_an_older_copy_of_a_node(cluster: ProcessCluster) -> None:
         with pytest.raises(kvtcp.Unavailable, match="n1 .*older copy.*n2 came back without its data") as refused:
             kv.get("k00001")
         assert refused.value.code == Code.SHARD_DOWN and kv.status()["down"] == 4
-    stop(command)
+    command.stop()
     for node in ("n2", "n3"):
         shutil.rmtree(cluster.data / node)
         (whole / node).rename(cluster.data / node)
@@ -307,7 +283,7 @@ def test_an_older_copy_of_a_node(cluster: ProcessCluster) -> None:
             assert dict(kv.scan()) == pairs
             wait_for(lambda: kv.status()["state"] == "ok", "new copies on n1")
             assert dict(kv.scan()) == pairs
-        stop(command)
+        command.stop()
     first, second = (each.err.read_text() for each in cluster.commands[-2:])
     assert re.search(r"event=left-in-sync node=n1 shards=4 first=0 reason=it has .*older copy", first), first
     assert second == "", "the second start finds everything as it shall be"
@@ -329,7 +305,7 @@ def test_directories_that_a_node_refuses(cluster: ProcessCluster) -> None:
     assert f"is in use by process {cluster.pid('n1')}" in node_refuses(cluster, "--id", "n1", "--data-dir", directory)
     code, text = check(directory)
     assert code == 2 and "is in use by process" in text
-    stop(command)
+    command.stop()
     assert "is the data directory of node n1" in node_refuses(cluster, "--id", "n2", "--data-dir", directory)
     sentence = node_refuses(cluster, "--id", "n1", "--data-dir", directory, "--durability", "memory")
     assert "holds durable data" in sentence
@@ -357,7 +333,7 @@ def content_after_start(cluster: ProcessCluster) -> dict[bytes, bytes]:
 
 def test_directories_that_a_coordinator_refuses(cluster: ProcessCluster) -> None:
     """The directory of one node; a cluster whose nodes are elsewhere: one sentence, and nothing is made."""
-    stop(cluster.start())
+    cluster.start().stop()
     text = cluster.launch("--data-dir", cluster.data / "n1").refused()
     assert "is the data directory of a node" in text and not (cluster.data / "n1" / "coordinator").exists()
     for node in cluster.nodes:

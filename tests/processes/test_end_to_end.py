@@ -1,7 +1,5 @@
 """The store end to end: real servers, real client, real shell, on the names of Unicode characters."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 import json
@@ -47,9 +45,7 @@ async def test_real_records_from_import_to_a_restored_second_cluster(tmp_path: P
     """Import, count, ordered scan, backup, restore into an empty cluster, export: the same set of pairs."""
     names = unicode_names()
     source = tmp_path / "names.jsonl"
-    source.write_text(
-        "".join(json.dumps({"key": k.decode(), "value": v.decode()}) + "\n" for k, v in names.items())
-    )
+    source.write_text("".join(json.dumps({"key": k.decode(), "value": v.decode()}) + "\n" for k, v in names.items()))
     async with LocalCluster(3, backup_dir=tmp_path / "backups") as cluster:
         assert await run_shell(cluster.url, "import", str(source)) == 0
         async with kvtcp.connect(cluster.url) as kv:

@@ -1,7 +1,5 @@
 """Three nodes become five and three again, real processes under load, by the commands that an operator has."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

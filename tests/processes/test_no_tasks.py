@@ -3,8 +3,6 @@
 The cluster runs on an event loop of its own, in its own thread, so that whatever that loop makes was made by a server.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
@@ -18,10 +16,7 @@ from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import Wire
 
 OPERATIONS = 10_000
-LOOPS: dict[str, type[asyncio.AbstractEventLoop]] = {
-    "asyncio": asyncio.SelectorEventLoop,
-    "uvloop": uvloop.Loop,
-}
+LOOPS: dict[str, type[asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.Loop}
 
 
 def counting_loop(kind: type[asyncio.AbstractEventLoop]) -> Any:

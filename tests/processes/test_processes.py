@@ -1,7 +1,5 @@
 """The commands of bin/ as real processes: start, serve, stop, kill, refuse."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -11,7 +9,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,7 @@ import kvtcp
 from kvtcp.errors import Code
 from kvtcp.protocol.framing import FrameEncoder
 from kvtcp.protocol.link import HELLO, LINK_VERSION
-from tests.processes.cluster import ROOT, ProcessCluster, free_ports, is_running, wait_for
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[ProcessCluster]:
-    """Three nodes, not started."""
-    made = ProcessCluster(tmp_path)
-    yield made
-    made.close()
+from tests.processes.cluster import ROOT, ProcessCluster, fill, free_ports, is_running, wait_for
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -38,14 +27,6 @@ def content(directory: Path) -> dict[str, bytes]:
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() and path.name != "lock" else b""
         for path in sorted(directory.rglob("*"))
     }
-
-
-def fill(url: str, count: int = 100) -> dict[bytes, bytes]:
-    """Put pairs and return them."""
-    pairs = {b"k%03d" % number: b"v%d" % number for number in range(count)}
-    with kvtcp.sync.connect(url) as kv:
-        kv.put_many(pairs)
-    return pairs
 
 
 # --- stop ---------------------------------------------------------------------------------------------
@@ -394,16 +375,14 @@ def test_a_coordinator_that_ends_in_a_restore(cluster: ProcessCluster) -> None:
         kv.backup("base")
         with pytest.raises(kvtcp.KvtcpError):
             # the first progress of the restore itself tells of the first chunk that was put
-            kv.restore(
-                "base", "replace", progress=lambda p: "pairs_done" in p and coordinator.signal(signal.SIGTERM)
-            )
+            kv.restore("base", "replace", progress=lambda p: "pairs_done" in p and coordinator.signal(signal.SIGTERM))
     assert coordinator.ended(10) == 0
     for _ in range(2):
         coordinator, url = start()
         with kvtcp.sync.connect(url, timeout=0.5) as kv:
             assert kv.status()["degraded"] == ["all keys are closed until a restore completes"]
             with pytest.raises(kvtcp.Unavailable) as closed:
-                kv.get("k001")
+                kv.get("k00001")
             assert closed.value.code == Code.RESTORING
         coordinator.signal(signal.SIGTERM)
         assert coordinator.ended(10) == 0

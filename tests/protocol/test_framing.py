@@ -1,7 +1,5 @@
 """Frames: round trips, every way to be wrong, limits, and the memory that hostile bytes can cause."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
 from typing import Any
@@ -71,14 +69,11 @@ def test_messages_survive_any_cut(messages: list[Any], data: st.DataObject) -> N
     assert got == messages
 
 
-@pytest.mark.parametrize(
-    "body_bytes",
-    [
-        1, 2, PREFIX_CACHE_LENGTHS - 1, PREFIX_CACHE_LENGTHS,
-        STREAMED_BODY_BYTES_MAX - 1, STREAMED_BODY_BYTES_MAX, STREAMED_BODY_BYTES_MAX + 1,
-        READ_CHUNK_BYTES_MAX - 6, READ_CHUNK_BYTES_MAX, READ_CHUNK_BYTES_MAX + 1, 3 * READ_CHUNK_BYTES_MAX,
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("body_bytes", [
+    1, 2, PREFIX_CACHE_LENGTHS - 1, PREFIX_CACHE_LENGTHS,
+    STREAMED_BODY_BYTES_MAX - 1, STREAMED_BODY_BYTES_MAX, STREAMED_BODY_BYTES_MAX + 1,
+    READ_CHUNK_BYTES_MAX - 6, READ_CHUNK_BYTES_MAX, READ_CHUNK_BYTES_MAX + 1, 3 * READ_CHUNK_BYTES_MAX,
+])  # fmt: skip
 def test_every_way_of_decoding_at_its_edges(body_bytes: int) -> None:
     """Bodies around each internal threshold come out, alone, between small ones, whole and in halves."""
     value: Any = {1: None, 2: [None]}.get(body_bytes, bytes(max(0, body_bytes - (3 if body_bytes < 65539 else 5))))
@@ -201,17 +196,13 @@ def test_a_small_limit_of_the_encoder() -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 10_000])
-@pytest.mark.parametrize(
-    "value",
-    [
-        b"\xd4\x05\x00", b"\xc7\x00\x05", b"\xc7\x03\x05abc", b"\xc8\x00\x01\x05a", b"\xc9\x00\x00\x00\x01\x05a",
-        b"\xd6\xff\x00\x00\x00\x01", b"\xd7\xff" + bytes(8), b"\xc7\x0c\xff" + bytes(12), b"\xc7\x00\xff",
-        b"\xd8\x01" + bytes(16), b"\xc1",
-        b"\x81\x01\x01", b"\x81\xc0\x01", b"\x81\x90\x01", b"\x81\x91\x01\x01", b"\x81\x80\x01", b"\x81\xc3\x01",
-        b"\x81\xcb" + struct.pack(">d", 1.5) + b"\x01",
-    ],
-    ids=lambda value: value[:6].hex(),
-)  # fmt: skip
+@pytest.mark.parametrize("value", [
+    b"\xd4\x05\x00", b"\xc7\x00\x05", b"\xc7\x03\x05abc", b"\xc8\x00\x01\x05a", b"\xc9\x00\x00\x00\x01\x05a",
+    b"\xd6\xff\x00\x00\x00\x01", b"\xd7\xff" + bytes(8), b"\xc7\x0c\xff" + bytes(12), b"\xc7\x00\xff",
+    b"\xd8\x01" + bytes(16), b"\xc1",
+    b"\x81\x01\x01", b"\x81\xc0\x01", b"\x81\x90\x01", b"\x81\x91\x01\x01", b"\x81\x80\x01", b"\x81\xc3\x01",
+    b"\x81\xcb" + struct.pack(">d", 1.5) + b"\x01",
+], ids=lambda value: value[:6].hex())  # fmt: skip
 def test_what_the_protocol_does_not_carry(value: bytes, padding: int) -> None:
     """Ext types, timestamps, the reserved byte and map keys that are not strings are refused, in small and large."""
     body = b"\x92" + value + msgpack.packb(bytes(padding))

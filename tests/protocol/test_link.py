@@ -1,7 +1,5 @@
 """Frames of the node link: numbers are unique and documented, and pass the codec."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -61,25 +59,21 @@ def test_parse_report() -> None:
 ROW = [0, b"d0", 1, True, 3, 7, 12345, 6]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {b"pid": b"42"},
-        {b"space": None},
-        {b"node": b"\xff"},
-        {b"shards": {}},
-        {b"shards": [ROW[:7]]},
-        {b"shards": [[*ROW[:3], 1, *ROW[4:]]]},
-        {b"shards": [[True, *ROW[1:]]]},
-        {b"shards": [[0, b"\xff", *ROW[2:]]]},
-        {b"shards": [ROW, ROW]},
-        {b"shards": [7]},
-        {b"damage": [[5]]},
-        {b"damage": [[[], b"x"]]},
-        {b"damage": [[5, 6]]},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [
+    {b"pid": b"42"},
+    {b"space": None},
+    {b"node": b"\xff"},
+    {b"shards": {}},
+    {b"shards": [ROW[:7]]},
+    {b"shards": [[*ROW[:3], 1, *ROW[4:]]]},
+    {b"shards": [[True, *ROW[1:]]]},
+    {b"shards": [[0, b"\xff", *ROW[2:]]]},
+    {b"shards": [ROW, ROW]},
+    {b"shards": [7]},
+    {b"damage": [[5]]},
+    {b"damage": [[[], b"x"]]},
+    {b"damage": [[5, 6]]},
+], ids=str)  # fmt: skip
 def test_reports_that_are_none(changes: dict[bytes, Any]) -> None:
     """Other types and shapes are a protocol error, never another exception."""
     with pytest.raises(ProtocolError, match="a report"):

@@ -1,7 +1,5 @@
 """Texts of numbers: which ones are taken, and how sums are written."""
 
-from __future__ import annotations
-
 import pytest
 
 from kvtcp.constants import INTEGER_MAX, INTEGER_MIN
@@ -14,11 +12,10 @@ def test_integers(number: int) -> None:
     assert integer_of(b"%d" % number) == number
 
 
-@pytest.mark.parametrize(
-    "text",
-    [b"", b"-", b"+1", b" 1", b"1 ", b"01", b"-0", b"1.0", b"1e3", b"0x1", b"--1", b"9223372036854775808",
-     b"-9223372036854775809", b"1" * 1000, "\u0661".encode(), b"\xb2"],
-)  # fmt: skip
+@pytest.mark.parametrize("text", [
+    b"", b"-", b"+1", b" 1", b"1 ", b"01", b"-0", b"1.0", b"1e3", b"0x1", b"--1", b"9223372036854775808",
+    b"-9223372036854775809", b"1" * 1000, "\u0661".encode(), b"\xb2",
+])  # fmt: skip
 def test_what_is_no_integer(text: bytes) -> None:
     """Only one spelling is taken."""
     assert integer_of(text) is None

@@ -1,7 +1,5 @@
 """Operations and effects: numbers are unique, and writes are told from reads by one comparison."""
 
-from __future__ import annotations
-
 from kvtcp.protocol import operations
 from kvtcp.protocol.messages import REQUESTS, Kind
 from kvtcp.protocol.operations import WRITE_NAMES, WRITE_OP_END

@@ -1,7 +1,5 @@
 """The driver of Redis's own tests: what the harness says is read right, and what went wrong is not counted as good."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """status, nodes and shards as tables: units, columns that fit, sentences that are whole, keys that are missing."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from typing import Any
@@ -183,21 +181,11 @@ def test_status() -> None:
         "counters": {"operations": 10, "p99_ms": 2.25, "loop_lag_ms": 0.7},
     }  # fmt: skip
     assert status_rows(status, 40) == [
-        ("state", "degraded"),
-        ("moving", "4"),
-        ("buffered_bytes", "2.0 KiB"),
-        ("uptime_s", "1 d 2 h"),
-        ("loop_lag_ms", "0.5 ms"),
-        ("counters.operations", "10"),
-        ("counters.p99_ms", "2.25 ms"),
-        ("counters.loop_lag_ms", "0.7 ms"),
-        ("degraded", "n3 is not linked:"),
-        ("", "  connection"),
-        ("", "  refused"),
-        ("", "3 shards are down,"),
-        ("", "  the first is"),
-        ("", "  shard 2"),
-    ]
+        ("state", "degraded"), ("moving", "4"), ("buffered_bytes", "2.0 KiB"), ("uptime_s", "1 d 2 h"),
+        ("loop_lag_ms", "0.5 ms"), ("counters.operations", "10"), ("counters.p99_ms", "2.25 ms"),
+        ("counters.loop_lag_ms", "0.7 ms"), ("degraded", "n3 is not linked:"), ("", "  connection"), ("", "  refused"),
+        ("", "3 shards are down,"), ("", "  the first is"), ("", "  shard 2"),
+    ]  # fmt: skip
     assert status_rows({"state": "ok", "degraded": []}, 40) == [("state", "ok"), ("degraded", "-")]
     assert status_rows({"state": "ok"}, None) == [("state", "ok")]
 

@@ -136,18 +136,15 @@ def test_questions(session: Session) -> None:
     assert list(session.client.cells) == [b"v"]
 
 
-@pytest.mark.parametrize(
-    ("lines", "code", "out"),
-    [
-        (["put a 1", "get a"], 0, "OK 1\n1\n"),
-        (["put a 1", "get b", "get a"], 0, "OK 1\n1\n"),
-        (["put a 1", "get b"], 1, "OK 1\n"),
-        (["put a 1", "add a 2", "get a"], 6, "OK 1\n"),
-        (['put a "', "get a"], 2, ""),
-        (["# put b 1", "", "  ", "put a 1", "  # get b"], 0, "OK 1\n"),
-        ([], 0, ""),
-    ],
-)
+@pytest.mark.parametrize(("lines", "code", "out"), [
+    (["put a 1", "get a"], 0, "OK 1\n1\n"),
+    (["put a 1", "get b", "get a"], 0, "OK 1\n1\n"),
+    (["put a 1", "get b"], 1, "OK 1\n"),
+    (["put a 1", "add a 2", "get a"], 6, "OK 1\n"),
+    (['put a "', "get a"], 2, ""),
+    (["# put b 1", "", "  ", "put a 1", "  # get b"], 0, "OK 1\n"),
+    ([], 0, ""),
+])  # fmt: skip
 def test_commands_from_a_pipe(session: Session, lines: list[str], code: int, out: str) -> None:
     """A script ends at its first failure and with its code; a key that is not there is no failure. No greeting."""
     assert session.lines(*(f"{line}\n" for line in lines), for_people=False) == code
@@ -168,32 +165,29 @@ def test_front_of_a_pipe_reads_stdin(session: Session, monkeypatch: pytest.Monke
     assert session.out == "OK 1\n1\n"
 
 
-@pytest.mark.parametrize(
-    ("before", "words"),
-    [
-        ("ge", ["get"]),
-        ("delete", ["delete", "delete-prefix"]),
-        ("qu", ["quit"]),
-        ("put k v ", ["ttl=", "-o"]),
-        ("put k v t", ["ttl="]),
-        ("put k t", []),
-        ("scan re", ["reverse"]),
-        ("scan reverse ", ["from=", "limit=", "to=", "keys", "-o"]),
-        ("restore b1 r", ["replace"]),
-        ("get k -o j", ["json", "jsonl"]),
-        ("help sc", ["scan"]),
-        ("nod", ["nodes", "node"]),
-        ("node ", ["add", "drain", "undrain", "remove", "forget"]),
-        ("node dr", ["drain"]),
-        ("help node f", ["forget"]),
-        ("node add ", []),
-        ("node drain n1 ", ["wait", "-o"]),
-        ("node forget n1 ", ["destroyed"]),
-        ("node forget n1 destroyed ", ["yes", "-o"]),
-        ("node drain n1 -o j", ["json", "jsonl"]),
-        ("frob ", []),
-    ],
-)
+@pytest.mark.parametrize(("before", "words"), [
+    ("ge", ["get"]),
+    ("delete", ["delete", "delete-prefix"]),
+    ("qu", ["quit"]),
+    ("put k v ", ["ttl=", "-o"]),
+    ("put k v t", ["ttl="]),
+    ("put k t", []),
+    ("scan re", ["reverse"]),
+    ("scan reverse ", ["from=", "limit=", "to=", "keys", "-o"]),
+    ("restore b1 r", ["replace"]),
+    ("get k -o j", ["json", "jsonl"]),
+    ("help sc", ["scan"]),
+    ("nod", ["nodes", "node"]),
+    ("node ", ["add", "drain", "undrain", "remove", "forget"]),
+    ("node dr", ["drain"]),
+    ("help node f", ["forget"]),
+    ("node add ", []),
+    ("node drain n1 ", ["wait", "-o"]),
+    ("node forget n1 ", ["destroyed"]),
+    ("node forget n1 destroyed ", ["yes", "-o"]),
+    ("node drain n1 -o j", ["json", "jsonl"]),
+    ("frob ", []),
+])  # fmt: skip
 def test_completions(before: str, words: list[str]) -> None:
     """Commands, then their options and flags where these may stand, then forms."""
     assert completions(before) == words
@@ -231,13 +225,9 @@ class Terminal:
     def __init__(self) -> None:
         self.master, terminal = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WITHOUT_PROMPT_TOOLKIT],
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-            env={**os.environ, "TERM": "dumb"},
-        )
+            [sys.executable, "-c", WITHOUT_PROMPT_TOOLKIT], stdin=terminal, stdout=terminal, stderr=terminal,
+            start_new_session=True, env={**os.environ, "TERM": "dumb"},
+        )  # fmt: skip
         os.close(terminal)
         self.shown = ""
         self._seen = 0  # characters of `shown` that were waited for
@@ -250,7 +240,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read until `text` is there, behind what was waited for before."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (found := self.shown.find(text, self._seen)) < 0:
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{text!r} is not in {self.shown[self._seen:]!r}"

@@ -1,6 +1,7 @@
 """The program: its own options, help, quiet pipes, interruption, and how fast it starts."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,33 +23,27 @@ FAKE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "address", "form", "timeout_s", "words"),
-    [
-        ([], "kvtcp://127.0.0.1:8000", None, 2.0, []),
-        (["kvtcp://h:1", "get", "a"], "kvtcp://h:1", None, 2.0, ["get", "a"]),
-        (["-o", "json", "kvtcp://h:1", "get", "-o"], "kvtcp://h:1", "json", 2.0, ["get", "-o"]),
-        (["--timeout", "0.5", "--output=raw", "get", "a"], "kvtcp://127.0.0.1:8000", "raw", 0.5, ["get", "a"]),
-        (["-ojsonl", "--timeout=9", "--", "get"], "kvtcp://127.0.0.1:8000", "jsonl", 9.0, ["--", "get"]),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "address", "form", "timeout_s", "words"), [
+    ([], "kvtcp://127.0.0.1:8000", None, 2.0, []),
+    (["kvtcp://h:1", "get", "a"], "kvtcp://h:1", None, 2.0, ["get", "a"]),
+    (["-o", "json", "kvtcp://h:1", "get", "-o"], "kvtcp://h:1", "json", 2.0, ["get", "-o"]),
+    (["--timeout", "0.5", "--output=raw", "get", "a"], "kvtcp://127.0.0.1:8000", "raw", 0.5, ["get", "a"]),
+    (["-ojsonl", "--timeout=9", "--", "get"], "kvtcp://127.0.0.1:8000", "jsonl", 9.0, ["--", "get"]),
+])  # fmt: skip
 def test_options(arguments: list[str], address: str, form: str | None, timeout_s: float, words: list[str]) -> None:
     """Address, form and timeout stand before the command; what follows it is left alone."""
     call = parse_arguments(arguments)
     assert (call.address, call.form, call.timeout_s, [w.raw for w in call.words]) == (address, form, timeout_s, words)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--frob"], "unknown option --frob"),
-        (["-o"], "-o needs a value"),
-        (["-o", "xml"], "-o needs one of"),
-        (["--timeout", "soon"], "--timeout must be a number of seconds"),
-        (["--timeout", "nan"], "--timeout must be a number of seconds"),
-        (["--timeout=0"], "--timeout must be a number of seconds"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["--frob"], "unknown option --frob"),
+    (["-o"], "-o needs a value"),
+    (["-o", "xml"], "-o needs one of"),
+    (["--timeout", "soon"], "--timeout must be a number of seconds"),
+    (["--timeout", "nan"], "--timeout must be a number of seconds"),
+    (["--timeout=0"], "--timeout must be a number of seconds"),
+])  # fmt: skip
 def test_wrong_options(arguments: list[str], text: str) -> None:
     """A wrong option ends with 2 and a sentence."""
     with pytest.raises(UsageError, match=text):
@@ -58,9 +53,8 @@ def test_wrong_options(arguments: list[str], text: str) -> None:
     assert shell.out == b"" and shell.err.startswith("kvtcp-shell: ")
 
 
-def test_version_and_help() -> None:
+def test_version_and_help(shell: Shell) -> None:
     """--version and --help need no server; the help names every command."""
-    shell = Shell()
     assert (shell.run("--version"), shell.out) == (0, f"kvtcp {__version__}\n".encode())
     assert shell.run("--help") == 0
     for command in TABLE.values():
@@ -71,9 +65,8 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize("name", list(TABLE))
-def test_help_of_every_command(name: str) -> None:
+def test_help_of_every_command(shell: Shell, name: str) -> None:
     """`help COMMAND` and `COMMAND --help` show usage and an example, which is a call that can be bound."""
-    shell = Shell()
     assert shell.run("help", *name.split()) == 0
     text = shell.out.decode()
     assert text.startswith(f"usage: {name}") and "\nexample:\n  " + name in text
@@ -88,9 +81,8 @@ def test_help_of_every_command(name: str) -> None:
     command.bind(rest)
 
 
-def test_help_lists_all_and_suggests() -> None:
+def test_help_lists_all_and_suggests(shell: Shell) -> None:
     """`help` has a line for each command; help for none of them is a mistake."""
-    shell = Shell()
     assert shell.run("help") == 0
     usages = [line.split("\t")[0] for line in shell.out.decode().splitlines()]
     assert usages == [command.usage for command in TABLE.values()]
@@ -102,18 +94,16 @@ def test_help_lists_all_and_suggests() -> None:
     assert "did you mean export?" in shell.err
 
 
-def test_leaving_needs_no_session() -> None:
+def test_leaving_needs_no_session(shell: Shell) -> None:
     """`exit` and `quit` are known outside a session too, and `?` is `help`."""
-    shell = Shell()
     assert (shell.run("exit"), shell.run("quit"), shell.out, shell.err) == (0, 0, b"", "")
     assert shell.run("help") == 0
     listed = shell.out
     assert (shell.run("?"), shell.out) == (0, listed)
 
 
-def test_address_and_timeout_reach_the_client() -> None:
+def test_address_and_timeout_reach_the_client(shell: Shell) -> None:
     """The client is opened with the address and timeout of the command line, once, and closed."""
-    shell = Shell()
     shell.run("kvtcp://h:1", "--timeout", "0.5", "get", "a")
     assert (shell.client.opened, shell.client.closed) == ([("kvtcp://h:1", 0.5)], 1)
 
@@ -137,7 +127,8 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_an_interrupted_write_says_that_its_outcome_is_open() -> None:
     """Ctrl-C while a put waits: 130, and the message says that it may have been carried out."""
     program = FAKE + (
-        "import threading\n"
+        "import signal, threading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # however it was started\n"
         "async def connect(*_):\n"
         "    client.hangs = True\n"
         "    return client\n"
@@ -149,11 +140,12 @@ def test_an_interrupted_write_says_that_its_outcome_is_open() -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        assert process.stdout is not None and process.stderr is not None, "pipes were asked for"
+        assert process.stdout is not None, "a pipe was asked for"
         assert process.stdout.readline() == b"ready\n"
-        process.send_signal(2)
-        assert process.wait(10) == 130
-        assert process.stderr.read() == b"kvtcp-shell: interrupted; whether put was carried out is not known\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)  # the machine may be busy
+        message = b"kvtcp-shell: interrupted; whether put was carried out is not known\n"
+        assert (process.returncode, err) == (130, message)
     finally:
         process.kill()
         process.communicate()
@@ -177,31 +169,23 @@ def test_closed_streams() -> None:
 def test_runs_from_a_checkout(tmp_path: Path) -> None:
     """bin/kvtcp-shell finds its package from any directory without installation."""
     done = subprocess.run(
-        [sys.executable, PROGRAM, "kvtcp://127.0.0.1:1", "--timeout", "0.2", "get", "a"],
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        capture_output=True,
-        timeout=20,
-    )
+        [sys.executable, PROGRAM, "kvtcp://127.0.0.1:1", "--timeout", "0.2", "get", "a"], cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True, timeout=20,
+    )  # fmt: skip
     assert done.returncode == 3
     assert done.stdout == b"" and b"kvtcp-shell: no connection to kvtcp://127.0.0.1:1" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("kvtcp-shell", ["get", "a"]), ("kvtcp-coordinator", ["--num-nodes", "1"]), ("kvtcp-node", ["--port", "0"])],
-)
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("kvtcp-shell", ["get", "a"]), ("kvtcp-coordinator", ["--num-nodes", "1"]), ("kvtcp-node", ["--port", "0"]),
+])  # fmt: skip
 def test_a_missing_package_is_told(name: str, arguments: list[str], tmp_path: Path) -> None:
     """Without its packages a program from a checkout says which one is missing and what to do, with exit code 2."""
     (tmp_path / "msgpack.py").write_text("raise ModuleNotFoundError('No module named msgpack', name='msgpack')\n")
     done = subprocess.run(
-        [sys.executable, PROGRAM.parent / name, *arguments],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=20,
-    )
+        [sys.executable, PROGRAM.parent / name, *arguments], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, cwd=tmp_path, timeout=20,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f'{name}: the package msgpack is missing; run "make run" once and "source .venv/bin/activate", '

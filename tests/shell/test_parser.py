@@ -12,50 +12,44 @@ def contents(line: str) -> list[object]:
     return [word.content() for word in split_line(line)]
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("", []),
-        ("  \t ", []),
-        ("get user:1", [b"get", b"user:1"]),
-        ("  put\tk  v ", [b"put", b"k", b"v"]),
-        ('put k "a b"', [b"put", b"k", b"a b"]),
-        ('put k ""', [b"put", b"k", b""]),
-        (r'put k "a\x00\xfF\n\t\r\"\\"', [b"put", b"k", b'a\x00\xff\n\t\r"\\']),
-        ('put k "Zoë"', [b"put", b"k", "Zoë".encode()]),
-        ("put k Zoë", [b"put", b"k", "Zoë".encode()]),
-        (r"put k a\n", [b"put", b"k", rb"a\n"]),
-        ('put k {"a":"b"}', [b"put", b"k", b'{"a":"b"}']),
-        ("put k it's", [b"put", b"k", b"it's"]),
-        ("put k b64:AAEC", [b"put", b"k", b"\x00\x01\x02"]),
-        ("put k b64:", [b"put", b"k", b""]),
-        ("put k @a/b", [b"put", b"k", File("a/b")]),
-        ('put k @"a b"', [b"put", b"k", File("a b")]),
-        ("put k -", [b"put", b"k", Stdin()]),
-        ('put "-" "@x"', [b"put", b"-", b"@x"]),
-        ("incr k -5", [b"incr", b"k", b"-5"]),
-    ],
-)
+@pytest.mark.parametrize(("line", "expected"), [
+    ("", []),
+    ("  \t ", []),
+    ("get user:1", [b"get", b"user:1"]),
+    ("  put\tk  v ", [b"put", b"k", b"v"]),
+    ('put k "a b"', [b"put", b"k", b"a b"]),
+    ('put k ""', [b"put", b"k", b""]),
+    (r'put k "a\x00\xfF\n\t\r\"\\"', [b"put", b"k", b'a\x00\xff\n\t\r"\\']),
+    ('put k "Zoë"', [b"put", b"k", "Zoë".encode()]),
+    ("put k Zoë", [b"put", b"k", "Zoë".encode()]),
+    (r"put k a\n", [b"put", b"k", rb"a\n"]),
+    ('put k {"a":"b"}', [b"put", b"k", b'{"a":"b"}']),
+    ("put k it's", [b"put", b"k", b"it's"]),
+    ("put k b64:AAEC", [b"put", b"k", b"\x00\x01\x02"]),
+    ("put k b64:", [b"put", b"k", b""]),
+    ("put k @a/b", [b"put", b"k", File("a/b")]),
+    ('put k @"a b"', [b"put", b"k", File("a b")]),
+    ("put k -", [b"put", b"k", Stdin()]),
+    ('put "-" "@x"', [b"put", b"-", b"@x"]),
+    ("incr k -5", [b"incr", b"k", b"-5"]),
+])  # fmt: skip
 def test_words_of_a_line(line: str, expected: list[object]) -> None:
     """Each kind of word gives its bytes, or the mark of a file or of stdin."""
     assert contents(line) == expected
 
 
-@pytest.mark.parametrize(
-    ("line", "message", "position"),
-    [
-        ('put k "abc', "the closing quote is missing", 6),
-        ('put k "abc\\', "the closing quote is missing", 10),
-        ('put k "a"b', "text follows the closing quote", 9),
-        (r'put k "a\q"', r"unknown escape \q; known are \n \t \r \" \\ \xHH", 8),
-        (r'put k "a\x0"', r"two hexadecimal digits must follow \x", 8),
-        (r'put k "\xg0"', r"two hexadecimal digits must follow \x", 7),
-        ("put k b64:A", "what follows b64: is not standard base64", 10),
-        ("put k b64:Zoë", "what follows b64: is not standard base64", 10),
-        ("put k @", 'a file name must follow "@"', 6),
-        ('scan from="a', "the closing quote is missing", 10),
-    ],
-)
+@pytest.mark.parametrize(("line", "message", "position"), [
+    ('put k "abc', "the closing quote is missing", 6),
+    ('put k "abc\\', "the closing quote is missing", 10),
+    ('put k "a"b', "text follows the closing quote", 9),
+    (r'put k "a\q"', r"unknown escape \q; known are \n \t \r \" \\ \xHH", 8),
+    (r'put k "a\x0"', r"two hexadecimal digits must follow \x", 8),
+    (r'put k "\xg0"', r"two hexadecimal digits must follow \x", 7),
+    ("put k b64:A", "what follows b64: is not standard base64", 10),
+    ("put k b64:Zoë", "what follows b64: is not standard base64", 10),
+    ("put k @", 'a file name must follow "@"', 6),
+    ('scan from="a', "the closing quote is missing", 10),
+])  # fmt: skip
 def test_errors_have_a_position(line: str, message: str, position: int) -> None:
     """A word that cannot be read raises with a sentence and the place of the mistake in the line."""
     with pytest.raises(ParseError) as caught:
@@ -69,15 +63,8 @@ def test_options() -> None:
     """`name=value` is an option with a word as its value; a quoted word or other text never is."""
     words = split_line('scan from="a b" limit=5 prefix=b64:AA== "x=1" 1=2 =3 to=')
     assert [None if (o := w.option()) is None else (o[0], o[1].content()) for w in words] == [
-        None,
-        ("from", b"a b"),
-        ("limit", b"5"),
-        ("prefix", b"\x00"),
-        None,
-        None,
-        None,
-        ("to", b""),
-    ]
+        None, ("from", b"a b"), ("limit", b"5"), ("prefix", b"\x00"), None, None, None, ("to", b""),
+    ]  # fmt: skip
     assert words[4].is_quoted and words[4].content() == b"x=1"
 
 

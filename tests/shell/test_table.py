@@ -11,19 +11,16 @@ from kvtcp.shell.parser import ParseError, split_line
 from kvtcp.shell.table import TABLE, find, group, parse_error_text, take_command, take_form
 
 
-@pytest.mark.parametrize(
-    ("line", "rest", "form"),
-    [
-        ("get k", ["get", "k"], None),
-        ("-o json get k", ["get", "k"], "json"),
-        ("get -o raw k", ["get", "k"], "raw"),
-        ("get k -ojsonl", ["get", "k"], "jsonl"),
-        ("put k -- -o", ["put", "k", "-o"], None),
-        ("-- put k -o", ["put", "k", "-o"], None),
-        ("put k -- --", ["put", "k", "--"], None),
-        ('put k "-o"', ["put", "k", '"-o"'], None),
-    ],
-)
+@pytest.mark.parametrize(("line", "rest", "form"), [
+    ("get k", ["get", "k"], None),
+    ("-o json get k", ["get", "k"], "json"),
+    ("get -o raw k", ["get", "k"], "raw"),
+    ("get k -ojsonl", ["get", "k"], "jsonl"),
+    ("put k -- -o", ["put", "k", "-o"], None),
+    ("-- put k -o", ["put", "k", "-o"], None),
+    ("put k -- --", ["put", "k", "--"], None),
+    ('put k "-o"', ["put", "k", '"-o"'], None),
+])  # fmt: skip
 def test_form_is_taken_from_anywhere(line: str, rest: list[str], form: str | None) -> None:
     """-o stands before or after the command; `--` and quotes make it a value."""
     words, found = take_form(split_line(line))
@@ -64,15 +61,12 @@ def test_commands_of_two_words() -> None:
         assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize(
-    ("word", "url"),
-    [
-        ("127.0.0.1:8000", "kvtcp://127.0.0.1:8000"),
-        ("http://db.example:81/", "kvtcp://db.example:81"),
-        ("https://[::1]", "kvtcp://[::1]:8000"),
-        ("localhost:9000", "kvtcp://localhost:9000"),
-    ],
-)
+@pytest.mark.parametrize(("word", "url"), [
+    ("127.0.0.1:8000", "kvtcp://127.0.0.1:8000"),
+    ("http://db.example:81/", "kvtcp://db.example:81"),
+    ("https://[::1]", "kvtcp://[::1]:8000"),
+    ("localhost:9000", "kvtcp://localhost:9000"),
+])  # fmt: skip
 def test_an_address_in_another_form_is_recognized(word: str, url: str) -> None:
     """Where a command should stand, an address without our scheme is shown as it is written."""
     with pytest.raises(UsageError) as caught:

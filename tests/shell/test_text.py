@@ -9,17 +9,14 @@ from hypothesis import strategies as st
 from kvtcp.shell.text import cell, cut, decoded, display_width, escape, for_people, number
 
 
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        (b"plain", "plain"),
-        ("Zoë 字".encode(), "Zoë 字"),
-        (b"a\tb\nc\rd\\e", "a\\tb\\nc\\rd\\\\e"),
-        (b"\x00\x1b[31m\x7f", "\\x00\\x1b[31m\\x7f"),
-        (b"\xff\xc3", "\\xff\\xc3"),
-        ("\x85\x9b".encode(), "\\xc2\\x85\\xc2\\x9b"),
-    ],
-)
+@pytest.mark.parametrize(("data", "text"), [
+    (b"plain", "plain"),
+    ("Zoë 字".encode(), "Zoë 字"),
+    (b"a\tb\nc\rd\\e", "a\\tb\\nc\\rd\\\\e"),
+    (b"\x00\x1b[31m\x7f", "\\x00\\x1b[31m\\x7f"),
+    (b"\xff\xc3", "\\xff\\xc3"),
+    ("\x85\x9b".encode(), "\\xc2\\x85\\xc2\\x9b"),
+])  # fmt: skip
 def test_escape(data: bytes, text: str) -> None:
     """Text stays, controls (C1 too), backslashes and stray bytes become escapes."""
     assert escape(data) == text
@@ -34,9 +31,7 @@ def unescape(text: str) -> bytes:
 
     text = re.sub(r"\\(x[0-9a-f]{2}|[ntr\\])", replace, text)
     # an escaped byte below 0x80 is no surrogate escape of Python's
-    return b"".join(
-        bytes([ord(c) - 0xDC00]) if 0xDC00 <= ord(c) <= 0xDCFF else c.encode("utf-8") for c in text
-    )
+    return b"".join(bytes([ord(c) - 0xDC00]) if 0xDC00 <= ord(c) <= 0xDCFF else c.encode("utf-8") for c in text)
 
 
 @given(st.binary(max_size=60))
@@ -52,17 +47,10 @@ def test_for_people_keeps_lines() -> None:
     assert for_people(b"a\n\tb\\\x1b[2J\xff") == "a\n\tb\\\\x1b[2J\\xff"
 
 
-@pytest.mark.parametrize(
-    ("text", "columns", "shown"),
-    [
-        ("abc", 3, "abc"),
-        ("abcd", 3, "ab…"),
-        ("字字字", 6, "字字字"),
-        ("字字字", 5, "字字…"),
-        ("字字字", 4, "字…"),
-        ("", 3, ""),
-    ],
-)
+@pytest.mark.parametrize(("text", "columns", "shown"), [
+    ("abc", 3, "abc"), ("abcd", 3, "ab…"), ("字字字", 6, "字字字"), ("字字字", 5, "字字…"),
+    ("字字字", 4, "字…"), ("", 3, ""),
+])  # fmt: skip
 def test_cut(text: str, columns: int, shown: str) -> None:
     """A text is cut to the columns that it takes, wide characters counted twice."""
     assert cut(text, columns) == shown

@@ -1,7 +1,5 @@
 """Waiting until data has moved: what is polled, what is shown, and how it ends."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from kvtcp.protocol import operations as op
 from kvtcp.storage.disk.snapshot import SnapshotHeader, decode_snapshot, encode_snapshot
@@ -72,6 +73,14 @@ def fill(store: NodeStore, records: int, shards: int = 3, first: int = 0) -> Non
         if number % 2:
             entries.append(put(store.copies[(number + 1) % shards], b"x%d" % (number % 5), b"w%d" % number))
         commit(store, entries)
+
+
+def make(disk: Disk, records: int = 0, shards: int = 3, **options: Any) -> NodeStore:
+    """A new store with this many records."""
+    store = open_small(disk, **options)
+    add_copies(store, shards)
+    fill(store, records, shards)
+    return store
 
 
 def take_snapshot(store: NodeStore, shard: int) -> None:

@@ -1,7 +1,5 @@
 """Tests of the linearizability checker: known verdicts, and random histories of a correct and of a broken register."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from typing import Any
@@ -117,13 +115,9 @@ def test_unknown_kind() -> None:
 def test_order_of_the_log() -> None:
     """The order of numbers has to explain the results and to respect real time; each kind of contradiction is named."""
     good: list[Numbered] = [
-        (1, (0, 5, "put", 1, "ok")),
-        (2, (1, None, "incr", 1, None)),
-        (3, (2, 9, "incr", 1, 3)),
-        (3, (6, 7, "get", None, 3)),
-        (3, (3, 4, "get", None, 3)),
-        (1, (0, 3, "get", None, 1)),
-    ]
+        (1, (0, 5, "put", 1, "ok")), (2, (1, None, "incr", 1, None)), (3, (2, 9, "incr", 1, 3)),
+        (3, (6, 7, "get", None, 3)), (3, (3, 4, "get", None, 3)), (1, (0, 3, "get", None, 1)),
+    ]  # fmt: skip
     assert check_order(good) == ""
     assert check_order([]) == ""
     assert check_order([(1, (0, 1, "get", None, 7))], initial=7) == ""

@@ -1,7 +1,5 @@
 """LocalCluster: start, faults, close; in the caller's loop and in a thread."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import threading

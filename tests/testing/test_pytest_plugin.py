@@ -1,7 +1,5 @@
 """The pytest plugin, in test sessions of their own (pytester) and in this one."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

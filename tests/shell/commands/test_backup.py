@@ -10,13 +10,6 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.storage.backup import archive
 from tests.support.shell_fakes import Shell
 
-
-@pytest.fixture
-def shell() -> Shell:
-    """A shell over an empty cluster."""
-    return Shell()
-
-
 GOLDEN: list[tuple[list[str], str]] = [
     (["status"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-\n"),
     (["status", "-o", "raw"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-"),
@@ -108,9 +101,7 @@ def test_verify_needs_no_server(shell: Shell, tmp_path: Path, monkeypatch: pytes
     assert shell.out == b"pairs\t10\nbytes\t200\nfiles\t3\nshards\t64\ncluster\tc-1\ncreated\t2026-01-01T00:00:00Z\n"
 
 
-def test_verify_finds_a_name_among_the_backups(
-    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_finds_a_name_among_the_backups(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is no directory here is looked for in backups/; a directory here goes first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backups" / "monday").mkdir(parents=True)
@@ -122,9 +113,7 @@ def test_verify_finds_a_name_among_the_backups(
     assert seen == [Path("backups/monday"), Path("monday")]
 
 
-def test_verify_suggests_the_backup_of_that_name(
-    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_suggests_the_backup_of_that_name(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path to nothing is an error, which names the backup of that name in backups/ only if there is one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "backups" / "monday").mkdir(parents=True)

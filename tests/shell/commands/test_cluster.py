@@ -1,7 +1,5 @@
 """Changes of the cluster and its views, in every form; questions, and what scripts must say instead."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -14,13 +12,6 @@ from kvtcp.shell.exits import Exit, ShellRefused
 from kvtcp.shell.parser import split_line
 from kvtcp.shell.table import take_command
 from tests.support.shell_fakes import FakeClient, Moving, Shell
-
-
-@pytest.fixture
-def shell() -> Shell:
-    """A shell over an empty cluster."""
-    return Shell()
-
 
 GOLDEN: list[tuple[str, list[tuple[Any, ...]], str]] = [
     ("node add 10.0.0.4:5000", [("node_add", "10.0.0.4", 5000)], "node\tn4\n"),
@@ -50,22 +41,19 @@ def test_changes(shell: Shell, line: str, calls: list[tuple[Any, ...]], out: str
     assert shell.client.calls == calls
 
 
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("node add", "HOST:PORT is missing"),
-        ("node add 10.0.0.4", "the address of a node is HOST:PORT, not '10.0.0.4'"),
-        ("node add :5000", "the address of a node is HOST:PORT"),
-        ("node add h:0", "the address of a node is HOST:PORT"),
-        ("node add h:65536", "the address of a node is HOST:PORT"),
-        ("node forget n1", "destroyed is missing"),
-        ("node forget n1 yes", "the word destroyed must stand in the place of 'yes'"),
-        ("node forge n1", "node is followed by add or drain or undrain or remove or forget"),
-        ("rebalance dry-run wait", "dry-run moves nothing that could be waited for"),
-        ("shard accept-loss x yes", "N must be an integer from 0 to 4095, not 'x'"),
-        ("shard accept-loss 5", "no question can be asked here; add `yes` to accept the loss"),
-    ],
-)
+@pytest.mark.parametrize(("line", "text"), [
+    ("node add", "HOST:PORT is missing"),
+    ("node add 10.0.0.4", "the address of a node is HOST:PORT, not '10.0.0.4'"),
+    ("node add :5000", "the address of a node is HOST:PORT"),
+    ("node add h:0", "the address of a node is HOST:PORT"),
+    ("node add h:65536", "the address of a node is HOST:PORT"),
+    ("node forget n1", "destroyed is missing"),
+    ("node forget n1 yes", "the word destroyed must stand in the place of 'yes'"),
+    ("node forge n1", "node is followed by add or drain or undrain or remove or forget"),
+    ("rebalance dry-run wait", "dry-run moves nothing that could be waited for"),
+    ("shard accept-loss x yes", "N must be an integer from 0 to 4095, not 'x'"),
+    ("shard accept-loss 5", "no question can be asked here; add `yes` to accept the loss"),
+])  # fmt: skip
 def test_mistakes(shell: Shell, line: str, text: str) -> None:
     """A wrong command line ends with 2, and no server is asked."""
     assert (shell.line(line), shell.out) == (2, b"")

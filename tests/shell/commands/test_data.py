@@ -223,20 +223,17 @@ def test_usage_errors(shell: Shell, arguments: list[str], text: str) -> None:
     assert shell.out == b"" and shell.client.cells == before
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (Unavailable("no connection within 2 s, nothing was sent", Code.OVERLOADED), 3),
-        (Unavailable("shard 3 recovers", Code.RECOVERING), 3),
-        (Unavailable("shard 3 has 1 of 2 replicas", Code.NOT_ENOUGH_REPLICAS), 6),
-        (Unavailable("node n1 has no space", Code.NO_SPACE), 6),
-        (OutcomeUnknown("the connection was lost after the put was sent"), 5),
-        (RequestError("the value has 9 bytes, the limit is 8", Code.TOO_LARGE), 6),
-        (RequestError("wrong number of arguments", Code.BAD_REQUEST), 2),
-        (ConnectionResetError("connection reset"), 3),
-        (TimeoutError("timed out"), 3),
-    ],
-)
+@pytest.mark.parametrize(("error", "code"), [
+    (Unavailable("no connection within 2 s, nothing was sent", Code.OVERLOADED), 3),
+    (Unavailable("shard 3 recovers", Code.RECOVERING), 3),
+    (Unavailable("shard 3 has 1 of 2 replicas", Code.NOT_ENOUGH_REPLICAS), 6),
+    (Unavailable("node n1 has no space", Code.NO_SPACE), 6),
+    (OutcomeUnknown("the connection was lost after the put was sent"), 5),
+    (RequestError("the value has 9 bytes, the limit is 8", Code.TOO_LARGE), 6),
+    (RequestError("wrong number of arguments", Code.BAD_REQUEST), 2),
+    (ConnectionResetError("connection reset"), 3),
+    (TimeoutError("timed out"), 3),
+])  # fmt: skip
 def test_exit_codes_of_errors(shell: Shell, error: Exception, code: int) -> None:
     """What went wrong in the cluster decides the exit code, and its sentence goes to stderr."""
     shell.client.failure = error

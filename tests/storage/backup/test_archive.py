@@ -119,13 +119,10 @@ def edit_lines(path: Path, edit: str) -> None:
 @given(
     st.dictionaries(
         st.binary(min_size=1, max_size=12) | st.text(min_size=1, max_size=4).map(str.encode),
-        st.tuples(st.binary(max_size=20), st.integers(0, 2**63 - 1), st.none() | st.integers(1, 10**9)),
-        max_size=40,
+        st.tuples(st.binary(max_size=20), st.integers(0, 2**63 - 1), st.none() | st.integers(1, 10**9)), max_size=40,
     ),
-    st.integers(1, 9),
-    st.integers(1, 4),
-    st.binary(max_size=2),
-)
+    st.integers(1, 9), st.integers(1, 4), st.binary(max_size=2),
+)  # fmt: skip
 def test_round_trip_of_any_content(
     content: dict[bytes, tuple[bytes, int, int | None]], shards: int, nodes: int, prefix: bytes
 ) -> None:
@@ -261,19 +258,16 @@ def test_missing_and_surplus_files(backup: Path) -> None:
     assert refused(backup) == f"{backup}/node-n2.jsonl: the file is missing"
 
 
-@pytest.mark.parametrize(
-    ("edit", "sentence"),
-    [
-        ("swap", r', line 17: key ".*" is not above ".*" of the line before$'),
-        ("repeat", r', line 17: key ".*" is there twice$'),
-        ("remove", r": has \d+ pairs, the manifest has \d+; the first difference is in lines 1-100$"),
-        ("empty line", r", line 17: not JSON"),
-        ("value", r", line .*\b17\b.*: damaged: the sha256 of the file is \w{64}, .* \w{64} \(shard \d+\)$"),
-        ("rev", r", line .*\b17\b.*: damaged: the sha256"),
-        ("no rev", r', line 17: "rev" is missing'),
-        ("drop last", r", line \d+: the file ends before it, the manifest has \d+ pairs$"),
-    ],
-)
+@pytest.mark.parametrize(("edit", "sentence"), [
+    ("swap", r', line 17: key ".*" is not above ".*" of the line before$'),
+    ("repeat", r', line 17: key ".*" is there twice$'),
+    ("remove", r": has \d+ pairs, the manifest has \d+; the first difference is in lines 1-100$"),
+    ("empty line", r", line 17: not JSON"),
+    ("value", r", line .*\b17\b.*: damaged: the sha256 of the file is \w{64}, .* \w{64} \(shard \d+\)$"),
+    ("rev", r", line .*\b17\b.*: damaged: the sha256"),
+    ("no rev", r', line 17: "rev" is missing'),
+    ("drop last", r", line \d+: the file ends before it, the manifest has \d+ pairs$"),
+])  # fmt: skip
 def test_edited_lines(backup: Path, edit: str, sentence: str) -> None:
     """What an editor or a careless tool may do to a file, named by file and line."""
     edit_lines(backup / "node-n2.jsonl", edit)

@@ -1,7 +1,5 @@
 """Check: what is said of a directory that is whole, damaged or incomplete; nothing is changed."""
 
-from __future__ import annotations
-
 import pytest
 
 from kvtcp.storage.disk.check import CheckReport, check_directory
@@ -9,31 +7,13 @@ from kvtcp.storage.disk.manifest import read_manifest
 from kvtcp.storage.disk.store import NodeStore
 from kvtcp.storage.shard.table import Table
 from tests.crash.disk import CrashDisk
-from tests.support.storage_tools import (
-    BOOT,
-    DIRECTORY,
-    add_copies,
-    commit,
-    fill,
-    open_small,
-    put,
-    replace_file,
-    take_snapshot,
-)
-
-
-@pytest.fixture
-def disk() -> CrashDisk:
-    """An empty disk in memory."""
-    return CrashDisk()
+from tests.support.storage_tools import BOOT, DIRECTORY, commit, fill, make, put, replace_file, take_snapshot
 
 
 @pytest.fixture
 def store(disk: CrashDisk) -> NodeStore:
     """Three shards, one of them in a snapshot."""
-    made = open_small(disk)
-    add_copies(made)
-    fill(made, 10)
+    made = make(disk, 10)
     take_snapshot(made, 1)
     fill(made, 5, first=10)
     return made
@@ -113,8 +93,7 @@ def test_tables_verify_themselves(disk: CrashDisk, store: NodeStore, monkeypatch
 
 def test_after_a_power_cut(disk: CrashDisk) -> None:
     """In mode os a hole among the last records is what a power cut leaves, and damage without one."""
-    store = open_small(disk, durability="os", segment_bytes=1000)
-    add_copies(store, 1)
+    store = make(disk, shards=1, durability="os", segment_bytes=1000)
     for number in range(3):
         commit(store, [put(store.copies[0], b"k", b"%d" % number)])
     path = store.log.segments[-1].path

@@ -1,7 +1,5 @@
 """The log: numbers, marks, segments that begin, go on and go away, and errors of the disk."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -44,12 +42,6 @@ def read(disk: CrashDisk, name: str) -> tuple[SegmentHeader, Segment]:
 def lsns(segment: Segment) -> list[int]:
     """Which records are in a segment."""
     return [record.lsn for record in segment.records]
-
-
-@pytest.fixture
-def disk() -> CrashDisk:
-    """An empty disk in memory."""
-    return CrashDisk()
 
 
 def test_names() -> None:

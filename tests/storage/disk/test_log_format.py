@@ -1,7 +1,5 @@
 """The bytes of the log: golden ones, every flipped bit, every torn byte, records behind a bad place, other versions."""
 
-from __future__ import annotations
-
 from random import Random
 from zlib import crc32
 
@@ -183,16 +181,13 @@ def test_other_versions() -> None:
         parse_header(longer)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "has 0 bytes"),
-        (b"KVTCPLOG" * 3, "has 24 bytes"),
-        (b"\0" * 200, "does not begin as a segment"),
-        (encode_header(HEADER)[:12] + (3).to_bytes(4, "big") + encode_header(HEADER)[16:], "no right length (3)"),
-        (encode_header(HEADER)[:-1], "no right length (63)"),
-    ],
-)
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"", "has 0 bytes"),
+    (b"KVTCPLOG" * 3, "has 24 bytes"),
+    (b"\0" * 200, "does not begin as a segment"),
+    (encode_header(HEADER)[:12] + (3).to_bytes(4, "big") + encode_header(HEADER)[16:], "no right length (3)"),
+    (encode_header(HEADER)[:-1], "no right length (63)"),
+])  # fmt: skip
 def test_no_header(data: bytes, reason: str) -> None:
     """What it is not is said in a sentence."""
     with pytest.raises(FormatError) as error:
@@ -200,10 +195,9 @@ def test_no_header(data: bytes, reason: str) -> None:
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "payload",
-    [b"", b"\xc1", b"\x01", b"\x91\x01", b"\x91\x94\x01\x01\x01\x01", b"\x91\x95\x01\x01\x01\x01\x01", b"\x90\x90"],
-)
+@pytest.mark.parametrize("payload", [
+    b"", b"\xc1", b"\x01", b"\x91\x01", b"\x91\x94\x01\x01\x01\x01", b"\x91\x95\x01\x01\x01\x01\x01", b"\x90\x90",
+])  # fmt: skip
 def test_wrong_payloads(payload: bytes) -> None:
     """A payload that is no list of entries was written wrong."""
     with pytest.raises(FormatError, match="record 4 has a right sum and no right payload"):

@@ -1,7 +1,5 @@
 """The manifest: it comes back as it was, or it is refused with a reason."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -127,11 +125,10 @@ def test_missing_fields(name: str) -> None:
         Manifest.parse(sealed(**{name: ...}))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"directory": "xx"}, {"directory": "00"}, {"map": 5}, {"shards": []}, {"shards": {"a": []}},
-     {"shards": {"1": ["d"]}}],
-)
+@pytest.mark.parametrize("changes", [
+    {"directory": "xx"}, {"directory": "00"}, {"map": 5}, {"shards": []}, {"shards": {"a": []}},
+    {"shards": {"1": ["d"]}},
+])  # fmt: skip
 def test_wrong_fields(changes: dict[str, Any]) -> None:
     """A right sum over fields that cannot be."""
     with pytest.raises(FormatError):

@@ -1,7 +1,5 @@
 """Replay: what a data directory holds, and the verdict on every shard when something of it is missing or damaged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,9 +22,9 @@ from tests.crash.disk import CrashDisk
 from tests.support.storage_tools import (
     DIRECTORY,
     State,
-    add_copies,
     commit,
     fill,
+    make,
     mark,
     names,
     open_small,
@@ -40,12 +38,6 @@ LOG = DIRECTORY / "log"
 SNAPSHOTS = DIRECTORY / "snapshots"
 
 
-@pytest.fixture
-def disk() -> CrashDisk:
-    """An empty disk in memory."""
-    return CrashDisk()
-
-
 def read(disk: CrashDisk) -> Replayed:
     """What is there, by the manifest that is there; nothing is changed."""
     manifest = read_manifest(disk, DIRECTORY)
@@ -54,14 +46,6 @@ def read(disk: CrashDisk) -> Replayed:
     found = replay(disk, DIRECTORY, manifest)
     assert disk.tree() == before
     return found
-
-
-def make(disk: CrashDisk, records: int = 0, shards: int = 3, durability: str = "sync", **options: int) -> NodeStore:
-    """A store with this many records."""
-    store = open_small(disk, durability=durability, **options)  # type: ignore[arg-type]
-    add_copies(store, shards)
-    fill(store, records, shards)
-    return store
 
 
 def offsets(disk: CrashDisk, path: Path) -> list[int]:
@@ -79,6 +63,13 @@ def damage_record(disk: CrashDisk, path: Path, index: int) -> int:
     offset = offsets(disk, path)[index]
     disk.flip_bit(path, (offset + RECORD_BYTES) * 8 + 3)
     return offset
+
+
+def damage_snapshot(disk: CrashDisk, store: NodeStore) -> Path:
+    """Flip a bit of the snapshot of shard 0."""
+    path = SNAPSHOTS / store.snapshots[0].name.file
+    disk.flip_bit(path, 8 * 70)
+    return path
 
 
 def whole(found: Replayed) -> State:
@@ -239,8 +230,7 @@ def test_what_a_process_leaves_behind_a_bad_record(disk: CrashDisk) -> None:
 
 def test_damage_with_and_without_proof(disk: CrashDisk) -> None:
     """Shards of which something behind the damage shows that they were not in it are whole, the others in doubt."""
-    store = open_small(disk)
-    add_copies(store, 5)
+    store = make(disk, shards=5)
     copies = store.copies
     for shard in range(4):
         commit(store, [put(copies[shard], b"k", b"v")])
@@ -277,8 +267,7 @@ def test_damage_of_what_a_snapshot_has(disk: CrashDisk) -> None:
 
 def test_two_holes_in_one_segment(disk: CrashDisk) -> None:
     """A proof between two damaged records does not cover the second one."""
-    store = open_small(disk)
-    add_copies(store, 2)
+    store = make(disk, shards=2)
     commit(store, [put(store.copies[0], b"k", b"1")])  # damaged
     commit(store, [put(store.copies[1], b"k", b"1")])  # proves shard 1 up to here
     commit(store, [put(store.copies[1], b"k", b"2")])  # damaged
@@ -292,8 +281,7 @@ def test_two_holes_in_one_segment(disk: CrashDisk) -> None:
 
 def test_damage_and_a_torn_end(disk: CrashDisk) -> None:
     """Behind a damage, what is above the mark and follows a torn record is not taken."""
-    store = open_small(disk, durability="os")
-    add_copies(store, 1)
+    store = make(disk, shards=1, durability="os")
     for number in range(3):
         commit(store, [put(store.copies[0], b"k", b"%d" % number)])
     path = store.log.segments[-1].path
@@ -411,8 +399,7 @@ def _header_sum(data: bytes, length: int) -> int:
 
 def crafted(disk: CrashDisk, change: Callable[[list[tuple[int, int, int, int, bytes]]], object]) -> Replayed:
     """A store of one shard whose only record has entries changed by somebody who knows how to compute sums."""
-    store = open_small(disk)
-    add_copies(store, 1)
+    store = make(disk, shards=1)
     entries = [put(store.copies[0], b"k", b"%d" % number) for number in range(3)]
     segment = store.log.segments[-1]
     header = parse_header(disk.read(segment.path))
@@ -471,8 +458,7 @@ def test_a_damaged_snapshot_alone(disk: CrashDisk) -> None:
     for shard in range(3):
         take_snapshot(store, shard)
     fill(store, 1, first=9)
-    path = SNAPSHOTS / store.snapshots[0].name.file
-    disk.flip_bit(path, 8 * 70)
+    path = damage_snapshot(disk, store)
     found = read(disk)
     assert sorted(found.doubts) == [0] and str(path) in found.doubts[0]
     assert [damage.path for damage in found.damages] == [path] and not found.log_damaged
@@ -483,8 +469,7 @@ def test_a_damaged_snapshot_with_the_log(disk: CrashDisk) -> None:
     """As long as the log has everything, a damaged snapshot costs nothing but is reported."""
     store = make(disk, 9)
     store.write_snapshot(store.copies[0], [])
-    path = SNAPSHOTS / store.snapshots[0].name.file
-    disk.flip_bit(path, 8 * 70)
+    path = damage_snapshot(disk, store)
     found = read(disk)
     assert not found.doubts and [damage.path for damage in found.damages] == [path]
     assert state_of(found.copies) == state_of(store.copies) and 0 not in found.snapshots
@@ -498,9 +483,8 @@ def test_a_damaged_snapshot_with_an_older_one(disk: CrashDisk) -> None:
     older = store.snapshots[0].name
     fill(store, 6, first=5)
     store.write_snapshot(store.copies[0], [])
-    path = SNAPSHOTS / store.snapshots[0].name.file
+    path = damage_snapshot(disk, store)
     assert store.snapshots[0].name != older
-    disk.flip_bit(path, 8 * 70)
     found = read(disk)
     assert not found.doubts and found.snapshots[0] == older and [damage.path for damage in found.damages] == [path]
     assert state_of(found.copies) == state_of(store.copies) and SNAPSHOTS / older.file not in found.stale
@@ -512,9 +496,8 @@ def test_a_damaged_snapshot_that_the_log_knows_nothing_of(disk: CrashDisk) -> No
     for number in range(4):
         put(store.copies[0], b"k%d" % number, b"v")  # as if all of it came from another member
     store.write_snapshot(store.copies[0], [])
-    path = SNAPSHOTS / store.snapshots[0].name.file
     assert state_of(read(disk).copies) == state_of(store.copies)
-    disk.flip_bit(path, 8 * 70)
+    path = damage_snapshot(disk, store)
     found = read(disk)
     assert sorted(found.doubts) == [0] and str(path) in found.doubts[0]
 
@@ -536,9 +519,7 @@ def test_a_snapshot_of_another_directory(disk: CrashDisk) -> None:
     store = make(disk, 4, shards=1)
     take_snapshot(store, 0)
     other = CrashDisk()
-    foreign = open_small(other, seed=5)
-    add_copies(foreign, 1)
-    fill(foreign, 4, shards=1)
+    foreign = make(other, 4, shards=1, seed=5)
     foreign.write_snapshot(foreign.copies[0], [])
     assert foreign.snapshots[0].name == store.snapshots[0].name
     path = SNAPSHOTS / store.snapshots[0].name.file

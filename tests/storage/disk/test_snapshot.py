@@ -1,7 +1,5 @@
 """Snapshots: golden bytes, every flipped bit, every missing byte, and files on the disk."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable
 from pathlib import Path

@@ -1,10 +1,8 @@
 """The store: opening what a crash or a damage left, settling it once, and stopping in order."""
 
-from __future__ import annotations
-
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tests.support.storage_tools import (
     change,
     commit,
     fill,
+    make,
     mark,
     names,
     open_small,
@@ -36,12 +35,6 @@ from tests.support.storage_tools import (
     state_of,
     take_snapshot,
 )
-
-
-@pytest.fixture
-def disk() -> CrashDisk:
-    """An empty disk in memory."""
-    return CrashDisk()
 
 
 def disks(store: NodeStore) -> dict[int, str]:
@@ -58,15 +51,23 @@ def verdict(store: NodeStore) -> dict[int, Any]:
     }
 
 
-def work(store: NodeStore) -> None:
-    """Several segments, two snapshots, some segments deleted, and entries beyond."""
-    add_copies(store)
-    fill(store, 12)
+def worked(disk: Any, **options: Any) -> NodeStore:
+    """A store with several segments, two snapshots, some segments deleted, and entries beyond."""
+    store = make(disk, 12, **options)
     for shard in range(3):
         take_snapshot(store, shard)
     fill(store, 9, first=12)
     take_snapshot(store, 1)
     fill(store, 4, first=21)
+    return store
+
+
+def dying(disk: CrashDisk, calls: int) -> Iterator[CrashDisk]:
+    """Disks of a killed process on which one of the calls is the last that is tried, each of them once."""
+    for number in range(1, calls + 1):
+        one = disk.process_kill()
+        one.fail_at, one.dead = number, True
+        yield one
 
 
 # --- opening ----------------------------------------------------------------------------------------
@@ -93,8 +94,7 @@ def test_a_new_directory(disk: CrashDisk) -> None:
 
 def test_opening_again_after_a_kill(disk: CrashDisk) -> None:
     """Killed at any point between two records, the same is there again, with the same uuids, however often."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     for seed in range(1, 5):
         again = open_small(disk.process_kill(), seed=seed)
         assert verdict(again) == verdict(store) and not again.damages and again.aside is None
@@ -107,8 +107,7 @@ def test_opening_again_after_a_kill(disk: CrashDisk) -> None:
 
 def test_stopped_in_order(disk: CrashDisk) -> None:
     """A clean stop is in the manifest until the next start; everything is covered by a mark."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     last = store.log.last_lsn
     store.close_clean()
     manifest = read_manifest(disk, DIRECTORY)
@@ -122,8 +121,7 @@ def test_stopped_in_order(disk: CrashDisk) -> None:
 
 def test_a_lost_last_segment_after_a_clean_stop(disk: CrashDisk) -> None:
     """The manifest knows the newest segment there was, also if it was begun long after the start."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     store.close_clean()
     disk.remove(store.log.segments[-1].path)
     again = open_small(disk, seed=1)
@@ -133,8 +131,7 @@ def test_a_lost_last_segment_after_a_clean_stop(disk: CrashDisk) -> None:
 
 def test_a_lost_last_segment_after_a_kill(disk: CrashDisk) -> None:
     """The manifest is written with each new segment, so the newest one cannot get lost unnoticed."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     assert len(store.log.segments) > 2, "it rotated"
     disk.remove(store.log.segments[-1].path)
     again = open_small(disk, seed=1)
@@ -144,9 +141,7 @@ def test_a_lost_last_segment_after_a_kill(disk: CrashDisk) -> None:
 @pytest.mark.parametrize("cut", ["within the last record of data", "before the last record of data"])
 def test_a_log_that_was_cut_off_after_a_clean_stop(disk: CrashDisk, cut: str) -> None:
     """It is damage, also where it ends with a whole record: the manifest knows how far it went."""
-    store = open_small(disk)
-    add_copies(store)
-    fill(store, 2)
+    store = make(disk, 2)
     store.close_clean()
     path = store.log.segments[-1].path
     data = disk.read(path)
@@ -161,8 +156,7 @@ def test_a_log_that_was_cut_off_after_a_clean_stop(disk: CrashDisk, cut: str) ->
 
 def test_the_mark_of_a_clean_stop_may_be_missing(disk: CrashDisk) -> None:
     """It has no entry: without it nothing is missing."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     store.close_clean()
     path = store.log.segments[-1].path
     data = disk.read(path)
@@ -174,8 +168,7 @@ def test_the_mark_of_a_clean_stop_may_be_missing(disk: CrashDisk) -> None:
 
 def test_stale_files_are_removed(disk: CrashDisk) -> None:
     """Temporary files and older snapshots go when everything is settled."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     fill(store, 3, first=25)
     older = store.snapshots[0].name.file
     store.write_snapshot(store.copies[0], [])
@@ -189,8 +182,7 @@ def test_stale_files_are_removed(disk: CrashDisk) -> None:
 
 def test_many_restarts_do_not_grow_the_log(disk: CrashDisk) -> None:
     """A start that finds nothing new begins the same segment again."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     for seed in range(1, 4):
         store = open_small(disk, seed=seed)
     count = len(names(disk))
@@ -204,7 +196,7 @@ def test_many_restarts_do_not_grow_the_log(disk: CrashDisk) -> None:
 
 def test_data_without_a_manifest(disk: CrashDisk) -> None:
     """Nobody knows whose data it is: one sentence, and nothing is changed."""
-    work(open_small(disk))
+    worked(disk)
     disk.remove(DIRECTORY / "manifest.json")
     before = disk.tree()
     with pytest.raises(StoreError, match="/node has data and no manifest.json: put back"):
@@ -212,18 +204,15 @@ def test_data_without_a_manifest(disk: CrashDisk) -> None:
     assert disk.tree() == before
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda data: data[:-3], "manifest.json is damaged: it is not a manifest"),
-        (lambda data: data.replace(b'"promised": 0', b'"promised": 7'), "manifest.json is damaged: its sum is wrong"),
-        (lambda data: data.replace(b'"format": 1', b'"format": 2'), "manifest.json is of another version"),
-        (lambda data: b"", "manifest.json is damaged"),
-    ],
-)
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda data: data[:-3], "manifest.json is damaged: it is not a manifest"),
+    (lambda data: data.replace(b'"promised": 0', b'"promised": 7'), "manifest.json is damaged: its sum is wrong"),
+    (lambda data: data.replace(b'"format": 1', b'"format": 2'), "manifest.json is of another version"),
+    (lambda data: b"", "manifest.json is damaged"),
+])  # fmt: skip
 def test_a_damaged_manifest(disk: CrashDisk, change: Callable[[bytes], bytes], sentence: str) -> None:
     """It is refused with a sentence, and nothing is changed."""
-    work(open_small(disk))
+    worked(disk)
     path = DIRECTORY / "manifest.json"
     replace_file(disk, path, change(disk.read(path)))
     before = disk.tree()
@@ -238,7 +227,7 @@ def test_files_of_another_version(disk: CrashDisk, monkeypatch: pytest.MonkeyPat
         disk = CrashDisk()
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 9)
-            work(open_small(disk))
+            worked(disk)
         manifest = disk.read(DIRECTORY / "manifest.json")
         with pytest.raises(StoreError, match="has format 9, this version of kvtcp knows format 1"):
             open_small(disk, seed=1)
@@ -250,8 +239,7 @@ def test_files_of_another_version(disk: CrashDisk, monkeypatch: pytest.MonkeyPat
 
 def test_power_cut_in_mode_os(disk: CrashDisk) -> None:
     """Another boot after an end that was not in order: every copy has a new uuid, once."""
-    store = open_small(disk, durability="os")
-    work(store)
+    store = worked(disk, durability="os")
     cut = open_small(disk, durability="os", boot="boot 2", seed=1)
     assert state_of(cut.copies) == state_of(store.copies)
     assert not set(disks(cut).values()) & set(disks(store).values())
@@ -260,14 +248,12 @@ def test_power_cut_in_mode_os(disk: CrashDisk) -> None:
     assert disks(again) == disks(cut)
 
 
-@pytest.mark.parametrize(
-    ("first", "boot", "clean"),
-    [("os", BOOT, False), ("os", "boot 2", True), ("sync", "boot 2", False), ("sync", BOOT, False)],
-)
+@pytest.mark.parametrize(("first", "boot", "clean"), [
+    ("os", BOOT, False), ("os", "boot 2", True), ("sync", "boot 2", False), ("sync", BOOT, False),
+])  # fmt: skip
 def test_the_same_uuids(disk: CrashDisk, first: str, boot: str, clean: bool) -> None:
     """In the same boot, after a clean stop or in mode sync nothing is missing."""
-    store = open_small(disk, durability=first)
-    work(store)
+    store = worked(disk, durability=first)
     if clean:
         store.close_clean()
     again = open_small(disk, durability="os", boot=boot, seed=1)
@@ -277,7 +263,7 @@ def test_the_same_uuids(disk: CrashDisk, first: str, boot: str, clean: bool) -> 
 def test_from_os_to_sync_and_back(disk: CrashDisk) -> None:
     """After a start in mode sync everything is on the disk, whatever the mode before: the mode of the last process
     counts."""
-    work(open_small(disk, durability="os"))
+    worked(disk, durability="os")
     store = open_small(disk, durability="sync", seed=1)
     assert disks(open_small(disk, durability="os", boot="boot 2", seed=2)) == disks(store)
     assert disks(open_small(disk, durability="sync", boot="boot 3", seed=3)) != disks(store)
@@ -285,18 +271,15 @@ def test_from_os_to_sync_and_back(disk: CrashDisk) -> None:
 
 def test_a_power_cut_while_the_new_uuids_are_written(disk: CrashDisk) -> None:
     """Whatever call the second start dies in, the third comes to new uuids, and the fourth to the same as the third."""
-    store = open_small(disk, durability="os")
-    work(store)
+    store = worked(disk, durability="os")
     probe = disk.process_kill()
     open_small(probe, durability="os", boot="boot 2", seed=1)
-    for number in range(1, len(probe.calls) + 1):
-        dying = disk.process_kill()
-        dying.fail_at, dying.dead = number, True
+    for one in dying(disk, len(probe.calls)):
         with pytest.raises(OSError, match="Input/output"):
-            open_small(dying, durability="os", boot="boot 2", seed=1)
-        left = dying.process_kill()
+            open_small(one, durability="os", boot="boot 2", seed=1)
+        left = one.process_kill()
         third = open_small(left, durability="os", boot="boot 2", seed=2)
-        assert not set(disks(third).values()) & set(disks(store).values()), number
+        assert not set(disks(third).values()) & set(disks(store).values()), one.fail_at
         assert state_of(third.copies) == state_of(store.copies)
         assert disks(open_small(left, durability="os", boot="boot 2", seed=3)) == disks(third)
 
@@ -309,16 +292,14 @@ def flip(disk: CrashDisk, path: Path, offset: int) -> None:
     disk.flip_bit(path, offset * 8 + 2)
 
 
-def damage_oldest(disk: CrashDisk, store: NodeStore) -> None:
-    flip(disk, store.log.segments[0].path, store.log.segments[0].size - 3)
+def snapshot_of(store: NodeStore, shard: int = 0) -> Path:
+    """The file of a snapshot."""
+    return DIRECTORY / "snapshots" / store.snapshots[shard].name.file
 
 
-def damage_middle(disk: CrashDisk, store: NodeStore) -> None:
-    flip(disk, store.log.segments[len(store.log.segments) // 2].path, 100)
-
-
-def damage_header(disk: CrashDisk, store: NodeStore) -> None:
-    flip(disk, store.log.segments[-2].path, 30)
+def middle_of(store: NodeStore) -> Path:
+    """The segment in the middle of the log."""
+    return store.log.segments[len(store.log.segments) // 2].path
 
 
 def damage_last(disk: CrashDisk, store: NodeStore) -> None:
@@ -326,35 +307,19 @@ def damage_last(disk: CrashDisk, store: NodeStore) -> None:
     flip(disk, store.log.segments[-1].path, store.log.segments[-1].size - 40)
 
 
-def damage_snapshot(disk: CrashDisk, store: NodeStore) -> None:
-    flip(disk, DIRECTORY / "snapshots" / store.snapshots[0].name.file, 70)
-
-
 def damage_covered_snapshot(disk: CrashDisk, store: NodeStore) -> None:
     store.write_snapshot(store.copies[2], [])
-    flip(disk, DIRECTORY / "snapshots" / store.snapshots[2].name.file, 70)
+    flip(disk, snapshot_of(store, 2), 70)
 
 
 def damage_both(disk: CrashDisk, store: NodeStore) -> None:
-    damage_snapshot(disk, store)
-    damage_middle(disk, store)
-
-
-def lose_oldest(disk: CrashDisk, store: NodeStore) -> None:
-    disk.remove(store.log.segments[0].path)
-
-
-def lose_middle(disk: CrashDisk, store: NodeStore) -> None:
-    disk.remove(store.log.segments[len(store.log.segments) // 2].path)
+    flip(disk, snapshot_of(store), 70)
+    flip(disk, middle_of(store), 100)
 
 
 def lose_newest(disk: CrashDisk, store: NodeStore) -> None:
     store.write_manifest(store.encode_manifest(store.copies.values()))
     disk.remove(store.log.segments[-1].path)
-
-
-def lose_snapshot(disk: CrashDisk, store: NodeStore) -> None:
-    disk.remove(DIRECTORY / "snapshots" / store.snapshots[0].name.file)
 
 
 def tear(disk: CrashDisk, store: NodeStore) -> None:
@@ -363,34 +328,39 @@ def tear(disk: CrashDisk, store: NodeStore) -> None:
     replace_file(disk, path, disk.read(path)[:-5])
 
 
-def nothing(disk: CrashDisk, store: NodeStore) -> None:
-    """A kill alone."""
-
-
-DAMAGES = [
-    damage_oldest, damage_middle, damage_header, damage_last, damage_snapshot, damage_covered_snapshot, damage_both,
-    lose_oldest, lose_middle, lose_newest, lose_snapshot, tear, nothing,
-]  # fmt: skip
-HARMLESS = {tear, nothing}
+DAMAGES: dict[str, Callable[[CrashDisk, NodeStore], object]] = {
+    "damage_oldest": lambda disk, store: flip(disk, store.log.segments[0].path, store.log.segments[0].size - 3),
+    "damage_middle": lambda disk, store: flip(disk, middle_of(store), 100),
+    "damage_header": lambda disk, store: flip(disk, store.log.segments[-2].path, 30),
+    "damage_last": damage_last,
+    "damage_snapshot": lambda disk, store: flip(disk, snapshot_of(store), 70),
+    "damage_covered_snapshot": damage_covered_snapshot,
+    "damage_both": damage_both,
+    "lose_oldest": lambda disk, store: disk.remove(store.log.segments[0].path),
+    "lose_middle": lambda disk, store: disk.remove(middle_of(store)),
+    "lose_newest": lose_newest,
+    "lose_snapshot": lambda disk, store: disk.remove(snapshot_of(store)),
+    "tear": tear,
+    "nothing": lambda disk, store: None,  # a kill alone
+}
 
 
 def before_damage(disk: CrashDisk) -> NodeStore:
     """A store with snapshots and at least five segments."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     fill(store, 6, first=25)
     assert len(store.log.segments) >= 5
     return store
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_met_once(disk: CrashDisk, damage: Callable[[CrashDisk, NodeStore], None]) -> None:
+def test_damage_is_met_once(disk: CrashDisk, damage: str) -> None:
     """Shards that are complete are exactly what was acknowledged; the others say why; the next start finds the same
     and nothing more to settle, and what was damaged is kept aside."""
     store = before_damage(disk)
-    damage(disk, store)
+    DAMAGES[damage](disk, store)
     acknowledged = state_of(store.copies)
-    if damage is tear:
+    if damage == "tear":
         acknowledged = {**acknowledged, 0: state_of(open_small(disk.process_kill(), seed=7).copies)[0]}
         assert acknowledged[0][0][1] == store.copies[0].table.seq - 1
     files_before = disk.tree()
@@ -400,9 +370,9 @@ def test_damage_is_met_once(disk: CrashDisk, damage: Callable[[CrashDisk, NodeSt
             assert state_of({shard: copy}) == {shard: acknowledged[shard]} and copy.disk == f"disk {shard}"
         else:
             assert copy.reason and "/node/" in copy.reason and copy.disk != f"disk {shard}" and copy.table.seq == 0
-    if damage in HARMLESS:
+    if damage in ("tear", "nothing"):
         assert all(copy.complete for copy in first.copies.values()) and first.aside is None and not first.damages
-    elif damage is lose_snapshot or damage is lose_oldest:
+    elif damage in ("lose_snapshot", "lose_oldest"):
         assert not first.damages, "nothing that is there is wrong"
     else:
         assert first.damages
@@ -421,22 +391,20 @@ def test_damage_is_met_once(disk: CrashDisk, damage: Callable[[CrashDisk, NodeSt
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_the_process_dies_while_it_opens(disk: CrashDisk, damage: Callable[[CrashDisk, NodeStore], None]) -> None:
+def test_the_process_dies_while_it_opens(disk: CrashDisk, damage: str) -> None:
     """Killed in any call of an opening, the next one comes to the same verdict, and loses no file that was damaged."""
     store = before_damage(disk)
-    damage(disk, store)
+    DAMAGES[damage](disk, store)
     probe = disk.process_kill()
     expected = open_small(probe, seed=1)
     damaged = kept_aside(probe)
-    for number in range(1, len(probe.calls) + 1):
-        dying = disk.process_kill()
-        dying.fail_at, dying.dead = number, True
+    for one in dying(disk, len(probe.calls)):
         with pytest.raises(OSError, match="Input/output"):
-            open_small(dying, seed=1)
-        left = dying.process_kill()
+            open_small(one, seed=1)
+        left = one.process_kill()
         again = open_small(left, seed=2)
-        assert verdict(again) == verdict(expected), dying.calls[number - 1]
-        assert damaged <= kept_aside(left), dying.calls[number - 1]
+        assert verdict(again) == verdict(expected), one.calls[one.fail_at - 1]
+        assert damaged <= kept_aside(left), one.calls[one.fail_at - 1]
         third = open_small(left, seed=3)
         assert verdict(third) == verdict(expected) and disks(third) == disks(again) and not third.damages
 
@@ -446,16 +414,15 @@ def kept_aside(disk: CrashDisk) -> set[bytes]:
     return {data for path, data in disk.tree().items() if path.startswith(f"{DIRECTORY}/{ASIDE}/") and data is not None}
 
 
-@pytest.mark.parametrize("damage", [nothing, damage_middle, damage_snapshot])
-def test_on_real_files(tmp_path: Path, damage: Callable[[Any, NodeStore], None]) -> None:
+@pytest.mark.parametrize("damage", ["nothing", "damage_middle", "damage_snapshot"])
+def test_on_real_files(tmp_path: Path, damage: str) -> None:
     """The same with files of the system: a start that dies in any call, then another."""
     origin = tmp_path / "origin"
-    store = open_small(QuickDisk(), directory=origin)
-    work(store)
-    if damage is damage_middle:
+    store = worked(QuickDisk(), directory=origin)
+    if damage == "damage_middle":
         path = store.log.segments[1].path
         path.write_bytes(path.read_bytes()[:-1] + b"!")
-    elif damage is damage_snapshot:
+    elif damage == "damage_snapshot":
         path = origin / "snapshots" / store.snapshots[0].name.file
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     probe = FaultyDisk()
@@ -475,8 +442,7 @@ def test_on_real_files(tmp_path: Path, damage: Callable[[Any, NodeStore], None])
 
 def test_which_snapshot_is_due(disk: CrashDisk) -> None:
     """None while the log is short; then the shard that holds the oldest segment back."""
-    store = open_small(disk)
-    add_copies(store)
+    store = make(disk)
     commit(store, [put(store.copies[2], b"k", b"v")])
     fill(store, 20, shards=2)
     assert store.due_snapshot(10**6) is None and store.due_snapshot(100) == 2
@@ -491,8 +457,7 @@ def test_which_snapshot_is_due(disk: CrashDisk) -> None:
 
 def test_old_files_go_in_order(disk: CrashDisk) -> None:
     """After a publication the older snapshot and then needless segments go, oldest first, each for good."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     for shard in (0, 2):
         take_snapshot(store, shard)
     fill(store, 6, first=25)
@@ -511,8 +476,7 @@ def test_old_files_go_in_order(disk: CrashDisk) -> None:
 
 def test_a_snapshot_of_a_copy_that_was_begun_anew(disk: CrashDisk) -> None:
     """It does not take the place of the present copy's: it is removed."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     copy = store.copies[0]
     frozen = copy.table.freeze()
     header = store.header_of(frozen)
@@ -538,7 +502,10 @@ def test_levels_of_space(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> No
         free[0] = bytes_free
         assert store.space_level(level) == (expected, tight), bytes_free
         level = expected
-    work(store)
+    add_copies(store)
+    fill(store, 12)
+    for shard in range(3):
+        take_snapshot(store, shard)
     largest = max(map(store.snapshot_estimate, store.copies))
     assert largest >= max(info.size for info in store.snapshots.values())
     assert store.reserve_bytes() == SPACE_RESERVE_BYTES + store.log.total_bytes + largest
@@ -550,8 +517,7 @@ def test_levels_of_space(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_full_disk_at_the_start(disk: CrashDisk) -> None:
     """Opening says that there is no space, and has changed nothing that matters."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     expected = verdict(store)
     full = disk.process_kill()
     full.capacity_bytes = sum(len(data) for data in full.tree().values() if data is not None)
@@ -564,8 +530,7 @@ def test_a_full_disk_at_the_start(disk: CrashDisk) -> None:
 
 def test_errors_of_a_clean_stop(disk: CrashDisk) -> None:
     """Whatever call of it fails, the next start finds everything."""
-    store = open_small(disk)
-    work(store)
+    store = worked(disk)
     state: State = state_of(store.copies)
     before = len(disk.calls)
     probe = disk.process_kill()
@@ -586,9 +551,7 @@ def test_errors_of_a_clean_stop(disk: CrashDisk) -> None:
 
 def test_a_manifest_is_not_behind_its_log(disk: CrashDisk) -> None:
     """`segment` names one that is on the disk, never one that is only prepared."""
-    store = open_small(disk)
-    add_copies(store)
-    fill(store, 10)
+    store = make(disk, 10)
     newest = store.log.segments[-1].first_lsn
     store.log.begin_new_segment()
     prepared = store.log.prepare_mark()
@@ -600,8 +563,7 @@ def test_a_manifest_is_not_behind_its_log(disk: CrashDisk) -> None:
 
 def test_estimates_are_made_in_turn(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look for space costs the same however many shards there are; after some of them every shard was looked at."""
-    store = open_small(disk, segment_bytes=10**6)
-    add_copies(store, 50)
+    store = make(disk, shards=50, segment_bytes=10**6)
     before = store.reserve_bytes() - store.log.total_bytes
     commit(store, [put(copy, b"k", b"v" * (9000 if shard == 49 else 10)) for shard, copy in store.copies.items()])
     looked: list[int] = []
@@ -624,9 +586,7 @@ def test_estimates_are_made_in_turn(disk: CrashDisk, monkeypatch: pytest.MonkeyP
 def test_a_copy_is_replaced(disk: CrashDisk) -> None:
     """From the manifest on it is the pulled one: entries of the old one in the log are not its entries, and its
     snapshot is gone; what is logged of the new one is there after a restart."""
-    store = open_small(disk)
-    add_copies(store)
-    fill(store, 12)
+    store = make(disk, 12)
     take_snapshot(store, 1)
     fill(store, 6, first=12)
     copy, header, size = pulled(store, 1, 2, 4, 4)
@@ -646,9 +606,7 @@ def test_a_copy_is_replaced(disk: CrashDisk) -> None:
 @pytest.mark.parametrize("until", ["written", "published"])
 def test_a_copy_that_was_not_replaced_in_the_end(disk: CrashDisk, until: str) -> None:
     """A crash before the manifest: the old copy with all it had, and nothing is left of the other one."""
-    store = open_small(disk)
-    add_copies(store)
-    fill(store, 12)
+    store = make(disk, 12)
     state = state_of(store.copies)
     header = pulled(store, 1, 2, 4, 4)[1]
     if until == "written":
@@ -660,9 +618,7 @@ def test_a_copy_that_was_not_replaced_in_the_end(disk: CrashDisk, until: str) ->
 
 def test_the_log_stays_while_copies_change(disk: CrashDisk) -> None:
     """Until the manifest is written a crash comes back to the old copy, which needs its part of the log."""
-    store = open_small(disk)
-    add_copies(store)
-    fill(store, 12)
+    store = make(disk, 12)
     state = state_of(store.copies)
     copy, header, size = pulled(store, 1, 2, 4, 4)
     manifest, paths = store.begin_change([store.copies[0], copy], (header, size))
@@ -679,9 +635,7 @@ def test_the_log_stays_while_copies_change(disk: CrashDisk) -> None:
 
 def test_a_copy_is_dropped_and_comes_back(disk: CrashDisk) -> None:
     """Its files are removed; a later copy of the shard meets none of its entries, and no generation is used twice."""
-    store = open_small(disk)
-    add_copies(store)
-    fill(store, 12)
+    store = make(disk, 12)
     take_snapshot(store, 1)
     fill(store, 6, first=12)
     store.manifest.generations[1] = 1
@@ -700,9 +654,7 @@ def test_a_copy_is_dropped_and_comes_back(disk: CrashDisk) -> None:
 
 def test_a_snapshot_of_a_copy_that_is_gone(disk: CrashDisk) -> None:
     """It was being taken when its copy was replaced: it is removed as soon as it is published."""
-    store = open_small(disk)
-    add_copies(store)
-    fill(store, 12)
+    store = make(disk, 12)
     frozen = store.copies[1].table.freeze()
     old_header = store.header_of(frozen)
     copy, header, size = pulled(store, 1, 2, 4, 4)

@@ -1,7 +1,5 @@
 """Backlog: which entries are released when, and the bound."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from random import Random
 
@@ -23,9 +21,8 @@ def numbers(backlog: Backlog, shard: int) -> list[int]:
     return [each[2] for each in backlog.of_shard(shard)]
 
 
-def test_commit_forgets_in_order() -> None:
+def test_commit_forgets_in_order(backlog: Backlog) -> None:
     """Up to an ordinal, and it says how far each shard is committed."""
-    backlog = Backlog()
     backlog.add(0, [entry(0, 1)])
     backlog.add(3, [entry(0, 2), entry(1, 1), entry(0, 3)])
     backlog.add(5, [entry(1, 2)])
@@ -48,9 +45,8 @@ def test_very_much_is_forgotten_in_slices(monkeypatch: pytest.MonkeyPatch) -> No
     assert hints == [20, 40, 60, 80, 100]
 
 
-def test_what_is_from_before_the_link() -> None:
+def test_what_is_from_before_the_link(backlog: Backlog) -> None:
     """It has ordinal 0: -1 keeps it, 0 forgets it."""
-    backlog = Backlog()
     backlog.add(7, [entry(0, 1)])
     backlog.add(9, [entry(0, 2)])
     backlog.new_link()
@@ -59,9 +55,8 @@ def test_what_is_from_before_the_link() -> None:
     assert backlog.commit(0) == {0: 2} and numbers(backlog, 0) == [3] and backlog.bytes == 5
 
 
-def test_a_copy_that_was_reset() -> None:
+def test_a_copy_that_was_reset(backlog: Backlog) -> None:
     """The entries of one shard go; batches without any left too."""
-    backlog = Backlog()
     backlog.add(1, [entry(0, 1), entry(1, 1)])
     backlog.add(2, [entry(0, 2)])
     backlog.forget(0)
@@ -91,9 +86,8 @@ def test_the_bound_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers(backlog, 0) == [3, 4, 5]
 
 
-def test_a_takeover_looks_up_many_shards() -> None:
+def test_a_takeover_looks_up_many_shards(backlog: Backlog) -> None:
     """All entries are walked through once, not for every shard; what is added meanwhile is found too."""
-    backlog = Backlog()
     walks = 0
     original = backlog._all
 
@@ -186,9 +180,8 @@ def test_an_index_forgets_what_a_pass_drops(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(backlog.look_up(0)) == numbers(backlog, 0) == [38, 39, 40, 41]
 
 
-def test_what_was_shipped() -> None:
+def test_what_was_shipped(backlog: Backlog) -> None:
     """No ordinal commits it, but that of a later entry of its shard; at a new link it is as all from before."""
-    backlog = Backlog()
     backlog.add(3, [entry(0, 1), entry(1, 1)])
     backlog.add_shipped(1, [entry(1, 2), entry(1, 3)])
     assert backlog.commit(9) == {0: 1, 1: 1}
@@ -217,9 +210,8 @@ def test_more_is_shipped_than_a_window_holds(monkeypatch: pytest.MonkeyPatch) ->
     assert backlog.recent_bytes == 5 * (RECENT_ENTRY_BYTES + 5)
 
 
-def test_a_window_that_ends_with_the_largest_value() -> None:
+def test_a_window_that_ends_with_the_largest_value(backlog: Backlog) -> None:
     """It has more than its bytes: what was queued before that value may be uncommitted as well."""
-    backlog = Backlog()
     for seq in range(1, 8):
         backlog.add(seq, [entry(0, seq, MIB)])
     backlog.add(8, [entry(0, 8, VALUE_BYTES_MAX + 100)])
@@ -357,9 +349,8 @@ def test_questions_between_changes() -> None:
                 assert backlog.of_shard(shard) == [each for _, each in model if each[0] == shard], f"seed {seed}"
 
 
-def test_entries_from_before_the_link_are_sorted_by_shard() -> None:
+def test_entries_from_before_the_link_are_sorted_by_shard(backlog: Backlog) -> None:
     """One shard is set aside or forgotten without a look at the others; the rest is committed at 0, some at a time."""
-    backlog = Backlog()
     for seq in range(1, 5):
         backlog.add(seq, [entry(shard, seq) for shard in range(3)])
     backlog.new_link()

@@ -1,7 +1,5 @@
 """A copy: a table and who it is."""
 
-from __future__ import annotations
-
 from kvtcp.protocol import operations as op
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Table

@@ -13,10 +13,7 @@ STEPS = ["set", "set", "set", "delete", "delete all", "read", "merge"]
 
 
 @settings(deadline=None, max_examples=150)
-@given(
-    fresh_keys_max=st.integers(1, 9),
-    steps=st.lists(st.tuples(st.sampled_from(STEPS), KEYS, KEYS), max_size=60),
-)
+@given(fresh_keys_max=st.integers(1, 9), steps=st.lists(st.tuples(st.sampled_from(STEPS), KEYS, KEYS), max_size=60))
 def test_index_is_an_ordered_dict(fresh_keys_max: int, steps: list[tuple[str, bytes, bytes]]) -> None:
     """Any sequence of operations gives what a dict and `sorted` give, `check()` after every step."""
     index = Index(4, fresh_keys_max)

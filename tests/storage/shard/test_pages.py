@@ -38,29 +38,14 @@ ROWS = st.dictionaries(
 
 @settings(deadline=None, max_examples=250)
 @given(
-    rows=ROWS,
-    shards=st.integers(1, 9),
-    one_shard=st.booleans(),
-    lower=st.just(b"") | st.binary(max_size=2),
-    upper=st.none() | st.binary(max_size=2),
-    limit=st.integers(1, 70),
-    bytes_max=st.integers(0, 300) | st.just(10_000),
-    reverse=st.booleans(),
-    keys_only=st.booleans(),
-    passed_ms=st.integers(0, 4),
-)
+    rows=ROWS, shards=st.integers(1, 9), one_shard=st.booleans(), lower=st.just(b"") | st.binary(max_size=2),
+    upper=st.none() | st.binary(max_size=2), limit=st.integers(1, 70), bytes_max=st.integers(0, 300) | st.just(10_000),
+    reverse=st.booleans(), keys_only=st.booleans(), passed_ms=st.integers(0, 4),
+)  # fmt: skip
 def test_page_is_the_head_of_the_sorted_rows(
-    rows: dict[bytes, tuple[bytes, int | None]],
-    shards: int,
-    one_shard: bool,
-    lower: bytes,
-    upper: bytes | None,
-    limit: int,
-    bytes_max: int,
-    reverse: bool,
-    keys_only: bool,
-    passed_ms: int,
-) -> None:
+    rows: dict[bytes, tuple[bytes, int | None]], shards: int, one_shard: bool, lower: bytes, upper: bytes | None,
+    limit: int, bytes_max: int, reverse: bool, keys_only: bool, passed_ms: int,
+) -> None:  # fmt: skip
     """Whatever the distribution, bounds and limits: the page is the head of all rows sorted, cut by rows or bytes."""
     tables = tables_with(rows, shards, one_shard)
     page, more = merged(tables, lower, upper, limit, bytes_max, reverse, keys_only, STAMP + passed_ms)
@@ -105,9 +90,7 @@ def test_pages_one_after_the_other_give_every_row_once() -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(rows=ROWS, shards=st.integers(1, 5), one_shard=st.booleans(), passed_ms=st.integers(0, 4))
-def test_any_key(
-    rows: dict[bytes, tuple[bytes, int | None]], shards: int, one_shard: bool, passed_ms: int
-) -> None:
+def test_any_key(rows: dict[bytes, tuple[bytes, int | None]], shards: int, one_shard: bool, passed_ms: int) -> None:
     """Every visible key is found by some number, no other one is, and without expired ones each by exactly one."""
     tables = tables_with(rows, shards, one_shard)
     live = {key for key, (_, ttl_ms) in rows.items() if ttl_ms is None or ttl_ms > passed_ms}

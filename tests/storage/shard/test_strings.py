@@ -1,8 +1,6 @@
 """Operations of strings: limits, deadlines, decimal sums, and the size of what they log. test_table.py compares all of
 them with a model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -116,12 +116,9 @@ class TableMachine(RuleBasedStateMachine):
         assert self.table.any_key(number, stamp_ms) == (following[0] if following else None)
 
     @rule(
-        lower=st.just(b"") | KEYS,
-        upper=st.none() | KEYS,
-        limit=st.none() | LIMITS,
-        reverse=st.booleans(),
+        lower=st.just(b"") | KEYS, upper=st.none() | KEYS, limit=st.none() | LIMITS, reverse=st.booleans(),
         ms=st.integers(0, 12),
-    )
+    )  # fmt: skip
     def read_range(self, lower: bytes, upper: bytes | None, limit: int | None, reverse: bool, ms: int) -> None:
         stamp_ms = self.stamp_ms + ms
         seen = visible(self.model, stamp_ms)
@@ -164,9 +161,8 @@ def test_apply_is_total(writes: list[list[Any]], stamps: list[int]) -> None:
     table.check()
 
 
-def test_golden_entries() -> None:
+def test_golden_entries(table: Table) -> None:
     """The bytes of entries are logged and shipped: a change here is a change of the log's format."""
-    table = Table()
     table.epoch = 2
     assert write(table, op.PUT, b"k", b"v", stamp_ms=3) == 1
     assert table.last_entry == bytes.fromhex("94 02 01 03 91 94 01 c401 6b c401 76 c0")
@@ -205,10 +201,9 @@ print(table.chain, table.digest(), len(table))
     assert len(outputs) == 1 and outputs.pop().strip()
 
 
-def test_conditions_and_deadlines_of_each_operation() -> None:
+def test_conditions_and_deadlines_of_each_operation(table: Table) -> None:
     """The table of operations in the protocol, line by line: which keep, clear or set a deadline, and which revision
     they leave."""
-    table = Table()
     assert write(table, op.ADD, b"k", b"1", 100) == 1
     assert write(table, op.CAS, b"k", b"2", None, 1) == 2
     assert write(table, op.CAS, b"k", b"3", b"2") == 3
@@ -234,9 +229,8 @@ def test_conditions_and_deadlines_of_each_operation() -> None:
     assert (len(table), table.has_expired(STAMP + 99)) == (0, False)
 
 
-def test_error_results_name_key_and_revision() -> None:
+def test_error_results_name_key_and_revision(table: Table) -> None:
     """The sentences of failed operations are built from the fields they are about."""
-    table = Table()
     write(table, op.PUT, b"user:1", b"x")
     assert write(table, op.ADD, b"user:1", b"y") == [
         Code.EXISTS, 'the key "user:1" exists with revision 1', {"rev": 1}
@@ -261,17 +255,15 @@ def test_error_results_name_key_and_revision() -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"-", b"+1", b"01", b"-0", b" 1", b"1 ", b"1_0", b"9223372036854775808", b"9" * 5000, "١".encode()]
 )
-def test_incr_takes_canonical_numbers_only(text: bytes) -> None:
+def test_incr_takes_canonical_numbers_only(table: Table, text: bytes) -> None:
     """What int() would accept but incr would never write is not a number; nothing is changed."""
-    table = Table()
     write(table, op.PUT, b"n", text)
     assert plain(write(table, op.INCR, b"n", 1)) == (Code.NOT_A_NUMBER, {})
     assert table.get(b"n", STAMP) == (text, 1, None)
 
 
-def test_deadline_arithmetic_is_bounded() -> None:
+def test_deadline_arithmetic_is_bounded(table: Table) -> None:
     """A ttl beyond the limit is the limit, one that is not positive expires at once."""
-    table = Table()
     write(table, op.PUT, b"long", b"", 2**64 - 1)
     write(table, op.PUT, b"short", b"", -(2**63))
     assert table.ttl(b"long", STAMP) == (1, TTL_MS_MAX)
@@ -298,30 +290,26 @@ def entry(seq: int, *effects: Any) -> bytes:
     return packed
 
 
-@pytest.mark.parametrize(
-    ("packed", "error"),
-    [
-        (b"", DataError),
-        (b"\xc1", DataError),
-        (entry(2) + b"\x00", DataError),
-        (msgpack.packb([0, 2, STAMP]), DataError),
-        (msgpack.packb([0, 2, STAMP, 5]), DataError),
-        (entry(2, [9, b"k"]), DataError),
-        (entry(2, []), DataError),
-        (entry(2, [op.SET, b"k", b"v"]), DataError),
-        (entry(2, [op.DEADLINE, b"absent", 5]), DataError),
-        (entry(2, [op.PATCH, b"absent", 0, b"x"]), DataError),
-        (entry(2, [op.PATCH, b"a", 0]), DataError),
-        (entry(2, [op.CLONE, b"b", b"absent"]), DataError),
-        (entry(2, [op.SET, b"b", b"v", None], [op.DEADLINE, b"absent", 5]), DataError),
-        (entry(2, [op.REMOVE, b"a"], [op.PATCH, b"a", 0, b"x"]), DataError),
-        (entry(2, [op.REMOVE, b"a"], [op.CLONE, b"b", b"a"]), DataError),
-        (entry(3), SequenceError),
-    ],
-)
-def test_damaged_entries_are_refused(packed: bytes, error: type[Exception]) -> None:
+@pytest.mark.parametrize(("packed", "error"), [
+    (b"", DataError),
+    (b"\xc1", DataError),
+    (entry(2) + b"\x00", DataError),
+    (msgpack.packb([0, 2, STAMP]), DataError),
+    (msgpack.packb([0, 2, STAMP, 5]), DataError),
+    (entry(2, [9, b"k"]), DataError),
+    (entry(2, []), DataError),
+    (entry(2, [op.SET, b"k", b"v"]), DataError),
+    (entry(2, [op.DEADLINE, b"absent", 5]), DataError),
+    (entry(2, [op.PATCH, b"absent", 0, b"x"]), DataError),
+    (entry(2, [op.PATCH, b"a", 0]), DataError),
+    (entry(2, [op.CLONE, b"b", b"absent"]), DataError),
+    (entry(2, [op.SET, b"b", b"v", None], [op.DEADLINE, b"absent", 5]), DataError),
+    (entry(2, [op.REMOVE, b"a"], [op.PATCH, b"a", 0, b"x"]), DataError),
+    (entry(2, [op.REMOVE, b"a"], [op.CLONE, b"b", b"a"]), DataError),
+    (entry(3), SequenceError),
+])  # fmt: skip
+def test_damaged_entries_are_refused(table: Table, packed: bytes, error: type[Exception]) -> None:
     """Bytes that are no entry, or not the next one, raise; the table stays as it was."""
-    table = Table()
     write(table, op.PUT, b"a", b"1")
     before = (table.position, table.digest(), table.last_entry)
     with pytest.raises(error):
@@ -329,9 +317,8 @@ def test_damaged_entries_are_refused(packed: bytes, error: type[Exception]) -> N
     assert (table.position, table.digest(), table.last_entry) == before
 
 
-def test_chain_of_a_shipped_entry_is_verified() -> None:
+def test_chain_of_a_shipped_entry_is_verified(table: Table) -> None:
     """An entry whose sender came to another chain is refused."""
-    table = Table()
     with pytest.raises(ChainError, match="shard 0: the chain of entry 1 is"):
         table.apply_entry(entry(1), chain=1)
     assert table.seq == 0
@@ -352,9 +339,8 @@ def test_load_refuses_rows_out_of_order() -> None:
     assert table.get(b"a", STAMP) == (b"x", 8, 5)
 
 
-def test_position_has_the_epoch_of_the_last_entry() -> None:
+def test_position_has_the_epoch_of_the_last_entry(table: Table) -> None:
     """A new epoch is not in the position before it made an entry."""
-    table = Table()
     table.epoch = 1
     write(table, op.PUT, b"a", b"1")
     table.epoch = 2
@@ -363,9 +349,8 @@ def test_position_has_the_epoch_of_the_last_entry() -> None:
     assert table.position[0] == 2
 
 
-def test_purge_and_clear_work_in_bounded_steps() -> None:
+def test_purge_and_clear_work_in_bounded_steps(table: Table) -> None:
     """A large shard is purged and cleared by several entries of limited size; only the last clear is a wipe."""
-    table = Table()
     keys = 3 * PURGE_KEYS_MAX
     for number in range(keys):
         write(table, op.PUT, b"%05d" % number, b"v", 1 if number % 2 else None)

@@ -1,7 +1,5 @@
 """Transactions: what each operation sees, watched revisions, limits of the whole. test_table.py has a model of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgpack
