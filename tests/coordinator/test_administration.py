@@ -143,7 +143,7 @@ async def test_nodes_that_are_not_added() -> None:
             coordinator.controller.admin.add_node("a..b", 1, added.append)
             coordinator.keeper.wake()
             await until(lambda: added and "n4" in coordinator.links, "the node in the map")
-            coordinator._act()
+            coordinator.controller.act(coordinator)
             await until(lambda: "idna" in coordinator.sequencer.links["n4"].reason, "a try to link it")
             assert not coordinator.failed.done()
             await kv.node_remove("n4")
