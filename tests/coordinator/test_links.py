@@ -11,7 +11,7 @@ import pytest
 import kvtcp
 from kvtcp.constants import LINK_SILENCE_MS
 from kvtcp.coordinator import links as links_module
-from kvtcp.coordinator.links import LinkConnection, NodeLink
+from kvtcp.coordinator.links import LinkConnection
 from kvtcp.errors import OutcomeUnknown
 from kvtcp.node.connection import NodeConnection
 from kvtcp.node.server import NodeServer
@@ -79,37 +79,6 @@ async def test_cut_links_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             tables = [node.replica.tables[number] for node in cluster.nodes.values()]
             assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1, "replicas are equal"
         assert {link_number(cluster.coordinator, node) for node in cluster.nodes} == {5}
-
-
-async def test_node_lost_before_the_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node whose connection breaks after its report, while others have not reported, is dialled and counted anew."""
-    go_on = asyncio.Event()
-    connect = NodeLink._connect
-
-    async def held(self: NodeLink, connection: LinkConnection) -> None:
-        if self.node == "n2":
-            await go_on.wait()
-        await connect(self, connection)
-
-    monkeypatch.setattr(NodeLink, "_connect", held)
-    cluster = LocalCluster(2, shards=4)
-    start = asyncio.ensure_future(cluster.start())
-    try:
-        await until(lambda: cluster._coordinator, "the coordinator")
-        coordinator = cluster.coordinator
-        link = coordinator.links["n1"]
-        for number in (1, 2, 3):
-            await until(lambda: link_number(coordinator, "n1") == number and link.progress.connected, "a link")  # noqa: B023
-            assert not coordinator.ready.is_set() and not any(shard.serving for shard in coordinator.sequencer.shards)
-            cut_link(coordinator, "n1")
-        go_on.set()
-        await start
-        await linked(coordinator, 2)
-        assert not coordinator.failed.done()
-        async with kvtcp.connect(cluster.url) as kv:
-            await kv.put("a", "1")
-    finally:
-        await cluster.close()
 
 
 async def test_heartbeats_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

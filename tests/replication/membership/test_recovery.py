@@ -675,12 +675,15 @@ def founded(factor: int = 2) -> ClusterMap:
 
 
 def test_the_first_start() -> None:
-    """All copies are new, empty and complete: their disks go into the map; nobody is given up before all are there."""
+    """All copies are new, empty and complete: their disks go into the map; nobody is given up before all are there. One
+    that was lost meanwhile counts when it is back."""
     around = Around(founded())
     around.report("n1", copy(replica_id="a"))
     around.wait(60_000)
-    assert around.state() == WAITING and not around.changes
+    around.lose("n1")
     around.report("n2", copy(replica_id="b"))
+    assert around.state() == WAITING and not around.changes
+    around.report("n1", copy(replica_id="a"))
     around.store()
     assert around.map.members[0] == (("n1", "a"), ("n2", "b"))
     assert around.served == {0: (0, 0)} and around.emptied == []
