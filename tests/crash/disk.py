@@ -1,7 +1,7 @@
 """A disk in memory on which a test can cut the power: after every call, in every way, thousands of times a second.
 
 `CrashDisk` is a `Disk` of kvtcp.storage.files (see there what each call promises) with faults to order. It keeps a
-journal, `events`, of everything that changed it; the model of what survives is in crash_state.py. A harness runs its
+journal, `events`, of everything that changed it; the model of what survives is in state.py. A harness runs its
 workload once and then looks at all crashes of it:
 
     disk = CrashDisk()
