@@ -69,9 +69,9 @@ fuzz: $(READY)
 sim: $(READY)
 	$(BIN)/python -m tests.simulation.run $(or $(SEEDS),$(if $(SEED),1,300)) $(if $(SEED),--first $(SEED))
 
-# MUTANTS=<part of a name>: only these planted mistakes
+# MUTANTS=<part of a name>: only these mutants
 mutants: $(READY)
-	$(BIN)/python -m tests.simulation.mistakes $(MUTANTS)
+	$(BIN)/python -m tests.simulation.mutants $(MUTANTS)
 
 # STATES=<recovered states to check> and SEED=<seed> of a failure to repeat it
 crash: $(READY)

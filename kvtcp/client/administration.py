@@ -1,8 +1,8 @@
 """Changes of the cluster as both clients offer them: their requests, and their answers as typed results.
 
 Pure. The requests are checked by the server's own checkers (`kvtcp.protocol.messages`), so that a wrong one fails
-before it is sent. An answer is a map; what this client does not know of it is kept in `details`, by name, since a
-newer server may have more to say. An answer without what it must have raises ProtocolError.
+before it is sent. An answer is a map; fields that this client does not know (of a newer server) are kept in `details`,
+by name. An answer that lacks a field raises ProtocolError.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class NodeChange:
     """A change of one node was accepted."""
 
     node: str  # its id
-    shards: int | None = None  # of a drain: how many shards are to be moved away
-    details: dict[str, Any] = field(default_factory=dict)  # what else the server said
+    shards: int | None = None  # of a drain: the number of shards to be moved away
+    details: dict[str, Any] = field(default_factory=dict)  # other fields of the answer
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _fields(answer: Any) -> dict[str, Any]:
 
 
 def _take(fields: dict[str, Any], name: str, kind: Callable[..., T]) -> T:
-    """The field `name`, of exactly this type, out of `fields`."""
+    """Take the field `name`, of exactly this type, out of `fields`."""
     value: T = fields.pop(name, None)
     if type(value) is not kind:
         raise ProtocolError(f"the answer to a change of the cluster has no {name}")

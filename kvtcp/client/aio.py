@@ -4,8 +4,8 @@ One object, one connection, any number of concurrent calls: they are pipelined, 
 leave in one write. A client belongs to the loop it was made in. Keys are bytes or text (UTF-8) and always come back as
 bytes; values go through the client's codec (`kvtcp.client.codecs`). Durations are seconds.
 
-Every method that talks to the cluster takes `timeout`, in seconds; None is the client's own. It raises, besides what
-its docstring names:
+Every method that sends a request takes `timeout`, in seconds; None is the client's own. Besides the errors in its
+docstring it raises:
 
     RequestError     the request is wrong or over a limit; most are found before anything is sent
     Unavailable      not executed: refused for a passing reason, or unreachable, until the timeout
@@ -25,18 +25,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, overload
 
+from kvtcp.client import administration as admin
 from kvtcp.client import codecs
-from kvtcp.client.administration import (
-    LossAccepted,
-    NodeChange,
-    Rebalance,
-    loss_accepted,
-    node_add_request,
-    node_change,
-    node_request,
-    rebalance_request,
-    rebalance_result,
-)
 from kvtcp.client.channel import NAME_DEFAULT, TIMEOUT_S, Channel, ServerInfo, decode_tree, may_repeat
 from kvtcp.client.codecs import Codec
 from kvtcp.client.requests import (
@@ -120,14 +110,9 @@ class AsyncClient(Generic[V]):
         return self._cell(name, cell)
 
     async def put(
-        self,
-        key: Key,
-        value: V | str,
-        *,
-        ttl: float | None = None,
-        keep_ttl: bool = False,
+        self, key: Key, value: V | str, *, ttl: float | None = None, keep_ttl: bool = False,
         timeout: float | None = None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Store a value, new or in place of another; returns the revision.
 
         The key lives for `ttl` seconds, without one for ever; `keep_ttl` leaves the deadline it has.
@@ -156,14 +141,9 @@ class AsyncClient(Generic[V]):
         return deleted
 
     async def cas(
-        self,
-        key: Key,
-        value: V | str,
-        *,
-        if_value: V | str | None = None,
-        if_rev: int | None = None,
+        self, key: Key, value: V | str, *, if_value: V | str | None = None, if_rev: int | None = None,
         timeout: float | None = None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Replace a value only if the present one, or its revision, is this; returns the new revision.
 
         Exactly one condition is needed; `if_rev=0` means that the key must be absent. Keeps the deadline. Raises
@@ -208,39 +188,18 @@ class AsyncClient(Generic[V]):
 
     @overload
     def scan(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: Literal[False] = False,
-        timeout: float | None = None,
-    ) -> AsyncIterator[tuple[bytes, V]]: ...
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, keys_only: Literal[False] = False, timeout: float | None = None,
+    ) -> AsyncIterator[tuple[bytes, V]]: ...  # fmt: skip
     @overload
     def scan(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: Literal[True],
-        timeout: float | None = None,
-    ) -> AsyncIterator[tuple[bytes, None]]: ...
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, keys_only: Literal[True], timeout: float | None = None,
+    ) -> AsyncIterator[tuple[bytes, None]]: ...  # fmt: skip
     def scan(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: bool = False,
-        timeout: float | None = None,
-    ) -> AsyncIterator[tuple[bytes, Any]]:
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, keys_only: bool = False, timeout: float | None = None,
+    ) -> AsyncIterator[tuple[bytes, Any]]:  # fmt: skip
         """Pairs in key order (or reversed): `start` inclusive to `end` exclusive, of those only with `prefix`.
 
         At most `limit` pairs; with `keys_only` each value is None and is not sent. Read in pages as it goes along, the
@@ -250,53 +209,30 @@ class AsyncClient(Generic[V]):
         return self._items(PageRequest(prefix, start, end, limit, reverse, keys_only), timeout, self._pair)
 
     def scan_keys(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        timeout: float | None = None,
-    ) -> AsyncIterator[bytes]:
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, timeout: float | None = None,
+    ) -> AsyncIterator[bytes]:  # fmt: skip
         """`scan` with keys alone."""
         return self._items(PageRequest(prefix, start, end, limit, reverse, True), timeout, self._key)
 
     def scan_entries(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        timeout: float | None = None,
-    ) -> AsyncIterator[Entry[V]]:
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, timeout: float | None = None,
+    ) -> AsyncIterator[Entry[V]]:  # fmt: skip
         """`scan` with revisions and remaining lifetimes."""
         return self._items(PageRequest(prefix, start, end, limit, reverse, False), timeout, self._entry)
 
     def scan_pages(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        page_items: int = PAGE_ITEMS_MAX,
-        timeout: float | None = None,
-    ) -> AsyncIterator[list[tuple[bytes, V]]]:
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, page_items: int = PAGE_ITEMS_MAX, timeout: float | None = None,
+    ) -> AsyncIterator[list[tuple[bytes, V]]]:  # fmt: skip
         """`scan` by pages: lists of at most `page_items` pairs. A page may be shorter, even empty."""
         return self._pages(PageRequest(prefix, start, end, limit, reverse, False, page_items), timeout)
 
     async def count(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None,
         timeout: float | None = None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """The number of keys, in a range or with a prefix."""
         keys: int = await self._call(count_request(prefix, start, end), timeout)
         return keys
@@ -347,33 +283,26 @@ class AsyncClient(Generic[V]):
         return await self._administer(b"nodes", list, timeout)
 
     async def shards(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
-        """The shards of the cluster and who holds them, names as text."""
+        """The shards of the cluster and the nodes that hold them, names as text."""
         return await self._administer(b"shards", list, timeout)
 
     async def backup(
         self, name: str | None = None, *, progress: ProgressCallback | None = None, timeout: float = ADMIN_IDLE_S
     ) -> dict[str, Any]:
-        """Make a backup on the nodes; returns what was written. `name` None is made from the time.
+        """Make a backup on the nodes; returns its name and counts. `name` None is made from the time.
 
-        `progress` is called with a dict now and then; `timeout` is how long there may be no progress.
+        `progress` is called with a dict now and then; `timeout` is the longest time without progress.
         """
         message = request(b"backup", *([] if name is None else [text_bytes(name, "the backup's name")]))
         return await self._administer_long(message, progress, timeout)
 
     async def restore(
-        self,
-        name: str,
-        mode: Literal["merge", "replace"] = "merge",
-        *,
-        prefix: Key | None = None,
-        dry_run: bool = False,
-        progress: ProgressCallback | None = None,
-        timeout: float = ADMIN_IDLE_S,
-    ) -> dict[str, Any]:
-        """Restore a backup: `merge` it into the present content, or `replace` that; only keys with `prefix`; returns
-        counts.
+        self, name: str, mode: Literal["merge", "replace"] = "merge", *, prefix: Key | None = None,
+        dry_run: bool = False, progress: ProgressCallback | None = None, timeout: float = ADMIN_IDLE_S,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Restore a backup and return counts: `merge` it into the present content, or `replace` that.
 
-        `dry_run` only counts. `progress` and `timeout` as for `backup`.
+        Of the keys only those with `prefix`; `dry_run` only counts. `progress` and `timeout` as for `backup`.
         """
         options: dict[bytes, Any] = {b"mode": text_bytes(mode, "mode"), b"dry_run": dry_run}
         if prefix:
@@ -381,43 +310,42 @@ class AsyncClient(Generic[V]):
         message = request(b"restore", text_bytes(name, "the backup's name"), options)
         return await self._administer_long(message, progress, timeout)
 
-    async def node_add(self, host: str, port: int, *, timeout: float | None = None) -> NodeChange:
-        """Make the node that listens at `host`:`port` one of the cluster; it holds nothing until a `rebalance`.
+    async def node_add(self, host: str, port: int, *, timeout: float | None = None) -> admin.NodeChange:
+        """Add the node that listens at `host`:`port` to the cluster; it holds nothing until a `rebalance`.
 
-        This and the other changes of the cluster raise AdminError if the cluster cannot be changed so as it is now.
-        They return when the change is accepted; moving data takes its time (`moving` of `status`).
+        This and the other changes of the cluster raise AdminError if the present state of the cluster does not allow
+        them. They return when the change is accepted; the data is moved afterwards (`moving` of `status`).
         """
-        return node_change(await self._change(node_add_request(host, port), timeout))
+        return admin.node_change(await self._change(admin.node_add_request(host, port), timeout))
 
-    async def node_drain(self, node: str, *, timeout: float | None = None) -> NodeChange:
-        """Have everything that a node holds moved to others; `shards` of the result is how much that is."""
-        return node_change(await self._change(node_request(b"node_drain", node), timeout))
+    async def node_drain(self, node: str, *, timeout: float | None = None) -> admin.NodeChange:
+        """Have all shards of a node moved to others; `shards` of the result is their number."""
+        return admin.node_change(await self._change(admin.node_request(b"node_drain", node), timeout))
 
-    async def node_undrain(self, node: str, *, timeout: float | None = None) -> NodeChange:
+    async def node_undrain(self, node: str, *, timeout: float | None = None) -> admin.NodeChange:
         """Let a drained node hold shards again; moved shards come back with a rebalance."""
-        return node_change(await self._change(node_request(b"node_undrain", node), timeout))
+        return admin.node_change(await self._change(admin.node_request(b"node_undrain", node), timeout))
 
-    async def node_remove(self, node: str, *, timeout: float | None = None) -> NodeChange:
+    async def node_remove(self, node: str, *, timeout: float | None = None) -> admin.NodeChange:
         """Remove a node that holds nothing from the cluster."""
-        return node_change(await self._change(node_request(b"node_remove", node), timeout))
+        return admin.node_change(await self._change(admin.node_request(b"node_remove", node), timeout))
 
-    async def node_forget(self, node: str, *, timeout: float | None = None) -> NodeChange:
+    async def node_forget(self, node: str, *, timeout: float | None = None) -> admin.NodeChange:
         """Declare a node destroyed: the cluster stops waiting for its copies, and it must never come back."""
-        return node_change(await self._change(node_request(b"node_forget", node), timeout))
+        return admin.node_change(await self._change(admin.node_request(b"node_forget", node), timeout))
 
-    async def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> Rebalance:
+    async def rebalance(self, dry_run: bool = False, *, timeout: float | None = None) -> admin.Rebalance:
         """Spread the shards evenly over the nodes by the fewest moves; `dry_run` only returns them."""
-        return rebalance_result(await self._change(rebalance_request(dry_run), timeout))
+        return admin.rebalance_result(await self._change(admin.rebalance_request(dry_run), timeout))
 
-    async def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> LossAccepted:
+    async def shard_accept_loss(self, shard: int, *, timeout: float | None = None) -> admin.LossAccepted:
         """Serve a shard that is down with the copies that are left. Acknowledged writes may be lost."""
-        return loss_accepted(await self._change(request(b"shard_accept_loss", shard), timeout))
+        return admin.loss_accepted(await self._change(request(b"shard_accept_loss", shard), timeout))
 
     # --- for the synchronous client ---------------------------------------------------------------
 
     def _disown(self) -> None:
-        """Release the socket of the parent in a forked child, without touching its loop. The client is unusable
-        then."""
+        """Release the parent's socket in a forked child, without touching its loop. The client is unusable then."""
         self._channel.disown()
 
     def _pair(self, row: list[Any]) -> tuple[bytes, Any]:
@@ -474,7 +402,7 @@ class AsyncClient(Generic[V]):
                 yield [self._pair(row) for row in rows]
 
     async def _read_ahead(self, pages: PageRequest, timeout: float | None) -> AsyncGenerator[list[list[Any]], None]:
-        """The rows of each page; the next one is on its way while they are looked at, also by `open_rows`."""
+        """The rows of each page. The next page is on its way while the caller and `open_rows` work on this one."""
         if pages.finished:
             return
         rows = await self._page(pages, timeout)
@@ -482,10 +410,10 @@ class AsyncClient(Generic[V]):
         try:
             while not pages.finished:
                 asked = asyncio.create_task(self._page(pages, timeout))
-                for _ in range(2):  # it begins, its request leaves; a caller that never waits would hold it up
+                for _ in range(2):  # the task begins, its request leaves; a caller that never waits would delay it
                     await asyncio.sleep(0)
                 yield open_rows(rows)
-                rows = await asked  # it may have been there for long, and `finished` be true
+                rows = await asked  # the page may have been there for long, and `finished` be true
             yield open_rows(rows)
         finally:
             if asked is not None:
@@ -516,7 +444,7 @@ class AsyncClient(Generic[V]):
         return batch.finish()
 
     async def _run_part(self, batch: KeyBatch, indexes: list[int], timeout: float | None) -> bool:
-        """Send one part, and repeat what may be repeated within the timeout. Returns whether to send other parts."""
+        """Send one part, and repeat its refused items within the timeout. Returns whether to send other parts."""
         timeout = self._channel.timeout_s if timeout is None else timeout
         began = monotonic()
         parts, tries = [indexes], 0
@@ -542,7 +470,7 @@ class AsyncClient(Generic[V]):
                     parts.insert(0, refused)
                     await asyncio.sleep(pause_s)
             if monotonic() >= began + timeout:
-                break  # what was to be repeated keeps its error in the results
+                break  # items that were to be repeated keep their errors in the results
         return True
 
     async def _administer(self, op: bytes, shape: type[D], timeout: float | None) -> D:
@@ -559,7 +487,7 @@ class AsyncClient(Generic[V]):
 
 
 def _shaped(answer: Any, op: bytes, shape: type[D]) -> D:
-    """An answer of the administration, names as text: a map, or a list of maps. Raises DataError for any other."""
+    """Return an answer of the administration, names as text: a map or a list of maps. Raises DataError otherwise."""
     tree = decode_tree(answer)
     if not isinstance(tree, shape) or (isinstance(tree, list) and any(type(row) is not dict for row in tree)):
         raise DataError(f"the answer to {op.decode()} is not a {'list of maps' if shape is list else 'map'}")
@@ -608,7 +536,7 @@ def connect(
 ) -> Connecting[Any]:
     """Connect to a cluster: `async with connect(url) as kv` or `kv = await connect(url)`.
 
-    `timeout`: seconds for connecting and for every call that names none. `name`: how the server's log and status call
-    this client. Raises RequestError (the URL), Unavailable (no answer), ProtocolError (not a kvtcp server).
+    `timeout`: seconds for connecting and for every call that names none. `name`: of this client, in the server's log
+    and status. Raises RequestError (the URL), Unavailable (no answer), ProtocolError (not a kvtcp server).
     """
     return Connecting(url, codec, timeout, name)

@@ -5,9 +5,9 @@ one read are completed in one go, a timer sweeps the deadlines. `Channel` owns a
 new one when it is needed.
 
 - A call is tried again, after a pause drawn from 0 to a growing bound, only when it raised `Unavailable`: the server
-  said so, or it was a read, or it never left this process. Everything else goes to the caller at once. All tries and
-  pauses of a call fit into its one timeout. A write that was refused after a wait is tried again only if there is time
-  for another such wait (`may_repeat`); the items of an m-request that were refused alone follow the same rule.
+  said so, or it was a read, or it never left this process. Other errors go to the caller at once. All tries and pauses
+  of a call fit into its one timeout. A write that was refused after a wait is tried again only if there is time for
+  another such wait (`may_repeat`); the items of an m-request that were refused alone follow the same rule.
 - A connection is made by the first call that needs one; all calls share the attempt, and a caller that gives up does
   not stop it for the others. The first request on it is `hello`; its answer is `Channel.info`.
 - A caller waits while the socket takes no more or CLIENT_OUTSTANDING_BYTES_MAX bytes are unanswered. Waiting callers
@@ -54,7 +54,7 @@ TIMEOUT_S_MAX: Final = 1e8  # three years: a finite number that every loop's tim
 NAME_DEFAULT: Final = f"kvtcp-python/{__version__}"
 _LATE_S: Final = 2 * CLIENT_TICK_MS / 1000
 _HANGS_UP: Final = "the server closed the connection at the first frame"
-# The likely cause of a failure to connect.
+# the likely cause of a failure to connect
 _HINTS: Final = {
     "connection refused": "is the cluster running?",
     _HANGS_UP: "that port does not speak to clients; is it a node's port?",
@@ -75,7 +75,7 @@ class ServerInfo(NamedTuple):
 
 
 def decode_tree(value: Any) -> Any:
-    """An answer of the administration with text where there is text: bytes that are UTF-8 become str, recursively."""
+    """Return an answer of the administration with text: bytes that are UTF-8 become str, recursively."""
     if type(value) is bytes:
         try:
             return value.decode("utf-8")
@@ -114,7 +114,7 @@ class ChannelConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._flushing = False  # a flush is scheduled for this tick
         self._paused = False  # the socket's buffer is full
-        self._ended = False
+        self.ended = False  # no more requests are taken
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()  # callers that wait for room, oldest first
         self._granted_bytes = 0  # of requests that are admitted and not yet sent
         self._sweep: asyncio.TimerHandle | None = None
@@ -127,12 +127,7 @@ class ChannelConnection(asyncio.Protocol):
     @property
     def has_room(self) -> bool:
         """Whether `send` may be called now."""
-        return not (self._queue or self._ended) and self._has_capacity()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the connection takes no more requests."""
-        return self._ended
+        return not (self._queue or self.ended) and self._has_capacity()
 
     def send(
         self, message: Message, began: float, timeout_s: float, progress: OnProgress | None = None
@@ -146,7 +141,7 @@ class ChannelConnection(asyncio.Protocol):
         return future
 
     async def room(self, request_bytes: int) -> None:
-        """Wait for room for a request of about so many bytes, or for the end. `send` must follow at once."""
+        """Wait for room for a request of about `request_bytes`, or for the end. `send` must follow at once."""
         turn: asyncio.Future[None] = self._loop.create_future()
         waiting = (turn, request_bytes)
         self._queue.append(waiting)
@@ -197,16 +192,10 @@ class ChannelConnection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def data_received(self, data: bytes) -> None:
-        if self._ended:
+        if self.ended:
             return
         core = self._core
-        for future, result, error in core.receive(data, monotonic()):
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(result)
-            else:
-                _fail(future, error)
+        self._complete(core.receive(data, monotonic()))
         if core.failure is not None:
             log.warning("closing the connection: %s", core.failure.message)
             self.abort("the server's answer is not this protocol")
@@ -230,7 +219,7 @@ class ChannelConnection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flushing = False
-        if self._ended:
+        if self.ended:
             return
         assert self._transport is not None, "requests come after connection_made"
         if self._transport.is_closing():
@@ -246,7 +235,7 @@ class ChannelConnection(asyncio.Protocol):
 
     def _admit(self) -> None:
         """Admit waiting callers in order, as many as there is room for; all of them when the connection has ended."""
-        while self._queue and (self._ended or self._has_capacity()):
+        while self._queue and (self.ended or self._has_capacity()):
             turn, request_bytes = self._queue.popleft()
             if not turn.done():
                 self._granted_bytes += request_bytes
@@ -263,7 +252,7 @@ class ChannelConnection(asyncio.Protocol):
 
     def _on_sweep(self) -> None:
         self._sweep = None
-        if self._ended:
+        if self.ended:
             return
         now = monotonic()
         if now - self._sweep_at > _LATE_S and not self._postponed:
@@ -281,25 +270,25 @@ class ChannelConnection(asyncio.Protocol):
             self._admit()
 
     def _complete(self, done: list[Completion[asyncio.Future[Any]]]) -> None:
-        for future, _, error in done:
-            if not future.done() and error is not None:
-                _fail(future, error)
+        for future, result, error in done:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+                future.exception()  # marks it as seen: a caller that is cancelled in this very tick will not see it
 
     def _end(self, reason: str) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
         self._complete(self._core.lost(reason))
         self._admit()
         self._on_end(self, reason)
-
-
-def _fail(future: asyncio.Future[Any], error: Exception) -> None:
-    future.set_exception(error)
-    future.exception()  # marks it as seen: a caller that is cancelled in this very tick will not look at it
 
 
 class Channel:
@@ -315,7 +304,7 @@ class Channel:
         self._attempt: asyncio.Task[None] | None = None  # the one attempt to connect that is under way
         self._connected_at = 0.0  # when `_connection` was made
         self._failures = 0  # attempts in a row that gave no lasting connection
-        self._last_failure = ""  # what the last of them met
+        self._last_failure = ""  # the reason of the last of them
         self._random = random.Random()
         self._closed = False
 
@@ -342,7 +331,7 @@ class Channel:
             self._connection.disown()
 
     async def call(self, message: Message, timeout_s: float | None = None, began: float | None = None) -> Any:
-        """The result of a request; `message[0]` is overwritten with its id. Raises what errors.py says.
+        """The result of a request; `message[0]` is overwritten with its id. Raises the errors of errors.py.
 
         The time runs from `began` (of the monotonic clock), None = now.
         """
@@ -358,22 +347,15 @@ class Channel:
             return await self._persist(message, began, timeout_s, error)
 
     async def call_long(self, message: Message, idle_s: float, progress: OnProgress | None) -> Any:
-        """`call` for long administrative requests: until the first progress the usual timeout, then only silence ends
-        it.
-        """
+        """`call` for long administrative requests: sent within the usual timeout, then ended by `idle_s` of silence."""
         check_timeout(idle_s)
         return await self._persist(message, monotonic(), self.timeout_s, None, idle_s, progress)
 
     async def _persist(
-        self,
-        message: Message,
-        began: float,
-        timeout_s: float,
-        error: Unavailable | None = None,
-        idle_s: float | None = None,
-        progress: OnProgress | None = None,
-    ) -> Any:
-        """Try, and while the request is known not to have been executed try again, until the deadline."""
+        self, message: Message, began: float, timeout_s: float, error: Unavailable | None = None,
+        idle_s: float | None = None, progress: OnProgress | None = None,
+    ) -> Any:  # fmt: skip
+        """Send a request, again while it is known not to have been executed, until the deadline."""
         deadline = began + timeout_s
         tries = 0
         while True:
@@ -392,7 +374,7 @@ class Channel:
                     return await connection.send(message, now, idle_s, progress)
                 return await connection.send(message, began, timeout_s)
             except Unavailable as refused:
-                # that the last try ran out of time says less than why the cluster refused the one before
+                # the timeout of the last try says less than the cluster's refusal of the one before
                 if error is None or refused.code != Code.UNREACHABLE or monotonic() < deadline:
                     error = refused
 
@@ -424,7 +406,7 @@ class Channel:
                 return connection
 
     async def _connected(self, remaining_s: float) -> None:
-        """Wait for an attempt to connect, for so long. Raises what makes another attempt senseless."""
+        """Wait for an attempt to connect, at most `remaining_s`. Raises errors that another attempt cannot cure."""
         if self._attempt is None:
             self._attempt = self._loop.create_task(self._connect())
             self._attempt.add_done_callback(self._attempt_done)
@@ -436,7 +418,7 @@ class Channel:
     def _attempt_done(self, attempt: asyncio.Task[None]) -> None:
         self._attempt = None
         if not attempt.cancelled():
-            attempt.exception()  # waiting callers raise it; without any it must not be reported
+            attempt.exception()  # waiting callers raise it; without a caller it must not be reported
 
     def _unreachable(self, timeout_s: float) -> Unavailable:
         failure = self._last_failure or "no answer"
@@ -490,8 +472,8 @@ class Channel:
         if self._connection is not connection:
             return
         self._connection = None
-        # A connection that did not last is a failed attempt: otherwise a server that says hello and hangs up would be
-        # called again without a pause.
+        # a connection that did not last is a failed attempt: otherwise a server that says hello and hangs up would be
+        # called again without a pause
         lasted = monotonic() - self._connected_at >= CLIENT_BACKOFF_MAX_MS / 1000
         self._failures = 0 if lasted else self._failures + 1
         self._last_failure = reason
@@ -505,7 +487,7 @@ def _size_bytes(item: Any) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """Why a connection was not made or was lost, in the system's words, without its numbers and addresses."""
+    """Return why a connection was not made or was lost, in the system's words, without numbers and addresses."""
     if isinstance(error, socket.gaierror):
         return f"the host is not known ({error.strerror})"
     # for a name with several addresses the loops join the texts of several errors, and keep no numbers beside them
@@ -520,7 +502,7 @@ def _drop(connection: ChannelConnection | None) -> None:
 
 
 def check_timeout(timeout_s: object) -> float:
-    """A timeout in seconds. Raises RequestError: calls without an end are not offered."""
+    """Return a timeout in seconds. Raises RequestError: calls without an end are not offered."""
     if isinstance(timeout_s, (int, float)) and 0 < timeout_s <= TIMEOUT_S_MAX:
         return timeout_s
     raise RequestError(f"a timeout must be a number of seconds over 0 and up to {TIMEOUT_S_MAX:g}, not {timeout_s!r}")

@@ -5,11 +5,11 @@ marked in the stored bytes, and no stored value can run code (there is no pickle
 
     raw      bytes; text on the way in is stored as UTF-8 (the default)
     text     str, stored as UTF-8
-    json     what JSON can hold, stored as compact UTF-8; NaN and infinities are refused, they are not JSON
-    msgpack  what msgpack can hold; ext types are refused
+    json     values of JSON, stored as compact UTF-8; NaN and infinities are refused, they are not JSON
+    msgpack  values of msgpack; ext types are refused
 
-Text is a value every codec must answer for: it encodes it or refuses it. Counters (`incr`) are decimal text: `raw`,
-`text` and `json` read them, `msgpack` does not. Keys never pass through a codec.
+Every codec encodes text or refuses it. Counters (`incr`) are decimal text: `raw`, `text` and `json` read them,
+`msgpack` does not. Keys never pass through a codec.
 
 `encode` raises TypeError or ValueError for a value it cannot hold and `decode` ValueError for bytes that are not of
 its form; the client turns them into RequestError and DataError with the key in the sentence.

@@ -3,7 +3,7 @@
 Pure: bytes and times come in, bytes and completions go out. `kvtcp.client.channel` puts it on a socket.
 
 A call is `[id, op, ...args]`. From `request` until its answer or the end of the connection its id is in the table and
-is given to no other call, **whatever happened to the caller**: one that was cancelled or ran out of time leaves an
+is given to no other call, **even if the caller is gone**: one that was cancelled or ran out of time leaves an
 abandoned id behind, and the late answer finds that id and is dropped. So an answer can never reach a later call.
 
 A call without an answer ends with one of these errors:
@@ -11,14 +11,14 @@ A call without an answer ends with one of these errors:
     |                  | not handed to the socket | a read               | any other       |
     |------------------|--------------------------|----------------------|-----------------|
     | connection lost  | Unavailable              | Unavailable          | OutcomeUnknown  |
-    | peer talks trash | Unavailable              | ProtocolError        | OutcomeUnknown  |
+    | wrong protocol   | Unavailable              | ProtocolError        | OutcomeUnknown  |
     | out of time      | -                        | Unavailable          | OutcomeUnknown  |
 
 Deadlines: the id of a call is in the set of its tick (CLIENT_TICK_MS) until the call ends; a sweep expires the sets of
 the ticks that have passed. So no call needs a timer or a heap entry.
 
-`waiter` is the object that the adapter completes (a future); this module only hands it back. It is None once the call
-is abandoned. The adapter may also forget a waiter on its own (a cancelled future) and ignore its completion.
+`waiter` is the object that the adapter completes (a future); this module only hands it back. An abandoned call has
+none. The adapter may also forget a waiter on its own (a cancelled future) and ignore its completion.
 """
 
 from __future__ import annotations
@@ -44,14 +44,9 @@ class Call(Generic[W]):
     __slots__ = ("due", "frame_bytes", "op", "progress", "timeout_s", "waiter")
 
     def __init__(
-        self,
-        op: bytes,
-        waiter: W | None,
-        timeout_s: float,
-        frame_bytes: int,
-        due: set[int],
+        self, op: bytes, waiter: W | None, timeout_s: float, frame_bytes: int, due: set[int],
         progress: OnProgress | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.op = op
         self.waiter = waiter  # None: abandoned, its answer is dropped
         self.timeout_s = timeout_s
@@ -119,7 +114,7 @@ class ConnectionCore(Generic[W]):
         return output
 
     def receive(self, data: bytes, now: float) -> list[Completion[W]]:
-        """The calls that `data` completes. Sets `failure` if it is not an answer to anything that was asked."""
+        """The calls that `data` completes. Sets `failure` if `data` is not an answer to one of the requests."""
         assert not self._ended and self.failure is None, "the connection has ended"
         self._heard_at = now
         self._silent_since = None
@@ -166,7 +161,7 @@ class ConnectionCore(Generic[W]):
                 if call.waiter is not None:
                     done.append((call.waiter, None, _out_of_time(call)))
                     call.waiter = None
-                # Its caller is gone, so other calls get its room; bytes that are not sent yet count for the socket.
+                # the caller is gone, so other calls get its room; bytes that are not sent yet count for the socket
                 self.outstanding_bytes -= call.frame_bytes
                 call.frame_bytes = 0
         self._due = {t: ids for t, ids in self._due.items() if ids}
@@ -181,14 +176,13 @@ class ConnectionCore(Generic[W]):
         """End the connection; returns the errors of all waiting calls (see the table above)."""
         self._ended = True
         unsent = set(self._unsent)
-        done: list[Completion[W]] = []
-        for call_id, call in self._calls.items():
-            if call.waiter is not None:
-                done.append((call.waiter, None, _without_connection(call, call_id in unsent, reason, self.failure)))
-        self._calls.clear()
-        self._due.clear()
-        self._frames.clear()
-        self._unsent.clear()
+        done: list[Completion[W]] = [
+            (call.waiter, None, _without_connection(call, call_id in unsent, reason, self.failure))
+            for call_id, call in self._calls.items()
+            if call.waiter is not None
+        ]
+        for container in (self._calls, self._due, self._frames, self._unsent):
+            container.clear()
         self.outstanding_bytes = 0
         self.next_due = None
         return done
@@ -214,13 +208,13 @@ class ConnectionCore(Generic[W]):
             try:
                 call.progress(fields)
             except Exception as error:
-                # The caller's own code failed: the caller gets it, and the connection's other calls never notice.
+                # the caller's own code failed: the caller gets the error, other calls of the connection never notice
                 done.append((call.waiter, None, error))
                 call.waiter = None
 
 
 def show_seconds(timeout_s: float) -> str:
-    """A duration for a sentence: three digits of it, or all of its whole seconds."""
+    """Return a duration for a sentence: three digits of it, or all of its whole seconds."""
     return f"{timeout_s:.3g} s" if timeout_s < 1000 else f"{timeout_s:.0f} s"
 
 

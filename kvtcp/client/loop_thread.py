@@ -1,12 +1,12 @@
 """The thread behind the synchronous clients: one event loop per process, shared by all of them.
 
-A caller hands in a coroutine and sleeps on a plain lock until its task is done; that is the whole cost beside the
-coroutine itself: one wake-up of the loop, one task, one release of a lock.
+A caller hands in a coroutine and sleeps on a plain lock until its task is done. The cost beside the coroutine itself is
+one wake-up of the loop, one task, one release of a lock.
 
 - The thread starts with the first client and ends with the last one, or at the exit of the interpreter.
 - An exception in the sleeping caller (Ctrl-C) cancels its task and propagates; other callers do not notice.
 - After a fork the thread exists only in the parent. The child starts its own when it needs one, and never touches the
-  parent's loop again: the objects are kept (freeing them would change what the kernel polls for the parent).
+  parent's loop again: the objects are kept (to free them would change the polling of the kernel for the parent).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 _STOP_S: Final = 5.0
-_inherited: list[Any] = []  # what a forked child must neither use nor free
+_inherited: list[Any] = []  # objects that a forked child must neither use nor free
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -99,7 +99,7 @@ class LoopThread:
         )
 
     def wait(self, job: Job) -> Any:
-        """Sleep until a job is done; returns or raises what it did."""
+        """Sleep until a job is done; returns its result or raises its error."""
         try:
             job.done.acquire()
         except BaseException:
@@ -116,7 +116,7 @@ class LoopThread:
             error = job.error = None  # it would hold itself alive through its own traceback
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose caller is gone."""
+        """Cancel a job whose caller has left."""
         with self._gate:
             if not self._stopping:
                 self.loop.call_soon_threadsafe(job.cancel)

@@ -1,8 +1,8 @@
-"""From arguments of Python to requests, and from results on the wire to values: what both clients share.
+"""Requests of both clients: from arguments of Python to messages, and from results on the wire to values.
 
 Pure. Durations are seconds (float) towards users and milliseconds (int) on the wire. Requests are `[0, op, ...args]`;
-the channel puts the id in the place of the 0. The limits are checked by the server's own checkers, so that a request
-that cannot be taken fails here, at once, with the sentence the server would have sent.
+the channel puts the id in the place of the 0. The limits are checked by the server's own checkers, so a request over a
+limit fails here, at once, with the sentence the server would have sent.
 
 Cells: `get` answers `[value, rev, ttl_ms or nil]` or nil. In the results of m-requests an error is an array
 `[code, message, details]`; a cell starts with bytes and an error with an integer, so they cannot be taken for another.
@@ -21,7 +21,7 @@ from kvtcp.protocol.messages import REQUESTS, Message, check_key
 V = TypeVar("V")
 T = TypeVar("T")
 Key = bytes | str
-# what put_many takes; a mapping is invariant in its keys, hence three of them
+# the argument of put_many; a mapping is invariant in its keys, hence three of them
 Items = (
     Mapping[bytes, V | str]
     | Mapping[str, V | str]
@@ -30,7 +30,7 @@ Items = (
 )
 
 _VALUE_OR_NIL: Final = (bytes, type(None))
-NEVER: Final = math.inf  # what `ttl` gives for a key without a deadline
+NEVER: Final = math.inf  # result of `ttl` for a key without a deadline
 
 
 class Entry(NamedTuple, Generic[V]):
@@ -127,18 +127,12 @@ def conditions(value: bytes | None, rev: int | None) -> dict[bytes, Any]:
 
 
 class PageRequest:
-    """A scan in pages: what to ask for next, and the end of it. Stateful: one per scan."""
+    """A scan in pages: the request of the next one, and the end. Stateful: one per scan."""
 
     def __init__(
-        self,
-        prefix: Key | None,
-        start: Key | None,
-        end: Key | None,
-        limit: int | None,
-        reverse: bool,
-        keys_only: bool,
+        self, prefix: Key | None, start: Key | None, end: Key | None, limit: int | None, reverse: bool, keys_only: bool,
         page_items: int = PAGE_ITEMS_MAX,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if limit is not None and (type(limit) is not int or limit < 0):
             raise RequestError(f"limit must be an integer of at least 0, or None, not {limit!r}")
         if type(page_items) is not int or not 1 <= page_items <= PAGE_ITEMS_MAX:
@@ -185,7 +179,7 @@ def count_request(prefix: Key | None, start: Key | None, end: Key | None) -> Mes
 
 
 def put_items(items: Items[Any]) -> Iterator[tuple[Key, Any, float | None]]:
-    """`(key, value, ttl or None)` for what put_many takes: a mapping, pairs, or triples with a ttl."""
+    """Yield `(key, value, ttl or None)` for the items of put_many: a mapping, pairs, or triples with a ttl."""
     if isinstance(items, Mapping):
         for key, value in items.items():
             yield key, value, None
@@ -211,7 +205,7 @@ def chunks(sizes_bytes: Sequence[int]) -> list[range]:
 
 
 def item_result(answer: Any) -> Any:
-    """A result of an m-request as it is, or the exception that it encodes."""
+    """Return a result of an m-request as it is, or the exception that it encodes."""
     if type(answer) is list and answer and type(answer[0]) is int:
         if answer[0] in (Code.OK, Code.PROGRESS):
             raise ProtocolError(f"code {answer[0]} in the results of an m-request is not an error")
@@ -223,9 +217,8 @@ class KeyBatch:
     """The items of one operation on many keys, and their results so far.
 
     `results[i]` belongs to `items[i]`: a result, or the KvtcpError it failed with. An item that was not executed for a
-    passing reason is asked for again by the same call, unless the batch names a key twice: then the order of its
-    effects is part of the request, and a repetition would change it. Such a batch is also sent in one piece after
-    another (`window` 1).
+    passing reason is sent again by the same call, unless the batch names a key twice: then the order of its effects is
+    part of the request, and a repetition would change it. The parts of such a batch are also sent one after another.
     """
 
     def __init__(self, op: bytes, items: Sequence[Any], keys: Sequence[bytes], sizes_bytes: Sequence[int]) -> None:
@@ -240,7 +233,7 @@ class KeyBatch:
         return [0, self.op, [self.items[i] for i in indexes]]
 
     def take(self, indexes: Sequence[int], answers: Any) -> list[int]:
-        """Put the answers in their places; returns the indexes that are to be asked for again."""
+        """Put the answers in their places; returns the indexes of items to send again."""
         if type(answers) is not list or len(answers) != len(indexes):
             raise ProtocolError(f"the result of {self.op.decode()} is not a list with one entry a key")
         again = []

@@ -3,11 +3,11 @@
 The asynchronous client (`kvtcp.client.aio`) on the loop thread of the process, with the same methods, arguments and
 errors; see there. Methods that only wait for its results are made from its own by `_method`, with their types and
 docstrings. A client may be used by any number of threads at once, whose calls share one connection. Ctrl-C cancels the
-call it meets.
+call that it interrupts.
 
 A client is also a `MutableMapping`: `kv["a"] = b"1"`, `kv["a"]`, `del kv["a"]`, `"a" in kv`, `for k in kv`, `len(kv)`.
-What a dict does in one step under its lock takes conditions here: `pop`, `popitem` and `setdefault` give each value to
-one caller only. Two clients are equal only when they are the same object. `len` and truth ask the cluster.
+Steps that a dict does under its lock take conditions here: `pop`, `popitem` and `setdefault` give each value to one
+caller only. Two clients are equal only when they are the same object. `len` and truth ask the cluster.
 
 Fork: a child process gets connections of its own at its first call; the parent's socket is not touched.
 """
@@ -19,7 +19,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, ItemsView, Iterator, MutableMapping, ValuesView
-from functools import wraps
+from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Concatenate, Final, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
@@ -45,7 +45,7 @@ _clients: weakref.WeakSet[SyncClient[Any]] = weakref.WeakSet()
 def _method(
     method: Callable[Concatenate[AsyncClient[V], P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[SyncClient[V], P], T]:
-    """Make of a method of the asynchronous client one that waits for its result; arguments and docstring stay."""
+    """Make a method that waits for the result of one of the asynchronous client; arguments and docstring stay."""
 
     @wraps(method)
     def run(self: SyncClient[V], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -121,81 +121,41 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
 
     @overload
     def scan(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: Literal[False] = False,
-        timeout: float | None = None,
-    ) -> Iterator[tuple[bytes, V]]: ...
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, keys_only: Literal[False] = False, timeout: float | None = None,
+    ) -> Iterator[tuple[bytes, V]]: ...  # fmt: skip
     @overload
     def scan(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: Literal[True],
-        timeout: float | None = None,
-    ) -> Iterator[tuple[bytes, None]]: ...
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, keys_only: Literal[True], timeout: float | None = None,
+    ) -> Iterator[tuple[bytes, None]]: ...  # fmt: skip
     def scan(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: bool = False,
-        timeout: float | None = None,
-    ) -> Iterator[tuple[bytes, Any]]:
-        """Pairs in key order, read in pages as it goes along. See AsyncClient.scan."""
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, keys_only: bool = False, timeout: float | None = None,
+    ) -> Iterator[tuple[bytes, Any]]:  # fmt: skip
+        """Pairs in key order, read in pages on the way. See AsyncClient.scan."""
         pages = PageRequest(prefix, start, end, limit, reverse, keys_only)
         return (self._live()._pair(row) for row in self._rows(pages, timeout))
 
     def scan_keys(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        timeout: float | None = None,
-    ) -> Iterator[bytes]:
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, timeout: float | None = None,
+    ) -> Iterator[bytes]:  # fmt: skip
         """`scan` with keys alone."""
         return (row[0] for row in self._rows(PageRequest(prefix, start, end, limit, reverse, True), timeout))
 
     def scan_entries(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        timeout: float | None = None,
-    ) -> Iterator[Entry[V]]:
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, timeout: float | None = None,
+    ) -> Iterator[Entry[V]]:  # fmt: skip
         """`scan` with revisions and remaining lifetimes."""
         pages = PageRequest(prefix, start, end, limit, reverse, False)
         return (self._live()._entry(row) for row in self._rows(pages, timeout))
 
     def scan_pages(
-        self,
-        *,
-        prefix: Key | None = None,
-        start: Key | None = None,
-        end: Key | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        page_items: int = PAGE_ITEMS_MAX,
-        timeout: float | None = None,
-    ) -> Iterator[list[tuple[bytes, V]]]:
+        self, *, prefix: Key | None = None, start: Key | None = None, end: Key | None = None, limit: int | None = None,
+        reverse: bool = False, page_items: int = PAGE_ITEMS_MAX, timeout: float | None = None,
+    ) -> Iterator[list[tuple[bytes, V]]]:  # fmt: skip
         """`scan` by pages: lists of at most `page_items` pairs. A page may be shorter, even empty."""
         pages = PageRequest(prefix, start, end, limit, reverse, False, page_items)
         return ([self._live()._pair(row) for row in rows] for rows in self._pages(pages, timeout))
@@ -219,27 +179,15 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         self, name: str | None = None, *, progress: ProgressCallback | None = None, timeout: float = ADMIN_IDLE_S
     ) -> dict[str, Any]:
         """Make a backup on the nodes. `progress` is called in this thread. See AsyncClient.backup."""
-        return self._run_with_progress(
-            lambda callback: self._live().backup(name, progress=callback, timeout=timeout), progress
-        )
+        return self._run_with_progress(partial(self._live().backup, name, timeout=timeout), progress)
 
     def restore(
-        self,
-        name: str,
-        mode: Literal["merge", "replace"] = "merge",
-        *,
-        prefix: Key | None = None,
-        dry_run: bool = False,
-        progress: ProgressCallback | None = None,
-        timeout: float = ADMIN_IDLE_S,
-    ) -> dict[str, Any]:
+        self, name: str, mode: Literal["merge", "replace"] = "merge", *, prefix: Key | None = None,
+        dry_run: bool = False, progress: ProgressCallback | None = None, timeout: float = ADMIN_IDLE_S,
+    ) -> dict[str, Any]:  # fmt: skip
         """Bring a backup back. `progress` is called in this thread. See AsyncClient.restore."""
-        return self._run_with_progress(
-            lambda callback: self._live().restore(
-                name, mode, prefix=prefix, dry_run=dry_run, progress=callback, timeout=timeout
-            ),
-            progress,
-        )
+        call = partial(self._live().restore, name, mode, prefix=prefix, dry_run=dry_run, timeout=timeout)
+        return self._run_with_progress(call, progress)
 
     node_add = _method(AsyncClient.node_add)
     node_drain = _method(AsyncClient.node_drain)
@@ -293,7 +241,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
     @overload
     def pop(self, key: Key, default: D) -> V | D: ...
     def pop(self, key: Key, default: Any = _MISSING) -> Any:
-        """Delete a key and return the value it had, which no other caller got. Raises KeyError without `default`."""
+        """Delete a key and return its value, which no other caller gets. Raises KeyError without `default`."""
         while (entry := self.get_entry(key)) is not None:
             if self.delete(key, if_rev=entry.rev):
                 return entry.value
@@ -302,7 +250,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
         return default
 
     def popitem(self) -> tuple[Key, V]:
-        """Delete the first key in order and return its pair, which no other caller got. Raises KeyError if empty."""
+        """Delete the first key in order and return its pair, which no other caller gets. Raises KeyError if empty."""
         while True:
             entry = next(self.scan_entries(limit=1), None)
             if entry is None:
@@ -311,7 +259,7 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
                 return entry.key, entry.value
 
     def setdefault(self, key: Key, default: Any = None) -> Any:
-        """The value of a key; if it is missing, `default` is stored and returned."""
+        """Return the value of a key; if the key is missing, store `default` and return it."""
         while True:
             found = self.get(key, _MISSING)
             if found is not _MISSING:
@@ -354,22 +302,17 @@ class SyncClient(MutableMapping[Key, V], Generic[V]):
             raise RuntimeError("the client is closed")
         return thread.run(coroutine)
 
-    def _run_with_progress(
-        self,
-        call: Callable[[ProgressCallback | None], Coroutine[Any, Any, T]],
-        progress: ProgressCallback | None,
-    ) -> T:
+    def _run_with_progress(self, call: Callable[..., Coroutine[Any, Any, T]], progress: ProgressCallback | None) -> T:
         if progress is None:
-            return self._run(call(None))
+            return self._run(call())
         events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
 
         async def work() -> T:
             try:
-                return await call(events.put)
+                return await call(progress=events.put)
             finally:
                 events.put(None)
 
-        self._live()
         assert self._thread is not None, "a live client has a thread"
         job = self._thread.start(work())
         try:

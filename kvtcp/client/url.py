@@ -2,7 +2,7 @@
 
 Pure. The host is a name, an IPv4 address or an IPv6 address in brackets; both parts may be left out and are then
 127.0.0.1 and 8000. There is nothing else in such a URL yet: a user, a path, a query or a fragment is refused with a
-sentence rather than ignored, so that a later meaning for them cannot surprise anybody.
+sentence rather than ignored, so that they can get a meaning later.
 """
 
 from __future__ import annotations

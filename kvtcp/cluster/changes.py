@@ -1,20 +1,20 @@
 """Changes of the cluster map: one compare-and-set at a time, each sent until its outcome is known.
 
-Pure: edits in, bytes for the config store out, outcomes in. cluster/keeper.py is its shell with a real store, the
-simulation has another. Nothing here decides by a change before it is known to be stored; whoever proposed one does.
+Pure: edits in, bytes for the config store out, outcomes in. map_store.py is the shell with a real store, the simulation
+has another. A change counts only when it is known to be stored.
 
-- One change is in flight. Those that were proposed meanwhile are combined into the next one, in order.
+- One change is in flight. Those proposed meanwhile are combined into the next one, in order.
 - Two changes of one shard's row are never combined: the stored in-sync sets of a shard follow each other by one step
-  (I7). The second waits for the first, and what was proposed after it waits too.
+  (I7). The second waits for the first, and later proposals wait too.
 - After an unknown outcome the *same bytes* are sent again every MAP_RESEND_MS (R2). That is safe: they can be stored
-  once only, for they expect one version of the store. So a conflict then means either that the first attempt was
-  stored, which the value that was read shows, or that somebody else was faster.
-- A conflict otherwise means that somebody else changed the map: this coordinator does not own the cluster any more.
-  That is final (`lost`), told once, and fails every change.
+  once only, as they expect one version of the store. A conflict then means either that the first attempt was stored,
+  which the value that was read shows, or that another coordinator was faster.
+- Any other conflict means that another coordinator changed the map and owns the cluster. That is final (`lost_reason`),
+  reported once, and fails every change.
 
 The version that a compare-and-set expects is the store's. The map's own `version` grows by one with each change, and is
-the same number unless the first map was founded with another one. Our value is recognized by all its bytes, which have
-the owner and that version in them.
+the same number unless the first map was founded with another one. Our value is recognized by all its bytes, which
+contain the owner and that version.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ LOST: Final = "the cluster map was changed by somebody else: another coordinator
 
 
 class NotOwner(Exception):
-    """Another coordinator owns the cluster; the sentence says how that showed."""
+    """Raised when another coordinator owns the cluster; the sentence says how that showed."""
 
 
 @dataclass(frozen=True)
 class _Change:
     edit: Edit
     done: Done
-    failed: Failed | None  # None: it is tried until it is stored
+    failed: Failed | None  # None: tried until it is stored
 
 
 @dataclass
@@ -54,30 +54,29 @@ class _Flight:
     value: bytes
     changes: list[_Change]
     is_sent: bool = False  # an outcome is awaited
-    is_unsure: bool = False  # an attempt may have been stored, or may be yet
+    is_unsure: bool = False  # an attempt may have been stored, or may be stored later
 
 
 class MapChanges:
-    """The map that a store is known to hold, and what shall become of it."""
+    """The map that a store is known to hold, and its next changes."""
 
     def __init__(self, cluster_map: ClusterMap | None, store_version: int | None = None) -> None:
-        """`store_version` is that of the map, which has the same number if none is given. Without a map there is no
-        value in the store."""
+        """`store_version` defaults to the version of the map. Without a map the store has no value."""
         assert cluster_map is not None or store_version is None, "a store without a map has no version"
         self._map = cluster_map
         self.store_version = cluster_map.version if cluster_map is not None and store_version is None else store_version
         self._waiting: list[_Change] = []  # not in flight, in order
         self._flight: _Flight | None = None
         self.due_ms = 0  # `to_send` has nothing before that time
-        self.lost = ""  # sentence: somebody else owns the map, for good
-        self.trouble = ""  # sentence: what the store said last, if it did not do what it was asked for
-        # called in order with every map that was stored, before those who proposed it
+        self.lost_reason = ""  # sentence: another coordinator owns the map, for good
+        self.trouble = ""  # sentence: why the last compare-and-set did not succeed; empty = it did
+        # called in order with every map that was stored, before the `done` of its changes
         self.on_change: list[Callable[[ClusterMap], None]] = []
         self.on_lost: Callable[[NotOwner], None] = lambda error: None  # called once: another coordinator owns the map
 
     @classmethod
     def of(cls, stored: Stored | None) -> MapChanges:
-        """For what a store holds. Raises MapError."""
+        """Make one for the value of a store. Raises MapError."""
         return cls(None) if stored is None else cls(ClusterMap.from_json(stored.value), stored.version)
 
     # --- questions ----------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ class MapChanges:
 
     @property
     def map(self) -> ClusterMap:
-        """The map that the store holds."""
+        """The map that the store is known to hold."""
         assert self._map is not None, "the cluster is founded before its map is asked for"
         return self._map
 
@@ -105,21 +104,21 @@ class MapChanges:
 
     @property
     def is_unsure(self) -> bool:
-        """Whether the change in flight had an unknown outcome: a conflict is then answered with what was read."""
+        """Whether the change in flight had an unknown outcome: after a conflict the store is then read."""
         return self._flight is not None and self._flight.is_unsure
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
         if self._map is not None:
-            assert ClusterMap.from_json(self._map.to_json()) == self._map, "the map is one that can be read"
+            assert ClusterMap.from_json(self._map.to_json()) == self._map, "the map can be read back"
         assert (self._map is None) == (self.store_version is None), "the map has a version in the store"
-        assert not (self.lost and self.is_busy), "whoever lost the map changes nothing"
+        assert not (self.lost_reason and self.is_busy), "a lost map is not changed"
         flight = self._flight
         if flight is None:
             return
-        assert flight.expected == self.store_version, "what is in flight expects what is stored"
+        assert flight.expected == self.store_version, "the change in flight expects the stored version"
         assert ClusterMap.from_json(flight.value) == flight.new, "the bytes in flight are the map in flight"
-        assert flight.changes, "somebody proposed it"
+        assert flight.changes, "the map in flight was proposed"
         if self._map is not None:
             assert flight.new.version == self._map.version + 1, "the version grows by one"
             assert flight.new.epoch >= self._map.epoch, "the epoch only grows"
@@ -132,26 +131,26 @@ class MapChanges:
         self._flight = _Flight(None, first, first.to_json(), [_Change(lambda none: first, done, failed)])
 
     def propose(self, edit: Edit, done: Done, failed: Failed | None = None) -> None:
-        """Store what `edit` makes of the map; then `done` is told the map with it.
+        """Store the map that `edit` makes of the current one; then call `done` with it.
 
-        `edit` is pure. It is called when its turn comes, and again if it has to wait then. One that raises ValueError
-        is not made. A store that certainly changed nothing ends the change as well if there is `failed`, which is told
-        the error; without it the change is tried again until it is stored. Once the map is lost, `failed` is told
-        NotOwner, perhaps in this call; `done` never is.
+        `edit` is pure. It is called when its turn comes, and again if it then has to wait. With `failed`, a change ends
+        if its edit raises ValueError or the store certainly changed nothing: `failed` gets the error. Without it the
+        change is tried until it is stored. Once the map is lost, `failed` gets NotOwner, perhaps in this call, and
+        `done` is never called.
         """
         assert self._map is not None, "a cluster is founded before its map is changed"
-        if not self.lost:
+        if not self.lost_reason:
             self._waiting.append(_Change(edit, done, failed))
         elif failed is not None:
-            failed(NotOwner(self.lost))
+            failed(NotOwner(self.lost_reason))
 
     def to_send(self, now_ms: int) -> tuple[int | None, bytes] | None:
         """The next compare-and-set, (expected version, value), whose outcome is then awaited; None if there is none.
 
-        Changes that change nothing are done in this call. Raises what an edit raised, but for a ValueError that can be
-        told, and MapError if the edits together make no map.
+        Changes that change nothing are done in this call. Raises MapError if the edits together make no map, and any
+        error of an edit except a ValueError that `failed` gets.
         """
-        if self.lost or now_ms < self.due_ms or (self._flight is not None and self._flight.is_sent):
+        if self.lost_reason or now_ms < self.due_ms or (self._flight is not None and self._flight.is_sent):
             return None
         while self._flight is None and self._waiting:
             self._combine()
@@ -161,11 +160,15 @@ class MapChanges:
         return self._flight.expected, self._flight.value
 
     def on_outcome(self, outcome: Outcome, stored: Stored | None = None, *, now_ms: int) -> None:
-        """What the store said. With a conflict while `is_unsure`, `stored` is what was read after it (NOTHING for an
-        empty store), None if it could not be read."""
+        """Take the outcome of the compare-and-set. After a conflict while `is_unsure`, `stored` is the value read since
+        (NOTHING for an empty store), None if it could not be read."""
         flight = self._awaited()
         if outcome is Outcome.CONFLICT and flight.is_unsure:
-            outcome = self._resolved(flight, stored)
+            expected = flight.expected or 0
+            if stored is None or stored.version == expected:
+                outcome = Outcome.UNKNOWN  # a read that shows the value from before is an old one
+            elif stored == Stored(expected + 1, flight.value):
+                outcome = Outcome.DONE
         if outcome is Outcome.DONE:
             self._settle(flight)
         elif outcome is Outcome.CONFLICT:
@@ -174,7 +177,7 @@ class MapChanges:
             self._unsettle(flight, "it is not known whether the cluster map was stored", now_ms)
 
     def on_failed(self, error: Exception, *, now_ms: int) -> None:
-        """The store certainly changed nothing, and will not. It says nothing about the attempts before."""
+        """Take an error of the store, which certainly changed nothing, and will not; earlier attempts may have."""
         flight = self._awaited()
         if flight.is_unsure:
             self._unsettle(flight, f"it is not known whether the cluster map was stored: {error}", now_ms)
@@ -189,7 +192,7 @@ class MapChanges:
     # --- one change ---------------------------------------------------------------------------------
 
     def _combine(self) -> None:
-        """Put into flight what can go together of that which waits."""
+        """Put into flight those of the waiting changes that can go together."""
         new = self.map
         rows: set[int] = set()  # whose members `new` changes
         count = 0
@@ -221,17 +224,8 @@ class MapChanges:
                 change.done(self.map)
 
     def _awaited(self) -> _Flight:
-        assert self._flight is not None and self._flight.is_sent, "the store was asked before it says something"
+        assert self._flight is not None and self._flight.is_sent, "an outcome belongs to a compare-and-set"
         return self._flight
-
-    @staticmethod
-    def _resolved(flight: _Flight, stored: Stored | None) -> Outcome:
-        """What a conflict after an unknown outcome means."""
-        expected = flight.expected or 0
-        if stored is None or stored.version == expected:
-            return Outcome.UNKNOWN  # a read that shows what was there before is an old one
-        is_ours = stored == Stored(expected + 1, flight.value)
-        return Outcome.DONE if is_ours else Outcome.CONFLICT
 
     def _unsettle(self, flight: _Flight, trouble: str, now_ms: int) -> None:
         flight.is_sent = False
@@ -251,10 +245,9 @@ class MapChanges:
             change.done(flight.new)
 
     def _lose(self, flight: _Flight) -> None:
-        self.lost = LOST
+        self.lost_reason = LOST
         ended = flight.changes + self._waiting
-        self._flight = None
-        self._waiting = []
+        self._flight, self._waiting = None, []
         error = NotOwner(LOST)
         self.on_lost(error)
         _tell(ended, error)

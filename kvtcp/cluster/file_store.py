@@ -7,9 +7,9 @@ The file is JSON for people and tools, and exact for this module: the value stan
     }
 
 The checksum is over version and value. A change is written to a temporary file, synced, renamed over the old one, and
-the directory is synced. Until the rename an error changes nothing and is raised. After it nobody knows which of the two
-a power cut would leave, so the outcome is UNKNOWN, and the same change, sent again, goes through all steps again: the
-second rename makes the directory dirty again, so that its sync is not of what the kernel already gave up.
+the directory is synced. Until the rename an error changes nothing and is raised. After it a power cut may leave either
+file, so the outcome is UNKNOWN, and the same change, sent again, goes through all steps again: the second rename makes
+the directory dirty again, so that its sync is not of what the kernel already gave up.
 
 Calls block for the disk and run in a thread, one at a time.
 """
@@ -39,28 +39,25 @@ class FileConfigStore:
         self.path = path
         self._disk = disk
         self._unsure = 0  # version whose rename may not be durable; 0 = none
-        self._lock = threading.Lock()  # a call that was cancelled still runs in its thread
+        self._lock = threading.RLock()  # a call that was cancelled still runs in its thread
 
     async def read(self) -> Stored | None:
         """The value. Raises ConfigStoreError if the file is damaged, of another format, or cannot be read."""
-        return await asyncio.to_thread(self._locked_read)
+        return await asyncio.to_thread(self._read)
 
     async def compare_and_set(self, expected_version: int | None, value: bytes) -> Outcome:
         """Store `value` if the version is the expected one."""
         return await asyncio.to_thread(self._compare_and_set, expected_version, value)
 
-    def _locked_read(self) -> Stored | None:
-        with self._lock:
-            return self._read()
-
     def _read(self) -> Stored | None:
-        if not self._disk.exists(self.path):
-            return None
-        try:
-            data = self._disk.read(self.path)
-        except OSError as error:
-            raise ConfigStoreError(f"{self.path} cannot be read: {error.strerror}") from error
-        return parse(data, self.path)
+        with self._lock:
+            if not self._disk.exists(self.path):
+                return None
+            try:
+                data = self._disk.read(self.path)
+            except OSError as error:
+                raise ConfigStoreError(f"{self.path} cannot be read: {error.strerror}") from error
+            return parse(data, self.path)
 
     def _compare_and_set(self, expected_version: int | None, value: bytes) -> Outcome:
         json.loads(value)  # anything else could not be told from the end of the file
@@ -71,19 +68,19 @@ class FileConfigStore:
             is_again = stored == new and self._unsure == new.version
             if version != expected_version and not is_again:
                 return Outcome.CONFLICT
-            if not self._write(new):
-                self._unsure = new.version
+            is_renamed = self._write(new)
+            self._unsure = new.version
+            if not is_renamed:
                 return Outcome.UNKNOWN
             try:
                 self._disk.sync_directory(self.path.parent)
             except OSError:
-                self._unsure = new.version
                 return Outcome.UNKNOWN
             self._unsure = 0
             return Outcome.DONE
 
     def _write(self, new: Stored) -> bool:
-        """Everything up to the rename; returns whether it is known to be done. Raises OSError if it was not."""
+        """Write and rename the file; returns whether the rename is known to be done. Raises OSError if it is not."""
         disk = self._disk
         temporary = self.path.with_name(self.path.name + ".tmp")
         disk.remove(temporary)  # of a crash
@@ -100,9 +97,8 @@ class FileConfigStore:
                 is_done = self._read() == new
             except ConfigStoreError:
                 return False
-            if not is_done:
+            if not is_done:  # else the call failed, and renamed all the same
                 raise
-            self._unsure = new.version  # the call failed, and did it all the same
         return True
 
 
@@ -113,7 +109,7 @@ def form(stored: Stored) -> bytes:
 
 
 def parse(data: bytes, path: Path) -> Stored:
-    """What the content of the file `path` says. Raises ConfigStoreError."""
+    """Parse the content of the file `path`. Raises ConfigStoreError."""
     advice = "put the newest copy of it back, one that is at least as new as the data of the nodes"
     header = _HEADER.match(data)
     if header is None or not data.endswith(_END):

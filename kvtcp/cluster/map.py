@@ -1,20 +1,20 @@
 """The cluster map: the one small versioned value that says what the cluster is and who holds what.
 
-Pure. It lives in the config store, and every change of it is a compare-and-set there (map_changes.py): a ClusterMap is
-immutable, its edits return the next one. Coordinators and nodes decide by it and by nothing else.
+Pure. The map lives in the config store, and every change of it is a compare-and-set there (changes.py): a ClusterMap is
+immutable, its edits return the next one. Coordinators and nodes decide by the map and by nothing else.
 
-A *member* of a shard is a pair (node, disk), where `disk` is the uuid of one copy of that shard: a node that comes back
-with another copy is not the member that acknowledged. At the founding no copy is known yet, and every disk is "" until
-all nodes have reported. The members are the in-sync set as it is stored; `wanted` is where the copies shall be, and the
-members follow it, one at a time.
+A *member* of a shard is a pair (node, replica id), where the replica id is the uuid of one copy of that shard: a node
+with another copy is not the member that acknowledged. At the founding every replica id is "" until all nodes have
+reported. The members are the in-sync set as it is stored; `wanted` is where the copies shall be, and the members follow
+it, one at a time.
 
 Invariants: `version`, `epoch` and `last_node` only grow; every shard has from `min_insync` to `factor` + 1 members, on
 different nodes of the map (one more than `factor` while a copy moves); the stamp of an entry or a read is never above
-the `stamp_bound_ms` that was stored when it was made; an id of a node is never given again, not even to a node that
-comes after one that was removed. `factor` may exceed the number of nodes after a node was removed.
+the `stamp_bound_ms` that was stored when it was made; the id of a node is never given again, not even after that node
+was removed. `factor` may exceed the number of nodes after a removal.
 
-As JSON the fields are those of the class, `nodes` as {id: [host, port]}, `members` as a list of [node, disk] for each
-shard, `wanted` as a list of nodes for each, `restoring` in hexadecimal.
+As JSON the fields are those of the class, `nodes` as {id: [host, port]}, `members` as a list of [node, replica id] for
+each shard, `wanted` as a list of nodes for each, `restoring` in hexadecimal.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from typing import Any, Final
 from kvtcp.cluster.placement import balanced_placement
 from kvtcp.constants import DURABILITIES, NODES_MAX, SHARDS_MAX
 
-Member = tuple[str, str]  # node, disk
-LOST_DISK: Final = "lost"  # no copy has it (uuids are hexadecimal): a member that cannot be relied on (map_recovery.py)
+Member = tuple[str, str]  # node, replica id
+LOST_REPLICA: Final = "lost"  # no copy has this id (uuids are hexadecimal): a member not to be relied on (rebuild.py)
 
 
 class MapError(Exception):
-    """This is no cluster map; the sentence names the field."""
+    """Bytes or fields that are no cluster map; the sentence names the field."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterMap:
-    """`members[shard]` are pairs (node, disk), first the one that answers writes; `wanted[shard]` are nodes."""
+    """One version of the map."""
 
     cluster: str
     epoch: int
@@ -49,7 +49,7 @@ class ClusterMap:
     durability: str  # mode of the last run in which the shards were served
     nodes: dict[str, tuple[str, int]]
     last_node: int  # number of the last id that was given: 7 after "n7"
-    members: tuple[tuple[Member, ...], ...]
+    members: tuple[tuple[Member, ...], ...]  # of each shard, first the one that answers writes
     wanted: tuple[tuple[str, ...], ...]  # nodes that shall hold each shard; the members may differ from it meanwhile
     draining: tuple[str, ...] = ()  # sorted; nodes that shall hold nothing
     destroyed: tuple[str, ...] = ()  # sorted; declared destroyed: their copies count as fenced for ever
@@ -60,35 +60,18 @@ class ClusterMap:
 
     @classmethod
     def found(
-        cls,
-        *,
-        cluster: str,
-        owner: str,
-        shards: int,
-        factor: int,
-        min_insync: int,
-        durability: str,
-        nodes: Mapping[str, tuple[str, int]],
-        stamp_bound_ms: int,
-    ) -> ClusterMap:
+        cls, *, cluster: str, owner: str, shards: int, factor: int, min_insync: int, durability: str,
+        nodes: Mapping[str, tuple[str, int]], stamp_bound_ms: int,
+    ) -> ClusterMap:  # fmt: skip
         """The first map of a cluster, with balanced placement. Raises ValueError for values that do not fit."""
         if not 1 <= min_insync <= factor:
             raise ValueError(f"min_insync must be from 1 to the replication factor {factor}, not {min_insync}")
         placement = balanced_placement(shards, list(nodes), factor)
         return cls(
-            cluster=cluster,
-            epoch=1,
-            owner=owner,
-            shards=shards,
-            factor=factor,
-            min_insync=min_insync,
-            durability=durability,
-            nodes=dict(nodes),
-            last_node=last_number(nodes),
-            members=tuple(tuple((node, "") for node in row) for row in placement),
-            wanted=tuple(map(tuple, placement)),
-            stamp_bound_ms=stamp_bound_ms,
-        )
+            cluster=cluster, epoch=1, owner=owner, shards=shards, factor=factor, min_insync=min_insync,
+            durability=durability, nodes=dict(nodes), last_node=last_number(nodes), stamp_bound_ms=stamp_bound_ms,
+            members=tuple(tuple((node, "") for node in row) for row in placement), wanted=tuple(map(tuple, placement)),
+        )  # fmt: skip
 
     # --- questions ----------------------------------------------------------------------------------
 
@@ -104,8 +87,8 @@ class ClusterMap:
         """The nodes that may hold shards."""
         return [node for node in self.nodes if node not in self.draining and node not in self.destroyed]
 
-    def disk_of(self, shard: int, node: str) -> str:
-        """The disk by which `node` is a member of `shard`; "" before it is known."""
+    def replica_id_of(self, shard: int, node: str) -> str:
+        """The replica id by which `node` is a member of `shard`; "" before it is known."""
         return dict(self.members[shard])[node]
 
     # --- edits of the coordinator's own -------------------------------------------------------------
@@ -113,30 +96,28 @@ class ClusterMap:
     def taken_over(
         self, *, owner: str, epoch: int, nodes: Mapping[str, tuple[str, int]], stamp_bound_ms: int
     ) -> ClusterMap:
-        """The map of the next coordinator: a higher epoch, the addresses that it uses, a bound that is no lower.
-
-        `nodes` may leave out nodes whose addresses stay.
-        """
+        """The map of the next coordinator: a higher epoch, its addresses of nodes, a bound that is no lower. Nodes that
+        `nodes` leaves out keep their addresses."""
         assert epoch > self.epoch, "the epoch only grows"
         assert nodes.keys() <= self.nodes.keys(), "a takeover brings addresses of nodes of the map, and no other nodes"
         bound_ms = max(self.stamp_bound_ms, stamp_bound_ms)
         return replace(self, owner=owner, epoch=epoch, nodes={**self.nodes, **nodes}, stamp_bound_ms=bound_ms)
 
     def with_stamp_bound(self, stamp_bound_ms: int) -> ClusterMap:
-        """The bound moves up."""
+        """Move the bound up."""
         return replace(self, stamp_bound_ms=max(self.stamp_bound_ms, stamp_bound_ms))
 
     def with_last_stamp(self, stamp_ms: int) -> ClusterMap:
-        """The coordinator ends in peace: it gave no stamp above this one, and the next one may begin there."""
+        """End in order: no stamp was given above this one, and the next coordinator may begin there."""
         return replace(self, stamp_bound_ms=min(self.stamp_bound_ms, stamp_ms))
 
     def with_heard(self, heard: Mapping[str, int]) -> ClusterMap:
-        """These nodes stored these versions: who knows less goes on from an older copy of its directory."""
+        """Note the versions that nodes have stored: one that knows less then has an older copy of its directory."""
         known = {node: max(version, self.heard.get(node, 0)) for node, version in heard.items() if node in self.nodes}
         return self if known.items() <= self.heard.items() else replace(self, heard={**self.heard, **known})
 
     def with_min_insync(self, min_insync: int) -> ClusterMap:
-        """Another number of members that must acknowledge; part of a takeover (R3). Raises ValueError if a shard has
+        """Change the number of members that must acknowledge; part of a takeover (R3). Raises ValueError if a shard has
         fewer members, or the factor is smaller."""
         if not 1 <= min_insync <= self.factor:
             raise ValueError(f"min_insync must be from 1 to the replication factor {self.factor}, not {min_insync}")
@@ -147,25 +128,24 @@ class ClusterMap:
 
     # --- edits of members ---------------------------------------------------------------------------
 
-    def with_disks(self, disks: Mapping[int, Mapping[str, str]]) -> ClusterMap:
-        """Members by other copies: `disks[shard][node]` is the new disk. Nodes that are no members are passed over."""
-        rows = {
-            shard: [(node, changed.get(node, disk)) for node, disk in self.members[shard]]
-            for shard, changed in disks.items()
-        }
-        return self._with_rows(rows)
+    def with_replica_ids(self, replica_ids: Mapping[int, Mapping[str, str]]) -> ClusterMap:
+        """Change members to other copies: `replica_ids[shard][node]`. Nodes that are no members are passed over."""
+        return self._with_rows({
+            shard: [(node, changed.get(node, known)) for node, known in self.members[shard]]
+            for shard, changed in replica_ids.items()
+        })  # fmt: skip
 
-    def with_member(self, shard: int, node: str, disk: str) -> ClusterMap:
-        """A learner joins, at the end of the row."""
+    def with_member(self, shard: int, node: str, replica_id: str) -> ClusterMap:
+        """Add a learner at the end of the row."""
         row = self.members[shard]
         assert node in self.nodes, f"{node} is no node of the map"
-        assert disk, f"the copy of shard {shard} by which {node} joins is known"
+        assert replica_id, f"the copy of shard {shard} by which {node} joins is known"
         assert node not in self.nodes_of(shard), f"{node} is a member of shard {shard} already"
         assert len(row) <= self.factor, f"shard {shard} has {len(row)} members with factor {self.factor}"
-        return self._with_rows({shard: [*row, (node, disk)]})
+        return self._with_rows({shard: [*row, (node, replica_id)]})
 
     def without(self, shards: Iterable[int], node: str) -> ClusterMap:
-        """`node` leaves these shards; `min_insync` members of each stay (R4)."""
+        """Remove `node` from these shards; `min_insync` members of each stay (R4)."""
         rows: dict[int, list[Member]] = {}
         for shard in shards:
             row = self.members[shard]
@@ -175,18 +155,18 @@ class ClusterMap:
             rows[shard] = left
         return self._with_rows(rows)
 
-    def replaced(self, shard: int, old_node: str, node: str, disk: str) -> ClusterMap:
-        """The copy `disk` of `node` takes the place of that of `old_node`, which may be the same node."""
+    def replaced(self, shard: int, old_node: str, node: str, replica_id: str) -> ClusterMap:
+        """Put a copy of `node` in the place of that of `old_node`, which may be the same node."""
         held = self.nodes_of(shard)
         assert old_node in held, f"{old_node} is no member of shard {shard}"
         assert node == old_node or node not in held, f"{node} is a member of shard {shard} already"
         assert node in self.nodes, f"{node} is no node of the map"
-        assert disk, f"the copy of shard {shard} by which {node} joins is known"
-        row = [(node, disk) if each == old_node else (each, known) for each, known in self.members[shard]]
+        assert replica_id, f"the copy of shard {shard} by which {node} joins is known"
+        row = [(node, replica_id) if each == old_node else (each, known) for each, known in self.members[shard]]
         return self._with_rows({shard: row})
 
     def first_answers(self, shard: int, node: str) -> ClusterMap:
-        """`node` answers the writes of the shard from now on: its pair moves to the front of the row."""
+        """Let `node` answer the writes of the shard: its pair moves to the front of the row."""
         assert node in self.nodes_of(shard), f"{node} is no member of shard {shard}"
         return self._with_rows({shard: sorted(self.members[shard], key=lambda member: member[0] != node)})
 
@@ -199,15 +179,14 @@ class ClusterMap:
     # --- edits of nodes -----------------------------------------------------------------------------
 
     def with_node(self, host: str, port: int) -> tuple[ClusterMap, str]:
-        """A new node with the next id, which is returned too. It holds nothing yet."""
+        """Add a node with the next id, which is returned too. The node holds nothing yet."""
         assert len(self.nodes) < NODES_MAX, f"a cluster has at most {NODES_MAX} nodes"
         assert (host, port) not in self.nodes.values(), f"{host}:{port} is the address of another node"
-        number = self.last_node + 1
-        node = f"n{number}"
-        return replace(self, nodes={**self.nodes, node: (host, port)}, last_node=number), node
+        node = f"n{self.last_node + 1}"
+        return replace(self, nodes={**self.nodes, node: (host, port)}, last_node=self.last_node + 1), node
 
     def without_node(self, node: str) -> ClusterMap:
-        """A node that holds nothing, and shall hold nothing, leaves the map. That it was destroyed is remembered."""
+        """Remove a node that holds nothing, and shall hold nothing. That it was destroyed is remembered."""
         assert node in self.nodes, f"{node} is no node of the map"
         assert not self.shards_of(node), f"{node} is a member of {len(self.shards_of(node))} shards"
         assert not any(node in row for row in self.wanted), f"{node} shall hold shards"
@@ -217,18 +196,18 @@ class ClusterMap:
         return replace(self, nodes=nodes, draining=draining, heard=heard)
 
     def with_draining(self, node: str, on: bool) -> ClusterMap:
-        """Whether `node` shall hold nothing. `wanted` is not changed by that."""
+        """Set whether `node` shall hold nothing. `wanted` stays."""
         assert node in self.nodes, f"{node} is no node of the map"
         others = set(self.draining) - {node}
         return replace(self, draining=tuple(sorted(others | {node} if on else others)))
 
     def with_destroyed(self, node: str) -> ClusterMap:
-        """An operator declares that `node` will never come back. There is no way back from that."""
+        """Note an operator's word that `node` will never come back. There is no way back from that."""
         assert node in self.nodes, f"{node} is no node of the map"
         return replace(self, destroyed=tuple(sorted({*self.destroyed, node})))
 
     def with_wanted(self, rows: Sequence[Sequence[str]]) -> ClusterMap:
-        """Another placement, of nodes that may hold something."""
+        """Change the placement, to nodes that may hold something."""
         wanted = tuple(map(tuple, rows))
         assert len(wanted) == self.shards, f"the placement has {len(wanted)} rows for {self.shards} shards"
         usable = self.nodes.keys() - {*self.draining, *self.destroyed}
@@ -242,7 +221,7 @@ class ClusterMap:
     # --- JSON ---------------------------------------------------------------------------------------
 
     def to_json(self) -> bytes:
-        """As UTF-8 text, one field and one shard a line."""
+        """The map as UTF-8 text, one field and one shard a line."""
         lines = []
         for each in fields(self):
             value: Any = getattr(self, each.name)
@@ -273,11 +252,10 @@ class ClusterMap:
             if not is_right(found[name]):
                 raise MapError(f"{name} of the cluster map cannot be {_shown(found[name])}")
         nodes = {node: (host, port) for node, (host, port) in found["nodes"].items()}
-        members = tuple(tuple((node, disk) for node, disk in row) for row in found["members"])
-        restoring = found["restoring"]
-        values = {**found, "nodes": nodes, "members": members, "wanted": tuple(map(tuple, found["wanted"]))}
+        values = {**found, "nodes": nodes, "wanted": tuple(map(tuple, found["wanted"]))}
+        values["members"] = tuple(tuple((node, replica_id) for node, replica_id in row) for row in found["members"])
         values["draining"], values["destroyed"] = tuple(found["draining"]), tuple(found["destroyed"])
-        values["restoring"] = None if restoring is None else bytes.fromhex(restoring)
+        values["restoring"] = None if found["restoring"] is None else bytes.fromhex(found["restoring"])
         made = cls(**values)
         made.check()
         return made

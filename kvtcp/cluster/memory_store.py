@@ -1,6 +1,6 @@
 """A config store in memory: for clusters in one process, and for tests.
 
-It is as lasting as its object: one that is handed to the next coordinator is what a data directory is to a process.
+The value lasts as long as the object: one that is handed to the next coordinator is like a data directory.
 """
 
 from __future__ import annotations

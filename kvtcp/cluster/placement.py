@@ -1,7 +1,7 @@
 """Placement: which nodes hold which shard.
 
-Pure. A table, not a hash: the copies are dealt out so that every invariant below holds by construction, for any number
-of shards and nodes, and so that a change of the nodes moves as little as can be.
+Pure. A table, not a hash: every invariant below holds by construction, for any number of shards and nodes, and a change
+of the nodes moves as little as possible.
 
 Invariants of `balanced_placement` and of `plan` (tested for all small sizes):
 - every shard has `factor` different nodes, in `plan` all of them if there are fewer;
@@ -9,10 +9,10 @@ Invariants of `balanced_placement` and of `plan` (tested for all small sizes):
 - the numbers of shards that two nodes answer first for (their *first* place) differ by at most one where the
   membership allows it.
 
-`plan` is a minimum-cost flow: a copy where there was none costs 1, and what a node has too many or too few costs more
-than any such gain. A table is the cheapest if it cannot be bettered by moving copies around a cycle of nodes (M. Klein,
-1967: negative cycles). All rows are kept together: a node's copies are the bits of one integer, so that the cheapest
-row in which a copy can go from one node to another is a few operations on such integers, whatever the number of shards.
+`plan` is a minimum-cost flow: a copy on a node that had none costs 1, and a copy too many or too few on a node costs
+more than any such gain. A table is the cheapest if no cycle of nodes lowers its costs (M. Klein, 1967: negative
+cycles). All rows are kept together: a node's copies are the bits of one integer, so that finding the cheapest row in
+which a copy can go from one node to another takes a few operations on such integers, whatever the number of shards.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Final
 
 Rows = list[list[str]]
 
-_NEVER: Final = 1 << 60  # costs of what cannot be
+_NEVER: Final = 1 << 60  # costs of a move that is impossible
 
 
 def balanced_placement(shards: int, nodes: Sequence[str], factor: int) -> Rows:
     """`placement[shard]` = the `factor` node ids that hold the shard; the first one answers its writes.
 
     Slot k = shard * factor + copy goes to node k modulo the number of nodes, which makes the counts differ by at most
-    one and the copies of one shard different. The first place then goes to the member that has fewest of them.
+    one and the copies of one shard different. The first place then goes to the member with the fewest first places.
     """
     if not 1 <= factor <= len(nodes):
         raise ValueError(f"a replication factor of {factor} needs at least {factor} nodes, there are {len(nodes)}")
@@ -47,9 +47,8 @@ def balanced_placement(shards: int, nodes: Sequence[str], factor: int) -> Rows:
 def plan(wanted: Sequence[Sequence[str]], nodes: Sequence[str], factor: int) -> Rows:
     """The balanced placement on `nodes` that is nearest to `wanted`: no other has fewer copies that are not in it.
 
-    Among the nodes of each row the first is chosen so that first places are balanced, and as few as can be change. The
-    same arguments give the same rows, and a balanced placement is given back as it is. Raises ValueError if nothing can
-    be placed.
+    The first of each row is chosen so that first places are balanced, with the fewest changes. The same arguments give
+    the same rows, and a balanced placement comes back unchanged. Raises ValueError if nothing can be placed.
     """
     if not nodes or factor < 1 or len(set(nodes)) != len(nodes):
         raise ValueError(f"{factor} copies cannot be placed on the nodes {', '.join(nodes) or '(none)'}")
@@ -71,7 +70,7 @@ def _in_order(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 def _filled(rows: Rows, nodes: Sequence[str], width: int) -> Rows:
-    """Rows of `width` nodes: as many of the old ones as fit, then those that have least so far."""
+    """Rows of `width` nodes: as many of the old ones as fit, then those that have the fewest so far."""
     filled = [row[:width] for row in rows]
     loads = dict.fromkeys(nodes, 0)
     for row in filled:
@@ -86,7 +85,7 @@ def _filled(rows: Rows, nodes: Sequence[str], width: int) -> Rows:
 
 
 def _masks(rows: Rows, nodes: Sequence[str]) -> list[int]:
-    """For each node the rows it is in, as bits."""
+    """The rows of each node, as bits."""
     masks = dict.fromkeys(nodes, 0)
     for n, row in enumerate(rows):
         for node in row:
@@ -96,22 +95,22 @@ def _masks(rows: Rows, nodes: Sequence[str]) -> list[int]:
 
 
 class _Table:
-    """Rows of equal length as bits of their nodes, which stand here as numbers: a table that is made cheaper.
+    """A table of rows of equal length, as bits of their nodes, which are numbers here; `balance` makes it cheaper.
 
     An arc (a, b) is a copy that can go from node a to node b in some row; the hub, one more node, stands for the loads:
-    a cycle through it leaves its first node with one copy less and its last with one more.
+    a cycle through the hub leaves its first node with one copy less and its last with one more.
     """
 
     def __init__(self, old: list[int], allowed: list[int], held: list[int]) -> None:
-        """`old[node]` are the rows in which a copy of it is free of charge, `allowed[node]` those where it may be, and
-        `held[node]` those where it is."""
+        """`old[node]` are the rows in which a copy on the node costs nothing, `allowed[node]` those where one may be,
+        and `held[node]` those where one is."""
         self.old = old
         self.allowed = allowed
         self.held = held
         self.hub = len(held)
         self.low, rest = divmod(sum(mask.bit_count() for mask in held), len(held))
         self.high = self.low + bool(rest)
-        self.penalty = 2 * len(held) + 1  # of a copy too many or too few: above all that a cycle can gain
+        self.penalty = 2 * len(held) + 1  # of a copy too many or too few: above any gain of a cycle
         self.costs = [[_NEVER] * (self.hub + 1) for _ in range(self.hub + 1)]  # [a][b] of the arc
 
     def rows(self, nodes: Sequence[str]) -> Rows:
@@ -136,7 +135,7 @@ class _Table:
             self._price([node for node, _ in cycle if node != self.hub])
 
     def _price(self, changed: Iterable[int]) -> None:
-        """The arcs from and to nodes."""
+        """Set the costs of the arcs from and to these nodes."""
         for a in changed:
             self.costs[self.hub][a] = self._load_cost(a, -1)
             self.costs[a][self.hub] = self._load_cost(a, 1)
@@ -145,7 +144,7 @@ class _Table:
                 self.costs[b][a], _ = self._cheapest(b, a)
 
     def _cheapest(self, a: int, b: int) -> tuple[int, int]:
-        """What it costs to give a copy of a to b, and the rows in which it costs that."""
+        """The cost of moving a copy from a to b, and the rows in which a move costs that."""
         rows = self.held[a] & ~self.held[b] & self.allowed[b]
         if not rows:
             return _NEVER, 0
@@ -157,15 +156,13 @@ class _Table:
         return 1, rows
 
     def _load_cost(self, node: int, more: int) -> int:
-        """What it costs that a node has so many copies more."""
+        """The cost of `more` copies on a node."""
         load = self.held[node].bit_count()
-        return self.penalty * (self._excess(load + more) - self._excess(load))
-
-    def _excess(self, load: int) -> int:
-        return max(0, self.low - load, load - self.high)
+        excess, was = (max(0, self.low - each, each - self.high) for each in (load + more, load))
+        return self.penalty * (excess - was)
 
     def _negative_cycle(self) -> list[tuple[int, int]]:
-        """The arcs of a cycle whose costs are together below 0; none if there is none (Bellman, Ford)."""
+        """The arcs of a cycle whose costs sum to less than 0; none if there is no such cycle (Bellman, Ford)."""
         distances = [0] * (self.hub + 1)
         before = [-1] * (self.hub + 1)
         while True:
@@ -185,7 +182,7 @@ class _Table:
 
 def _cycle(before: Sequence[int]) -> list[tuple[int, int]]:
     """The arcs of a cycle of the graph in which every node has at most one node before it."""
-    seen: dict[int, int] = {}  # node -> where the walk that came to it began
+    seen: dict[int, int] = {}  # node -> start of the walk that reached it
     for start in range(len(before)):
         node = start
         while node != -1 and node not in seen:

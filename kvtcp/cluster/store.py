@@ -1,13 +1,13 @@
-"""ConfigStore: what kvtcp needs of a config store, one value that is changed by compare-and-set only.
+"""ConfigStore: the contract of a config store, one value that is changed by compare-and-set only.
 
-Pure. The contract: MapChanges decides by it without a store, MapKeeper brings both together.
+Pure. MapChanges decides by the contract without a store, MapStore brings both together.
 
-The value is JSON text that the store does not look into. Its version counts the changes: none at first, then 1, 2, 3...
-Everything is asynchronous, because a store may be a service on other machines.
+The value is JSON text, opaque to the store. Its version counts the changes: none at first, then 1, 2, 3... Calls are
+asynchronous, because a store may be a service on other machines.
 
 A compare-and-set has three outcomes. DONE and CONFLICT are certain. After UNKNOWN the change may be applied, at once or
-later; a read that shows the old value settles nothing. Whoever made it sends the same again until the version has
-moved, which is safe: it can be applied once only.
+later; a read that shows the old value settles nothing. The caller sends the same again until the version has moved,
+which is safe: the same change can be applied once only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 
 class Outcome(Enum):
-    """Of a compare-and-set."""
+    """Outcomes of a compare-and-set."""
 
     DONE = "done"  # the value is stored; its version is the expected one + 1
     CONFLICT = "conflict"  # the version is not the expected one; nothing was changed
@@ -27,13 +27,13 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Stored:
-    """What a store holds."""
+    """The value of a store."""
 
     version: int
     value: bytes
 
 
-NOTHING: Final = Stored(0, b"")  # what a read shows of a store without a value
+NOTHING: Final = Stored(0, b"")  # stands for a store without a value
 
 
 class ConfigStoreError(Exception):

@@ -1,6 +1,6 @@
 """Administration: the requests of an operator, each carried out by the part of the coordinator that it is about.
 
-I/O shell. `requests` is the table that the gateway hands over to: an entry is called with the session, the number of
+I/O shell. `requests` is the table that the handler hands over to: an entry is called with the session, the number of
 the request and its checked arguments, and answers the session itself, at once or later. Changes of the cluster are
 decided by the controller (replication/membership/admin.py) and answered when they are stored.
 """
@@ -14,7 +14,7 @@ from kvtcp.coordinator.backups import Backups
 from kvtcp.coordinator.status import Status
 from kvtcp.coordinator.supervisor import who_is_there
 from kvtcp.errors import AdminError, Code, RequestError
-from kvtcp.frontend.native.gateway import AdministrativeRequest, Session
+from kvtcp.frontend.native.handler import AdministrativeRequest, Session
 from kvtcp.replication.controller import Controller
 from kvtcp.runtime.process import StartTask, join_address
 
@@ -23,16 +23,9 @@ class Administration:
     """One per coordinator. `begin` begins a turn, `act` does what the controller wants."""
 
     def __init__(
-        self,
-        controller: Controller,
-        backups: Backups,
-        status: Status,
-        secret: str,
-        *,
-        begin: Callable[[], None],
-        act: Callable[[], None],
-        start_task: StartTask,
-    ) -> None:
+        self, controller: Controller, backups: Backups, status: Status, secret: str, *, begin: Callable[[], None],
+        act: Callable[[], None], start_task: StartTask,
+    ) -> None:  # fmt: skip
         self._controller = controller
         self._secret = secret
         self._begin = begin

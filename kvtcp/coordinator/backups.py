@@ -27,7 +27,7 @@ from kvtcp._version import __version__
 from kvtcp.constants import CLIENT_TIMEOUT_MS, MULTI_KEYS_MAX, PAGE_ITEMS_MAX, PROGRESS_MS, TICK_MS
 from kvtcp.errors import Code, DataError, KvtcpError, OutcomeUnknown, Unavailable, error_from_wire, show_bytes
 from kvtcp.frontend.keyspace import Keyspace
-from kvtcp.frontend.native.gateway import Session
+from kvtcp.frontend.native.handler import Session
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import prefix_bounds
@@ -104,15 +104,9 @@ class Backups:
     """
 
     def __init__(
-        self,
-        backup_dir: Path,
-        sequencer: Sequencer,
-        keyspace: Keyspace,
-        *,
-        begin: Callable[[], None],
-        remember: Callable[[bytes | None], Awaitable[None]],
-        start_task: StartTask,
-    ) -> None:
+        self, backup_dir: Path, sequencer: Sequencer, keyspace: Keyspace, *, begin: Callable[[], None],
+        remember: Callable[[bytes | None], Awaitable[None]], start_task: StartTask,
+    ) -> None:  # fmt: skip
         self.backup_dir = backup_dir.absolute()
         self.sequencer = sequencer
         self.keyspace = keyspace

@@ -23,8 +23,8 @@ from collections.abc import Awaitable, Mapping
 from typing import Final, TypeVar
 
 from kvtcp.cluster.file_store import FileConfigStore
-from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.map_store import MapStore
 from kvtcp.constants import DRAIN_MS, HOST_DEFAULT, RECOVER_WAIT_MS
 from kvtcp.coordinator.rebuild_map import local_nodes, recover_map
 from kvtcp.coordinator.server import ClusterConfig, CoordinatorServer
@@ -49,41 +49,41 @@ async def serve(settings: Settings, directory: DataDirectory) -> int:
     """Start everything, serve until a signal, stop everything."""
     stop = asyncio.Event()
     runtime.on_stop_signals(stop.set)
-    keeper = await MapKeeper.open(FileConfigStore(directory.path / "map.json", OS_DISK))
+    map_store = await MapStore.open(FileConfigStore(directory.path / "map.json", OS_DISK))
     if settings.recover_map is not None:
         spawned = (directory.read() or {}).get("local")
         places = find_places(settings, spawned, local_nodes(settings.data_dir))
-        await recover_map(keeper, directory, places, stop, settings.recover_map == "accept")
+        await recover_map(map_store, directory, places, stop, settings.recover_map == "accept")
         if stop.is_set():
             return runtime.EXIT_OK
-    known = keeper.map if keeper.is_founded else None
+    known = map_store.map if map_store.is_founded else None
     stored = directory.read()
     directories = [path.name for path in settings.data_dir.iterdir() if path.is_dir()]
     nodes = settle_nodes(settings, known, None if stored is None else stored.get("local"), directories)
     addresses, local = nodes.addresses, nodes.local
     shape = settle_shape(settings, known, list(addresses))
-    if keeper.is_founded and stored is None:
+    if map_store.is_founded and stored is None:
         raise StartError(
             f"identity.json is missing in {directory.path}, and map.json is there: put it back, it has the secret of "
             "the cluster"
         )
-    is_new = not keeper.is_founded
+    is_new = not map_store.is_founded
     identity = dict(stored or {"cluster": secrets.token_hex(8), "secret": secrets.token_hex(16)})
     identity["local"] = sorted({*identity.get("local", ()), *local}, key=lambda node: (len(node), node))
     cluster, secret = identity["cluster"], identity["secret"]
-    if keeper.is_founded and keeper.map.cluster != cluster:
+    if map_store.is_founded and map_store.map.cluster != cluster:
         raise StartError(
-            f"map.json and identity.json in {directory.path} are of two clusters ({keeper.map.cluster}, {cluster}); "
+            f"map.json and identity.json in {directory.path} are of two clusters ({map_store.map.cluster}, {cluster}); "
             "put back those that belong together"
         )
     local_host = addresses[next(iter(local))][0] if local else HOST_DEFAULT
     supervisor = Supervisor(local_host, local, settings.data_dir, node_arguments(settings), stop.set)
     with runtime.bind(settings.host, runtime.check_port(settings.main_port, "--main-port")) as main_socket:
-        if local and not is_new and keeper.map.durability != "memory":
+        if local and not is_new and map_store.map.durability != "memory":
             supervisor.check_directories()
         found = await supervisor.survey(cluster, secret)
         found |= await survey({n: at for n, at in addresses.items() if n not in local}, cluster, secret)
-        check_store(keeper, found)
+        check_store(map_store, found)
         if stop.is_set():
             return runtime.EXIT_OK
         try:
@@ -104,7 +104,7 @@ async def serve(settings: Settings, directory: DataDirectory) -> int:
         config = ClusterConfig(
             secret, settings.durability, settings.backup_dir, not settings.no_resp, supervisor.local_sockets()
         )
-        coordinator = Coordinator(config, keeper, supervisor, stop)
+        coordinator = Coordinator(config, map_store, supervisor, stop)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, supervisor.snapshot_all)
         try:
             await coordinator.start(first)
@@ -134,10 +134,10 @@ class Coordinator:
     """The second half of a start, and the end."""
 
     def __init__(
-        self, config: ClusterConfig, keeper: MapKeeper, supervisor: Supervisor, stop: asyncio.Event
+        self, config: ClusterConfig, map_store: MapStore, supervisor: Supervisor, stop: asyncio.Event
     ) -> None:
         self._config = config
-        self._keeper = keeper
+        self._map_store = map_store
         self._supervisor = supervisor
         self._stop = stop
         self._server: CoordinatorServer | None = None  # None before the map is owned
@@ -155,11 +155,11 @@ class Coordinator:
         found = await self._answering(first)
         if found is None:
             return
-        check_store(self._keeper, found)
-        before = await self._unless_stopped(own_map(self._keeper, first))
+        check_store(self._map_store, found)
+        before = await self._unless_stopped(own_map(self._map_store, first))
         if before is None:
             return
-        server = self._server = CoordinatorServer(self._config, self._keeper, before)
+        server = self._server = CoordinatorServer(self._config, self._map_store, before)
         runtime.on_unexpected_errors(server.core_failed)
         server.failed.add_done_callback(lambda _: self._stop.set())
         server.on_node_removed = self._supervisor.release
@@ -183,11 +183,11 @@ class Coordinator:
             found |= await survey(missing, first.cluster, self._config.secret)
             missing = {node: address for node, address in first.nodes.items() if found[node].kind != "ours"}
             foreign = missing.keys() - self._supervisor.processes.keys()
-            is_hopeless = len(missing) == len(first.nodes) or not self._keeper.is_founded
+            is_hopeless = len(missing) == len(first.nodes) or not self._map_store.is_founded
             if foreign and loop.time() > began + START_S and is_hopeless:
                 said = ", ".join(f"{node} ({found[node].what or 'connection refused'})" for node in sorted(foreign))
                 raise StartError(f"after {START_S:.0f} s these nodes had not reported: {said}")
-            if self._keeper.is_founded and len(missing) < len(first.nodes):
+            if self._map_store.is_founded and len(missing) < len(first.nodes):
                 local = missing.keys() - foreign - self._supervisor.early_exits().keys()
                 local = {node for node in local if found[node].kind != "silent"}
                 # those that come late have RECOVER_WAIT_MS more, when their shards are recovered
@@ -212,7 +212,7 @@ class Coordinator:
                     f"after {START_S:.0f} s these nodes had not reported: {', '.join(missing)}"
                     if missing
                     else f"for {START_S:.0f} s the takeover did not come further: "
-                    + (self._keeper.changes.trouble or "no node answered")
+                    + (self._map_store.changes.trouble or "no node answered")
                 )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
@@ -225,9 +225,9 @@ class Coordinator:
         ended = self._supervisor.early_exits()
         if not ended:
             return
-        if self._keeper.is_founded:
-            left = len(self._keeper.map.nodes) - len(ended)
-            if left >= self._keeper.map.min_insync:
+        if self._map_store.is_founded:
+            left = len(self._map_store.map.nodes) - len(ended)
+            if left >= self._map_store.map.min_insync:
                 return
         raise StartError(f"{next(iter(ended.values()))}; its message is above")
 
@@ -273,7 +273,7 @@ class Coordinator:
                 asked = {n for n in self._supervisor.processes if n in server.links and server.links[n].stop_node()}
             await server.close()
         else:
-            await self._keeper.close()
+            await self._map_store.close()
         await self._supervisor.stop(asked, only_spawned=not self.has_begun)
         log.info("event=stopped")
 

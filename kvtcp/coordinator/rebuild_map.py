@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvtcp.cluster.keeper import MapKeeper, NotOwner
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.map_store import MapStore, NotOwner
 from kvtcp.cluster.rebuild import CannotRecover, Recovered, newest_map, recovered_map
 from kvtcp.coordinator.supervisor import STRANGER, Found, Supervisor, first_answer, refusal
-from kvtcp.coordinator.takeover import wall_ms
 from kvtcp.errors import ProtocolError
 from kvtcp.protocol.link import ASK, LINK_VERSION, TOLD, Told, parse_told
+from kvtcp.runtime.clock import wall_ms
 from kvtcp.runtime.data_directory import FILE, DataDirectory, IdentityError, read_identity
 from kvtcp.runtime.process import StartError, join_address
 from kvtcp.storage.disk.check import by_reason
@@ -68,13 +68,13 @@ def local_nodes(data_dir: Path) -> list[str]:
 
 
 async def recover_map(
-    keeper: MapKeeper, directory: DataDirectory, places: Places, stop: asyncio.Event, accept: bool
+    map_store: MapStore, directory: DataDirectory, places: Places, stop: asyncio.Event, accept: bool
 ) -> None:
     """Store a map made from what the nodes tell, unless a stop is asked for first. `accept`: without those that do not.
 
     Raises StartError, and then nothing was changed.
     """
-    if keeper.is_founded:
+    if map_store.is_founded:
         raise StartError(
             f"map.json is there in {directory.path}, and --recover-map makes one that is lost: start without it"
         )
@@ -102,7 +102,7 @@ async def recover_map(
     if stored is None:
         directory.write(identity)
     try:
-        await keeper.found(recovered.map)
+        await map_store.found(recovered.map)
     except (OSError, NotOwner) as error:
         raise StartError(f"the cluster map cannot be stored: {error}") from error
     _tell(recovered)

@@ -1,4 +1,4 @@
-"""The coordinator's server: an I/O shell around gateway and sequencer.
+"""The coordinator's server: an I/O shell around request handler and sequencer.
 
 One event loop. Clients' sockets and nodes' links bring messages; the cores queue batches and answers; once per tick
 (`_flush`, one `call_soon` however many messages came) every link and every client gets at most one write; a tick that
@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvtcp.cluster.keeper import MapKeeper, NotOwner, ends_of
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.map_store import MapStore, NotOwner, ends_of
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import (
     HEARTBEAT_MS,
@@ -36,16 +36,17 @@ from kvtcp.coordinator.latency import WriteTimes
 from kvtcp.coordinator.links import NodeLink
 from kvtcp.coordinator.redis_info import RedisInfo
 from kvtcp.coordinator.status import Status
-from kvtcp.coordinator.takeover import CannotServe, Predecessor, stale_store, wall_ms, wall_us
+from kvtcp.coordinator.takeover import CannotServe, Predecessor, stale_store
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.keyspace import Keyspace
-from kvtcp.frontend.native.gateway import RequestHandler
+from kvtcp.frontend.native.handler import RequestHandler
 from kvtcp.frontend.port import Port
 from kvtcp.frontend.resp.service import RespService
 from kvtcp.protocol.link import Report
 from kvtcp.replication.controller import Controller
 from kvtcp.replication.membership.recovery import StaleStore
 from kvtcp.replication.sequencing.link import Link
+from kvtcp.runtime.clock import wall_ms, wall_us
 
 log = logging.getLogger("kvtcp.coordinator")
 
@@ -65,55 +66,43 @@ class ClusterConfig:
 
 
 class CoordinatorServer:
-    """One coordinator: the client port, the links, the cores. It owns the map of `keeper` (see `own_map`)."""
+    """One coordinator: the client port, the links, the cores. It owns the map of `map_store` (see `own_map`)."""
 
-    def __init__(self, config: ClusterConfig, keeper: MapKeeper, before: Predecessor) -> None:
+    def __init__(self, config: ClusterConfig, map_store: MapStore, before: Predecessor) -> None:
         self.loop = asyncio.get_running_loop()
         self.address: tuple[str, int] = ("", 0)
         self.secret = config.secret
         self.local_sockets = config.local_sockets
-        self.keeper = keeper
-        keeper.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
-        keeper.on_crash = self.core_failed
+        self.map_store = map_store
+        map_store.changes.on_change.append(lambda stored: self.begin())  # a turn, in which the next listeners act
+        map_store.on_crash = self.core_failed
         self.controller = Controller(
-            keeper.changes,
-            durability=config.durability,
-            map_version_before=before.map_version,
-            stamp_before_ms=before.stamp_bound_ms,
-            new_token=lambda: secrets.token_bytes(16),
-        )
+            map_store.changes, durability=config.durability, map_version_before=before.map_version,
+            stamp_before_ms=before.stamp_bound_ms, new_token=lambda: secrets.token_bytes(16),
+        )  # fmt: skip
         self.controller.ownership.on_deposed = self._deposed
         self.sequencer = self.controller.sequencer
         self.links = {node: NodeLink(node, self.controller, self) for node in self.map.nodes}
         self.clients = Clients(lambda: int(self.loop.time() * 1000), lambda: self.sequencer.waiting_bytes)
         self.keyspace = Keyspace(self.map.shards)
         self.backups = Backups(
-            config.backup_dir,
-            self.sequencer,
-            self.keyspace,
-            begin=self.begin,
-            remember=self.remember_restoring,
+            config.backup_dir, self.sequencer, self.keyspace, begin=self.begin, remember=self.remember_restoring,
             start_task=self._start_task,
-        )
+        )  # fmt: skip
         self.file_done = self.backups.file_done  # of links
-        self.store_map = keeper.wake  # of the controller
+        self.store_map = map_store.wake  # of the controller
         self.write_times = WriteTimes(self.sequencer.shards, self.loop.time)
         self.status = Status(self.controller, self.links, self.clients, self.backups, self.write_times)
         administration = Administration(
-            self.controller,
-            self.backups,
-            self.status,
-            config.secret,
-            begin=self.begin,
-            act=lambda: self.controller.act(self),
-            start_task=self._start_task,
-        )
-        self.gateway = RequestHandler(self.sequencer, self.keyspace, administration.requests)
+            self.controller, self.backups, self.status, config.secret, begin=self.begin,
+            act=lambda: self.controller.act(self), start_task=self._start_task,
+        )  # fmt: skip
+        self.handler = RequestHandler(self.sequencer, self.keyspace, administration.requests)
         info = RedisInfo(self.status, self.clients, lambda: self.address[1])
         service = None
         if config.resp:
             service = RespService(self.sequencer, self.keyspace, info, self.clients.now_ms, wall_us, secrets.randbelow)
-        self.port = Port(self.clients, self.begin, self.requests_read, self.gateway, service)
+        self.port = Port(self.clients, self.begin, self.requests_read, self.handler, service)
         self.progressed_at = self.loop.time()  # when a node last reported
         self.on_node_removed: Callable[[str], None] = lambda node: None
         self.ready = asyncio.Event()  # the shards were taken over
@@ -209,7 +198,7 @@ class CoordinatorServer:
             link.close()
         if self.ready.is_set() and not self.failed.done() and not self._killed:
             await self._leave_time()
-        await self.keeper.close()
+        await self.map_store.close()
         self.failed.cancel()
         await asyncio.sleep(0)
 
@@ -259,7 +248,7 @@ class CoordinatorServer:
         """Store the last stamp, so that the next coordinator need not begin with the bound, seconds ahead."""
         stored: asyncio.Future[ClusterMap] = self.loop.create_future()
         self.controller.ownership.end(*ends_of(stored))
-        self.keeper.wake()
+        self.map_store.wake()
         try:
             async with asyncio.timeout(LEAVE_TIME_MS / 1000):
                 await stored
@@ -277,7 +266,7 @@ class CoordinatorServer:
     async def remember_restoring(self, prefix: bytes | None) -> None:
         """Store for the next coordinator which prefix is in pieces, None for none. Raises OSError."""
         try:
-            await self.keeper.change(lambda old: replace(old, restoring=prefix))
+            await self.map_store.change(lambda old: replace(old, restoring=prefix))
         except (NotOwner, ConfigStoreError) as error:
             raise OSError(f"the cluster map cannot be stored: {error}") from error
 

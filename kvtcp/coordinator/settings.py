@@ -98,11 +98,8 @@ def _check_ports(settings: Settings, nodes: Sequence[str]) -> dict[str, int]:
 
 
 def settle_nodes(
-    settings: Settings,
-    stored: ClusterMap | None,
-    spawned: Collection[str] | None,
-    directories: Collection[str] = (),
-) -> Nodes:
+    settings: Settings, stored: ClusterMap | None, spawned: Collection[str] | None, directories: Collection[str] = (),
+) -> Nodes:  # fmt: skip
     """Ids and addresses of the nodes. Raises StartError.
 
     Nodes of the map keep their ids. With --nodes all are started elsewhere. Else those are local that this data
@@ -148,13 +145,9 @@ def find_places(settings: Settings, spawned: Collection[str] | None, directories
     nodes = [] if settings.nodes is not None else directories
     nodes = [node for node in nodes if spawned is None or node in spawned]
     return Places(
-        settings.data_dir,
-        _local_host(settings),
-        settings.base_port,
-        _check_ports(settings, nodes),
-        [] if settings.nodes is None else parse_nodes(settings.nodes),
-        node_arguments(settings),
-    )
+        settings.data_dir, _local_host(settings), settings.base_port, _check_ports(settings, nodes),
+        [] if settings.nodes is None else parse_nodes(settings.nodes), node_arguments(settings),
+    )  # fmt: skip
 
 
 def node_arguments(settings: Settings) -> list[str]:

@@ -14,7 +14,6 @@ from kvtcp.constants import EVICT_AFTER_MS
 from kvtcp.coordinator.backups import Backups
 from kvtcp.coordinator.latency import WriteTimes
 from kvtcp.coordinator.links import NodeLink
-from kvtcp.coordinator.takeover import wall_ms
 from kvtcp.errors import show_bytes
 from kvtcp.frontend.clients import Clients
 from kvtcp.replication.controller import Controller
@@ -22,6 +21,7 @@ from kvtcp.replication.membership.learner import Learner
 from kvtcp.replication.membership.recovery import DOWN
 from kvtcp.replication.sequencing.link import Link
 from kvtcp.replication.sequencing.shard import Shard
+from kvtcp.runtime.clock import wall_ms
 
 _DEGRADED = {
     "down": "are down",
@@ -35,13 +35,9 @@ class Status:
     """One per coordinator. The server keeps `lag_ms` up to date."""
 
     def __init__(
-        self,
-        controller: Controller,
-        links: Mapping[str, NodeLink],
-        clients: Clients,
-        backups: Backups,
+        self, controller: Controller, links: Mapping[str, NodeLink], clients: Clients, backups: Backups,
         write_times: WriteTimes,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._controller = controller
         self._sequencer = controller.sequencer
         self._links = links

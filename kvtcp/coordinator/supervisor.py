@@ -155,12 +155,9 @@ class ChildProcess:
             if self._stopping.is_set():
                 return
             self.process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                env=environment,
+                *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, env=environment,
                 start_new_session=True,
-            )
+            )  # fmt: skip
         log.info("event=spawned node=%s pid=%s", self.node, self.process.pid)
 
     async def watch(self) -> None:

@@ -8,17 +8,17 @@ changed, neither in the store nor on a node: the store would catch up with its n
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvtcp.cluster.keeper import MapKeeper, NotOwner
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.map_store import MapStore, NotOwner
 from kvtcp.cluster.store import ConfigStoreError
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.coordinator.supervisor import Found
 from kvtcp.replication.ownership import next_epoch
+from kvtcp.runtime.clock import wall_ms
 
 
 class CannotServe(Exception):
@@ -37,18 +37,18 @@ class Predecessor:
     stamp_bound_ms: int = 0  # no stamp of the coordinators before was higher
 
 
-async def own_map(keeper: MapKeeper, first: ClusterMap) -> Predecessor:
+async def own_map(map_store: MapStore, first: ClusterMap) -> Predecessor:
     """Take the cluster over in the config store: begin the next epoch, or found the cluster with the map `first`, which
     also has the owner, the addresses and the bound of stamps of a new epoch.
 
     Raises CannotServe.
     """
     try:
-        if not keeper.is_founded:
-            await keeper.found(first)
+        if not map_store.is_founded:
+            await map_store.found(first)
             return Predecessor()
-        before = Predecessor(keeper.map.version, keeper.map.stamp_bound_ms)
-        await keeper.change(lambda old: next_epoch(old, first))
+        before = Predecessor(map_store.map.version, map_store.map.stamp_bound_ms)
+        await map_store.change(lambda old: next_epoch(old, first))
         return before
     except OSError as error:
         raise CannotServe(f"the cluster map cannot be stored: {error}") from error
@@ -57,42 +57,20 @@ async def own_map(keeper: MapKeeper, first: ClusterMap) -> Predecessor:
 
 
 def found_map(
-    *,
-    cluster: str,
-    shards: int,
-    factor: int,
-    min_insync: int,
-    durability: str,
-    nodes: Mapping[str, tuple[str, int]],
-) -> ClusterMap:
+    *, cluster: str, shards: int, factor: int, min_insync: int, durability: str, nodes: Mapping[str, tuple[str, int]],
+) -> ClusterMap:  # fmt: skip
     """The map of a new cluster with this coordinator as its owner. Raises ValueError for values that do not fit."""
     return ClusterMap.found(
-        cluster=cluster,
-        owner=uuid.uuid4().hex,
-        shards=shards,
-        factor=factor,
-        min_insync=min_insync,
-        durability=durability,
-        nodes=nodes,
-        stamp_bound_ms=wall_ms() + STAMP_AHEAD_MS,
-    )
+        cluster=cluster, owner=uuid.uuid4().hex, shards=shards, factor=factor, min_insync=min_insync,
+        durability=durability, nodes=nodes, stamp_bound_ms=wall_ms() + STAMP_AHEAD_MS,
+    )  # fmt: skip
 
 
-def wall_ms() -> int:
-    """The clock of the machine."""
-    return time.time_ns() // 1_000_000
-
-
-def wall_us() -> int:
-    """The same in us."""
-    return time.time_ns() // 1_000
-
-
-def check_store(keeper: MapKeeper, found: Mapping[str, Found]) -> None:
+def check_store(map_store: MapStore, found: Mapping[str, Found]) -> None:
     """Raise CannotServe if a node (by its id) knows more than the config store."""
-    epoch, version = (keeper.map.epoch, keeper.map.version) if keeper.is_founded else (0, 0)
+    epoch, version = (map_store.map.epoch, map_store.map.version) if map_store.is_founded else (0, 0)
     for node, answer in found.items():
-        if answer.promised > epoch and not keeper.is_founded:
+        if answer.promised > epoch and not map_store.is_founded:
             raise CannotServe(
                 f"node {node} promised epoch {answer.promised} to a coordinator of this cluster, and there is no "
                 "cluster map: map.json is missing in the coordinator's data directory; put its newest copy back, or "

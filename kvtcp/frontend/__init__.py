@@ -1,1 +1,1 @@
-"""How clients reach a coordinator: what every frontend shares, and one folder for each protocol."""
+"""The ways of clients into a coordinator: parts that all frontends share, and one folder for each protocol."""

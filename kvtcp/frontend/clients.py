@@ -1,11 +1,11 @@
 """Clients: the client connections of a coordinator, and the bytes they make it hold together.
 
-I/O shell, below every session whatever protocol it speaks. Each connection limits itself (caps.py); here are the limits
-of all of them: CLIENT_CONNECTIONS_MAX, and BUFFERED_BYTES_MAX for unfinished requests, unread answers and requests that
+I/O shell, below the sessions of every protocol. Each connection limits itself (connection.py); here are the limits of
+all of them: CLIENT_CONNECTIONS_MAX, and BUFFERED_BYTES_MAX for unfinished requests, unread answers and requests that
 wait for nodes. Over the second no client is read; if that does not help, the sessions that hold most are closed, with
 the reason in the log.
 
-Invariants: `sessions` are the open connections; `held_bytes` is the sum of what they put on the account; a session is
+Invariants: `sessions` are the open connections; `held_bytes` is the sum of their bytes on the account; a session is
 in `dirty` if it has something to send in this turn.
 """
 
@@ -28,43 +28,27 @@ FOR_STOP: Final = 8  # the server stops: never resumed
 
 
 class ConnectedClient(Protocol):
-    """What Clients needs of a connection."""
+    """A connection as Clients sees it. ClientConnection describes the methods."""
 
     peer: str
     out: list[bytes]
 
     @property
-    def outstanding(self) -> int:
-        """Requests without an answer, without the long ones."""
-
+    def outstanding(self) -> int: ...
     @property
-    def held_bytes(self) -> int:
-        """Bytes of an unfinished request and of unread answers."""
+    def held_bytes(self) -> int: ...
 
-    def pause(self, reason: int) -> None:
-        """Do not read the socket, for `reason`."""
-
-    def resume(self, reason: int) -> None:
-        """End the pause for `reason`."""
-
-    def flush(self) -> None:
-        """Write what was queued, with one call."""
-
-    def close(self) -> None:
-        """Close after what was written has been sent."""
-
-    def abort(self) -> None:
-        """Close at once."""
-
-    def check_unread(self) -> None:
-        """Take off the account what the client has read since the last flush."""
-
-    def frame_is_late(self, now_ms: int) -> bool:
-        """Whether a request was begun long ago and is still not complete."""
+    def pause(self, reason: int) -> None: ...
+    def resume(self, reason: int) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def check_unread(self) -> None: ...
+    def frame_is_late(self, now_ms: int) -> bool: ...
 
 
 class Clients:
-    """One per coordinator. `now_ms` is monotonic; `waiting_bytes` tells what requests that wait for nodes hold."""
+    """One per coordinator. `now_ms` is monotonic; `waiting_bytes` returns the bytes of requests that wait for nodes."""
 
     def __init__(self, now_ms: Callable[[], int], waiting_bytes: Callable[[], int]) -> None:
         self.now_ms = now_ms
@@ -81,7 +65,7 @@ class Clients:
     # --- connections --------------------------------------------------------------------------------
 
     def session_opened(self, session: ConnectedClient) -> None:
-        """Take in a connection that was made, or refuse it."""
+        """Add a connection that was made, or refuse it."""
         self.sessions.add(session)
         if len(self.sessions) > CLIENT_CONNECTIONS_MAX:
             log.warning("event=session-refused peer=%s reason=%s connections", session.peer, CLIENT_CONNECTIONS_MAX)
@@ -90,7 +74,7 @@ class Clients:
             session.pause(FOR_TOTAL)
 
     def session_closed(self, session: ConnectedClient) -> None:
-        """Forget a connection that is gone; what it asked for is still executed."""
+        """Forget a connection that is gone; its requests are still executed."""
         self.sessions.discard(session)
 
     def flush(self) -> None:
@@ -100,7 +84,7 @@ class Clients:
             session.flush()
 
     def tick(self) -> None:
-        """Close what is late, and look at what is held; every TICK_MS."""
+        """Close sessions with a late frame, and enforce the total; every TICK_MS."""
         now_ms = self.now_ms()
         for session in [s for s in self.sessions if s.frame_is_late(now_ms)]:
             log.warning("event=session-closed peer=%s reason=its frame was never finished", session.peer)
@@ -124,24 +108,24 @@ class Clients:
             session.abort()
 
     def close(self) -> None:
-        """Close all connections; what was written is sent."""
+        """Close all connections; answers that were written are sent."""
         for session in list(self.sessions):
             session.close()
 
     # --- the total ----------------------------------------------------------------------------------
 
     def account(self, difference_bytes: int) -> None:
-        """Count what a session holds more (or less) now. Enforced at once, as much can come within one tick."""
+        """Count the bytes by which a session's total changed. Enforced at once, as much can come within one tick."""
         self.held_bytes += difference_bytes
         if self.held_bytes > BUFFERED_BYTES_MAX:
             self._enforce_total()
 
     def _enforce_total(self) -> None:
-        """Keep what is held for all clients under BUFFERED_BYTES_MAX.
+        """Keep the bytes held for all clients under BUFFERED_BYTES_MAX.
 
-        Over it no client is read any more. What waits for nodes is gone after WRITE_WAIT_MS, but unfinished frames and
-        unread answers may stay for ever, and would keep all clients out: the sessions that hold most of them are
-        closed, at once as far as they are over the limit by themselves, else when waiting did not help.
+        Over it no client is read any more. Requests that wait for nodes are gone after WRITE_WAIT_MS, but unfinished
+        frames and unread answers may stay for ever, and would keep all clients out. The sessions that hold most of
+        them are closed: at once if these bytes alone are over the limit, else when waiting did not help.
         """
         held = held_by_sessions = sum(session.held_bytes for session in self.sessions)
         held += self._waiting_bytes()

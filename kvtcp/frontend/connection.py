@@ -1,13 +1,13 @@
-"""Client connections: what one of them may make the coordinator hold, whatever protocol it speaks.
+"""Client connections: how much one of them may make the coordinator hold, in any protocol.
 
 I/O shell, the base of all sessions. A client's socket is not read while its own limits are reached
 (CLIENT_OUTPUT_BYTES_MAX of answers it has not read, CLIENT_OUTSTANDING_MAX requests or CLIENT_INPUT_BYTES_MAX bytes not
 answered) or while the server holds BUFFERED_BYTES_MAX for all clients together (clients.py); others do not notice.
 
-Simplification: `input_bytes` is no sum over requests. It grows with what is read and shrinks, once per flush, by the
+Simplification: `input_bytes` is no sum over requests. It grows with every read and shrinks, once per flush, by the
 share of the outstanding requests that were answered, as if all were of one size. That saves bookkeeping on every
-request, and a write that waits for a missing node for long does not keep what came after it on the account. What such
-writes hold is bounded where they are: by the windows of the links.
+request, and a write that waits long for a missing node does not keep later requests on the account. The bytes of such
+writes are bounded by the windows of the links.
 """
 
 from __future__ import annotations
@@ -15,20 +15,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kvtcp.constants import (
-    CLIENT_INPUT_BYTES_MAX,
-    CLIENT_OUTPUT_BYTES_MAX,
-    CLIENT_OUTSTANDING_MAX,
-    FRAME_WAIT_MS,
-)
+from kvtcp.constants import CLIENT_INPUT_BYTES_MAX, CLIENT_OUTPUT_BYTES_MAX, CLIENT_OUTSTANDING_MAX, FRAME_WAIT_MS
 from kvtcp.errors import ProtocolError
 from kvtcp.frontend.clients import FOR_OUTPUT, FOR_OUTSTANDING, Clients
 from kvtcp.runtime.transport import Connection
 
 
 class ClientConnection(Connection):
-    """A client connection with limits. Subclasses count `outstanding`, call `begin` before they handle what they read,
-    and `bytes_read` after it. `requests_read` is called with the number of requests that a read made complete."""
+    """A client connection with limits. Subclasses count `outstanding`, call `begin` before they handle a read, and
+    `bytes_read` after it. `requests_read` is called with the number of requests that a read made complete."""
 
     outstanding = 0  # requests read and not answered, without the long ones
 
@@ -38,7 +33,7 @@ class ClientConnection(Connection):
         self.begin = begin
         self._requests_read = requests_read
         self.long = 0  # requests that take their time (backup, restore) and are not answered
-        self.input_bytes = 0  # bytes of what is outstanding, about
+        self.input_bytes = 0  # bytes of outstanding requests, about
         self._asked = 0  # outstanding requests as of the last flush, and those read since
         self.unread_bytes = 0  # answers in the transport's buffer, as of the last flush or tick
         self._paused_for = 0  # the reasons for not reading it now
@@ -49,7 +44,7 @@ class ClientConnection(Connection):
     @property
     def unfinished_bytes(self) -> int:
         """Bytes held of a request that is not complete."""
-        raise AssertionError("a session says what it holds")
+        raise AssertionError("a session has to count them")
 
     @property
     def held_bytes(self) -> int:
@@ -90,11 +85,11 @@ class ClientConnection(Connection):
         self._requests_read(complete)
 
     def eof_received(self) -> bool:
-        """Answer what was asked for before the client half-closed."""
+        """Answer the requests from before the half-close, then close."""
         self._half_closed = True
         if self.outstanding or self.long:
             return True
-        self.flush()  # what was answered in this tick
+        self.flush()  # the answers of this tick
         return False
 
     def closed(self, reason: str) -> None:
@@ -125,7 +120,7 @@ class ClientConnection(Connection):
             self.resume(FOR_OUTSTANDING)
 
     def close_now(self) -> None:
-        """Close; the transport sends what it has first."""
+        """Close; the transport sends its buffer first."""
         if self.transport is not None:
             self.transport.close()
 
@@ -157,13 +152,13 @@ class ClientConnection(Connection):
             self.transport.resume_reading()
 
     def check_unread(self) -> None:
-        """Look how much the client has not read yet: its reading the rest is no event."""
+        """Measure the unread answers again: no event comes when the client reads them."""
         if self.unread_bytes and self.transport is not None:
             self.unread_bytes = self.transport.get_write_buffer_size()
             self.account()
 
     def account(self) -> None:
-        """Put on the account of all clients what this session holds."""
+        """Put the bytes that this session holds on the account of all clients."""
         held_bytes = self.held_bytes
         difference_bytes = held_bytes - self._accounted_bytes
         self._accounted_bytes = held_bytes

@@ -1,6 +1,6 @@
 """The keyspace as clients see it: how many shards the keys are spread over, and which keys a restore has closed.
 
-Pure. One per coordinator, under all frontends: each asks here before it gives a request on keys to the sequencer. A
+Pure. One per coordinator, under all frontends, which check a request here before they give it to the sequencer. A
 restore closes the keys of its prefix at its start and opens them when it is complete.
 """
 

@@ -1,6 +1,6 @@
 """The copies of a node: how they come and go, and what of them is kept for others.
 
-Pure; the base of the Replica, which applies batches to them. Here is what the coordinator does with copies as a whole:
+Pure; the base of the Replicas, which applies batches to them. Here is what the coordinator does with copies as a whole:
 it completes one by entries of another member (`ship`) or replaces it by a pulled one (`loaded`, `published`), has it
 donated or dropped. What is written to a shard while its copy is being learned waits in a buffer (learning.py).
 
@@ -34,18 +34,13 @@ class CopySet:
     removed, which may take a while to be let go."""
 
     def __init__(
-        self,
-        new_disk: Callable[[], str],
-        copies: Iterable[Copy],
-        kept: Backlog | None,
-        promised: int,
-        generations: dict[int, int] | None,
-        retire: Callable[[Copy], None],
-    ) -> None:
+        self, new_disk: Callable[[], str], copies: Iterable[Copy], backlog: Backlog | None, promised: int,
+        generations: dict[int, int] | None, retire: Callable[[Copy], None],
+    ) -> None:  # fmt: skip
         self.copies: dict[int, Copy] = {}
         self.tables: dict[int, Table] = {}  # those of the complete copies, for the path of every operation
         self.promised = promised  # highest epoch accepted
-        self.kept = Backlog() if kept is None else kept  # entries that may be uncommitted, and recent ones
+        self.backlog = Backlog() if backlog is None else backlog  # entries that may be uncommitted, and recent ones
         self.learning: dict[int, Learning] = {}
         self.donations: dict[bytes, Donation] = {}  # by token; the server pops those that were taken, or are too old
         self.generations = {} if generations is None else generations
@@ -109,7 +104,7 @@ class CopySet:
         table = self.tables.get(shard)
         if table is None or not self.copies[shard].complete or after > table.seq:
             return None, None
-        known = self.kept.look_up(shard)
+        known = self.backlog.look_up(shard)
         chain = 0 if after == 0 else table.chain if after == table.seq else None
         if after in known:
             chain = known[after][3]
@@ -140,7 +135,7 @@ class CopySet:
             applied.append((shard, table.generation, table.seq, chain, entry))
         if applied:
             self._logged += applied
-            self.kept.add_shipped(shard, applied)
+            self.backlog.add_shipped(shard, applied)
         if learning is not None:
             if error is not None:
                 self._fail(shard, error)
@@ -154,7 +149,7 @@ class CopySet:
         if self._made:
             made, self._made = self._made, []
             self._logged += made
-            self.kept.add(self._batch_ordinal, made)
+            self.backlog.add(self._batch_ordinal, made)
         if self._made_results:
             self._results.add(self._made_results)
             self._made_results = []
@@ -178,7 +173,7 @@ class CopySet:
             learning.is_ready = copy.table.seq == last_seq
             # As long as it was no member it may have been told that more is committed than is.
             copy.commit = 0
-            self.kept.set_aside(shard)
+            self.backlog.set_aside(shard)
             answer = [copy.disk, copy.generation, True, *copy.table.position]
         self.tables.pop(shard, None)
         self.learning[shard] = learning
@@ -234,7 +229,7 @@ class CopySet:
             return False
         self._replace(shard, learning.copy)
         if learning.kept:
-            self.kept.add_shipped(shard, learning.kept)
+            self.backlog.add_shipped(shard, learning.kept)
         learning.copy.table.epoch = self.promised
         learning.is_ready = True
         self.catch_up()
@@ -248,7 +243,7 @@ class CopySet:
         else:
             self.copies[shard] = copy
         self._take_made()
-        self.kept.forget(shard)
+        self.backlog.forget(shard)
         self._results.forget(shard)
         if old is not None:
             self.generations[shard] = max(self.generations.get(shard, 0), old.generation)
@@ -292,7 +287,7 @@ class CopySet:
         last_seq = donation.frozen.seq
         if donation.position[1:] != (last_seq, donation.frozen.chain):
             return donation, []  # after an accepted loss history begins anew: the entries before it are nobody's
-        kept = [entry for entry in self.kept.of_shard(donation.shard) if entry[2] <= last_seq]
+        kept = [entry for entry in self.backlog.of_shard(donation.shard) if entry[2] <= last_seq]
         return donation, kept[-WINDOW_ITEMS_MAX:]  # what is older than a window is committed
 
     def catch_up(self, items_max: int = LEARN_APPLY_ITEMS) -> bool:
@@ -331,7 +326,7 @@ class CopySet:
         self._buffered_bytes -= size
         if made:
             self._logged += made
-            self.kept.add(self._batch_ordinal, made)
+            self.backlog.add(self._batch_ordinal, made)
             self._results.add(results)
         if gap:
             self._fail(shard, gap)

@@ -4,7 +4,7 @@ Pure: no loop, clock, file or log. First frames of callers, frames of the link, 
 lost connections come in as calls. What is to happen goes out as calls of three things that the caller hands over: the
 *connection* of a link, the `Persistence` of the node (what it must not forget, and when that is durable) and its
 `NodeProcess`: timers, transfers, the log, the end of the process. The node's server performs them with sockets, threads
-and a disk; a simulation performs them with its own. On top of the `Replica` nothing is decided but here.
+and a disk; a simulation performs them with its own. On top of the `Replicas` nothing is decided but here.
 
 - The newest accepted link is the only one. Older ones are closed with their unread input, and everything that was begun
   on them ends: what was learned, pulled, donated, backed up.
@@ -31,7 +31,7 @@ from kvtcp.errors import ProtocolError
 from kvtcp.node import access
 from kvtcp.node.access import Identity
 from kvtcp.node.learning import Donation, Learning
-from kvtcp.node.replica import FreezeRequest, Refused, Replica
+from kvtcp.node.replica import FreezeRequest, Refused, Replicas
 from kvtcp.protocol.link import (
     ASK,
     BACKUP,
@@ -105,7 +105,7 @@ class Persistence(Protocol):
     def when_durable(self, done: Callable[[], None]) -> None:
         """Call `done` when everything queued so far is durable."""
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """Make the promise, the map and the names of all copies durable as they are now, after everything queued so
         far; then call `done`."""
 
@@ -127,7 +127,7 @@ class InMemory:
         """Nothing is ever more durable than now."""
         done()
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """A restart remembers nothing."""
         done()
 
@@ -181,7 +181,7 @@ class NodeProcess(Protocol):
 class NodeCore:
     """One node. `persistence` may be replaced before the first call."""
 
-    def __init__(self, replica: Replica, process: NodeProcess, identity: Identity) -> None:
+    def __init__(self, replica: Replicas, process: NodeProcess, identity: Identity) -> None:
         self.replica = replica
         self.persistence: Persistence = InMemory()
         self.identity = identity
@@ -411,7 +411,7 @@ class NodeCore:
         """The answer may need an index of many entries, which is made in slices."""
         if link is not self.link:
             return
-        if self.replica.kept.index_some():
+        if self.replica.backlog.index_some():
             self.send((ENTRIES, shard, after, *self.replica.entries_after(shard, after)))
         else:
             self._process.later(PAUSE_MS, partial(self._fetch, link, shard, after))

@@ -25,7 +25,7 @@ from kvtcp.constants import (
     DONATION_IDLE_MS,
 )
 from kvtcp.node.learning import Donation
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.link import CHUNK
 from kvtcp.runtime.pacer import IdleWatch, Pacer
 from kvtcp.runtime.transport import FramedConnection
@@ -38,7 +38,7 @@ log = logging.getLogger("kvtcp.donation")
 class Donations:
     """What a node donates now: the frozen shards that wait, and those that are on their way."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, replica: Replica) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, replica: Replicas) -> None:
         self.loop = loop
         self.streams: set[DonationStream] = set()
         self._replica = replica
@@ -87,14 +87,9 @@ class DonationStream:
     """One frozen shard on its way to one learner."""
 
     def __init__(
-        self,
-        donations: Donations,
-        connection: FramedConnection,
-        donation: Donation,
-        pieces: Iterator[bytes],
+        self, donations: Donations, connection: FramedConnection, donation: Donation, pieces: Iterator[bytes],
         on_end: Callable[[DonationStream], None],
-    ) -> None:
-        self._donations = donations
+    ) -> None:  # fmt: skip
         self._connection = connection
         self._donation = donation
         self._pieces = pieces

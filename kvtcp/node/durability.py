@@ -36,7 +36,7 @@ from kvtcp.constants import (
     SNAPSHOT_SHARE_URGENT,
     SPACE_LOOK_MS,
 )
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.node.snapshots import SnapshotJob
 from kvtcp.runtime.worker import Worker
 from kvtcp.storage.disk.log import Prepared
@@ -78,16 +78,10 @@ class Durability:
     """The disk of one running node. All methods belong to the loop."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        store: NodeStore,
-        *,
-        on_durable: Callable[[Connection, int], None],
-        on_failed: Callable[[BaseException], None],
-        on_space: Callable[[int], None],
-        freeze: Callable[[int], tuple[Frozen, list[Logged]]],
-        snapshot_log_bytes: int = SNAPSHOT_LOG_BYTES,
-    ) -> None:
+        self, loop: asyncio.AbstractEventLoop, store: NodeStore, *, on_durable: Callable[[Connection, int], None],
+        on_failed: Callable[[BaseException], None], on_space: Callable[[int], None],
+        freeze: Callable[[int], tuple[Frozen, list[Logged]]], snapshot_log_bytes: int = SNAPSHOT_LOG_BYTES,
+    ) -> None:  # fmt: skip
         self.store = store
         self.space = 0  # level, as in the SPACE frame
         self.failure: BaseException | None = None
@@ -223,7 +217,7 @@ class Durability:
         """Call `done` when everything appended so far is durable."""
         self._job(None, lambda _: done())
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """Write promise, map and copies of a replica as they are now, when everything appended so far is durable; then
         call `done`."""
         manifest = self.store.manifest
@@ -237,11 +231,9 @@ class Durability:
         self._job(lambda: self.store.write_manifest(data), lambda _: done())
 
     def change_copies(
-        self,
-        copies: Iterable[Copy],
-        pulled: tuple[SnapshotHeader, int] | None = None,
+        self, copies: Iterable[Copy], pulled: tuple[SnapshotHeader, int] | None = None,
         done: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Make durable that copies were dropped, or that one was replaced by a `pulled` one, when everything appended
         so far is; what is appended later is durable after it. Then call `done`."""
         manifest, paths = self.store.begin_change(copies, pulled)

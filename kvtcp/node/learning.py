@@ -32,18 +32,8 @@ class Learning:
     """One shard that is being learned."""
 
     __slots__ = (
-        "buffer",
-        "bytes",
-        "copy",
-        "disk",
-        "fresh",
-        "generation",
-        "is_ready",
-        "kept",
-        "last_seq",
-        "seen_seq",
-        "shard",
-    )
+        "buffer", "bytes", "copy", "disk", "fresh", "generation", "is_ready", "kept", "last_seq", "seen_seq", "shard",
+    )  # fmt: skip
 
     def __init__(self, shard: int, last_seq: int, disk: str, generation: int, copy: Copy | None) -> None:
         """`copy` None: it is to be pulled, as one of this disk and generation."""

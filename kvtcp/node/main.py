@@ -130,23 +130,16 @@ def recover(options: argparse.Namespace) -> NodeStore | None:
 
 
 async def serve(
-    options: argparse.Namespace,
-    directory: DataDirectory,
-    fields: dict[str, Any],
-    store: NodeStore | None,
+    options: argparse.Namespace, directory: DataDirectory, fields: dict[str, Any], store: NodeStore | None,
     bound: socket.socket,
-) -> int:
+) -> int:  # fmt: skip
     """Serve until a signal or the coordinator says stop."""
     server = NodeServer(
-        options.id,
-        cluster=fields.get("cluster"),
-        secret=fields.get("secret"),
+        options.id, cluster=fields.get("cluster"), secret=fields.get("secret"),
         on_identity=lambda cluster, secret: directory.write({"cluster": cluster, "secret": secret, "node": options.id}),
-        spawned=options.spawned,
-        orphan_ms=options.orphan_ms,
-        store=store,
+        spawned=options.spawned, orphan_ms=options.orphan_ms, store=store,
         snapshot_log_bytes=int(options.snapshot_log_mib * MIB),
-    )
+    )  # fmt: skip
     # the loop waits for the interpreter no longer than this while a worker has it: p99 of puts is a quarter less
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     process.on_stop_signals(server.leave)

@@ -46,12 +46,9 @@ class Pulls:
     """All transfers to a node that are under way, and the thread that makes tables of them."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        core: NodeCore,
-        durability: Durability | None,
+        self, loop: asyncio.AbstractEventLoop, core: NodeCore, durability: Durability | None,
         on_failed: Callable[[BaseException], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.loop = loop
         self.core = core
         self.durability = durability

@@ -82,28 +82,18 @@ class FreezeRequest:
         self.frozen = frozen
 
 
-class Replica(CopySet):
+class Replicas(CopySet):
     """All copies of one node. `new_disk` makes the uuid of a copy that did not exist before; `copies`, `promised`,
     `coordinator`, `cluster_map` and `generations` are what the node remembers from before. `retire` is called with
     copies that are replaced or removed, which may take a while to be let go."""
 
     def __init__(
-        self,
-        node: str,
-        pid: int,
-        new_disk: Callable[[], str],
-        durability: str = "memory",
-        copies: Iterable[Copy] = (),
-        kept: Backlog | None = None,
-        promised: int = 0,
-        coordinator: str = "",
-        map_version: int = 0,
-        stamp_ms: int = 0,
-        cluster_map: bytes = b"",
-        generations: dict[int, int] | None = None,
+        self, node: str, pid: int, new_disk: Callable[[], str], durability: str = "memory",
+        copies: Iterable[Copy] = (), backlog: Backlog | None = None, promised: int = 0, coordinator: str = "",
+        map_version: int = 0, stamp_ms: int = 0, cluster_map: bytes = b"", generations: dict[int, int] | None = None,
         retire: Callable[[Copy], None] = lambda _: None,
-    ) -> None:
-        super().__init__(new_disk, copies, kept, promised, generations, retire)
+    ) -> None:  # fmt: skip
+        super().__init__(new_disk, copies, backlog, promised, generations, retire)
         self.node = node
         self.pid = pid
         self.durability = durability
@@ -144,7 +134,7 @@ class Replica(CopySet):
         self.applied = self._batch_ordinal = self.results_bytes = 0
         self._items = iter(())
         self._made, self._made_results = [], []
-        self.kept.new_link()
+        self.backlog.new_link()
         report = self.report()
         self.map_version = max(self.map_version, fields[b"map_version"])
         self.map = fields.get(b"map") or b""
@@ -177,7 +167,7 @@ class Replica(CopySet):
     def begin(self, stamp_ms: int, commit: int, items: Sequence[Sequence[Any]]) -> None:
         """A batch: it is applied by `run`. `commit` as in the BATCH frame."""
         assert self.applied == self._batch_ordinal, "a batch is finished before the next one begins"
-        committed = self.kept.commit(commit)
+        committed = self.backlog.commit(commit)
         for shard, seq in committed.items():
             self.copies[shard].commit = seq
         if self._results:

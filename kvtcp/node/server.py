@@ -29,7 +29,7 @@ from kvtcp.node.donor import Donations
 from kvtcp.node.durability import Durability
 from kvtcp.node.learning import Learning
 from kvtcp.node.puller import Pulls
-from kvtcp.node.replica import FreezeRequest, Replica
+from kvtcp.node.replica import FreezeRequest, Replicas
 from kvtcp.node.stats import NodeStats
 from kvtcp.protocol.link import STATS
 from kvtcp.storage.disk.store import NodeStore
@@ -44,18 +44,11 @@ class NodeServer:
     """One node: its core, its port, its disk."""
 
     def __init__(
-        self,
-        node: str,
-        *,
-        cluster: str | None = None,
-        secret: str | None = None,
-        on_identity: Callable[[str, str], None] | None = None,
-        on_stop: Callable[[], None] | None = None,
-        spawned: bool = False,
-        orphan_ms: int = ORPHAN_MS,
-        store: NodeStore | None = None,
+        self, node: str, *, cluster: str | None = None, secret: str | None = None,
+        on_identity: Callable[[str, str], None] | None = None, on_stop: Callable[[], None] | None = None,
+        spawned: bool = False, orphan_ms: int = ORPHAN_MS, store: NodeStore | None = None,
         snapshot_log_bytes: int = SNAPSHOT_LOG_BYTES,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`cluster` and `secret` None: the first coordinator that says HELLO founds them. `store` None keeps everything
         in memory."""
         self.loop = asyncio.get_running_loop()
@@ -81,12 +74,9 @@ class NodeServer:
         self.donations = Donations(self.loop, self.replica)
         self.pulls = Pulls(self.loop, self.core, self.durability, self.failed)
         self._stats = NodeStats(
-            self.loop,
-            self.replica,
-            self.durability,
-            lambda: self.pulls.bytes_total,
+            self.loop, self.replica, self.durability, lambda: self.pulls.bytes_total,
             lambda stats: self.core.send((STATS, stats)),
-        )
+        )  # fmt: skip
 
     @property
     def cluster(self) -> str | None:
@@ -104,14 +94,10 @@ class NodeServer:
     def _open(self, store: NodeStore, snapshot_log_bytes: int) -> Durability:
         replica = self.replica
         return Durability(
-            self.loop,
-            store,
-            on_durable=self.core.durable,
-            on_failed=self.failed,
-            on_space=self.core.space_changed,
-            freeze=lambda shard: (replica.copies[shard].table.freeze(), replica.kept.of_shard(shard)),
+            self.loop, store, on_durable=self.core.durable, on_failed=self.failed, on_space=self.core.space_changed,
+            freeze=lambda shard: (replica.copies[shard].table.freeze(), replica.backlog.of_shard(shard)),
             snapshot_log_bytes=snapshot_log_bytes,
-        )
+        )  # fmt: skip
 
     async def start(
         self, host: str, port: int, bound: socket.socket | None = None, local: Path | None = None
@@ -255,22 +241,13 @@ class NodeServer:
         await asyncio.sleep(0)
 
 
-def _replica_of(node: str, store: NodeStore | None, retire: Callable[[Copy], None]) -> Replica:
+def _replica_of(node: str, store: NodeStore | None, retire: Callable[[Copy], None]) -> Replicas:
     """The replica of a new node, or one with what was recovered."""
     if store is None:
-        return Replica(node, os.getpid(), lambda: secrets.token_hex(8), retire=retire)
+        return Replicas(node, os.getpid(), lambda: secrets.token_hex(8), retire=retire)
     manifest = store.manifest
-    return Replica(
-        node,
-        os.getpid(),
-        lambda: secrets.token_hex(8),
-        manifest.durability,
-        store.copies.values(),
-        store.backlog,
-        manifest.promised,
-        manifest.coordinator,
-        manifest.map_version,
-        cluster_map=manifest.map,
-        generations=manifest.generations,
-        retire=retire,
-    )
+    return Replicas(
+        node, os.getpid(), lambda: secrets.token_hex(8), manifest.durability, store.copies.values(), store.backlog,
+        manifest.promised, manifest.coordinator, manifest.map_version, cluster_map=manifest.map,
+        generations=manifest.generations, retire=retire,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from kvtcp.constants import KIB, LAG_LOOK_MS, STATS_MS
 from kvtcp.node.durability import Durability
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 
 STATM: Final = Path("/proc/self/statm")
 
@@ -26,13 +26,9 @@ class NodeStats:
     """Tells the figures by `tell` as long as it runs."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        replica: Replica,
-        durability: Durability | None,
-        pulled_bytes: Callable[[], int],
-        tell: Callable[[dict[str, Any]], None],
-    ) -> None:
+        self, loop: asyncio.AbstractEventLoop, replica: Replicas, durability: Durability | None,
+        pulled_bytes: Callable[[], int], tell: Callable[[dict[str, Any]], None],
+    ) -> None:  # fmt: skip
         """`pulled_bytes` is how many bytes of whole copies came from other nodes."""
         self._loop = loop
         self._replica = replica

@@ -1,4 +1,4 @@
-"""Which shard a key belongs to.
+"""The shard of a key.
 
 Pure. CRC-16/XMODEM of the key modulo the number of shards, the CRC of Redis Cluster's slots (`binascii.crc_hqx` is
 that CRC in C). If the key contains a `{` followed later by a `}` with at least one byte between, only the bytes between

@@ -5,12 +5,12 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     coordinator -> node
     HELLO    [1, {version, cluster, secret, epoch, coordinator, link, node, durability, map_version, heard_version, map,
              shards}]   first frame of a link; map is the cluster map as JSON; heard_version the version of it that this
-             node has stored, or its directory is an older copy; shards the node's numbers
+             node has stored, unless its directory is an older copy; shards the node's numbers
     BATCH    [3, stamp_ms, commit, items]       the items of one tick; operations.py has their layout
     STOP     [7]                                stop the process cleanly
     FETCH    [8, shard, after]                  send the entries after number `after`
     SHIP     [10, shard, entries]               apply these entries of another member, by their effects
-    PULL     [13, shard, host, port, token]     fetch the copy that the node at this address donates under this token
+    PULL     [13, shard, host, port, token]     fetch the copy that the node at this address offers under this token
 
     node -> coordinator
     REPORT   [2, {node, pid, version, durability, stamp_ms, promised, map_version, space, shards, damage}]
@@ -20,13 +20,12 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     BACKUP   [5, name, file or nil, error or nil]   the node's file of a backup is finished (or failed)
     ENTRIES  [9, shard, after, chain, entries]  to FETCH: the chain at `after`, nil if the node no longer knows it, and
              [[chain, packed entry], ...] from there on, as many as fit a batch; nil if the node does not have them
-    SHIPPED  [11, shard, epoch, seq, chain, error]  to SHIP, when durable: the position, and nil or why not all
+    SHIPPED  [11, shard, epoch, seq, chain, error]  to SHIP, when durable: the position, and nil or the reason of a stop
     SPACE    [12, level]                        disk space: 0 enough, 1 no growing writes, 2 no writes at all
     LEARNED  [15, shard, disk, generation, epoch, seq, chain]   a copy that was being learned is complete, live, and
              durable up to this position
     LEARN_FAILED  [16, shard, reason]           it cannot be learned; items of it are passed over from here on
-    LEAVE    [19]                               the node is about to stop: it is let go from the in-sync sets, then told
-             STOP
+    LEAVE    [19]                               the node is about to stop: it leaves the in-sync sets, then gets STOP
     TOLD     [21, {as in REPORT, and map, linked}]      answer to ASK when that is durable; then the node closes
              the connection. map is the cluster map as the last HELLO brought it, nil without one; linked: whether a
              coordinator has a link to the node
@@ -34,8 +33,8 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
              once a second
 
     coordinator -> node, on a connection of its own
-    ASK      [20, {version, cluster, secret, node}]     first frame; node may be empty: whoever is there. It changes
-             nothing. The answer is TOLD or REFUSED
+    ASK      [20, {version, cluster, secret, node}]     first frame; node may be empty: any node. It changes nothing.
+             The answer is TOLD or REFUSED
 
     node -> node, on a connection of its own
     GIVE     [14, {version, cluster, secret, token, directory, generation}]     first frame, to the node that donates;
@@ -43,16 +42,15 @@ Pure. `[kind, ...]`, kinds are numbers on the wire and are never used again for 
     CHUNK    [18, bytes]                        answer: the bytes of a snapshot file in pieces; an empty one is the end
     REFUSED  as above                           instead of chunks
 
-What a report says is durable, and nothing older than the link changes it any more. The frames of a link are worked off
-in their order, batches and others alike.
-Every item of a link has an ordinal 1, 2, 3... since HELLO. `commit` is the ordinal up to which every write of the link
-is committed; -1 while anything that the node had before the link is not. `applied` and `durable` are ordinals: all
-items up to them are applied, and durable by the chosen mode. `results` has one result per read and per write with the
-answer bit, in order, of the items since the last RESULTS. `flags` are the shards that hold keys past their deadline.
-Durable ordinals fall on ends of batches.
+The contents of a report are durable, and nothing older than the link changes them. The frames of a link are handled in
+their order, batches and others alike. Every item of a link has an ordinal 1, 2, 3... since HELLO. `commit` is the
+ordinal up to which every write of the link is committed; -1 while an entry from before the link is not. `applied` and
+`durable` are ordinals: all items up to them are applied, and durable by the chosen mode. `results` has one result per
+read and per write with the answer bit, in order, of the items since the last RESULTS. `flags` are the shards that hold
+keys past their deadline. Durable ordinals fall on ends of batches.
 
 While a shard is *learned* (LEARN in operations.py) its items are buffered and their ordinals acknowledged as if they
-were applied; only what LEARNED says, and what is durable after it, counts.
+were applied; only LEARNED, and entries that are durable after it, count.
 """
 
 from __future__ import annotations
@@ -89,21 +87,21 @@ LINK_VERSION: Final = 3
 
 
 class CopyReport(NamedTuple):
-    """What a node says of its copy of one shard. Epoch, number and chain are the position, as far as it is durable."""
+    """A node's report of its copy of one shard. Epoch, number and chain are the position, as far as it is durable."""
 
-    disk: str
+    replica_id: str
     generation: int = 1
     complete: bool = True
     epoch: int = 0
     seq: int = 0
     chain: int = 0
-    commit: int = 0  # highest number it was told to be committed; a hint
-    damage: str = ""  # what the node found wrong with it, for people
+    commit: int = 0  # highest number that the node knows to be committed; a hint
+    damage: str = ""  # the fault that the node found in it, for people
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a node says when it accepted a HELLO."""
+    """The answer of a node that accepted a HELLO."""
 
     node: str
     pid: int
@@ -141,8 +139,8 @@ def parse_report(fields: Any) -> Report:
             if list(map(type, row)) != _COPY_TYPES or row[0] in copies:
                 raise ProtocolError("a report has a row for each copy: shard, disk, generation, complete, "
                                     "epoch, seq, chain, commit")  # fmt: skip
-            shard, disk, *rest = row
-            copies[shard] = CopyReport._make([disk.decode(), *rest, damage.get(shard, "")])
+            shard, replica_id, *rest = row
+            copies[shard] = CopyReport._make([replica_id.decode(), *rest, damage.get(shard, "")])
         node, durability = fields[b"node"].decode(), fields[b"durability"].decode()
     except (TypeError, ValueError, AttributeError) as error:  # of other shapes, or text that is none
         raise ProtocolError(f"a report that cannot be read: {error}") from error
@@ -154,11 +152,11 @@ def parse_report(fields: Any) -> Report:
 
 @dataclass(frozen=True)
 class Told:
-    """What a node says when it is asked."""
+    """The answer of a node to ASK."""
 
     report: Report  # `promised` and `map_version` are those of the last HELLO; 0 = there was none
     map: bytes  # the cluster map of that HELLO as JSON; empty = it had none
-    linked: bool  # a coordinator has a link to the node: what it has may change at once
+    linked: bool  # a coordinator has a link to the node: its copies may change at once
 
 
 def parse_told(fields: Any) -> Told:

@@ -1,10 +1,10 @@
 """The message table: every request a client may send, checked and normalized before anything acts on it.
 
 Pure. A request is `[id, op, ...args]`. `REQUESTS` is the one table of operations: the coordinator, clients and tests
-read there how an operation is checked, what it changes and which keys it touches. `REQUESTS[op].check(message)` returns
+read there how an operation is checked, its effect and the keys it touches. `REQUESTS[op].check(message)` returns
 the arguments as one tuple, in the order and with the types the comment of its checker gives, or raises RequestError
-with a sentence that names the argument and the limit. `id` is checked by `request_id`: without it there is nobody to
-answer, so its error closes the connection.
+with a sentence that names the argument and the limit. `id` is checked by `request_id`: a request without it cannot be
+answered, so its error closes the connection.
 
 Replies: `[id, 0, result]`, `[id, 1, progress]` (any number of them before the last), `[id, code, message, details]`.
 `docs/protocol.md` shows the whole table with results and errors for people who write a client.
@@ -59,14 +59,9 @@ def prefix_bounds(prefix: bytes) -> tuple[bytes, bytes | None]:
 
 
 _KINDS: Final[dict[type, str]] = {
-    type(None): "nil",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a float",
-    bytes: "bytes",
-    list: "an array",
+    type(None): "nil", bool: "a boolean", int: "an integer", float: "a float", bytes: "bytes", list: "an array",
     dict: "a map",
-}
+}  # fmt: skip
 
 
 def _kind(value: object) -> str:
@@ -78,6 +73,10 @@ def _refuse(text: str, **details: Any) -> RequestError:
     return RequestError(text, Code.BAD_REQUEST, details)
 
 
+def _too_large(text: str, **details: int) -> RequestError:
+    return RequestError(text, Code.TOO_LARGE, details)
+
+
 def check_key(key: object) -> bytes:
     """A key: 1..KEY_BYTES_MAX bytes."""
     if type(key) is not bytes:
@@ -86,11 +85,8 @@ def check_key(key: object) -> bytes:
         return key
     if not key:
         raise _refuse("a key must not be empty", key_bytes=0, key_bytes_min=1)
-    raise RequestError(
-        f"the key {show_bytes(key)} is over the limit of {KEY_BYTES_MAX} bytes",
-        Code.TOO_LARGE,
-        {"key_bytes": len(key), "key_bytes_max": KEY_BYTES_MAX},
-    )
+    text = f"the key {show_bytes(key)} is over the limit of {KEY_BYTES_MAX} bytes"
+    raise _too_large(text, key_bytes=len(key), key_bytes_max=KEY_BYTES_MAX)
 
 
 def check_value(value: object, key: bytes) -> bytes:
@@ -98,11 +94,8 @@ def check_value(value: object, key: bytes) -> bytes:
     if type(value) is not bytes:
         raise _refuse(f"the value of {show_bytes(key)} must be bytes or text, not {_kind(value)}")
     if len(value) > VALUE_BYTES_MAX:
-        raise RequestError(
-            f"the value of {show_bytes(key)} has {len(value)} bytes, the limit is {VALUE_BYTES_MAX}",
-            Code.TOO_LARGE,
-            {"value_bytes": len(value), "value_bytes_max": VALUE_BYTES_MAX},
-        )
+        text = f"the value of {show_bytes(key)} has {len(value)} bytes, the limit is {VALUE_BYTES_MAX}"
+        raise _too_large(text, value_bytes=len(value), value_bytes_max=VALUE_BYTES_MAX)
     return value
 
 
@@ -111,7 +104,7 @@ def _arity(message: Message, low: int, high: int, usage: str) -> None:
         raise _refuse(f"wrong number of arguments: {len(message) - 2}; it is {usage}")
 
 
-def _options(message: Message, index: int, names: frozenset[bytes]) -> Mapping[bytes, Any]:
+def _options(message: Message, index: int, *names: bytes) -> Mapping[bytes, Any]:
     if len(message) <= index:
         return {}
     options = message[index]
@@ -150,11 +143,12 @@ def _bound(bound: object, name: str) -> bytes | None:
     if type(bound) is not bytes:
         raise _refuse(f"{name} must be bytes, text or nil, not {_kind(bound)}")
     if len(bound) > KEY_BYTES_MAX + 1:  # one more: the smallest key above a longest key
-        raise RequestError(f"{name} is over the limit of {KEY_BYTES_MAX + 1} bytes", Code.TOO_LARGE)
+        raise _too_large(f"{name} is over the limit of {KEY_BYTES_MAX + 1} bytes")
     return bound
 
 
-def _condition(options: Mapping[bytes, Any], key: bytes) -> tuple[bytes | None, int | None]:
+def _condition(message: Message, index: int, key: bytes) -> tuple[bytes | None, int | None]:
+    options = _options(message, index, b"value", b"rev")
     value, rev = options.get(b"value"), options.get(b"rev")
     if value is not None and rev is not None:
         raise _refuse("give one condition, value or rev, not both")
@@ -181,11 +175,8 @@ def _hello(m: Message) -> tuple[int, str]:  # version, client name
     _arity(m, 2, 2, "hello version name")
     version = _integer(m[2], "version", 1, 2**31)
     if version != PROTOCOL_VERSION:
-        raise RequestError(
-            f"protocol version {version} is not supported, this server speaks {PROTOCOL_VERSION}",
-            Code.VERSION,
-            {"version": PROTOCOL_VERSION},
-        )
+        text = f"protocol version {version} is not supported, this server speaks {PROTOCOL_VERSION}"
+        raise RequestError(text, Code.VERSION, {"version": PROTOCOL_VERSION})
     return version, _name(m[3], "the client's name")
 
 
@@ -197,18 +188,13 @@ def _key_only(usage: str) -> Checker:
     return check
 
 
-_PUT_OPTIONS = frozenset({b"ttl_ms", b"keep_ttl"})
-_TTL_OPTIONS = frozenset({b"ttl_ms"})
-_CONDITIONS = frozenset({b"value", b"rev"})
-
-
 def _put(m: Message) -> tuple[bytes, bytes, int | None, bool]:  # key, value, ttl_ms, keep_ttl
     _arity(m, 2, 3, "put key value {ttl_ms, keep_ttl}")
     key = check_key(m[2])
     value = check_value(m[3], key)
     if len(m) == 4:
         return key, value, None, False
-    options = _options(m, 4, _PUT_OPTIONS)
+    options = _options(m, 4, b"ttl_ms", b"keep_ttl")
     ttl_ms, keep_ttl = _ttl_ms(options), _boolean(options, b"keep_ttl")
     if keep_ttl and ttl_ms is not None:
         raise _refuse("give ttl_ms or keep_ttl, not both")
@@ -218,20 +204,20 @@ def _put(m: Message) -> tuple[bytes, bytes, int | None, bool]:  # key, value, tt
 def _add(m: Message) -> tuple[bytes, bytes, int | None]:  # key, value, ttl_ms
     _arity(m, 2, 3, "add key value {ttl_ms}")
     key = check_key(m[2])
-    return key, check_value(m[3], key), _ttl_ms(_options(m, 4, _TTL_OPTIONS))
+    return key, check_value(m[3], key), _ttl_ms(_options(m, 4, b"ttl_ms"))
 
 
 def _delete(m: Message) -> tuple[bytes, bytes | None, int | None]:  # key, if_value, if_rev
     _arity(m, 1, 2, "delete key {value or rev}")
     key = check_key(m[2])
-    return key, *_condition(_options(m, 3, _CONDITIONS), key)
+    return key, *_condition(m, 3, key)
 
 
 def _cas(m: Message) -> tuple[bytes, bytes, bytes | None, int | None]:  # key, value, if_value, if_rev
     _arity(m, 3, 3, "cas key value {value or rev}")
     key = check_key(m[2])
     value = check_value(m[3], key)
-    if_value, if_rev = _condition(_options(m, 4, _CONDITIONS), key)
+    if_value, if_rev = _condition(m, 4, key)
     if if_value is None and if_rev is None:
         raise _refuse("cas needs exactly one condition, value or rev")
     return key, value, if_value, if_rev
@@ -256,11 +242,8 @@ def _multi_list(m: Message, usage: str) -> list[Any]:
     if type(items) is not list:
         raise _refuse(f"the first argument must be an array; it is {usage}")
     if len(items) > MULTI_KEYS_MAX:
-        raise RequestError(
-            f"{len(items)} keys in one request are over the limit of {MULTI_KEYS_MAX}",
-            Code.TOO_LARGE,
-            {"keys": len(items), "keys_max": MULTI_KEYS_MAX},
-        )
+        text = f"{len(items)} keys in one request are over the limit of {MULTI_KEYS_MAX}"
+        raise _too_large(text, keys=len(items), keys_max=MULTI_KEYS_MAX)
     return items
 
 
@@ -282,18 +265,15 @@ def _mput(m: Message) -> tuple[list[list[Any]]]:  # [[key, value] or [key, value
         if len(item) == 3 and item[2] is not None:
             _integer(item[2], "ttl_ms", 1, TTL_MS_MAX)
     if total_bytes > MULTI_BYTES_MAX:
-        raise RequestError(f"{total_bytes} bytes in one mput are over the limit of {MULTI_BYTES_MAX}", Code.TOO_LARGE)
+        raise _too_large(f"{total_bytes} bytes in one mput are over the limit of {MULTI_BYTES_MAX}")
     return (items,)
 
 
-_SCAN_OPTIONS = frozenset({b"reverse", b"keys_only", b"prefix", b"cursor"})
-_COUNT_OPTIONS = frozenset({b"prefix"})
-CURSOR_FORWARD: Final = 0x3E  # ">": the rest are keys at or above the one in the cursor
-CURSOR_REVERSE: Final = 0x3C  # "<": the rest are keys below it
-
-
 def make_cursor(last_key: bytes, reverse: bool) -> bytes:
-    """The cursor after a page that ended with `last_key`. Opaque to clients: direction byte and bound."""
+    """The cursor after a page that ended with `last_key`. Opaque to clients.
+
+    It is `>` and the lower bound of the rest, or `<` and the upper bound.
+    """
     return b"<" + last_key if reverse else b">" + last_key + b"\0"
 
 
@@ -308,18 +288,16 @@ def _scan(m: Message) -> tuple[bytes, bytes | None, int, bool, bool]:
     _arity(m, 3, 4, "scan lower upper limit {reverse, keys_only, prefix, cursor}")
     lower, upper = _bound(m[2], "lower") or b"", _bound(m[3], "upper")
     limit = _integer(m[4], "limit", 1, PAGE_ITEMS_MAX)
-    options = _options(m, 5, _SCAN_OPTIONS)
+    options = _options(m, 5, b"reverse", b"keys_only", b"prefix", b"cursor")
     reverse, keys_only = _boolean(options, b"reverse"), _boolean(options, b"keys_only")
     prefix = _bound(options.get(b"prefix"), "prefix")
     if prefix:
         lower, upper = _narrow(lower, upper, *prefix_bounds(prefix))
     cursor = options.get(b"cursor")
     if cursor is not None:
-        if type(cursor) is not bytes or not 1 < len(cursor) <= KEY_BYTES_MAX + 2:
+        if type(cursor) is not bytes or not 1 < len(cursor) <= KEY_BYTES_MAX + 2 or cursor[0] not in b"<>":
             raise _refuse("the cursor is not one that a scan returned")
-        if cursor[0] not in (CURSOR_FORWARD, CURSOR_REVERSE):
-            raise _refuse("the cursor is not one that a scan returned")
-        if cursor[0] != (CURSOR_REVERSE if reverse else CURSOR_FORWARD):
+        if not cursor.startswith(b"<" if reverse else b">"):
             raise _refuse("the cursor belongs to a scan in the other direction")
         low, high = (b"", cursor[1:]) if reverse else (cursor[1:], None)
         lower, upper = _narrow(lower, upper, low, high)
@@ -329,7 +307,7 @@ def _scan(m: Message) -> tuple[bytes, bytes | None, int, bool, bool]:
 def _count(m: Message) -> tuple[bytes, bytes | None]:  # lower, upper
     _arity(m, 2, 3, "count lower upper {prefix}")
     lower, upper = _bound(m[2], "lower") or b"", _bound(m[3], "upper")
-    prefix = _bound(_options(m, 4, _COUNT_OPTIONS).get(b"prefix"), "prefix")
+    prefix = _bound(_options(m, 4, b"prefix").get(b"prefix"), "prefix")
     return _narrow(lower, upper, *prefix_bounds(prefix)) if prefix else (lower, upper)
 
 
@@ -346,12 +324,9 @@ def _backup(m: Message) -> tuple[str | None]:  # name, None = made from the time
     return (_name(m[2], "the backup's name") if len(m) == 3 and m[2] is not None else None,)
 
 
-_RESTORE_OPTIONS = frozenset({b"mode", b"prefix", b"dry_run"})
-
-
 def _restore(m: Message) -> tuple[str, str, bytes, bool]:  # name, mode, prefix (b"" = all), dry_run
     _arity(m, 1, 2, "restore name {mode, prefix, dry_run}")
-    options = _options(m, 3, _RESTORE_OPTIONS)
+    options = _options(m, 3, b"mode", b"prefix", b"dry_run")
     mode = _name(options.get(b"mode", b"merge"), "mode")
     if mode not in BACKUP_MODES:
         raise _refuse(f"mode must be merge or replace, not {mode!r}")
@@ -375,12 +350,9 @@ def _node_only(usage: str) -> Checker:
     return check
 
 
-_REBALANCE_OPTIONS = frozenset({b"dry_run"})
-
-
 def _rebalance(m: Message) -> tuple[bool]:  # dry_run
     _arity(m, 0, 1, "rebalance {dry_run}")
-    return (_boolean(_options(m, 2, _REBALANCE_OPTIONS), b"dry_run"),)
+    return (_boolean(_options(m, 2, b"dry_run"), b"dry_run"),)
 
 
 def _shard_accept_loss(m: Message) -> tuple[int]:  # shard
@@ -389,16 +361,16 @@ def _shard_accept_loss(m: Message) -> tuple[int]:  # shard
 
 
 class Kind(Enum):
-    """What a request does, and so what its sender may conclude when no answer comes."""
+    """The effect of a request. Its sender knows by it how to go about a missing answer."""
 
     READ = "read"  # changes nothing: may always be repeated
     WRITE = "write"  # changes keys, perhaps without an answer: never repeated blindly
     ADMIN = "admin"  # changes the cluster and no key; else as a write
-    LONG = "long"  # as ADMIN, and tells its progress: its time runs out only without progress
+    LONG = "long"  # as ADMIN, with progress: its time runs out only without progress
 
 
 class Touches(Enum):
-    """Which keys a request is about, by its checked arguments."""
+    """The keys that a request touches, by its checked arguments."""
 
     NOTHING = "nothing"
     KEY = "key"  # the first argument

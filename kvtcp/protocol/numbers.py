@@ -1,7 +1,7 @@
 """Texts of numbers: integers of 64 bits, and decimal numbers.
 
-Pure. Values that are counted with, and arguments of clients of Redis, are such texts. A text is a number by the same
-rule wherever it is read, so a coordinator refuses no argument that a node would take.
+Pure. Values of counters, and arguments of clients of Redis, are such texts. A text is a number by the same rule
+everywhere, so a coordinator refuses no argument that a node would take.
 
 An integer has one spelling: no plus, no leading zero, no "-0". A decimal number may have a point and an exponent; it is
 exact, up to the range of a double. Sums are exact too (`decimal`, 400 digits) and then rounded to 17 places, as Redis

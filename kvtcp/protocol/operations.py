@@ -9,7 +9,7 @@ An item of a batch is an array that starts with its operation:
 
 Arguments of the writes (trailing ones may be left out; nil = not given):
 
-    PUT      key, value, ttl_ms, keep_ttl      result: the entry's number (nobody needs to answer it)
+    PUT      key, value, ttl_ms, keep_ttl      result: the entry's number (known without an answer)
     ADD      key, value, ttl_ms                result: rev, or error EXISTS
     DELETE   key, if_value, if_rev             result: bool
     CAS      key, value, if_value, if_rev      result: rev, or error MISMATCH; keeps the deadline; if_rev 0 = absent
@@ -48,15 +48,15 @@ Control items stand in the link's order too and have one result each:
     LEARN        the node's copy is to become one of the members'. From this item on, items of the shard are buffered.
                  fresh 0: the node's own copy is completed by SHIP up to number `last_seq`; then the buffer is applied
                  and the copy is live (LEARNED). nil: there is no complete copy, or it ends above `last_seq`.
-                 fresh 1: the copy is replaced by one that is pulled (PULL), of a new disk and generation, which the
-                 result tells; the old one stays on the disk until then and is neither read nor written.
-                 `last_seq` is the last number before the items that follow here. A second LEARN begins anew.
-    UNLEARN      given up: the buffer is dropped, the copy is where it was
+                 fresh 1: the copy is replaced by one that is pulled (PULL), of a new replica id and generation, which
+                 the result has; the old one stays on the disk until then and is neither read nor written.
+                 `last_seq` is the last number before the items that follow here. A second LEARN starts over.
+    UNLEARN      learning is given up: the buffer is dropped, the copy is where it was
     DROP         the copy is removed for good
-    DONATE       the shard is frozen here, to be pulled under `token`. With `seq_min`, after an accepted loss, whatever
-                 copy there is counts (none: as an empty one), its position is (epoch of the promise, seq_min, chain 0)
-    RESULTS_OF   results of writes that may be uncommitted, PUT excepted; nil = not known here. Of the first of them
-                 only, at least one, if they are large: the others are asked for again
+    DONATE       the shard is frozen here, to be pulled under `token`. With `seq_min`, after an accepted loss, any copy
+                 counts (none: as an empty one), its position is (epoch of the promise, seq_min, chain 0)
+    RESULTS_OF   results of writes that may be uncommitted, PUT excepted; nil = not known here. If they are large, only
+                 those of the first writes, at least one: the coordinator asks again for the others
     AUDIT        positions at this place in the link's order; nil = no live copy
 """
 
@@ -114,10 +114,10 @@ SET: Final = 1  # [SET, key, value, deadline_ms or nil]; the revision is the ent
 REMOVE: Final = 2  # [REMOVE, key]
 DEADLINE: Final = 3  # [DEADLINE, key, deadline_ms or nil]; the value stays, the revision is the entry's number
 WIPE: Final = 4  # [WIPE]: every key of the shard is removed
-# [PATCH, key, offset, bytes]: they take the place of what is there, the value grows if they go beyond its end (after
-# zero bytes, if they begin there); the deadline stays
+# [PATCH, key, offset, bytes]: the bytes replace those of the value, which grows if they go beyond its end (with zero
+# bytes before them, if they begin there); the deadline stays
 PATCH: Final = 5
-CLONE: Final = 6  # [CLONE, key, source]: value and deadline become those that the source has
+CLONE: Final = 6  # [CLONE, key, source]: value and deadline become those of the source
 
 # modes of deadlines
 KEEP_DEADLINE: Final = 0

@@ -6,22 +6,21 @@ lines for the log out. The coordinator's server is the shell around it, and simu
     Sequencer    the path of requests: numbers, batches, commits, answers
     Ownership    what follows from owning the map: opening, the bound of stamps, the end
     Recovery     shards that are not served yet: members made equal at the beginning of an epoch
-    Membership   shards that are: who leaves the in-sync set, who learns, who joins
+    Membership   shards that are served: which members leave, which nodes learn and join
     Audit        members compared with each other, now and then
-    Admin        what an operator asks for: nodes that come and go, placement, accepted losses
+    Admin        requests of an operator: nodes that come and go, placement, accepted losses
     Proposals    changes of the map by all of these, one in flight at a time
-    Outbox       what the shell is to do and to log
+    Outbox       actions and log lines for the shell
 
-One door: what nodes and time bring goes in by `hello`, `node_up`, `receive`, `refused`, `node_down` and `tick`, in
-turns that `begin` opens; requests go to the sequencer. What comes of it goes out by `act`, after any step, and by
-`end_turn`, to a CoordinatorProcess, which performs it:
+One door: events go in by `hello`, `node_up`, `receive`, `refused`, `node_down` and `tick`, in turns that `begin` opens;
+requests go to the sequencer. Decisions go out by `act`, after any step, and by `end_turn`, to a CoordinatorProcess,
+which performs them:
 
     lines of the log, then frames, links and nodes in the order of the decisions, then changes of the map, then batches
 
-So a frame never comes behind an item of a later decision. After it was deposed nothing goes in or out (R13).
+So a frame never follows an item of a later decision. After the coordinator was deposed nothing goes in or out (R13).
 
-Membership and Recovery hand shards to each other: the recovery knows Membership, which calls it back by what the
-controller puts in its `on_` slots.
+Membership and Recovery hand shards to each other: Recovery calls Membership, which calls back through its `on_` slots.
 
 Invariant: `reports` has exactly the nodes whose links are up.
 """
@@ -62,7 +61,7 @@ _RESULTS_TYPES: Final = (int, int, int, list, list)
 
 
 class CoordinatorProcess(Protocol):
-    """What a controller needs of its process."""
+    """The process of a controller."""
 
     def event(self, level: str, word: str, **fields: Any) -> None:
         """Log a line: "info", "warning" or "error"."""
@@ -83,26 +82,20 @@ class CoordinatorProcess(Protocol):
         """Let clients in."""
 
     def store_map(self) -> None:
-        """Send what the changes of the map want to send."""
+        """Send the next change of the map to the config store."""
 
     def write_batches(self, links: list[Link]) -> None:
-        """Write the batches of these links, then what clients are answered."""
+        """Write the batches of these links, then the answers to clients."""
 
 
 class Controller:
-    """One coordinator's core. `map_version_before` and `stamp_before_ms` are what the config store held before this
-    coordinator owned the map (0 = nothing). `new_token` makes names that nobody can guess."""
+    """One coordinator's core. `map_version_before` and `stamp_before_ms` are from the map before this coordinator owned
+    it (0 = there was none). `new_token` makes unguessable names."""
 
     def __init__(
-        self,
-        changes: MapChanges,
-        *,
-        durability: str,
-        map_version_before: int,
-        stamp_before_ms: int,
-        new_token: Callable[[], bytes],
-        sequencer: type[Sequencer] = Sequencer,
-    ) -> None:
+        self, changes: MapChanges, *, durability: str, map_version_before: int, stamp_before_ms: int,
+        new_token: Callable[[], bytes], sequencer: type[Sequencer] = Sequencer,
+    ) -> None:  # fmt: skip
         self.changes = changes
         changes.on_change.append(self.map_changed)
         self.durability = durability
@@ -123,25 +116,25 @@ class Controller:
         self.audit = Audit(self.sequencer, self.membership, outbox)
         self.admin = Admin(*parts, self.membership, self.recovery, self.node_down)
         self._map_version_before = map_version_before
-        self._hellos: dict[str, tuple[int, int]] = {}  # node -> number of its last HELLO, map version told with it
+        self._hellos: dict[str, tuple[int, int]] = {}  # node -> number of its last HELLO, and its map version
         self._wall_ms = 0  # of this turn
-        self._tick_ms: int | None = None  # when the last tick was
+        self._tick_ms: int | None = None  # time of the last tick
         self._audit_ms = 0
 
     @property
     def map(self) -> ClusterMap:
-        """The cluster map as the config store holds it."""
+        """The cluster map in the config store."""
         return self.changes.map
 
     # --- turns --------------------------------------------------------------------------------------
 
     def begin(self, wall_ms: int, now_ms: int) -> None:
-        """A turn begins: everything that is queued in it has one stamp."""
+        """Begin a turn: all items queued in it have one stamp."""
         self._wall_ms = wall_ms
         self.sequencer.begin(wall_ms, now_ms)
 
     def act(self, process: CoordinatorProcess) -> None:
-        """Let out what the last steps decided, but for batches: they are closed when the turn ends."""
+        """Let out the decisions of the last steps, except batches, which are closed when the turn ends."""
         if self.ownership.deposed:
             return
         outbox = self.outbox
@@ -169,7 +162,7 @@ class Controller:
         process.write_batches(self.sequencer.close_batches())
 
     def tick(self) -> None:
-        """Time passed; about every TICK_MS."""
+        """Do the periodic work, about every TICK_MS."""
         if self.ownership.deposed:
             return
         stalled = self._tick_ms is not None and self.sequencer.now_ms - self._tick_ms >= EVICT_AFTER_MS // 4
@@ -191,58 +184,45 @@ class Controller:
             self.ownership.open()
 
     def batch_frames(self, link: Link) -> Iterator[tuple[Any, ...]]:
-        """The outgoing batches of a link as frames; one that is taken counts as written."""
+        """The outgoing batches of a link as frames; a batch counts as written when it is taken."""
         sequencer = self.sequencer
         committed = sequencer.committed_ordinal(link)
         while (batch := link.next_outgoing(sequencer.now_ms)) is not None:
             yield (BATCH, batch.stamp_ms, committed, batch.items)
 
     def heartbeat(self, link: Link) -> tuple[Any, ...]:
-        """An empty batch: the node looks for expired keys, and has to answer."""
+        """An empty batch: the node searches for expired keys, and has to answer."""
         return (BATCH, self.sequencer.stamp_ms, self.sequencer.committed_ordinal(link), [])
 
     # --- links --------------------------------------------------------------------------------------
 
     def hello(self, node: str, secret: str) -> tuple[int, dict[str, Any]]:
-        """The HELLO for a new connection to this node: its number is one higher than that of the last one."""
+        """The HELLO for a new connection to this node, numbered one above the last one."""
         cluster_map = self.map
         number = self._hellos.get(node, (0, 0))[0] + 1
         self._hellos[node] = (number, cluster_map.version)
-        fields = {
-            "version": LINK_VERSION,
-            "secret": secret,
-            "durability": self.durability,
-            "cluster": cluster_map.cluster,
-            "epoch": cluster_map.epoch,
-            "coordinator": cluster_map.owner,
-            "link": number,
-            "node": node,
-            "map_version": cluster_map.version,
-            "heard_version": cluster_map.heard.get(node, 0),
-            "map": cluster_map.to_json(),
-            "shards": cluster_map.shards_of(node),
-        }
-        return (HELLO, fields)
+        return (HELLO, {
+            "version": LINK_VERSION, "secret": secret, "durability": self.durability, "cluster": cluster_map.cluster,
+            "epoch": cluster_map.epoch, "coordinator": cluster_map.owner, "link": number, "node": node,
+            "map_version": cluster_map.version, "heard_version": cluster_map.heard.get(node, 0),
+            "map": cluster_map.to_json(), "shards": cluster_map.shards_of(node),
+        })  # fmt: skip
 
     def mismatch(self, report: Report) -> str:
         """Why a node that answered HELLO cannot be used; empty if it can."""
-        if report.durability == self.durability:
-            return ""
-        return (
-            f"it was started with --durability {report.durability}, the coordinator with --durability {self.durability}"
-        )
+        ours, theirs = self.durability, report.durability
+        other = f"it was started with --durability {theirs}, the coordinator with --durability {ours}"
+        return other if theirs != ours else ""
 
     def node_up(self, node: str, report: Report) -> None:
-        """A node answered HELLO. Raises StaleStore if it knows more than the config store; then nothing is changed."""
+        """Take a node's answer to HELLO. Raises StaleStore, with nothing changed, if it has seen a newer map."""
         if self.ownership.deposed:
             return
         number, version = self._hellos[node]
         version_max = self._map_version_before if number == 1 else self.map.version
         if report.map_version > version_max:
-            raise StaleStore(
-                f"node {node} has seen version {report.map_version} of the cluster map, the config store has "
-                f"version {version_max}"
-            )
+            seen = f"node {node} has seen version {report.map_version} of the cluster map"
+            raise StaleStore(f"{seen}, the config store has version {version_max}")
         if node not in self.map.nodes or node in self.map.destroyed:
             why = "it was declared destroyed" if node in self.map.destroyed else "it was removed from the cluster"
             self.outbox.close_link(node, why)
@@ -260,7 +240,7 @@ class Controller:
         self._open_when_settled()
 
     def node_down(self, node: str, reason: str) -> None:
-        """The link of a node that had reported is gone, or one could not be made."""
+        """Take the loss of a link, or a failure to make one."""
         if self.ownership.deposed:
             return
         self.proposals.reports_changed()
@@ -275,13 +255,13 @@ class Controller:
         self.recovery.on_lost(node)
 
     def refused(self, node: str, code: bytes, text: str) -> None:
-        """A node refused HELLO."""
+        """Take a node's refusal of HELLO."""
         if code == b"FENCED":
             self.ownership.refused(node, text)
 
     def receive(self, node: str, message: list[Any]) -> bool:
-        """A frame of a node that reported; False if it is none of those that are received here. Raises LinkError if it
-        cannot be true; then nothing was changed, and the link is to be closed."""
+        """Take a frame of a node that reported; false if it is of another kind. Raises LinkError, with nothing changed,
+        if it cannot be true; the link is to be closed then."""
         if self.ownership.deposed:
             return True
         kind = message[0]
@@ -319,24 +299,23 @@ class Controller:
             for learner in self.membership.learners_of(number):
                 learner.on_shipped(node, seq, chain, error)
         elif kind == LEARNED:
-            _, _, disk, generation, epoch, seq, chain = message
-            self.reports[node].copies[number] = CopyReport(disk.decode(), generation, True, epoch, seq, chain)
+            _, _, replica_id, generation, epoch, seq, chain = message
+            self.reports[node].copies[number] = CopyReport(replica_id.decode(), generation, True, epoch, seq, chain)
             for learner in self.membership.learners_of(number):
-                learner.on_learned(node, disk, seq)
+                learner.on_learned(node, replica_id, seq)
         else:
             for learner in self.membership.learners_of(number):
                 learner.on_failed(node, message[2].decode("utf-8", "replace"))
         self.membership.work_on([number])
 
     def map_changed(self, cluster_map: ClusterMap) -> None:
-        """The config store holds this map. Whoever proposed a part of it is told after that, one after the other: so
-        that each finds everything, nodes that came are known from here on."""
+        """Take a map that was stored, before the `done` of any of its proposals: all of them find its new nodes."""
         self.sequencer.map_changed(cluster_map)
         for node in cluster_map.nodes:
             if node not in self.sequencer.links:
                 self.sequencer.add_link(node)
                 self.membership.nodes[node] = NodeState()
-        self.membership.look_at_all()
+        self.membership.check_all()
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
@@ -348,4 +327,4 @@ class Controller:
                 stored = set(self.map.nodes_of(shard.number))
                 assert stored <= {link.node for link in shard.members}, "E has every stored member"
         linked = {node for node, link in self.sequencer.links.items() if link.connected}
-        assert self.reports.keys() == linked, "reports are there of the nodes that are linked"
+        assert self.reports.keys() == linked, "there are reports of the nodes that are linked"

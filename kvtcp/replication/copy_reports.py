@@ -1,7 +1,7 @@
-"""Copy reports: the sentences that say why a reported copy is not the one that the cluster map names.
+"""Copy reports: sentences on why a reported copy is not the one that the cluster map names.
 
 Pure. The sequencer judges a copy when a link of a served shard comes back, the recovery before a shard is served; both
-say the same of the same copy. Each sentence is the end of one that begins with the name of the node.
+use the same sentence for the same copy. Each is the end of a sentence that begins with the name of the node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNKNOWN_COPY: Final = "may lack writes: the cluster map, which said whether it d
 
 
 def foreign_copy(copy: CopyReport) -> str:
-    """Why a copy whose disk is not the member's is bad."""
+    """Why a copy with another replica id than the member's is bad."""
     if copy.damage:
         return f"has a damaged copy: {copy.damage}"
     return f"{LOST_DATA}: what it has is not what was written to this cluster" if copy.seq else LOST_DATA
@@ -26,10 +26,10 @@ def incomplete_copy(copy: CopyReport) -> str:
     return f"has an incomplete copy: {copy.damage or 'it was never finished'}"
 
 
-def why_other(copy: CopyReport, number: int, disk: str, acked: int, last_seq: int, base: tuple[int, int]) -> str:
-    """Why a copy is not the one by this disk that acknowledged `acked` of the shard, of which numbers up to `last_seq`
-    were given; empty if it is. `base` is a position of the shard, number and chain."""
-    if copy.disk != disk:
+def why_other(copy: CopyReport, number: int, replica_id: str, acked: int, last_seq: int, base: tuple[int, int]) -> str:
+    """Why a copy is not the one with this replica id that acknowledged `acked`; empty if it is. `last_seq` is the last
+    number given in the shard, `base` a position of it, number and chain."""
+    if copy.replica_id != replica_id:
         return foreign_copy(copy)
     if not copy.complete:
         return incomplete_copy(copy)

@@ -1,7 +1,6 @@
 """The outbox: frames, links to close, nodes that come and go, and lines of the log, for the shell of a controller.
 
-Pure. The controller owns one and hands it to its parts; its shell takes what is in it after every step
-(`Controller.act`), in order.
+Pure. The controller owns one and hands it to its parts; `Controller.act` empties it, in order, after every step.
 
 Invariant: a frame is only sent to a node that reported in this epoch.
 """
@@ -25,12 +24,12 @@ class Outbox:
         self._reported = reported
 
     def take_actions(self) -> list[Action]:
-        """What is to be done, in order."""
+        """Take the actions."""
         actions, self.actions = self.actions, []
         return actions
 
     def take_events(self) -> list[Event]:
-        """What is to be logged, in order."""
+        """Take the events."""
         events, self.events = self.events, []
         return events
 
@@ -48,5 +47,5 @@ class Outbox:
         self.events.append((level, word, fields))
 
     def alarm(self, sentence: str) -> None:
-        """Log what should never be seen."""
+        """Log an error that should never occur."""
         self.event("error", "alarm", reason=sentence)

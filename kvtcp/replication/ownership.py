@@ -1,11 +1,11 @@
-"""Ownership: what a coordinator may do because the config store says that the map is its own, and the end of that.
+"""Ownership: rights and duties of the coordinator that owns the map in the config store, until it is deposed.
 
 Pure. A part of the controller.
 
-- *Opening*: when the takeover is over, what it found is stored: the durability of this run, and a bound above every
-  stamp that a node has seen. Clients are let in after that.
-- *R12*: no stamp is above the bound that is stored: the sequencer holds time still there. The bound is moved before the
-  clock comes nearer than STAMP_MOVE_MS, and again after BOUND_RETRY_MS if the store did not take it.
+- *Opening*: at the end of the takeover its results are stored: the durability of this run, and a bound above every
+  stamp that a node has seen. Then clients are let in.
+- *R12*: no stamp is above the stored bound: the sequencer holds time still there. The bound is moved before the clock
+  comes nearer than STAMP_MOVE_MS, and again after BOUND_RETRY_MS if the store did not take it.
 - *The end in order*: no stamp is given any more, and the last one is stored in place of the bound, so that the next
   coordinator need not begin seconds ahead of its clock.
 - *R13*: a coordinator whose map was changed by another one, or whose epoch a node refuses, is *deposed*. That is final:
@@ -28,13 +28,10 @@ from kvtcp.replication.sequencing.sequencer import Sequencer
 
 
 def next_epoch(old: ClusterMap, first: ClusterMap) -> ClusterMap:
-    """The map of the next epoch: with the owner, the bound, the addresses and the `min_insync` of `first`, and with
-    those of its nodes that the old one does not have. They hold nothing before a rebalance, unless shards have too few
-    copies as it is."""
+    """The map of the next epoch: with owner, bound, addresses, `min_insync` and new nodes of `first`. New nodes hold
+    nothing before a rebalance, unless shards have too few copies."""
     known = {node: address for node, address in first.nodes.items() if node in old.nodes}
-    new = old.taken_over(
-        owner=first.owner, epoch=old.epoch + 1, nodes=known, stamp_bound_ms=first.stamp_bound_ms
-    )
+    new = old.taken_over(owner=first.owner, epoch=old.epoch + 1, nodes=known, stamp_bound_ms=first.stamp_bound_ms)
     for node in sorted(first.nodes.keys() - known.keys(), key=lambda each: int(each[1:])):
         new, given = new.with_node(*first.nodes[node])
         assert given == node, "new nodes have the next ids"
@@ -44,22 +41,15 @@ def next_epoch(old: ClusterMap, first: ClusterMap) -> ClusterMap:
 
 
 class Ownership:
-    """Of one coordinator, from the takeover to its end. `stamp_before_ms` is the bound that it took over: no stamp of a
-    coordinator before it is higher."""
+    """One coordinator's ownership, from the takeover to its end. `stamp_before_ms` is the bound of its predecessors: no
+    stamp of theirs is higher."""
 
     def __init__(
-        self,
-        changes: MapChanges,
-        proposals: Proposals,
-        sequencer: Sequencer,
-        outbox: Outbox,
-        reports: Mapping[str, Report],
-        *,
-        durability: str,
-        stamp_before_ms: int,
-    ) -> None:
+        self, changes: MapChanges, proposals: Proposals, sequencer: Sequencer, outbox: Outbox,
+        reports: Mapping[str, Report], *, durability: str, stamp_before_ms: int,
+    ) -> None:  # fmt: skip
         self.durability = durability
-        self.is_open = False  # what the takeover found is stored: clients may ask
+        self.is_open = False  # the results of the takeover are stored: clients may ask
         self.deposed = ""  # sentence: another coordinator owns the cluster; empty = none does, as far as is known
         self.bound_failed = ""  # why the config store did not take the last bound of stamps, for people; empty = it did
         self.on_deposed: Callable[[str], None] = lambda reason: None
@@ -73,12 +63,11 @@ class Ownership:
         self._is_ending = False
         self._is_moving = False  # a new bound is being stored
         self._retry_ms = 0  # monotonic time before which the bound is not moved again
-        # time begins where the coordinator before may have been
-        sequencer.stamp_ms = stamp_before_ms
-        changes.on_lost = self._lost
+        sequencer.stamp_ms = stamp_before_ms  # time begins at the bound of the coordinator before
+        changes.on_lost = lambda error: self._depose(str(error))
 
     def open(self) -> None:
-        """The takeover is over, every shard was judged: store what it found, then serve."""
+        """Store the results of the takeover, after which every shard was judged; then serve."""
         if self._is_opening:
             return
         self._is_opening = True
@@ -93,9 +82,8 @@ class Ownership:
         def done(cluster_map: ClusterMap) -> None:
             self._sequencer.stamp_ms = max(self._sequencer.stamp_ms, stamp_ms)
             self.is_open = True
-            self._outbox.event(
-                "info", "ready", cluster=cluster_map.cluster, nodes=len(cluster_map.nodes), epoch=cluster_map.epoch
-            )
+            about = {"cluster": cluster_map.cluster, "nodes": len(cluster_map.nodes), "epoch": cluster_map.epoch}
+            self._outbox.event("info", "ready", **about)
             self._outbox.actions.append(("open", ""))
 
         self._proposals.propose(edit, done)
@@ -123,19 +111,16 @@ class Ownership:
         self._outbox.event("error", "bound-not-moved", reason=error)
 
     def end(self, done: Callable[[ClusterMap], None], failed: Callable[[Exception], None]) -> None:
-        """End in order: store the last stamp; one of the two is called."""
+        """End in order: store the last stamp, then call one of the two."""
         self._is_ending = True
         stamp_ms = self._sequencer.end_time()
         self._changes.propose(lambda old: old.with_last_stamp(stamp_ms), done, failed)
 
     def refused(self, node: str, text: str) -> None:
-        """A node refused this coordinator's epoch. One that is not open yet learns more from its next change of the
-        map, and until then tells its user why the node is not linked."""
+        """Take a node's refusal of this epoch. Before opening, the next change of the map shows whether another
+        coordinator owns it; until then the user is told why the node is not linked."""
         if self.is_open:
             self._depose(f"{node} says: {text}")
-
-    def _lost(self, error: NotOwner) -> None:
-        self._depose(str(error))
 
     def _depose(self, reason: str) -> None:
         if not self.deposed:

@@ -16,13 +16,9 @@ class Pacer:
     """Slices of one job, until one returns None or `stop` is called."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        make_slice: Callable[[], int | None],
-        *,
-        share: Callable[[], float],
+        self, loop: asyncio.AbstractEventLoop, make_slice: Callable[[], int | None], *, share: Callable[[], float],
         rate_bytes_s: Callable[[], float] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`make_slice` returns how many bytes it moved, None at the end. `share` is of the loop's time, above 0.
         Without `rate_bytes_s` any rate is allowed."""
         self._loop = loop

@@ -50,11 +50,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "only the end of some nodes (default: %(default)s)",
     )
     parser.add_argument(
-        "--log-level",
-        default="warning",
-        choices=["debug", "info", "warning", "error"],
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"],
         help="least severe events to log, one line each on stderr (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--loop", default="auto", choices=["auto", "uvloop", "asyncio"], help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"kvtcp {__version__}")
 
@@ -101,10 +99,8 @@ def bind(host: str, port: int) -> socket.socket:
 def set_up_logging(level: str) -> None:
     """One line per event on stderr."""
     logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )  # fmt: skip
 
 
 def run(main: Callable[[], Coroutine[Any, Any, int]], loop: str) -> int:

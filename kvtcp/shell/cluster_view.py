@@ -1,7 +1,7 @@
 """status, nodes and shards as tables for people: units, the columns that fit, and sentences that are not cut.
 
-Pure. The answers of the server are maps whose keys come and go with its version: whatever is missing is left out, and
-what is not known here is shown under its own name. Only the table form is made here; all others pass the maps through.
+Pure. The answers of the server are maps whose keys change with its version: a key that is missing is left out, one that
+is not known here is shown under its own name. Only the table form is made here; all others pass the maps through.
 
 A column of which every cell is empty is not shown. Where the terminal is too narrow for the rest, the columns with the
 highest rank go first, and a line below names them. Sentences (`reason`, `degraded`) are no cells: they stand below the
@@ -28,7 +28,7 @@ _UNKNOWN_RANK: Final = 90
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, how a row is shown in it (empty = nothing), and the keys of the rows that it stands for.
+    """One column: its heading, a function that shows a row in it (empty = nothing), and the keys of rows that it shows.
 
     Columns with the highest rank are the first to go on a narrow terminal; those of rank 0 stay.
     """
@@ -67,7 +67,7 @@ def bytes_text(value: Any) -> str:
 
 
 def duration_text(value: Any) -> str:
-    """Seconds as days, hours, minutes and seconds, of which the two largest are told."""
+    """Seconds as days, hours, minutes and seconds, the two largest of them."""
     if type(value) not in (int, float) or not math.isfinite(value):
         return cell(value)
     if value < 60:
@@ -82,7 +82,7 @@ def duration_text(value: Any) -> str:
 
 
 def with_unit(key: str, value: Any) -> str:
-    """The value of a key as a cell; the end of the key tells its unit."""
+    """The value of a key as a cell; the unit is the end of the key."""
     if value is None or isinstance(value, bool):
         return cell(value)
     if key.endswith("_bytes_s"):
@@ -110,12 +110,12 @@ def _plain(key: str, rank: int, heading: str = "", show: Callable[[Any], str] = 
 
 
 def _measured(key: str, rank: int, heading: str) -> Column:
-    """A column for a key whose end tells its unit."""
+    """A column for a key whose end is its unit."""
     return _plain(key, rank, heading, lambda value: with_unit(key, value))
 
 
 def _pair(items_key: str, bytes_key: str, rank: int, heading: str) -> Column:
-    """A column for a number of items and their bytes; the bytes are told where there are items."""
+    """A column for a number of items and their bytes; zero bytes are shown only without a number of items."""
 
     def text(row: Row) -> str:
         items, size = row.get(items_key), row.get(bytes_key)
@@ -137,7 +137,7 @@ def _names(value: Any) -> str:
 
 
 def _wanted(row: Row) -> str:
-    """The nodes that shall hold a shard; `=` if they are those that do."""
+    """The nodes that are to hold a shard; `=` if they are those that hold it."""
     wanted, insync = row.get("wanted"), row.get("insync")
     if _is_empty(wanted):
         return ""
@@ -147,12 +147,12 @@ def _wanted(row: Row) -> str:
 
 
 def _members(row: Row) -> str:
-    """The nodes that hold a shard, where nothing better is said."""
+    """The nodes that hold a shard, of rows without an in-sync set."""
     return "" if "insync" in row or _is_empty(row.get("nodes")) else _names(row["nodes"])
 
 
 def _learners(row: Row) -> str:
-    """The nodes whose copies are being brought up to date, and how far they are."""
+    """The nodes whose copies are being brought up to date, and their progress."""
     learners = row.get("learners")
     if not isinstance(learners, list):
         return "" if _is_empty(learners) else cell(learners)
@@ -205,7 +205,7 @@ SHARD_COLUMNS: Final = (
 
 
 def _fitting(columns: Sequence[Column], rows: Sequence[Row], width: int | None) -> View:
-    """The table of these columns and of whatever else is in the rows, as far as it fits."""
+    """The table of these columns and of all other keys of the rows, as far as it fits."""
     known = {key for column in columns for key in column.keys} | {"reason"}
     others = dict.fromkeys(key for row in rows for key in row if key not in known)
     every = [*columns, *(_measured(key, _UNKNOWN_RANK, key) for key in others)]
@@ -262,11 +262,11 @@ def shards_view(shards: Sequence[Row], width: int | None) -> View:
 
 
 def status_rows(status: Row, width: int | None) -> list[tuple[str, str]]:
-    """Names and values of `status`. What is not as it should be comes last, next to the prompt, a sentence a line."""
+    """Names and values of `status`. Faults come last, next to the prompt, a sentence a line."""
     fields = decoded(dict(status))
     sentences = fields.pop("degraded", None)
     counters = fields.get("counters")
-    if isinstance(counters, Mapping):  # the same number twice helps nobody
+    if isinstance(counters, Mapping):  # the same number is not shown twice
         fields = {name: value for name, value in fields.items() if name not in counters or counters[name] != value}
     rows = list(_flat(fields))
     if sentences is None:
@@ -289,12 +289,12 @@ def _flat(fields: Row, above: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _summary(rows: Sequence[Row], noun: str, width: int | None) -> list[str]:
-    """How many rows there are in each state, the most frequent first; nothing if none has a state."""
+    """The number of rows in each state, the most frequent first; nothing if no row has a state."""
     states = Counter(cell(row["state"]) for row in rows if not _is_empty(row.get("state")))
     if not states:
         return []
-    told = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    return wrapped(f"{len(rows)} {noun}{'' if len(rows) == 1 else 's'}: {told}", width)
+    counts = ", ".join(f"{count} {state}" for state, count in states.most_common())
+    return wrapped(f"{len(rows)} {noun}{'' if len(rows) == 1 else 's'}: {counts}", width)
 
 
 def _ranges(numbers: Sequence[Any]) -> str:

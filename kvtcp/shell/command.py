@@ -1,14 +1,14 @@
 """A command of the shell: its usage line, the arguments of a call, its help.
 
-A command is described by one usage line, from which its arguments are bound, so that help and behaviour cannot differ:
+A command is described by one usage line. Its arguments are bound by that line, so help and behaviour cannot differ:
 
     add K V [ttl=60]               required words in capitals, options with `=`
     scan [PREFIX] [limit=N] [keys] optional words in capitals, flags in small letters
     restore NAME [merge|replace]   flags of which one may be given
     node forget ID destroyed       small letters in front belong to the name; further on they must stand as they are
 
-Required words take what stands there, whatever it looks like (`put k ttl=60` stores the text); behind them, an
-unquoted word that is a known option or flag is that, any other fills the next optional word.
+Required words are taken literally (`put k ttl=60` stores the text). Behind them, an unquoted word that is a known
+option or flag is that; any other fills the next optional word.
 
 Handlers are `async (context, arguments, output) -> Exit`. They raise; `kvtcp.shell.run` turns errors into messages.
 """
@@ -62,13 +62,13 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Command:
-    """One command. What may stand in its call is read from `usage`."""
+    """One command. The words of its calls are read from `usage`."""
 
     usage: str
     summary: str  # one line of the list of commands
     example: str  # one call with its answer
     handler: Handler
-    notes: str = ""  # what else there is to know, shown by `help COMMAND`
+    notes: str = ""  # shown by `help COMMAND`
     required: tuple[str, ...] = field(init=False)
     optional: tuple[str, ...] = field(init=False)
     options: frozenset[str] = field(init=False)
@@ -89,17 +89,13 @@ class Command:
                 optional.append(inner)
             else:
                 choices.append(tuple(inner.split("|")))
-        for name, value in (
-            ("required", tuple(required)),
-            ("optional", tuple(optional)),
-            ("options", frozenset(options)),
-            ("choices", tuple(choices)),
-        ):
+        found = {"required": tuple(required), "optional": tuple(optional), "choices": tuple(choices)}
+        for name, value in {**found, "options": frozenset(options)}.items():
             object.__setattr__(self, name, value)
 
     @property
     def name(self) -> str:
-        """The words in small letters with which the usage line begins."""
+        """The words in small letters at the beginning of the usage line."""
         return " ".join(takewhile(_is_literal, self.usage.split()))
 
     @property
@@ -146,16 +142,16 @@ class Command:
         return "\n".join([*lines, "example:", *(f"  {line}" for line in self.example.splitlines())])
 
     def _may_be_cut(self, word: Word) -> bool:
-        """A word behind a value may be the rest of that value."""
+        """Whether a word may be the rest of the value before it."""
         return not self._looks_like_option(word) and (*self.required, *self.optional)[-1:] in (("V",), ("NEW",))
 
     def _looks_like_option(self, word: Word) -> bool:
-        """A misspelt option must not become a prefix that matches nothing."""
+        """Whether a word may be a misspelt option, which must not become a prefix that matches nothing."""
         if word.is_quoted:
             return False
         return word.raw.startswith("--") or (bool(self.options) and word.option() is not None)
 
 
 def _is_literal(token: str) -> bool:
-    """A token of a usage line that stands for itself."""
+    """Whether a token of a usage line stands for itself."""
     return token[0].isalpha() and token.islower()

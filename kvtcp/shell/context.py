@@ -1,4 +1,4 @@
-"""What a command works with: the client, its arguments, the streams, the form of the answer.
+"""Context of a command: the client, its arguments, the streams, the form of the answer.
 
 The client is opened at first use, so that a wrong command line or `help` needs no server, and stays open for the next
 command of an interactive session; an attempt that failed is made again by the next command.
@@ -31,7 +31,7 @@ Ask = Callable[[str], Awaitable[bool]]
 
 @dataclass
 class Streams:
-    """Standard streams, and what is known of them. stdin is unbuffered, so that nothing of it is read ahead."""
+    """Standard streams and their properties. stdin is unbuffered, so that nothing of it is read ahead."""
 
     stdin: BinaryIO | IO[bytes]
     stdout: BinaryIO | IO[bytes]
@@ -53,14 +53,14 @@ class Context:
     streams: Streams
     connect: Connect
     form: str | None = None  # the form that was asked for, None = table on a terminal, else plain
-    ask: Ask | None = None  # a question to a person, None when there is nobody to ask
+    ask: Ask | None = None  # asks a person a question, None without a terminal
     stdin_is_data: bool = True  # False when stdin holds the commands: `-` is refused then
     command: str = ""  # the command that runs, for messages
     write_sent: bool = False  # a write of this command may have reached the cluster
     _client: Client | None = field(default=None, repr=False)
 
     async def client(self) -> Client:
-        """The client, opened if it is not yet. Raises what opening raises."""
+        """The client, opened if it is not yet. Raises the errors of connecting."""
         if self._client is None:
             self._client = await self.connect()
         return self._client
@@ -82,11 +82,10 @@ class Context:
             await client.close()
 
     def output(self, form: str | None = None) -> Output:
-        """The writer for answers. `form` is what the command's own `-o` asked for."""
+        """The writer for answers. `form` is that of the command's own `-o`."""
         chosen = form or self.form or ("table" if self.streams.stdout_is_terminal else "plain")
-        return Output(
-            self.streams.stdout, chosen, is_terminal=self.streams.stdout_is_terminal, columns=self.streams.columns()
-        )
+        is_terminal = self.streams.stdout_is_terminal
+        return Output(self.streams.stdout, chosen, is_terminal=is_terminal, columns=self.streams.columns())
 
     def content(self, word: Word) -> bytes:
         """The bytes a word stands for; files and stdin are read. Raises ParseError, UsageError, OSError."""
@@ -111,8 +110,8 @@ class Context:
 def ctrl_c_raises() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt at once, for a read from the terminal with which the event loop stands still.
 
-    While asyncio.Runner runs, Ctrl-C only cancels its task, at the next turn of the loop: the read would go on, and
-    what was typed next would be cancelled in its place.
+    While asyncio.Runner runs, Ctrl-C only cancels its task, at the next turn of the loop: the read would continue, and
+    the next line would be cancelled in its place.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -1,6 +1,6 @@
 """Exit codes of the shell, and which one an error has.
 
-Pure. The codes say what a script may do next: repeat (3), look first (5), fix the request (2, 6) or the file (7).
+Pure. The codes tell a script apart its next steps: repeat (3), look first (5), fix the request (2, 6) or the file (7).
 They are part of the shell's contract and never change their meaning.
 """
 
@@ -24,7 +24,7 @@ from kvtcp.errors import (
 
 
 class Exit(IntEnum):
-    """What the process ends with."""
+    """The exit code of the process."""
 
     OK = 0
     NOT_FOUND = 1  # no such key, or a condition that was false
@@ -33,7 +33,7 @@ class Exit(IntEnum):
     UNKNOWN = 5  # a write may or may not have been applied
     REFUSED = 6
     BAD_DATA = 7
-    BUG = 70  # an error that nobody expected; EX_SOFTWARE of sysexits.h
+    BUG = 70  # an error of an unknown class; EX_SOFTWARE of sysexits.h
     INTERRUPTED = 130
 
 
@@ -53,7 +53,7 @@ assert set(MEANINGS) == set(Exit), "every exit code has a meaning"
 
 
 class UsageError(Exception):
-    """The command line is wrong. The text says what was expected."""
+    """The command line is wrong. The text has the right form."""
 
 
 class ShellRefused(Exception):
@@ -64,41 +64,37 @@ class ShellRefused(Exception):
         self.code = code
 
 
-# the request itself is malformed: the command line is to be fixed, nothing was refused for what the cluster holds
-_USAGE_CODES = frozenset({Code.BAD_REQUEST})
-# the cluster answered no for a reason that waiting a little does not change
+# the cluster refused for a reason that a short wait does not change
 _REFUSING_CODES = frozenset({Code.NOT_ENOUGH_REPLICAS, Code.NO_SPACE})
+# the first class that an error belongs to decides; those of one code each
+_CODES: Final = (
+    (UsageError, Exit.USAGE),
+    (OutcomeUnknown, Exit.UNKNOWN),
+    (DataError, Exit.BAD_DATA),
+    (KeyExists, Exit.REFUSED),
+    (ConditionFailed, Exit.NOT_FOUND),
+    ((ProtocolError, ConnectionError, TimeoutError), Exit.UNREACHABLE),
+    (KvtcpError, Exit.UNKNOWN),
+    (OSError, Exit.USAGE),  # a local file that cannot be opened, read or written
+)
 
 
 def exit_of(error: BaseException) -> Exit:
     """The exit code for an error that ended a command. Raises TypeError for one that is a bug and shows a traceback."""
     if isinstance(error, BatchError):
         codes = {exit_of(result) for result in error.results if isinstance(result, KvtcpError)}
-        # what is unknown outweighs what was refused; a script must look before it repeats
+        # an unknown outcome outweighs a refusal; a script must look before it repeats
         for code in (Exit.UNKNOWN, Exit.REFUSED, Exit.BAD_DATA, Exit.USAGE, Exit.UNREACHABLE, Exit.NOT_FOUND):
             if code in codes:
                 return code
         return Exit.REFUSED
     if isinstance(error, ShellRefused):
         return error.code
-    if isinstance(error, UsageError):
-        return Exit.USAGE
-    if isinstance(error, OutcomeUnknown):
-        return Exit.UNKNOWN
-    if isinstance(error, DataError):
-        return Exit.BAD_DATA
-    if isinstance(error, KeyExists):
-        return Exit.REFUSED
-    if isinstance(error, ConditionFailed):
-        return Exit.NOT_FOUND
     if isinstance(error, Unavailable):
         return Exit.REFUSED if error.code in _REFUSING_CODES else Exit.UNREACHABLE
-    if isinstance(error, RequestError):
-        return Exit.USAGE if error.code in _USAGE_CODES else Exit.REFUSED
-    if isinstance(error, ProtocolError | ConnectionError | TimeoutError):
-        return Exit.UNREACHABLE
-    if isinstance(error, KvtcpError):
-        return Exit.UNKNOWN
-    if isinstance(error, OSError):  # a local file that cannot be opened, read or written
-        return Exit.USAGE
+    if isinstance(error, RequestError):  # BAD_REQUEST: malformed, so the command line is to be fixed
+        return Exit.USAGE if error.code == Code.BAD_REQUEST else Exit.REFUSED
+    for classes, code in _CODES:
+        if isinstance(error, classes):
+            return code
     raise TypeError(f"no exit code for {type(error).__name__}") from error

@@ -2,12 +2,12 @@
 
 With prompt_toolkit a line has history (kept in the state directory, searched with Ctrl-R) and completion; without it,
 or where stdin is no terminal, lines are read plainly. Ctrl-C clears the line or ends the command that runs, Ctrl-D,
-`exit` and `quit` leave. Whatever a command meets, a lost server included, is told and the session goes on; the client
-connects again by itself.
+`exit` and `quit` leave. An error of a command, a lost server included, is shown and does not end the session; the
+client connects again by itself.
 
 One event loop lives as long as the session, and each prompt and each command is one run of it: so the client notices
 at the prompt that its server went away, and Ctrl-C during a command cancels only that command. While a plain prompt
-waits the loop stands still; it gets two turns before the next command, to see what happened to its connection.
+waits the loop stands still; it gets two turns before the next command, to notice a lost connection.
 
 Commands from a pipe (`kvtcp-shell < script`) run one after the other up to the first that fails with a code above 1;
 the exit code is that of the last one that ran. Empty lines and lines that begin with `#` are ignored.
@@ -41,7 +41,7 @@ class LineCleared(Exception):
 
 
 class Front(Protocol):
-    """Where lines come from."""
+    """A source of lines."""
 
     is_for_people: bool  # False for a pipe: no prompt, no greeting, and a failed command ends the session
 
@@ -67,7 +67,7 @@ class PlainFront:
             if not self.is_for_people:
                 raise
             raise LineCleared from None
-        # the loop stood still: let it read what came from the server, its end above all
+        # the loop stood still: let it read from the server, the end of the connection above all
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         return line
@@ -107,7 +107,7 @@ class PromptFront:
 
 
 def completions(before: str) -> list[str]:
-    """The words that can stand at the end of `before`, which is the line up to the cursor."""
+    """Return the words that can stand at the end of `before`, the line up to the cursor."""
     words = before.split()
     current = "" if not before or before[-1].isspace() else words.pop()
     if words and words[-1] == "-o":
@@ -161,25 +161,24 @@ def path_before(before: str) -> str | None:
 
 
 def history_file() -> Path:
-    """Where the history is kept, by the XDG rules."""
+    """Return the path of the history, by the XDG rules."""
     state = os.environ.get("XDG_STATE_HOME", "")
     return (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state") / "kvtcp" / "history"
 
 
 def make_front(context: Context) -> Front:
-    """The best front that there is for this process's stdin and stdout."""
+    """Make the best front for this process's stdin and stdout."""
     if not sys.stdin.isatty():
         return PlainFront(_readline, is_for_people=False)
     if context.streams.stdout_is_terminal:
         try:
-            path: Path | None = history_file()
-            assert path is not None, "it has a value"
+            path = history_file()
             try:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 path.open("ab").close()
             except OSError as error:
                 context.streams.message(f"the history is not kept: {error}")
-                path = None
+                return PromptFront(None)
             return PromptFront(path)
         except ImportError:
             pass  # prompt_toolkit is an extra
@@ -191,7 +190,7 @@ def make_front(context: Context) -> Front:
 
 
 def _input(prompt: str) -> str:
-    """input() that leaves the cursor at the beginning of a line, also after Ctrl-C and Ctrl-D."""
+    """Call input() and leave the cursor at the beginning of a line, also after Ctrl-C and Ctrl-D."""
     try:
         return input(prompt)
     except (KeyboardInterrupt, EOFError):
@@ -208,7 +207,7 @@ def _readline(prompt: str) -> str:
 
 
 def run_session(context: Context, address: str, front: Front | None = None) -> int:
-    """Run lines until the end; the exit code of the last command, 0 for a person who leaves."""
+    """Run lines until the end. Returns the exit code of the last command, 0 on a terminal."""
     front = front or make_front(context)
     context.stdin_is_data = False
     if front.is_for_people:

@@ -3,7 +3,7 @@
     kvtcp-shell [kvtcp://host:port] [-o FORM] [--timeout S] [--] [COMMAND WORDS...]
 
 The address comes first if there is one. `-o` may stand before or after the command, the other options before it; `--`
-ends them all, wherever it stands. One command starts in well under 150 ms, because everything that only some commands
+ends them all. One command starts in well under 150 ms, because everything that only some commands
 need is imported where it is needed: no argparse, rich, prompt_toolkit or uvloop on the way to a `get`.
 """
 
@@ -93,7 +93,7 @@ async def connect_to(address: str, timeout_s: float) -> Client:
 
 
 def help_page() -> str:
-    """What --help prints."""
+    """Return the text of --help."""
     width = max(len(command.usage) for command in TABLE.values())
     commands = "\n".join(f"  {command.usage:<{width}}  {command.summary}" for command in TABLE.values())
     return f"""{USAGE}
@@ -132,7 +132,7 @@ def terminal_columns() -> int | None:
 
 
 def standard_streams() -> Streams:
-    """The streams of this process. One that was closed by its parent (`<&-`) is empty, or swallows what is written."""
+    """Return the streams of this process. One that was closed by its parent (`<&-`) is empty, or drops all output."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115 - open to the end of the process, as the stream it stands for
     if sys.stdout is None:
@@ -140,18 +140,12 @@ def standard_streams() -> Streams:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     return Streams(
-        stdin=open(sys.stdin.fileno(), "rb", buffering=0, closefd=False),
-        stdout=sys.stdout.buffer,
-        stderr=cast(TextIO, sys.stderr),
-        stdout_is_terminal=sys.stdout.isatty(),
-        stderr_is_terminal=sys.stderr.isatty(),
-        columns=terminal_columns,
-    )
+        open(sys.stdin.fileno(), "rb", buffering=0, closefd=False), sys.stdout.buffer, cast(TextIO, sys.stderr),
+        stdout_is_terminal=sys.stdout.isatty(), stderr_is_terminal=sys.stderr.isatty(), columns=terminal_columns,
+    )  # fmt: skip
 
 
-def main(
-    argv: Sequence[str] | None = None, *, streams: Streams | None = None, connect: ConnectTo = connect_to
-) -> int:
+def main(argv: Sequence[str] | None = None, *, streams: Streams | None = None, connect: ConnectTo = connect_to) -> int:
     """Run the shell and return its exit code. `argv` is without the program's name."""
     streams = streams or standard_streams()
     try:
@@ -159,7 +153,7 @@ def main(
         streams.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever reads has seen enough, as `head` does. Nothing may be flushed into the closed pipe at exit either.
+        # the reader has seen enough, as `head` does; nothing may be flushed into the closed pipe at exit either
         _discard(streams)
         return Exit.OK
     except OSError as error:
@@ -169,17 +163,13 @@ def main(
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except ModuleNotFoundError:
-        raise  # a dependency: bin/kvtcp-shell tells how to install it
+        raise  # a dependency: bin/kvtcp-shell says how to install it
     except Exception:
-        return _tell_bug(streams)
+        import traceback
 
-
-def _tell_bug(streams: Streams) -> int:
-    import traceback
-
-    traceback.print_exc(file=streams.stderr)
-    streams.message(f"this is a bug of {PROGRAM} {__version__}; please report it with the lines above")
-    return Exit.BUG
+        traceback.print_exc(file=streams.stderr)
+        streams.message(f"this is a bug of {PROGRAM} {__version__}; please report it with the lines above")
+        return Exit.BUG
 
 
 def _discard(streams: Streams) -> None:
@@ -205,7 +195,6 @@ def _main(argv: Sequence[str], streams: Streams, connect: ConnectTo) -> int:
     context = Context(streams, lambda: connect(call.address, call.timeout_s), call.form)
     if call.words:
         return _run_once(context, call.words)
-
     return run_session(context, call.address)
 
 

@@ -1,6 +1,6 @@
 r"""Answers in the form that was asked for: table, plain, json, jsonl or raw.
 
-The commands say *what* the answer is (a scalar, one pair, a stream of pairs, a record, rows), this module writes it:
+A command chooses the kind of its answer (a scalar, one pair, a stream of pairs, a record, rows), this module writes it:
 
 | form  | one value           | pairs                          | records and rows                |
 |-------|---------------------|--------------------------------|---------------------------------|
@@ -12,7 +12,7 @@ The commands say *what* the answer is (a scalar, one pair, a stream of pairs, a 
 
 An object of a pair has `key`, `value`, `rev`, `ttl_ms` (`key_b64`, `value_b64` where the bytes are not UTF-8), see
 kvtcp.jsonl. Streams are written page by page and never held as a whole: a table takes its widths from each page. If
-rich is installed and stdout is a terminal, headings have its style; it is imported then only.
+rich is installed and stdout is a terminal, headings have its style; rich is imported then only.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from kvtcp.jsonl import encode_pair
 from kvtcp.shell.text import cell, cut, decoded, display_width, escape, for_people, number
 
 T = TypeVar("T")
+S = TypeVar("S")
 PAGE_ITEMS: Final = 500  # items handled at once: enough to pay for a system call, little enough to be smooth
 FORMATS: Final = ("table", "plain", "json", "jsonl", "raw")
-_COLUMN_MIN: Final = 8  # a cut cell keeps at least so many columns
+_COLUMN_MIN: Final = 8  # columns of a cut cell, at least
 _GAP: Final = "  "
 
 
@@ -75,7 +76,7 @@ def json_line(fields: Mapping[str, Any]) -> str:
 
 
 class Output:
-    """Writes answers to `stdout` in one form."""
+    """Write answers to `stdout` in one form."""
 
     def __init__(self, stdout: BinaryIO | IO[bytes], form: str, *, is_terminal: bool, columns: int | None) -> None:
         assert form in FORMATS, f"unknown form {form}"
@@ -124,10 +125,10 @@ class Output:
         else:
             self.line(for_people(entry.value))
 
-    def pairs(self) -> PageWriter[Entry[bytes]]:
+    def pairs(self) -> PageWriter[Entry[bytes], Any]:
         """A stream of pairs."""
         if self.form == "table":
-            # the value comes last: it is the column that gives way
+            # the value comes last, the column that is cut
             return _TableWriter(self, ("key", "rev", "ttl", "value"), _pair_row, "pair")
         if self.form == "json":
             return _ArrayWriter(self, pair_line)
@@ -135,7 +136,7 @@ class Output:
             return _RawWriter(self, lambda entry: entry.value)
         return _LineWriter(self, pair_line if self.form == "jsonl" else _pair_plain)
 
-    def keys(self) -> PageWriter[bytes]:
+    def keys(self) -> PageWriter[bytes, Any]:
         """A stream of keys."""
         if self.form == "table":
             return _TableWriter(self, ("key",), lambda key: (escape(key),), "key")
@@ -210,74 +211,61 @@ def _pair_row(entry: Entry[bytes]) -> tuple[str, ...]:
     return escape(entry.key), str(entry.rev), "-" if entry.ttl is None else number(entry.ttl), escape(entry.value)
 
 
-class PageWriter(Generic[T]):
-    """Writes a stream: `page` for some items at a time, then `finish`."""
+class PageWriter(Generic[T, S]):
+    """Write a stream: `page` for some items at a time, then `finish`. `show` makes text or bytes of one item."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, show: Callable[[T], S]) -> None:
         self.output = output
+        self._show = show
 
     def page(self, items: Sequence[T]) -> None:
         """Write some items, at least one."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """End of the stream."""
+        """End the stream."""
 
 
-class _RawWriter(PageWriter[T]):
+class _RawWriter(PageWriter[T, bytes]):
     """The bytes of the items, nothing between."""
 
-    def __init__(self, output: Output, raw: Callable[[T], bytes]) -> None:
-        super().__init__(output)
-        self._raw = raw
-
     def page(self, items: Sequence[T]) -> None:
-        self.output.stdout.write(b"".join(map(self._raw, items)))
+        self.output.stdout.write(b"".join(map(self._show, items)))
 
 
-class _LineWriter(PageWriter[T]):
+class _LineWriter(PageWriter[T, str]):
     """An item a line."""
 
-    def __init__(self, output: Output, line: Callable[[T], str]) -> None:
-        super().__init__(output)
-        self._line = line
-
     def page(self, items: Sequence[T]) -> None:
-        self.output.line("\n".join(map(self._line, items)))
+        self.output.line("\n".join(map(self._show, items)))
         self.output.stdout.flush()
 
 
-class _ArrayWriter(PageWriter[T]):
+class _ArrayWriter(PageWriter[T, str]):
     """One JSON array, an item a line."""
 
-    def __init__(self, output: Output, line: Callable[[T], str]) -> None:
-        super().__init__(output)
-        self._line = line
-        self._is_open = False  # the bracket has been written
+    _is_open = False  # the bracket has been written
 
     def page(self, items: Sequence[T]) -> None:
         opening = ",\n" if self._is_open else "[\n"
         self._is_open = True
-        self.output.stdout.write((opening + ",\n".join(map(self._line, items))).encode("utf-8"))
+        self.output.stdout.write((opening + ",\n".join(map(self._show, items))).encode("utf-8"))
 
     def finish(self) -> None:
         self.output.line("\n]" if self._is_open else "[]")
 
 
-class _TableWriter(PageWriter[T]):
+class _TableWriter(PageWriter[T, Sequence[str]]):
     """Aligned columns, and the number of items below."""
 
-    def __init__(
-        self, output: Output, header: Sequence[str], row: Callable[[T], Sequence[str]], noun: str
-    ) -> None:
-        super().__init__(output)
+    def __init__(self, output: Output, header: Sequence[str], row: Callable[[T], Sequence[str]], noun: str) -> None:
+        super().__init__(output, row)
         self._table = RowTable(output, header)
-        self._row = row
         self._noun = noun
         self._written = 0  # items so far
 
     def page(self, items: Sequence[T]) -> None:
-        self._table.rows(list(map(self._row, items)))
+        self._table.rows(list(map(self._show, items)))
         self._written += len(items)
 
     def finish(self) -> None:
@@ -285,7 +273,7 @@ class _TableWriter(PageWriter[T]):
 
 
 class RowTable:
-    """Aligned columns; on a terminal the last one is cut to what its line has left.
+    """Aligned columns; on a terminal the last one is cut to the rest of its line.
 
     The first column, the key, is never cut: a key that is wider than its column pushes the rest of its line. Widths
     are those of the rows that are written together, so one wide page does not stretch the next.
@@ -295,7 +283,7 @@ class RowTable:
         self, output: Output, header: Sequence[str], *, header_shown: bool = True, is_cut: bool = True
     ) -> None:
         self.output = output
-        self.is_cut = is_cut  # False: a terminal wraps what is too long
+        self.is_cut = is_cut  # False: a terminal wraps long lines
         self.header = tuple(header)
         self._header_due = header_shown  # False once it is written
 
@@ -313,7 +301,7 @@ class RowTable:
         widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
         if self.output.columns is None or len(widths) == 1:
             return widths
-        # one long key does not take the place of all other cells
+        # one long key must not take the place of all other cells
         widths[0] = min(widths[0], max(display_width(self.header[0]), self.output.columns // 2))
         excess = sum(widths) + len(_GAP) * (len(widths) - 1) - self.output.columns
         for index in [len(widths) - 1, *range(1, len(widths) - 1)]:

@@ -11,10 +11,10 @@ one argument that the system's shell has already cut. A word is one of
     -                      standard input, marked likewise
     name=WORD              an option, where a command has one of this name: `ttl=60`, `from="a b"`, `prefix=b64:AA==`
 
-Only the first character of a word decides what it is; a quote further inside is an ordinary character, so JSON
-without spaces needs no quoting. What a word means depends on its place (a value may well be `ttl=60`), so a Word keeps
-its raw text and `content`, `option` and `text` interpret it when it is asked for. `quote` is the inverse of a quoted
-word. Every ParseError carries the position, counted in characters from 0, in the line or argument.
+Only the first character of a word decides its kind; a quote further inside is an ordinary character, so JSON without
+spaces needs no quoting. The meaning of a word depends on its place (a value may well be `ttl=60`), so a Word keeps its
+raw text, and `content`, `option` and `text` interpret it when they are called. `quote` is the inverse of a quoted word.
+Every ParseError carries the position, counted in characters from 0, in the line or argument.
 
 Text is str with undecodable bytes as lone surrogates (PEP 383), as `sys.argv` has them; they turn into the same bytes.
 """
@@ -70,7 +70,7 @@ class Word(NamedTuple):
         return self.raw.startswith(('"', "b64:"))
 
     def content(self) -> Content:
-        """The bytes of the word, or where they are to be read from. Raises ParseError."""
+        """The bytes of the word, or the file or stream that has them. Raises ParseError."""
         raw = self.raw
         if raw.startswith('"'):
             return _unquote(raw, self.position)
@@ -163,7 +163,7 @@ def _scan_escape(text: str, index: int, offset: int) -> tuple[bytes, int]:
 
 
 def split_line(line: str) -> list[Word]:
-    """The words of a line. A quoted part is checked here, so that a missing quote is told at once."""
+    """Return the words of a line. A quoted part is checked here, so that a missing quote is reported at once."""
     words: list[Word] = []
     index = 0
     while index < len(line):
@@ -177,7 +177,7 @@ def split_line(line: str) -> list[Word]:
 
 
 def _word_end(line: str, start: int) -> int:
-    """The index behind the word that begins at `start`: a quote at its beginning, or at the beginning of an option's
+    """Return the index behind the word that begins at `start`. A quote at its beginning, or at that of an option's
     value or a file's name, holds it together over spaces."""
     index = start
     option = _OPTION_NAME.match(line, start)
@@ -203,10 +203,7 @@ def word_of_argument(argument: str) -> Word:
 def quote(data: bytes) -> str:
     """A word whose content is `data`: plain where that is possible, quoted otherwise. All ASCII control bytes and all
     bytes that are not UTF-8 become escapes, so it can be shown on any terminal."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", "surrogateescape")
+    text = decode_text(data)
     if _BARE.fullmatch(text) and not text.startswith(("@", "b64:")) and text != "-" and "=" not in text:
         return text
     return '"' + "".join(map(_quote_character, text)) + '"'

@@ -3,7 +3,7 @@
     import  45% [#############.................] 120,034 pairs, 61,200/s
     node drain  75% [######################........] 5 shards left
 
-It is drawn at most ten times a second, on one line that it clears when it ends, and not at all where stderr is no
+The bar is drawn at most ten times a second, on one line that is cleared at the end, and not at all where stderr is no
 terminal. The time comes from a clock that can be passed in.
 """
 
@@ -21,9 +21,7 @@ _CLEAR: Final = "\r\x1b[K"
 class ProgressBar:
     """One piece of work. Use as a context manager; `update` as often as there is news."""
 
-    def __init__(
-        self, stderr: TextIO, label: str, *, shown: bool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, stderr: TextIO, label: str, *, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._stderr = stderr
         self._label = label
         self._shown = shown
@@ -34,12 +32,12 @@ class ProgressBar:
         self._left_max = 0  # the most that was ever left
 
     def update(self, items: int, fraction: float | None = None, noun: str = "pairs") -> None:
-        """`items` of `noun` are done, which is `fraction` (0..1, None = not known) of the work."""
+        """Show that `items` of `noun` are done, `fraction` (0..1, None = not known) of the work."""
         rate = items / max(self._clock() - self._started, _INTERVAL_S)
         self._draw(fraction, f"{items:,} {noun}, {rate:,.0f}/s")
 
     def left(self, items: int, noun: str = "shards") -> None:
-        """So many of `noun` are left of the most that ever were."""
+        """Show that `items` of `noun` are left, of the most that ever were."""
         self._left_max = max(self._left_max, items)
         self._draw(1 - items / self._left_max if self._left_max else None, f"{items:,} {noun} left")
 
@@ -59,7 +57,7 @@ class ProgressBar:
         self._is_drawn = True
 
     def report(self, progress: Mapping[str, Any]) -> None:
-        """Progress as the servers report it: a map with `pairs_done` and `pairs`, or `files_done` and `files`."""
+        """Show progress as the servers report it: a map with `pairs_done` and `pairs`, or `files_done` and `files`."""
         for noun in ("pairs", "files"):
             done, total = progress.get(f"{noun}_done"), progress.get(noun)
             if isinstance(done, int):

@@ -1,7 +1,7 @@
 """Runs one command: words in, answer on stdout, messages on stderr, an exit code back.
 
 The one place where errors become sentences and codes (kvtcp.shell.exits). An error of no known class is a bug of the
-program and goes on, to a traceback and exit code 70.
+program and propagates, to a traceback and exit code 70.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EXPECTED = (KvtcpError, UsageError, ShellRefused, ConnectionError, TimeoutError
 async def run_words(context: Context, words: Sequence[Word], line: str | None = None) -> Exit:
     """Run the command of `words`. `line` is the line they came from, to point at a mistake in it.
 
-    Raises BrokenPipeError when stdout was closed, asyncio.CancelledError after saying what is open.
+    Raises BrokenPipeError when stdout was closed, asyncio.CancelledError after a message about an open write.
     """
     context.write_sent = False
     try:
@@ -48,7 +48,7 @@ async def run_words(context: Context, words: Sequence[Word], line: str | None = 
     except BrokenPipeError:
         raise
     except _EXPECTED as error:
-        context.streams.stdout.flush()  # what was written comes before the message
+        context.streams.stdout.flush()  # the answer so far comes before the message
         context.streams.message(sentence(error))
         return exit_of(error)
     except asyncio.CancelledError:
@@ -59,7 +59,7 @@ async def run_words(context: Context, words: Sequence[Word], line: str | None = 
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell a person about an error."""
+    """Return the sentence of an error for people."""
     if isinstance(error, BatchError):
         failed = [result for result in error.results if isinstance(result, KvtcpError)]
         first = failed[0].message if failed else ""

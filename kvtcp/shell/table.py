@@ -1,7 +1,7 @@
 """The command table: every command of the shell by its name, and how the words of a call find theirs.
 
 The table stands above the modules of commands and below the programs that run them (`run`, `interactive`, `main`).
-`help` is defined here, since the table is what it shows. Forms (`-o`) may stand anywhere in a call and are taken out
+`help` is defined here, since it shows the table. Forms (`-o`) may stand anywhere in a call and are taken out
 first. A name that is not in the table raises UsageError with the one that is spelt alike.
 """
 
@@ -24,7 +24,7 @@ _ADDRESS: Final = re.compile(r"([a-z]+://)?([A-Za-z0-9._-]+|\[[0-9a-fA-F:]+\])(:
 
 
 def take_form(words: Sequence[Word]) -> tuple[list[Word], str | None]:
-    """Take `-o FORM` out of the words, wherever it stands. The first `--` ends that: what follows is left as it is."""
+    """Take `-o FORM` out of the words, at any place before the first `--`."""
     kept: list[Word] = []
     form: str | None = None
     rest = iter(words)
@@ -84,12 +84,12 @@ TABLE: Final[Mapping[str, Command]] = {
 
 
 def group(word: str) -> list[Command]:
-    """The commands of two words whose first one is this."""
+    """Return the commands of two words whose first one is this."""
     return [command for name, command in TABLE.items() if name.startswith(word + " ")]
 
 
 def take_command(words: Sequence[Word]) -> tuple[Command, Sequence[Word]]:
-    """The command that the words begin with, and what follows its name. Raises UsageError."""
+    """Return the command that the words begin with, and the words behind its name. Raises UsageError."""
     first = words[0].raw
     if len(words) > 1 and group(first):
         name = f"{first} {words[1].raw}"
@@ -98,7 +98,7 @@ def take_command(words: Sequence[Word]) -> tuple[Command, Sequence[Word]]:
 
 
 def find(name: str) -> Command:
-    """The command of that name. Raises UsageError that names one that is spelt alike."""
+    """Return the command of that name. Raises UsageError, which suggests a similar name."""
     command = TABLE.get("help" if name == "?" else name)
     if command is not None:
         return command

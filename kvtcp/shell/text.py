@@ -25,9 +25,8 @@ def _escape_character(match: re.Match[str]) -> str:
 
 
 def escape(data: bytes) -> str:
-    """One line of text without control characters, from which the bytes can be told exactly."""
-    text = data.decode("utf-8", "surrogateescape")
-    return _UNSAFE.sub(_escape_character, text)
+    """Return one line of text without control characters, which denotes exactly these bytes."""
+    return _UNSAFE.sub(_escape_character, data.decode("utf-8", "surrogateescape"))
 
 
 def for_people(data: bytes) -> str:
@@ -70,7 +69,7 @@ def decoded(value: Any) -> Any:
 
 
 def cell(value: Any) -> str:
-    """One member of an answer as the text of one cell: lists joined by `; `, and `-` for what is absent or empty."""
+    """One member of an answer as the text of one cell: lists joined by `; `, and `-` for an absent or empty one."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -1,10 +1,10 @@
 """Import and export: streams of JSON lines between files and the cluster.
 
-Neither holds more than a few megabytes, whatever the size of the file. An import reads blocks, cuts them into lines,
-decodes these into chunks and keeps IMPORT_CHUNKS_MAX chunks in flight; a chunk that has a key in common with one in
-flight waits for it, so that of two lines with the same key the later one wins. A file that can be read twice is checked
-to its end before the first chunk is sent. The parsing is the cost (json.loads is two thirds of it), so the loop over
-the lines of a chunk is kept bare.
+Neither holds more than a few megabytes, for files of any size. An import reads blocks, cuts them into lines, decodes
+these into chunks and keeps IMPORT_CHUNKS_MAX chunks in flight; a chunk that has a key in common with one in flight
+waits for it, so that of two lines with the same key the later one wins. A file that can be read twice is checked to its
+end before the first chunk is sent. The parsing is the cost (json.loads is two thirds of it), so the loop over the lines
+of a chunk is kept bare.
 
 An export is written to a temporary file beside its target and renamed when it is complete. Its pages are read one
 after the other: a key that is not touched meanwhile appears exactly once.
@@ -46,10 +46,10 @@ Item = tuple[bytes, bytes, float | None]  # key, value, seconds to live
 
 
 class LineReader:
-    """Turns blocks of a plain or gzip file into lists of lines (without newline, or byte order mark). Pure.
+    """Turn blocks of a plain or gzip file into lists of lines (without newline, or byte order mark). Pure.
 
-    Plain or gzip is told by the first two bytes. Decompression goes in pieces, so a block cannot become unbounded
-    memory. Raises DataError for damaged gzip data and for lines over JSON_LINE_BYTES_MAX.
+    The first two bytes of gzip tell it from plain text. Decompression goes in pieces, so a block cannot become
+    unbounded memory. Raises DataError for damaged gzip data and for lines over JSON_LINE_BYTES_MAX.
     """
 
     def __init__(self, source: str) -> None:
@@ -113,14 +113,13 @@ class LineReader:
             self._partial.append(rest)
             self._partial_bytes += len(rest)
             if self._partial_bytes > JSON_LINE_BYTES_MAX:
-                raise DataError(
-                    f"{self._source}, line {self._lines + 1}: longer than {JSON_LINE_BYTES_MAX} bytes, no pair is"
-                )
+                place = f"{self._source}, line {self._lines + 1}"
+                raise DataError(f"{place}: longer than {JSON_LINE_BYTES_MAX} bytes, no pair is")
         return lines
 
 
 class ChunkBuilder:
-    """Decodes lines into chunks for put_many. Of a key that comes twice in a chunk the later line wins. Pure."""
+    """Decode lines into chunks for put_many. Of a key that comes twice in a chunk the later line wins. Pure."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -130,10 +129,10 @@ class ChunkBuilder:
         self.lines = 0  # lines decoded so far, over all chunks
 
     def add(self, lines: Sequence[bytes]) -> Iterator[Chunk]:
-        """The chunks that `lines` complete. Raises DataError that names the line; `rest` then has what came before."""
+        """The chunks that `lines` complete. Raises DataError that names the line; `rest` then has the pairs before."""
         source, items, number, size = self._source, self._items, self.lines, self._bytes
         try:
-            # One iteration is one record: names are local, and besides the decoder nothing is called.
+            # one iteration is one record: names are local, and nothing but the decoder is called
             for line in lines:
                 key, value, _, ttl_ms = decode_pair(line, source, number + 1)
                 items[key] = (key, value, None if ttl_ms is None else ttl_ms / 1000)
@@ -147,7 +146,7 @@ class ChunkBuilder:
             self.lines, self._bytes = number, size
 
     def rest(self) -> Chunk:
-        """The chunk as far as it is filled; the next one is begun."""
+        """Return the chunk as far as it is filled, and begin the next one."""
         chunk = Chunk(self._items, self.lines - self._first)
         self._items, self._bytes, self._first = {}, 0, self.lines
         return chunk
@@ -164,7 +163,7 @@ class Chunk:
 
 
 class Sender:
-    """Keeps several put_many in flight. `written` lines are stored; after an error nothing more is sent."""
+    """Keep several put_many in flight. `written` lines are stored; after an error nothing more is sent."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -217,7 +216,7 @@ class _Source:
         self.bytes_read = 0
 
     async def blocks(self) -> Any:
-        """Blocks of the file to its end, asynchronously. The loop goes on while a pipe is waited for."""
+        """Blocks of the file to its end, asynchronously. A pipe that waits does not block the loop."""
         self.bytes_read = 0
         while True:
             if self._may_block:
@@ -269,15 +268,15 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *
     try:
         loop.call_soon_threadsafe(function, *arguments)
     except RuntimeError:
-        # the loop was closed while the read waited: the import was interrupted, and nobody wants the data
+        # the loop was closed while the read waited: the import was interrupted, and the data is not needed
         if not loop.is_closed():
             raise
 
 
 async def import_file(context: Context, path: str) -> int:
-    """Store the pairs of a file, or of stdin for `-`. The number of its records.
+    """Store the pairs of a file, or of stdin for `-`. Returns the number of its records.
 
-    Raises DataError for a bad line, saying what was written before; OSError; the client's errors.
+    Raises DataError for a bad line, with the number of records before it; OSError; the client's errors.
     """
     if path == "-":
         context.claim_stdin()
@@ -302,7 +301,7 @@ async def _import(context: Context, source: _Source) -> int:
         raise
     except asyncio.CancelledError:
         context.streams.message(f"interrupted; {sender.written} records were written, and perhaps a few more")
-        context.write_sent = False  # this says all there is to say
+        context.write_sent = False  # no second message is needed
         raise
 
 
@@ -333,7 +332,7 @@ async def _send_all(source: _Source, sender: Sender, bar: ProgressBar) -> int:
         for chunk in builder.add(reader.finish()):
             await sender.send(chunk)
     except DataError:
-        # what came before the bad line is written, so that the line tells where to go on
+        # the records before the bad line are written, so an import can continue at that line
         await _send_last(builder, sender)
         raise
     await _send_last(builder, sender)
@@ -348,7 +347,7 @@ async def _send_last(builder: ChunkBuilder, sender: Sender) -> None:
 
 
 async def export_file(context: Context, path: str) -> int:
-    """Write every pair to a file, or to stdout for `-`. The number of pairs. Raises OSError, the client's errors."""
+    """Write every pair to a file, or to stdout for `-`. Returns their number. Raises OSError, the client's errors."""
     client = await context.client()
     total = await client.count() if context.streams.stderr_is_terminal else None
     if path == "-":

@@ -1,7 +1,7 @@
 """Tools for tests against the real servers: LocalCluster, and the fixtures of `kvtcp.testing.pytest_plugin`.
 
-LocalCluster is imported when it is first used (PEP 562): pytest loads the plugin, and so this package, at the start of
-every session of everybody who has kvtcp installed.
+LocalCluster is imported when it is first used (PEP 562): where kvtcp is installed, pytest loads the plugin, and so this
+package, at every start.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -9,17 +9,17 @@ An operation is a tuple `(call, ret, kind, argument, result)`:
     call, ret       times of the request and of its answer, in any unit; ret None = the outcome is not known: it may
                     take effect at any time after its call, or never
     "get"           argument None; result the value, None if absent
-    "exists"        argument None; result whether it was there
+    "exists"        argument None; result whether the key was there
     "put"           argument the value; result "ok"
-    "delete"        argument None; result whether it was there
+    "delete"        argument None; result whether the key was there
     "add"           argument the value; result True if it was set, False if the key existed
-    "cas"           argument (expected, new); result whether it was set
+    "cas"           argument (expected, new); result whether the value was set
     "incr"          argument an integer; result the new integer
     "swap"          argument the value; result the old one, None if absent
     "append"        argument an integer whose digits are put behind those of the value; result the number of digits
 
-Where the numbers of the operations in the log are known nothing needs to be searched: `check_order` compares results
-and times with that one order, for millions of operations.
+If the numbers of the operations in the log are known, no search is needed: `check_order` compares results and times
+with that one order, for millions of operations.
 
 Unanswered operations that are the same but for their call are taken in the order of their calls: in any order that
 explains a history they can change places. Without that a dozen of them makes the search hopeless.
@@ -63,7 +63,7 @@ def step(state: Any, kind: str, argument: Any) -> tuple[Any, Any]:
 
 
 class _Events:
-    """Calls and returns in order of time, linked; at equal times calls are first, which allows more."""
+    """Calls and returns in order of time, linked; at equal times calls are first, which allows more orders."""
 
     def __init__(self, operations: Sequence[TimedOperation]) -> None:
         events = [(operation[0], 0, n) for n, operation in enumerate(operations)]
@@ -89,7 +89,7 @@ class _Events:
 
 
 def _earlier_twins(operations: Sequence[TimedOperation]) -> list[int]:
-    """For each unanswered operation the one that is the same and was called last before it, as a bit; 0 for none."""
+    """For each unanswered operation the same one that was called last before it, as a bit; 0 for none."""
     twins = [0] * len(operations)
     last: dict[tuple[str, Any], int] = {}
     for n in sorted(range(len(operations)), key=lambda n: operations[n][0]):
@@ -129,7 +129,7 @@ def check_history(operations: Sequence[TimedOperation], initial: Any = None, bud
             else:
                 place = events.after[place]
             continue
-        # an operation returned that has no place in the order yet: the last choice was wrong
+        # the next event is the return of an operation without a place in the order: the last choice was wrong
         if not order:
             return False
         n, state = order.pop()
@@ -146,7 +146,7 @@ def check_order(numbered: Iterable[Numbered], initial: Any = None) -> str:
     Each operation comes with its sequence number, a "get" with that of the last write it saw. Operations without an
     answer are given too if they are in the log.
     """
-    state, called, last = initial, float("-inf"), -1  # called: the latest call of what is before
+    state, called, last = initial, float("-inf"), -1  # called: the latest call of earlier operations
     for seq, operation in sorted(numbered, key=lambda each: (each[0], each[1][2] == "get", each[1][0])):
         call, ret, kind, argument, result = operation
         if kind != "get":

@@ -1,12 +1,12 @@
 """LocalCluster: the real coordinator and nodes inside one event loop, for tests.
 
-It runs the same cores and the same servers as the processes do, over real sockets on 127.0.0.1 with free ports, in
+LocalCluster runs the same cores and servers as the processes do, over real sockets on 127.0.0.1 with free ports, in
 memory; only the process boundary is missing. Everything is ready when `start` returns and gone when `close` does.
 
     async with LocalCluster(nodes=3) as cluster:
         async with kvtcp.connect(cluster.url) as kv:
             await kv.put("a", "1")
-            cluster.kill_node("n2")
+            await cluster.kill_node("n2")
 
     with LocalCluster.run_in_thread() as cluster:           # no event loop of one's own
         with kvtcp.sync.connect(cluster.url) as kv: ...
@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.map_store import MapStore
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.constants import HOST_DEFAULT, SHARDS_DEFAULT
 from kvtcp.coordinator.server import ClusterConfig, CoordinatorServer
@@ -48,16 +48,10 @@ class LocalCluster:
     """
 
     def __init__(
-        self,
-        nodes: int = 3,
-        *,
-        replication_factor: int | None = None,
-        shards: int = SHARDS_DEFAULT,
-        min_insync: int | None = None,
-        durability: str = "memory",
-        backup_dir: Path | str | None = None,
+        self, nodes: int = 3, *, replication_factor: int | None = None, shards: int = SHARDS_DEFAULT,
+        min_insync: int | None = None, durability: str = "memory", backup_dir: Path | str | None = None,
         resp: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if durability != "memory":
             raise ValueError(f"a LocalCluster keeps its data in memory, durability cannot be {durability!r}")
         factor = min(3, nodes) if replication_factor is None else replication_factor
@@ -111,20 +105,16 @@ class LocalCluster:
 
     async def _start_coordinator(self, port: int) -> None:
         cluster, secret = self._identity
-        keeper = await MapKeeper.open(self.store)
+        map_store = await MapStore.open(self.store)
         replicas = {node: server.replica for node, server in self.nodes.items()}
-        check_store(keeper, {node: Found("ours", "", r.promised, r.map_version) for node, r in replicas.items()})
+        check_store(map_store, {node: Found("ours", "", r.promised, r.map_version) for node, r in replicas.items()})
         first = found_map(
-            cluster=cluster,
-            shards=self.shards,
-            factor=self.factor,
-            min_insync=self.min_insync,
-            durability=self.durability,
-            nodes=self._addresses,
-        )
-        before = await own_map(keeper, first)
+            cluster=cluster, shards=self.shards, factor=self.factor, min_insync=self.min_insync,
+            durability=self.durability, nodes=self._addresses,
+        )  # fmt: skip
+        before = await own_map(map_store, first)
         config = ClusterConfig(secret, self.durability, self.backup_dir, self.resp)
-        self._coordinator = CoordinatorServer(config, keeper, before)
+        self._coordinator = CoordinatorServer(config, map_store, before)
         self._coordinator.start_links()
         async with asyncio.timeout(START_S):
             await self._coordinator.wait_ready()
@@ -154,7 +144,7 @@ class LocalCluster:
             await server.close()
         if self._temporary is not None:
             self._temporary.cleanup()
-        await asyncio.sleep(0)  # transports tell of their end in the next turn of the loop
+        await asyncio.sleep(0)  # transports report their end in the next turn of the loop
 
     # --- faults -------------------------------------------------------------------------------------
 
@@ -172,9 +162,9 @@ class LocalCluster:
         await self._start_node(node, self._addresses[node][1])
 
     async def restart_coordinator(self) -> None:
-        """End the coordinator at once and start the next one at the same address, over the nodes that run on.
+        """End the coordinator at once and start the next one at the same address, over the nodes, which keep running.
 
-        Its clients lose their connections; what they had under way has an unknown outcome.
+        Its clients lose their connections; writes without an answer have an unknown outcome.
         """
         port = self.coordinator.address[1]
         coordinator, self._coordinator = self.coordinator, None

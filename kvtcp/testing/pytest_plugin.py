@@ -9,8 +9,8 @@
         with kvtcp.sync.connect(kvtcp_url) as kv:
             kv["a"] = b"1"
 
-Each test has a cluster of its own, empty and in memory, gone when the test ends. Nothing but pytest itself is imported
-before a test asks for a fixture; pytest-asyncio is needed for `kvtcp_cluster` only.
+Each test has a cluster of its own, empty and in memory, gone when the test ends. Only pytest itself is imported before
+a test uses a fixture; pytest-asyncio is needed for `kvtcp_cluster` only.
 """
 
 from __future__ import annotations
@@ -49,4 +49,3 @@ def kvtcp_url(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with LocalCluster.run_in_thread(**marker_arguments(request)) as cluster:
         yield cluster.url
-

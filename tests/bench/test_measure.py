@@ -11,21 +11,8 @@ from typing import Any
 
 import pytest
 
+from bench import measure
 from bench.load.clients import Job, Zipfian, generate, key_of, scatter, value_of
-from bench.measure import (
-    Histogram,
-    Options,
-    Sample,
-    compiled_modules,
-    cpu_rows,
-    cpu_s,
-    find,
-    interleave,
-    make_row,
-    quantile,
-    ratio,
-    with_floor,
-)
 
 
 @pytest.mark.parametrize(
@@ -33,71 +20,72 @@ from bench.measure import (
 )
 def test_quantiles_are_of_the_nearest_rank(share: float, expected: float) -> None:
     """Of the numbers 1 to 100."""
-    assert quantile(range(1, 101), share) == expected
+    assert measure.quantile(range(1, 101), share) == expected
 
 
 def test_a_quantile_of_nothing_is_refused() -> None:
     """It has no value."""
     with pytest.raises(ValueError, match="no values"):
-        quantile([], 0.5)
+        measure.quantile([], 0.5)
     with pytest.raises(ValueError, match="no values"):
-        Histogram().quantile(0.5)
+        measure.Histogram().quantile(0.5)
 
 
 def test_a_histogram_is_as_exact_as_its_buckets() -> None:
     """Each quantile of random latencies is within a bucket of the true one, also when two histograms are merged."""
     rng = random.Random(7)
     values = [rng.lognormvariate(0, 2) for _ in range(5_000)]
-    one, other = Histogram(), Histogram()
+    one, other = measure.Histogram(), measure.Histogram()
     for number, value in enumerate(values):
         (one if number % 3 else other).add(value)
     one.merge(other)
     assert one.total == len(values)
     values.sort()
     for share in (0.5, 0.9, 0.99, 0.999, 1.0):
-        assert one.quantile(share) == pytest.approx(quantile(values, share), rel=0.021)
+        assert one.quantile(share) == pytest.approx(measure.quantile(values, share), rel=0.021)
     assert set(one.figures()) == {"p50_ms", "p99_ms", "p999_ms", "max_ms"}
 
 
 def test_a_row_has_median_and_range() -> None:
     """Over the runs."""
-    row = make_row("kvtcp", "get", "ops/s", [3, 1, 2], depth=16)
+    row = measure.make_row("kvtcp", "get", "ops/s", [3, 1, 2], depth=16)
     assert (row["median"], row["min"], row["max"], row["runs"], row["depth"]) == (2, 1, 3, [3, 1, 2], 16)
     with pytest.raises(ValueError, match="kvtcp, get: no figures"):
-        make_row("kvtcp", "get", "ops/s", [])
+        measure.make_row("kvtcp", "get", "ops/s", [])
 
 
 def test_ratios_are_of_the_same_run() -> None:
     """A slow moment that meets both sides does not change the ratio."""
-    above, below = make_row("a", "w", "ops/s", [20, 2, 22]), make_row("b", "w", "ops/s", [10, 1, 10])
-    assert ratio(above, below) == (2, 2, 2.2, 3)
+    above, below = measure.make_row("a", "w", "ops/s", [20, 2, 22]), measure.make_row("b", "w", "ops/s", [10, 1, 10])
+    assert measure.ratio(above, below) == (2, 2, 2.2, 3)
 
 
 def test_ratios_of_different_numbers_of_runs_have_the_widest_range() -> None:
     """They have no run in common."""
-    above, below = make_row("a", "w", "ops/s", [20, 30]), make_row("b", "w", "ops/s", [10, 5, 20])
-    assert ratio(above, below) == (2.5, 1, 6, 2)
+    above, below = measure.make_row("a", "w", "ops/s", [20, 30]), measure.make_row("b", "w", "ops/s", [10, 5, 20])
+    assert measure.ratio(above, below) == (2.5, 1, 6, 2)
 
 
 def test_efficiency_is_floor_by_actual_as_times() -> None:
     """Half the rate and twice the time are both 0.5."""
-    assert with_floor(make_row("a", "w", "ops/s", [50]), "echo", 100)["efficiency"] == 0.5
-    assert with_floor(make_row("a", "w", "ms", [0.4]), "fdatasync", 0.2)["efficiency"] == 0.5
+    assert measure.with_floor(measure.make_row("a", "w", "ops/s", [50]), "echo", 100)["efficiency"] == 0.5
+    assert measure.with_floor(measure.make_row("a", "w", "ms", [0.4]), "fdatasync", 0.2)["efficiency"] == 0.5
 
 
 def test_find_needs_suite_target_and_workload() -> None:
     """Rows of other suites with the same name are others."""
-    rows = [{"suite": "x", **make_row("a", "w", "s", [1])}, {"suite": "y", **make_row("a", "w", "s", [2])}]
-    assert find(rows, "y", "a", "w") == rows[1]
-    assert find(rows, None, "a", "w") == rows[0]
-    assert find(rows, "y", "a", "v") is None
+    row = measure.make_row
+    rows = [{"suite": "x", **row("a", "w", "s", [1])}, {"suite": "y", **row("a", "w", "s", [2])}]
+    assert measure.find(rows, "y", "a", "w") == rows[1]
+    assert measure.find(rows, None, "a", "w") == rows[0]
+    assert measure.find(rows, "y", "a", "v") is None
 
 
 def test_cpu_time_of_roles_is_added_run_by_run() -> None:
     """Rows without CPU times are passed over."""
-    with_cpu = make_row("a", "w", "ops/s", [1, 1], cpu_runs=[{"x": 1, "y": 2}, {"x": 3, "y": 4}])
-    rows = [with_cpu, make_row("b", "w", "s", [1])]
-    assert [row["runs"] for row in cpu_rows(rows, ("x", "y"), "CPU")] == [[3, 7]]
+    with_cpu = measure.make_row("a", "w", "ops/s", [1, 1], cpu_runs=[{"x": 1, "y": 2}, {"x": 3, "y": 4}])
+    rows = [with_cpu, measure.make_row("b", "w", "s", [1])]
+    assert [row["runs"] for row in measure.cpu_rows(rows, ("x", "y"), "CPU")] == [[3, 7]]
 
 
 class Recorder:
@@ -118,10 +106,10 @@ class Recorder:
         self.calls.append((self.target, "generate", run))
         return run
 
-    def execute(self, plan: int) -> Sample:
+    def execute(self, plan: int) -> measure.Sample:
         """A rate that tells the run."""
         self.calls.append((self.target, "execute", plan))
-        return Sample(float(plan), {"server": plan * 2.0}, {"p99_ms": plan * 3.0})
+        return measure.Sample(float(plan), {"server": plan * 2.0}, {"p99_ms": plan * 3.0})
 
     def verify(self, plan: int) -> None:
         """After each."""
@@ -133,7 +121,7 @@ def test_workloads_take_turns_in_four_phases() -> None:
     stories = []
     for _ in range(2):
         calls: list[tuple[str, str, int]] = []
-        rows = interleave([Recorder(name, calls) for name in "abc"], 5, seed=3)
+        rows = measure.interleave([Recorder(name, calls) for name in "abc"], 5, seed=3)
         assert [step for _, step, _ in calls[:3]] == ["prepare"] * 3
         rest = calls[3:]
         for place in range(0, len(rest), 3):
@@ -162,22 +150,22 @@ def test_cpu_time_counts_all_threads() -> None:
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline() == b"spent\n"
-        assert cpu_s(child.pid) >= 0.3
+        assert measure.cpu_s(child.pid) >= 0.3
     finally:
         child.kill()
         child.communicate()
-    before = cpu_s(os.getpid())
+    before = measure.cpu_s(os.getpid())
     thread = threading.Thread(target=lambda: sum(range(1_000_000)))
     thread.start()
     thread.join()
-    assert cpu_s(os.getpid()) > before
+    assert measure.cpu_s(os.getpid()) > before
 
 
 def test_options_choose_sizes_and_keep_what_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     """What is not measured is said loudly."""
-    options = Options(quick=True, keys=7)
+    options = measure.Options(quick=True, keys=7)
     assert (options.size(100, 1), options.runs_or(5), options.keys_or(100, 1)) == (1, 1, 7)
-    assert Options(runs=3).runs_or(5) == 3 and Options().keys_or(100, 1) == 100
+    assert measure.Options(runs=3).runs_or(5) == 3 and measure.Options().keys_or(100, 1) == 100
     options.skip("redis", "it is not installed")
     assert options.skipped == [{"target": "redis", "why": "it is not installed"}]
     assert "NOT MEASURED: redis: it is not installed" in capsys.readouterr().err
@@ -188,7 +176,7 @@ def test_compiled_modules_are_named(tmp_path: Path) -> None:
     (tmp_path / "kvtcp" / "frontend" / "resp").mkdir(parents=True)
     for name in ("frontend/resp/parser.cpython-311-x86_64-linux-gnu.so", "frontend/resp/parser.py", "errors.py"):
         (tmp_path / "kvtcp" / name).touch()
-    assert compiled_modules(tmp_path) == ["kvtcp/frontend/resp/parser"]
+    assert measure.compiled_modules(tmp_path) == ["kvtcp/frontend/resp/parser"]
 
 
 def test_zipfian_ranks_fall_as_they_should() -> None:

@@ -16,7 +16,7 @@ import kvtcp
 from kvtcp import AdminError, BatchError, Entry, KeyExists, OutcomeUnknown, SyncClient, Unavailable, codecs
 from kvtcp.client import loop_thread
 from kvtcp.errors import Code
-from tests.processes.cluster import wait_for
+from tests.processes.cluster import is_waiting, wait_for
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer
 
@@ -213,7 +213,7 @@ def test_ctrl_c_cancels_the_call(kv: SyncClient[bytes], peer: ServerThread) -> N
     peer.do(peer.server.on, b"get", peer.server.hold)
 
     def interrupt() -> None:
-        wait_for(lambda: peer.server.held, "the request")
+        wait_for(lambda: peer.server.held and is_waiting(os.getpid()), "a call that waits")
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

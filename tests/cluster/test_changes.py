@@ -45,7 +45,7 @@ def prefix(name: str) -> Edit:
 
 def disk(shard: int, name: str, node: str = "n1") -> Edit:
     """A change of one row."""
-    return lambda old: old.with_disks({shard: {node: name}})
+    return lambda old: old.with_replica_ids({shard: {node: name}})
 
 
 def made() -> tuple[MapChanges, Told]:
@@ -92,18 +92,19 @@ def test_what_waits_goes_together() -> None:
     changes.on_outcome(Outcome.DONE, now_ms=0)
     expected, value = sent(changes)
     new = ClusterMap.from_json(value)
-    assert expected == 2 and new.restoring == b"abd" and new.disk_of(1, "n1") == "c" and new.disk_of(2, "n1") == "e"
+    assert expected == 2 and new.restoring == b"abd"
+    assert new.replica_id_of(1, "n1") == "c" and new.replica_id_of(2, "n1") == "e"
     changes.on_outcome(Outcome.DONE, now_ms=0)
     assert told.names("done") == ["a", "b", "c", "d", "e"] and changes.map == new
     assert [each for name, what, each in told.events if what == "done" and name != "a"] == [new] * 4
 
 
 @pytest.mark.parametrize("second", [
-    lambda old: old.with_disks({1: {"n2": "second"}}),
+    lambda old: old.with_replica_ids({1: {"n2": "second"}}),
     lambda old: old.without([0, 1], "n2"),
     lambda old: old.first_answers(1, "n3"),
     lambda old: old.replaced(1, "n2", "n2", "second"),
-    lambda old: old.with_disks({1: {"n1": "disk"}}),  # the first is taken back
+    lambda old: old.with_replica_ids({1: {"n1": "disk"}}),  # the first is taken back
 ])  # fmt: skip
 def test_two_changes_of_one_row(second: Edit) -> None:
     """The second waits for the next compare-and-set, and what was proposed after it does too (I7)."""
@@ -180,7 +181,7 @@ def test_a_conflict_after_an_unknown_outcome() -> None:
         ][number]
         changes.on_outcome(Outcome.CONFLICT, stored, now_ms=MAP_RESEND_MS)
         changes.check()
-        assert bool(changes.lost) == is_final
+        assert bool(changes.lost_reason) == is_final
         assert told.names("done") == (["a"] if is_ours else [])
         if is_ours:
             assert changes.map == ClusterMap.from_json(value) and changes.store_version == 2
@@ -201,7 +202,7 @@ def test_a_conflict_is_final(stored: Stored | None) -> None:
     told.propose("c", prefix("c"), can_fail=True)
     changes.on_outcome(Outcome.CONFLICT, stored, now_ms=0)
     changes.check()
-    assert changes.lost == LOST and not changes.is_busy and changes.map.version == 1
+    assert changes.lost_reason == LOST and not changes.is_busy and changes.map.version == 1
     assert [(name, what) for name, what, _ in told.events] == [("", "lost"), ("a", "failed"), ("c", "failed")]
     assert all(type(error) is NotOwner and str(error) == LOST for _, _, error in told.events)
     told.propose("d", prefix("d"), can_fail=True)
@@ -333,7 +334,7 @@ def test_founding_that_fails() -> None:
     changes.found(make_map(), told.append, told.append)
     sent(changes)
     changes.on_outcome(Outcome.CONFLICT, now_ms=0)
-    assert changes.lost and type(told[1]) is NotOwner and not changes.is_founded
+    assert changes.lost_reason and type(told[1]) is NotOwner and not changes.is_founded
 
 
 def test_versions() -> None:
@@ -358,12 +359,12 @@ def test_versions() -> None:
 def test_outcomes_that_nobody_waits_for() -> None:
     """They are errors of the shell."""
     changes, told = made()
-    with pytest.raises(AssertionError, match="was asked"):
+    with pytest.raises(AssertionError, match="belongs to a compare-and-set"):
         changes.on_outcome(Outcome.DONE, now_ms=0)
     told.propose("a", prefix("a"))
     sent(changes)
     changes.on_outcome(Outcome.UNKNOWN, now_ms=0)
-    with pytest.raises(AssertionError, match="was asked"):
+    with pytest.raises(AssertionError, match="belongs to a compare-and-set"):
         changes.on_failed(OSError(), now_ms=0)
 
 
@@ -408,7 +409,7 @@ class RandomStore(RuleBasedStateMachine):
         self.rows[name] = shards
         if can_fail:
             self.can_fail.add(name)
-        edit = prefix(f"{name} ") if not shards else lambda old: old.with_disks({n: {"n1": name} for n in shards})
+        edit = prefix(f"{name} ") if not shards else lambda old: old.with_replica_ids({n: {"n1": name} for n in shards})
         self.told.propose(name, edit, can_fail=can_fail)
 
     @rule(can_fail=st.booleans())
@@ -481,7 +482,7 @@ class RandomStore(RuleBasedStateMachine):
         changes.check()
         assert changes.store_version is not None
         assert self.history[changes.store_version - 1].value == changes.map.to_json()
-        assert not changes.lost or self.intruded, "nobody else changed the map"
+        assert not changes.lost_reason or self.intruded, "nobody else changed the map"
         if not self.intruded and not changes.is_unsure and self.awaited is None:
             assert changes.store_version == self.stored.version
         ended = [name for name, what, _ in self.told.events if what in ("done", "failed")]
@@ -497,7 +498,7 @@ class RandomStore(RuleBasedStateMachine):
             if self.awaited is not None:
                 self.answer("done", "")
             self.holds()
-        if not self.changes.lost:
+        if not self.changes.lost_reason:
             ended = {name for name, what, _ in self.told.events if what in ("done", "failed")}
             assert ended == set(self.rows)
         self.check_history()
@@ -511,7 +512,7 @@ class RandomStore(RuleBasedStateMachine):
         marks = (self.map_of(self.history[-1]).restoring or b"").decode().split()
         assert len(marks) == len(set(marks)), "made once"
         silent = {name for name in self.rows if not self.rows[name]}
-        assert set(self.told.names("failed")).isdisjoint(marks) or self.changes.lost
+        assert set(self.told.names("failed")).isdisjoint(marks) or self.changes.lost_reason
         assert set(marks) <= silent
 
     @staticmethod

@@ -66,11 +66,11 @@ def test_other_disks() -> None:
     """A member by another copy keeps its place; nobody else changes."""
     old = make_map(3, 2, shards=3)
     node = old.nodes_of(1)[1]
-    new = old.with_disks({1: {node: "new"}})
-    assert new.disk_of(1, node) == "new" and new.nodes_of(1) == old.nodes_of(1)
-    assert new.disk_of(1, old.nodes_of(1)[0]) == "disk"
+    new = old.with_replica_ids({1: {node: "new"}})
+    assert new.replica_id_of(1, node) == "new" and new.nodes_of(1) == old.nodes_of(1)
+    assert new.replica_id_of(1, old.nodes_of(1)[0]) == "disk"
     assert new.members[0] == old.members[0] and new.members[2] == old.members[2]
-    assert old.with_disks({}) == old
+    assert old.with_replica_ids({}) == old
 
 
 def pairs(row: str) -> tuple[tuple[str, str], ...]:
@@ -197,7 +197,7 @@ EDITS: list[Callable[[ClusterMap, int, str, str], ClusterMap]] = [
     lambda m, shard, node, other: m.without([shard], node),
     lambda m, shard, node, other: m.without(m.shards_of(node), node),
     lambda m, shard, node, other: m.replaced(shard, node, other, "r"),
-    lambda m, shard, node, other: m.with_disks({shard: {node: "e"}}),
+    lambda m, shard, node, other: m.with_replica_ids({shard: {node: "e"}}),
     lambda m, shard, node, other: m.first_answers(shard, node),
     lambda m, shard, node, other: m.with_node("h", 100 + m.last_node)[0],
     lambda m, shard, node, other: m.without_node(node),

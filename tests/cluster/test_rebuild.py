@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.cluster.map import LOST_DISK, ClusterMap
+from kvtcp.cluster.map import LOST_REPLICA, ClusterMap
 from kvtcp.cluster.rebuild import (
     VERSION_DISTANCE,
     CannotRecover,
@@ -61,7 +61,7 @@ def row(
 def why_down(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> str:
     """Why the only shard is down. No disk of its row is that of a copy."""
     recovered = recover(copies, kept, **options)
-    disks = {node: each.disk for node, each in copies.items() if each is not None}
+    disks = {node: each.replica_id for node, each in copies.items() if each is not None}
     assert all(disks.get(node) != disk for node, disk in recovered.map.members[0])
     return recovered.down[0]
 
@@ -149,7 +149,7 @@ def test_accepted_without_any_copy() -> None:
     kept = replace(kept, factor=1, members=((("n1", "disk"),), (("n2", ""),)), wanted=(("n1",), ("n2",)))
     told = {"n3": tell("n3", {}, kept)}
     found = recovered_map(told, {}, owner="new", wall_ms=WALL_MS, accept=True)
-    assert found.map.members == ((("n1", "disk"),), (("n2", LOST_DISK),))
+    assert found.map.members == ((("n1", "disk"),), (("n2", LOST_REPLICA),))
     assert found.down == dict.fromkeys((0, 1), "no node has a copy of it")
 
 
@@ -176,15 +176,15 @@ def test_the_epoch_counts_before_the_number() -> None:
 def test_others_fill_the_row_up_to_the_fewest_members() -> None:
     """The best of the rest comes next. One that ends below a committed number is replaced whole."""
     assert row({"n1": copy(3), "n2": copy(4), "n3": copy(5)}) == [("n3", "disk"), ("n2", "disk")]
-    assert row({"n1": copy(3), "n2": copy(3, 2), "n3": copy(5, commit=4)}) == [("n3", "disk"), ("n1", LOST_DISK)]
+    assert row({"n1": copy(3), "n2": copy(3, 2), "n3": copy(5, commit=4)}) == [("n3", "disk"), ("n1", LOST_REPLICA)]
 
 
 def test_a_doubtful_copy_fills_the_row() -> None:
     """With fewer doubtful copies than M one that is not was a member; the doubtful one is replaced whole."""
     broken = copy(0, complete=False, damage="bad sector", disk="d3")
-    assert row({"n1": None, "n2": copy(5), "n3": broken}) == [("n2", "disk"), ("n3", LOST_DISK)]
+    assert row({"n1": None, "n2": copy(5), "n3": broken}) == [("n2", "disk"), ("n3", LOST_REPLICA)]
     kept = known(3, 2, destroyed=("n1",))
-    assert row({"n2": copy(5), "n3": None}, kept) == [("n2", "disk"), ("n1", LOST_DISK)]
+    assert row({"n2": copy(5), "n3": None}, kept) == [("n2", "disk"), ("n1", LOST_REPLICA)]
 
 
 def test_no_more_members_than_copies_are_wanted() -> None:
@@ -265,7 +265,7 @@ def test_two_histories() -> None:
 def test_a_lost_row_in_memory_does_not_look_new() -> None:
     """The row has the copy with data, so the shard is not taken for one that begins anew in mode memory."""
     found = recover({"n3": copy(5), "n1": None}, known(durability="memory"), accept=True)
-    assert found.down and found.map.members[0][0] == ("n3", LOST_DISK)
+    assert found.down and found.map.members[0][0] == ("n3", LOST_REPLICA)
 
 
 # --- nothing committed is lost ------------------------------------------------------------------------

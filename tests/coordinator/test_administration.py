@@ -15,7 +15,7 @@ from kvtcp.coordinator.supervisor import Found
 from kvtcp.errors import AdminError, Code, RequestError
 from kvtcp.node.server import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.frontend.native.test_gateway import HANDED_OVER
+from tests.frontend.native.test_handler import HANDED_OVER
 from tests.processes.cluster import free_ports
 from tests.processes.raw_client import BOTH_LOOPS, event_loop_policy, linked, until
 from tests.support.replication_fakes import Answers
@@ -63,12 +63,12 @@ class Administered:
         )
 
     def ask(self, op: bytes, ident: int, *arguments: Any) -> None:
-        """As the gateway does."""
+        """As the request handler does."""
         self.administration.requests[op](self.session, ident, *arguments)
 
 
 def test_the_table_is_complete() -> None:
-    """Everything that the gateway hands over is in it, and nothing else."""
+    """Everything that the request handler hands over is in it, and nothing else."""
     assert Administered().administration.requests.keys() == HANDED_OVER
 
 
@@ -141,9 +141,9 @@ async def test_nodes_that_are_not_added() -> None:
             await linked(coordinator, 3)
             added: list[Any] = []
             coordinator.controller.admin.add_node("a..b", 1, added.append)
-            coordinator.keeper.wake()
+            coordinator.map_store.wake()
             await until(lambda: added and "n4" in coordinator.links, "the node in the map")
-            coordinator._act()
+            coordinator.controller.act(coordinator)
             await until(lambda: "idna" in coordinator.sequencer.links["n4"].reason, "a try to link it")
             assert not coordinator.failed.done()
             await kv.node_remove("n4")

@@ -33,6 +33,7 @@ from tests.processes.raw_client import (
     restart_empty,
     until,
 )
+from tests.support.learning_tools import deafen
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
@@ -343,9 +344,7 @@ async def test_restoring_answers(cluster: LocalCluster, kv: Any, monkeypatch: py
     assert (await kv.status())["degraded"] == []
 
 
-async def test_long_request_and_input_cap(
-    cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_long_request_and_input_cap(cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection on which a long restore runs goes on being read, however much it writes meanwhile."""
     await kv.put("in/1", "v")
     await kv.backup("base")
@@ -464,9 +463,7 @@ async def test_failure_in_mid_replace(
     assert await everything(kv) == {b"in/1": b"v", b"out/1": b"v"}
 
 
-async def test_refusals_at_once_do_not_spin(
-    cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_refusals_at_once_do_not_spin(cluster: LocalCluster, kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restore whose writes are refused at once tries again at the pace of ticks, others are served meanwhile."""
     await kv.put_many(dict.fromkeys(keys_of_shards(cluster), "v"))
     await kv.backup("base")
@@ -534,9 +531,7 @@ async def test_link_lost_before_the_cut(cluster: LocalCluster, kv: Any, monkeypa
     await linked(cluster.coordinator, 3)
 
 
-async def test_node_lost_twice(
-    cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_node_lost_twice(cluster: LocalCluster, kv: Any, impatient: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second loss fails the backup with its reason; no directory is left, and the next backup works."""
     await kv.put_many({f"k{n}": "v" for n in range(100)})
     interrupt(monkeypatch, lambda job: cut_link(cluster.coordinator, job._node), times=1000)
@@ -591,9 +586,7 @@ async def test_cut_that_cannot_commit(
 
 async def restart_on_other_terms(cluster: LocalCluster, kv: Any) -> None:
     """n1 stops reading with writes on their way to it, then is killed."""
-    node = cluster.nodes["n1"]
-    assert node.core.link is not None and node.core.link.connection.transport is not None
-    node.core.link.connection.transport.pause_reading()
+    deafen(cluster.nodes["n1"])
     keys = keys_of_shards(cluster)
     writes = [asyncio.ensure_future(kv.put(key, "pending", timeout=0.2)) for key in keys]
     await asyncio.gather(*writes, return_exceptions=True)

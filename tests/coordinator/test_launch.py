@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.map_store import MapStore
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.coordinator import launch
 from kvtcp.coordinator.server import ClusterConfig
@@ -36,16 +36,16 @@ async def test_a_first_start_needs_all_nodes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launch, "RECOVER_WAIT_MS", 50)
     node = NodeServer("n1")
     await node.start("127.0.0.1", 0)
-    keeper = await MapKeeper.open(MemoryConfigStore())
+    map_store = await MapStore.open(MemoryConfigStore())
     nodes = {"n1": node.address, "n2": ("127.0.0.1", free_ports(1))}
     first = found_map(cluster="c", shards=1, factor=2, min_insync=1, durability="memory", nodes=nodes)
     supervisor = Supervisor("127.0.0.1", {}, Path(), [], lambda: None)
     config = ClusterConfig("s", "memory", Path())
-    coordinator = launch.Coordinator(config, keeper, supervisor, asyncio.Event())
+    coordinator = launch.Coordinator(config, map_store, supervisor, asyncio.Event())
     try:
         with pytest.raises(StartError, match=r"after 0 s these nodes had not reported: n2 \(connection refused\)"):
             await coordinator._answering(first)
-        await keeper.found(first)
+        await map_store.found(first)
         found = await coordinator._answering(first)
         assert found == {"n1": Found("ours"), "n2": Found("free")}
         await node.close()
@@ -53,4 +53,4 @@ async def test_a_first_start_needs_all_nodes(monkeypatch: pytest.MonkeyPatch) ->
             await coordinator._answering(first)
     finally:
         await node.close()
-        await keeper.close()
+        await map_store.close()

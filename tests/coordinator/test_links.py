@@ -11,8 +11,8 @@ import pytest
 import kvtcp
 from kvtcp.constants import LINK_SILENCE_MS
 from kvtcp.coordinator import links as links_module
-from kvtcp.coordinator.links import LinkConnection, NodeLink
-from kvtcp.errors import KvtcpError, OutcomeUnknown
+from kvtcp.coordinator.links import LinkConnection
+from kvtcp.errors import OutcomeUnknown
 from kvtcp.node.connection import NodeConnection
 from kvtcp.node.server import NodeServer
 from kvtcp.protocol.link import BATCH, HELLO, RESULTS
@@ -29,6 +29,7 @@ from tests.processes.raw_client import (
     pack,
     until,
 )
+from tests.support.learning_tools import deafen
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
@@ -78,60 +79,6 @@ async def test_cut_links_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             tables = [node.replica.tables[number] for node in cluster.nodes.values()]
             assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1, "replicas are equal"
         assert {link_number(cluster.coordinator, node) for node in cluster.nodes} == {5}
-
-
-async def test_writes_wait_for_a_cut_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes to a shard whose node is being dialled again wait and go on; reads go to the other replica at once."""
-    go_on = asyncio.Event()
-    connect = NodeLink._connect
-
-    async def held(self: NodeLink, connection: LinkConnection) -> None:
-        await go_on.wait()
-        await connect(self, connection)
-
-    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
-        await kv.put("a", "1")
-        monkeypatch.setattr(NodeLink, "_connect", held)
-        cut_link(cluster.coordinator, "n1")
-        await until(lambda: not cluster.coordinator.links["n1"].progress.connected, "the cut")
-        write = asyncio.ensure_future(kv.incr("a"))
-        await until(lambda: cluster.coordinator.sequencer.waiting_items == 1, "the waiting write")
-        assert await kv.get("a") == b"1"
-        assert not write.done()
-        go_on.set()
-        assert await write == 2
-        assert cluster.coordinator.sequencer.waiting_bytes == 0
-
-
-async def test_node_lost_before_the_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node whose connection breaks after its report, while others have not reported, is dialled and counted anew."""
-    go_on = asyncio.Event()
-    connect = NodeLink._connect
-
-    async def held(self: NodeLink, connection: LinkConnection) -> None:
-        if self.node == "n2":
-            await go_on.wait()
-        await connect(self, connection)
-
-    monkeypatch.setattr(NodeLink, "_connect", held)
-    cluster = LocalCluster(2, shards=4)
-    start = asyncio.ensure_future(cluster.start())
-    try:
-        await until(lambda: cluster._coordinator, "the coordinator")
-        coordinator = cluster.coordinator
-        link = coordinator.links["n1"]
-        for number in (1, 2, 3):
-            await until(lambda: link_number(coordinator, "n1") == number and link.progress.connected, "a link")  # noqa: B023
-            assert not coordinator.ready.is_set() and not any(shard.serving for shard in coordinator.sequencer.shards)
-            cut_link(coordinator, "n1")
-        go_on.set()
-        await start
-        await linked(coordinator, 2)
-        assert not coordinator.failed.done()
-        async with kvtcp.connect(cluster.url) as kv:
-            await kv.put("a", "1")
-    finally:
-        await cluster.close()
 
 
 async def test_heartbeats_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,30 +185,13 @@ async def test_unfinished_dial() -> None:
         assert cluster.coordinator.links["n1"].connection is not connection
 
 
-async def test_silent_node_and_moved_reads() -> None:
-    """Reads at a node that says nothing are asked of another after READ_RETRY_MS; its writes wait for it."""
-    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
-        await kv.put("a", "1")
-        node = cluster.nodes["n1"]
-        assert node.core.link is not None and node.core.link.connection.transport is not None
-        node.core.link.connection.transport.pause_reading()
-        answers = await asyncio.gather(*(kv.get("a") for _ in range(20)), kv.count())
-        assert answers == [b"1"] * 20 + [1]
-        with pytest.raises(KvtcpError):
-            await kv.incr("a", timeout=0.1)
-        node.core.link.connection.transport.resume_reading()
-        await until(lambda: not cluster.coordinator.links["n1"].progress.items, "the window")
-        assert await kv.get("a") == b"2", "the write was sequenced: it happened, once"
-
-
 async def test_half_open_link(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A link on which nothing moves any more is given up and dialled again: what was on it goes on, once."""
     monkeypatch.setattr(links_module, "LINK_SILENCE_MS", 700)
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "1")
         node = cluster.nodes["n1"]
-        assert node.core.link is not None and node.core.link.connection.transport is not None
-        node.core.link.connection.transport.pause_reading()
+        deafen(node)
         assert sorted(await asyncio.gather(*(kv.incr("b") for _ in range(20)))) == list(range(1, 21))
         assert await kv.incr("a") == 2
         assert link_number(cluster.coordinator, "n1") == 2

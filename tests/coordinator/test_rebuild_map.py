@@ -14,8 +14,8 @@ import pytest
 
 import kvtcp
 from kvtcp.cluster.file_store import parse
-from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.map_store import MapStore
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.coordinator.rebuild_map import Places, ask, local_nodes, recover_map
 from kvtcp.coordinator.supervisor import Found
@@ -308,10 +308,10 @@ async def test_directories_of_two_clusters(tmp_path: Path) -> None:
     base = free_ports(2)
     places = Places(tmp_path, "127.0.0.1", base, {"n1": base, "n2": base + 1}, [], [])
     directory = DataDirectory(tmp_path / "coordinator", "coordinator")
-    keeper = await MapKeeper.open(MemoryConfigStore())
+    map_store = await MapStore.open(MemoryConfigStore())
     with pytest.raises(StartError, match="are of several clusters"):
-        await recover_map(keeper, directory, places, asyncio.Event(), accept=False)
+        await recover_map(map_store, directory, places, asyncio.Event(), accept=False)
     (tmp_path / "n1" / "identity.json").write_text("{}")
     with pytest.raises(StartError, match="not an identity"):
-        await recover_map(keeper, directory, places, asyncio.Event(), accept=False)
+        await recover_map(map_store, directory, places, asyncio.Event(), accept=False)
     directory.unlock()

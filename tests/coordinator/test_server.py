@@ -1,5 +1,5 @@
-"""The coordinator's server with real nodes: nodes that die, come back empty, are slow, come and go for good;
-acknowledgements withheld."""
+"""The coordinator's server with real nodes: nodes that die, come back empty, are slow, come and go for good; takeovers,
+and coordinators that are deposed."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import kvtcp
-from kvtcp.cluster.keeper import MapKeeper
 from kvtcp.constants import SEND_REQUESTS, STAMP_AHEAD_MS, WRITE_WAIT_MS
 from kvtcp.coordinator import server as module
 from kvtcp.coordinator import status
 from kvtcp.coordinator.takeover import CannotServe
 from kvtcp.errors import Code
 from kvtcp.protocol.link import HELLO, REPORT, RESULTS
+from kvtcp.replication import ownership
 from kvtcp.replication.membership.insync import Membership
-from kvtcp.replication.membership.recovery import Recovery
-from kvtcp.replication.sequencing.link import LinkError
 from kvtcp.testing import local_cluster
 from kvtcp.testing.local_cluster import LocalCluster
 from tests.processes.raw_client import (
@@ -38,6 +35,7 @@ from tests.processes.raw_client import (
     restart_empty,
     until,
 )
+from tests.support.learning_tools import deafen
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
@@ -155,17 +153,8 @@ async def test_node_restarted_empty(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         await kv.put_many(dict.fromkeys(keys, "w"))
         assert all_equal(cluster, 2)
         replica = cluster.nodes["n1"].replica
-        assert all(cluster.coordinator.map.disk_of(n, "n1") == replica.copies[n].disk for n in range(8))
+        assert all(cluster.coordinator.map.replica_id_of(n, "n1") == replica.copies[n].disk for n in range(8))
         cluster.coordinator.controller.check()
-
-
-async def test_empty_node_of_an_empty_cluster() -> None:
-    """A node that had acknowledged nothing may come back with another disk and is a member again."""
-    async with LocalCluster(2, shards=8) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
-        await kill_node(cluster, "n1")
-        await restart_empty(cluster, "n1")
-        await kv.put("a", "1")
-        assert (await kv.status())["state"] == "ok"
 
 
 async def test_withheld_acknowledgements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,30 +197,12 @@ async def test_many_requests_are_sent_in_between() -> None:
         assert by_ident[first + some] == [0, 1] and by_ident[first + some + 1][1][0] == b"1"
 
 
-async def test_slow_node() -> None:
-    """A slow replica slows writes down to its pace and loses none; reads come from the other one."""
-    async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
-        await kv.put("a", "0")
-        node = cluster.nodes["n2"]
-        assert node.core.link is not None and node.core.link.connection.transport is not None
-        transport = node.core.link.connection.transport
-        transport.pause_reading()
-        writes = [asyncio.ensure_future(kv.incr("a")) for _ in range(200)]
-        await until(lambda: cluster.coordinator.links["n2"].progress.items >= 200, "writes on their way")
-        assert not any(write.done() for write in writes)
-        transport.resume_reading()
-        assert sorted(await asyncio.gather(*writes)) == list(range(1, 201))
-        assert await kv.get("a") == b"200"
-
-
 async def test_silent_node_is_named() -> None:
     """A node whose link is up and that does not answer heartbeats is named by status and nodes, until it answers."""
     async with LocalCluster(2, shards=4) as cluster, kvtcp.connect(cluster.url) as kv:
         assert (await kv.status())["state"] == "ok"
         node = cluster.nodes["n2"]
-        assert node.core.link is not None and node.core.link.connection.transport is not None
-        transport = node.core.link.connection.transport
-        transport.pause_reading()
+        transport = deafen(node)
         node._stats.stop()
         silent = cluster.coordinator.links["n2"]
         await until(lambda: cluster.coordinator.status.nodes()[1]["state"] == "silent", "the silence")
@@ -264,8 +235,7 @@ async def test_takeover_ships_what_a_member_lacks(monkeypatch: pytest.MonkeyPatc
     async with LocalCluster(3, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
         await kv.put("a", "0")
         slow = cluster.nodes["n2"]
-        assert slow.core.link is not None and slow.core.link.connection.transport is not None
-        slow.core.link.connection.transport.pause_reading()
+        deafen(slow)
         writes = [asyncio.ensure_future(kv.incr(f"n{n % 20}", timeout=0.3)) for n in range(300)]
         outcomes = await asyncio.gather(*writes, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {kvtcp.OutcomeUnknown}
@@ -277,31 +247,6 @@ async def test_takeover_ships_what_a_member_lacks(monkeypatch: pytest.MonkeyPatc
         for number in range(2):
             tables = [node.replica.tables[number] for node in cluster.nodes.values()]
             assert len({(table.seq, table.chain, table.digest()) for table in tables}) == 1
-
-
-async def test_a_shard_begins_anew_when_a_link_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link that is lost while members are made equal: its shards are judged again, and then it succeeds."""
-    asked = []
-    on_entries = Recovery.on_entries
-
-    def broken(self: Recovery, node: str, *frame: Any) -> None:
-        asked.append(node)
-        if len(asked) == 1:
-            raise LinkError("for the test")
-        on_entries(self, node, *frame)
-
-    async with LocalCluster(2, shards=1) as cluster, kvtcp.connect(cluster.url, timeout=8) as kv:
-        await kv.put("a", "0")
-        slow = cluster.nodes["n2"]
-        assert slow.core.link is not None and slow.core.link.connection.transport is not None
-        slow.core.link.connection.transport.pause_reading()
-        with pytest.raises(kvtcp.OutcomeUnknown):
-            await kv.put("a", "1", timeout=0.1)
-        monkeypatch.setattr(Recovery, "on_entries", broken)
-        await cluster.restart_coordinator()
-        assert asked == ["n1", "n1"] and link_number(cluster.coordinator, "n1") == 2
-        assert await kv.get("a") == b"1"
-        await kv.put("a", "2")
 
 
 async def test_an_older_copy_of_the_map_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,17 +290,6 @@ async def test_fenced() -> None:
             await Wire.open(coordinator.address)
 
 
-async def test_a_map_that_somebody_else_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next change of the map meets the other's: it is final."""
-    async with LocalCluster(1, shards=2) as cluster:
-        other = await MapKeeper.open(cluster.store)
-        await other.change(lambda old: replace(old, owner="another"))
-        monkeypatch.setattr(module, "STAMP_MOVE_MS", STAMP_AHEAD_MS)
-        with pytest.raises(CannotServe, match="changed by somebody else"):
-            await cluster.coordinator.failed
-        assert cluster.coordinator.controller.ownership.deposed
-
-
 async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """R12: stamps stop at the stored bound, status says so, and they go on when the store takes the next bound."""
     async with LocalCluster(1, shards=2) as cluster, kvtcp.connect(cluster.url) as kv:
@@ -366,7 +300,7 @@ async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
         with monkeypatch.context() as patch:
             patch.setattr(cluster.store, "compare_and_set", fail)
-            patch.setattr(module, "BOUND_RETRY_MS", 0)
+            patch.setattr(ownership, "BOUND_RETRY_MS", 0)
             bound_ms = coordinator.map.stamp_bound_ms
             for each in (module, status):
                 patch.setattr(each, "wall_ms", lambda: bound_ms + 700)
@@ -382,17 +316,6 @@ async def test_time_and_a_store_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
         assert await kv.get("a") is None
         assert coordinator.map.stamp_bound_ms == bound_ms + 700 + STAMP_AHEAD_MS
         assert (await kv.status())["degraded"] == []
-
-
-async def test_stamps_go_on_where_the_last_bound_was() -> None:
-    """The next coordinator begins with the bound of the one before, whatever the clock says; its own is no lower."""
-    async with LocalCluster(1, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=5) as kv:
-        await kv.put("a", "1", ttl=1)
-        bound_ms = cluster.coordinator.map.stamp_bound_ms
-        await cluster.restart_coordinator()
-        assert cluster.coordinator.sequencer.stamp_ms >= bound_ms
-        assert cluster.coordinator.map.stamp_bound_ms >= bound_ms
-        assert await kv.get("a") is None
 
 
 async def test_time_after_a_clean_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,7 @@ def settle(stored: ClusterMap | None, **flags: Any) -> Shape:
 
 
 def nodes_of(
-    stored: ClusterMap | None,
-    spawned: list[str] | None = None,
-    directories: Collection[str] = (),
-    **flags: Any,
+    stored: ClusterMap | None, spawned: list[str] | None = None, directories: Collection[str] = (), **flags: Any
 ) -> Nodes:
     """The nodes of a cluster started so."""
     settings = Settings(**flags)
@@ -87,7 +84,7 @@ def test_nodes_of_an_old_cluster() -> None:
 
     assert local(spawned) == {"n1", "n3", "n4"}, "it runs as if spawned here"
     assert local(spawned, base_port=7000) == {"n1", "n3"}
-    assert local(None) == {"n1", "n3", "n4"}, "an identity of an older version"
+    assert local(None) == {"n1", "n3", "n4"}, "an identity that --recover-map made"
     assert local([]) == {"n4"}
 
 
@@ -105,13 +102,12 @@ def test_nodes_that_were_listed() -> None:
     [
         ({"num_nodes": 0}, "--num-nodes must be from 1 to 64, not 0"),
         ({"num_nodes": 65}, "--num-nodes must be from 1 to 64, not 65"),
-        ({"base_port": 65534}, "leaves no room for 3 ports"),
-        ({"base_port": 0}, "leaves no room for 3 ports"),
+        ({"base_port": 65534}, "leaves no room for 3 ports"), ({"base_port": 0}, "leaves no room for 3 ports"),
         ({"main_port": 5001}, "--main-port 5001 is also the port of node n2"),
         ({"nodes": "a:1", "num_nodes": 1}, "not both"),
         ({"nodes": ",".join(f"a:{n}" for n in range(1, 66))}, "there are 65 nodes, the limit is 64"),
     ],
-)
+)  # fmt: skip
 def test_nodes_that_cannot_be(flags: dict[str, Any], words: str) -> None:
     """Counts and ports that do not fit are refused by the flag's name."""
     with pytest.raises(StartError, match=words):
@@ -149,11 +145,10 @@ def test_an_old_cluster() -> None:
     assert settle(stored) == shape
     assert settle(stored, shards=8, replication_factor=3, min_insync=3) == shape
     for flags, words in (
-        ({"shards": 9}, "--shards 8, not 9"),
-        ({"replication_factor": 2}, "--replication-factor 3, not 2"),
+        ({"shards": 9}, "--shards 8, not 9"), ({"replication_factor": 2}, "--replication-factor 3, not 2"),
         ({"min_insync": 4}, "--min-insync must be from 1 to the replication factor 3, not 4"),
         ({"min_insync": 0}, "--min-insync must be from 1 to the replication factor 3, not 0"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(StartError, match=words):
             settle(stored, **flags)
     assert settle(stored, min_insync=2).min_insync == 2

@@ -22,10 +22,9 @@ async def test_administration_keys_are_documented() -> None:
     """Every key of status, nodes and shards stands in the document, and no other."""
     async with LocalCluster(2, shards=2) as cluster, kvtcp.connect(cluster.url) as kv:
         shown = {
-            "status": set(await kv.status()),
-            "nodes": set().union(*await kv.nodes()),
+            "status": set(await kv.status()), "nodes": set().union(*await kv.nodes()),
             "shards": set().union(*await kv.shards()),
-        }
+        }  # fmt: skip
     documented: dict[str, set[str]] = {}
     section = ""
     for line in DOCUMENT.read_text().splitlines():
@@ -92,9 +91,9 @@ async def test_every_trouble_has_its_sentence(monkeypatch: pytest.MonkeyPatch) -
         assert [row["state"] for row in server.status.shards()] == [
             "ok", "down", "read-only", "recovering", "under-replicated", "ok",
         ]  # fmt: skip
-        server.keeper.changes.trouble = "no answer"
+        server.map_store.changes.trouble = "no answer"
         assert "in-sync sets cannot change: no answer" in server.status.degraded()
-        server.backups.restoring, server.keeper.changes.trouble = None, ""
+        server.backups.restoring, server.map_store.changes.trouble = None, ""
         for shard in (down, recovering, bad, short):
             shard.serving = False  # nothing of this is to be healed
         server.controller.recovery.shards.clear()
@@ -102,15 +101,15 @@ async def test_every_trouble_has_its_sentence(monkeypatch: pytest.MonkeyPatch) -
 
 async def test_a_takeover_with_a_shard_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named with its reason, and requests for it are refused with the same words; the others serve."""
-    go_on = Recovery._go_on
+    proceed = Recovery._proceed
 
     def judge(self: Any, shard: Any) -> None:
         if shard.number == 1:
             self._down(shard, "its members differ")
         else:
-            go_on(self, shard)
+            proceed(self, shard)
 
-    monkeypatch.setattr(Recovery, "_go_on", judge)
+    monkeypatch.setattr(Recovery, "_proceed", judge)
     async with LocalCluster(2, shards=2) as cluster, kvtcp.connect(cluster.url, timeout=0.2) as kv:
         told = await kv.status()
         assert told["degraded"] == ["1 shards are down, the first is shard 1: its members differ"] and told["down"] == 1

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from kvtcp.cluster.keeper import MapKeeper
+from kvtcp.cluster.map_store import MapStore
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.cluster.store import Outcome
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.coordinator.supervisor import Found
-from kvtcp.coordinator.takeover import CannotServe, Predecessor, check_store, found_map, own_map, wall_ms
+from kvtcp.coordinator.takeover import CannotServe, Predecessor, check_store, found_map, own_map
+from kvtcp.runtime.clock import wall_ms
 from tests.support.replication_fakes import make_map
 
 NODES = {"n1": ("h", 1), "n2": ("h", 2)}
@@ -21,36 +22,18 @@ async def test_found_and_take_over() -> None:
     """The first coordinator founds the cluster; each later one begins an epoch, with its addresses, a later bound."""
     store = MemoryConfigStore()
     began_ms = wall_ms()
-    keeper = await MapKeeper.open(store)
+    map_store = await MapStore.open(store)
     made = found_map(cluster="c", shards=4, factor=2, min_insync=1, durability="sync", nodes=NODES)
-    assert await own_map(keeper, made) == Predecessor(0, 0)
-    assert (keeper.map.epoch, keeper.map.version, keeper.map.owner) == (1, 1, made.owner)
-    assert keeper.map.stamp_bound_ms >= began_ms + STAMP_AHEAD_MS
-    bound_ms = keeper.map.stamp_bound_ms
-    keeper = await MapKeeper.open(store)
+    assert await own_map(map_store, made) == Predecessor(0, 0)
+    assert (map_store.map.epoch, map_store.map.version, map_store.map.owner) == (1, 1, made.owner)
+    assert map_store.map.stamp_bound_ms >= began_ms + STAMP_AHEAD_MS
+    bound_ms = map_store.map.stamp_bound_ms
+    map_store = await MapStore.open(store)
     moved = {"n1": ("h", 7), "n2": ("h", 8)}
     next_one = found_map(cluster="c", shards=9, factor=1, min_insync=1, durability="os", nodes=moved)
-    assert await own_map(keeper, next_one) == Predecessor(1, bound_ms)
-    assert (keeper.map.epoch, keeper.map.version, keeper.map.owner) == (2, 2, next_one.owner)
-    assert keeper.map.nodes == moved and keeper.map.shards == 4 and keeper.map.durability == "sync"
-
-
-async def test_a_cluster_that_grows_with_a_start() -> None:
-    """Nodes that the map does not have get the next ids and hold nothing, but where copies are missing; min_insync is
-    that of the start."""
-    store = MemoryConfigStore()
-    shape = {"cluster": "c", "shards": 4, "durability": "sync"}
-    first = found_map(factor=2, min_insync=1, nodes=NODES, **shape)
-    await own_map(await MapKeeper.open(store), first)
-    more = {**NODES, "n3": ("h", 3), "n4": ("h", 4)}
-    keeper = await MapKeeper.open(store)
-    await own_map(keeper, found_map(factor=2, min_insync=2, nodes=more, **shape))
-    assert keeper.map.nodes == more and keeper.map.last_node == 4 and keeper.map.min_insync == 2
-    assert keeper.map.wanted == first.wanted and not keeper.map.shards_of("n3")
-    await keeper.change(lambda old: old.with_destroyed("n4").without_node("n4").with_wanted([["n1"]] * 4))
-    keeper = await MapKeeper.open(store)
-    await own_map(keeper, found_map(factor=2, min_insync=2, nodes={**NODES, "n3": ("h", 3), "n5": ("h", 5)}, **shape))
-    assert keeper.map.last_node == 5 and all(len(row) == 2 for row in keeper.map.wanted)
+    assert await own_map(map_store, next_one) == Predecessor(1, bound_ms)
+    assert (map_store.map.epoch, map_store.map.version, map_store.map.owner) == (2, 2, next_one.owner)
+    assert map_store.map.nodes == moved and map_store.map.shards == 4 and map_store.map.durability == "sync"
 
 
 async def test_a_store_that_takes_nothing() -> None:
@@ -62,10 +45,10 @@ async def test_a_store_that_takes_nothing() -> None:
 
     made = found_map(cluster="c", shards=4, factor=2, min_insync=1, durability="sync", nodes=NODES)
     with pytest.raises(CannotServe, match="the cluster map cannot be stored: .*No space left on device"):
-        await own_map(await MapKeeper.open(FullStore()), made)
+        await own_map(await MapStore.open(FullStore()), made)
     store = MemoryConfigStore()
-    late = await MapKeeper.open(store)
-    await own_map(await MapKeeper.open(store), made)
+    late = await MapStore.open(store)
+    await own_map(await MapStore.open(store), made)
     with pytest.raises(CannotServe, match="another coordinator owns it now"):
         await own_map(late, made)
 
@@ -73,13 +56,13 @@ async def test_a_store_that_takes_nothing() -> None:
 async def test_nodes_that_know_more_than_the_store() -> None:
     """A promise or a version of the map that the store does not know: refused by the node's name."""
     store = MemoryConfigStore()
-    keeper = await MapKeeper.open(store)
-    check_store(keeper, {"n1": Found("ours"), "n2": Found("free")})
+    map_store = await MapStore.open(store)
+    check_store(map_store, {"n1": Found("ours"), "n2": Found("free")})
     with pytest.raises(CannotServe, match=r"n1 promised epoch 1 to a coordinator.*map\.json is missing"):
-        check_store(keeper, {"n1": Found("ours", promised=1)})
-    await keeper.found(replace(make_map(2, 2), epoch=3, version=8))
-    check_store(keeper, {"n1": Found("ours", promised=3, map_version=8)})
+        check_store(map_store, {"n1": Found("ours", promised=1)})
+    await map_store.found(replace(make_map(2, 2), epoch=3, version=8))
+    check_store(map_store, {"n1": Found("ours", promised=3, map_version=8)})
     with pytest.raises(CannotServe, match=r"n1 promised epoch 4, the cluster map has 3: map\.json .* an older copy"):
-        check_store(keeper, {"n1": Found("ours", promised=4, map_version=8)})
+        check_store(map_store, {"n1": Found("ours", promised=4, map_version=8)})
     with pytest.raises(CannotServe, match=r"n1 has seen version 9 of the cluster map, it has 8: map\.json"):
-        check_store(keeper, {"n1": Found("ours", promised=3, map_version=9)})
+        check_store(map_store, {"n1": Found("ours", promised=3, map_version=9)})

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvtcp import constants
 from kvtcp.errors import CLASS_OF, Code
-from kvtcp.frontend.native.gateway import LIMITS
+from kvtcp.frontend.native.handler import LIMITS
 from kvtcp.protocol import link, operations
 from kvtcp.protocol.framing import FrameDecoder
 from kvtcp.protocol.messages import REQUESTS, request_id

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from tests.model.explore import MUTANTS
-from tests.simulation.mistakes import MISTAKES
+from tests.model.explore import MUTANTS as MODEL_MUTANTS
+from tests.simulation.mutants import MUTANTS
 
 TESTS = Path(__file__).parent.parent
 TEXT = (TESTS.parent / "docs" / "replication.md").read_text()
@@ -25,14 +25,14 @@ def test_every_mutant_of_the_model_is_told() -> None:
     """The table has each mutant once, beside the rule that it takes away."""
     table = rows("| rule | planted bug in the model |")
     told = [(names_in(bug)[0], rule) for rule, bug, _ in table]
-    assert sorted(told) == sorted((name, rule) for name, (rule, _) in MUTANTS.items())
+    assert sorted(told) == sorted((name, rule) for name, (rule, _) in MODEL_MUTANTS.items())
 
 
-def test_every_mistake_planted_in_the_cores_is_told() -> None:
-    """The table has each mistake once, beside the rule that it takes away."""
-    table = rows("| rule | mistakes planted in the cores |")
+def test_every_mutant_of_the_cores_is_told() -> None:
+    """The table has each mutant once, beside the rule that it takes away."""
+    table = rows("| rule | mutants of the cores |")
     told = [(name, rule) for rule, names in table for name in names_in(names)]
-    assert sorted(told) == sorted((mistake.name, mistake.rule) for mistake in MISTAKES.values())
+    assert sorted(told) == sorted((mutant.name, mutant.rule) for mutant in MUTANTS.values())
 
 
 def test_planted_bugs_of_the_store_exist() -> None:

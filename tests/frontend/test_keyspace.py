@@ -20,20 +20,12 @@ def test_is_open() -> None:
 @pytest.mark.parametrize(
     ("restoring", "lower", "upper", "is_closed"),
     [
-        (None, b"", None, False),
-        (b"", b"a", b"b", True),
-        (b"m", b"", None, True),
-        (b"m", b"a", b"m", False),
-        (b"m", b"a", b"m\0", True),
-        (b"m", b"mz", b"mzz", True),
-        (b"m", b"n", None, False),
-        (b"\xff", b"\xff\xff", None, True),
-        (b"\xff", b"a", b"\xff", False),
+        (None, b"", None, False), (b"", b"a", b"b", True), (b"m", b"", None, True), (b"m", b"a", b"m", False),
+        (b"m", b"a", b"m\0", True), (b"m", b"mz", b"mzz", True), (b"m", b"n", None, False),
+        (b"\xff", b"\xff\xff", None, True), (b"\xff", b"a", b"\xff", False),
     ],
-)
-def test_ranges_that_are_closed(
-    restoring: bytes | None, lower: bytes, upper: bytes | None, is_closed: bool
-) -> None:
+)  # fmt: skip
+def test_ranges_that_are_closed(restoring: bytes | None, lower: bytes, upper: bytes | None, is_closed: bool) -> None:
     """A range is closed if a key that is restored could be in it."""
     keyspace = Keyspace(8)
     keyspace.restoring = restoring

@@ -532,9 +532,7 @@ class Rules:
 
     def proposed(self, state: State, i: int, changes: dict[int, int]) -> State:
         """The map change of coordinator i that gives these nodes other disks is sent."""
-        nodes = tuple(
-            node.proposed(i, changes.get(n, node.views[i].member)) for n, node in enumerate(state.nodes)
-        )
+        nodes = tuple(node.proposed(i, changes.get(n, node.views[i].member)) for n, node in enumerate(state.nodes))
         return state.with_nodes(nodes).edit_own(i, cas=SENT)
 
     # --- reads, faults -----------------------------------------------------------------------------------

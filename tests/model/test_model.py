@@ -71,8 +71,8 @@ def test_the_rules_hold_where_a_mutant_is_caught(name: str, outcomes: dict[tuple
 def test_every_mutant_is_listed() -> None:
     """A mutant is a word in the rules and an entry of the table, and nothing is only one of the two."""
     rules = SOURCES[1].read_text()
-    planted = set(re.findall(r'self\.mutant [!=]= "(\w+)"', rules))
-    assert planted | {"epoch_volatile"} == set(MUTANTS)  # that one is a fault: a node forgets its promise
+    named = set(re.findall(r'self\.mutant [!=]= "(\w+)"', rules))
+    assert named | {"epoch_volatile"} == set(MUTANTS)  # that one is a fault: a node forgets its promise
 
 
 def test_a_capped_search_says_so() -> None:

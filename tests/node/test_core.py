@@ -14,38 +14,13 @@ from kvtcp.node import core as node_core
 from kvtcp.node.access import Identity
 from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Learning
-from kvtcp.node.replica import FreezeRequest, Replica
-from kvtcp.protocol.link import (
-    BATCH,
-    ENTRIES,
-    FETCH,
-    LEARN_FAILED,
-    LEARNED,
-    LEAVE,
-    LINK_VERSION,
-    PULL,
-    REFUSED,
-    REPORT,
-    RESULTS,
-    SHIP,
-    SHIPPED,
-    SPACE,
-    STOP,
-    TOLD,
-)
+from kvtcp.node.replica import FreezeRequest, Replicas
+from kvtcp.protocol import link as wire
 from kvtcp.protocol.operations import DONATE, DROP, FREEZE, GET, LEARN, PUT
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.table import Logged, Table
+from tests.support.learning_tools import hello_fields as hello
 from tests.support.replica_tools import make, put
-
-
-def hello(**changed: Any) -> dict[bytes, Any]:
-    """The fields of a HELLO for node n1 with shards 0 and 1."""
-    fields: dict[str, Any] = {
-        "version": LINK_VERSION, "cluster": b"c", "secret": b"s", "epoch": 1, "coordinator": b"k", "link": 1,
-        "node": b"n1", "map_version": 1, "heard_version": 0, "shards": [0, 1], "durability": b"sync", "map": None,
-    }  # fmt: skip
-    return {name.encode(): value for name, value in (fields | changed).items()}
 
 
 class Peer:
@@ -87,7 +62,7 @@ class Around:
         self.is_slow = slow
         self.waiting: list[Callable[[], None]] = []
         self.due: list[tuple[int, Callable[[], None]]] = []
-        self.replica: Replica = make(**options)
+        self.replica: Replicas = make(**options)
         self.core = NodeCore(self.replica, self, Identity())
         self.core.persistence = self
 
@@ -97,7 +72,7 @@ class Around:
         link = CoordinatorLink(peer)
         self.core.hello(link, hello(**changed))
         self.sync()
-        assert [frame[0] for frame in peer.take()] == [REPORT]
+        assert [frame[0] for frame in peer.take()] == [wire.REPORT]
         self.calls.clear()
         return link, peer
 
@@ -117,6 +92,10 @@ class Around:
         """What it was told, without arguments."""
         return [call[0] for call in self.calls]
 
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """What has no answer is noted."""
+        return lambda *args: self.calls.append((name, *args))
+
     def _durable(self, done: Callable[[], None]) -> None:
         if self.is_slow:
             self.waiting.append(done)
@@ -131,15 +110,11 @@ class Around:
             return False
         return True
 
-    def flush(self) -> None:
-        """Of the disk."""
-        self.calls.append(("flush",))
-
     def when_durable(self, done: Callable[[], None]) -> None:
         """Of the disk."""
         self._durable(done)
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """Of the disk."""
         self.calls.append(("remember", replica.promised, [copy.reason for copy in replica.copies.values()]))
         self._durable(done)
@@ -156,54 +131,24 @@ class Around:
         """Of the process."""
         self.due.append((delay_ms, callback))
 
-    def failed(self, error: BaseException) -> None:
-        """Of the process."""
-        self.calls.append(("failed", error))
-
-    def stop(self) -> None:
-        """Of the process."""
-        self.calls.append(("stop",))
-
-    def founded(self, cluster: str, secret: str) -> None:
-        """Of the process."""
-        self.calls.append(("founded", cluster, secret))
-
-    def linked(self) -> None:
-        """Of the process."""
-        self.calls.append(("linked_",))
-
-    def unlinked(self) -> None:
-        """Of the process."""
-        self.calls.append(("unlinked",))
-
-    def end_transfers(self, reason: str) -> None:
-        """Of the process."""
-        self.calls.append(("end_transfers", reason))
-
     def start_pull(self, learning: Learning, host: str, port: int, token: bytes) -> None:
         """Of the process."""
         self.calls.append(("start_pull", learning.shard, host, port, token))
-
-    def end_pull(self, shard: int, reason: str) -> None:
-        """Of the process."""
-        self.calls.append(("end_pull", shard))
-
-    def donations_changed(self) -> None:
-        """Of the process."""
-        self.calls.append(("donations_changed",))
 
     def start_backup(self, request: FreezeRequest) -> None:
         """Of the process."""
         self.calls.append(("start_backup", request.name))
 
-    def collect_young(self) -> None:
-        """Of the process."""
-        self.calls.append(("collect_young",))
+
+def linked(slow: bool = False, **options: Any) -> tuple[Around, CoordinatorLink, Peer]:
+    """A core with a link."""
+    around = Around(slow, **options)
+    return around, *around.link()
 
 
 def batch(*items: Any, commit: int = -1) -> list[Any]:
     """A frame."""
-    return [BATCH, 1000, commit, list(items)]
+    return [wire.BATCH, 1000, commit, list(items)]
 
 
 def packed(*values: bytes) -> list[list[Any]]:
@@ -225,7 +170,7 @@ def test_a_report_waits_until_the_promise_is_durable() -> None:
     around, peer = Around(slow=True), Peer()
     link = CoordinatorLink(peer)
     around.core.hello(link, hello(epoch=3))
-    assert around.names() == ["founded", "end_transfers", "linked_", "linked", "remember"]
+    assert around.names() == ["founded", "end_transfers", "linked", "linked", "remember"]
     assert around.calls[-1][1] == 3 and not peer.frames and not link.accepted
     with pytest.raises(ProtocolError, match="the first frame of a link is HELLO"):
         around.core.received(link, [batch(put(0, 1))])
@@ -233,13 +178,12 @@ def test_a_report_waits_until_the_promise_is_durable() -> None:
     assert not peer.frames and around.replica.applied == 0
     around.sync()
     ((kind, report),) = peer.take()
-    assert (kind, report["promised"], link.accepted) == (REPORT, 3, True)
+    assert (kind, report["promised"], link.accepted) == (wire.REPORT, 3, True)
 
 
 def test_a_newer_link_takes_the_place_of_the_older_one() -> None:
     """The older one is closed with what was unread, nothing more is told to it, and what it began ends."""
-    around = Around(slow=True)
-    older, peer = around.link()
+    around, older, peer = linked(slow=True)
     around.core.received(older, [batch(put(0, 1))])
     peer.write_paused = True
     around.core.received(older, [batch(put(0, 2))])
@@ -250,7 +194,7 @@ def test_a_newer_link_takes_the_place_of_the_older_one() -> None:
     assert (peer.ended, list(older.inbox), older.accepted, around.core.link) == ("aborted", [], False, newer)
     assert ("end_transfers", "the link it was asked for on is gone") in around.calls
     around.sync()
-    assert [frame[0] for frame in other.take()] == [REPORT] and not peer.frames
+    assert [frame[0] for frame in other.take()] == [wire.REPORT] and not peer.frames
     around.calls.clear()
     around.core.closed(older, "reset")
     assert around.core.link is newer and not around.calls, "what becomes of the older one concerns nobody"
@@ -266,13 +210,13 @@ def test_a_link_that_is_replaced_before_its_report() -> None:
     around.core.hello(CoordinatorLink(peer), hello())
     around.core.hello(CoordinatorLink(other), hello(link=2))
     around.sync()
-    assert not peer.frames and [frame[0] for frame in other.frames] == [REPORT]
+    assert not peer.frames and [frame[0] for frame in other.frames] == [wire.REPORT]
 
 
 @pytest.mark.parametrize(
     ("changed", "code"),
     [
-        ({"version": LINK_VERSION + 1}, "VERSION"), ({"secret": b"x"}, "SECRET"), ({"cluster": b"x"}, "CLUSTER"),
+        ({"version": wire.LINK_VERSION + 1}, "VERSION"), ({"secret": b"x"}, "SECRET"), ({"cluster": b"x"}, "CLUSTER"),
         ({"node": b"n2"}, "NODE"), ({"epoch": 4, "link": 9}, "FENCED"), ({"coordinator": b"x", "link": 9}, "FENCED"),
         ({"link": 2}, "LINK"), ({"link": 1}, "LINK"), ({"epoch": 0}, "FENCED"),
     ],
@@ -284,7 +228,7 @@ def test_refused(changed: dict[str, Any], code: str) -> None:
     before, peer = around.replica.report(), Peer()
     around.core.hello(CoordinatorLink(peer), hello(**{"epoch": 5, "link": 3} | changed))
     ((kind, why, _, promised, version),) = peer.frames
-    assert (kind, why, promised, version, peer.ended) == (REFUSED, code, 5, 1, "closed")
+    assert (kind, why, promised, version, peer.ended) == (wire.REFUSED, code, 5, 1, "closed")
     ((event, level, _),) = around.calls
     assert (event, level) == ("hello-refused", "debug" if "epoch" in changed and not changed["epoch"] else "warning")
     assert around.core.link is link and around.replica.report() == before
@@ -306,15 +250,14 @@ def test_the_first_coordinator_founds_the_identity() -> None:
 
 def test_results_are_sent_at_once_and_acknowledged_later() -> None:
     """In one frame for all that follows each other; a frame of its own says that it is durable."""
-    around = Around(slow=True)
-    link, peer = around.link()
+    around, link, peer = linked(slow=True)
     around.core.received(link, [batch(put(0, 1)), batch([GET, 0, b"k1"], (PUT, 0, 2, 1, b"b", b"v"))])
-    assert peer.take() == [(RESULTS, 3, 0, [(b"v", 1, None), 2], [])]
+    assert peer.take() == [(wire.RESULTS, 3, 0, [(b"v", 1, None), 2], [])]
     assert around.names() == ["append", "flush"] and around.calls[0][2] == 3
     around.core.received(link, [batch([GET, 0, b"b"])])
     around.sync()
     frames = peer.take()
-    assert frames[0] == (RESULTS, 4, 0, [(b"v", 2, None)], [])
+    assert frames[0] == (wire.RESULTS, 4, 0, [(b"v", 2, None)], [])
     assert [frame[1:4] for frame in frames[1:]] == [(4, 3, []), (4, 4, [])]
     around.core.durable(link, 4)
     assert not peer.frames, "it is told already"
@@ -322,22 +265,20 @@ def test_results_are_sent_at_once_and_acknowledged_later() -> None:
 
 def test_what_has_nothing_to_tell_is_not_told() -> None:
     """Entries without results wait for the disk; an empty batch wants an answer; what is durable is told at once."""
-    around = Around(slow=True)
-    link, peer = around.link()
+    around, link, peer = linked(slow=True)
     around.core.received(link, [batch(put(0, 1))])
     assert not peer.frames
     around.core.received(link, [batch()])
-    assert peer.take() == [(RESULTS, 1, 0, [], [])]
+    assert peer.take() == [(wire.RESULTS, 1, 0, [], [])]
     around.sync()
-    assert peer.take() == [(RESULTS, 1, 1, [], [])]
+    assert peer.take() == [(wire.RESULTS, 1, 1, [], [])]
     around.core.received(link, [batch([GET, 0, b"k1"])])
-    assert peer.take() == [(RESULTS, 2, 2, [(b"v", 1, None)], [])]
+    assert peer.take() == [(wire.RESULTS, 2, 2, [(b"v", 1, None)], [])]
 
 
 def test_what_is_durable_is_told_to_the_link_that_applied_it() -> None:
     """An ordinal of a link that is gone means nothing to the next one."""
-    around = Around(slow=True)
-    older, peer = around.link()
+    around, older, peer = linked(slow=True)
     around.core.received(older, [batch(put(0, 1))])
     left, around.waiting = around.waiting, []
     _, other = around.link(link=2)
@@ -348,20 +289,18 @@ def test_what_is_durable_is_told_to_the_link_that_applied_it() -> None:
 
 def test_nothing_is_applied_while_the_coordinator_does_not_read() -> None:
     """It is worked off when it reads again."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     peer.write_paused = True
-    around.core.received(link, [batch(put(0, 1)), [FETCH, 0, 0]])
+    around.core.received(link, [batch(put(0, 1)), [wire.FETCH, 0, 0]])
     assert around.replica.tables[0].seq == 0 and not peer.frames
     peer.write_paused = False
     around.core.run(link)
-    assert [frame[0] for frame in peer.frames] == [RESULTS, ENTRIES]
+    assert [frame[0] for frame in peer.frames] == [wire.RESULTS, wire.ENTRIES]
 
 
 def test_large_results_leave_in_pieces() -> None:
     """The ordinal stands still within a batch, and each piece is logged before it leaves."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.results_bytes_max = 2
     items = [[GET, 0, b"a"] for _ in range(4)]
     around.core.received(link, [batch((PUT, 0, 1, 0, b"a", b"vv"), *items), batch(put(0, 2))])
@@ -372,34 +311,34 @@ def test_large_results_leave_in_pieces() -> None:
 
 def test_frames_and_batches_are_worked_off_in_their_order() -> None:
     """What is asked behind a batch sees it; the results of that batch are sent before."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(
-        link, [batch((PUT, 0, 1, 1, b"a", b"v")), [FETCH, 0, 0], batch((PUT, 0, 2, 1, b"b", b"v")), [FETCH, 0, 1]]
-    )
+        link,
+        [batch((PUT, 0, 1, 1, b"a", b"v")), [wire.FETCH, 0, 0], batch((PUT, 0, 2, 1, b"b", b"v")), [wire.FETCH, 0, 1]]
+    )  # fmt: skip
     first, second, third, fourth = peer.take()
     assert first[3] == [1] and third[3] == [2]
-    assert (second[0], len(second[4])) == (ENTRIES, 1) and (fourth[0], len(fourth[4])) == (ENTRIES, 1)
+    assert (second[0], len(second[4])) == (wire.ENTRIES, 1) and (fourth[0], len(fourth[4])) == (wire.ENTRIES, 1)
 
 
-@pytest.mark.parametrize("items", [[(PUT, 0, 5, 0, b"a", b"x")], [(PUT, 9, 1, 0, b"a", b"x")], [(200, 0)], [7]])
+@pytest.mark.parametrize(
+    "items", [[(PUT, 0, 5, 0, b"a", b"x")], [(PUT, 9, 1, 0, b"a", b"x")], [(200, 0)], [()], [7], [(GET, 0)]]
+)
 def test_an_error_while_applying_ends_the_node(items: list[Any]) -> None:
     """Nothing of it is acknowledged."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch(put(0, 1), *items)])
     assert around.names() == ["failed"] and peer.ended == "aborted" and not peer.frames
 
 
 @pytest.mark.parametrize(
     "frame",
-    [[FETCH, 0], [FETCH, "0", 0], [SHIP, 0, None], [PULL, 0, 7, 1, b"t"], [BATCH, 1, 0], [99], [], 7, [[1], 2],
-     [1, hello()]],
+    [[wire.FETCH, 0], [wire.FETCH, "0", 0], [wire.SHIP, 0, None], [wire.PULL, 0, 7, 1, b"t"], [wire.BATCH, 1, 0],
+     [99], [], 7, [[1], 2], [1, hello()]],
 )  # fmt: skip
 def test_frames_of_other_types(frame: Any) -> None:
     """They are errors of the caller; what came before them in the same read is not lost, nor worked off yet."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     with pytest.raises(ProtocolError):
         around.core.received(link, [batch(put(0, 1)), frame])
     assert not around.calls and not peer.frames
@@ -407,8 +346,7 @@ def test_frames_of_other_types(frame: Any) -> None:
 
 def test_many_entries_are_collected() -> None:
     """A collection of young objects for every so many entries."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     half = YOUNG_CELLS_MAX // 2 + 1
     for first in (1, half + 1):
         assert "collect_young" not in around.names()
@@ -418,10 +356,9 @@ def test_many_entries_are_collected() -> None:
 
 def test_a_backup_is_begun_when_its_batch_is_told() -> None:
     """And its end is told to the coordinator, if there is one."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([FREEZE, [0, 1], b"b1", b"dir"])])
-    assert around.calls[-1] == ("start_backup", "b1") and peer.take()[0][0] == RESULTS
+    assert around.calls[-1] == ("start_backup", "b1") and peer.take()[0][0] == wire.RESULTS
     around.core.backup_ended("b1", {"rows": 0}, None)
     assert peer.take()[0][1:] == ("b1", {"rows": 0}, None)
     around.core.closed(link, "reset")
@@ -434,16 +371,15 @@ def test_a_backup_is_begun_when_its_batch_is_told() -> None:
 
 def test_what_was_shipped_is_told_when_it_is_durable() -> None:
     """Behind the entries in the log; not to another link."""
-    around = Around(slow=True)
-    link, peer = around.link()
-    around.core.received(link, [[SHIP, 0, packed(b"a", b"b")]])
+    around, link, peer = linked(slow=True)
+    around.core.received(link, [[wire.SHIP, 0, packed(b"a", b"b")]])
     assert around.calls[0] == ("append", [(0, 1, 1), (0, 1, 2)], 0) and not peer.frames
     around.sync()
-    assert [(frame[0], frame[3]) for frame in peer.take()] == [(SHIPPED, 2)]
-    around.core.received(link, [[SHIP, 0, [[1, b"nonsense"]]]])
+    assert [(frame[0], frame[3]) for frame in peer.take()] == [(wire.SHIPPED, 2)]
+    around.core.received(link, [[wire.SHIP, 0, [[1, b"nonsense"]]]])
     around.sync()
     assert "damaged" in peer.take()[0][5]
-    around.core.received(link, [[SHIP, 7, []]])
+    around.core.received(link, [[wire.SHIP, 7, []]])
     left, around.waiting = around.waiting, []
     _, other = around.link(link=2)
     for done in left:
@@ -453,34 +389,31 @@ def test_what_was_shipped_is_told_when_it_is_durable() -> None:
 
 def test_a_learned_copy_is_told_when_it_is_durable() -> None:
     """Behind what was shipped to it; its doubt is over, in memory at once and on the disk next."""
-    around = Around(slow=True, copies=[Copy(0, "d", reason="no power")])
-    link, peer = around.link()
+    around, link, peer = linked(slow=True, copies=[Copy(0, "d", reason="no power")])
     around.core.received(link, [batch([LEARN, 0, 0, 2, 1])])
     peer.take()
     around.calls.clear()
-    around.core.received(link, [[SHIP, 0, packed(b"a", b"b")]])
+    around.core.received(link, [[wire.SHIP, 0, packed(b"a", b"b")]])
     assert not peer.frames and around.replica.copies[0].reason == ""
     assert around.names() == ["append", "append", "flush", "donations_changed", "learned", "remember", "flush"]
     assert around.calls[-2] == ("remember", 1, ["", ""])
     around.sync()
-    assert [frame[0] for frame in peer.take()] == [SHIPPED, LEARNED]
+    assert [frame[0] for frame in peer.take()] == [wire.SHIPPED, wire.LEARNED]
 
 
 def test_failures_are_told_before_what_was_learned() -> None:
     """A shard whose copy could not be learned, and one that could: in this order, in one step."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([LEARN, 0, 0, 2, 1], [LEARN, 1, 1, 0, 1])])
     peer.take()
     assert around.replica.ship(0, packed(b"a", b"b")) is None
     around.core.pull_failed(around.replica.learning[1], "no space")
-    assert [frame[:2] for frame in peer.frames] == [(LEARN_FAILED, 1), (LEARNED, 0)]
+    assert [frame[:2] for frame in peer.frames] == [(wire.LEARN_FAILED, 1), (wire.LEARNED, 0)]
 
 
 def test_a_drop_is_durable_before_what_follows() -> None:
     """The manifest without the copy is queued before anything is logged."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     around.core.received(link, [batch(put(0, 1), [DROP, 1], put(0, 2))])
     assert around.names()[:3] == ["dropped", "change_copies", "append"]
     assert around.calls[1] == ("change_copies", [0], None)
@@ -488,16 +421,15 @@ def test_a_drop_is_durable_before_what_follows() -> None:
 
 def test_an_index_is_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches go on meanwhile; a link that is gone gets no answer."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     ready = iter((False, False, True, True, False, True))
-    index_some = around.replica.kept.index_some
-    monkeypatch.setattr(around.replica.kept, "index_some", lambda: next(ready) and index_some())
-    around.core.received(link, [[FETCH, 0, 0], batch(put(0, 1))])
-    assert [frame[0] for frame in peer.take()] == [RESULTS]
+    index_some = around.replica.backlog.index_some
+    monkeypatch.setattr(around.replica.backlog, "index_some", lambda: next(ready) and index_some())
+    around.core.received(link, [[wire.FETCH, 0, 0], batch(put(0, 1))])
+    assert [frame[0] for frame in peer.take()] == [wire.RESULTS]
     assert around.run_due() == [2] and around.run_due() == [2] and around.run_due() == []
-    assert [(frame[0], len(frame[4])) for frame in peer.take()] == [(ENTRIES, 1)]
-    around.core.received(link, [[FETCH, 0, 0]])
+    assert [(frame[0], len(frame[4])) for frame in peer.take()] == [(wire.ENTRIES, 1)]
+    around.core.received(link, [[wire.FETCH, 0, 0]])
     around.core.closed(link, "reset")
     around.run_due()
     assert not peer.frames and not around.due
@@ -506,8 +438,7 @@ def test_an_index_is_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_waits_in_a_buffer_is_applied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """One slice is due at a time, and each is logged; with the last the copy is live."""
     monkeypatch.setattr(node_core, "LEARN_APPLY_ITEMS", 2)
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([LEARN, 0, 0, 2, 1], *(put(0, seq) for seq in range(3, 8)))])
     peer.take()
     learning, table = around.replica.learning[0], around.replica.copies[0].table
@@ -518,17 +449,16 @@ def test_what_waits_in_a_buffer_is_applied_in_slices(monkeypatch: pytest.MonkeyP
     around.core.changed()
     assert len(around.due) == 1 and table.seq == 6 and not peer.frames
     around.run_due()
-    assert not around.due and [(frame[0], frame[5]) for frame in peer.frames] == [(LEARNED, 7)]
+    assert not around.due and [(frame[0], frame[5]) for frame in peer.frames] == [(wire.LEARNED, 7)]
 
 
 def test_a_copy_is_pulled() -> None:
     """Only one that is being learned as a whole; an older transfer of the shard ends first. The manifest that names the
     copy is queued before anything that is applied to it is logged."""
-    around = Around(slow=True)
-    link, peer = around.link()
-    pull = [PULL, 0, b"h", 9, b"t"]
+    around, link, peer = linked(slow=True)
+    pull = [wire.PULL, 0, b"h", 9, b"t"]
     around.core.received(link, [pull])
-    assert around.names()[0] == "end_pull" and peer.take() == [(LEARN_FAILED, 0, "the shard is not being learned")]
+    assert around.names()[0] == "end_pull" and peer.take() == [(wire.LEARN_FAILED, 0, "the shard is not being learned")]
     around.core.received(link, [batch([LEARN, 0, 1, 1, 1]), pull, batch(put(0, 2))])
     assert ("start_pull", 0, "h", 9, b"t") in around.calls
     learning, table = around.replica.learning[0], Table(0)
@@ -540,18 +470,17 @@ def test_a_copy_is_pulled() -> None:
     assert not around.core.is_wanted(learning) and not around.core.published(learning, "file")
     peer.take()
     around.sync()
-    assert [frame[0] for frame in peer.take() if frame[0] != RESULTS] == [LEARNED]
+    assert [frame[0] for frame in peer.take() if frame[0] != wire.RESULTS] == [wire.LEARNED]
 
 
 def test_a_copy_that_is_of_no_use() -> None:
     """One that ends too early is told; one that is not wanted any more is not."""
-    around = Around()
-    link, peer = around.link()
+    around, link, peer = linked()
     around.core.received(link, [batch([LEARN, 0, 1, 5, 1])])
     learning = around.replica.learning[0]
     peer.take()
     assert not around.core.loaded(learning, Table(0), [])
-    assert peer.take()[0][:2] == (LEARN_FAILED, 0)
+    assert peer.take()[0][:2] == (wire.LEARN_FAILED, 0)
     assert not around.core.loaded(learning, Table(0), [])
     around.core.pull_failed(learning, "late")
     assert not peer.frames
@@ -564,26 +493,25 @@ def test_who_asks_is_told_what_is_durable() -> None:
     """What a restart would find, and nothing is changed by it."""
     around = Around(slow=True, cluster_map=b"{}")
     peer = Peer()
-    fields = {b"version": LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"node": b""}
+    fields = {b"version": wire.LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"node": b""}
     around.core.ask(peer, fields)
     assert not peer.frames and around.core.identity.secret is None
     around.sync()
     ((kind, told),) = peer.frames
-    assert (kind, told["map"], told["linked"], peer.ended) == (TOLD, b"{}", False, "closed")
+    assert (kind, told["map"], told["linked"], peer.ended) == (wire.TOLD, b"{}", False, "closed")
     around.link()
     for changed, code in (({b"secret": b"x"}, "SECRET"), ({b"node": b"n2"}, "NODE")):
         peer = Peer()
         around.core.ask(peer, fields | changed)
-        assert [frame[:2] for frame in peer.frames] == [(REFUSED, code)]
+        assert [frame[:2] for frame in peer.frames] == [(wire.REFUSED, code)]
 
 
 def test_a_donation_is_given_once() -> None:
     """To another node of the cluster that knows the token."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     around.core.received(link, [batch(put(0, 1), [DONATE, 0, b"t", 0])])
     fields = {
-        b"version": LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"token": b"t", b"directory": bytes(8),
+        b"version": wire.LINK_VERSION, b"cluster": b"c", b"secret": b"s", b"token": b"t", b"directory": bytes(8),
         b"generation": 2,
     }  # fmt: skip
     for changed, code in (
@@ -592,7 +520,7 @@ def test_a_donation_is_given_once() -> None:
     ):  # fmt: skip
         peer = Peer()
         assert around.core.give(peer, fields | changed) is None
-        assert [frame[:2] for frame in peer.frames] == [(REFUSED, code)] and peer.ended == "closed"
+        assert [frame[:2] for frame in peer.frames] == [(wire.REFUSED, code)] and peer.ended == "closed"
     given = around.core.give(Peer(), fields)
     assert given is not None and given[0].position[1] == 1 and len(given[1]) == 1
     assert around.core.give(Peer(), fields) is None
@@ -601,12 +529,11 @@ def test_a_donation_is_given_once() -> None:
 def test_a_node_that_leaves_waits_until_it_may() -> None:
     """It says so once, and stops when it is told to, when the link is lost, after a while, or at the second call."""
     for ending in ("stop", "lost", "late", "twice"):
-        around = Around()
-        link, peer = around.link()
+        around, link, peer = linked()
         around.core.leave()
-        assert peer.take() == [(LEAVE,)] and not around.calls
+        assert peer.take() == [(wire.LEAVE,)] and not around.calls
         if ending == "stop":
-            around.core.received(link, [[STOP]])
+            around.core.received(link, [[wire.STOP]])
         elif ending == "lost":
             around.core.closed(link, "reset")
         elif ending == "late":
@@ -621,8 +548,7 @@ def test_a_node_that_leaves_waits_until_it_may() -> None:
 
 def test_a_lost_link() -> None:
     """What was learned and donated is as before, and transfers end."""
-    around = Around()
-    link, _ = around.link()
+    around, link, _ = linked()
     around.core.received(link, [batch([LEARN, 0, 1, 1, 1], [DONATE, 1, b"t", 0])])
     around.calls.clear()
     around.core.closed(link, "reset")
@@ -634,7 +560,6 @@ def test_a_lost_link() -> None:
 
 def test_space() -> None:
     """It is told, and in the next report."""
-    around = Around()
-    _, peer = around.link()
+    around, _, peer = linked()
     around.core.space_changed(2)
-    assert peer.take() == [(SPACE, 2)] and around.replica.report()["space"] == 2
+    assert peer.take() == [(wire.SPACE, 2)] and around.replica.report()["space"] == 2

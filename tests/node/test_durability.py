@@ -91,24 +91,23 @@ class GatedDisk(CrashDisk):
 
 
 class Node:
-    """A store with its durability, and what that told."""
+    """A store of `shards` empty shards with its durability, and what that told. `before` is done to the store first."""
 
-    def __init__(self, disk: GatedDisk, store: NodeStore, **options: Any) -> None:
-        self.disk = disk
-        self.store = store
+    def __init__(
+        self, shards: int = 3, durability: str = "sync", before: Callable[[NodeStore], Any] = id, **options: Any
+    ) -> None:
+        self.disk = GatedDisk()
+        self.store = store = open_small(self.disk, durability=durability)
+        add_copies(store, shards)
+        before(store)
         self.told: list[Any] = []  # (connection, ordinal), names of jobs, in order
         self.failures: list[BaseException] = []
         self.spaces: list[int] = []
         self.frozen: list[int] = []
         self.durability = Durability(
-            asyncio.get_running_loop(),
-            store,
-            on_durable=lambda connection, ordinal: self.told.append((connection, ordinal)),
-            on_failed=self.failures.append,
-            on_space=self.spaces.append,
-            freeze=self.freeze,
-            **options,
-        )
+            asyncio.get_running_loop(), store, on_durable=lambda *durable: self.told.append(durable),
+            on_failed=self.failures.append, on_space=self.spaces.append, freeze=self.freeze, **options,
+        )  # fmt: skip
 
     def freeze(self, shard: int) -> tuple[Frozen, list[Logged]]:
         self.frozen.append(shard)
@@ -154,13 +153,10 @@ class Node:
 @pytest.fixture
 async def node() -> AsyncIterator[Node]:
     """A node with three empty shards."""
-    disk = GatedDisk()
-    store = open_small(disk)
-    add_copies(store)
-    made = Node(disk, store)
+    made = Node()
     yield made
-    disk.log_gate.open()
-    disk.file_gate.open()
+    made.disk.log_gate.open()
+    made.disk.file_gate.open()
     await made.durability.close()
 
 
@@ -301,10 +297,8 @@ async def test_the_mark_comes_after_a_long_job(node: Node, monkeypatch: pytest.M
 
 async def test_no_marks_in_mode_os() -> None:
     """Where nothing is synced a mark would say nothing new."""
-    disk = GatedDisk()
-    store = open_small(disk, durability="os")
-    add_copies(store)
-    node = Node(disk, store)
+    node = Node(durability="os")
+    store = node.store
     node.put(1)
     await until(lambda: node.told == [("c", 1)])
     await until(lambda: node.durability._marked, "the look")
@@ -475,18 +469,15 @@ async def test_space_comes_back_from_a_log_that_is_covered(node: Node, monkeypat
 
 async def test_entries_that_are_too_much_for_a_record() -> None:
     """Small items with large entries, as purges are: several records, told when the last is durable, and read back."""
-    disk = GatedDisk()
-    store = open_small(disk)
-    add_copies(store)
-    node = Node(disk, store)
-    value = bytes(4 << 20)
+    node = Node()
+    store, value = node.store, bytes(4 << 20)
     entries = [put(store.copies[0], b"k%d" % (seq % 3), value) for seq in range(LOG_RECORD_BYTES_MAX // len(value) + 2)]
     assert not node.durability.append(entries, "c", 7)
     node.durability.flush()
     await until(lambda: node.told or node.failures)
     assert node.told == [("c", 7)] and node.failures == []
     await node.durability.close()
-    copy = open_small(disk).copies[0]
+    copy = open_small(node.disk).copies[0]
     assert copy.complete and copy.table.position == store.copies[0].table.position
 
 

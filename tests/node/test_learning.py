@@ -21,10 +21,9 @@ def test_what_is_buffered_is_counted() -> None:
     """An item counts with its keys and values, and something for itself."""
     learning = Learning(3, 7, "d", 2, None)
     sizes = [
-        learning.put_off(5, (PUT, 3, 8, 0, b"key", b"value")),
-        learning.put_off(6, (INCR, 3, 9, 0, b"key", 1)),
+        learning.put_off(5, (PUT, 3, 8, 0, b"key", b"value")), learning.put_off(6, (INCR, 3, 9, 0, b"key", 1)),
         learning.put_off(6, (DELETE, 3, 10, 0, b"key", None, 7)),
-    ]
+    ]  # fmt: skip
     assert sizes == [LEARN_ITEM_BYTES + 8, LEARN_ITEM_BYTES + 3, LEARN_ITEM_BYTES + 3]
     assert learning.bytes == sum(sizes) == sum(size for _, _, size in learning.buffer)
     assert [stamp for stamp, _, _ in learning.buffer] == [5, 6, 6] and learning.seen_seq == 10

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,14 @@ from kvtcp.node import donor as donations_module
 from kvtcp.node import puller as pulls_module
 from kvtcp.node.server import NodeServer
 from kvtcp.protocol.framing import FrameEncoder
-from kvtcp.protocol.link import CHUNK, GIVE, LEARN_FAILED, LEARNED, PULL, REFUSED, SHIP, SHIPPED
+from kvtcp.protocol.link import CHUNK, ENTRIES, FETCH, GIVE, LEARN_FAILED, LEARNED, PULL, REFUSED, SHIP, SHIPPED
 from kvtcp.protocol.operations import AUDIT, DELETE, DONATE, DROP, GET, INCR, LEARN, UNLEARN
-from kvtcp.storage.disk.manifest import read_manifest
 from kvtcp.storage.disk.snapshot import SnapshotFile, SnapshotHeader
 from kvtcp.storage.shard.table import Table
 from tests.crash.disk import CrashDisk
 from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, until
-from tests.support.learning_tools import Link, begin_transfer, hello
-from tests.support.storage_tools import DIRECTORY, names, open_small
+from tests.support.learning_tools import Link, begin_transfer
+from tests.support.storage_tools import names, open_small
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
@@ -58,19 +58,26 @@ class Nodes:
         other.check()
 
 
-@pytest.fixture(params=["memory", "disk"])
-async def nodes(request: pytest.FixtureRequest) -> AsyncIterator[Nodes]:
-    """Two nodes of the same kind; the member has 300 keys in shard 0, the learner 3 others."""
-    disk = CrashDisk() if request.param == "disk" else None
-    made = Nodes(await start("n1", CrashDisk() if disk else None), await start("n2", disk), disk)
+@asynccontextmanager
+async def linked(member: CrashDisk | None, learner: CrashDisk | None, keys: int, old: int = 0) -> AsyncIterator[Nodes]:
+    """A member with so many keys in shard 0, a learner with `old` others, and their links."""
+    made = Nodes(await start("n1", member), await start("n2", learner), learner)
     await made.link()
-    made.member.batch(*made.member.puts(0, 300, b"v" * 50))
-    made.learner.batch(*made.learner.puts(0, 3, b"old"))
+    made.member.batch(*made.member.puts(0, keys, b"v" * 50))
+    made.learner.batch(*made.learner.puts(0, old, b"old"))
     await made.member.settled()
     await made.learner.settled()
     yield made
     for node in (made.learner_node, made.member_node):
         await node.close()
+
+
+@pytest.fixture(params=["memory", "disk"])
+async def nodes(request: pytest.FixtureRequest) -> AsyncIterator[Nodes]:
+    """Two nodes of the same kind; the member has 300 keys in shard 0, the learner 3 others."""
+    kind = CrashDisk if request.param == "disk" else lambda: None
+    async with linked(kind(), kind(), 300, 3) as made:
+        yield made
 
 
 def recovered(nodes: Nodes) -> Any:
@@ -171,7 +178,8 @@ async def test_a_copy_is_completed_by_entries(nodes: Nodes) -> None:
     nodes.learner.batch([LEARN, 1, 0, 50, 1], *fresh.puts(1, 5))
     fresh.batch(*fresh.puts(1, 0))
     while learner.copies[1].table.seq < 50:
-        _, entries = nodes.member_node.replica.entries_after(1, learner.copies[1].table.seq)
+        fresh.wire.send([FETCH, 1, learner.copies[1].table.seq])
+        entries = (await fresh.frame(ENTRIES))[4]
         nodes.learner.wire.send([SHIP, 1, entries[:20]])
         shipped = await nodes.learner.frame(SHIPPED)
         assert shipped[5] is None
@@ -268,31 +276,6 @@ async def test_what_is_not_there_to_pull(nodes: Nodes) -> None:
     assert "cannot be reached" in await failure(nodes.learner)
 
 
-async def test_another_cluster_pulls_nothing(nodes: Nodes) -> None:
-    """GIVE with another secret, cluster, version or without a field is refused, and the donation waits on."""
-    await nodes.member.ask([DONATE, 0, b"t", 0])
-    fields = {"version": 3, "cluster": "c", "secret": "s", "token": b"t", "directory": bytes(8), "generation": 2}
-    for changed, code in (
-        ({"secret": "x"}, b"SECRET"), ({"cluster": "x"}, b"CLUSTER"), ({"version": 2}, b"VERSION"),
-        ({"token": b"x"}, b"TOKEN"), ({"directory": b"x"}, b"TOKEN"), ({"generation": 0}, b"TOKEN"),
-        ({"generation": "2"}, b"TOKEN"),
-    ):  # fmt: skip
-        async with await Wire.open(nodes.member_node.address, hello=False) as wire:
-            wire.send([GIVE, {**fields, **changed}])
-            assert (await wire.receive())[:2] == [REFUSED, code]
-    for frame in ([GIVE, 7], [GIVE, {"token": b"t"}], [GIVE, {**fields, "secret": 7}]):
-        async with await Wire.open(nodes.member_node.address, hello=False) as wire:
-            wire.send(frame)
-            await wire.closed()
-    assert list(nodes.member_node.replica.donations) == [b"t"]
-    async with await Wire.open(nodes.member_node.address, hello=False) as wire:
-        wire.send([GIVE, fields])
-        assert (await wire.receive())[0] == CHUNK
-    async with await Wire.open(nodes.member_node.address, hello=False) as wire:
-        wire.send(hello(secret="x", link=2))
-        assert (await wire.receive())[0] == REFUSED
-
-
 async def test_a_donor_that_sends_nonsense(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged copy, another one, none, or one that never ends: told, and nothing of it stays."""
     monkeypatch.setattr(donations_module, "BULK_CHUNK_BYTES", 4 * KIB)
@@ -333,15 +316,14 @@ async def test_a_donor_that_sends_nonsense(nodes: Nodes, monkeypatch: pytest.Mon
         return [*frames[:middle], [CHUNK, bytes(data)], *frames[middle + 1 :]]
 
     cases: list[tuple[Callable[[list[Any]], list[Any] | bytes], str]] = [
-        (flipped, "sum"),
-        (lambda frames: frames[:1] + frames[-1:], "without its last frame"),
+        (flipped, "sum"), (lambda frames: frames[:1] + frames[-1:], "without its last frame"),
         (lambda frames: [[CHUNK, b"x" * 100]], "no snapshot"),
         (lambda frames: [[CHUNK, b"KVTCP"], [CHUNK, b""]], "less than a header"),
         (lambda frames: [[CHUNK, SnapshotHeader(bytes(8), 5, 1, 1, 1, 1).encode()]], "another copy"),
         (lambda frames: [7], "no part of a copy"),
         (lambda frames: b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak the protocol"),
         (lambda frames: [[CHUNK, frames[0][1]], [REFUSED, b"X", b"no more", 0, 0]], "the donor refused: no more"),
-    ]
+    ]  # fmt: skip
     for answer, expected in cases:
         generation = (await nodes.learner.ask([LEARN, 0, 1, 300, 1]))[0][1]
         chunks = await real_chunks(generation)
@@ -355,16 +337,6 @@ async def test_a_donor_that_sends_nonsense(nodes: Nodes, monkeypatch: pytest.Mon
     await begin_transfer(nodes.member, nodes.learner)
     await nodes.learner.frame(LEARNED)
     nodes.same()
-
-
-async def test_a_copy_that_ends_too_early(nodes: Nodes) -> None:
-    """The donation was made before the learner was attached: of no use."""
-    await nodes.member.ask([DONATE, 0, b"t", 0])
-    await nodes.learner.ask([LEARN, 0, 1, 301, 1])
-    nodes.learner.wire.send([PULL, 0, *nodes.member_node.address, b"t"])
-    assert "ends at 300, before 301" in await failure(nodes.learner)
-    if nodes.disk is not None:
-        await until(lambda: names(nodes.disk, "snapshots") == [], "the removal")
 
 
 # --- only on a disk --------------------------------------------------------------------------------------
@@ -401,65 +373,33 @@ class FullDisk(CrashDisk):
 async def test_no_space_for_another_copy(call: int) -> None:
     """It is given up, the node goes on, and what was written of it is removed; another try succeeds."""
     disk = FullDisk()
-    nodes = Nodes(await start("n1"), await start("n2", disk), disk)
-    await nodes.link()
-    nodes.member.batch(*nodes.member.puts(0, 300))
-    await nodes.member.settled()
-    disk.left = call
-    await begin_transfer(nodes.member, nodes.learner)
-    assert "no space for another copy" in await failure(nodes.learner)
-    await until(lambda: names(disk, "snapshots") == [], "the removal")
-    assert nodes.learner_node.failure is None
-    await begin_transfer(nodes.member, nodes.learner)
-    await nodes.learner.frame(LEARNED)
-    nodes.same()
-    await nodes.learner_node.close()
-    await nodes.member_node.close()
+    async with linked(None, disk, 300) as nodes:
+        disk.left = call
+        await begin_transfer(nodes.member, nodes.learner)
+        assert "no space for another copy" in await failure(nodes.learner)
+        await until(lambda: names(disk, "snapshots") == [], "the removal")
+        assert nodes.learner_node.failure is None
+        await begin_transfer(nodes.member, nodes.learner)
+        await nodes.learner.frame(LEARNED)
+        nodes.same()
 
 
 async def test_a_disk_that_fails_ends_the_node() -> None:
     """Any other error of the disk in a transfer is one of the node."""
     disk = FullDisk()
-    nodes = Nodes(await start("n1"), await start("n2", disk), disk)
-    await nodes.link()
-    nodes.member.batch(*nodes.member.puts(0, 30))
-    await nodes.member.settled()
-    disk.left, disk.number = 1, errno.EIO
-    await begin_transfer(nodes.member, nodes.learner)
-    await until(lambda: nodes.learner_node.failure is not None, "the end")
-    await nodes.learner_node.close()
-    await nodes.member_node.close()
+    async with linked(None, disk, 30) as nodes:
+        disk.left, disk.number = 1, errno.EIO
+        await begin_transfer(nodes.member, nodes.learner)
+        await until(lambda: nodes.learner_node.failure is not None, "the end")
 
 
 async def test_little_space_ends_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy is not fetched as long as the disk is nearly full."""
-    disk = CrashDisk()
-    nodes = Nodes(await start("n1"), await start("n2", disk), disk)
-    await nodes.link()
-    nodes.member.batch(*nodes.member.puts(0, 30))
-    await nodes.member.settled()
-    assert nodes.learner_node.durability is not None
-    monkeypatch.setattr(nodes.learner_node.durability, "space", 1)
-    await begin_transfer(nodes.member, nodes.learner)
-    assert "too little space" in await failure(nodes.learner)
-    await nodes.learner_node.close()
-    await nodes.member_node.close()
-
-
-async def test_a_drop_is_durable_before_it_is_acknowledged() -> None:
-    """Its ordinal counts as durable when the manifest is written; a restart finds no copy, and no generation twice."""
-    disk = CrashDisk()
-    node = await start("n1", disk)
-    link = await Link.open(node)
-    link.batch(*link.puts(0, 10))
-    await link.settled()
-    link.batch([DROP, 0], [GET, 1, b"x"])
-    await link.settled()
-    manifest = read_manifest(disk, DIRECTORY)
-    assert manifest is not None and list(manifest.shards) == [1] and manifest.generations[0] == 1
-    store = open_small(disk.process_kill(), seed=4)
-    assert list(store.copies) == [1] and store.manifest.generations[0] == 1
-    await node.close()
+    async with linked(None, CrashDisk(), 30) as nodes:
+        assert nodes.learner_node.durability is not None
+        monkeypatch.setattr(nodes.learner_node.durability, "space", 1)
+        await begin_transfer(nodes.member, nodes.learner)
+        assert "too little space" in await failure(nodes.learner)
 
 
 class GatedDisk(CrashDisk):
@@ -482,52 +422,40 @@ class GatedDisk(CrashDisk):
 async def test_the_manifest_comes_before_all_else() -> None:
     """Until it names the copy a crash comes back to the old one, and nothing of the new one is acknowledged."""
     disk = GatedDisk()
-    nodes = Nodes(await start("n1"), await start("n2", disk), disk)
-    await nodes.link()
-    nodes.member.batch(*nodes.member.puts(0, 30))
-    nodes.learner.batch(*nodes.learner.puts(0, 3, b"old"))
-    await nodes.member.settled()
-    await nodes.learner.settled()
-    old = nodes.learner_node.replica.copies[0]
-    disk.go.clear()
-    await begin_transfer(nodes.member, nodes.learner)
-    items = nodes.member.puts(0, 5)
-    nodes.member.batch(*items)
-    nodes.learner.batch(*items)
-    await until(lambda: disk.is_waiting, "the manifest")
-    nodes.same()
-    later = nodes.member.puts(0, 5)
-    nodes.member.batch(*later)
-    nodes.learner.batch(*later, [GET, 0, b"k40"])
-    await until(lambda: nodes.learner_node.replica.applied == nodes.learner.sent, "the batch")
-    copy = recovered(nodes)[0]
-    assert (copy.disk, copy.table.seq, copy.complete) == (old.disk, 3, True)
-    assert nodes.learner.durable < nodes.learner.sent
-    disk.go.set()
-    assert (await nodes.learner.frame(LEARNED))[5] == 35
-    assert recovered(nodes)[0].table.seq >= 35 and nodes.learner.durable < nodes.learner.sent
-    await nodes.learner.settled()
-    assert recovered(nodes)[0].table.seq == 40
-    await nodes.learner_node.close()
-    await nodes.member_node.close()
+    async with linked(None, disk, 30, 3) as nodes:
+        old = nodes.learner_node.replica.copies[0]
+        disk.go.clear()
+        await begin_transfer(nodes.member, nodes.learner)
+        items = nodes.member.puts(0, 5)
+        nodes.member.batch(*items)
+        nodes.learner.batch(*items)
+        await until(lambda: disk.is_waiting, "the manifest")
+        nodes.same()
+        later = nodes.member.puts(0, 5)
+        nodes.member.batch(*later)
+        nodes.learner.batch(*later, [GET, 0, b"k40"])
+        await until(lambda: nodes.learner_node.replica.applied == nodes.learner.sent, "the batch")
+        copy = recovered(nodes)[0]
+        assert (copy.disk, copy.table.seq, copy.complete) == (old.disk, 3, True)
+        assert nodes.learner.durable < nodes.learner.sent
+        disk.go.set()
+        assert (await nodes.learner.frame(LEARNED))[5] == 35
+        assert recovered(nodes)[0].table.seq >= 35 and nodes.learner.durable < nodes.learner.sent
+        await nodes.learner.settled()
+        assert recovered(nodes)[0].table.seq == 40
 
 
 async def test_a_copy_that_is_published_and_not_wanted() -> None:
     """UNLEARN came while its file got its name: the file is removed, the old copy is in its place."""
     disk = GatedDisk(".snapshot")
-    nodes = Nodes(await start("n1"), await start("n2", disk), disk)
-    await nodes.link()
-    nodes.member.batch(*nodes.member.puts(0, 30))
-    await nodes.member.settled()
-    disk.go.clear()
-    await begin_transfer(nodes.member, nodes.learner)
-    await until(lambda: disk.is_waiting, "the publication")
-    await nodes.learner.ask([UNLEARN, 0])
-    disk.go.set()
-    await until(lambda: not nodes.learner_node.pulls.running and names(disk, "snapshots") == [], "the removal")
-    assert nodes.learner_node.replica.copies[0].generation == 1 == recovered(nodes)[0].generation
-    await nodes.learner_node.close()
-    await nodes.member_node.close()
+    async with linked(None, disk, 30) as nodes:
+        disk.go.clear()
+        await begin_transfer(nodes.member, nodes.learner)
+        await until(lambda: disk.is_waiting, "the publication")
+        await nodes.learner.ask([UNLEARN, 0])
+        disk.go.set()
+        await until(lambda: not nodes.learner_node.pulls.running and names(disk, "snapshots") == [], "the removal")
+        assert nodes.learner_node.replica.copies[0].generation == 1 == recovered(nodes)[0].generation
 
 
 async def test_what_takes_long_is_not_done_by_the_loop(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

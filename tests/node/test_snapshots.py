@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.test_durability import GatedDisk, Node, node, until
-from tests.support.storage_tools import add_copies, fill, names, open_small, state_of
+from kvtcp.storage.disk.store import NodeStore
+from tests.node.test_durability import Node, node, until
+from tests.support.storage_tools import fill, names, open_small, state_of
 
 __all__ = ["node"]
 
@@ -76,10 +77,8 @@ async def test_a_snapshot_waits_for_the_log(node: Node) -> None:
 
 async def test_a_long_log_is_snapshotted() -> None:
     """The shard that holds the oldest segment back is next, until the log is short again."""
-    disk = GatedDisk()
-    store = open_small(disk)
-    add_copies(store)
-    node = Node(disk, store, snapshot_log_bytes=800)
+    node = Node(snapshot_log_bytes=800)
+    disk, store = node.disk, node.store
     for ordinal in range(1, 80):
         node.put(ordinal, shard=ordinal % 3, key=b"k%d" % (ordinal % 5))
         await until(lambda ordinal=ordinal: node.told[-1:] == [("c", ordinal)])  # type: ignore[misc]
@@ -92,25 +91,23 @@ async def test_a_long_log_is_snapshotted() -> None:
 
 async def test_a_log_that_is_covered_goes_without_a_snapshot() -> None:
     """Segments that every snapshot has passed, as a crash may leave them, are removed although nothing is published."""
-    disk = GatedDisk()
-    store = open_small(disk)
-    add_copies(store, 1)
-    fill(store, 12, shards=1)
-    copy = store.copies[0]
-    store.write_snapshot(copy, [])
-    assert store.snapshots[0].name.seq == copy.table.seq and len(store.log.segments) > 3
-    node = Node(disk, store, snapshot_log_bytes=100)
-    await until(lambda: len(names(disk)) == 1, "the segments to go")
+
+    def covered(store: NodeStore) -> None:
+        fill(store, 12, shards=1)
+        store.write_snapshot(store.copies[0], [])
+        assert store.snapshots[0].name.seq == store.copies[0].table.seq and len(store.log.segments) > 3
+
+    node = Node(1, before=covered, snapshot_log_bytes=100)
+    store = node.store
+    await until(lambda: len(names(node.disk)) == 1, "the segments to go")
     assert node.frozen == [] and state_of(node.reopened().copies) == state_of(store.copies)
     await node.durability.close()
 
 
 async def test_a_snapshot_without_space_is_given_up() -> None:
     """ENOSPC ends the snapshot, not the node; its scan is closed, its file removed, and it is tried again later."""
-    disk = GatedDisk()
-    store = open_small(disk)
-    add_copies(store)
-    node = Node(disk, store)
+    node = Node()
+    disk, store = node.disk, node.store
     node.put(1)
     node.put(2, shard=1)
     await until(lambda: node.told[-1:] == [("c", 2)])
@@ -132,10 +129,8 @@ async def test_a_snapshot_without_space_is_given_up() -> None:
 @pytest.mark.parametrize("what", ["create", "write", "rename", "sync_directory"])
 async def test_a_disk_gets_full_in_any_call_of_a_snapshot(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever call finds no space, the node goes on and the data is what it was."""
-    disk = GatedDisk()
-    store = open_small(disk)
-    add_copies(store, 1)
-    node = Node(disk, store)
+    node = Node(1)
+    disk, store = node.disk, node.store
     node.put(1)
     await until(lambda: node.told == [("c", 1)])
     failed: list[Path] = []

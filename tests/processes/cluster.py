@@ -73,6 +73,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def is_waiting(pid: int) -> bool:
+    """Whether the main thread of a process sleeps, so that a signal wakes it; true where the system does not say."""
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "S"
+
+
 class Command:
     """One running command of bin/, or module of the tests if there is a dot in its name, with its output in files."""
 

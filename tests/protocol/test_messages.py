@@ -7,28 +7,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvtcp.constants import (
-    INTEGER_MAX,
-    INTEGER_MIN,
-    KEY_BYTES_MAX,
-    MULTI_BYTES_MAX,
-    MULTI_KEYS_MAX,
-    NAME_BYTES_MAX,
-    PAGE_ITEMS_MAX,
-    REQUEST_ID_MAX,
-    SHARDS_MAX,
-    TTL_MS_MAX,
-    VALUE_BYTES_MAX,
-)
+from kvtcp import constants
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.messages import REQUESTS, Kind, Touches, make_cursor, prefix_bounds, request_id
 from tests.support import wire_golden
 
-KEY = b"k" * KEY_BYTES_MAX
-VALUE = bytes(VALUE_BYTES_MAX)
-BOUND = b"b" * (KEY_BYTES_MAX + 1)
-NAME = "é" * (NAME_BYTES_MAX // 2) + "n"
+KEY = b"k" * constants.KEY_BYTES_MAX
+VALUE = bytes(constants.VALUE_BYTES_MAX)
+BOUND = b"b" * (constants.KEY_BYTES_MAX + 1)
+NAME = "é" * (constants.NAME_BYTES_MAX // 2) + "n"
 
 
 def parse(*request: Any) -> tuple[Any, ...]:
@@ -46,31 +34,31 @@ def parse(*request: Any) -> tuple[Any, ...]:
     (["put", "é", ""], ("é".encode(), b"", None, False)),
     (["put", KEY, VALUE], (KEY, VALUE, None, False)),
     (["put", b"k", b"v", {"ttl_ms": 1}], (b"k", b"v", 1, False)),
-    (["put", b"k", b"v", {"ttl_ms": TTL_MS_MAX}], (b"k", b"v", TTL_MS_MAX, False)),
+    (["put", b"k", b"v", {"ttl_ms": constants.TTL_MS_MAX}], (b"k", b"v", constants.TTL_MS_MAX, False)),
     (["put", b"k", b"v", {"ttl_ms": None, "keep_ttl": True}], (b"k", b"v", None, True)),
     (["put", b"k", b"v", {"ttl_ms": 5, "keep_ttl": False}], (b"k", b"v", 5, False)),
     (["add", b"k", b"v"], (b"k", b"v", None)),
     (["add", b"k", VALUE, {b"ttl_ms": 9}], (b"k", VALUE, 9)),
     (["delete", b"k"], (b"k", None, None)),
     (["delete", b"k", {"value": b""}], (b"k", b"", None)),
-    (["delete", b"k", {"rev": INTEGER_MAX}], (b"k", None, INTEGER_MAX)),
+    (["delete", b"k", {"rev": constants.INTEGER_MAX}], (b"k", None, constants.INTEGER_MAX)),
     (["delete", b"k", {"value": None, "rev": 3}], (b"k", None, 3)),
     (["cas", b"k", b"w", {"value": b"v"}], (b"k", b"w", b"v", None)),
     (["cas", b"k", b"w", {"rev": 0}], (b"k", b"w", None, 0)),
-    (["incr", b"k", INTEGER_MIN], (b"k", INTEGER_MIN)),
-    (["incr", b"k", INTEGER_MAX], (b"k", INTEGER_MAX)),
+    (["incr", b"k", constants.INTEGER_MIN], (b"k", constants.INTEGER_MIN)),
+    (["incr", b"k", constants.INTEGER_MAX], (b"k", constants.INTEGER_MAX)),
     (["exists", b"k"], (b"k",)),
     (["mget", []], ([],)),
     (["mget", [b"a", "b", b"a"]], ([b"a", b"b", b"a"],)),
     (["mdelete", [KEY]], ([KEY],)),
-    (["mput", [[b"a", b"1"], [b"b", b"2", None], [b"c", b"3", TTL_MS_MAX]]],
-     ([[b"a", b"1"], [b"b", b"2", None], [b"c", b"3", TTL_MS_MAX]],)),
-    (["expire", b"k", TTL_MS_MAX], (b"k", TTL_MS_MAX)),
-    (["expire", b"k", -TTL_MS_MAX], (b"k", -TTL_MS_MAX)),
+    (["mput", [[b"a", b"1"], [b"b", b"2", None], [b"c", b"3", constants.TTL_MS_MAX]]],
+     ([[b"a", b"1"], [b"b", b"2", None], [b"c", b"3", constants.TTL_MS_MAX]],)),
+    (["expire", b"k", constants.TTL_MS_MAX], (b"k", constants.TTL_MS_MAX)),
+    (["expire", b"k", -constants.TTL_MS_MAX], (b"k", -constants.TTL_MS_MAX)),
     (["persist", b"k"], (b"k",)),
     (["ttl", b"k"], (b"k",)),
     (["scan", None, None, 1], (b"", None, 1, False, False)),
-    (["scan", b"", b"", PAGE_ITEMS_MAX], (b"", b"", PAGE_ITEMS_MAX, False, False)),
+    (["scan", b"", b"", constants.PAGE_ITEMS_MAX], (b"", b"", constants.PAGE_ITEMS_MAX, False, False)),
     (["scan", BOUND, BOUND, 1, {"reverse": True, "keys_only": True}], (BOUND, BOUND, 1, True, True)),
     (["scan", None, None, 1, {"prefix": b"a"}], (b"a", b"b", 1, False, False)),
     (["scan", b"ab", None, 1, {"prefix": b"a"}], (b"ab", b"b", 1, False, False)),
@@ -92,13 +80,13 @@ def parse(*request: Any) -> tuple[Any, ...]:
     (["shards"], ()),
     (["backup"], (None,)),
     (["backup", None], (None,)),
-    (["backup", "x" * NAME_BYTES_MAX], ("x" * NAME_BYTES_MAX,)),
+    (["backup", "x" * constants.NAME_BYTES_MAX], ("x" * constants.NAME_BYTES_MAX,)),
     (["restore", "monday"], ("monday", "merge", b"", False)),
     (["restore", "m", {"mode": "replace", "prefix": b"p", "dry_run": True}], ("m", "replace", b"p", True)),
     (["restore", "m", {"prefix": None}], ("m", "merge", b"", False)),
     (["node_add", "db-4.example", 1], ("db-4.example", 1)),
     (["node_add", "fe80::1%eth0", 65535], ("fe80::1%eth0", 65535)),
-    (["node_add", "h" * NAME_BYTES_MAX, 5000], ("h" * NAME_BYTES_MAX, 5000)),
+    (["node_add", "h" * constants.NAME_BYTES_MAX, 5000], ("h" * constants.NAME_BYTES_MAX, 5000)),
     (["node_drain", "n1"], ("n1",)),
     (["node_undrain", "n1"], ("n1",)),
     (["node_remove", NAME], (NAME,)),
@@ -107,7 +95,7 @@ def parse(*request: Any) -> tuple[Any, ...]:
     (["rebalance", {}], (False,)),
     (["rebalance", {"dry_run": True}], (True,)),
     (["shard_accept_loss", 0], (0,)),
-    (["shard_accept_loss", SHARDS_MAX - 1], (SHARDS_MAX - 1,)),
+    (["shard_accept_loss", constants.SHARDS_MAX - 1], (constants.SHARDS_MAX - 1,)),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_accepted_forms(request_: list[Any], arguments: tuple[Any, ...]) -> None:
     """Every form becomes one tuple with defaults filled in, at the edge of every limit."""
@@ -130,7 +118,7 @@ def test_keys_are_checked_everywhere(op: str) -> None:
     with pytest.raises(RequestError, match=r'the key "k{40}"\.\.\. \(4097 bytes\) is over the limit of 4096') as caught:
         parse(op, KEY + b"k", *rest)
     assert (caught.value.code, caught.value.details) == (
-        Code.TOO_LARGE, {"key_bytes": KEY_BYTES_MAX + 1, "key_bytes_max": KEY_BYTES_MAX}
+        Code.TOO_LARGE, {"key_bytes": constants.KEY_BYTES_MAX + 1, "key_bytes_max": constants.KEY_BYTES_MAX}
     )  # fmt: skip
     for odd, kind in [(None, "nil"), (7, "an integer"), (True, "a boolean"), (1.5, "a float"), ([], "an array")]:
         with pytest.raises(RequestError, match=f"a key must be bytes or text, not {kind}"):
@@ -154,7 +142,7 @@ LARGE = Code.TOO_LARGE
     (["put", b"k", 7], BAD, 'the value of "k" must be bytes or text, not an integer'),
     (["put", b"k", VALUE + b"x"], LARGE, 'the value of "k" has 8388609 bytes, the limit is 8388608'),
     (["put", b"k", b"v", {"ttl_ms": 0}], BAD, "ttl_ms must be from 1 to 3153600000000, not 0"),
-    (["put", b"k", b"v", {"ttl_ms": TTL_MS_MAX + 1}], BAD, "ttl_ms must be from 1 to 3153600000000"),
+    (["put", b"k", b"v", {"ttl_ms": constants.TTL_MS_MAX + 1}], BAD, "ttl_ms must be from 1 to 3153600000000"),
     (["put", b"k", b"v", {"ttl_ms": 1.0}], BAD, "ttl_ms must be an integer, not a float"),
     (["put", b"k", b"v", {"ttl_ms": True}], BAD, "ttl_ms must be an integer, not a boolean"),
     (["put", b"k", b"v", {"keep_ttl": 1}], BAD, "keep_ttl must be true or false"),
@@ -177,16 +165,16 @@ LARGE = Code.TOO_LARGE
     (["incr", b"k", 2**63], Code.RANGE, "by must be a signed 64-bit integer, not 9223372036854775808"),
     (["incr", b"k", 1.0], BAD, "by must be an integer, not a float"),
     (["incr", b"k", b"1"], BAD, "by must be an integer, not bytes"),
-    (["expire", b"k", TTL_MS_MAX + 1], BAD, "ttl_ms must be from -3153600000000 to 3153600000000"),
-    (["expire", b"k", -TTL_MS_MAX - 1], BAD, "ttl_ms must be from -3153600000000 to 3153600000000"),
+    (["expire", b"k", constants.TTL_MS_MAX + 1], BAD, "ttl_ms must be from -3153600000000 to 3153600000000"),
+    (["expire", b"k", -constants.TTL_MS_MAX - 1], BAD, "ttl_ms must be from -3153600000000 to 3153600000000"),
     (["expire", b"k", None], BAD, "ttl_ms must be an integer, not nil"),
     (["mget", b"k"], BAD, "the first argument must be an array; it is mget [key, ...]"),
-    (["mget", [b"k"] * (MULTI_KEYS_MAX + 1)], LARGE, "10001 keys in one request are over the limit of 10000"),
+    (["mget", [b"k"] * (constants.MULTI_KEYS_MAX + 1)], LARGE, "10001 keys in one request are over the limit of 10000"),
     (["mget", [b"k", b""]], BAD, "a key must not be empty"),
     (["mdelete", [[]]], BAD, "a key must be bytes or text, not an array"),
     (["mdelete", {}], BAD, "the first argument must be an array; it is mdelete [key, ...]"),
     (["mput", {b"k": b"v"}], BAD, "the first argument must be an array; it is mput [[key, value, ttl_ms or nil]"),
-    (["mput", [[b"k", b"v"]] * (MULTI_KEYS_MAX + 1)], LARGE, "10001 keys in one request"),
+    (["mput", [[b"k", b"v"]] * (constants.MULTI_KEYS_MAX + 1)], LARGE, "10001 keys in one request"),
     (["mput", [b"k"]], BAD, "an item of mput is an array [key, value] or [key, value, ttl_ms]"),
     (["mput", [[b"k"]]], BAD, "an item of mput is an array"),
     (["mput", [[b"k", b"v", 1, 2]]], BAD, "an item of mput is an array"),
@@ -198,7 +186,7 @@ LARGE = Code.TOO_LARGE
     (["scan", BOUND + b"b", None, 1], LARGE, "lower is over the limit of 4097 bytes"),
     (["scan", None, BOUND + b"b", 1], LARGE, "upper is over the limit of 4097 bytes"),
     (["scan", None, None, 0], BAD, "limit must be from 1 to 1000, not 0"),
-    (["scan", None, None, PAGE_ITEMS_MAX + 1], BAD, "limit must be from 1 to 1000, not 1001"),
+    (["scan", None, None, constants.PAGE_ITEMS_MAX + 1], BAD, "limit must be from 1 to 1000, not 1001"),
     (["scan", None, None, None], BAD, "limit must be an integer, not nil"),
     (["scan", None, None, 1, {"reverse": None}], BAD, "reverse must be true or false"),
     (["scan", None, None, 1, {"keys_only": 0}], BAD, "keys_only must be true or false"),
@@ -213,7 +201,7 @@ LARGE = Code.TOO_LARGE
     (["count", 1, None], BAD, "lower must be bytes, text or nil, not an integer"),
     (["count", None, None, {"cursor": b""}], BAD, 'unknown option "cursor"; known are prefix'),
     (["backup", ""], BAD, "the backup's name must be a text of 1 to 255 bytes"),
-    (["backup", "x" * (NAME_BYTES_MAX + 1)], BAD, "the backup's name must be a text of 1 to 255 bytes"),
+    (["backup", "x" * (constants.NAME_BYTES_MAX + 1)], BAD, "the backup's name must be a text of 1 to 255 bytes"),
     (["backup", b"\xff"], BAD, "the backup's name must be UTF-8 text"),
     (["restore", None], BAD, "the backup's name must be a text"),
     (["restore", "m", {"mode": "both"}], BAD, "mode must be merge or replace, not 'both'"),
@@ -222,7 +210,7 @@ LARGE = Code.TOO_LARGE
     (["restore", "m", {"prefix": 1}], BAD, "prefix must be bytes, text or nil"),
     (["restore", "m", {"force": True}], BAD, 'unknown option "force"; known are dry_run, mode, prefix'),
     (["node_add", "", 5000], BAD, "host must be a text of 1 to 255 bytes"),
-    (["node_add", "h" * (NAME_BYTES_MAX + 1), 5000], BAD, "host must be a text of 1 to 255 bytes"),
+    (["node_add", "h" * (constants.NAME_BYTES_MAX + 1), 5000], BAD, "host must be a text of 1 to 255 bytes"),
     (["node_add", "kvtcp://h", 5000], BAD, 'host must be a name or an address, not "kvtcp://h"'),
     (["node_add", "h\n", 5000], BAD, r'host must be a name or an address, not "h\x0a"'),
     (["node_add", "h", 0], BAD, "port must be from 1 to 65535, not 0"),
@@ -235,7 +223,7 @@ LARGE = Code.TOO_LARGE
     (["rebalance", {"wait": True}], BAD, 'unknown option "wait"; known are dry_run'),
     (["rebalance", None], BAD, "the options must be a map, not nil"),
     (["shard_accept_loss", -1], BAD, "shard must be from 0 to 4095, not -1"),
-    (["shard_accept_loss", SHARDS_MAX], BAD, "shard must be from 0 to 4095, not 4096"),
+    (["shard_accept_loss", constants.SHARDS_MAX], BAD, "shard must be from 0 to 4095, not 4096"),
     (["shard_accept_loss", True], BAD, "shard must be an integer, not a boolean"),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_refusals(request_: list[Any], code: Code, sentence: str) -> None:
@@ -305,20 +293,20 @@ def test_wrong_number_of_arguments(op: str) -> None:
 def test_request_ids() -> None:
     """Ids are uint32; a message without one cannot be answered."""
     assert request_id([0, b"get"]) == 0
-    assert request_id([REQUEST_ID_MAX, b"get", b"k"]) == REQUEST_ID_MAX
+    assert request_id([constants.REQUEST_ID_MAX, b"get", b"k"]) == constants.REQUEST_ID_MAX
     for message in (None, 7, b"get", {}, [], [1], ([1, b"get"],)):
         with pytest.raises(ProtocolError, match=r"a request is an array \[id, op, ...args\]"):
             request_id(message)
-    for odd in (-1, REQUEST_ID_MAX + 1, True, 1.0, None, b"1", [1]):
+    for odd in (-1, constants.REQUEST_ID_MAX + 1, True, 1.0, None, b"1", [1]):
         with pytest.raises(ProtocolError, match="the id of a request is an integer from 0 to 4294967295"):
             request_id([odd, b"get"])
 
 
 def test_the_bytes_of_one_mput() -> None:
     """Keys and values of an mput are counted together; exactly the limit passes."""
-    half = bytes(VALUE_BYTES_MAX - 1)
+    half = bytes(constants.VALUE_BYTES_MAX - 1)
     items = [[b"a", half], [b"b", half]]
-    assert sum(len(key) + len(value) for key, value in items) == MULTI_BYTES_MAX
+    assert sum(len(key) + len(value) for key, value in items) == constants.MULTI_BYTES_MAX
     assert REQUESTS[b"mput"].check([1, b"mput", items]) == (items,)
     with pytest.raises(RequestError, match="16777217 bytes in one mput are over the limit of 16777216") as caught:
         REQUESTS[b"mput"].check([1, b"mput", [[b"aa", half], [b"b", half]]])
@@ -327,7 +315,7 @@ def test_the_bytes_of_one_mput() -> None:
 
 def test_the_most_keys_of_one_request() -> None:
     """Exactly the limit of keys fits all m-operations, over the wire."""
-    keys = [b"%d" % i for i in range(MULTI_KEYS_MAX)]
+    keys = [b"%d" % i for i in range(constants.MULTI_KEYS_MAX)]
     assert parse("mget", keys) == (keys,)
     assert parse("mdelete", keys) == (keys,)
     items = [[key, b"v", 1] for key in keys]

@@ -13,19 +13,7 @@ from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
 from kvtcp.constants import AUDIT_INTERVAL_MS, EVICT_AFTER_MS, LINK_GRACE_MS, RECOVER_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.link import (
-    ENTRIES,
-    HELLO,
-    LEARN_FAILED,
-    LEARNED,
-    LEAVE,
-    LINK_VERSION,
-    RESULTS,
-    SHIPPED,
-    STOP,
-    CopyReport,
-    Report,
-)
+from kvtcp.protocol import link as wire
 from kvtcp.protocol.operations import AUDIT, INCR, LEARN, UNLEARN
 from kvtcp.replication.membership import recovery
 from kvtcp.replication.membership.recovery import CHANGING, DOWN, REPAIRING, SHIPPING, WAITING, StaleStore
@@ -65,18 +53,15 @@ def test_the_first_start() -> None:
     world.run(100)
     assert world.controller.recovery.is_settled and all(shard.writable for shard in world.shards)
     assert all(disk for row in world.map.members for _, disk in row)
-    world.put("first")
-    world.pump()
+    world.commit("first")
     assert world.answers.ok == {"first": 1}
     assert {word for word, _ in world.events} == {"link-up", "ready"}
 
 
-def test_a_takeover() -> None:
+def test_a_takeover(world: World) -> None:
     """The next coordinator goes on with the numbers, with a higher epoch, and with time where the store says; entries
     that not all members have are shipped to those that lack them."""
-    world = World()
-    world.put("answered")
-    world.pump()
+    world.commit("answered")
     behind(world, "n2")
     world.take_over()
     assert world.sequencer.stamp_ms == world.map.stamp_bound_ms
@@ -94,8 +79,8 @@ def test_hello_says_what_the_node_has_to_know() -> None:
     """Numbers of links grow; the version that the node is known to have stored comes back to it with the map."""
     world = World(2, 1, shards=3, min_insync=1)
     kind, fields = world.controller.hello("n2", "s")
-    assert kind == HELLO and fields == {
-        "version": LINK_VERSION, "secret": "s", "durability": "sync", "cluster": "c", "epoch": 2,
+    assert kind == wire.HELLO and fields == {
+        "version": wire.LINK_VERSION, "secret": "s", "durability": "sync", "cluster": "c", "epoch": 2,
         "coordinator": "o2", "link": 2, "node": "n2", "map_version": world.map.version,
         "heard_version": world.map.heard["n2"], "map": world.map.to_json(), "shards": [1],
     }  # fmt: skip
@@ -108,8 +93,8 @@ def test_a_node_that_knows_a_newer_map() -> None:
     world = World(2, 2, up=False)
     controller = world.controller
 
-    def report(version: int) -> Report:
-        return Report("n1", 1, "sync", 0, 2, version, 0, {0: CopyReport("n1-1")})
+    def report(version: int) -> wire.Report:
+        return wire.Report("n1", 1, "sync", 0, 2, version, 0, {0: wire.CopyReport("n1-1")})
 
     controller.hello("n1", "s")
     with pytest.raises(StaleStore, match="n1 has seen version 2 of the cluster map, the config store has version 1"):
@@ -134,7 +119,7 @@ def test_a_node_that_is_none_of_the_cluster_any_more() -> None:
     world.controller.admin.remove("n3", removed.append)
     world.pump("n1", "n2")
     assert removed == [{"node": "n3"}]
-    world.controller.node_up("n3", Report("n3", 1, "sync", 0, 2, 0, 0, {}))
+    world.controller.node_up("n3", wire.Report("n3", 1, "sync", 0, 2, 0, 0, {}))
     assert world.controller.outbox.take_actions() == [("close", "n3", "it was removed from the cluster")]
     world.controller.node_down("n3", "closed")
     world.check()
@@ -143,8 +128,7 @@ def test_a_node_that_is_none_of_the_cluster_any_more() -> None:
 def test_a_destroyed_node_that_comes_back() -> None:
     """R9: its copies count as fenced for ever, so it is not let in again."""
     world = World(3, 3, min_insync=1)
-    world.put("before")
-    world.pump()
+    world.commit("before")
     world.down("n3")
     world.controller.admin.forget("n3", lambda answer: None)
     world.flush()
@@ -165,14 +149,10 @@ def test_why_a_node_is_not_linked_is_known() -> None:
 # --- recovery over real replicas --------------------------------------------------------------------
 
 
-def test_silent_members_are_removed() -> None:
+def test_silent_members_are_removed(world: World) -> None:
     """As far as enough stay; the shard is served by the others."""
-    world = World()
-    world.put("answered")
-    world.pump()
-    world.down("n1", "n2", "n3")
-    world.take_over()
-    world.up("n1", "n2")
+    world.commit("answered")
+    world.take_over("n1", "n2")
     world.run(RECOVER_WAIT_MS)
     assert world.row() == world.members() == ["n1", "n2"] and world.shards[0].writable
     world.tick()
@@ -180,9 +160,7 @@ def test_silent_members_are_removed() -> None:
         {"node": "n3", "shards": 1, "first": 0, "reason": "it did not report in time"}
     ]
     assert world.controller.membership.evictions == 1
-    world.put("more")
-    world.pump()
-    assert world.answers.ok["more"] == 2
+    assert world.commit("more") == 2
     world.up("n3")
     world.run(1_000)
     assert world.row() == ["n1", "n2", "n3"]
@@ -192,11 +170,8 @@ def test_silent_members_are_removed() -> None:
 def test_a_shard_below_min_insync_is_down_and_retried() -> None:
     """It says why, once; it is served when the node is back."""
     world = World(2, 2)
-    world.put("answered")
-    world.pump()
-    world.down("n1", "n2")
-    world.take_over()
-    world.up("n1")
+    world.commit("answered")
+    world.take_over("n1")
     world.run(2 * RECOVER_WAIT_MS)
     assert state(world) == DOWN and world.controller.recovery.is_settled
     [event] = world.words("shard-down")
@@ -216,9 +191,7 @@ def test_a_shard_below_min_insync_is_down_and_retried() -> None:
 def test_a_bad_member_that_has_to_stay_is_replaced_in_its_place() -> None:
     """R9: brought whole to the best, it enters the map under its new disk; only then the shard is served."""
     world = World(2, 2)
-    world.put("answered")
-    world.pump()
-    world.down("n1", "n2")
+    world.commit("answered")
     world.replace("n2")
     world.take_over()
     world.store.is_held = True
@@ -233,21 +206,17 @@ def test_a_bad_member_that_has_to_stay_is_replaced_in_its_place() -> None:
     world.pump()
     assert world.map.members[0] == (("n1", "n1-1"), ("n2", "n2-2"))
     assert world.shards[0].commit == 1
-    world.put("more")
-    world.pump()
+    world.commit("more")
     world.assert_equal()
 
 
 def test_two_bad_members_are_replaced_one_after_the_other() -> None:
     """And the shard is served after the second."""
     world = World(3, 3, min_insync=3)
-    world.put("answered")
-    world.pump()
-    world.down("n1", "n2", "n3")
+    world.commit("answered")
     world.replace("n1")
     world.replace("n3")
-    world.take_over()
-    world.up("n1", "n2", "n3")
+    world.take_over("n1", "n2", "n3")
     world.run(500)
     assert len(world.words("joined-in-sync")) == 2
     world.assert_equal()
@@ -259,23 +228,19 @@ def test_a_member_that_is_behind_and_cannot_be_shipped_to_is_replaced() -> None:
     world = World(2, 2)
     behind(world, "n2")
     for name in world.nodes:
-        world.nodes[name].kept.forget(0)
-    world.take_over()
-    world.up("n1", "n2")
+        world.nodes[name].backlog.forget(0)
+    world.take_over("n1", "n2")
     world.run(500)
     assert world.shards[0].commit == 3
-    assert world.map.disk_of(0, "n2") != "n2-1"
+    assert world.map.replica_id_of(0, "n2") != "n2-1"
     world.assert_equal()
 
 
 def test_a_destroyed_member_is_substituted() -> None:
     """R9: by a node that holds nothing; then the shard is served."""
     world = World(3, 2, wanted=2)
-    world.put("answered")
-    world.pump()
-    world.down("n1", "n2", "n3")
-    world.take_over()
-    world.up("n1", "n3")
+    world.commit("answered")
+    world.take_over("n1", "n3")
     world.run(RECOVER_WAIT_MS)
     assert state(world) == DOWN
     answers: list[Any] = []
@@ -291,9 +256,7 @@ def test_a_destroyed_member_is_substituted() -> None:
 def test_a_destroyed_member_waits_for_a_node_that_can_take_its_place() -> None:
     """None is there: the shard is not served, and goes on as soon as one is."""
     world = World(3, 2, wanted=2)
-    world.down("n1", "n2", "n3")
-    world.take_over()
-    world.up("n1")
+    world.take_over("n1")
     world.controller.admin.forget("n2", lambda answer: None)
     world.run(2 * RECOVER_WAIT_MS)
     assert state(world) == REPAIRING and not world.shards[0].serving
@@ -303,45 +266,25 @@ def test_a_destroyed_member_waits_for_a_node_that_can_take_its_place() -> None:
     world.assert_equal()
 
 
-def test_the_end_of_a_run_in_memory() -> None:
-    """All copies are new and empty: the shard begins anew, and that is told."""
-    world = World(2, 2, durability="memory")
-    world.put("gone")
-    world.pump()
-    world.down("n1", "n2")
-    world.replace("n1")
-    world.replace("n2")
-    world.take_over()
-    world.up("n1", "n2")
-    world.pump()
-    assert world.controller.recovery.emptied == [0] and len(world.words("began-empty")) == 1
-    assert world.shards[0].commit == 0 and world.shards[0].writable
-
-
 def test_all_copies_in_memory_are_lost_while_the_coordinator_runs() -> None:
     """The shard begins anew, and nobody waits for what was there. Its numbers go on: who read one that is gone does not
     take another value for it."""
     world = World(2, 2, durability="memory")
-    for _ in range(3):
-        world.put(("gone", _))
-    world.pump()
+    world.fill(3)
     world.replace("n1")
     world.replace("n2")
     world.up("n1", "n2")
     world.run(2_000)
     assert len(world.words("began-empty")) == 1
     world.get("read")
-    world.put("new")
-    world.pump()
-    assert world.answers.ok["read"] is None and world.answers.ok["new"] == 5
+    assert world.commit("new") == 5 and world.answers.ok["read"] is None
     world.assert_equal()
 
 
 def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
     """The shard is down, and an operator may accept that."""
     world = World(2, 2)
-    world.put("gone")
-    world.pump()
+    world.commit("gone")
     world.replace("n1")
     world.put("pending")
     world.replace("n2")
@@ -355,8 +298,7 @@ def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
     world.controller.admin.accept_loss(0, done.append)
     world.run(500)
     assert done[0]["goes_on_at"] > 1 and world.shards[0].serving
-    world.put("new")
-    world.pump()
+    world.commit("new")
     assert world.answers.ok["new"] > done[0]["goes_on_at"]
     world.assert_equal()
 
@@ -364,11 +306,8 @@ def test_all_copies_are_lost_while_the_coordinator_runs() -> None:
 def test_a_copy_is_lost_again_before_it_is_known_to_be_a_member() -> None:
     """It was to take the place of a destroyed one; the map names it, and it is not there any more."""
     world = World(3, 2, wanted=2)
-    world.put("kept")
-    world.pump()
-    world.down("n1", "n2", "n3")
-    world.take_over()
-    world.up("n1", "n3")
+    world.commit("kept")
+    world.take_over("n1", "n3")
     world.run(2 * RECOVER_WAIT_MS)
     assert state(world) == DOWN
     world.controller.admin.forget("n2", lambda answer: setattr(world.store, "is_held", True))
@@ -380,9 +319,7 @@ def test_a_copy_is_lost_again_before_it_is_known_to_be_a_member() -> None:
     world.release_store()
     assert not world.shards[0].serving, "the map names a copy that is lost"
     world.run(2_000)
-    world.put("new")
-    world.pump()
-    assert world.answers.ok["new"] == 2
+    assert world.commit("new") == 2
     world.assert_equal()
 
 
@@ -390,8 +327,7 @@ def test_a_number_is_not_given_twice_in_an_epoch() -> None:
     """All copies turned out to be bad, and a good one comes that lacks numbers which were given: another epoch may give
     them again, this one may not."""
     world = World(2, 2, min_insync=1)
-    world.put("kept")
-    world.pump()
+    world.commit("kept")
     world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = True
     world.put("pending")
     world.flush()
@@ -409,9 +345,7 @@ def test_a_number_is_not_given_twice_in_an_epoch() -> None:
     world.up("n2")
     world.run(500)
     assert state(world) == DOWN and "restart the coordinator" in world.shards[0].reason
-    world.down("n1", "n2")
-    world.take_over()
-    world.up("n1", "n2")
+    world.take_over("n1", "n2")
     world.run(1_500)
     assert world.shards[0].serving and world.shards[0].last_seq == 1
     world.assert_equal()
@@ -420,8 +354,7 @@ def test_a_number_is_not_given_twice_in_an_epoch() -> None:
 def test_a_shard_waits_for_a_good_member_that_may_come() -> None:
     """The others lost their data: what was given and is on its way to it keeps its numbers."""
     world = World(2, 2)
-    world.put("kept")
-    world.pump()
+    world.commit("kept")
     world.nodes["n1"].is_paused = world.nodes["n2"].is_paused = True
     world.put("pending")
     world.flush()
@@ -433,21 +366,16 @@ def test_a_shard_waits_for_a_good_member_that_may_come() -> None:
     assert world.shards[0].serving and 0 not in world.controller.recovery.shards
     world.up("n2")
     world.run(1_000)
-    world.put("next")
-    world.pump()
-    assert world.answers.ok["next"] == 3
+    assert world.commit("next") == 3
     world.assert_equal()
 
 
 def test_shards_of_a_run_in_memory_with_one_copy_left() -> None:
     """Nothing began anew there: who has the data gives it to the other."""
     world = World(2, 2, durability="memory")
-    world.put("kept")
-    world.pump()
-    world.down("n1", "n2")
+    world.commit("kept")
     world.replace("n1")
-    world.take_over()
-    world.up("n1", "n2")
+    world.take_over("n1", "n2")
     world.run(500)
     assert world.controller.recovery.emptied == [] and world.shards[0].commit == 1
     world.assert_equal()
@@ -457,23 +385,20 @@ def test_a_node_is_told_of_commits_though_a_shard_is_not_its_own_any_more() -> N
     """It reported a copy of a shard that was not served then, and was removed from it: the others count."""
     world = World(3, 3, shards=2)
     world.put("answered", 0)
-    world.put("answered too", 1)
-    world.pump()
+    world.commit("answered too", 1)
     world.down("n1", "n2", "n3")
     world.nodes["n3"].wipe(0)
-    world.nodes["n1"].kept.forget(0)
-    world.nodes["n2"].kept.forget(0)
+    world.nodes["n1"].backlog.forget(0)
+    world.nodes["n2"].backlog.forget(0)
     world.take_over()
     world.nodes["n3"].holds_pulls = True
     world.up("n1", "n2", "n3")
     world.pump()
     assert sorted(world.row(0)) == ["n1", "n2"] and sorted(world.row(1)) == ["n1", "n2", "n3"]
-    world.put("more", 1)
-    world.pump()
+    world.commit("more", 1)
     link = world.sequencer.links["n3"]
     assert world.sequencer.committed_ordinal(link) == link.written_ordinal
-    world.put("last", 1)
-    world.pump()
+    world.commit("last", 1)
     assert world.nodes["n3"].replica.copies[1].commit >= 2
 
 
@@ -486,8 +411,7 @@ def test_a_link_that_breaks_while_entries_are_shipped(lost: str, step: int) -> N
     """After every frame of it: the shard is not served before its members are equal."""
     world = World(2, 2)
     behind(world, "n2")
-    world.take_over()
-    world.up("n1", "n2")
+    world.take_over("n1", "n2")
     for _ in range(step):
         assert state(world) == SHIPPING
         node = next(node for node in world.nodes.values() if node.inbox or node.outbox)
@@ -510,9 +434,7 @@ def test_a_link_that_breaks_while_entries_are_shipped(lost: str, step: int) -> N
 def test_a_link_that_breaks_while_a_removal_is_stored(lost: str, comes_back: str) -> None:
     """Whether the change is stored or not: the shard is served by good members of the stored row alone."""
     world = World(3, 3, min_insync=2)
-    world.put("answered")
-    world.pump()
-    world.down("n1", "n2", "n3")
+    world.commit("answered")
     world.replace("n3")
     world.take_over()
     world.store.is_held = True
@@ -543,9 +465,7 @@ def test_a_link_that_breaks_while_a_replacement_is_stored(lost: str, comes_back:
     """The change old disk -> new disk is in flight: until it is known to be stored nothing goes on; then the shard
     starts over with what the map says. Only if the good copy is lost before, so is the shard."""
     world = World(2, 2)
-    world.put("answered")
-    world.pump()
-    world.down("n1", "n2")
+    world.commit("answered")
     world.replace("n2")
     world.take_over()
     world.store.is_held = True
@@ -571,7 +491,7 @@ def test_a_link_that_breaks_while_a_replacement_is_stored(lost: str, comes_back:
     if outcome == "held":
         world.settle(world.store.compare_and_set(*sent))
     world.run(500)
-    assert world.map.disk_of(0, "n2") != "n2-1"
+    assert world.map.replica_id_of(0, "n2") != "n2-1"
     if comes_back == "later":
         assert not world.shards[0].serving
         world.up(lost)
@@ -585,11 +505,10 @@ def test_a_link_that_breaks_while_a_replacement_is_stored(lost: str, comes_back:
 def test_a_link_that_breaks_before_a_replacement_is_proposed(lost: str) -> None:
     """The learner is over, and its node is told so; the next one begins when all are back."""
     world = World(2, 2)
-    world.put("answered")
-    world.pump()
+    world.commit("answered")
     world.down("n1", "n2")
     world.replace("n2")
-    world.nodes["n1"].kept.forget(0)
+    world.nodes["n1"].backlog.forget(0)
     world.take_over()
     world.nodes["n2"].holds_pulls = True
     world.up("n1", "n2")
@@ -628,48 +547,43 @@ def test_a_link_that_breaks_while_the_first_disks_are_stored() -> None:
 
 
 def test_frames_for_nobody() -> None:
-    """Of shards that are not, of attempts that are over: nothing comes of them. Of a node that is not linked they cost
-    the connection."""
+    """Of shards that are not, of attempts that are over: nothing comes of them. One that cannot be true, or is of a
+    node that is not linked, costs the connection."""
     world = World(2, 2)
     for frame in (
-        (ENTRIES, 9, 0, 0, []), (ENTRIES, -1, 0, 0, []), (ENTRIES, 0, 0, 0, []), (SHIPPED, 0, 1, 5, 5, None),
-        (LEARNED, 0, b"n1-1", 1, 2, 0, 0), (LEARN_FAILED, 0, b"why"), (LEARN_FAILED, 9, b"why"),
+        (wire.ENTRIES, 9, 0, 0, []), (wire.ENTRIES, -1, 0, 0, []), (wire.ENTRIES, 0, 0, 0, []),
+        (wire.SHIPPED, 0, 1, 5, 5, None), (wire.LEARNED, 0, b"n1-1", 1, 2, 0, 0), (wire.LEARN_FAILED, 0, b"why"),
+        (wire.LEARN_FAILED, 9, b"why"),
     ):  # fmt: skip
         world.controller.receive("n1", frame)
         world.check()
     assert not world.controller.outbox.take_actions() and world.shards[0].writable
+    with pytest.raises(LinkError, match="the last one sent is"):
+        world.controller.receive("n1", [wire.RESULTS, 99, 99, [], []])
     world.down("n1")
-    for frame in ((LEARNED, 0, b"n1-1", 1, 2, 0, 0), (LEAVE,)):
+    for frame in ((wire.LEARNED, 0, b"n1-1", 1, 2, 0, 0), (wire.LEAVE,)):
         with pytest.raises(LinkError, match="n1 is not linked"):
             world.controller.receive("n1", frame)
-
-
-def test_results_go_to_the_sequencer() -> None:
-    """A frame that cannot be true costs the link."""
-    world = World(2, 2)
-    with pytest.raises(LinkError, match="the last one sent is"):
-        world.controller.receive("n1", [RESULTS, 99, 99, [], []])
 
 
 def test_a_node_that_leaves_is_let_go_and_told_to_stop() -> None:
     """R14: its shards lose a member before the node is gone, so no write waits; then it is told STOP."""
     world = World(3, 3, shards=2)
-    world.controller.receive("n2", (LEAVE,))
+    world.controller.receive("n2", (wire.LEAVE,))
     assert [fields["node"] for fields in world.words("node-leaves")] == [] and not world.nodes["n2"].is_stopped
     world.run(100)
     assert world.row(0) == world.row(1) == ["n1", "n3"] or set(world.row(1)) == {"n1", "n3"}
     assert world.nodes["n2"].is_stopped and world.words("node-leaves") == [{"node": "n2"}]
     assert {fields["reason"] for fields in world.words("left-in-sync")} == {"it is about to stop"}
     world.down("n2")
-    world.put("at once")
-    world.pump()
+    world.commit("at once")
     assert world.answers.ok == {"at once": 1}
 
 
 def test_a_node_that_leaves_where_it_has_to_stay() -> None:
     """It is told to stop at once: there is nothing to wait for."""
     world = World(2, 2)
-    world.controller.receive("n2", (LEAVE,))
+    world.controller.receive("n2", (wire.LEAVE,))
     world.pump()
     assert world.row() == ["n1", "n2"] and world.nodes["n2"].is_stopped
 
@@ -699,16 +613,14 @@ def test_a_directory_that_was_missing_for_a_while() -> None:
     """Where the data of nodes is not mounted, they come back empty, and store every version of the map. That is not
     taken for something that the nodes with the data should know: they serve when they are back."""
     world = World(3, 3)
-    world.put("answered")
-    world.pump()
+    world.commit("answered")
     world.down("n1", "n2", "n3")
     whole = {node: world.nodes[node] for node in ("n2", "n3")}
     for node in whole:
         whole[node].stop()
         world.nodes[node] = Node(world, node)
         world.nodes[node].disks = (f"{node}-empty-{number}" for number in count(1))
-    world.take_over()
-    world.up("n2", "n3")
+    world.take_over("n2", "n3")
     world.run(RECOVER_WAIT_MS)
     world.controller.proposals.propose(lambda old: old, lambda _: None)
     world.pump("n2", "n3")
@@ -717,8 +629,7 @@ def test_a_directory_that_was_missing_for_a_while() -> None:
     world.nodes |= whole
     for node in whole:
         whole[node].start()
-    world.take_over()
-    world.up("n2", "n3")
+    world.take_over("n2", "n3")
     world.run(RECOVER_WAIT_MS)
     assert world.row() == ["n2", "n3"] and world.shards[0].commit == 1
     assert world.map.heard["n2"] == world.map.heard["n3"] > world.map.heard["n1"]
@@ -791,7 +702,7 @@ def test_the_map_is_the_one_that_is_stored() -> None:
     assert world.map.restoring is None
     world.release_store()
     assert world.map.restoring == b"x" == ClusterMap.from_json(world.store.value).restoring
-    assert not world.nodes["n1"].frames or world.nodes["n1"].frames[-1][0] != STOP
+    assert not world.nodes["n1"].frames or world.nodes["n1"].frames[-1][0] != wire.STOP
 
 
 def test_random_walks() -> None:

@@ -66,7 +66,7 @@ def test_reports_are_looked_at_again_when_the_map_changed() -> None:
     case = Case()
     case.report("n1", 5, disk="new")
     assert case.propose() == {}
-    case.changes.propose(lambda old: old.with_disks({0: {"n1": "new"}}), lambda stored: None)
+    case.changes.propose(lambda old: old.with_replica_ids({0: {"n1": "new"}}), lambda stored: None)
     assert case.changes.to_send(0) is not None
     case.changes.on_outcome(Outcome.DONE, now_ms=0)
     assert case.propose() == {"n1": 5}

@@ -47,14 +47,13 @@ def test_spawned_nodes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "is not an identity of kvtcp"),
-        ("[1]", "is not an identity of kvtcp"),
+        ("", "is not an identity of kvtcp"), ("[1]", "is not an identity of kvtcp"),
         ('{"format": 1, "role": "node"}', "is not an identity of kvtcp"),
         ('{"format": 1, "role": "node", "cluster": 1, "secret": "s", "node": "n1"}', "is not an identity of kvtcp"),
         ('{"format": 2, "role": "node"}', "has format 2, this version knows format 1"),
         ('{"format": 1, "role": "coordinator"}', "is the data directory of a coordinator, not of a node"),
     ],
-)
+)  # fmt: skip
 def test_foreign_files(tmp_path: Path, text: str, words: str) -> None:
     """A damaged file, a later format and another role are refused by name."""
     (tmp_path / "identity.json").write_text(text)

@@ -82,9 +82,7 @@ def test_a_share_of_the_loop(loop: Any) -> None:
 
 def test_a_rate(loop: Any) -> None:
     """The longer of the two pauses."""
-    job = Pacer(
-        loop, slices(loop, (0.1, 1000), (0.1, 10), (0.1, 0)), share=lambda: 0.5, rate_bytes_s=lambda: 1000
-    )
+    job = Pacer(loop, slices(loop, (0.1, 1000), (0.1, 10), (0.1, 0)), share=lambda: 0.5, rate_bytes_s=lambda: 1000)
     job.run()
     assert loop.step() == pytest.approx(0.9) and loop.step() == pytest.approx(0.1)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,12 @@ def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     runtime.add_common_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def run(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A Python that runs this code to its end."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, text=True, timeout=20, **streams)
 
 
 async def test_unexpected_errors_are_told() -> None:
@@ -92,7 +99,7 @@ def test_the_loop_is_the_one_asked_for(name: str, module: str) -> None:
         "async def main(): print(type(asyncio.get_running_loop()).__module__); return 7\n"
         "sys.exit(runtime.run(main, sys.argv[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = run(code, name)
     assert (done.returncode, done.stdout.split(".")[0].strip(), done.stderr) == (7, module, "")
 
 
@@ -123,9 +130,7 @@ def test_a_stdout_that_nobody_reads() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     code = "from kvtcp.runtime import process; process.set_up_logging('warning'); process.announce('ready'); exit(3)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=20
-    )
+    done = run(code, stdout=write_end)
     os.close(write_end)
     assert done.returncode == 3
     assert "event=stdout-closed" in done.stderr and done.stderr.count("\n") == 1
@@ -137,8 +142,7 @@ def test_logging_level() -> None:
         "import logging; from kvtcp.runtime import process as runtime; runtime.set_up_logging('info'); "
         "log = logging.getLogger('kvtcp.x'); log.debug('event=a'); log.info('event=b')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert done.stderr.split()[2:] == ["INFO", "kvtcp.x", "event=b"]
+    assert run(code).stderr.split()[2:] == ["INFO", "kvtcp.x", "event=b"]
 
 
 def test_broken_output_does_not_change_the_exit_code() -> None:
@@ -150,10 +154,7 @@ def test_broken_output_does_not_change_the_exit_code() -> None:
     )
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run(
-        [sys.executable, "-c", program], stdout=write_end, stderr=write_end, cwd=ROOT, check=False,
-        env={**os.environ, "PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+    done = run(program, stdout=write_end, stderr=write_end, env={**os.environ, "PYTHONUNBUFFERED": ""})
     os.close(write_end)
     assert done.returncode == 3
 

@@ -6,19 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.shell.cluster_view import (
-    NODE_COLUMNS,
-    SHARD_COLUMNS,
-    View,
-    bytes_text,
-    count_text,
-    duration_text,
-    nodes_view,
-    shards_view,
-    status_rows,
-    with_unit,
-    wrapped,
-)
+from kvtcp.shell import cluster_view
 from kvtcp.shell.output import Output
 from kvtcp.shell.text import display_width
 
@@ -59,7 +47,7 @@ SHARDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def drawn(view: View, columns: int | None) -> list[str]:
+def drawn(view: cluster_view.View, columns: int | None) -> list[str]:
     """The lines that a terminal shows of a view."""
     output = Output(io.BytesIO(), "table", is_terminal=False, columns=columns)
     output.table(view.header, view.rows)
@@ -71,7 +59,7 @@ def drawn(view: View, columns: int | None) -> list[str]:
 
 def test_nodes() -> None:
     """All columns, with units; the reason and the states stand below."""
-    assert drawn(nodes_view(NODES, None), None) == [
+    assert drawn(cluster_view.nodes_view(NODES, None), None) == [
         "node  state     address        member_of  wanted  lag               learning  learn_rate  sync_p99  loop_lag  "
         "operations  memory   restarts  shards  first_of  outstanding  pid",
         "----  --------  -------------  ---------  ------  ----------------  --------  ----------  --------  --------  "
@@ -89,7 +77,7 @@ def test_nodes() -> None:
 
 def test_nodes_on_a_narrow_terminal() -> None:
     """The less needed columns go first and are named, sentences are wrapped; no line is wider than the terminal."""
-    lines = drawn(nodes_view(NODES, 60), 60)
+    lines = drawn(cluster_view.nodes_view(NODES, 60), 60)
     assert lines == [
         "node  state     member_of  wanted  lag",
         "----  --------  ---------  ------  ----------------",
@@ -109,21 +97,21 @@ def test_nodes_on_a_narrow_terminal() -> None:
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     """Whatever the width, down to one where only the fixed columns are left; and no sentence loses a word."""
     for view, reasons in (
-        (nodes_view(NODES, width), [NODES[2]["reason"]]),
-        (shards_view(SHARDS, width), ["n3 was lost", "no copy with all its data answers"]),
+        (cluster_view.nodes_view(NODES, width), [NODES[2]["reason"]]),
+        (cluster_view.shards_view(SHARDS, width), ["n3 was lost", "no copy with all its data answers"]),
     ):
         lines = drawn(view, width)
         assert max(map(display_width, lines)) <= width or width < 30, lines
         together = " ".join(" ".join(lines).split())
         assert all(reason in together for reason in reasons)
     status = {"cluster": "c" * 40, "degraded": ["a sentence of many words that is longer than the terminal is wide"]}
-    told = " ".join(text for _, text in status_rows(status, width))
+    told = " ".join(text for _, text in cluster_view.status_rows(status, width))
     assert status["degraded"][0] in " ".join(told.split())
 
 
 def test_shards() -> None:
     """What is wanted shows only where it differs, learners with how far they are, and each reason once."""
-    assert drawn(shards_view(SHARDS, None), None) == [
+    assert drawn(cluster_view.shards_view(SHARDS, None), None) == [
         "shard  state             insync  wanted  lag             commit  seq  epoch  waiting  learners",
         "-----  ----------------  ------  ------  --------------  ------  ---  -----  -------  "
         "----------------------------------",
@@ -142,18 +130,18 @@ def test_shards() -> None:
 def test_older_and_newer_servers() -> None:
     """Without the new keys the old ones are shown; unknown ones follow under their own names, and go first."""
     old = [{"shard": 0, "state": "ok", "nodes": ["n1", "n2"], "seq": 5, "commit": 5, "waiting": 0, "reason": ""}]
-    assert drawn(shards_view(old, None), None) == [
+    assert drawn(cluster_view.shards_view(old, None), None) == [
         "shard  state  nodes  commit  seq  waiting",
         "-----  -----  -----  ------  ---  -------",
         "0      ok     n1 n2  5       5    0",
     ]
     new = [{"node": b"n1", "state": b"up", "heat_bytes": 2048, "mood": {"a": 1}}]
-    assert drawn(nodes_view(new, None), None) == [
+    assert drawn(cluster_view.nodes_view(new, None), None) == [
         "node  state  heat_bytes  mood", "----  -----  ----------  ----", "n1    up     2.0 KiB     a=1",
         "1 node: 1 up",
     ]  # fmt: skip
-    assert drawn(nodes_view(new, 20), 20)[:3] == ["node  state", "----  -----", "n1    up"]
-    assert nodes_view([], 80) == View((), [], [])
+    assert drawn(cluster_view.nodes_view(new, 20), 20)[:3] == ["node  state", "----  -----", "n1    up"]
+    assert cluster_view.nodes_view([], 80) == cluster_view.View((), [], [])
 
 
 VALUES = [None, "", "x", b"\xff", 7, -1, 1.5, float("nan"), True, [], [1, "n1"], {}, {"a": None}, [{"node": None}]]
@@ -162,13 +150,14 @@ VALUES = [None, "", "x", b"\xff", 7, -1, 1.5, float("nan"), True, [], [1, "n1"],
 @pytest.mark.parametrize("width", [None, 30])
 def test_any_value_of_any_key_is_shown(width: int | None) -> None:
     """No answer makes it fail: every key may be missing, and hold anything."""
-    for columns, view in ((NODE_COLUMNS, nodes_view), (SHARD_COLUMNS, shards_view)):
+    nodes = cluster_view.NODE_COLUMNS, cluster_view.nodes_view
+    for columns, view in (nodes, (cluster_view.SHARD_COLUMNS, cluster_view.shards_view)):
         for key in [*itertools.chain(*(column.keys for column in columns)), "reason"]:
             for value in VALUES:
                 assert len(view([{key: value}, {}], width).rows) == 2
     for key in ("degraded", "counters", "state", "moving", "uptime_s", "buffered_bytes"):
         for value in VALUES:
-            for name, text in status_rows({key: value}, width):
+            for name, text in cluster_view.status_rows({key: value}, width):
                 assert isinstance(name, str) and isinstance(text, str)
 
 
@@ -180,32 +169,33 @@ def test_status() -> None:
         "moving": 4, "operations": 10, "buffered_bytes": 2048, "uptime_s": 93784, "loop_lag_ms": 0.5,
         "counters": {"operations": 10, "p99_ms": 2.25, "loop_lag_ms": 0.7},
     }  # fmt: skip
-    assert status_rows(status, 40) == [
+    assert cluster_view.status_rows(status, 40) == [
         ("state", "degraded"), ("moving", "4"), ("buffered_bytes", "2.0 KiB"), ("uptime_s", "1 d 2 h"),
         ("loop_lag_ms", "0.5 ms"), ("counters.operations", "10"), ("counters.p99_ms", "2.25 ms"),
         ("counters.loop_lag_ms", "0.7 ms"), ("degraded", "n3 is not linked:"), ("", "  connection"), ("", "  refused"),
         ("", "3 shards are down,"), ("", "  the first is"), ("", "  shard 2"),
     ]  # fmt: skip
-    assert status_rows({"state": "ok", "degraded": []}, 40) == [("state", "ok"), ("degraded", "-")]
-    assert status_rows({"state": "ok"}, None) == [("state", "ok")]
+    assert cluster_view.status_rows({"state": "ok", "degraded": []}, 40) == [("state", "ok"), ("degraded", "-")]
+    assert cluster_view.status_rows({"state": "ok"}, None) == [("state", "ok")]
 
 
 def test_units() -> None:
     """Numbers as people say them; what is no number stays as it is."""
-    assert [bytes_text(n) for n in (0, 1023, 1024, 102400, 5 * 2**40, 2**60, -2048, "x", None)] == [
+    assert [cluster_view.bytes_text(n) for n in (0, 1023, 1024, 102400, 5 * 2**40, 2**60, -2048, "x", None)] == [
         "0 B", "1023 B", "1.0 KiB", "100 KiB", "5.0 TiB", "1048576 TiB", "-2.0 KiB", "x", "-",
     ]  # fmt: skip
-    assert [duration_text(s) for s in (0, 0.5, 59, 60, 3_600, 90_061, "x")] == [
+    assert [cluster_view.duration_text(s) for s in (0, 0.5, 59, 60, 3_600, 90_061, "x")] == [
         "0 s", "0.5 s", "59 s", "1 min", "1 h", "1 d 1 h", "x",
     ]  # fmt: skip
-    assert [count_text(n) for n in (0, 1204, True, 1.5)] == ["0", "1,204", "yes", "1.5"]
-    assert [with_unit(k, v) for k, v in (("a_ms", 1.5), ("a_bytes_s", 1024), ("bytes", 7), ("a_s", 61), ("a", 1))] == [
+    assert [cluster_view.count_text(n) for n in (0, 1204, True, 1.5)] == ["0", "1,204", "yes", "1.5"]
+    values = ("a_ms", 1.5), ("a_bytes_s", 1024), ("bytes", 7), ("a_s", 61), ("a", 1)
+    assert [cluster_view.with_unit(key, value) for key, value in values] == [
         "1.5 ms", "1.0 KiB/s", "7 B", "1 min 1 s", "1",
     ]  # fmt: skip
-    assert with_unit("a_ms", None) == "-" and with_unit("a_bytes", True) == "yes"
+    assert cluster_view.with_unit("a_ms", None) == "-" and cluster_view.with_unit("a_bytes", True) == "yes"
 
 
 def test_wrapped() -> None:
     """At spaces only, so that an address or a path can be copied."""
-    assert wrapped("a 127.0.0.1:5000 b", 8) == ["a", "  127.0.0.1:5000", "  b"]
-    assert wrapped("a b", None) == ["a b"]
+    assert cluster_view.wrapped("a 127.0.0.1:5000 b", 8) == ["a", "  127.0.0.1:5000", "  b"]
+    assert cluster_view.wrapped("a b", None) == ["a b"]

@@ -19,6 +19,7 @@ from kvtcp.errors import OutcomeUnknown, Unavailable
 from kvtcp.shell import interactive
 from kvtcp.shell.context import Context
 from kvtcp.shell.interactive import PlainFront, PromptFront, completions, history_file, path_before, run_session
+from tests.processes.cluster import is_waiting
 from tests.support.shell_fakes import FakeClient, Shell
 
 ADDRESS = "kvtcp://127.0.0.1:8000"
@@ -232,7 +233,9 @@ class Terminal:
         self._seen = 0  # characters of `shown` that were waited for
 
     def type(self, keys: str) -> None:
-        """Send keys."""
+        """Send keys, once the process waits for them: readline misses a Ctrl-C that comes just before."""
+        while not is_waiting(self.process.pid):
+            time.sleep(0.01)
         os.write(self.master, keys.encode())
 
     def wait_for(self, text: str) -> None:

@@ -14,21 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import (
-    ADD,
-    ALWAYS,
-    APPEND,
-    CAS,
-    DELETE,
-    EXISTS,
-    GET,
-    INCR,
-    NO_DEADLINE,
-    PUT,
-    STORE,
-    TRANSACTION,
-    TTL,
-)
+from kvtcp.protocol import operations as op
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from kvtcp.testing.linearizability import TimedOperation, check_history
 from tests.simulation.disk import MEMORY
@@ -290,22 +276,22 @@ class Clients:
             if kind in _READ_OPS:
                 sequencer.shards[shard].read(_READ_OPS[kind], key, request, 0)
                 return
-            op, args = _write_of(kind, argument)
+            code, args = _write_of(kind, argument)
             before = sequencer.shards[shard].last_seq
-            sequencer.shards[shard].write(op, key, args, len(key) + 8, request, 0)
+            sequencer.shards[shard].write(code, key, args, len(key) + 8, request, 0)
             if sequencer.shards[shard].last_seq == before + 1 and not sequencer.shards[shard].waiting:
                 request.seq = request.seq or before + 1
 
     def _issue_other(self, request: Request, sequencer: Any, what: int, shard: int, value: int) -> None:
         if what == 0:
-            sequencer.shards[shard].read(EXISTS, COLD, request, 0)
+            sequencer.shards[shard].read(op.EXISTS, COLD, request, 0)
         elif what == 1:
             sequencer.multi_read(count_read(list(range(self.shards)), b"", None, request, 0))
         elif what == 2:
-            sequencer.shards[shard].read(TTL, COLD, request, 0)
+            sequencer.shards[shard].read(op.TTL, COLD, request, 0)
         else:
             ttl_ms = (30, None)[value % 2]
-            sequencer.shards[shard].write(PUT, COLD + b"%d" % (value % 10), (b"%d" % value, ttl_ms), 16, request, 0)
+            sequencer.shards[shard].write(op.PUT, COLD + b"%d" % (value % 10), (b"%d" % value, ttl_ms), 16, request, 0)
 
     # --- what became of everything --------------------------------------------------------------------
 
@@ -347,28 +333,28 @@ class Clients:
                 raise Violation(f"{key!r} is not linearizable: {sorted(history, key=_by_call)[-30:]}", shard)
 
 
-_READ_OPS = {"get": GET, "exists": EXISTS, "ttl": TTL}
+_READ_OPS = {"get": op.GET, "exists": op.EXISTS, "ttl": op.TTL}
 
 
 def _write_of(kind: str, argument: Any) -> tuple[int, tuple[Any, ...]]:
     """Operation and arguments of a write."""
     if kind == "put":
-        return PUT, (b"%d" % argument,)
+        return op.PUT, (b"%d" % argument,)
     if kind == "add":
-        return ADD, (b"%d" % argument,)
+        return op.ADD, (b"%d" % argument,)
     if kind == "cas":
         expected, value = argument
-        return CAS, (b"%d" % value, b"%d" % expected, None)
+        return op.CAS, (b"%d" % value, b"%d" % expected, None)
     if kind == "incr":
-        return INCR, (argument,)
+        return op.INCR, (argument,)
     if kind == "swap":
-        return STORE, (b"%d" % argument, NO_DEADLINE, 0, ALWAYS, None, True)
+        return op.STORE, (b"%d" % argument, op.NO_DEADLINE, 0, op.ALWAYS, None, True)
     if kind == "append":
-        return APPEND, (b"%d" % argument,)
+        return op.APPEND, (b"%d" % argument,)
     if kind == "pair":
         value = b"%d" % argument
-        return TRANSACTION, ([], [*([GET, key] for key in PAIR), *([PUT, key, value] for key in PAIR)])
-    return DELETE, ()
+        return op.TRANSACTION, ([], [*([op.GET, key] for key in PAIR), *([op.PUT, key, value] for key in PAIR)])
+    return op.DELETE, ()
 
 
 def _by_call(operation: TimedOperation) -> float:

@@ -141,7 +141,8 @@ class SimLink:
         self.is_closing = True
         connection, self.connection = self.connection, None
         if connection is not None:
-            connection.send(TO_SERVER, (STOP,))
+            if self.live:
+                connection.send(TO_SERVER, (STOP,))
             connection.close(TO_CLIENT)
 
     def write(self) -> None:
@@ -200,6 +201,7 @@ class SimCoordinator(Process):
         self._leaving = False  # it is being stopped: time stands still
         self._asking = False  # the store has a request of this process
         self._has_written = False  # the batches of this turn are sent
+        self._changing: tuple[int, set[int]] = (0, set())  # version of the map, and rows in change, when it began
         self.dies_writing = 0.0  # share of its writes in which it is killed
         self.killed_writing = 0
         self._tokens = 0
@@ -227,6 +229,7 @@ class SimCoordinator(Process):
         self.starts += 1
         self.owner = f"{self.name}/{self.starts}"
         self.controller = self.changes = None
+        self._changing = (0, set())
         self.links = {}
         self.silent = True
         self._commits = [-1] * self.oracles.map.shards
@@ -290,13 +293,9 @@ class SimCoordinator(Process):
     def make_controller(self, changes: MapChanges, before: Any) -> Controller:
         """The core."""
         return self.controller_class(
-            changes,
-            durability=self.mode,
-            map_version_before=before.version,
-            stamp_before_ms=before.stamp_bound_ms,
-            sequencer=self.confirming_class if self.store.shared else self.sequencer_class,
-            new_token=self._new_token,
-        )
+            changes, durability=self.mode, map_version_before=before.version, stamp_before_ms=before.stamp_bound_ms,
+            sequencer=self.confirming_class if self.store.shared else self.sequencer_class, new_token=self._new_token,
+        )  # fmt: skip
 
     def _new_token(self) -> bytes:
         self._tokens += 1
@@ -324,6 +323,8 @@ class SimCoordinator(Process):
                 self.look()
             self._has_written = False
             self.controller.end_turn(self)
+        if self.controller is not None:  # else it was killed while it wrote
+            self._changing = (self.controller.map.version, set(self.controller.membership.changing))
 
     def event(self, level: str, word: str, **fields: Any) -> None:
         """See CoordinatorProcess, also below."""
@@ -370,16 +371,15 @@ class SimCoordinator(Process):
             self.links[link.node].write()
 
     def _check_left(self, node: str) -> None:
-        """A node that asked to leave is stopped when it has left every in-sync set that can do without it, by the map
-        that is stored."""
+        """A node that asked to leave is stopped when the map is stored in which it has left, not before: none of its
+        shards has been changing since the turn began."""
         controller = self.controller
         assert controller is not None
-        for shard in controller.sequencer.shards:
-            row = controller.map.nodes_of(shard.number)
-            others = [link for link in shard.members if link.node != node]
-            can_do = len(others) >= controller.map.min_insync and all(link.connected for link in others)
-            stays = shard.serving and node in row and can_do and not shard.bad
-            require(not stays, f"R14: {self.name} stops {node}, which the map has in {row}", shard.number)
+        version, changing = self._changing
+        if controller.map.version == version:
+            for number in changing & controller.membership.changing:
+                row = controller.map.nodes_of(number)
+                require(node not in row, f"R14: {self.name} stops {node} while the row {row} is being changed", number)
 
     def _check_let_out(self, what: str) -> None:
         require(not self.silent, f"R13: {self.name} was deposed, and sends {what}")
@@ -477,7 +477,7 @@ class SimCoordinator(Process):
         if report is None:
             return False
         copy = report.copies.get(shard)
-        return copy is None or copy.disk != disk
+        return copy is None or copy.replica_id != disk
 
     def check_bounds(self) -> None:
         """I12: what waits has its bound."""
@@ -504,8 +504,8 @@ class SimCoordinator(Process):
             changes.on_outcome(outcome, stored if outcome is Outcome.CONFLICT else None, now_ms=self.world.now_ms)
         if self.controller is not None:
             self._schedule_flush()
-        elif changes.lost:  # before it owned the map
-            self.world.note(f"{self.name} does not take over: {changes.lost}")
+        elif changes.lost_reason:  # before it owned the map
+            self.world.note(f"{self.name} does not take over: {changes.lost_reason}")
             self.kill()
         else:
             self._send_changes()

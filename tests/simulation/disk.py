@@ -25,7 +25,7 @@ from typing import Any
 
 import msgpack
 
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.storage.shard.copy import Copy
 from kvtcp.storage.shard.freeze import Frozen
 from kvtcp.storage.shard.table import Logged, Table
@@ -276,7 +276,7 @@ class NodeDisk:
         """Call `done` when everything queued so far is durable."""
         self.job(None, done)
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """Promise and copies are durable as they are now."""
         promise = (replica.promised, replica.coordinator, replica.map_version)
         copies = [Named(copy) for copy in replica.copies.values()]

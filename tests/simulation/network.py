@@ -14,25 +14,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kvtcp.protocol.link import (
-    CHUNK,
-    ENTRIES,
-    FETCH,
-    GIVE,
-    LEARN_FAILED,
-    LEARNED,
-    PULL,
-    REPORT,
-    SHIP,
-    SHIPPED,
-)
+from kvtcp.protocol import link as wire
 from tests.simulation.world import Process, World
 
 END = object()  # in a queue: the sender closed
 DELAY_MS = 4  # upper bound of the delay on a path without trouble
 
 # those by which copies are made equal, shipped and pulled: what breaks then breaks rarely else
-RARE_FRAMES = frozenset((REPORT, FETCH, ENTRIES, SHIP, SHIPPED, PULL, GIVE, CHUNK, LEARNED, LEARN_FAILED))
+RARE_FRAMES = frozenset((
+    wire.REPORT, wire.FETCH, wire.ENTRIES, wire.SHIP, wire.SHIPPED, wire.PULL, wire.GIVE, wire.CHUNK, wire.LEARNED,
+    wire.LEARN_FAILED,
+))  # fmt: skip
 
 TO_SERVER = 0
 TO_CLIENT = 1

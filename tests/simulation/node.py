@@ -13,7 +13,7 @@ from typing import Any
 from kvtcp.node.access import Identity
 from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Donation, Learning
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.link import ASK, CHUNK, GIVE, HELLO, LEARNED, LINK_VERSION, REFUSED, REPORT, RESULTS
 from kvtcp.storage.shard.backlog import Backlog
 from kvtcp.storage.shard.table import Logged, Table
@@ -90,7 +90,7 @@ class SimNode(Process):
         self.disk = NodeDisk(self, mode, oracles.archive)
         self.identity = Identity()
         self.snapshot_entries = world.rng.choice((50, 100, 300, 1_000))  # of a shard between two snapshots
-        self.replica: Replica | None = None
+        self.replica: Replicas | None = None
         self.core: NodeCore | None = None
         self.starts = 0
         self.is_destroyed = False  # it never comes back
@@ -114,7 +114,7 @@ class SimNode(Process):
             copies.append(stored.copy())
             if stored.complete:
                 kept.add(0, stored.kept + stored.entries)
-        self.replica = Replica(
+        self.replica = Replicas(
             self.name, self.starts, self.disk.new_disk, self.mode, copies, kept, manifest.promised,
             manifest.coordinator, manifest.map_version, generations=dict(manifest.generations),
         )  # fmt: skip
@@ -261,7 +261,7 @@ class SimNode(Process):
             return
         if len(stored.entries) >= self.snapshot_entries:
             self._snapshots.add(shard)
-            frozen, kept = table.freeze(), replica.kept.of_shard(shard)
+            frozen, kept = table.freeze(), replica.backlog.of_shard(shard)
             self.later(self.world.rng.randrange(1, 30), self._write_snapshot, stored, frozen, kept)
 
     def _write_snapshot(self, stored: Any, frozen: Any, kept: Any) -> None:

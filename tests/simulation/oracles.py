@@ -86,6 +86,8 @@ class Oracles:
         _, epoch_before, stamp_before_ms = self.ledger[shard][seq - 1, before]
         require(epoch >= epoch_before, f"an entry of epoch {epoch} follows one of {epoch_before}", shard)
         require(stamp_ms >= stamp_before_ms, f"R12: stamp {stamp_ms} follows {stamp_before_ms}", shard)
+        bound_ms = self.map.stamp_bound_ms
+        require(stamp_ms <= bound_ms, f"R12: stamp {stamp_ms} is above {bound_ms}, which is stored", shard)
         self.ledger[shard][seq, chain] = (before, epoch, stamp_ms)
         for effect in effects:
             if effect[0] in (SET, PATCH):
@@ -127,9 +129,7 @@ class Oracles:
             stored = self.archive[disk]
             chains = self.chains[shard]
             known = min(commit, len(chains) - 1)
-            require(
-                stored.seq >= commit, f"I4: {who} commits {commit}, {disk} has {stored.seq} durable", shard
-            )
+            require(stored.seq >= commit, f"I4: {who} commits {commit}, {disk} has {stored.seq} durable", shard)
             require(stored.holds(known, chains[known]), f"{who} commits another entry {known} at {disk}", shard)
             chains += stored.between(len(chains), commit)
             require(stored.holds(commit, chains[commit]), f"I6: {disk} has another entry {commit}", shard)

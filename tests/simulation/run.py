@@ -2,7 +2,7 @@
 
     python -m tests.simulation.run [SEEDS] [--first SEED] [--jobs N] [--traces]        also `make sim SEEDS=N SEED=K`
 
-Coordinators (`Controller`, `Sequencer`, `MapChanges`), nodes (`NodeCore`, `Replica`, `Table`) and the map are those of
+Coordinators (`Controller`, `Sequencer`, `MapChanges`), nodes (`NodeCore`, `Replicas`, `Table`) and the map are those of
 the product. The shells around them, the clock, the network, the disks, the config store and the clients are those of
 the `simulation_*` modules. Even seeds run in *safety* mode: faults until the end, then the oracles. Odd ones run in
 *liveness* mode: after the faults everything is healed, and has to complete.

@@ -21,19 +21,7 @@ from typing import Any
 
 import msgpack
 
-from kvtcp.protocol.link import (
-    BATCH,
-    ENTRIES,
-    FETCH,
-    HELLO,
-    LEARN_FAILED,
-    LEARNED,
-    PULL,
-    REPORT,
-    RESULTS,
-    SHIP,
-    SHIPPED,
-)
+from kvtcp.protocol import link as wire
 
 STORY_EVENTS = 6_000  # kept for the story
 STORY_TOLD = 60  # of them, those that touch the shard
@@ -143,7 +131,7 @@ class World:
             line, counts = what, True
             if detail is not None and type(detail) is not int:
                 line = f"{what}: {text}" if (text := _tell(detail, shard)) else ""
-                if detail[0] == RESULTS:
+                if detail[0] == wire.RESULTS:
                     counts = False
                     if acknowledged.get(what) == detail[1:3] and not detail[3]:
                         line = ""
@@ -163,16 +151,16 @@ class World:
 def _tell(frame: Any, shard: int | None) -> str:
     """A frame as far as it touches the shard; empty if it does not."""
     kind = frame[0]
-    if kind == BATCH:
+    if kind == wire.BATCH:
         _, stamp_ms, commit, items = frame
         mine = [item for item in items if shard is None or _touches(item[1], shard)]
         return f"BATCH stamp {stamp_ms} commit {commit}, {len(mine)} of {len(items)}: {mine}" if mine else ""
-    if kind == HELLO:
+    if kind == wire.HELLO:
         return "HELLO epoch {epoch} link {link} map {map_version} shards {shards}".format_map(frame[1])
-    if kind == REPORT:
+    if kind == wire.REPORT:
         rows = [row for row in frame[1]["shards"] if shard is None or row[0] == shard]
         return f"REPORT promised {frame[1]['promised']} map {frame[1]['map_version']}: {rows}"
-    if kind == RESULTS:
+    if kind == wire.RESULTS:
         return f"RESULTS applied {frame[1]} durable {frame[2]}: {str(frame[3])[:200]}"
     if kind in _OF_A_SHARD and shard is not None and frame[1] != shard:
         return ""
@@ -188,8 +176,8 @@ def _touches(where: Any, shard: int) -> bool:
 
 
 _OF_A_SHARD = {
-    FETCH: "FETCH", ENTRIES: "ENTRIES", SHIP: "SHIP", SHIPPED: "SHIPPED", PULL: "PULL", LEARNED: "LEARNED",
-    LEARN_FAILED: "LEARN_FAILED",
+    wire.FETCH: "FETCH", wire.ENTRIES: "ENTRIES", wire.SHIP: "SHIP", wire.SHIPPED: "SHIPPED", wire.PULL: "PULL",
+    wire.LEARNED: "LEARNED", wire.LEARN_FAILED: "LEARN_FAILED",
 }  # fmt: skip
 
 

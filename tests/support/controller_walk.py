@@ -175,7 +175,7 @@ class Walk:
     def forget_entries(self) -> None:
         """A node has no entries to ship any more."""
         node = self.world.nodes[self.rng.choice(list(self.world.nodes))]
-        node.kept.forget(self.rng.randrange(len(self.world.shards)))
+        node.backlog.forget(self.rng.randrange(len(self.world.shards)))
 
     def withhold(self) -> None:
         """A node syncs nothing from now on, or again."""

@@ -9,7 +9,7 @@ After every step the cores check themselves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from typing import Any
@@ -21,7 +21,7 @@ from kvtcp.constants import TICK_MS
 from kvtcp.node.access import Identity
 from kvtcp.node.core import CoordinatorLink, NodeCore
 from kvtcp.node.learning import Learning
-from kvtcp.node.replica import FreezeRequest, Replica
+from kvtcp.node.replica import FreezeRequest, Replicas
 from kvtcp.protocol.link import BATCH, LINK_VERSION, REPORT, parse_report
 from kvtcp.protocol.operations import GET, PUT, WRITE_OP_END
 from kvtcp.replication.controller import Controller
@@ -72,7 +72,7 @@ class Node:
         self.port = world.map.nodes[name][1]
         self.disks = (f"{name}-{number}" for number in count(1))
         self.copies: list[Copy] = []
-        self.kept = Backlog()
+        self.backlog = Backlog()
         self.generations: dict[int, int] = {}
         self.promise = (0, "", 0)  # epoch, coordinator, map version
         self.is_paused = False
@@ -84,8 +84,8 @@ class Node:
     def start(self) -> None:
         """A process that goes on with what it had."""
         promised, coordinator, version = self.promise
-        self.replica = Replica(
-            self.name, 1, lambda: next(self.disks), self.world.durability, self.copies, self.kept, promised,
+        self.replica = Replicas(
+            self.name, 1, lambda: next(self.disks), self.world.durability, self.copies, self.backlog, promised,
             coordinator, version, generations=self.generations,
         )  # fmt: skip
         self.core = NodeCore(self.replica, self, Identity())
@@ -110,7 +110,7 @@ class Node:
         """The copies of these shards are gone, or all."""
         self.stop()
         for shard in shards or range(self.world.controller.map.shards):
-            self.kept.forget(shard)
+            self.backlog.forget(shard)
             self.copies = [copy for copy in self.copies if copy.shard != shard]
         self.start()
 
@@ -176,10 +176,10 @@ class Node:
         """To the coordinator."""
         self.outbox.append(wire(frame))
 
-    def close(self) -> None:
-        """The world does it."""
+    def close(self, *_: Any, **__: Any) -> None:
+        """The world does it, or nobody reads it."""
 
-    flush = abort = linked = unlinked = donations_changed = collect_young = close
+    flush = abort = linked = unlinked = donations_changed = collect_young = change_copies = event = founded = close
 
     def append(self, entries: list[Logged], link: CoordinatorLink, ordinal: int) -> bool:
         """Durable, unless it is withheld."""
@@ -194,15 +194,9 @@ class Node:
         else:
             done()
 
-    def remember(self, replica: Replica, done: Callable[[], None]) -> None:
+    def remember(self, replica: Replicas, done: Callable[[], None]) -> None:
         """A promise is never withheld."""
         done()
-
-    def change_copies(self, copies: Iterable[Copy], pulled: Any = None) -> None:
-        """The copies of the replica are those of the disk."""
-
-    def event(self, level: str, word: str, **fields: Any) -> None:
-        """Nobody reads it."""
 
     def later(self, delay_ms: int, callback: Callable[[], None], /) -> None:
         """When the frame is worked off."""
@@ -211,9 +205,6 @@ class Node:
     def failed(self, error: BaseException) -> None:
         """There is no error that a node may end by."""
         raise error
-
-    def founded(self, cluster: str, secret: str) -> None:
-        """It is of this cluster."""
 
     def end_transfers(self, reason: str) -> None:
         """Those of the link that was lost."""
@@ -239,7 +230,10 @@ class World:
     def __init__(
         self, nodes: int = 3, factor: int = 3, shards: int = 1, *, min_insync: int = 2, durability: str = "sync",
         wanted: int = 0, up: bool = True, changes: Callable[[ClusterMap], ClusterMap] = lambda founded: founded,
+        writes: int = 0, ships: bool = True,
     ) -> None:  # fmt: skip
+        """With so many `writes` to every shard. Unless it `ships`, no node has the entries of them: a learner needs a
+        whole copy."""
         addresses = {f"n{number}": ("h", number) for number in range(1, nodes + 1)}
         held = {node: addresses[node] for node in list(addresses)[: wanted or nodes]}
         founded = ClusterMap.found(
@@ -264,6 +258,9 @@ class World:
             self.up(*self.nodes)
             self.pump()
             assert all(shard.serving for shard in self.shards)
+        self.fill(writes)
+        if not ships:
+            self.forget_entries()
 
     # --- what is asked of it --------------------------------------------------------------------------
 
@@ -309,6 +306,22 @@ class World:
         self.sequencer.shards[number].write(PUT, key, (value,), len(key) + len(value), self.answers, token)
         self.check()
 
+    def commit(self, token: Any, number: int = 0, key: bytes = b"k") -> Any:
+        """A put, and all that comes of it. Returns its result, None if it has none yet."""
+        self.put(token, number, key)
+        self.pump()
+        return self.answers.ok.get(token)
+
+    def fill(self, count: int = 1, token: Any = None) -> None:
+        """So many writes to every shard, answered, with `token` and the shard for their tokens, or others."""
+        for n in range(count):
+            name = token or len(self.answers.ok) + len(self.answers.failed)
+            tokens = [(name, shard.number) for shard in self.shards]
+            for each in tokens:
+                self.put(each, each[1], key=b"%d" % n if n else b"k")
+            self.pump()
+            assert all(each in self.answers.ok for each in tokens)
+
     def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
         """Any other write."""
         self.sequencer.shards[number].write(op, key, args, len(key), self.answers, token)
@@ -322,8 +335,10 @@ class World:
 
     # --- steps ------------------------------------------------------------------------------------------
 
-    def take_over(self) -> None:
-        """A new coordinator: no link is up."""
+    def take_over(self, *up: str) -> None:
+        """A new coordinator. No link is up but those of the nodes `up`, which come after it."""
+        if self.nodes:
+            self.down(*self.controller.reports)
         self.sent = None
         before = ClusterMap.from_json(self.store.value)
         self.changes = MapChanges(before, self.store.version)
@@ -346,6 +361,7 @@ class World:
         for node in self.map.nodes:
             if node not in self.nodes:
                 self.nodes[node] = Node(self, node)
+        self.up(*up)
 
     def check(self) -> None:
         """The cores check themselves."""
@@ -386,6 +402,12 @@ class World:
             self.controller.node_down(node, reason)
             self.check()
             self.act()
+
+    def pull(self, node: str) -> None:
+        """Link a node whose transfers do not end."""
+        self.nodes[node].holds_pulls = True
+        self.up(node)
+        self.pump()
 
     def act(self) -> None:
         """What the core wants, but for batches."""
@@ -515,6 +537,24 @@ class World:
             self.down(node, reason="killed")
         self.nodes[node].stop()
         self.nodes[node].start()
+
+    def forget_entries(self) -> None:
+        """No node has entries to ship any more."""
+        for node in self.nodes.values():
+            for number in range(self.map.shards):
+                node.backlog.forget(number)
+
+    def settled(self, ms: int = 3_000, *, up: str = "") -> None:
+        """After so long every shard has its wanted members, which are equal, and takes writes. `up` is linked first."""
+        if up:
+            self.up(up)
+        self.run(ms)
+        for shard in self.shards:
+            number = shard.number
+            assert set(self.row(number)) == set(self.members(number)) == set(self.map.wanted[number])
+            assert shard.writable and not shard.learners
+            self.assert_equal(number)
+        assert not self.words("alarm")
 
     def assert_equal(self, number: int = 0) -> None:
         """All members of the shard have the same, which is all there is, by the disks that are stored."""

@@ -10,13 +10,18 @@ from kvtcp.protocol.operations import DONATE, LEARN, PUT
 from tests.processes.raw_client import Wire
 
 
-def hello(node: str = "n1", **changed: Any) -> list[Any]:
-    """A HELLO for a node with shards 0 and 1."""
-    fields = {
-        "version": LINK_VERSION, "cluster": "c", "secret": "s", "epoch": 1, "coordinator": "k", "link": 1, "node": node,
-        "map_version": 1, "heard_version": 0, "shards": [0, 1], "durability": "memory", "map": None,
+def hello_fields(**changed: Any) -> dict[bytes, Any]:
+    """The fields of a HELLO for node n1 with shards 0 and 1."""
+    fields: dict[str, Any] = {
+        "version": LINK_VERSION, "cluster": b"c", "secret": b"s", "epoch": 1, "coordinator": b"k", "link": 1,
+        "node": b"n1", "map_version": 1, "heard_version": 0, "shards": [0, 1], "durability": b"memory", "map": None,
     }  # fmt: skip
-    return [HELLO, {**fields, **changed}]
+    return {name.encode(): value for name, value in (fields | changed).items()}
+
+
+def hello(**changed: Any) -> list[Any]:
+    """The frame."""
+    return [HELLO, hello_fields(**changed)]
 
 
 class Link:
@@ -35,7 +40,7 @@ class Link:
     async def open(cls, node: NodeServer, **changed: Any) -> Link:
         """An accepted link."""
         wire = await Wire.open(node.address, hello=False)
-        wire.send(hello(node.replica.node, **changed))
+        wire.send(hello(**{"node": node.replica.node} | changed))
         kind, report = await wire.receive()
         assert kind == REPORT, (kind, report)
         return cls(node, wire, report)
@@ -74,6 +79,14 @@ class Link:
         while len(self.results) < wanted:
             await self.frame(RESULTS)
         return self.results[-len(items) :]
+
+
+def deafen(node: NodeServer) -> Any:
+    """A node stops reading its link. Returns the transport, which resumes it."""
+    assert node.core.link is not None
+    transport = node.core.link.connection.transport
+    transport.pause_reading()
+    return transport
 
 
 async def begin_transfer(member: Link, learner: Link, shard: int = 0, token: bytes = b"t", seq_min: int = 0) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.link import LINK_VERSION
 from kvtcp.protocol.operations import PUT
 
@@ -19,13 +19,13 @@ def hello(epoch: int = 1, coordinator: bytes = b"c", **changes: Any) -> dict[byt
     return fields | {name.encode(): value for name, value in changes.items()}
 
 
-def make(**options: Any) -> Replica:
+def make(**options: Any) -> Replicas:
     """A replica that makes the disks d1, d2, ..."""
     numbers = count(1)
-    return Replica("n1", 42, lambda: f"d{next(numbers)}", **options)
+    return Replicas("n1", 42, lambda: f"d{next(numbers)}", **options)
 
 
-def batch(node: Replica, stamp_ms: int, *items: Any, commit: int = -1) -> list[Any]:
+def batch(node: Replicas, stamp_ms: int, *items: Any, commit: int = -1) -> list[Any]:
     """Apply a batch whole; its results."""
     results: list[Any] = []
     node.begin(stamp_ms, commit, items)

@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 
 from kvtcp.cluster.map import ClusterMap
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.link import LINK_VERSION, CopyReport, parse_report
 from kvtcp.protocol.operations import GET, PUT
 from kvtcp.replication.sequencing.sequencer import Sequencer
@@ -35,15 +35,13 @@ class Answers:
 STAMP_MAX_MS = 10**15
 
 
-def make_map(
-    nodes: int = 3, factor: int = 3, shards: int = 4, disk: str = "disk", min_insync: int = 1
-) -> ClusterMap:
+def make_map(nodes: int = 3, factor: int = 3, shards: int = 4, disk: str = "disk", min_insync: int = 1) -> ClusterMap:
     """A map with nodes n1, n2, ... whose copies all have this disk, and a bound of stamps that is never met."""
     founded = ClusterMap.found(
         cluster="c", owner="o", shards=shards, factor=factor, min_insync=min_insync, durability="sync",
         nodes={f"n{n + 1}": ("h", n + 1) for n in range(nodes)}, stamp_bound_ms=STAMP_MAX_MS,
     )  # fmt: skip
-    return founded.with_disks({n: dict.fromkeys(founded.nodes_of(n), disk) for n in range(shards)})
+    return founded.with_replica_ids({n: dict.fromkeys(founded.nodes_of(n), disk) for n in range(shards)})
 
 
 def wire(message: Any) -> Any:
@@ -60,7 +58,7 @@ class Cluster:
         """`link` False: the shards are not served yet, and no link is up."""
         self.map = make_map(nodes, factor, shards, min_insync=min_insync)
         self.sequencer = Sequencer(self.map)
-        self.replicas: dict[str, Replica] = {}
+        self.replicas: dict[str, Replicas] = {}
         self.applied: dict[str, tuple[int, list[Any]]] = {}  # last applied ordinal, results not yet handed over
         self.answers = Answers()
         self.now_ms = 1_000
@@ -86,15 +84,14 @@ class Cluster:
 
     def new_process(self, node: str, disk: str = "disk") -> None:
         """The node is a new, empty process. With the disk of the map it claims to be what it was."""
-        self.replicas[node] = Replica(node, 1, lambda: disk)
+        self.replicas[node] = Replicas(node, 1, lambda: disk)
         self.hello(node)
 
     def hello(self, node: str) -> dict[int, CopyReport]:
         """A new link, as the node sees it; its copies."""
         report = self.replicas[node].hello({
             b"version": LINK_VERSION, b"epoch": 1, b"coordinator": b"o", b"node": node.encode(), b"map_version": 1,
-            b"heard_version": 0,
-            b"shards": self.map.shards_of(node),
+            b"heard_version": 0, b"shards": self.map.shards_of(node),
         })  # fmt: skip
         self.applied[node] = (0, [])
         return parse_report(wire(report)).copies
@@ -141,6 +138,12 @@ class Cluster:
     def put(self, token: Any, number: int = 0, key: bytes = b"k", value: bytes = b"v") -> None:
         """A put by the common sink."""
         self.sequencer.shards[number].write(PUT, key, (value,), len(key) + len(value), self.answers, token)
+
+    def commit(self, token: Any, number: int = 0) -> Any:
+        """A put, applied and answered by all. Returns its result."""
+        self.put(token, number)
+        self.pump()
+        return self.answers.ok.get(token)
 
     def write(self, op: int, token: Any, number: int = 0, key: bytes = b"k", args: tuple[Any, ...] = ()) -> None:
         """Any other write."""

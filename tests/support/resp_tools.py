@@ -156,14 +156,11 @@ class World:
         self.sequencer = FakeSequencer(keys=sorted(keys))
         self.keyspace = Keyspace(SHARDS)
         self.host = FakeHost()
+        sequencer: Any = self.sequencer
         self.service = RespService(
-            self.sequencer,  # type: ignore[arg-type]
-            self.keyspace,
-            self.host,
-            lambda: self.now_ms,
-            lambda: 1_700_000_000_123_456,
+            sequencer, self.keyspace, self.host, lambda: self.now_ms, lambda: 1_700_000_000_123_456,
             lambda below: below // 2,
-        )
+        )  # fmt: skip
 
     def connect(self) -> Client:
         """A client."""
@@ -200,7 +197,7 @@ class Client:
         for _ in range(100_000):
             if not self.resp.has_work:
                 return out
-            self.resp.go_on()
+            self.resp.resume()
             out += b"".join(self.resp.take_output())
         raise AssertionError("it never comes to an end")
 

@@ -135,27 +135,17 @@ class FakeClient(AsyncClient[bytes]):
         return [self.cells[k] for k in sorted(keys, reverse=reverse)[:limit]]
 
     async def scan_entries(
-        self,
-        *,
-        prefix: bytes | None = None,
-        start: bytes | None = None,
-        end: bytes | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-    ) -> AsyncIterator[Entry[bytes]]:
+        self, *, prefix: bytes | None = None, start: bytes | None = None, end: bytes | None = None,
+        limit: int | None = None, reverse: bool = False,
+    ) -> AsyncIterator[Entry[bytes]]:  # fmt: skip
         await self._enter()
         for entry in self._select(prefix, start, end, limit, reverse):
             yield entry
 
     async def scan_keys(
-        self,
-        *,
-        prefix: bytes | None = None,
-        start: bytes | None = None,
-        end: bytes | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-    ) -> AsyncIterator[bytes]:
+        self, *, prefix: bytes | None = None, start: bytes | None = None, end: bytes | None = None,
+        limit: int | None = None, reverse: bool = False,
+    ) -> AsyncIterator[bytes]:  # fmt: skip
         await self._enter()
         for entry in self._select(prefix, start, end, limit, reverse):
             yield entry.key
@@ -201,14 +191,9 @@ class FakeClient(AsyncClient[bytes]):
         return {"name": name or "2026-01-01T00-00-00", "keys": len(self.cells)}
 
     async def restore(
-        self,
-        name: str,
-        mode: str = "merge",
-        *,
-        prefix: bytes | None = None,
-        dry_run: bool = False,
+        self, name: str, mode: str = "merge", *, prefix: bytes | None = None, dry_run: bool = False,
         progress: Any = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any]:  # fmt: skip
         await self._enter()
         return {"name": name, "mode": mode, "prefix": prefix or b"", "dry_run": dry_run}
 
@@ -281,13 +266,9 @@ class Shell:
     def streams(self, stdin: bytes = b"", *, terminal: bool = False) -> Streams:
         """Streams in memory."""
         return Streams(
-            io.BytesIO(stdin),
-            io.BytesIO(),
-            io.StringIO(),
-            stdout_is_terminal=terminal,
-            stderr_is_terminal=terminal,
+            io.BytesIO(stdin), io.BytesIO(), io.StringIO(), stdout_is_terminal=terminal, stderr_is_terminal=terminal,
             columns=lambda: 80 if terminal else None,
-        )
+        )  # fmt: skip
 
     def run(self, *arguments: str, stdin: bytes = b"", terminal: bool = False) -> int:
         """One call of the program; the exit code."""

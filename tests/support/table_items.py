@@ -69,13 +69,10 @@ def transactions() -> st.SearchStrategy[tuple[Any, ...]]:
 def write_items(*, with_wipe: bool = True) -> st.SearchStrategy[list[Any]]:
     """[op, key, *args] of every write operation, trailing arguments given, nil or left out."""
     return st.one_of(
-        key_items(),
-        string_items(),
-        transactions(),
-        st.tuples(st.just(op.PURGE), st.just(b""), LIMITS),
+        key_items(), string_items(), transactions(), st.tuples(st.just(op.PURGE), st.just(b""), LIMITS),
         st.tuples(st.just(op.CLEAR), KEYS, st.none() | KEYS, st.integers(-1, 6)),
         st.tuples(st.just(op.CLEAR), st.just(b""), st.none(), LIMITS if with_wipe else st.integers(0, 5)),
-    ).map(list)
+    ).map(list)  # fmt: skip
 
 
 def key_items() -> st.SearchStrategy[tuple[Any, ...]]:
@@ -85,20 +82,14 @@ def key_items() -> st.SearchStrategy[tuple[Any, ...]]:
     maybe_ttl = st.none() | TTLS
     puts = st.tuples(st.just(op.PUT), KEYS, VALUES)
     return st.one_of(
-        puts,
-        puts,
-        puts,
-        st.tuples(st.just(op.PUT), KEYS, VALUES, maybe_ttl),
+        puts, puts, puts, st.tuples(st.just(op.PUT), KEYS, VALUES, maybe_ttl),
         st.tuples(st.just(op.PUT), KEYS, VALUES, maybe_ttl, st.none() | st.booleans()),
-        st.tuples(st.just(op.ADD), KEYS, VALUES),
-        st.tuples(st.just(op.ADD), KEYS, VALUES, maybe_ttl),
-        st.tuples(st.just(op.DELETE), KEYS),
-        st.tuples(st.just(op.DELETE), KEYS, maybe_value, maybe_rev),
+        st.tuples(st.just(op.ADD), KEYS, VALUES), st.tuples(st.just(op.ADD), KEYS, VALUES, maybe_ttl),
+        st.tuples(st.just(op.DELETE), KEYS), st.tuples(st.just(op.DELETE), KEYS, maybe_value, maybe_rev),
         st.tuples(st.just(op.CAS), KEYS, VALUES, maybe_value, maybe_rev),
         st.tuples(st.just(op.INCR), KEYS, st.integers(-3, 3) | st.integers(-(2**63), 2**64 - 1)),
-        st.tuples(st.just(op.EXPIRE), KEYS, TTLS),
-        st.tuples(st.just(op.PERSIST), KEYS),
-    )
+        st.tuples(st.just(op.EXPIRE), KEYS, TTLS), st.tuples(st.just(op.PERSIST), KEYS),
+    )  # fmt: skip
 
 
 def as_item(write: list[Any], seq: int) -> list[Any]:

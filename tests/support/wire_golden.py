@@ -77,9 +77,8 @@ LINK_FRAMES: list[list[Any]] = [
         "node": "n1", "durability": "sync", "map_version": 9, "heard_version": 7, "map": b"{}", "shards": [0, 5],
     }],
     [link.REPORT, {
-        "node": "n1", "pid": 42, "version": "0.1.0", "durability": "sync", "stamp_ms": 1_700_000_000_000,
-        "promised": 3, "map_version": 8, "space": 0,
-        "shards": [[0, "d0", 1, True, 3, 7, 12345, 6], [5, "d5", 2, False, 0, 0, 0, 0]],
+        "node": "n1", "pid": 42, "version": "0.1.0", "durability": "sync", "stamp_ms": 1_700_000_000_000, "promised": 3,
+        "map_version": 8, "space": 0, "shards": [[0, "d0", 1, True, 3, 7, 12345, 6], [5, "d5", 2, False, 0, 0, 0, 0]],
         "damage": [[5, "segment 3 is damaged"]],
     }],
     [link.BATCH, 1_700_000_000_000, -1, [[operations.PUT, 5, 7, True, b"k", b"v"], [operations.GET, 5, b"k"]]],

@@ -1,7 +1,7 @@
 """Sessions: the coordinator's end of client connections that speak the protocol of kvtcp.
 
-I/O shell. A session decodes requests for the gateway and is the sink of their answers, which leave with one write per
-tick. Its limits are those of every client connection (caps.py).
+I/O shell. A session decodes requests for the handler and is the sink of their answers, which leave with one write per
+tick. Its limits are those of every client connection (frontend/connection.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.frontend.clients import Clients
 from kvtcp.frontend.connection import ClientConnection
-from kvtcp.frontend.native.gateway import RequestHandler
+from kvtcp.frontend.native.handler import RequestHandler
 from kvtcp.protocol.framing import PREFIX_CACHE_LENGTHS, PREFIXES, FrameDecoder, FrameEncoder
 
 
@@ -20,14 +20,14 @@ class ClientSession(ClientConnection):
     """One client connection. Sink of its requests: `reply`, `fail`, `progress`."""
 
     def __init__(
-        self, clients: Clients, begin: Callable[[], None], requests_read: Callable[[int], None], gateway: RequestHandler
+        self, clients: Clients, begin: Callable[[], None], requests_read: Callable[[int], None], handler: RequestHandler
     ) -> None:
         super().__init__(clients, begin, requests_read)
-        self.gateway = gateway
+        self.handler = handler
         self.decoder = FrameDecoder()
         self.encoder = FrameEncoder()
         self.greeted = False  # hello was accepted
-        self.name = "?"  # what the client calls itself
+        self.name = "?"  # of the client, given by hello
 
     @property
     def unfinished_bytes(self) -> int:
@@ -43,7 +43,7 @@ class ClientSession(ClientConnection):
             if messages:
                 self.outstanding += len(messages)
                 self._asked += len(messages)
-                self.gateway.handle(self, messages)
+                self.handler.handle(self, messages)
         except ProtocolError as error:
             self.protocol_error(error)
             return
@@ -52,7 +52,7 @@ class ClientSession(ClientConnection):
     # --- sink ---------------------------------------------------------------------------------------
 
     def reply(self, token: int, result: Any) -> None:
-        """The answer of request `token`. On the data path: everything inline, 0.5 us with the packing."""
+        """Queue the answer of request `token`. On the data path: everything inline, 0.5 us with the packing."""
         out = self.out
         if not out:
             self.clients.dirty.append(self)
@@ -69,22 +69,22 @@ class ClientSession(ClientConnection):
         self.outstanding -= 1
 
     def fail(self, token: int, code: int, message: str, details: dict[str, Any]) -> None:
-        """The error of request `token`."""
+        """Queue the error of request `token`."""
         self._queue((token, int(code), message, details))
         self.outstanding -= 1
 
     def long_began(self) -> None:
-        """A request of this client will take long: its caps are about the others."""
+        """Exempt a request that will take long from the limit on outstanding ones."""
         self.outstanding -= 1
         self.long += 1
 
     def long_ends(self) -> None:
-        """A request that took long is about to be answered."""
+        """Count such a request again, before its answer."""
         self.long -= 1
         self.outstanding += 1
 
     def progress(self, token: int, progress: dict[str, Any]) -> None:
-        """How far the long request `token` is."""
+        """Queue how far the long request `token` is."""
         self._queue((token, int(Code.PROGRESS), progress))
 
     def _queue(self, message: Any) -> None:

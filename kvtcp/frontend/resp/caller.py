@@ -1,4 +1,4 @@
-"""Caller: the client that sent a command, as the command sees it; and what describes a command.
+"""Caller: the client that sent a command, as the command sees it; and CommandSpec, the description of a command.
 
 Pure. A command imports the Caller and never the pipeline behind it: the table imports the commands, the pipeline the
 table. All commands of a client run in their order, and each is answered once.
@@ -19,63 +19,29 @@ Slot = list[bytes | None]  # the reply of one command, None until it is there
 
 
 class Caller(Protocol):
-    """A client whose command runs."""
+    """A client whose command runs. Pipeline describes the methods."""
 
-    closing: bool  # no further command is looked at; the connection ends when all is answered
+    state: ClientState  # its name, version, transaction and watched keys
+    service: RespService
+    keyspace: Keyspace  # the shards of the keys, and which keys are open
+    table: Mapping[bytes, CommandSpec]  # all commands, by their names in capitals
+    current: Slot  # of the command that runs
+    closing: bool  # no further command is carried out; the connection ends when all are answered
     waits: bool  # later commands are held
     gathered_bytes: int  # of replies that are being put together
+    is_gone: bool  # the connection is lost
 
     @property
-    def state(self) -> ClientState:
-        """Who it is, what it queued, what it watches."""
+    def is_first(self) -> bool: ...
 
-    @property
-    def service(self) -> RespService:
-        """What all clients share."""
-
-    @property
-    def keyspace(self) -> Keyspace:
-        """The shards of the keys, and which keys are open."""
-
-    @property
-    def table(self) -> Mapping[bytes, CommandSpec]:
-        """All commands, by their names in capitals."""
-
-    @property
-    def current(self) -> Slot:
-        """The slot of the command that runs."""
-
-    @property
-    def is_first(self) -> bool:
-        """Whether all commands before the one that runs are answered."""
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the connection is lost."""
-
-    def answer(self, value: Any) -> None:
-        """Answer the command that runs; replies.py says with what."""
-
-    def later(self) -> Callable[[Any], None]:
-        """A function that answers the command that runs, whenever it is called."""
-
-    def fill(self, slot: Slot, reply: bytes) -> None:
-        """Answer the command of this slot with these bytes."""
-
-    def when_first(self, step: Callable[[], None]) -> None:
-        """Carry out `step` when all commands before the one that runs are answered; those behind it are held."""
-
-    def defer(self, step: Callable[[], None]) -> None:
-        """Carry out `step` soon: a sink must not ask the cluster for more."""
-
-    def ask(self, operation: Operation, number: int, sink: Any, token: Any) -> None:
-        """Ask the shard of this number for one operation."""
-
-    def multi_read(self, multi: MultiRead) -> None:
-        """Ask for a read over shards."""
-
-    def set_version(self, version: int) -> None:
-        """Use RESP2 or RESP3 for replies made from now on."""
+    def answer(self, value: Any) -> None: ...
+    def later(self) -> Callable[[Any], None]: ...
+    def fill(self, slot: Slot, reply: bytes) -> None: ...
+    def when_first(self, step: Callable[[], None]) -> None: ...
+    def defer(self, step: Callable[[], None]) -> None: ...
+    def ask(self, operation: Operation, number: int, sink: Any, token: Any) -> None: ...
+    def multi_read(self, multi: MultiRead) -> None: ...
+    def set_version(self, version: int) -> None: ...
 
 
 Compile = Callable[[Arguments], Plan]
@@ -98,10 +64,10 @@ class CommandSpec(NamedTuple):
     key_step: int = 0
 
     def takes(self, count: int) -> bool:
-        """Whether so many arguments, the name included, are right."""
+        """Whether this number of arguments, the name included, is right."""
         return count == self.arity if self.arity >= 0 else count >= -self.arity
 
     def as_reply(self) -> list[Any]:
-        """What COMMAND INFO says of it."""
+        """The reply of COMMAND INFO."""
         flags = ["write" if self.is_write else "readonly"] if self.compile else ["fast"]
         return [self.name, self.arity, flags, self.first_key, self.last_key, self.key_step, [], [], [], []]

@@ -1,7 +1,7 @@
-"""The state of one client of the Redis protocol between two commands: who it is, what it queued, what it watches.
+"""The state of one client of the Redis protocol between two commands: its name, its transaction, its watched keys.
 
-Pure. CLIENT LIST shows it, and EXEC makes one operation of what is queued (transactions.py). All of it is gone with the
-connection.
+Pure. CLIENT LIST shows it, and EXEC makes one operation of the queued commands (transactions.py). All of it is gone
+with the connection.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Final
 from kvtcp.constants import MULTI_BYTES_MAX, MULTI_KEYS_MAX, RESP_KEYS_MAX
 from kvtcp.frontend.resp.plan import CommandError, Plan
 
-QUEUED_BYTES: Final = 64  # what a queued operation counts beyond its key and values
+QUEUED_BYTES: Final = 64  # size of a queued operation beyond its key and values
 
 
 class Transaction:
-    """What was queued since MULTI."""
+    """The commands queued since MULTI."""
 
     def __init__(self) -> None:
-        self.queued: list[Plan | bytes] = []  # a reply, of what concerns only the connection
+        self.queued: list[Plan | bytes] = []  # bytes: the reply of a command that concerns only the connection
         self.shard: int | None = None  # of all its keys
         self.failed = False  # a command was refused: EXEC will be too
-        self.keys = 0  # operations, each counted with its keys: so many arrays they are on a link
+        self.keys = 0  # of all operations: each key is an array on a link
         self.bytes = 0
 
     def queue(self, queued: Plan | bytes) -> None:
-        """What EXEC is to carry out, or a reply. Raises CommandError if it is too much for one entry."""
+        """Add a plan for EXEC to carry out, or a reply. Raises CommandError if they are too much for one entry."""
         if isinstance(queued, bytes):
             keys, size = 1, len(queued) + QUEUED_BYTES
         else:
@@ -34,9 +34,8 @@ class Transaction:
         if len(self.queued) >= MULTI_KEYS_MAX:
             raise CommandError(f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands")
         if self.keys + keys > RESP_KEYS_MAX or self.bytes + size > MULTI_BYTES_MAX:
-            raise CommandError(
-                f"ERR a transaction is over the limit of {RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes"
-            )
+            limits = f"{RESP_KEYS_MAX} keys or {MULTI_BYTES_MAX} bytes"
+            raise CommandError(f"ERR a transaction is over the limit of {limits}")
         self.keys += keys
         self.bytes += size
         self.queued.append(queued)
@@ -50,7 +49,7 @@ class ClientState:
         self.peer = peer
         self.began_ms = began_ms
         self.name = ""
-        self.library = ("", "")  # name and version, as CLIENT SETINFO says
+        self.library = ("", "")  # name and version, given by CLIENT SETINFO
         self.version = 2  # of the protocol
         self.last_command = "NULL"
         self.transaction: Transaction | None = None  # between MULTI and EXEC

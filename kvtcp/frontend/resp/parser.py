@@ -7,8 +7,8 @@ person types it:
     get user:1\r\n   or   get "user 1"\n          words; "" with escapes \n \r \t \b \a \xhh, or '' with \'
 
 Nothing else is allowed: no integers, nils, nested arrays, or status lines in a command. Everything beyond a limit is
-refused when its header is read, before the bytes are here. `feed` never raises: what is wrong is told by `error`, after
-the commands before it; then the stream is over.
+refused when its header is read, before the bytes are here. `feed` never raises: it returns the commands before a fault
+and sets `error`; then the stream is over.
 
 Commands that arrive whole and have no line break in a value are cut out of the bytes with one `split`, two thirds of a
 microsecond each; the others are parsed step by step. hiredis needs a third of that, but gives no position, takes more
@@ -44,10 +44,10 @@ assert VALUE_BYTES_MAX + KEY_BYTES_MAX < RESP_COMMAND_BYTES_MAX, "a command take
 
 
 class RespParser:
-    """One stream. `buffered_bytes` of an unfinished command are held."""
+    """One stream of commands."""
 
     def __init__(self) -> None:
-        self.error = ""  # what is wrong with the stream, as Redis says it; empty = nothing
+        self.error = ""  # the fault of the stream, in the words of Redis; empty = none
         self._rest = b""  # bytes after the last thing that was complete
         self._gathered: bytearray | None = None  # a large bulk that is arriving, after `_rest`
         self._arguments: Command = []  # of the unfinished command
@@ -57,13 +57,13 @@ class RespParser:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes held of what is unfinished, with what the arguments cost in memory; 0 = nothing is unfinished."""
+        """Bytes held of an unfinished command, with the memory of its arguments; 0 = nothing is unfinished."""
         gathered = 0 if self._gathered is None else len(self._gathered)
         overhead = _ARGUMENT_OVERHEAD_BYTES * (len(self._arguments) + 1) if self._left else 0
         return len(self._rest) + gathered + self._argument_bytes + overhead
 
     def feed(self, data: bytes) -> list[Command]:
-        """The commands that are complete with these bytes."""
+        """Return the commands that these bytes complete."""
         if self.error:
             return []
         if self._gathered is not None:
@@ -86,7 +86,7 @@ class RespParser:
         return commands
 
     def _keep(self, rest: bytes) -> None:
-        """Hold what is unfinished; a large bulk in a buffer that grows."""
+        """Hold the unfinished rest; a large bulk in a buffer that grows."""
         if self._bulk_bytes >= 0:
             self._gathered = bytearray(rest)
         else:
@@ -105,11 +105,9 @@ class RespParser:
                 if end > last:
                     break
                 _, name_bytes, name, key_bytes, key, value_bytes, value = tokens[n:end]
-                if (
-                    length(name_bytes) != len(name)
-                    or length(key_bytes) != len(key)
-                    or length(value_bytes) != len(value)
-                ):
+                if length(name_bytes) != len(name) or length(key_bytes) != len(key):
+                    break
+                if length(value_bytes) != len(value):
                     break
                 commands.append([name, key, value])
             elif head == b"*2":
@@ -137,8 +135,8 @@ class RespParser:
         return place + sum(map(len, tokens[:n])) + 2 * n
 
     def _step(self, data: bytes, place: int, commands: list[Command], only_one: bool) -> int:
-        """Parse step by step, up to the end, an error or what is unfinished; `only_one`: to the end of this command.
-        Returns how far it came."""
+        """Parse step by step, up to the end, an error or an unfinished command; with `only_one`, one command at most.
+        Returns the place it reached."""
         end = len(data)
         while place < end:
             if not self._left and data[place] != _STAR:
@@ -182,7 +180,7 @@ class RespParser:
         return place
 
     def _take_header(self, line: bytes) -> None:
-        """`*count` between commands, `$length` within one."""
+        """Take `*count` between commands, `$length` within one."""
         number = _integer(line[1:])
         if not self._left:
             if number is None or number > RESP_ARGUMENTS_MAX:
@@ -213,7 +211,7 @@ class RespParser:
 
 
 def _shown(byte: int) -> str:
-    """A byte in a sentence that is logged."""
+    """Return a byte as it is shown in a log."""
     return chr(byte).encode("unicode_escape").decode()
 
 
@@ -223,7 +221,7 @@ def _integer(text: bytes) -> int | None:
 
 
 def split_line(line: bytes) -> Command | None:
-    """The words of a typed line; None if a quote is not closed, or something follows it at once."""
+    """Return the words of a typed line; None if a quote is not closed, or text follows it without a space."""
     words: Command = []
     place, end = 0, len(line)
     while True:
@@ -246,7 +244,7 @@ def split_line(line: bytes) -> Command | None:
 
 
 def _take_quoted(line: bytes, place: int, quote: int, word: bytearray) -> int | None:
-    """Add what is up to the closing quote. Returns the place behind it; None if there is none."""
+    """Add the text up to the closing quote to `word`. Returns the place behind it; None if there is none."""
     while place < len(line):
         byte = line[place]
         if byte == quote:

@@ -17,7 +17,7 @@ PATTERN_BYTES_MAX: Final = 1_024
 
 
 def literal_prefix(pattern: bytes) -> bytes:
-    """What every key that matches begins with."""
+    """Return the prefix of every key that matches."""
     for place, byte in enumerate(pattern):
         if byte in b"*?[\\":
             return pattern[:place]
@@ -25,7 +25,7 @@ def literal_prefix(pattern: bytes) -> bytes:
 
 
 def matcher(pattern: bytes) -> Callable[[bytes], object]:
-    """A function that is true of the keys that match."""
+    """Return a function that is true of the keys that match."""
     if len(pattern) > PATTERN_BYTES_MAX:
         raise CommandError(f"ERR a pattern is over the limit of {PATTERN_BYTES_MAX} bytes")
     parts: list[bytes] = [b""]
@@ -55,8 +55,8 @@ def matcher(pattern: bytes) -> Callable[[bytes], object]:
 
 
 def _one_of(pattern: bytes, place: int) -> tuple[bytes, int]:
-    """The regular expression of `[...]` whose first character is at `place`, and the place behind it. One that is not
-    closed goes to the end."""
+    """Return the regular expression of `[...]` whose first character is at `place`, and the place behind it. Without a
+    closing bracket it extends to the end."""
     negative = pattern[place : place + 1] == b"^"
     place += negative
     allowed: set[int] = set()

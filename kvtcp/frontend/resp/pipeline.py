@@ -1,27 +1,26 @@
 """Pipeline: the commands of one client of the Redis protocol, and their replies in order.
 
 Pure; between a session's parser and the sequencer. The cluster answers out of order, a client of Redis is answered in
-order. So each command gets a *slot*, a list of one, in a queue; whoever has the reply puts its bytes into the slot, and
-`take_output` takes the filled slots from the front.
+order. So each command gets a *slot*, a list of one, in a queue. A reply fills its slot, and `take_output` takes the
+filled slots from the front.
 
 GET and SET without options are carried out here, in as few steps as possible; everything else goes through the table of
-commands. Between MULTI and EXEC plans are collected. A command that must know a result before the next one is looked at
-(WATCH) makes the client *wait*: later commands are held until `go_on`. So are those behind TURN_BYTES_MAX of replies
-that were made at once (COMMAND, INFO): other clients have a turn between, and a client that does not read is not served
-any further.
+commands. Between MULTI and EXEC plans are collected. A command whose result the next one depends on (WATCH) makes the
+client *wait*: later commands are held until `resume`. So are those behind TURN_BYTES_MAX of replies that were made at
+once (COMMAND, INFO): other clients have a turn between, and a client that does not read is not served any further.
 
 The shards answer in the order in which they were asked, but for two cases: a read over several shards passes writes
 that wait for room in a window, and a read of one key passes those that wait for a missing node. Such a read is carried
-out when all commands before it are answered (`when_first`), so a client sees what it wrote before.
+out when all commands before it are answered (`when_first`), so a client sees its own earlier writes.
 
-Invariants: every command has exactly one slot, filled exactly once, and commands are looked at in their order; after
-QUIT or an error of the protocol no further command is looked at.
+Invariants: every command has exactly one slot, filled exactly once, and commands are carried out in their order; after
+QUIT or an error of the protocol no further command is carried out.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from kvtcp.constants import CLIENT_OUTPUT_BYTES_MAX, KEY_BYTES_MAX, KIB
@@ -58,9 +57,9 @@ class Pipeline:
         self.state = ClientState(service.next_client(), peer, service.now_ms())
         self.service = service
         self.keyspace = service.keyspace
-        self.table = COMMANDS
+        self.table: Mapping[bytes, CommandSpec] = COMMANDS
         self.closing = False  # nothing more is read; the connection ends when all is answered
-        self.suspicious = ""  # why it was taken for an attack through a browser
+        self.suspicious = ""  # the sign of an attack through a browser
         self.slots: deque[Slot] = deque()
         self.large_bytes = 0  # of filled slots with large replies
         self.gathered_bytes = 0  # of replies that are being put together
@@ -72,7 +71,7 @@ class Pipeline:
         self._deferred: list[Callable[[], None]] = []
         self._when_first: tuple[Slot, Callable[[], None]] | None = None
         self._turn_bytes = 0
-        self._last_error = ""  # of the protocol, behind what is held
+        self._last_error = ""  # of the protocol, behind the commands that are held
         self._wake = wake
         self._woken = False
         self._nil = nil(2)
@@ -84,7 +83,7 @@ class Pipeline:
     # --- commands -----------------------------------------------------------------------------------
 
     def handle(self, commands: Sequence[list[bytes]]) -> None:
-        """Commands, in order."""
+        """Start commands, in order."""
         if self.closing:
             return
         if self.waits or self.held:
@@ -106,7 +105,7 @@ class Pipeline:
             quick = self._quick if self.state.transaction is None and self.keyspace.is_open else _NOTHING
 
     def defer(self, step: Callable[[], None]) -> None:
-        """Carry out `step` with the next `go_on`: a sink must not ask the cluster for more."""
+        """Carry out `step` with the next `resume`: a sink must not ask the cluster for more."""
         self._deferred.append(step)
         self._call_wake()
 
@@ -122,28 +121,28 @@ class Pipeline:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that the server holds for it: large replies that wait for an earlier one or are being made, what
-        was queued since MULTI, and the watched keys."""
+        """Bytes that the server holds for the client: large replies that wait for an earlier one or are being made,
+        commands queued since MULTI, and watched keys."""
         transaction = self.state.transaction
         queued_bytes = 0 if transaction is None else transaction.bytes
         return self.large_bytes + self.gathered_bytes + queued_bytes + self.state.watched_bytes
 
     @property
-    def _goes_on(self) -> bool:
-        """Whether nothing keeps the commands that are held."""
+    def _may_resume(self) -> bool:
+        """Whether the commands that are held may be carried out."""
         return not self.waits and self.may_begin and self.large_bytes <= CLIENT_OUTPUT_BYTES_MAX
 
     @property
     def has_work(self) -> bool:
-        """Whether `go_on` is to be called."""
-        return bool(self._deferred) or (bool(self.held or self._last_error) and self._goes_on)
+        """Whether `resume` is to be called."""
+        return bool(self._deferred) or (bool(self.held or self._last_error) and self._may_resume)
 
-    def go_on(self) -> None:
-        """Carry out what was deferred, and the commands that were held if nothing keeps them any more."""
+    def resume(self) -> None:
+        """Carry out the deferred steps, and the held commands if they may be carried out."""
         deferred, self._deferred = self._deferred, []
         for step in deferred:
             step()
-        if self._goes_on:
+        if self._may_resume:
             held, self.held = self.held, []
             self.handle(held)
             if self._last_error and not self.waits and not self.held:
@@ -152,7 +151,7 @@ class Pipeline:
                     self.protocol_error(text)
 
     def _get(self, arguments: list[bytes]) -> bool:
-        """GET key; false if it is anything else."""
+        """Carry out GET key; false if the command is anything else."""
         if len(arguments) != 2 or not 0 < len(arguments[1]) <= KEY_BYTES_MAX:
             return False
         key = arguments[1]
@@ -166,7 +165,7 @@ class Pipeline:
         return True
 
     def _set(self, arguments: list[bytes]) -> bool:
-        """SET key value; false if it is anything else."""
+        """Carry out SET key value; false if the command is anything else."""
         if len(arguments) != 3 or not 0 < len(arguments[1]) <= KEY_BYTES_MAX:
             return False
         _, key, value = arguments
@@ -219,7 +218,7 @@ class Pipeline:
             spec.run(self, arguments)
             assert inner[0] is not None, "what concerns only the connection is answered at once"
             if len(inner[0]) > LARGE_REPLY_BYTES:
-                self.large_bytes -= len(inner[0])  # it is counted as a part of EXEC's reply
+                self.large_bytes -= len(inner[0])  # this reply is counted as a part of EXEC's
             transaction.queue(inner[0])
         else:
             plan = spec.compile(arguments)
@@ -261,7 +260,7 @@ class Pipeline:
             self.ask(operation, numbers[n], answer, n)
 
     def multi_read(self, multi: MultiRead) -> None:
-        """A read over shards, of the command that runs."""
+        """Ask for a read over shards, of the command that runs."""
         if self._may_pass(multi.shards, is_multi=True):
             self.when_first(lambda: self.service.sequencer.multi_read(multi))
         else:
@@ -273,7 +272,7 @@ class Pipeline:
         return len(self.slots) < 2
 
     def _may_pass(self, numbers: Sequence[int], is_multi: bool) -> bool:
-        """Whether a read of these shards could be answered without what this client asked for before."""
+        """Whether a read of these shards could be answered before earlier commands of this client."""
         if self.is_first or not self.service.sequencer.waiting_items:
             return False
         states = [self._states[number] for number in numbers]
@@ -285,7 +284,7 @@ class Pipeline:
         self._when_first = (self.current, step)
 
     def ask(self, operation: Operation, number: int, sink: Any, token: Any) -> None:
-        """One operation at its shard."""
+        """Ask the shard of this number for one operation."""
         if operation.is_write:
             self._states[number].write(operation.op, operation.key, operation.args, operation.size, sink, token)
         else:
@@ -294,7 +293,7 @@ class Pipeline:
     # --- replies ------------------------------------------------------------------------------------
 
     def fill(self, slot: Slot, reply: bytes) -> None:
-        """The reply of a command is here."""
+        """Answer the command of this slot with these bytes."""
         slot[0] = reply
         if len(reply) > LARGE_REPLY_BYTES:
             self.large_bytes += len(reply)
@@ -302,16 +301,16 @@ class Pipeline:
         self._call_wake()
 
     def answer(self, value: Any) -> None:
-        """The reply of the command that runs."""
+        """Answer the command that runs; replies.py has the types of values."""
         self.fill(self.current, encode(value, self.state.version))
 
     def later(self) -> Callable[[Any], None]:
-        """A function that answers the command that runs, whenever it is called."""
+        """Return a function that answers the command that runs, whenever it is called."""
         slot = self.current
         return lambda value: self.fill(slot, encode(value, self.state.version))
 
     def reply(self, slot: Slot, cell: Any) -> None:
-        """Sink of GET. The most frequent reply: everything inline."""
+        """Take a result as the sink of GET. The most frequent reply: everything inline."""
         if cell is None:
             slot[0] = self._nil
         else:
@@ -325,11 +324,11 @@ class Pipeline:
             self._wake()
 
     def fail(self, slot: Slot, code: int, message: str, details: dict[str, Any]) -> None:
-        """Sink of GET and SET."""
+        """Take an error as the sink of GET and SET."""
         self.fill(slot, error(error_text(Failed(code, message))))
 
     def take_output(self) -> list[bytes]:
-        """The replies that are next, as far as they are here."""
+        """Return the replies that are next, as far as they are here."""
         self._woken = False
         slots = self.slots
         out: list[bytes] = []
@@ -348,7 +347,7 @@ class Pipeline:
         return out
 
     def protocol_error(self, text: str) -> None:
-        """The stream is over; this is its last reply."""
+        """End the stream with this as its last reply, behind the commands that are held."""
         if self.waits or self.held:
             self._last_error = text
             return
@@ -358,7 +357,7 @@ class Pipeline:
         self.closing = True
 
     def set_version(self, version: int) -> None:
-        """RESP2 or RESP3, of replies made from now on."""
+        """Use RESP2 or RESP3 for replies made from now on."""
         self.state.version = version
         self._nil = nil(version)
 
@@ -386,7 +385,7 @@ class _Stored:
 
 
 class _Answer:
-    """Sink of a plan's operations; a token is the place of one. Of an MGET all results come at once."""
+    """Sink of a plan's operations. A token is the place of one; None for an MGET, whose results all come at once."""
 
     __slots__ = ("left", "pipeline", "plan", "results", "slot")
 
@@ -425,5 +424,3 @@ def _unknown(arguments: Sequence[bytes]) -> str:
             break
         shown += f"'{argument[: 128 - len(shown)].decode('utf-8', 'replace')}' "
     return f"ERR unknown command '{name}', with args beginning with: {shown}"
-
-

@@ -1,8 +1,8 @@
-"""Plans: what a command asks of the shards, and how its reply is made of their results.
+"""Plans: the operations of a command, and how its reply is made of their results.
 
 Pure. A command on keys is *compiled*: its arguments are checked and become operations of operations.py, each on one
-key, without anything being asked. A plan is then carried out by itself, each operation at its shard, or queued by
-MULTI and carried out with others as one transaction. `finish` makes the reply, as replies.py takes it.
+key, and no shard is asked yet. A plan is then carried out by itself, each operation at its shard, or queued by MULTI
+and carried out with others as one transaction. `finish` makes the reply, as replies.py takes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CROSS_SHARD_MULTI: Final = (
 
 
 class CommandError(Exception):
-    """The command is refused; `text` is the reply. Nothing was done."""
+    """A command is refused and changed nothing; `text` is the reply."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -56,20 +56,20 @@ class Operation(NamedTuple):
 
     @property
     def is_write(self) -> bool:
-        """Whether it is numbered."""
+        """Whether the operation is numbered."""
         return self.op < WRITE_OP_END
 
     @property
     def keys(self) -> list[bytes]:
-        """All keys that it is about: they have to be of one shard."""
+        """All keys of the operation, which have to be of one shard."""
         if self.op == PUT_ALL:
             return [key for key, _ in self.args[0]]
         return [self.key, self.args[0]] if self.op in (RENAME, COPY) else [self.key]
 
 
 class Plan(NamedTuple):
-    """`finish` gets the results in the order of the operations. `texts` says errors in the words of Redis; None is no
-    error but nil. `one_shard` does the same in one step if all keys are of one shard."""
+    """A compiled command. `finish` gets the results in the order of the operations. `texts` has the words of Redis for
+    errors; None is no error but nil. `one_shard` does the same in one step if all keys are of one shard."""
 
     operations: Sequence[Operation]
     finish: Callable[[list[Any]], Any]
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
     one_shard: Operation | None = None
 
     def reply(self, results: list[Any]) -> Any:
-        """The reply, from results and Failed."""
+        """Return the reply, from results and Failed."""
         failed = [result for result in results if type(result) is Failed]
         if not failed:
             return self.finish(results)
@@ -91,7 +91,7 @@ class Plan(NamedTuple):
 
 
 def error_text(failed: Failed) -> str:
-    """An error as clients of Redis get it: the first word says what to do."""
+    """Return an error as clients of Redis get it: the first word says how to react."""
     try:
         kind = CLASS_OF[Code(failed.code)]
     except ValueError:
@@ -101,17 +101,17 @@ def error_text(failed: Failed) -> str:
 
 
 def first(results: list[Any]) -> Any:
-    """The one result as it is."""
+    """Return the one result as it is."""
     return results[0]
 
 
 def count(results: list[Any]) -> int:
-    """How many are true."""
+    """Count the results that are true."""
     return sum(map(bool, results))
 
 
 def integer(text: bytes, error: str = NOT_AN_INTEGER) -> int:
-    """A signed 64-bit integer in its only spelling."""
+    """Return the signed 64-bit integer of a text. Raises CommandError with `error`."""
     number = integer_of(text)
     if number is None:
         raise CommandError(error)
@@ -119,10 +119,10 @@ def integer(text: bytes, error: str = NOT_AN_INTEGER) -> int:
 
 
 def write(op: int, key: bytes, *args: Any, size: int = 0) -> Operation:
-    """A write of a key; `size` are the bytes of its values. Raises RequestError if it is no key."""
+    """Make a write of a key; `size` is that of its values in bytes. Raises RequestError if it is no key."""
     return Operation(op, check_key(key), args, len(key) + size)
 
 
 def read(op: int, key: bytes) -> Operation:
-    """A read of a key. Raises RequestError if it is none."""
+    """Make a read of a key. Raises RequestError if it is none."""
     return Operation(op, check_key(key), (), len(key))

@@ -35,7 +35,7 @@ class Simple:
 
 
 class Failure:
-    """An error; its text begins with a word in capitals that clients look at."""
+    """An error; its text begins with a word in capitals, by which clients tell errors apart."""
 
     __slots__ = ("text",)
 
@@ -44,30 +44,30 @@ class Failure:
 
 
 class NoArray:
-    """Nothing where an array would be."""
+    """The nil that stands in the place of an array."""
 
 
 DONE: Final = Simple("OK")
 
 
 def nil(version: int) -> bytes:
-    """Nothing."""
+    """Return the bytes of nil."""
     return b"_\r\n" if version == 3 else b"$-1\r\n"
 
 
 def bulk(value: bytes) -> bytes:
-    """A string."""
+    """Return the bytes of a string."""
     n = len(value)
     return HEADS[n] + value + b"\r\n" if n < CACHED_LENGTHS else b"$%d\r\n%b\r\n" % (n, value)
 
 
 def error(text: str) -> bytes:
-    """An error. Line breaks would end it."""
+    """Return the bytes of an error. Line breaks would end it."""
     return b"-%b\r\n" % text.replace("\r", " ").replace("\n", " ").encode("utf-8", "replace")
 
 
 def encode(value: Any, version: int) -> bytes:
-    """The bytes of a reply."""
+    """Return the bytes of a reply."""
     if type(value) is bytes:
         return bulk(value)
     parts: list[bytes] = []

@@ -1,7 +1,7 @@
-"""RespService: what all clients of the Redis protocol share.
+"""RespService: the parts that all clients of the Redis protocol share.
 
-Pure. It holds the sequencer and the keyspace, the positions of SCANs, and what the server tells of itself. Time and
-chance come from the shell.
+Pure. They are the sequencer and the keyspace, the positions of SCANs, and the host, which describes the server. Time
+and randomness come from the I/O shell.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvtcp.replication.sequencing.sequencer import Sequencer
 
 
 class Host(Protocol):
-    """What the server tells."""
+    """The server, as commands describe it to clients."""
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """The sections of INFO, without the number of keys."""
@@ -27,13 +27,13 @@ class Host(Protocol):
         """The map of `status`."""
 
     def resp_clients(self) -> Iterable[ClientState]:
-        """Those that are connected."""
+        """The states of the clients that are connected."""
 
 
 class Position(NamedTuple):
-    """Where a scan goes on."""
+    """The place of a scan between two of its pages."""
 
-    key: bytes  # the first one to come
+    key: bytes  # the first one of the next page
     used_ms: int
     before: int  # number of the position before it
 
@@ -42,14 +42,9 @@ class RespService:
     """One per coordinator. `random` gives numbers below its argument; `now_ms` is monotonic, `wall_us` since 1970."""
 
     def __init__(
-        self,
-        sequencer: Sequencer,
-        keyspace: Keyspace,
-        host: Host,
-        now_ms: Callable[[], int],
-        wall_us: Callable[[], int],
-        random: Callable[[int], int],
-    ) -> None:
+        self, sequencer: Sequencer, keyspace: Keyspace, host: Host,
+        now_ms: Callable[[], int], wall_us: Callable[[], int], random: Callable[[int], int],
+    ) -> None:  # fmt: skip
         self.sequencer = sequencer
         self.keyspace = keyspace
         self.host = host
@@ -61,23 +56,22 @@ class RespService:
         self._cursors: OrderedDict[int, Position] = OrderedDict()  # in the order in which they were used
 
     def next_client(self) -> int:
-        """A number for a client."""
+        """Return a number for a client."""
         self._last_client += 1
         return self._last_client
 
     # --- positions of scans -------------------------------------------------------------------------
 
     def keep_cursor(self, key: bytes, before: int) -> int:
-        """The number of a new position: the scan goes on at this key. `before` is the number of the last one, 0 for
-        none."""
+        """Return the number of a new position at this key. `before` is the number of the last one, 0 for none."""
         self._last_cursor += 1
         self._cursors[self._last_cursor] = Position(key, self.now_ms(), before)
         self._forget_cursors()
         return self._last_cursor
 
     def cursor(self, number: int) -> bytes:
-        """Where the scan of this number goes on. It stays known, for a client that asks again, the one before it does
-        not: a long scan does not crowd out others. Raises CommandError."""
+        """Return the key at which the scan of this number continues. The position stays known, for a client that asks
+        again. The one before it is forgotten: a long scan does not crowd out others. Raises CommandError."""
         self._forget_cursors()
         found = self._cursors.pop(number, None)
         if found is None:

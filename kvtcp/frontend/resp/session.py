@@ -1,7 +1,8 @@
 """RESP sessions: the coordinator's end of connections of Redis clients, telnet and `nc`.
 
 I/O shell around a parser and a `Pipeline`. Bytes become commands, replies leave in order with one write per tick. The
-limits are those of every client connection (caps.py); replies that wait for an earlier one count as unread.
+limits are those of every client connection (frontend/connection.py); replies that wait for an earlier one count as
+unread.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class RespSession(ClientConnection):
         self.bytes_read(not parser.buffered_bytes, len(commands))
 
     def _is_attack(self) -> bool:
-        """Whether a browser was made to send this: then nothing more is said."""
+        """Whether a browser was made to send these commands: then nothing is answered."""
         if self.pipeline.suspicious:
             log.warning("event=protocol-error peer=%s reason=%s", self.peer, self.pipeline.suspicious)
             self.clients.protocol_errors += 1
@@ -81,15 +82,15 @@ class RespSession(ClientConnection):
         pipeline = self.pipeline
         self.out += pipeline.take_output()
         if pipeline.has_work:
-            self.loop.call_soon(self._go_on)
+            self.loop.call_soon(self._resume_commands)
         super().flush()
         if pipeline.held_bytes or self._waits_for_room:
-            self._look_for_room()
+            self._check_room()
         if pipeline.closing and not pipeline.slots:
             self.close_now()
 
-    def _look_for_room(self) -> None:
-        """Replies that cannot be sent yet count like those that the client does not read."""
+    def _check_room(self) -> None:
+        """Count replies that cannot be sent yet like those that the client does not read."""
         self.account()
         if self.pipeline.large_bytes > CLIENT_OUTPUT_BYTES_MAX:
             self._waits_for_room = True
@@ -109,12 +110,12 @@ class RespSession(ClientConnection):
             self.pause(FOR_OUTPUT)
         self.pipeline.may_begin = True
         if self.pipeline.has_work:
-            self.loop.call_soon(self._go_on)
+            self.loop.call_soon(self._resume_commands)
 
-    def _go_on(self) -> None:
+    def _resume_commands(self) -> None:
         if self.transport is not None and not self.pipeline.suspicious:
             self.begin()
-            self.pipeline.go_on()
+            self.pipeline.resume()
             self._is_attack()
 
     def closed(self, reason: str) -> None:

@@ -1,15 +1,15 @@
-"""Administration: what an operator asks of the cluster, as changes of its map.
+"""Administration: requests of an operator, as changes of the cluster map.
 
-Pure, a part of the controller. Everything is a change of where copies shall be, or of who is a node; Membership then
-does the moving. A request is refused with AdminError, one sentence that says why and what to do, and nothing was
-changed; or it is answered through `done` when its change is stored.
+Pure, a part of the controller. A request changes the placement or the nodes; Membership then moves the copies. It is
+refused with AdminError, one sentence that says why and what to do, and nothing is changed; or it is answered through
+`done` when its change is stored.
 
-- add: a node more. It holds nothing before the next rebalance, unless shards have too few copies as it is.
+- add: one more node. It holds nothing before the next rebalance, unless shards have too few copies.
 - drain, remove: everything is moved off a node; then it leaves the cluster. undrain: it stays after all.
-- forget: a node is declared destroyed. What it had counts as fenced for ever (R9).
+- forget: a node is declared destroyed. Its copies count as fenced for ever (R9).
 - rebalance: shards are placed evenly, by the fewest moves.
-- accept a loss: a shard without a good copy goes on with the best one there is; if nothing is left of it, and nothing
-  can come any more, empty. Its numbers begin above every number that was ever shown.
+- accept a loss: a shard without a good copy continues with the best one there is, or empty if none is left and none can
+  come any more. Its numbers begin above every number ever shown.
 """
 
 from __future__ import annotations
@@ -32,18 +32,12 @@ Done = Callable[[dict[str, Any] | AdminError], None]
 
 
 class Admin:
-    """Requests of operators, one method each. `node_down` is told of a linked node that leaves the cluster."""
+    """Requests of operators, one method each. `node_down` is called for a linked node that leaves the cluster."""
 
     def __init__(
-        self,
-        sequencer: Sequencer,
-        proposals: Proposals,
-        outbox: Outbox,
-        reports: Mapping[str, Report],
-        membership: Membership,
-        recovery: Recovery,
-        node_down: Callable[[str, str], None],
-    ) -> None:
+        self, sequencer: Sequencer, proposals: Proposals, outbox: Outbox, reports: Mapping[str, Report],
+        membership: Membership, recovery: Recovery, node_down: Callable[[str, str], None],
+    ) -> None:  # fmt: skip
         self._sequencer = sequencer
         self._proposals = proposals
         self._outbox = outbox
@@ -57,7 +51,7 @@ class Admin:
         return self._proposals.map
 
     def tick(self) -> None:
-        """A destroyed node of which nothing is left in the map leaves it."""
+        """Remove destroyed nodes that hold nothing any more."""
         leaving = self._membership.leaving
         for node in self._map.destroyed:
             if node in self._map.nodes and node not in leaving and not self._map.shards_of(node):
@@ -66,7 +60,7 @@ class Admin:
     # --- requests -----------------------------------------------------------------------------------
 
     def add_node(self, host: str, port: int, done: Done) -> None:
-        """A node more."""
+        """Add a node."""
         added: list[str] = []
 
         def edit(old: ClusterMap) -> ClusterMap:
@@ -96,10 +90,8 @@ class Admin:
             _check_node(old, node)
             usable = [each for each in old.usable_nodes() if each != node]
             if len(usable) < old.factor:
-                raise ValueError(
-                    f"without {node} there are {len(usable)} nodes for a replication factor of {old.factor}; "
-                    "add a node first"
-                )
+                few = f"{len(usable)} nodes for a replication factor of {old.factor}"
+                raise ValueError(f"without {node} there are {few}; add a node first")
             return old.with_draining(node, True).with_wanted(plan(old.wanted, usable, old.factor))
 
         def stored() -> dict[str, Any]:
@@ -109,7 +101,7 @@ class Admin:
         self._request(edit, stored, done)
 
     def undrain(self, node: str, done: Done) -> None:
-        """A node that was to be emptied may hold shards again. What has moved comes back with a rebalance."""
+        """Let a node that was to be emptied hold shards again. Moved shards come back with a rebalance."""
 
         def edit(old: ClusterMap) -> ClusterMap:
             _check_node(old, node)
@@ -120,12 +112,12 @@ class Admin:
         self._request(edit, lambda: {"node": node}, done)
 
     def remove(self, node: str, done: Done) -> None:
-        """A node that holds nothing leaves the cluster."""
+        """Remove a node that holds nothing."""
 
         def edit(old: ClusterMap) -> ClusterMap:
             _check_node(old, node)
             link = self._sequencer.links.get(node)
-            taking_part = [] if link is None else [shard.number for shard in link.shards]  # whatever is stored
+            taking_part = [] if link is None else [shard.number for shard in link.shards]  # whatever the map says
             held = len({*old.shards_of(node), *self._membership.copies_of(node), *taking_part})
             wanted = sum(node in row for row in old.wanted)
             if held or wanted:
@@ -141,7 +133,7 @@ class Admin:
             return {"node": node}
 
         def answered(answer: dict[str, Any] | AdminError) -> None:
-            if not was_leaving:  # else another request is about it still
+            if not was_leaving:  # else another request about it is pending
                 self._membership.leaving.discard(node)
             done(answer)
 
@@ -150,7 +142,7 @@ class Admin:
         self._request(edit, stored, answered)
 
     def forget(self, node: str, done: Done) -> None:
-        """An operator declares that a node, and what it had, is destroyed (R9)."""
+        """Declare a node, with all its copies, destroyed (R9)."""
 
         def edit(old: ClusterMap) -> ClusterMap:
             _check_node(old, node)
@@ -158,16 +150,14 @@ class Admin:
                 raise ValueError(f"{node} is linked: a node that answers is not destroyed; drain it instead")
             usable = [each for each in old.usable_nodes() if each != node]
             if len(usable) < old.min_insync:
-                raise ValueError(
-                    f"without {node} there are {len(usable)} nodes, and every shard needs {old.min_insync}; "
-                    "add a node first"
-                )
+                few = f"{len(usable)} nodes, and every shard needs {old.min_insync}"
+                raise ValueError(f"without {node} there are {few}; add a node first")
             return old.with_destroyed(node).with_wanted(plan(old.wanted, usable, old.factor))
 
         def stored() -> dict[str, Any]:
             shards = len(self._map.shards_of(node))
             self._outbox.event("warning", "node-destroyed", node=node, shards=shards)
-            if node in self._reports:  # it came while that was stored
+            if node in self._reports:  # it was linked while the change was stored
                 self._outbox.close_link(node, "it was declared destroyed")
             for number, shard in list(self._recovery.shards.items()):
                 if shard.state == DOWN:
@@ -198,7 +188,7 @@ class Admin:
             self._request(edit, answer, done)
 
     def accept_loss(self, number: int, done: Done) -> None:
-        """A shard without a good member goes on with the best copy there is (R9)."""
+        """Continue a shard without a good member with the best copy there is (R9)."""
         try:
             done(self._accept_loss(number))
         except ValueError as error:
@@ -209,7 +199,7 @@ class Admin:
     def _request(
         self, edit: Callable[[ClusterMap], ClusterMap], stored: Callable[[], dict[str, Any]], done: Done
     ) -> None:
-        """Change the map, then answer; an edit that raises ValueError, now or when its turn comes, is refused."""
+        """Change the map, then answer; refuse an edit that raises ValueError, now or when its turn comes."""
 
         def refused(error: Exception) -> None:
             done(AdminError(str(error)))
@@ -256,16 +246,11 @@ class Admin:
             )
         if number in self._recovery.losses:
             raise ValueError(f"the loss of shard {number} is being accepted already")
-        copies = {
-            node: report.copies[number]
-            for node, report in self._reports.items()
-            if number in report.copies and report.copies[number].complete
-        }
+        copies = {node: report.copies[number] for node, report in self._reports.items() if number in report.copies}
+        copies = {node: copy for node, copy in copies.items() if copy.complete}
         row = self._map.nodes_of(number)
-        if copies:
-            node = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row))
-        else:
-            node = self._node_to_begin_empty(number)
+        best = max(copies, key=lambda each: (copies[each].epoch, copies[each].seq, each in row), default=None)
+        node = best or self._node_to_begin_empty(number)
         replaces = node if node in row else next((each for each in row if each not in self._reports), row[0])
         # no shard takes a thousand writes in every millisecond since 1970
         seq_min = max(self._map.stamp_bound_ms * 1_000, max([copy.seq for copy in copies.values()], default=0) + 1)
@@ -274,7 +259,7 @@ class Admin:
         return {"shard": number, "node": node, "seq": seq, "goes_on_at": seq_min}
 
     def _node_to_begin_empty(self, number: int) -> str:
-        """A linked node for a shard of which nothing is left. Raises ValueError if something may still come."""
+        """A linked node for a shard of which no copy is left. Raises ValueError if one may still come."""
         missing = [n for n in self._map.nodes_of(number) if n not in self._reports and n not in self._map.destroyed]
         if missing:
             raise ValueError(
@@ -294,7 +279,7 @@ def _check_node(cluster_map: ClusterMap, node: str) -> None:
 
 
 def _moves(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """[shard, from, to] of every copy that moves; from is empty if it comes in addition."""
+    """[shard, from, to] of every copy that moves; from is empty for an additional one."""
     moves = []
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
         leave = [node for node in old if node not in new]

@@ -1,8 +1,8 @@
-"""The audit: members are asked now and then whether they have the same.
+"""The audit: compares the members of each shard now and then.
 
 Pure, a part of the controller. All members get the question in one synchronous step, and links are in order, so every
-answer is about the same moment: the same number, and the same chain, which stands for everything before it (I6). A
-shard whose members differ is stopped: whichever of them is read may be wrong.
+answer is about the same moment: the same number, and the same chain, which covers everything before it (I6). A shard
+whose members differ is stopped: any of them may be wrong.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ class Audit:
         self._outbox = outbox
 
     def begin(self) -> None:
-        """I6: ask all members in one step for the chains of their shards. Links are in order, so they all answer for
-        the same moment."""
+        """I6: ask all members in one step for the chains of their shards."""
         asked: dict[int, list[Link]] = {}
         for shard in self._sequencer.shards:
             good = [link for link in shard.good if link.connected and not link.full]
@@ -60,8 +59,8 @@ class Audit:
         shard = self._sequencer.shards[number]
         if len(set(positions.values())) == 1 or not shard.serving:
             return
-        told = ", ".join(f"{node} {position}" for node, position in sorted(positions.items()))
-        why = f"its members differ (number, chain): {told}"
+        listed = ", ".join(f"{node} {position}" for node, position in sorted(positions.items()))
+        why = f"its members differ (number, chain): {listed}"
         self._outbox.alarm(f"shard {number} was stopped: {why}")
         self._sequencer.stop_serving(number, why)
         self._membership.end_learners(number, "its shard was stopped")

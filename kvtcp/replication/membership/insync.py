@@ -1,13 +1,13 @@
-"""Membership: who is in sync, who is let go, and who learns.
+"""Membership: which members stay in sync, which leave, and which nodes learn.
 
-Pure. Looks at the sequencer's shards and links once per tick and whenever something changed, compares them with where
-the copies shall be (`wanted` of the map), and takes one step per shard at a time:
+Pure. Compares the sequencer's shards and links, once per tick and after every change, with the placement (`wanted` of
+the map), and takes one step per shard at a time:
 
 - a node whose link closed and did not return within LINK_GRACE_MS leaves all its shards by one change of the map
   (R14);
 - so does one whose oldest unacknowledged item is older than EVICT_AFTER_MS while its peers acknowledged (slow is not
   dead): one such node per SLOW_INTERVAL_MS, and none right after this process itself stalled. Its link is closed, and
-  it learns again after the same time. A learner for which nobody waits has LEARNER_EVICT_AFTER_MS;
+  it learns again after the same time. A learner that holds up no write has LEARNER_EVICT_AFTER_MS;
 - a bad copy leaves at once; if it has to stay it is replaced whole in its place; if no good member is left, nor may
   come back, the shard goes back to the recovery;
 - a wanted node that is no member learns; a member that is not wanted leaves when there are enough without it, and then
@@ -15,7 +15,7 @@ the copies shall be (`wanted` of the map), and takes one step per shard at a tim
 
 Rules kept here: R2 (shrink: change the map, then drop; grow: the learner joins in the step in which it has everything
 committed, then the map is changed), R4 (never fewer than `min_insync` members), R6 (no change removes the last member
-known to be good, that is good and linked). A shard with a change of its row on its way is left alone (`changing`).
+known to be good, that is good and linked). No step is taken for a shard whose row is being changed (`changing`).
 """
 
 from __future__ import annotations
@@ -44,56 +44,53 @@ from kvtcp.replication.sequencing.link import Batch, Link
 from kvtcp.replication.sequencing.sequencer import Sequencer
 from kvtcp.replication.sequencing.shard import Shard
 
-DONOR_MISSES_MAX: Final = 8  # shards without a free donor after which no more are looked at now
-DROP_INTERVAL_MS: Final = 500  # how often copies that are not wanted are looked for
+DONOR_MISSES_MAX: Final = 8  # shards without a free donor after which no more are tried now
+DROP_INTERVAL_MS: Final = 500  # between two searches for copies that are not wanted
 RECOVERED_ANEW: Final = "its shard is recovered anew"
 
 
 @dataclass
 class NodeState:
-    """What is remembered of a node beyond its link."""
+    """State of a node beyond its link."""
 
     lost_ms: int | None = None  # when its link was lost; None = it is up
     learns_after_ms: int = 0  # no learner on it before
     failures: int = 0  # of its learners, one after the other
-    leaves: bool = False  # it asked to leave the in-sync sets, as it is about to stop
-    may_stop: bool = False  # and was told that it has left, as far as it can
-    dropping: set[int] = field(default_factory=set)  # shards whose copy it was told to drop
+    leaves: bool = False  # it sent LEAVE, as it is about to stop
+    may_stop: bool = False  # and was sent STOP: it has left every in-sync set that it can leave
+    dropping: set[int] = field(default_factory=set)  # shards whose copy it was asked to drop
 
 
 class Membership:
-    """All decisions about members and learners. `reports` are those of the linked nodes, `new_token` makes names that
-    nobody can guess."""
+    """All decisions about members and learners. `reports` are those of the linked nodes, `new_token` makes unguessable
+    names."""
 
     def __init__(
-        self,
-        sequencer: Sequencer,
-        proposals: Proposals,
-        outbox: Outbox,
-        reports: Mapping[str, Report],
+        self, sequencer: Sequencer, proposals: Proposals, outbox: Outbox, reports: Mapping[str, Report],
         new_token: Callable[[], bytes],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._sequencer = sequencer
+        self._shards = sequencer.shards
         self._proposals = proposals
         self._outbox = outbox
         self._reports = reports
         self._new_token = new_token
         self.nodes: dict[str, NodeState] = {node: NodeState() for node in proposals.map.nodes}
-        self.leaving: set[str] = set()  # nodes that are about to be removed from the map: nothing learns there
-        self.changing: set[int] = set()  # shards with a change of their row on its way
+        self.leaving: set[str] = set()  # nodes that are about to be removed from the map: no learner starts there
+        self.changing: set[int] = set()  # shards whose row is being changed
         self.repairing: set[int] = set()  # shards that are not served before their bad members are replaced
-        self.unsettled: set[int] = set()  # shards whose members are not what is wanted, or not all good
+        self.unsettled: set[int] = set()  # shards whose members are not as wanted, or not all good
         self._lost_since_ms: dict[int, int] = {}  # shards without a good member that is linked, and since when
         self._learners: dict[int, list[Learner]] = {}  # of each shard, and some that are over
-        self._waiting: dict[int, None] = {}  # shards that want a learner, and some that did, in their order
+        self._waiting: dict[int, None] = {}  # shards that want a learner, and some that did, in order
         self.evictions = 0
         self.joins = 0
         self._last_slow_ms = -SLOW_INTERVAL_MS
-        self._last_drop_ms = 0  # when copies that are not wanted were looked for
-        self._looks_at_all = True
-        # A member of a shard that is not served was replaced in the map, by this copy: number, node, disk.
-        self.on_replaced: Callable[[int, str, str], None] = lambda number, node, disk: None
-        # A served shard has no good member any more, and why: the recovery judges it anew.
+        self._last_drop_ms = 0  # time of the last search for copies that are not wanted
+        self._checks_all = True
+        # called when a member of a shard that is not served was replaced in the map by this copy
+        self.on_replaced: Callable[[int, str, str], None] = lambda number, node, replica_id: None
+        # called when a served shard has no good member any more: the recovery takes it back
         self.on_hand_back: Callable[[int, str], None] = lambda number, why: None
         self.on_learner_failed: Callable[[Learner, str], None] = lambda learner, why: None
 
@@ -105,12 +102,8 @@ class Membership:
     def _now_ms(self) -> int:
         return self._sequencer.now_ms
 
-    @property
-    def _shards(self) -> list[Shard]:
-        return self._sequencer.shards
-
     def learners(self) -> list[Learner]:
-        """All learners. They are few, so that nothing here takes long for each of thousands of shards."""
+        """All learners. They are few, even with thousands of shards."""
         return [learner for number in list(self._learners) for learner in self.learners_of(number)]
 
     def learners_of(self, number: int) -> list[Learner]:
@@ -126,26 +119,26 @@ class Membership:
         return list(found)
 
     def copies_of(self, node: str) -> dict[int, CopyReport]:
-        """The copies of a linked node, as far as is known; none of one that is not."""
+        """The copies of a linked node, as far as is known; none of another node."""
         report = self._reports.get(node)
         return {} if report is None else report.copies
 
     # --- events -------------------------------------------------------------------------------------
 
     def node_up(self, node: str) -> None:
-        """Its link is up."""
+        """Take a node whose link is up."""
         state = self.nodes[node]
         state.lost_ms = None
         state.leaves = state.may_stop = False
         state.dropping.clear()
-        self.look_at_all()
+        self.check_all()
 
     def node_down(self, node: str) -> None:
-        """Its link is about to be taken down: its learners are over, and those it gave to begin anew."""
+        """Take a node whose link is about to be taken down: its learners are over, and those it gave to fail."""
         self.nodes[node].lost_ms = self._now_ms
         for learner in self.learners():
             if learner.proposed:
-                continue  # it counts when the map says so, linked or not
+                continue  # it becomes a member when the map says so, linked or not
             if learner.link.node == node:
                 learner.give_up()
                 self._sequencer.detach(learner.shard, learner.link)
@@ -153,7 +146,7 @@ class Membership:
                 learner.fail(f"the link to {node}, which gave it its data, was lost")
 
     def tick(self, stalled: bool) -> None:
-        """Time passed. `stalled`: this process did not run for a while, so nobody else can be called slow."""
+        """Take the steps of a tick. `stalled`: this process did not run for a while, so no node counts as slow."""
         if stalled:
             self._last_slow_ms = max(self._last_slow_ms, self._now_ms - SLOW_INTERVAL_MS + EVICT_AFTER_MS)
         for learner in self.learners():
@@ -171,8 +164,8 @@ class Membership:
     def work(self) -> None:
         """Take the next steps of all shards."""
         wanted = self._map.wanted
-        shards = self._shards if self._looks_at_all else [self._shards[number] for number in self.unsettled]
-        self._looks_at_all = False
+        shards = self._shards if self._checks_all else [self._shards[number] for number in self.unsettled]
+        self._checks_all = False
         self.unsettled = {shard.number for shard in shards if _is_unsettled(shard, wanted[shard.number])}
         self._take_steps(sorted(self.unsettled))
 
@@ -187,7 +180,7 @@ class Membership:
 
     def _take_steps(self, numbers: Iterable[int]) -> None:
         for learner in self.learners():
-            learner.go_on()
+            learner.resume()
         for number in numbers:
             shard = self._shards[number]
             if number in self.unsettled and shard.serving and number not in self.changing:
@@ -204,10 +197,10 @@ class Membership:
             return False
         return shard.serving or number in self.repairing
 
-    def look_at_all(self) -> None:
-        """Links or the map changed: any shard may not be as it is wanted. Thousands of shards are not looked at for
-        every frame."""
-        self._looks_at_all = True
+    def check_all(self) -> None:
+        """Have the next `work` check every shard, as links or the map changed. Otherwise only unsettled shards are
+        checked: there may be thousands of shards."""
+        self._checks_all = True
 
     # --- shards that are not served -----------------------------------------------------------------
 
@@ -217,16 +210,16 @@ class Membership:
         self.work_on([number])
 
     def stop_repair(self, number: int) -> None:
-        """Replace none of its members."""
+        """Stop the replacement of members of a shard."""
         self.repairing.discard(number)
         self.end_learners(number, RECOVERED_ANEW)
 
     def repair_in_flight(self, number: int) -> bool:
-        """Whether the map is being changed for a member that was replaced."""
+        """Whether the map is being changed for a replaced member."""
         return any(learner.proposed for learner in self.learners_of(number))
 
     def end_learners(self, number: int, why: str) -> None:
-        """Give up all learners of a shard."""
+        """End all learners of a shard."""
         for learner in self.learners_of(number):
             learner.fail(why)
 
@@ -234,23 +227,18 @@ class Membership:
 
     def may_leave(self, shard: Shard, link: Link) -> bool:
         """Whether the map can be changed so that `link` is no member, with M members and a good one left."""
-        return (
-            shard.serving
-            and shard.number not in self.changing
-            and link in shard.acked
-            and len(shard.members) > self._map.min_insync
-            and _leaves_a_good_one(shard, link)
-        )
+        is_changeable = shard.serving and shard.number not in self.changing and link in shard.acked
+        return is_changeable and len(shard.members) > self._map.min_insync and _leaves_a_good_one(shard, link)
 
     def evict(self, link: Link, shards: Iterable[Shard], why: str, level: str = "warning") -> int:
-        """R2, R14: propose that `link` leaves those of the shards that it can leave; how many they are."""
+        """R2, R14: propose that `link` leaves those of the shards that it can leave; returns their number."""
         leaving = [shard for shard in shards if self.may_leave(shard, link)]
         if leaving:
             numbers = [shard.number for shard in leaving]
             left: list[Shard] = []
 
             def edit(old: ClusterMap) -> ClusterMap:
-                # The store may have taken its time, or have failed: the last good member may be another one now (R6).
+                # The store may have been slow, or have failed: the last good member may be another one now (R6).
                 left[:] = [shard for shard in leaving if _leaves_a_good_one(shard, link)]
                 return old.without([shard.number for shard in left], link.node)
 
@@ -259,7 +247,7 @@ class Membership:
                 if left:
                     self._sequencer.leave(left, link)
                     for learner in [learner for shard in left for learner in self.learners_of(shard.number)]:
-                        if learner.replaces == link.node:  # its place is free: it comes in addition
+                        if learner.replaces == link.node:  # that place is gone: it joins as an additional member
                             learner.replaces = None
                     self.left(link.node, left[0].number, len(left), why, level)
                 self.work_on(numbers)
@@ -269,7 +257,7 @@ class Membership:
         return len(leaving)
 
     def left(self, node: str, first: int, count: int, why: str, level: str = "warning") -> None:
-        """The map does not name the node any more as a member of so many shards."""
+        """Count and log that the map does not name a node as a member of these shards any more."""
         self.evictions += 1
         self._outbox.event(level, "left-in-sync", node=node, shards=count, first=first, reason=why)
 
@@ -299,7 +287,7 @@ class Membership:
             if not self._peers_have(link, oldest):
                 continue
             if not any(link in shard.learners or self.may_leave(shard, link) for shard in link.shards):
-                continue  # nothing goes on without it: with a new link it would only be sent everything again
+                continue  # no shard can do without it, and a new link would only be sent everything again
             self._last_slow_ms = now_ms
             state.learns_after_ms = now_ms + SLOW_INTERVAL_MS
             why = f"it acknowledged nothing for {now_ms - oldest.written_ms} ms while others did"
@@ -309,14 +297,14 @@ class Membership:
             return
 
     def _patience_ms(self, link: Link, batch: Batch) -> int:
-        """How long the link may have this batch. Nobody waits for a learner, which has much to do, before it holds the
-        writes of its shards back."""
+        """The time that a link may have this batch. A learner, which has much to do, gets more, unless it holds up
+        writes."""
         is_awaited = link.full or any(link in self._shards[number].acked for number in batch.last_seqs)
         return EVICT_AFTER_MS if is_awaited else LEARNER_EVICT_AFTER_MS
 
     def _peers_have(self, link: Link, batch: Batch) -> bool:
-        """Whether for some shard M other members acknowledged what this batch has of it: without this one, and others
-        that are slow, it would go on."""
+        """Whether M other members of some shard acknowledged its writes of this batch: the shard could commit without
+        this member, and others that are slow."""
         for number, seq in batch.last_seqs.items():
             acked = self._shards[number].acked
             if sum(acked[other] >= seq for other in acked if other is not link) >= self._map.min_insync:
@@ -324,9 +312,9 @@ class Membership:
         return False
 
     def _hand_back_lost(self) -> None:
-        """R9: a shard all of whose members have lost their data, or are destroyed, for RECOVER_WAIT_MS: nobody can be
-        replaced. The recovery says that it is down. As long as a good one may come back the shard stays here: numbers
-        that were given in this epoch are on their way to it."""
+        """R9: hand a shard to the recovery if all its members lack their data, or are destroyed, for RECOVER_WAIT_MS:
+        none can be replaced. While a good one may come back the shard stays: numbers given in this epoch are to be sent
+        to that member."""
         lost: dict[int, int] = {}
         for number in sorted(self.unsettled):
             shard = self._shards[number]
@@ -346,13 +334,13 @@ class Membership:
                 return
 
     def _give_up_unwanted(self, shard: Shard) -> None:
-        """A learner that comes in addition, on a node where the copy is not wanted any more."""
+        """End additional learners on nodes where the copy is not wanted any more."""
         for learner in self.learners_of(shard.number):
             if learner.replaces is None and learner.link.node not in self._map.wanted[shard.number]:
                 learner.fail("it is not wanted there any more")
 
     def _shrink_moved(self, shard: Shard) -> None:
-        """A member that is not wanted leaves when there are enough wanted ones."""
+        """Let a member that is not wanted leave when there are enough wanted ones."""
         wanted = self._map.wanted[shard.number]
         if shard.number in self.changing or shard.bad or len(shard.members) <= len(wanted):
             return
@@ -360,7 +348,7 @@ class Membership:
         self.evict(link, [shard], "it is not wanted there any more", "info")
 
     def _drop_copies(self) -> None:
-        """Copies of shards that are as they are wanted, on nodes that are not: they are let go."""
+        """Drop copies of settled shards on nodes that are no members."""
         for node, state in self.nodes.items():
             link = self._sequencer.links[node]
             if not link.connected:
@@ -384,7 +372,7 @@ class Membership:
     # --- learning -----------------------------------------------------------------------------------
 
     def _start_learners(self) -> None:
-        """Begin with the shards that wait, as far as there are donors for them."""
+        """Start learners for waiting shards, as far as there are donors for them."""
         gives: dict[Link, int] = {}
         for learner in self.learners():
             gives[learner.donor] = gives.get(learner.donor, 0) + 1
@@ -392,11 +380,10 @@ class Membership:
         for number in list(self._waiting):
             shard = self._shards[number]
             found = self._candidate(shard) if self._wants_learner(shard) else None
-            if found is None:
-                del self._waiting[number]  # until the next look at it
-                continue
-            donor = self._donor(shard, found[0], gives)
             del self._waiting[number]
+            if found is None:
+                continue  # until the next check of the shard
+            donor = self._donor(shard, found[0], gives)
             if donor is None:
                 self._waiting[number] = None  # behind the others: most likely none of them has one either
                 misses += 1
@@ -406,9 +393,7 @@ class Membership:
             gives[donor] = gives.get(donor, 0) + 1
             self.learn(shard, found[0], donor, found[1])
 
-    def learn(
-        self, shard: Shard, link: Link, donor: Link, replaces: str | None, seq_min: int = 0
-    ) -> Learner:
+    def learn(self, shard: Shard, link: Link, donor: Link, replaces: str | None, seq_min: int = 0) -> Learner:
         """Begin to bring a copy up to date."""
         learner = Learner(
             shard, link, donor, replaces, seq_min, sequencer=self._sequencer, outbox=self._outbox,
@@ -422,9 +407,9 @@ class Membership:
         return learner
 
     def _candidate(self, shard: Shard) -> tuple[Link, str | None] | None:
-        """Who shall learn the shard next, and whose place it takes."""
+        """The link to learn the shard next, and the member whose place it takes, None for an additional one."""
         links = self._sequencer.links
-        for link in shard.bad:  # those that could leave have left, or are about to
+        for link in shard.bad:  # members that could leave have left, or are about to
             if link.node in self._map.destroyed:
                 return self._substitute(shard, link)
             if self._can_learn(link):
@@ -442,11 +427,10 @@ class Membership:
         return None
 
     def _substitute(self, shard: Shard, gone: Link) -> tuple[Link, str | None] | None:
-        """Another node for a member that was declared destroyed and cannot just leave."""
+        """Another node in the place of a destroyed member that cannot just leave."""
         out = {*self._map.draining, *self._map.destroyed}
         wanted = self._map.wanted[shard.number]
-        nodes = [*wanted, *(node for node in self._map.nodes if node not in wanted and node not in out)]
-        for node in nodes:
+        for node in (*wanted, *(node for node in self._map.nodes if node not in wanted and node not in out)):
             link = self._sequencer.links[node]
             if link not in shard.acked and self._can_learn(link):
                 return link, gone.node
@@ -458,13 +442,14 @@ class Membership:
         return link.connected and not is_leaving and state.learns_after_ms <= self._now_ms
 
     def _donor(self, shard: Shard, link: Link, gives: Mapping[Link, int]) -> Link | None:
-        """The good member that gives to fewest learners."""
+        """The good member that gives to the fewest learners."""
         able = [each for each in shard.good if each.connected and each is not link]
         able = [each for each in able if gives.get(each, 0) < LEARNERS_PER_DONOR_MAX]
         return min(able, key=lambda each: (gives.get(each, 0), each.node), default=None)
 
     def _token_for(self, learner: Learner) -> bytes:
-        """Whole copies leave a donor one after the other; one that its node gives to itself waits for none."""
+        """A new token, empty while the donor gives another copy: whole copies leave a donor one after the other. A node
+        that gives a copy to itself need not wait."""
         is_busy = learner.donor is not learner.link and any(
             other is not learner and other.donor is learner.donor and other.phase in (FREEZING, PULLING) and other.token
             for other in self.learners()
@@ -472,9 +457,9 @@ class Membership:
         return b"" if is_busy else self._new_token()
 
     def _learner_failed(self, learner: Learner, why: str) -> None:
-        """Try again after a while."""
+        """Detach the learner, and let its node wait before the next one."""
         state = self.nodes[learner.link.node]
-        if state.learns_after_ms <= self._now_ms:  # else another one failed just now: of a node they fail together
+        if state.learns_after_ms <= self._now_ms:  # else another one failed just now: learners of a node fail together
             state.failures += 1
             wait_ms = min(BACKOFF_MIN_MS << min(state.failures, 10), BACKOFF_MAX_MS)
             state.learns_after_ms = self._now_ms + wait_ms
@@ -485,17 +470,18 @@ class Membership:
         self.on_learner_failed(learner, why)
 
     def _learner_is_live(self, learner: Learner) -> None:
-        """R2: if it acknowledged everything committed, it joins in this step, and then the map is changed; one that
-        takes the place of another joins when the map says so (R9)."""
+        """R2: if the learner acknowledged everything committed, it joins in this step, and then the map is changed; a
+        replacement joins when the map says so (R9)."""
         shard = learner.shard
         number = shard.number
         if learner.proposed or number in self.changing or learner.following.acked < shard.commit:
             return
         learner.proposed = True
-        link, node, disk, replaces = learner.link, learner.link.node, learner.following.disk, learner.replaces
+        link, replaces, replica_id = learner.link, learner.replaces, learner.following.replica_id
+        node = link.node
         self.nodes[node].failures = 0
         self.changing.add(number)
-        is_first = self._map.wanted[number][0] == node  # so that answering is spread as it was planned
+        is_first = self._map.wanted[number][0] == node  # so that answering is spread as planned
         if replaces is None:
             self._sequencer.join(shard, link, is_first)
 
@@ -506,24 +492,24 @@ class Membership:
                 self._sequencer.swap(shard, self._sequencer.links[replaces], link)
             self._outbox.event("info", "joined-in-sync", node=node, shard=number, seq=learner.following.acked)
             if not shard.serving:
-                self.on_replaced(number, node, disk)
+                self.on_replaced(number, node, replica_id)
             self.work_on([number])
 
         if replaces is None:
             def joined(old: ClusterMap) -> ClusterMap:
-                new = old.with_member(number, node, disk)
+                new = old.with_member(number, node, replica_id)
                 return new.first_answers(number, node) if is_first else new
 
             self._proposals.propose(joined, stored)
         else:
-            self._proposals.propose(lambda old: old.replaced(number, replaces, node, disk), stored)
+            self._proposals.propose(lambda old: old.replaced(number, replaces, node, replica_id), stored)
 
 
 def _is_unsettled(shard: Shard, wanted: Collection[str]) -> bool:
-    """Whether there may be something to do for the shard."""
+    """Whether the shard may need a step."""
     return bool(shard.bad or shard.learners) or {link.node for link in shard.members} != set(wanted)
 
 
 def _leaves_a_good_one(shard: Shard, link: Link) -> bool:
-    """Whether a member known to be good, that is good and linked, is there without this one."""
+    """Whether another member is known to be good, that is good and linked."""
     return any(other is not link and other.connected for other in shard.good)

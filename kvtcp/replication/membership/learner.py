@@ -1,21 +1,21 @@
 """The learner: one node's copy of one shard on its way into the in-sync set.
 
 Pure. Rejoin after a crash, replacement of a lost copy and a move to another node are all this one mechanism.
-Membership begins and ends learners. A learner queues its items by way of the sequencer and its frames by way of the
-outbox; the controller brings back what nodes answered. The shard sees of it only its `following`.
+Membership begins and ends learners. A learner queues its items through the sequencer and its frames through the outbox;
+the controller passes on the answers of nodes. The shard sees only the learner's `following`.
 
-    ASKED      the item LEARN is queued: from there on the node gets, and sets aside, every write of the shard
+    ASKED      the item LEARN is queued: from there on the node gets, and buffers, every write of the shard
     FETCHING   a member is asked for the entries that the node lacks
     SHIPPING   the node has to apply them, by their effects
-    FREEZING   they are not to be had, so a member freezes its whole copy
-    PULLING    and the node fetches that
-    LIVE       the node has everything, what was set aside included, and acknowledges like a member
+    FREEZING   they are not available, so a member freezes its whole copy
+    PULLING    and the node fetches that copy
+    LIVE       the node has everything, buffered writes included, and acknowledges like a member
 
-A copy that goes on where it was is compared first: the donor's chain at its position must be the copy's own (R7). What
-does not match, or cannot be shipped, is replaced whole, under a new disk. Nothing that a learner acknowledges counts
-before LIVE (`acknowledged`), and it joins only when that is everything committed (R2).
+A copy that is continued is compared first: the donor's chain at the copy's position must be the copy's own (R7). A copy
+that does not match, or to which the entries cannot be shipped, is replaced whole, under a new replica id. Acknowledged
+numbers of a learner count only when LIVE (`acknowledged`), and it joins only when they cover everything committed (R2).
 
-Requests of an attempt that is over may still be answered; what is not awaited is not looked at.
+Answers to requests of an attempt that is over are ignored.
 
 Invariants: `following.acked` is 0 before LIVE; a copy that was not replaced whole is LIVE only after its chain was
 compared.
@@ -42,30 +42,21 @@ FREEZING: Final = "freezing"
 PULLING: Final = "pulling"
 LIVE: Final = "live"
 
-HURRY_TICKS: Final = 4  # ticks for which a live learner runs after the members before writes wait for it
+HOLD_AFTER_TICKS: Final = 4  # ticks for which a live learner lags behind the members before writes wait for it
 
 
 class Learner:
-    """One attempt. `replaces` is the member whose place it takes at the end: the same node with the disk that it had,
-    or one that was declared destroyed; None if it comes in addition."""
+    """One attempt. `replaces` is the member whose place the learner takes at the end: an earlier copy of the same node,
+    or a destroyed node; None for an additional member."""
 
     def __init__(
-        self,
-        shard: Shard,
-        link: Link,
-        donor: Link,
-        replaces: str | None,
-        seq_min: int,
-        *,
-        sequencer: Sequencer,
-        outbox: Outbox,
-        token_for: Callable[[Learner], bytes],
-        on_live: Callable[[Learner], None],
-        on_failed: Callable[[Learner, str], None],
-    ) -> None:
-        """Numbers up to `seq_min` were lost with an accepted loss; 0 = nothing was. `token_for` gives a name for its
-        transfer that nobody can guess, empty as long as its donor gives another copy. `on_live` is called when it
-        acknowledged more, `on_failed` once, when it will not become a member."""
+        self, shard: Shard, link: Link, donor: Link, replaces: str | None, seq_min: int, *,
+        sequencer: Sequencer, outbox: Outbox, token_for: Callable[[Learner], bytes],
+        on_live: Callable[[Learner], None], on_failed: Callable[[Learner, str], None],
+    ) -> None:  # fmt: skip
+        """Numbers up to `seq_min` were lost with an accepted loss; 0 = none. `token_for` makes an unguessable name for
+        the transfer, empty while the donor gives another copy. `on_live` is called when the learner acknowledged more,
+        `on_failed` once, when it will not become a member."""
         self.shard = shard
         self.link = link
         self.donor = donor
@@ -73,11 +64,11 @@ class Learner:
         self.following = Following(self.acknowledged)
         self.phase = ASKED
         self.fresh = False  # the copy is replaced whole
-        self.seq = 0  # how far its own copy was when it was last heard of
+        self.seq = 0  # last known number of its own copy
         self.proposed = False  # the change of the map that makes it a member is on its way
         self.entries_shipped = 0
         self.keys_total = 0  # of the copy that is transferred
-        self.token = b""  # of the transfer that was asked for; empty = none was
+        self.token = b""  # of the transfer that was asked for; empty if none was
         self._sequencer = sequencer
         self._outbox = outbox
         self._token_for = token_for
@@ -85,22 +76,22 @@ class Learner:
         self._on_failed = on_failed
         self._chain = 0  # of `seq`
         self._seq_min = seq_min
-        self._attempt = 0  # counts attachments: results of earlier ones are not looked at
+        self._attempt = 0  # counts attachments: results of earlier ones are ignored
         self._attach_seq = 0  # last number given before the writes that are queued to the learner
         self._compared = False  # the copy's chain is that of the donor, or the copy is a transferred one
-        self._learned = -1  # number up to which the node says that it is live; -1 = not yet
+        self._learned = -1  # number at which the node said that its copy is live; -1 = not yet
         self._fetches = False  # FETCH was sent and not answered
-        self._shipped_to = 0  # last number of what was sent to it
+        self._shipped_to = 0  # last number of the entries sent to it
         self._ticks_behind = 0  # ticks in which it was live and lacked something committed
         self._over = False
 
     @property
     def entries_left(self) -> int:
-        """Numbers that it does not have yet, as far as is known."""
+        """Count of the entries that it still lacks, as far as is known."""
         return max(0, self.shard.last_seq - max(self.seq, self.following.acked))
 
     def start(self, copy: CopyReport | None) -> None:
-        """Attach it. `copy` is what its node reported."""
+        """Attach the learner, whose node reported `copy`."""
         if self.donor is self.link:
             self._give_itself()
             return
@@ -114,14 +105,13 @@ class Learner:
         self._learned = -1
         self.token = b""
         self._attempt += 1
-        shard = self.shard
-        self._attach_seq = max(shard.last_seq, self._seq_min)
+        self._attach_seq = max(self.shard.last_seq, self._seq_min)
         self.following.attached = True
-        item = (LEARN, shard.number, int(fresh), self._attach_seq)
-        self._sequencer.attach(shard, self.link, item, self._guarded(self._on_learn))
+        item = (LEARN, self.shard.number, int(fresh), self._attach_seq)
+        self._sequencer.attach(self.shard, self.link, item, self._guarded(self._on_learn))
 
     def _give_itself(self) -> None:
-        """After an accepted loss: a copy begins anew from what it has, with higher numbers."""
+        """Continue a copy, after an accepted loss, as a new one with higher numbers."""
         self.phase = FREEZING
         self.token = token = self._token_for(self)
 
@@ -137,7 +127,7 @@ class Learner:
         self._sequencer.call(self.donor, item, self._guarded(frozen))
 
     def _guarded(self, then: Callable[[Any], None]) -> Callable[[Any], None]:
-        """`then`, unless this attempt is over when the result comes."""
+        """`then`, called only if this attempt is not over when the result comes."""
         attempt = self._attempt
 
         def guarded(result: Any) -> None:
@@ -151,11 +141,11 @@ class Learner:
         return guarded
 
     def give_up(self) -> None:
-        """Nothing that still comes is looked at."""
+        """End this attempt: the link of its node is lost."""
         self._over = True
 
     def fail(self, why: str) -> None:
-        """End this attempt; the node forgets what it set aside."""
+        """End this attempt; the node drops the buffered writes."""
         if not self._over and not self.proposed:
             self._over = True
             if self.link.connected:
@@ -163,32 +153,32 @@ class Learner:
             self._on_failed(self, why)
 
     def tick(self) -> None:
-        """Ask again a donor that was behind; do not let a learner run after the others for ever."""
+        """Ask a donor that was behind again; hold writes if the learner lags behind for long."""
         if self.phase == FETCHING and not self._fetches:
             self._fetch()
         elif self.phase == LIVE and not self.proposed:
             self._on_live(self)
             if not self.proposed and self.following.acked < self.shard.commit:
                 self._ticks_behind += 1
-                self.following.holds_writes = self._ticks_behind > HURRY_TICKS
+                self.following.holds_writes = self._ticks_behind > HOLD_AFTER_TICKS
 
-    def go_on(self) -> None:
-        """The donor may be free now."""
+    def resume(self) -> None:
+        """Try again for a donor that may be free now."""
         if self.phase == FREEZING and not self.token:
             self._freeze()
 
     # --- what comes back ----------------------------------------------------------------------------
 
     def _on_learn(self, result: Any) -> None:
-        """The node sets writes aside from now on; this is its copy."""
+        """Take the node's answer to LEARN: it buffers writes from now on, and this is its copy."""
         if result is None:
             if self.fresh:
                 self.fail("its node refused to begin a new copy")
             else:
                 self._attach(fresh=True)
             return
-        disk, _, _, _, seq, chain = result
-        self.following.disk, self.seq, self._chain = disk.decode(), seq, chain
+        replica_id, _, _, _, seq, chain = result
+        self.following.replica_id, self.seq, self._chain = replica_id.decode(), seq, chain
         if self.donor is self.link:
             self._pull()
         elif self.fresh:
@@ -202,14 +192,14 @@ class Learner:
         self._outbox.send(self.donor.node, (FETCH, self.shard.number, self.seq))
 
     def on_entries(self, node: str, after: int, chain: int | None, entries: Any) -> None:
-        """ENTRIES of the donor. Raises LinkError if they are none."""
+        """Take ENTRIES of the donor. Raises LinkError if they are malformed."""
         if self.phase != FETCHING or node != self.donor.node or after != self.seq:
             return
         self._fetches = False
         if chain is None and self.shard.acked.get(self.donor, 0) < after:
-            return  # the donor is behind: it is asked again
+            return  # the donor is behind: `tick` asks again
         if chain is None or chain != self._chain or entries is None:
-            self._attach(fresh=True)  # another history, or too old: it is replaced whole
+            self._attach(fresh=True)  # another history, or too old: the copy is replaced whole
             return
         if not (type(entries) is list and all(map(is_entry, entries))):
             raise LinkError(f"{node} sent entries of shard {self.shard.number} that are none")
@@ -220,11 +210,11 @@ class Learner:
             self.entries_shipped += len(entries)
             self._outbox.send(self.link.node, (SHIP, self.shard.number, entries))
         elif after >= self._attach_seq:
-            self.phase = SHIPPING  # it has all, and says so when it is durable
-            self._look_whether_live()
+            self.phase = SHIPPING  # it has all, and reports that when it is durable
+            self._check_live()
 
     def on_shipped(self, node: str, seq: int, chain: int, error: bytes | None) -> None:
-        """SHIPPED of the learner."""
+        """Take SHIPPED of the learner."""
         if self.phase != SHIPPING or node != self.link.node:
             return
         if error is not None:
@@ -238,12 +228,12 @@ class Learner:
         self.phase = FREEZING
         self.token = self._token_for(self)
         if not self.token:
-            return  # `go_on` tries again
+            return  # `resume` tries again
         item = (DONATE, self.shard.number, self.token, self._seq_min)
         self._sequencer.call(self.donor, item, self._guarded(self._on_frozen))
 
     def _on_frozen(self, result: Any) -> None:
-        """The donor has everything that was queued before the learner was attached, and more."""
+        """Let the node fetch the frozen copy, which has every write queued before the learner was attached."""
         if result is None:
             self.fail(f"{self.donor.node} has no copy to give")
             return
@@ -255,26 +245,26 @@ class Learner:
         host, port = self._sequencer.map.nodes[self.donor.node]
         self._outbox.send(self.link.node, (PULL, self.shard.number, host, port, self.token))
 
-    def on_learned(self, node: str, disk: bytes, seq: int) -> None:
-        """LEARNED: the copy is complete and live, up to this number. Raises LinkError if it cannot be."""
-        if self.phase in (ASKED, LIVE) or node != self.link.node or disk.decode() != self.following.disk:
+    def on_learned(self, node: str, replica_id: bytes, seq: int) -> None:
+        """Take LEARNED: the copy is complete and live at this number. Raises LinkError if that cannot be true."""
+        if self.phase in (ASKED, LIVE) or node != self.link.node or replica_id.decode() != self.following.replica_id:
             return  # of an attempt that is over
         if seq < self._attach_seq:
-            return  # of one with the same disk: what is durable there is told late
+            return  # of one with the same replica id: LEARNED waits until the copy is durable
         last_seq = max(self.shard.last_seq, self._attach_seq)
         if seq > last_seq:
             raise LinkError(f"{node} has shard {self.shard.number} up to {seq}, the last number given is {last_seq}")
         self._learned = seq
-        self._look_whether_live()
+        self._check_live()
 
-    def _look_whether_live(self) -> None:
+    def _check_live(self) -> None:
         if self._learned >= 0 and self._compared:
             self.phase = LIVE
             self.seq = self.following.acked = self._learned
             self._on_live(self)
 
     def on_failed(self, node: str, why: str) -> None:
-        """LEARN_FAILED: the node is as it was before."""
+        """Take LEARN_FAILED: the node is as it was before."""
         if self.phase in (ASKED, LIVE) or node != self.link.node:
             return  # of an attempt that is over
         if self.fresh:
@@ -284,8 +274,8 @@ class Learner:
             self._attach(fresh=True)
 
     def acknowledged(self, seq: int) -> None:
-        """An ordinal of the link covers the entries up to this number. Counts only when the copy is live: before, the
-        node had set them aside."""
+        """Note that an ordinal of the link covers the entries up to this number. They count only when the copy is live:
+        before, the node had buffered them."""
         if self.phase == LIVE:
             if seq > self.following.acked:
                 self.seq = self.following.acked = seq

@@ -1,12 +1,12 @@
-"""Confirmed reads: what a coordinator needs that shares its config store with others (rule R11 c).
+"""Confirmed reads, for a coordinator that shares its config store with others (rule R11 c).
 
-Pure. Another coordinator may have taken over without this one having heard of it. Then writes cannot commit here any
-more, but a member that was not fenced yet would still answer reads, and the answer could be old. So a read is released
-only when |E| - M + 1 members of E have answered something that was sent after it arrived: any M members, and a new
-coordinator fences all but at most |E| - M of them before it serves, have one in common with these.
+Pure. Another coordinator may have taken over unnoticed. Then writes cannot commit here any more, but a member that was
+not fenced yet would still answer reads, and the answer could be old. So a read is released only when |E| - M + 1
+members of E have answered something sent after it arrived: a new coordinator fences all but at most |E| - M members
+before it serves, so one of these would have been fenced.
 
-With the local config store there is one coordinator, by a lock on its directory, and the plain Sequencer does; this one
-is for a shared store, and runs in simulations.
+With the local config store a lock on the directory ensures that there is one coordinator, and the plain Sequencer is
+enough; this one is for a shared store, and runs in simulations.
 
 A tick in which reads arrived ends with a probe to every link, an audit of no shards; all reads of a tick share it, and
 its number is their *round*. Reads that wait for their round are refused after WRITE_WAIT_MS.
@@ -40,11 +40,11 @@ class _Confirmed:
         self._sink = sink
 
     def reply(self, token: Any, result: Any) -> None:
-        """The read may be answered, as far as (a) and (b) of the rule go."""
+        """Take the result of a read that may be answered by (a) and (b) of the rule."""
         self._sequencer.release_read(self._numbers, self._round, self._sink, token, result)
 
     def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """A refusal shows nothing."""
+        """Pass on an error: it shows no data."""
         self._sink.fail(token, code, message, details)
 
 
@@ -70,7 +70,7 @@ class ConfirmingSequencer(Sequencer):
         self._round = 1  # of the reads that arrive in this tick
         self._is_asked = False  # a read arrived in it
         self._unasked: set[Link] = set()  # links to ask for the last round, as soon as they have room
-        self._confirmed: dict[Link, int] = {}  # the last round that each link answered as what it is now
+        self._confirmed: dict[Link, int] = {}  # the last round that each link answered as the member that it is now
         # (deadline_ms, shards, round, sink, token, result)
         self._unconfirmed: list[tuple[int, Sequence[int], int, Sink, Any, Any]] = []
 
@@ -111,7 +111,7 @@ class ConfirmingSequencer(Sequencer):
         return answered
 
     def join(self, shard: Shard, link: Link, is_first: bool = False) -> None:
-        """See Sequencer.join. What the link confirmed before, it did not confirm as a member."""
+        """See Sequencer.join. Earlier confirmations of the link are not those of a member."""
         self._confirmed.pop(link, None)
         super().join(shard, link, is_first)
 

@@ -1,8 +1,8 @@
 """Link: what one node was sent, has applied, has durable, and may be sent.
 
-Pure. The coordinator's sequencer keeps one Link per node; the server moves its batches to the socket. It is the idea of
-etcd-raft's `tracker/progress.go` and `inflights.go` for a FIFO link: replies match by order, so all that is kept per
-item is its place in a batch.
+Pure. The coordinator's sequencer keeps one Link per node; the server moves its batches to the socket. The idea is that
+of etcd-raft's `tracker/progress.go` and `inflights.go`, for a FIFO link: replies match by order, so the only state of
+an item is its place in a batch.
 
 A batch passes through four stages, each a queue in order of ordinals:
 
@@ -13,31 +13,32 @@ Invariants (`check`):
 - `items` and `bytes` count everything in the four stages; a link without room in its window is marked `full`;
 - ordinals count the items of this link since HELLO, without a gap over the stages;
 - a batch has one stamp and is never merged with another one: an entry keeps its stamp for ever, in a re-send too;
-- `resend` has writes only, and is sent again before anything new when the node is back.
+- `resend` has writes only, and is sent before anything new when the node is back.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, Final
 
 from kvtcp.constants import BATCH_BYTES_MAX, READ_RETRY_MS, WINDOW_BYTES_MAX, WINDOW_ITEMS_MAX
 from kvtcp.protocol.operations import WRITE_OP_END
-from kvtcp.replication.sequencing.requests import AWAITED, DUE
+from kvtcp.replication.sequencing.requests import AWAITED, UNANSWERED
 
 Item = tuple[Any, ...]  # as operations.py lays it out
 Op = list[Any]  # what waits for an answer: see requests.py
 Orphan = tuple[int, int, Op]  # shard, number and op of a write whose result does not come over the link any more
+Wanted = Callable[[int, int], bool]  # whether a write is meant, by its shard and number
 
-ANSWERED: Final[Op] = [-2]  # stands for an op of a kept write whose result is known already
+ANSWERED: Final[Op] = [-2]  # stands for the op of a write to be sent again whose result is known already
 SEQ_MAX: Final = 1 << 63  # above every number
-UNCOMMITTED_MAX: Final = 64  # batches remembered as uncommitted before those that are committed are looked for
+UNCOMMITTED_MAX: Final = 64  # batches remembered as uncommitted before the committed ones are dropped
 
 
 class LinkError(Exception):
-    """The node's frame cannot be true (wrong count, ordinal from the future): the link is closed."""
+    """Raised for a node's frame that cannot be true (wrong count, ordinal from the future): the link is closed."""
 
 
 class Batch:
@@ -55,83 +56,44 @@ class Batch:
         self.written_ms = 0  # monotonic time of writing
         self.unmoved: list[Op] | None = None  # once its reads were queued elsewhere too: those that could not be
 
-    def part(self, numbers: Container[int], inside: bool, seq_max: int = SEQ_MAX) -> Batch:
-        """Of a batch of writes what belongs to these shards, up to this number, or (not `inside`) what does not."""
+    def part(self, wanted: Wanted) -> Batch:
+        """The wanted writes of a batch of writes."""
         part = Batch(self.stamp_ms)
         part.bytes = self.bytes
         answers = iter(self.answers)
         for item in self.items:
             op = next(answers) if item[3] else None
-            if (item[1] in numbers and item[2] <= seq_max) is inside:
+            if wanted(item[1], item[2]):
                 part.items.append(item)
                 part.last_seqs[item[1]] = item[2]
                 if op is not None:
                     part.answers.append(op)
         return part
 
-    def unanswered(self, numbers: Container[int], seq_max: int = SEQ_MAX) -> list[Orphan]:
-        """Of a batch of writes those of these shards, up to this number, that wait for a result of it."""
-        found: list[Orphan] = []
-        answers = iter(self.answers)
-        for item in self.items:
-            if item[3]:
-                op = next(answers)
-                if op is ANSWERED or item[1] not in numbers or item[2] > seq_max:
-                    continue
-                if op[1] is not None and op[3] in (AWAITED, DUE):
-                    found.append((item[1], item[2], op))
-        return found
-
-    def lacking(self, has: Mapping[int, int]) -> tuple[Batch, list[Orphan]]:
-        """Of a batch of writes what a node lacks that has these shards up to these numbers; and the writes that it has
-        and whose results were lost."""
-        lacks, orphans = Batch(self.stamp_ms), []
-        lacks.bytes = self.bytes
-        answers = iter(self.answers)
-        for item in self.items:
-            op = next(answers) if item[3] else None
-            if item[2] <= has.get(item[1], 0):
-                if op is not None and op is not ANSWERED and op[1] is not None and op[3] in (AWAITED, DUE):
-                    orphans.append((item[1], item[2], op))
-                continue
-            lacks.items.append(item)
-            lacks.last_seqs[item[1]] = item[2]
-            if op is not None:
-                lacks.answers.append(op)
-        return lacks, orphans
+    def unanswered(self, wanted: Wanted) -> list[Orphan]:
+        """The wanted writes of a batch of writes that wait for a result of it."""
+        answered = [item for item in self.items if item[3]]
+        return [
+            (item[1], item[2], op)
+            for item, op in zip(answered, self.answers, strict=True)
+            if op is not ANSWERED and op[1] is not None and op[3] in (AWAITED, UNANSWERED) and wanted(item[1], item[2])
+        ]
 
 
 class Link:
     """One node as the sequencer sees it."""
 
     __slots__ = (
-        "answered",
-        "applied",
-        "bytes",
-        "connected",
-        "full",
-        "heard_ms",
-        "items",
-        "last_ordinal",
-        "next_turn",
-        "node",
-        "open",
-        "outgoing",
-        "reason",
-        "resend",
-        "shards",
-        "space",
-        "uncommitted",
-        "uncommitted_max",
-        "written",
+        "answered", "applied", "bytes", "connected", "full", "heard_ms", "items", "last_ordinal", "next_turn", "node",
+        "open", "outgoing", "reason", "resend", "shards", "space", "uncommitted", "uncommitted_max", "written",
         "written_ordinal",
-    )
+    )  # fmt: skip
 
     def __init__(self, node: str) -> None:
         self.node = node
-        self.connected = False  # the link is up; that a copy of the node counts is another matter, see Shard.bad
+        self.connected = False  # the link is up; whether a copy of the node counts is another matter, see Shard.bad
         self.reason = "not connected yet"  # why not, for people
-        self.heard_ms = 0  # monotonic time at which bytes came from the node last
+        self.heard_ms = 0  # monotonic time of the last bytes from the node
         self.full = False  # the window has no room; writes of its shards wait
         self.space = 0  # how short of disk space the node is: 0 not, 1 no growing writes, 2 no writes
         self.items = 0
@@ -142,16 +104,16 @@ class Link:
         self.outgoing: deque[Batch] = deque()
         self.written: deque[Batch] = deque()
         self.applied: deque[Batch] = deque()
-        self.answered = 0  # how many results of the oldest written batch came already; the last are still to come
+        self.answered = 0  # results of the oldest written batch that came already; at least one is still to come
         # batches with writes not yet known committed, in order: the ordinal before the batch, its last_seqs
         self.uncommitted: deque[tuple[int, dict[int, int]]] = deque()
-        self.uncommitted_max = UNCOMMITTED_MAX  # how long `uncommitted` gets before it is looked through
+        self.uncommitted_max = UNCOMMITTED_MAX  # length of `uncommitted` above which committed batches are dropped
         self.shards: list[Any] = []  # the Shards with a replica here
         self.resend: list[Batch] = []  # writes for when the node is back, or back with the copy that it had
         self.next_turn = 0  # index of the shard whose waiting requests are next when the window opens
 
     def is_silent(self, now_ms: int) -> bool:
-        """Whether results are due and nothing at all was heard of the node for READ_RETRY_MS."""
+        """Whether results are awaited and no byte came from the node for READ_RETRY_MS."""
         written = self.written
         return bool(written) and now_ms - max(written[0].written_ms, self.heard_ms) >= READ_RETRY_MS
 
@@ -185,7 +147,7 @@ class Link:
             self.fill()
 
     def fill(self) -> None:
-        """The window has no room any more."""
+        """Mark the window as full: no write of its shards can be queued."""
         if not self.full:
             self.full = True
             for shard in self.shards:
@@ -199,15 +161,15 @@ class Link:
             self.bytes += batch.bytes
             self.close_batch()
 
-    def drop_resend(self, numbers: Container[int], seq_max: int = SEQ_MAX) -> list[Orphan]:
-        """Send nothing of these shards, up to this number, again; returns the writes that wait for a result of it."""
-        orphans = [orphan for batch in self.resend for orphan in batch.unanswered(numbers, seq_max)]
-        parts = [batch.part(numbers, False, seq_max) for batch in self.resend]
+    def drop_resend(self, dropped: Wanted) -> list[Orphan]:
+        """Forget these writes of `resend`; returns those that still waited for a result."""
+        orphans = [orphan for batch in self.resend for orphan in batch.unanswered(dropped)]
+        parts = [batch.part(lambda number, seq: not dropped(number, seq)) for batch in self.resend]
         self.resend = [part for part in parts if part.items]
         return orphans
 
     def close_batch(self) -> None:
-        """The open batch gets its ordinals and may be written."""
+        """Give the open batch its ordinals; it may be written then."""
         batch = self.open
         if batch is None:
             return
@@ -219,20 +181,20 @@ class Link:
         self.outgoing.append(batch)
 
     def forget_older(self, number: int) -> None:
-        """What the node had of this shard before the link is committed, or nothing that it is to be told of."""
+        """Stop tracking entries from before this link: they are committed, or the node left the shard."""
         if self.uncommitted and self.uncommitted[0][0] < 0:
             self.uncommitted[0][1].pop(number, None)
 
-    def drop_committed(self, committed: Callable[[int, int], bool]) -> None:
-        """Forget the batches whose (shard, number) are all committed, so that `uncommitted` is bounded by the
-        uncommitted writes; not again before it is twice as long as what is left."""
+    def drop_committed(self, committed: Wanted) -> None:
+        """Forget the batches whose writes are all committed, so that `uncommitted` is bounded by uncommitted writes. It
+        is done again when the rest has doubled."""
         self.uncommitted = deque(
             entry for entry in self.uncommitted if not all(committed(*last) for last in entry[1].items())
         )
         self.uncommitted_max = UNCOMMITTED_MAX + 2 * len(self.uncommitted)
 
     def next_outgoing(self, now_ms: int) -> Batch | None:
-        """The next batch to write; from now on its results are awaited."""
+        """Take the next batch to write; its results are awaited from now on."""
         if not self.outgoing:
             return None
         batch = self.outgoing.popleft()
@@ -242,11 +204,11 @@ class Link:
         return batch
 
     def on_applied(self, ordinal: int, durable: int, results: list[Any]) -> tuple[list[Op], list[Any]]:
-        """Ops and results, pairwise, of a frame. Raises LinkError, with nothing changed, if it does not match what was
+        """Ops and results, pairwise, of a frame. Raises LinkError, with nothing changed, if they do not match the items
         sent.
 
         A node splits large results over several frames: the ordinal then stands still until the batch is complete.
-        They are handed on as they come, so that they do not pile up here.
+        Results are passed on as they come, so that they do not pile up here.
         """
         if not durable <= ordinal <= self.written_ordinal:
             raise LinkError(
@@ -255,7 +217,7 @@ class Link:
         written = self.written
         skip = self.answered
         batches = 0  # complete now
-        due = 0  # results of these that were not here before
+        due = 0  # results of these that did not come before
         for batch in written:
             if batch.last_ordinal > ordinal:
                 break
@@ -284,7 +246,7 @@ class Link:
         return answers, results
 
     def on_durable(self, ordinal: int) -> list[Batch]:
-        """The batches acknowledged now; they leave the window."""
+        """Take the batches that are acknowledged now: they leave the window."""
         done: list[Batch] = []
         applied = self.applied
         while applied and applied[0].last_ordinal <= ordinal:
@@ -295,9 +257,9 @@ class Link:
         return done
 
     def disconnect(self, reason: str) -> tuple[list[Batch], list[Op]]:
-        """The link is gone. Returns the batches of writes to keep, and the reads that must be queued elsewhere: those
-        without a result, unless they were queued elsewhere already."""
-        kept: list[Batch] = []
+        """Take the link down. Returns the writes, in batches, and the reads to queue elsewhere: those without a result,
+        unless they were queued elsewhere already."""
+        writes: list[Batch] = []
         reads: list[Op] = []
         answered = len(self.applied)  # the results of these are here already
         for n, old in enumerate(self.stages()):
@@ -317,23 +279,19 @@ class Link:
                 reads += old.unmoved
             batch.bytes = old.bytes
             if batch.items:
-                kept.append(batch)
-        self._clear()
-        self.connected = False
+                writes.append(batch)
+        self.connected = self.full = False
         self.reason = reason
-        return kept, reads
-
-    def _clear(self) -> None:
         self.open = None
-        self.full = False
         self.answered = 0
         self.items = self.bytes = self.last_ordinal = self.written_ordinal = 0
         self.uncommitted_max = UNCOMMITTED_MAX
         for stage in (self.outgoing, self.written, self.applied, self.uncommitted):
             stage.clear()
+        return writes, reads
 
     def has_room(self, share: float = 1.0) -> bool:
-        """Whether the window has room; `share` < 1 asks for more than the last place."""
+        """Whether less than this share of the window is used."""
         return self.items < WINDOW_ITEMS_MAX * share and self.bytes < WINDOW_BYTES_MAX * share
 
     def check(self) -> None:

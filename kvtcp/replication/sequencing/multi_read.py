@@ -1,9 +1,9 @@
 """Reads over several shards: pages of a scan, counts, mget. One cut, many nodes, one answer.
 
 Pure. The sequencer queues the parts of a MultiRead to all links concerned in one synchronous step with one stamp; since
-every link is in order, the parts together see one point in time. It is answered when every part has arrived and every
-shard has committed all that was queued before the read. If a link is lost the whole read starts again (a new
-attempt): parts of different attempts would belong to different cuts.
+every link is in order, the parts together see one point in time. The read is answered when every part has arrived and
+every shard has committed all writes queued before it. If a link is lost the whole read starts again (a new attempt):
+parts of different attempts would belong to different cuts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from kvtcp.protocol.messages import make_cursor
 from kvtcp.protocol.operations import ANY_KEY, COUNT, MGET, PAGE
 
 Numbers = Sequence[int]
-SPARE_ROWS: Final = 8  # that a node is asked for beyond its likely part of a page: for small pages
-SPREAD_ROWS: Final = 500  # of a page that are worth asking one more node for
-KEY_OVERHEAD_BYTES: Final = 32  # what a key of an mget counts in a batch beyond its bytes
-Columns = Sequence[Any]  # of a node's part of a page: keys, values or nil, revs, ttls_ms or nil, whether it was cut
+SPARE_ROWS: Final = 8  # rows to ask a node for beyond its likely part of a page: for small pages
+SPREAD_ROWS: Final = 500  # rows of a page for which it is worth asking one more node
+KEY_OVERHEAD_BYTES: Final = 32  # size of a key of an mget in a batch beyond its bytes
+Columns = Sequence[Any]  # a node's part of a page: keys, values or nil, revs, ttls_ms or nil, whether it was cut
 Row = tuple[bytes, bytes | None, int, int | None]  # key, value or nil, rev, ttl_ms or nil
 
 
 class Holder(Protocol):
-    """A shard, as a read over several of them sees it."""
+    """A shard of a read over several."""
 
     commit: int
 
@@ -44,33 +44,27 @@ class MultiRead:
     )  # fmt: skip
 
     def __init__(
-        self,
-        shards: Numbers,
-        sink: Any,
-        token: Any,
-        build: Callable[[list[int]], tuple[tuple[Any, ...], int]],
-        merge: Callable[[list[Any]], Any],
-        size: int,
-        spread: int = 1,
-    ) -> None:
+        self, shards: Numbers, sink: Any, token: Any, build: Callable[[list[int]], tuple[tuple[Any, ...], int]],
+        merge: Callable[[list[Any]], Any], size: int, spread: int = 1,
+    ) -> None:  # fmt: skip
         self.shards = shards
-        self.spread = spread  # among so many nodes it is worth sharing, if they are idle
+        self.spread = spread  # number of nodes worth sharing it among, if they are idle
         self.sink = sink
         self.token = token
         self.build = build
         self.merge = merge
-        self.bytes = size  # what it counts while it waits: its keys or bounds
-        self.attempt = 0  # parts of other attempts are not looked at
+        self.bytes = size  # of its keys or bounds, counted while it waits
+        self.attempt = 0  # parts of other attempts are ignored
         self.parts: list[Any] = []  # results of this attempt, by index
         self.missing = 0  # parts that have not arrived
         self.needed: dict[Holder, int] = {}  # shard -> number that must be committed before the answer
         self.movable = True  # whether another node could answer as well
-        self.moved = False  # begun anew because a node was silent: not again, or slow nodes would keep it for ever
+        self.moved = False  # started again because a node was silent: only once, or slow nodes would keep it for ever
         self.error: list[Any] | None = None  # [code, message, details] if a part is one
         self.done = False  # all parts of an attempt arrived, or it failed
 
     def start(self, parts: int, needed: dict[Holder, int]) -> None:
-        """A new attempt of `parts` parts."""
+        """Begin an attempt of so many parts."""
         self.attempt += 1
         self.parts = [None] * parts
         self.missing = parts
@@ -78,11 +72,11 @@ class MultiRead:
         self.error = None
 
     def cancel_attempt(self) -> None:
-        """No attempt is under way: parts that still arrive are not looked at."""
+        """End the attempt: parts that still arrive are ignored."""
         self.attempt += 1
 
     def take(self, attempt: int, index: int, result: Any) -> bool:
-        """A part arrived; true if it was the last one."""
+        """Take a part; true if it was the last one."""
         if attempt != self.attempt or self.done:
             return False
         if type(result) is list and len(result) == 3 and type(result[0]) is int and type(result[2]) is dict:
@@ -93,7 +87,7 @@ class MultiRead:
         return self.done
 
     def release(self) -> None:
-        """Answer if everything that the parts show is committed, else wait for the first shard that is behind."""
+        """Answer if every entry that the parts show is committed, else wait for the first shard that is behind."""
         for shard, needed in self.needed.items():
             if shard.commit < needed:
                 shard.hold(needed, None, self, None)
@@ -108,38 +102,30 @@ class MultiRead:
             self.sink.reply(self.token, self.merge(self.parts))
 
     def fail(self, code: Code, text: str) -> None:
-        """No answer will come."""
+        """Refuse the read."""
         self.done = True
         self.sink.fail(self.token, code, text, {})
 
 
 def page_read(
-    shards: Numbers,
-    lower: bytes,
-    upper: bytes | None,
-    limit: int,
-    reverse: bool,
-    keys_only: bool,
-    sink: Any,
+    shards: Numbers, lower: bytes, upper: bytes | None, limit: int, reverse: bool, keys_only: bool, sink: Any,
     token: Any,
-) -> MultiRead:
+) -> MultiRead:  # fmt: skip
     """One page of a scan; the result is `[rows, cursor or nil]`."""
-
     size = len(lower) + len(upper or b"")
 
     def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:
         rows = _share(limit, len(numbers), len(shards))
         return (PAGE, numbers, lower, upper, rows, reverse, keys_only), size + 3 * len(numbers)
 
-    def merge(runs: list[Any]) -> Any:
-        return merge_runs(runs, limit, reverse)
-
-    return MultiRead(shards, sink, token, build, merge, size, limit // SPREAD_ROWS)
+    return MultiRead(
+        shards, sink, token, build, lambda runs: merge_runs(runs, limit, reverse), size, limit // SPREAD_ROWS
+    )
 
 
 def _share(limit: int, some: int, shards: int) -> int:
-    """How many rows to ask a node for that has `some` of the shards. Keys are spread by their hash, so it has about
-    that part of the page's rows, and seldom two standard deviations and a few rows more; then the page is shorter."""
+    """Rows to ask a node for that has `some` of the shards. Keys are spread by their hash, so it has about that part of
+    the page's rows, and seldom two standard deviations and a few rows more; then the page is shorter."""
     part = some / shards
     mean = limit * part
     return min(limit, int(mean + 2 * sqrt(mean * (1 - part))) + SPARE_ROWS)
@@ -148,8 +134,8 @@ def _share(limit: int, some: int, shards: int) -> int:
 def merge_runs(runs: Sequence[Columns], limit: int, reverse: bool) -> list[Any]:
     """One page from the sorted runs of the nodes, as `[rows, cursor or nil]`, each row `(key, value, rev, ttl_ms)`.
 
-    Beyond the last key of a run that was cut that node may have more rows, so the page ends at the smallest such key
-    (the largest, if reversed). It also ends at `limit` rows and at PAGE_BYTES_MAX; it has a row if there is one.
+    A node may have more rows beyond the last key of a run that was cut, so the page ends at the smallest such key (the
+    largest, if reversed). It also ends at `limit` rows and at PAGE_BYTES_MAX; it has a row if there is one.
     """
     rows: list[Row] = []
     for keys, values, revs, ttls_ms, _ in runs:
@@ -173,7 +159,7 @@ def merge_runs(runs: Sequence[Columns], limit: int, reverse: bool) -> list[Any]:
 
 
 def _fitting(rows: Sequence[Row]) -> int:
-    """How many rows are within the bytes of a page; the first one always is."""
+    """The number of rows within the bytes of a page; the first one always is."""
     if sum([len(row[0]) + len(row[1] or b"") for row in rows]) <= PAGE_BYTES_MAX:
         return len(rows)
     size = 0
@@ -186,7 +172,6 @@ def _fitting(rows: Sequence[Row]) -> int:
 
 def count_read(shards: Numbers, lower: bytes, upper: bytes | None, sink: Any, token: Any) -> MultiRead:
     """The number of live keys in the range."""
-
     size = len(lower) + len(upper or b"")
 
     def build(numbers: list[int]) -> tuple[tuple[Any, ...], int]:

@@ -1,7 +1,7 @@
 """Reads over several shards on their way: which nodes have part of them, and those that wait to begin.
 
-Pure. The parts of a read are queued in one synchronous step with one stamp (multi_read.py says why). What cannot begin,
-because no member of some shard has room, waits WRITE_WAIT_MS at most, in order; at most WAITING_MULTI_MAX do.
+Pure. The parts of a read are queued in one synchronous step with one stamp (multi_read.py says why). A read that cannot
+begin, because no member of some shard has room, waits WRITE_WAIT_MS at most, in order; at most WAITING_MULTI_MAX wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvtcp.replication.sequencing.shard import Shard
 
 
 class Reads:
-    """Reads of one sequencer that are over several shards."""
+    """Reads of one sequencer over several shards."""
 
     def __init__(self, cluster: ClusterState, shards: list[Shard], links: dict[str, Link]) -> None:
         self._cluster = cluster
@@ -29,9 +29,7 @@ class Reads:
 
     def start_or_wait(self, multi: MultiRead) -> None:
         """Queue the parts of a read in this one step, let it wait, or refuse it."""
-        if self._is_refused(multi):
-            return
-        if self.start(multi, None):
+        if self._is_refused(multi) or self.start(multi, None):
             return
         multi.cancel_attempt()
         if len(self._waiting) >= WAITING_MULTI_MAX:
@@ -42,7 +40,7 @@ class Reads:
         self._cluster.count_waiting(1, multi.bytes)
 
     def _is_refused(self, multi: MultiRead) -> bool:
-        """Whether a shard of it is not served, and it was told so."""
+        """Whether a shard of the read is not served: then the read is refused."""
         for number in multi.shards:
             shard = self._shards[number]
             if not shard.serving:
@@ -52,11 +50,9 @@ class Reads:
         return False
 
     def start(self, multi: MultiRead, avoid: Link | None) -> bool:
-        """Queue the parts of a read, not to the link that is to be avoided for its silence; false if some shard cannot
-        be read now."""
-        cover: list[tuple[Link, list[int]]] | None = None
-        if multi.spread > 1 and avoid is None:
-            cover = self._spread(multi.shards, multi.spread)
+        """Queue the parts of a read, not to the link to be avoided for its silence; false if some shard cannot be read
+        now."""
+        cover = self._spread(multi.shards, multi.spread) if multi.spread > 1 and avoid is None else None
         cover = cover or self._cover(multi.shards, avoid)
         if cover is None:
             return False
@@ -68,8 +64,8 @@ class Reads:
         return True
 
     def _spread(self, numbers: Sequence[int], links_max: int) -> list[tuple[Link, list[int]]] | None:
-        """The shards shared out over several links that nothing waits for, None if there are not two. One reader has
-        its page sooner, since the nodes work at the same time; many readers would only pay for more parts."""
+        """The shards shared out over several idle links, None if there are not two. A single reader gets its page
+        sooner, since the nodes work at the same time; many readers would only pay for more parts."""
         idle = [link for link in self._links.values() if link.connected and not link.items][:links_max]
         if len(idle) < 2:
             return None
@@ -83,7 +79,7 @@ class Reads:
         return [(link, part) for link, part in zip(idle, parts, strict=True) if part]
 
     def _cover(self, numbers: Sequence[int], avoid: Link | None) -> list[tuple[Link, list[int]]] | None:
-        """Few links that hold all the shards: one if there is one, the least busy of equals."""
+        """Few links that hold all the shards: one if possible, the least busy of equals."""
         left = list(numbers)
         shards = self._shards
         able = [link for link in self._links.values() if link.connected and not link.full and link is not avoid]
@@ -95,9 +91,8 @@ class Reads:
             best_numbers: list[int] = []
             for link in able:
                 mine = [number for number in left if link in shards[number].good]
-                if len(mine) > len(best_numbers) or (
-                    best is not None and len(mine) == len(best_numbers) and link.items < best.items
-                ):
+                is_idler = best is not None and len(mine) == len(best_numbers) and link.items < best.items
+                if len(mine) > len(best_numbers) or is_idler:
                     best, best_numbers = link, mine
             if best is None:
                 return None
@@ -110,7 +105,7 @@ class Reads:
 
     def start_waiting(self) -> None:
         """Start the waiting reads whose shards can be read now."""
-        blocked: set[int] = set()  # shards that a read could not be started for; rooms only shrink in this loop
+        blocked: set[int] = set()  # shards without a reader; room only shrinks in this loop
         for _ in range(len(self._waiting)):
             entry = self._waiting.popleft()
             multi = entry[1]

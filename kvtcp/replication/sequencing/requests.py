@@ -1,4 +1,4 @@
-"""Requests: the shapes of what the path of requests keeps for each of them, and where their answers go.
+"""Requests: the shapes of ops on the path of requests, and the sinks of their answers.
 
 Pure. Ops are lists, not objects, and one list is all that a request costs in the sequencer (making an instance costs
 five times as much):
@@ -9,8 +9,8 @@ five times as much):
     call   [CALL, function]                                                        of a control item: called once with
                                                                                    its result, or LINK_LOST; None = was
 
-Simplification: a sink must not raise. Its methods only append to buffers, and an exception from one of them is a
-defect after which the state of the sequencer is not to be trusted: whoever runs it ends the process.
+Simplification: a sink must not raise. Its methods only append to buffers; an exception from one is a defect after which
+the state of the sequencer is not to be trusted, so the process ends.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ CALL: Final = -3  # -2 is ANSWERED, see link.py
 GROWING: Final = frozenset(
     {PUT, ADD, CAS, INCR, STORE, APPEND, SETRANGE, SETBIT, INCR_DECIMAL, RENAME, COPY, PUT_ALL, TRANSACTION}
 )
-ITEM_OVERHEAD_BYTES: Final = 32  # what an item counts in a window beyond its key and value
+ITEM_OVERHEAD_BYTES: Final = 32  # size of an item in a window beyond its key and value
 
 NUMBER: Final = object()  # result of a write that is its own number (put)
 AWAITED: Final = object()  # result that has not arrived
-LOST: Final = object()  # result that died with a link: the entry is applied, nobody knows any more what it gave
-DUE: Final = object()  # result that has not arrived of a write that is committed
-LINK_LOST: Final = object()  # what a call gets instead of a result
+LOST: Final = object()  # result that died with a link: the entry is applied, and no node knows its result any more
+UNANSWERED: Final = object()  # result that has not arrived of a write that is committed
+LINK_LOST: Final = object()  # stands for the result of a call whose link was lost
 
 # unsequenced: (deadline_ms, bytes, op, key, args or None for a read, sink, token)
 Waiting = tuple[int, int, int, bytes, Any, Any, Any]
@@ -55,23 +55,23 @@ Held = tuple[int, int, int, Any, Any, Any]
 
 
 class Sink(Protocol):
-    """Where answers go."""
+    """Takes the answers of requests."""
 
     def reply(self, token: Any, result: Any) -> None:
-        """The request succeeded."""
+        """Take the result of a request."""
 
     def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """The request ended with an error."""
+        """Take the error of a request."""
 
 
 class _Ignore:
     """Sink of the sequencer's own writes."""
 
     def reply(self, token: Any, result: Any) -> None:
-        """Nobody waits for it."""
+        """Drop the result."""
 
     def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """Nobody waits for it."""
+        """Drop the error."""
 
 
 IGNORE: Final = _Ignore()
@@ -89,12 +89,12 @@ class Gather:
         self.left = count
 
     def reply(self, token: Any, result: Any) -> None:
-        """The answer of key number `token`."""
+        """Take the answer of key number `token`."""
         self.results[token] = result
         self.left -= 1
         if not self.left:
             self.sink.reply(self.token, self.results)
 
     def fail(self, token: Any, code: int, message: str, details: dict[str, Any]) -> None:
-        """The error of key number `token`: an array in its place."""
+        """Take the error of key number `token`, as an array in its place."""
         self.reply(token, [code, message, details])

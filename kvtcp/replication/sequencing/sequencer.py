@@ -1,26 +1,24 @@
 """The sequencer: the path of requests of all shards, over the links to all nodes.
 
-Pure: no sockets, clock or files; events in (requests, results, links up and down, time), batches for the links and
-answers to the sinks out. The coordinator's server is a thin shell around it; the same class runs in tests without I/O.
-Requests of one key go to their `Shard` (shard.py); here is what concerns several shards or a whole `Link` (link.py).
+Pure: events in (requests, results, links up and down, time), batches for the links and answers to the sinks out.
+Requests of one key go to their `Shard` (shard.py); everything about several shards or a whole `Link` (link.py) is here.
 
 Per shard a write passes: waiting (unsequenced, only if a link is missing or a window full) -> pending (numbered and
 queued to every replica in the same step) -> committed (every replica acknowledged it) -> answered.
 Reads go to one replica over the same FIFO link, so they see exactly the writes queued before them, and are held until
-what they saw is committed.
+those are committed.
 
-A link that is lost: its writes are kept and sent again, with their stamps, when the node is back with the position it
-acknowledged or a later one; its reads are queued at other members. Whether a node is the member that acknowledged is a
-question for each of its shards. A copy that is another one, or has less than it acknowledged, is *bad*: it is not read,
-and its shard takes no writes. What was kept for it stays kept, as the process which has the data may still come back.
+When a link is lost its writes stay and are sent again, with their stamps, when the node is back with the position it
+acknowledged or a later one; its reads are queued at other members. The copies of a node are judged one by one. A copy
+that is another one, or has less than it acknowledged, is *bad*: it is not read, and its shard takes no writes. The
+writes for it stay, as the process that has the data may still come back.
 
-Whether a node is to become a member or to leave is decided elsewhere (membership.py, recovery.py) and stored in the
-map; here is what follows for batches, acknowledgements and answers. A learner gets every write from `attach` on and
-counts for nothing, until it `join`s or `swap`s in. What was kept for a link that is no member any more is forgotten,
-and a result that only it could have given is asked for at another member, which evaluated the same operation.
+Membership and Recovery decide whether a node becomes a member or leaves, and store it in the map; here are the
+consequences for batches, acknowledgements and answers. A learner gets every write from `attach` on and counts for
+nothing, until it `join`s or `swap`s in. Writes to be sent again over a link that is no member any more are forgotten;
+a result that only its node could have given is asked for at another member, which evaluated the same operation.
 
-Several shards that wait for one window take turns of DRAIN_SLICE requests, and the next time begins with the one that
-was next.
+Several shards that wait for one window take turns of DRAIN_SLICE requests; the next turn is remembered (`next_turn`).
 
 Invariants (`check`):
 - numbers of a shard have no gap; `commit <= last_seq`; `pending` are exactly the numbers (commit, last_seq];
@@ -33,7 +31,7 @@ Invariants (`check`):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
@@ -43,22 +41,22 @@ from kvtcp.errors import Code
 from kvtcp.protocol.link import CopyReport
 from kvtcp.protocol.operations import EXISTS, GET, PURGE, REVISION
 from kvtcp.replication.sequencing.cluster_state import ClusterState
-from kvtcp.replication.sequencing.link import ANSWERED, SEQ_MAX, Batch, Link, LinkError, Op, Orphan
+from kvtcp.replication.sequencing.link import ANSWERED, SEQ_MAX, Batch, Link, LinkError, Op, Orphan, Wanted
 from kvtcp.replication.sequencing.multi_read import MultiRead
 from kvtcp.replication.sequencing.reads import Reads
 from kvtcp.replication.sequencing.requests import (
     CALL,
-    DUE,
     IGNORE,
     ITEM_OVERHEAD_BYTES,
     LINK_LOST,
     PART,
+    UNANSWERED,
     WRITE,
     Sink,
 )
 from kvtcp.replication.sequencing.shard import Shard, answer_write
 
-# what a node has of a shard that is not served yet is not committed, whatever the number
+# entries of a shard that is not served yet never count as committed
 NEVER: Final = SEQ_MAX
 
 
@@ -75,7 +73,7 @@ class Sequencer(ClusterState):
             for link in shard.members:
                 link.shards.append(shard)
         self.reads = Reads(self, self.shards, self.links)
-        self._flagged: dict[int, None] = {}  # shards that hold expired keys, in the order in which that was told
+        self._flagged: dict[int, None] = {}  # shards that hold expired keys, in the order of the nodes' flags
 
     def make_shard(self, number: int, members: list[Link]) -> Shard:
         """A shard that is not served yet."""
@@ -87,9 +85,7 @@ class Sequencer(ClusterState):
         for shard in self.shards:
             if shard.joining:
                 named = cluster_map.members[shard.number]
-                shard.joining = {
-                    link: disk for link, disk in shard.joining.items() if (link.node, disk) not in named
-                }
+                shard.joining = {link: each for link, each in shard.joining.items() if (link.node, each) not in named}
 
     # --- reads over several shards, and control items -----------------------------------------------
 
@@ -98,10 +94,8 @@ class Sequencer(ClusterState):
         self.reads.start_or_wait(multi)
 
     def control(self, node: str, item: tuple[Any, ...], shards: Sequence[int], sink: Sink, token: Any) -> bool:
-        """Queue a control item (freeze, chain_at) to one node. False if its link is down.
-
-        It is answered when everything queued for `shards` before it is committed; UNKNOWN if the link is lost first.
-        """
+        """Queue a control item (freeze) to one node; false if its link is down. The item is answered when everything
+        queued for `shards` before it is committed; UNKNOWN if the link is lost first."""
         link = self.links[node]
         if not link.connected:
             return False
@@ -118,11 +112,11 @@ class Sequencer(ClusterState):
     # --- what waits ---------------------------------------------------------------------------------
 
     def _opened(self, link: Link) -> None:
-        """`link` may take items again: those that waited for it go first."""
+        """Queue the requests that waited for a link with room again, before any new one."""
         link.full = False
         for shard in link.shards:
             shard.update_writable()
-        # They are few, at most one item per link each, and would find every window full behind the others.
+        # Few, at most one item per link each, and behind the others they would find every window full.
         self.reads.start_waiting()
         shards = link.shards
         at = link.next_turn
@@ -136,7 +130,7 @@ class Sequencer(ClusterState):
                 break
 
     def _resume(self, shards: Iterable[Shard]) -> None:
-        """What waited for these may go on now, in turns as when a window opens."""
+        """Queue the requests that waited for these shards."""
         for shard in shards:
             while shard.waiting and shard.drain():
                 pass
@@ -144,12 +138,12 @@ class Sequencer(ClusterState):
         self.reads.start_waiting()
 
     def refuse_waiting(self, code: Code, text: str, wanted: Callable[[bytes], bool]) -> None:
-        """Refuse what waits unsequenced and whose key `wanted` says so."""
+        """Refuse the unsequenced requests whose key is `wanted`."""
         for shard in self.shards:
             shard.refuse_waiting(code, text, lambda entry: wanted(entry[3]))
 
     def on_space(self, node: str, level: int) -> None:
-        """The node is short of disk space, or is no more."""
+        """Take a node's new level of disk space."""
         link = self.links[node]
         link.space = level
         for shard in link.shards:
@@ -160,7 +154,7 @@ class Sequencer(ClusterState):
     # --- batches ------------------------------------------------------------------------------------
 
     def close_batches(self) -> list[Link]:
-        """The tick ends: every link with something to send, its batches closed."""
+        """End the tick: close the open batches; returns the links with something to send."""
         ready = []
         for link in self.links.values():
             if link.open is not None:
@@ -177,10 +171,10 @@ class Sequencer(ClusterState):
             ordinal, last_seqs = uncommitted[0]
             for number, seq in last_seqs.items():
                 shard = shards[number]
-                if (shard.told() if shard.due else shard.commit) < seq:
-                    # A write of a shard that waits for another node may be first for long: drop those behind it.
+                if (shard.announced_commit() if shard.unanswered else shard.commit) < seq:
+                    # A write that waits for another node may stay first for long: drop the batches behind it.
                     if len(uncommitted) > link.uncommitted_max:
-                        link.drop_committed(lambda number, seq: shards[number].told() >= seq)
+                        link.drop_committed(lambda number, seq: shards[number].announced_commit() >= seq)
                     return ordinal
             uncommitted.popleft()
         return link.written_ordinal
@@ -188,11 +182,11 @@ class Sequencer(ClusterState):
     # --- what the nodes say ------------------------------------------------------------------------
 
     def heard(self, node: str) -> None:
-        """Bytes came from the node, whether or not they complete a frame: it is not silent."""
+        """Note that bytes came from the node, whether or not they complete a frame: it is not silent."""
         self.links[node].heard_ms = self.now_ms
 
     def on_results(self, node: str, applied: int, durable: int, results: list[Any], flags: Sequence[int]) -> None:
-        """A RESULTS frame. Raises LinkError if it cannot be true; then nothing was changed, and the link is closed."""
+        """Take a RESULTS frame. Raises LinkError, with nothing changed, if it cannot be true."""
         link = self.links[node]
         if not link.connected:
             raise LinkError(f"{node} is not linked")
@@ -202,12 +196,12 @@ class Sequencer(ClusterState):
         if answers:
             for op, result in zip(answers, results, strict=True):
                 if op[0] == WRITE:
-                    if op[3] is DUE and op[1] is not None:  # committed before, with another member's help
+                    if op[3] is UNANSWERED and op[1] is not None:  # committed before, with another member's help
                         op[3] = result
                         answer_write(op, result)
                     else:
                         op[3] = result
-        # Commits first: a read in the same frame then finds what it saw committed and need not be held.
+        # Commits first: a read in the same frame then finds the writes that it saw committed, and need not be held.
         shards = self.shards
         for batch in link.on_durable(durable):
             for number, seq in batch.last_seqs.items():
@@ -234,7 +228,7 @@ class Sequencer(ClusterState):
             self._opened(link)
 
     def _read_done(self, op: Op, result: Any) -> None:
-        """The result of a read, of a part or of a control item is here."""
+        """Take the result of a read, of a part or of a control item."""
         kind = op[0]
         if kind == CALL:
             then, op[1] = op[1], None
@@ -267,17 +261,17 @@ class Sequencer(ClusterState):
     # --- members ------------------------------------------------------------------------------------
 
     def add_link(self, node: str) -> Link:
-        """A node that was not there before."""
+        """Add a node of the map."""
         link = self.links[node] = Link(node)
         return link
 
     def remove_link(self, node: str) -> None:
-        """The node belongs to the cluster no more, and holds nothing."""
+        """Remove a node that left the cluster, and holds nothing."""
         link = self.links.pop(node)
         assert not link.shards and not link.connected, "a node that is removed holds nothing"
 
     def set_members(self, number: int, nodes: Sequence[str]) -> None:
-        """The members of a shard that is not served."""
+        """Set the members of a shard that is not served."""
         shard = self.shards[number]
         assert not shard.serving, "members of a shard in service come and go one by one"
         members = [self.links[node] for node in nodes]
@@ -302,7 +296,7 @@ class Sequencer(ClusterState):
         shard.update_writable()
 
     def detach(self, shard: Shard, link: Link) -> None:
-        """It is no learner any more, and gets no writes from here on."""
+        """End a learner: the link gets no more writes of the shard."""
         del shard.learners[link]
         if link not in shard.acked and shard in link.shards:  # else it was not attached yet
             link.shards.remove(shard)
@@ -310,20 +304,20 @@ class Sequencer(ClusterState):
         self._resume([shard])
 
     def join(self, shard: Shard, link: Link, is_first: bool = False) -> None:
-        """R2: a learner that acknowledged everything committed is one of E from this step on, perhaps the one that
-        answers writes."""
+        """R2: make a learner that acknowledged everything committed one of E, with `is_first` the one that answers
+        writes."""
         learner = shard.learners.pop(link)
         assert link not in shard.acked and learner.acked >= shard.commit, "it acknowledged everything committed"
         shard.members = [link, *shard.members] if is_first else [*shard.members, link]
         acked = {**shard.acked, link: learner.acked}
         shard.acked = {member: acked[member] for member in shard.members}
-        shard.joining[link] = learner.disk
+        shard.joining[link] = learner.replica_id
         shard.retarget()
         if learner.holds_writes:
             self._resume([shard])
 
     def leave(self, shards: Sequence[Shard], link: Link) -> None:
-        """R2: the map does not name this member any more, so it leaves E."""
+        """R2: remove from E a member that the map does not name any more."""
         for shard in shards:
             shard.members = [member for member in shard.members if member is not link]
             shard.bad.pop(link, None)
@@ -332,20 +326,20 @@ class Sequencer(ClusterState):
             shard.retarget()
         gone = {shard.number for shard in shards}
         link.shards = [shard for shard in link.shards if shard.number not in gone or link in shard.learners]
-        self._forget_resend(link, gone)
+        self._forget_resend(link, lambda number, seq: number in gone)
         for shard in shards:
             shard.commit_acknowledged()
         self._resume(shards)
 
     def swap(self, shard: Shard, old: Link, link: Link) -> None:
-        """The map names the learner `link` in the place of the member `old`, which may be the same node with the disk
-        it had before."""
+        """Put a learner that the map names now in the place of the member `old`, which may be another copy of the same
+        node."""
         learner = shard.learners.pop(link)
         assert learner.acked >= shard.commit, "it acknowledged everything committed"
         if old is link:
-            self._take_orphans(link.drop_resend({shard.number}, learner.acked))
+            self._take_orphans(link.drop_resend(lambda number, seq: number == shard.number and seq <= learner.acked))
         else:
-            self._forget_resend(old, {shard.number})
+            self._forget_resend(old, lambda number, seq: number == shard.number)
         shard.bad.pop(old, None)
         if learner.lost_reason:
             shard.bad[link] = learner.lost_reason
@@ -360,14 +354,14 @@ class Sequencer(ClusterState):
             shard.commit_acknowledged()
             self._resume([shard])
 
-    def _forget_resend(self, link: Link, numbers: Container[int]) -> None:
-        """The link is no member of these shards any more: nothing of theirs is sent to it again."""
-        self._take_orphans(link.drop_resend(numbers))
+    def _forget_resend(self, link: Link, forgotten: Wanted) -> None:
+        """Send none of these writes again: the link is no member of their shards any more."""
+        self._take_orphans(link.drop_resend(forgotten))
         self._hand_over()
 
     def _still_due(self, link: Link, batches: Iterable[Batch]) -> list[Batch]:
-        """The link is lost: of what was on it, what has to be sent again when it is back. That is nothing of shards
-        that it left, or of which it was a learner that is over now, or that were stopped."""
+        """The writes to send again when a lost link is back: none of shards that were stopped, or of which it is no
+        member or learner any more."""
         over = {
             shard.number
             for shard in [self.shards[number] for batch in batches for number in batch.last_seqs]
@@ -376,12 +370,12 @@ class Sequencer(ClusterState):
         if not over:
             return list(batches)
         for batch in batches:
-            self._take_orphans(batch.unanswered(over))
-        parts = [batch.part(over, False) for batch in batches]
+            self._take_orphans(batch.unanswered(lambda number, seq: number in over))
+        parts = [batch.part(lambda number, seq: number not in over) for batch in batches]
         return [part for part in parts if part.items]
 
     def _take_orphans(self, orphans: Iterable[Orphan]) -> None:
-        """Results of these writes do not come over the link that they were asked for on."""
+        """Note writes whose results do not come over their link any more."""
         for number, seq, op in orphans:
             self.shards[number].orphans.append((seq, op))
 
@@ -392,8 +386,8 @@ class Sequencer(ClusterState):
                 shard.hand_over()
 
     def equalized(self, number: int, seq: int, bad: Mapping[str, str]) -> None:
-        """The members of a shard that is not served are equal up to `seq`, but for the bad ones, which are replaced
-        before it is."""
+        """Note that the members of a shard that is not served are equal up to `seq`, except the bad ones, which are
+        replaced before it is served."""
         shard = self.shards[number]
         shard.last_seq = shard.commit = seq
         for link in shard.members:
@@ -402,17 +396,17 @@ class Sequencer(ClusterState):
         shard.reason = "; ".join(f"{node} {why}" for node, why in bad.items()) + ": it is being replaced"
 
     def stop_serving(self, number: int, reason: str) -> None:
-        """Nothing more is read or written; what is pending is answered UNKNOWN, what waits is refused."""
+        """Stop reads and writes of a shard: pending writes are answered UNKNOWN, waiting requests are refused."""
         shard = self.shards[number]
-        shard.serving, shard.reason = False, reason
-        shard.writable = False
-        for op in [*shard.pending, *(op for _, op in shard.due)]:
+        shard.serving = shard.writable = False
+        shard.reason = reason
+        for op in [*shard.pending, *(op for _, op in shard.unanswered)]:
             shard.answer_unknown(op, reason)
-        shard.due.clear()
+        shard.unanswered.clear()
         shard.orphans = []
         for link in self.links.values():
             if link.resend:
-                self._forget_resend(link, {number})
+                self._forget_resend(link, lambda each, seq: each == number)
         shard.refuse_waiting(Code.SHARD_DOWN, f"shard {number} is down: {reason}", lambda entry: True)
         self.reads.refuse_stopped()
         shard.refuse_all_held()
@@ -420,7 +414,7 @@ class Sequencer(ClusterState):
     def hand_back(self, number: int, reason: str) -> None:
         """Stop a shard none of whose linked members is good, so that it can be taken over again."""
         shard = self.shards[number]
-        assert not any(link.connected for link in shard.good), "nobody is there who could acknowledge anything"
+        assert not any(link.connected for link in shard.good), "no linked member could acknowledge anything"
         self.stop_serving(number, reason)
         shard.pending.clear()
         shard.joining.clear()
@@ -430,7 +424,7 @@ class Sequencer(ClusterState):
     # --- links up and down --------------------------------------------------------------------------
 
     def link_up(self, node: str, copies: Mapping[int, CopyReport], space: int = 0) -> dict[int, str]:
-        """A node is linked and reported these copies. Returns which of its shards are bad, and why.
+        """Link a node that reported these copies. Returns its bad shards, and why.
 
         Entries that good copies lack are sent again with their stamps; those they have count as acknowledged. Shards
         that are not served are not judged.
@@ -439,7 +433,7 @@ class Sequencer(ClusterState):
         assert not link.connected, "link_down comes before the next link_up"
         bad: dict[int, str] = {}
         has: dict[int, int] = {}  # good shards of the node -> number
-        older: dict[int, int] = {}  # what it had before this link and may not be committed
+        older: dict[int, int] = {}  # shards with entries from before this link that may not be committed -> the last
         for shard in link.shards:
             copy = copies.get(shard.number)
             if not shard.serving:
@@ -466,15 +460,15 @@ class Sequencer(ClusterState):
         if older:
             link.uncommitted.append((-1, older))
         resend = link.resend
-        link.resend = stays = [old for old in (batch.part(bad, True) for batch in resend) if old.items]
-        for old in resend:
-            batch, orphans = (old.part(bad, False) if stays else old).lacking(has)
-            self._take_orphans(orphans)
-            link.send_again(batch)
+        parts = [batch.part(lambda number, seq: number in bad) for batch in resend]
+        link.resend = [part for part in parts if part.items]
+        for batch in resend:
+            self._take_orphans(batch.unanswered(lambda number, seq: number not in bad and seq <= has.get(number, 0)))
+            link.send_again(batch.part(lambda number, seq: number not in bad and seq > has.get(number, 0)))
         for shard in link.shards:
             shard.update_space()
             if shard.number in has:
-                shard.check_stuck()
+                shard.check_blocked()
                 shard.acknowledged(link, has[shard.number])
             if shard.orphans:
                 shard.hand_over()
@@ -485,13 +479,13 @@ class Sequencer(ClusterState):
         return bad
 
     def link_down(self, node: str, reason: str) -> None:
-        """The link is gone: writes of its shards wait, its reads are queued at other members, its writes are kept."""
+        """Take a link down: new writes of its shards wait, its reads move to other members, its writes to `resend`."""
         link = self.links[node]
         if not link.connected:
             link.reason = reason
             return
-        kept, reads = link.disconnect(reason)
-        link.resend += self._still_due(link, kept)
+        writes, reads = link.disconnect(reason)
+        link.resend += self._still_due(link, writes)
         for shard in link.shards:
             shard.writable = False
         self._move_reads(reads, None)
@@ -500,10 +494,8 @@ class Sequencer(ClusterState):
         self._hand_over()
 
     def _move_reads(self, reads: Iterable[Op], avoid: Link | None) -> list[Op]:
-        """Queue reads at other members. `avoid` is the link they are on if it may still answer, None if it is gone.
-
-        Returns those that must stay where they are; none if the link is gone: then they wait, or fail.
-        """
+        """Queue reads at other members. `avoid` is their link if it may still answer, None if it is gone. Returns the
+        reads that must stay; none if the link is gone: then they wait, or fail."""
         stay = []
         for op in reads:
             if op[0] == CALL:
@@ -554,7 +546,7 @@ class Sequencer(ClusterState):
         self._purge()
 
     def _retry_reads(self, link: Link) -> None:
-        """Queue the reads of a link that was silent for long at other members as well; the first answer counts."""
+        """Queue the reads of a silent link at other members as well; the first answer counts."""
         if not link.is_silent(self.now_ms):
             return
         # not those of the open batch: reads may still join it
@@ -566,7 +558,7 @@ class Sequencer(ClusterState):
 
     def _purge(self) -> None:
         """Sequence the removal of expired keys, once per shard and interval, of a few shards at a time: all at once
-        would hold the nodes up."""
+        would delay the nodes."""
         left = PURGE_SHARDS_MAX
         for number in list(self._flagged):
             shard = self.shards[number]
@@ -586,7 +578,7 @@ class Sequencer(ClusterState):
         assert self.waiting_items == len(entries) + len(multis), "waiting requests are counted"
         size = sum(entry[1] for entry in entries) + sum(multi.bytes for multi in multis)
         assert self.waiting_bytes == size, "waiting bytes are counted"
-        assert not any(multi.done for multi in multis), "what waits was not answered"
+        assert not any(multi.done for multi in multis), "a waiting read was not answered"
         for shard in self.shards:
             shard.check()
         for link in self.links.values():

@@ -1,22 +1,22 @@
 """Shard: one shard as the coordinator sees it, from a request to its answer.
 
 Pure. A write gets its number and is queued to every member in the same synchronous step (rule R10); it is answered when
-every member has it durable (R1). A read goes to the member with the least outstanding. It is answered when its result
-is here and (R11 b)
+every member has it durable (R1). A read goes to the member with the fewest outstanding items. It is answered when its
+result is here and (R11 b)
 
-- it shows a present key: the revision it shows is committed. Replicas apply in order, so a later write of that key
+- for a present key: the revision that it shows is committed. Replicas apply in order, so a later write of that key
   cannot have been queued before the read;
-- anything else (absent, a count, a page, a table position): all that was queued for the shard before it is committed,
-  because any of it may be the reason for what is not there.
+- for anything else (absent, a count, a page): all writes queued for the shard before it are committed, because any of
+  them may be the reason for an absence.
 
-An answer that is not due yet is *held*: in a heap, by the number it waits for, at most WRITE_WAIT_MS. Then, or at once
-when the commit cannot come (a member lost its data), it is refused: a read can always be refused.
+An answer that must wait for a commit is *held*: in a heap, by the number it waits for, at most WRITE_WAIT_MS. Then, or
+at once when the commit cannot come (a member lost its data), it is refused: a read can always be refused.
 
-What cannot be queued now, because a member is missing or a window is full, waits *unsequenced* and is refused after
-WRITE_WAIT_MS (R4), at once if the queue is full. So everything here is bounded: by the windows what was queued, by
-WAITING_ITEMS_MAX and the deadline what waits; the bytes that wait are counted for the server's total cap. The requests
-of a shard keep their order while all its members are connected: when a window opens, those that waited go before new
-ones. If a member is missing, writes cannot go on and reads go past them to another member.
+A request that cannot be queued now, because a member is missing or a window is full, waits *unsequenced* and is refused
+after WRITE_WAIT_MS (R4), at once if the queue is full. So everything here is bounded: queued items by the windows,
+waiting requests by WAITING_ITEMS_MAX and the deadline; their bytes count for the server's total limit. The requests of
+a shard keep their order while all its members are connected: when a window opens, those that waited go before new ones.
+If a member is missing, writes wait and reads pass them to another member.
 
 `write` and `read` are on the path of every operation and call nothing in the usual case. With all that follows until
 the answer a read takes 0.5 us, a write 0.5 us with one copy and 0.8 us (large batches) to 1.4 us (one write of a shard
@@ -48,12 +48,12 @@ from kvtcp.replication.sequencing.link import Link, Op
 from kvtcp.replication.sequencing.requests import (
     AWAITED,
     CALL,
-    DUE,
     GROWING,
     ITEM_OVERHEAD_BYTES,
     LINK_LOST,
     LOST,
     NUMBER,
+    UNANSWERED,
     WRITE,
     Held,
     Sink,
@@ -65,9 +65,9 @@ class Shard:
     """One shard."""
 
     __slots__ = (
-        "acked", "bad", "base", "cluster", "commit", "due", "good", "held", "joining", "last_seq", "learners",
-        "members", "number", "orphans", "pending", "purge_after_ms", "reason", "serving", "space", "stuck", "targets",
-        "waiting", "waiting_reads", "writable",
+        "acked", "bad", "base", "blocked_reason", "cluster", "commit", "good", "held", "joining", "last_seq",
+        "learners", "members", "number", "orphans", "pending", "purge_after_ms", "reason", "serving", "space",
+        "targets", "unanswered", "waiting", "waiting_reads", "writable",
     )  # fmt: skip
 
     def __init__(self, number: int, members: list[Link], cluster: ClusterState) -> None:
@@ -75,8 +75,8 @@ class Shard:
         self.cluster = cluster
         self.members = members  # E: all of them must have an entry before it is committed; the first answers writes
         self.learners: dict[Link, Following] = {}  # nodes whose copies are being brought up to date
-        self.joining: dict[Link, str] = {}  # disks of members that the map as it is stored does not name yet
-        self.targets = members  # to whom writes are queued: good members, then learners
+        self.joining: dict[Link, str] = {}  # replica ids of members that the stored map does not name yet
+        self.targets = members  # links that get the writes: good members, then learners
         self.bad: dict[Link, str] = {}  # members that do not count, and why, as the end of a sentence
         self.good = members  # members that are not bad, in their order
         self.base = (0, 0)  # number and chain at which this coordinator took the shard over
@@ -84,14 +84,15 @@ class Shard:
         self.last_seq = 0  # highest number given
         self.commit = 0  # highest number durable on all members; <= last_seq
         self.pending: deque[Op] = deque()  # writes (commit, last_seq], in order
-        self.due: deque[tuple[int, Op]] = deque()  # writes committed without their result; the first may be answered
+        # writes committed without their result, in order; the first may be answered meanwhile
+        self.unanswered: deque[tuple[int, Op]] = deque()
         self.orphans: list[tuple[int, Op]] = []  # writes whose result was lost, to be asked for when a member is linked
         self.held: list[Held] = []  # heap of answers whose first field is above commit
         self.waiting: deque[Waiting] = deque()  # not sequenced yet, in order of arrival
         self.waiting_reads = 0  # reads in `waiting`
-        self.serving = False  # its members are equal, and it may be read
+        self.serving = False  # its members are equal, and it takes requests
         self.reason = "its members have not reported yet"  # why not serving, for people
-        self.stuck = ""  # why the pending writes cannot commit now, for people; empty = they can
+        self.blocked_reason = ""  # why the pending writes cannot commit now, for people; empty = they can
         self.space = 0  # how short of disk space the worst member is, see Link.space
         self.writable = False  # every write can be sequenced: see `update_writable`
         self.purge_after_ms = 0  # no purge before this time
@@ -102,12 +103,12 @@ class Shard:
         """Sequence one write, or let it wait. `args` is a sequence, `size` = bytes of its key and values."""
         if not self.writable and not self._admits(op, key, args, size, sink, token):
             return
-        # R10: from here to the last enqueue there is nothing that could yield.
+        # R10: nothing from here to the last enqueue could yield.
         number = self.number
         self.last_seq = seq = self.last_seq + 1
         size += ITEM_OVERHEAD_BYTES
         waiter: Op | None
-        if op == PUT:  # its result is its number: nobody needs to answer, and all replicas get the same item
+        if op == PUT:  # its result is its number: no node needs to answer, and all replicas get the same item
             self.pending.append([WRITE, sink, token, NUMBER])
             item = answering = (op, number, seq, 0, key, *args)
             waiter = None
@@ -135,7 +136,7 @@ class Shard:
                 link.fill()
 
     def read(self, op: int, key: bytes, sink: Sink, token: Any) -> None:
-        """Queue a read of one key (GET, EXISTS, TTL) to the replica with the least outstanding."""
+        """Queue a read of one key (GET, EXISTS, TTL) to the replica with the fewest outstanding items."""
         if self.writable:  # so every member can take it
             members = self.members
             link = members[0]
@@ -163,8 +164,8 @@ class Shard:
             link.fill()
 
     def reader(self, avoid: Link | None) -> Link | None:
-        """The good member with room and the least outstanding; if one is avoided for its silence, no silent one. None
-        of a shard that was stopped."""
+        """The good member with room and the fewest outstanding items; if one is avoided for its silence, no silent one.
+        A stopped shard has none."""
         best = None
         for link in self.good if self.serving else ():
             if avoid is not None and link.is_silent(self.cluster.now_ms):
@@ -174,13 +175,13 @@ class Shard:
         return best
 
     def enqueue_read(self, link: Link, read: Op) -> None:
-        """Queue a read op; what it sees is all that was queued for the shard until now."""
+        """Queue a read op; it sees all writes queued for the shard until now."""
         key: bytes = read[5]
         read[4] = self.last_seq
         link.enqueue((read[0], self.number, key), read, len(key) + ITEM_OVERHEAD_BYTES, self.cluster.stamp_ms)
 
     def _admits(self, op: int, key: bytes, args: Any, size: int, sink: Sink, token: Any) -> bool:
-        """Whether a write of a shard that is not `writable` can be sequenced now; if not it waits, or is refused."""
+        """Whether a write of a shard that is not `writable` can be sequenced now; if not, it waits or is refused."""
         if self.serving and self.space and (self.space > 1 or op in GROWING):
             self.refuse(sink, token, Code.NO_SPACE, self._no_space())
             return False
@@ -216,12 +217,12 @@ class Shard:
         self.cluster.count_waiting(1, size)
 
     def _forget_waiting(self, entry: Waiting) -> None:
-        """`entry` left the queue."""
+        """Count that `entry` left the queue."""
         self.waiting_reads -= entry[2] >= WRITE_OP_END
         self.cluster.count_waiting(-1, -entry[1])
 
     def drain(self) -> bool:
-        """Queue what waits, as far as the windows allow; true if it stopped because its turn is over."""
+        """Queue the waiting requests as far as the windows allow; true if some are left because the turn is over."""
         waiting = self.waiting
         for _ in range(min(DRAIN_SLICE, len(waiting))):
             entry = waiting[0]
@@ -232,7 +233,7 @@ class Shard:
                     return False
                 self.enqueue_read(link, [op, sink, token, self, 0, key])
             else:
-                if self.is_blocked():
+                if not self.targets_ready():
                     self.pass_writes()
                     return False
                 self.writable = True
@@ -244,7 +245,7 @@ class Shard:
         return bool(waiting)
 
     def pass_writes(self) -> None:
-        """If a member is missing or bad, let the reads that wait go past the writes to another member."""
+        """If a member is missing or bad, let the waiting reads pass the writes, to another member."""
         if not self.waiting_reads or self.is_whole():
             return
         stay: deque[Waiting] = deque()
@@ -259,7 +260,7 @@ class Shard:
         self.update_writable()
 
     def refuse_waiting(self, code: Code, text: str, wanted: Callable[[Waiting], bool]) -> None:
-        """Refuse what waits and `wanted` says so."""
+        """Refuse the waiting requests that are `wanted`."""
         keep: deque[Waiting] = deque()
         for entry in self.waiting:
             if wanted(entry):
@@ -271,7 +272,7 @@ class Shard:
         self.update_writable()
 
     def refuse_without_space(self) -> None:
-        """Refuse what waits and needs more disk space than the worst member has."""
+        """Refuse the waiting requests that need more disk space than the worst member has."""
         level = self.space
         if level and self.waiting:
             self.refuse_waiting(
@@ -280,7 +281,7 @@ class Shard:
             )  # fmt: skip
 
     def expire_waiting(self) -> None:
-        """Refuse what waited too long."""
+        """Refuse the requests that waited too long."""
         waiting = self.waiting
         while waiting and waiting[0][0] <= self.cluster.now_ms:
             entry = waiting.popleft()
@@ -304,7 +305,7 @@ class Shard:
     # --- answers out --------------------------------------------------------------------------------
 
     def acknowledged(self, link: Link, seq: int) -> None:
-        """`link` has the entries up to `seq`."""
+        """Note that `link` has the entries up to `seq`."""
         if self.learners and link in self.learners:
             self.learners[link].on_acknowledged(seq)
             return
@@ -317,7 +318,7 @@ class Shard:
             self.commit_to(commit)
 
     def commit_to(self, commit: int) -> None:
-        """Everything up to `commit` is on all members (R1)."""
+        """Commit everything up to this number, which all members have (R1)."""
         number = self.commit
         self.commit = commit
         take = self.pending.popleft
@@ -329,9 +330,9 @@ class Shard:
                 continue
             if result is NUMBER:
                 sink.reply(token, number)
-            elif result is AWAITED:  # the member that was to answer is gone; another one was asked, or will be
-                op[3] = DUE
-                self.due.append((number, op))
+            elif result is AWAITED:  # its member is gone; another one was asked for the result, or will be
+                op[3] = UNANSWERED
+                self.unanswered.append((number, op))
             elif result is LOST:
                 self._answer_lost(op)
             else:
@@ -345,7 +346,7 @@ class Shard:
                 sink.reply(token, value)
 
     def commit_acknowledged(self) -> None:
-        """Members changed: what all of those that are left have acknowledged is committed."""
+        """Commit the entries that all members have acknowledged, after the members changed."""
         commit = min(self.acked.values())
         if commit > self.commit:
             self.commit_to(commit)
@@ -364,7 +365,7 @@ class Shard:
 
     def hold(self, needed: int, sink: Sink | None, token: Any, value: Any) -> None:
         """Keep an answer until `needed` is committed; without a sink the token is a read over several shards."""
-        if self.stuck:
+        if self.blocked_reason:
             self.refuse_held(sink, token)
             return
         cluster = self.cluster
@@ -375,8 +376,8 @@ class Shard:
         """Refuse a read whose answer was held."""
         if not self.serving:
             text = f"shard {self.number} is down: {self.reason}"
-        elif self.stuck:
-            text = f"shard {self.number} cannot commit what this read saw: {self.stuck}"
+        elif self.blocked_reason:
+            text = f"shard {self.number} cannot commit what this read saw: {self.blocked_reason}"
         else:
             behind = "; ".join(
                 f"{link.node}: {link.reason or 'slow'}" for link, seq in self.acked.items() if seq < self.last_seq
@@ -407,12 +408,12 @@ class Shard:
     # --- results that were lost ---------------------------------------------------------------------
 
     def hand_over(self) -> None:
-        """Ask another member for the results of writes that lost theirs; all members evaluate the same."""
+        """Ask another member for lost results of writes; all members evaluate the same."""
         orphans, self.orphans = self.orphans, []
         self._ask(orphans, [])
 
     def _ask(self, orphans: list[tuple[int, Op]], asked: list[Link]) -> None:
-        """Ask a member that was not `asked` yet: those that were do not know, as none does that was restarted."""
+        """Ask a member that was not `asked` yet: those that were do not know, as no restarted node does."""
         link = next((each for each in self.good if each.connected and each not in asked), None)
         if link is None:
             if asked:
@@ -441,10 +442,10 @@ class Shard:
         link.enqueue(item, [CALL, take], ITEM_OVERHEAD_BYTES, self.cluster.stamp_ms)
 
     def _result_found(self, op: Op, result: Any) -> None:
-        """The result of a write, from a member that was asked for it, or LOST."""
+        """Take the result of a write from a member that was asked for it, or LOST."""
         if op[3] is AWAITED:
             op[3] = result
-        elif op[3] is DUE and op[1] is not None:
+        elif op[3] is UNANSWERED and op[1] is not None:
             if result is LOST:
                 self._answer_lost(op)
             else:
@@ -453,7 +454,7 @@ class Shard:
     # --- members ------------------------------------------------------------------------------------
 
     def serve(self, seq: int, chain: int) -> None:
-        """The members are equal: go on from there."""
+        """Serve the shard from a position that all members have."""
         assert not self.serving and not self.pending, "a shard that is served is not taken over"
         self.base = (seq, chain)
         self.last_seq = self.commit = seq
@@ -465,14 +466,14 @@ class Shard:
         self.retarget()
 
     def retarget(self) -> None:
-        """Members or learners changed: set what depends on them."""
+        """Set all that depends on members and learners, after a change of them."""
         self.update_targets()
         self.update_space()
-        self.check_stuck()
+        self.check_blocked()
         self.update_writable()
 
     def mark(self, link: Link, why: str) -> None:
-        """The member is bad, or (empty) it is not."""
+        """Mark a member as bad, or (empty) as good."""
         if why:
             self.bad[link] = why
         else:
@@ -480,33 +481,33 @@ class Shard:
         self.update_targets()
 
     def abandon(self, link: Link, why: str) -> None:
-        """The node has not what it acknowledged, so nothing it says counts."""
+        """Mark a member as bad and block writes: the node lacks entries that it acknowledged."""
         self.mark(link, why)
         self.writable = False
-        self.check_stuck()
+        self.check_blocked()
 
     def why_bad(self, link: Link, copy: CopyReport | None) -> str:
-        """Why the copy that a node reported is not the member's, or that of the learner which the map is about to name;
-        empty if it is."""
+        """Why a reported copy is not that of the member, or of the learner that the map is about to name; empty if it
+        is."""
         if copy is None:
             return "has no copy of it"
         learner = self.learners.get(link)
         if learner is None:
-            disk, acked = self.joining.get(link, ""), self.acked[link]
+            replica_id, acked = self.joining.get(link, ""), self.acked[link]
         else:
-            disk, acked = learner.disk, learner.acked
-        disk = disk or self.cluster.map.disk_of(self.number, link.node)
-        return why_other(copy, self.number, disk, acked, self.last_seq, self.base)
+            replica_id, acked = learner.replica_id, learner.acked
+        replica_id = replica_id or self.cluster.map.replica_id_of(self.number, link.node)
+        return why_other(copy, self.number, replica_id, acked, self.last_seq, self.base)
 
-    def check_stuck(self) -> None:
-        """A member that is bad and has to stay may keep pending writes from being committed before it is replaced,
-        which takes longer than anybody waits: then nobody does."""
+    def check_blocked(self) -> None:
+        """Set `blocked_reason`. If a bad member has to stay, pending writes cannot commit before it is replaced, which
+        takes longer than clients wait: they are answered now."""
         lost = [f"{link.node} {why}" for link, why in self.bad.items() if self.acked[link] < self.last_seq]
         may_leave = len(self.members) > self.cluster.min_insync and self.good
-        self.stuck = "" if may_leave else "; ".join(lost)
-        if self.stuck:
+        self.blocked_reason = "" if may_leave else "; ".join(lost)
+        if self.blocked_reason:
             for op in self.pending:
-                self.answer_unknown(op, self.stuck)
+                self.answer_unknown(op, self.blocked_reason)
             self.refuse_all_held()
 
     def update_targets(self) -> None:
@@ -517,8 +518,8 @@ class Shard:
         ]
 
     def update_writable(self) -> None:
-        """Set `writable` from what it depends on: serving, nobody waiting, every member good, linked, and with room in
-        its window and on its disk."""
+        """Set `writable`: serving, no request waits, every member is good, linked, and has room in its window and on
+        its disk."""
         self.writable = not self.space and self.takes_writes()
 
     def update_space(self) -> None:
@@ -527,57 +528,57 @@ class Shard:
 
     # --- questions ----------------------------------------------------------------------------------
 
-    def told(self) -> int:
-        """Up to where nodes are told that writes are committed. They know a result no longer than that, so it is not
-        beyond one that is still to be asked for."""
-        due = self.due
-        while due and due[0][1][1] is None:
-            due.popleft()
-        return due[0][0] - 1 if due else self.commit
+    def announced_commit(self) -> int:
+        """The highest commit number to announce. Nodes drop results up to it, so it stays below any write whose result
+        is still missing."""
+        unanswered = self.unanswered
+        while unanswered and unanswered[0][1][1] is None:
+            unanswered.popleft()
+        return unanswered[0][0] - 1 if unanswered else self.commit
 
     def is_whole(self) -> bool:
-        """Whether every member has a link and counts, so that writes go on as soon as there is room."""
+        """Whether every member is linked and good, so that writes continue as soon as there is room."""
         return not self.bad and all(link.connected for link in self.members)
 
-    def is_blocked(self) -> bool:
-        """Whether a member or a learner cannot take a write now."""
+    def targets_ready(self) -> bool:
+        """Whether all members and learners can take a write now."""
         if self.bad or any(learner.holds_writes for learner in self.learners.values()):
-            return True
-        blocked = False
-        for link in self.targets:
+            return False
+        ready = True
+        for link in self.targets:  # a loop: `all` would make a generator for every request that waited
             if link.full or not link.connected:
-                blocked = True
-        return blocked
+                ready = False
+        return ready
 
     def takes_writes(self) -> bool:
         """Whether a write that needs no space can be sequenced now."""
-        return self.serving and not self.waiting and not self.is_blocked()
+        return self.serving and not self.waiting and self.targets_ready()
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
-        assert list(self.acked) == self.members, "what members acknowledged is known of members, in their order"
+        assert list(self.acked) == self.members, "acked has the members, in their order"
         if self.serving:
             assert self.commit <= self.last_seq, "commit is at most the last number"
             assert len(self.pending) == self.last_seq - self.commit, "pending are the numbers above commit"
             assert self.commit == min(self.acked.values()), "commit is what all members have"
-            assert max(self.acked.values()) <= self.last_seq, "nobody acknowledged a number that was not given"
-        assert not self.due or self.due[-1][0] <= self.commit, "what is due is committed"
-        assert not self.held or self.held[0][0] > self.commit, "what is committed is not held"
-        assert not self.held or not self.stuck, "nothing is held for a commit that cannot come"
+            assert max(self.acked.values()) <= self.last_seq, "no member acknowledged a number that was not given"
+        assert not self.unanswered or self.unanswered[-1][0] <= self.commit, "unanswered writes are committed"
+        assert not self.held or self.held[0][0] > self.commit, "a committed answer is not held"
+        assert not self.held or not self.blocked_reason, "nothing is held for a commit that cannot come"
         reads = sum(entry[4] is None for entry in self.waiting)
         assert self.waiting_reads == reads, "waiting reads are counted"
         if self.writable:
-            assert self.serving and not self.waiting, "a writable shard serves, and nobody waits before the next write"
+            assert self.serving and not self.waiting, "a writable shard serves, and no request waits"
             assert all(link.connected and not link.full for link in self.targets), "all members can take a write"
             assert not self.bad and not self.space, "a writable shard has no bad member, and space"
-        assert self.good == [link for link in self.members if link not in self.bad], "good is what is not bad"
+        assert self.good == [link for link in self.members if link not in self.bad], "good members are those not bad"
         assert self.bad.keys() <= set(self.members), "only a member is bad"
         learning = [link for link, each in self.learners.items() if each.takes_writes and link not in self.good]
         assert self.targets == self.good + learning, "writes go to good members and learners"
 
 
 def answer_write(op: Op, result: Any) -> None:
-    """The write is committed, and its result is here: answer it."""
+    """Answer a committed write with its result."""
     _, sink, token, _ = op
     op[1] = None
     if type(result) is list:

@@ -1,1 +1,1 @@
-"""The commands of the shell, by what they are about."""
+"""The commands of the shell, by their subjects."""

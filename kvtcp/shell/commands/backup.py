@@ -2,8 +2,8 @@
 
 `verify` needs no server: it reads the backup's directory from here. `backup` and `restore` are done by the servers in
 their own backup directory, which the shell does not know. So `restore` takes a backup's name and refuses a path: a
-backup of the same name in another place could have other content. BACKUPS, the directory where servers that were told
-nothing else keep backups, may stand before the name, and `verify` looks there for a name.
+backup of the same name in another place could have other content. BACKUPS, the default backup directory of the servers,
+may stand before the name, and `verify` searches it for a name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ async def _backup(context: Context, arguments: Arguments, output: Output) -> Exi
 
 
 def _backup_name(text: str) -> str:
-    """The name of a backup: the word itself, or what follows `backups/`. Raises UsageError for every other path."""
+    """The name of a backup: the word itself, without `backups/` before it. Raises UsageError for every other path."""
     name = text.removeprefix(BACKUPS + "/").removesuffix("/") if text.startswith(BACKUPS + "/") else text
     if "/" in name:
         raise UsageError(
@@ -107,7 +107,7 @@ COMMANDS: Final = (
             "same); a backup that is kept elsewhere is copied there first."),
     Command("import FILE|-", "store the pairs of a file of JSON lines", "import users.jsonl.gz\nimported 1000", _import,
             _JSON_LINES + "\nPlain or gzip. Existing keys are replaced. A file is checked as a whole before the first\n"
-            "pair is stored; of a pipe the pairs before a bad line are stored, and their number is told."),
+            "pair is stored; of a pipe the pairs before a bad line are stored, and their number is shown."),
     Command("export FILE|-", "write every pair to a file of JSON lines", "export all.jsonl.gz\nexported 1000", _export,
             _JSON_LINES + "\nSorted by key; gzip if the name ends in .gz. The file appears when it is complete.\n"
             "`scan P -o jsonl` exports the keys with prefix P."),

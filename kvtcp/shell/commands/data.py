@@ -1,6 +1,6 @@
 """Commands on keys: put, get, scan and their kin.
 
-Every handler binds its words first and opens the client after, so a wrong call never reaches a server. A key that is
+Every handler reads its words first and opens the client after, so a wrong call never reaches a server. A key that is
 not there is an answer, not an error: nothing on stdout for `get` and `ttl`, `0` for the others, exit code 1.
 """
 
@@ -23,20 +23,21 @@ def _answer(output: Output, key: bytes, name: str, done: bool) -> Exit:
     return Exit.OK if done else Exit.NOT_FOUND
 
 
+def _stored(output: Output, key: bytes, rev: int) -> Exit:
+    output.scalar(f"OK {rev}", {"key": key, "rev": rev})
+    return Exit.OK
+
+
 async def _put(context: Context, arguments: Arguments, output: Output) -> Exit:
     key, value = context.content(arguments.words["K"]), context.content(arguments.words["V"])
     ttl = arguments.ttl()
-    rev = await (await context.writer()).put(key, value, ttl=ttl)
-    output.scalar(f"OK {rev}", {"key": key, "rev": rev})
-    return Exit.OK
+    return _stored(output, key, await (await context.writer()).put(key, value, ttl=ttl))
 
 
 async def _add(context: Context, arguments: Arguments, output: Output) -> Exit:
     key, value = context.content(arguments.words["K"]), context.content(arguments.words["V"])
     ttl = arguments.ttl()
-    rev = await (await context.writer()).add(key, value, ttl=ttl)
-    output.scalar(f"OK {rev}", {"key": key, "rev": rev})
-    return Exit.OK
+    return _stored(output, key, await (await context.writer()).add(key, value, ttl=ttl))
 
 
 async def _get(context: Context, arguments: Arguments, output: Output) -> Exit:
@@ -66,9 +67,7 @@ async def _exists(context: Context, arguments: Arguments, output: Output) -> Exi
 
 async def _cas(context: Context, arguments: Arguments, output: Output) -> Exit:
     key, old, new = (context.content(arguments.words[name]) for name in ("K", "OLD", "NEW"))
-    rev = await (await context.writer()).cas(key, new, if_value=old)
-    output.scalar(f"OK {rev}", {"key": key, "rev": rev})
-    return Exit.OK
+    return _stored(output, key, await (await context.writer()).cas(key, new, if_value=old))
 
 
 async def _incr(context: Context, arguments: Arguments, output: Output) -> Exit:
@@ -113,16 +112,14 @@ async def _scan(context: Context, arguments: Arguments, output: Output) -> Exit:
     client = await context.client()
     if "keys" in arguments.flags:
         keys = output.keys()
-        async for some in in_pages(
-            client.scan_keys(prefix=prefix, start=start, end=end, limit=limit, reverse=reverse)
-        ):
+        found = client.scan_keys(prefix=prefix, start=start, end=end, limit=limit, reverse=reverse)
+        async for some in in_pages(found):
             keys.page(some)
         keys.finish()
     else:
         pairs = output.pairs()
-        async for page in in_pages(
-            client.scan_entries(prefix=prefix, start=start, end=end, limit=limit, reverse=reverse)
-        ):
+        entries = client.scan_entries(prefix=prefix, start=start, end=end, limit=limit, reverse=reverse)
+        async for page in in_pages(entries):
             pairs.page(page)
         pairs.finish()
     return Exit.OK
@@ -144,7 +141,7 @@ async def _delete_prefix(context: Context, arguments: Arguments, output: Output)
         keys_max = arguments.integer(arguments.options["max"], "max", 0, INTEGER_MAX)
     dry_run = "dry-run" in arguments.flags
     if not dry_run and "yes" not in arguments.flags and context.ask is None:
-        raise UsageError("nobody can be asked here; add `yes` to delete, or `dry-run` to see how many keys there are")
+        raise UsageError("no question can be asked here; add `yes` to delete, or `dry-run` to count the keys")
     count = await (await context.client()).count(prefix=prefix)
     if dry_run:
         output.scalar(str(count), {"matched": count, "deleted": 0})
@@ -162,7 +159,7 @@ async def _delete_prefix(context: Context, arguments: Arguments, output: Output)
 
 
 async def _delete_all(context: Context, prefix: bytes, which: str, keys_max: int | None) -> int:
-    """Delete page by page, never more than `keys_max` keys, though more may have been written since the count."""
+    """Delete page by page, at most `keys_max` keys: more may have been written since the count."""
     client = await context.writer()
     deleted = 0
     try:
@@ -190,7 +187,7 @@ COMMANDS: Final = (
             "Exit code 1 if there is no such key."),
     Command("delete K [V]", "delete a key; with V only if that is its value", "delete user:1\n1", _delete,
             "Prints 1, or 0 (exit code 1) if there was no such key or its value is another."),
-    Command("exists K", "whether a key is there", "exists user:1\n1", _exists, "Prints 1, or 0 (exit code 1)."),
+    Command("exists K", "whether there is a key", "exists user:1\n1", _exists, "Prints 1, or 0 (exit code 1)."),
     Command("cas K OLD NEW", "replace a value only if it is OLD", "cas user:1 Ada Eve\nOK 9", _cas,
             "Exit code 1 if the value is another. The deadline stays."),
     Command("incr K [N]", "add N (1) to a number and show it", "incr hits 5\n5", _incr,
@@ -206,7 +203,7 @@ COMMANDS: Final = (
     Command("scan [PREFIX] [from=K] [to=K] [limit=N] [reverse] [keys]", "pairs in key order",
             "scan user: limit=2\nuser:1\tAda\nuser:2\tEve", _scan,
             "from= is inclusive, to= exclusive, also with reverse. keys: without values."),
-    Command("count [PREFIX]", "how many keys there are", "count user:\n2", _count),
+    Command("count [PREFIX]", "the number of keys", "count user:\n2", _count),
     Command("delete-prefix P [dry-run] [max=N] [all] [yes]", "delete all keys that start with P",
             "delete-prefix session: max=1000 yes\n37", _delete_prefix,
             "Shows the number and asks; `yes` answers. dry-run only shows it. max=N refuses if there are more than N.\n"

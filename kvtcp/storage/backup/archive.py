@@ -189,13 +189,9 @@ def verify(directory: Path, disk: Disk = OS_DISK) -> VerifyReport:
     for file in manifest.files:
         verify_file(disk, directory / file.name, file, manifest.shards)
     return VerifyReport(
-        pairs=manifest.pairs,
-        bytes=manifest.bytes,
-        files=len(manifest.files),
-        shards=manifest.shards,
-        cluster=manifest.cluster,
-        created=manifest.created,
-    )
+        pairs=manifest.pairs, bytes=manifest.bytes, files=len(manifest.files), shards=manifest.shards,
+        cluster=manifest.cluster, created=manifest.created,
+    )  # fmt: skip
 
 
 def read_pairs(directory: Path, prefix: bytes = b"", disk: Disk = OS_DISK) -> Iterator[Pair]:

@@ -228,13 +228,10 @@ def _file_report(members: dict[str, Any], source: str, at: str) -> FileReport:
     if not _BLOCKS.fullmatch(blocks):
         raise DataError(f'{source}: "{at}blocks" is not made of groups of 8 hexadecimal digits')
     report = FileReport(
-        name=name,
-        bytes=_integer(members["bytes"], f"{at}bytes", source),
-        sha256=_hash(members, "sha256", source, at),
-        pairs=_integer(members["pairs"], f"{at}pairs", source),
-        shards=tuple(shards),
-        blocks=blocks,
-    )
+        name=name, bytes=_integer(members["bytes"], f"{at}bytes", source),
+        sha256=_hash(members, "sha256", source, at), pairs=_integer(members["pairs"], f"{at}pairs", source),
+        shards=tuple(shards), blocks=blocks,
+    )  # fmt: skip
     total = sum(s.pairs for s in shards)
     if report.pairs != total:
         raise DataError(f'{source}: "{at}pairs" is {report.pairs}, its shards have {total}')

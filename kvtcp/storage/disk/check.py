@@ -42,12 +42,8 @@ def by_reason(reasons: Mapping[int, str]) -> list[tuple[str, str]]:
 
 
 def check_directory(
-    disk: Disk,
-    directory: Path,
-    manifest: Manifest,
-    progress: ReplayProgress = lambda *_: None,
-    boot: str = "",
-) -> CheckReport:
+    disk: Disk, directory: Path, manifest: Manifest, progress: ReplayProgress = lambda *_: None, boot: str = "",
+) -> CheckReport:  # fmt: skip
     """Verify a data directory; `boot` is the present boot of the machine. Raises VersionError for files of another
     format, OSError for a disk that cannot be read."""
     found = replay(disk, directory, manifest, progress, manifest.power_failed(boot))

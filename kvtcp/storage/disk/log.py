@@ -78,15 +78,9 @@ class LogWriter:
     """The log of one data directory, open at its end. Made by `begin`."""
 
     def __init__(
-        self,
-        disk: Disk,
-        directory: Path,
-        directory_id: bytes,
-        new_salt: Callable[[], bytes],
-        *,
-        sync: bool = True,
+        self, disk: Disk, directory: Path, directory_id: bytes, new_salt: Callable[[], bytes], *, sync: bool = True,
         segment_bytes_max: int = SEGMENT_BYTES_MAX,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.segments: list[SegmentInfo] = []  # oldest first; the last one is written to
         self.durable_lsn = 0  # highest LSN known to be on the disk; <= last_lsn
         self.last_lsn = 0  # of the last record prepared
@@ -110,13 +104,9 @@ class LogWriter:
     # --- the event loop -------------------------------------------------------------------------------
 
     def begin(
-        self,
-        older: Iterable[SegmentInfo],
-        first_lsn: int,
-        tail: Iterable[Record],
-        positions: dict[int, Position],
+        self, older: Iterable[SegmentInfo], first_lsn: int, tail: Iterable[Record], positions: dict[int, Position],
         tail_positions: dict[int, Position],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a new segment after a restart, with `tail`, the valid records above the durable mark, written again.
 
         `positions` are those before `tail`, `tail_positions` those behind it. Blocks. Raises OSError.

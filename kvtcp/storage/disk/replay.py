@@ -81,12 +81,9 @@ class Replayed:
 
 
 def replay(
-    disk: Disk,
-    directory: Path,
-    manifest: Manifest,
-    progress: ReplayProgress = lambda *_: None,
+    disk: Disk, directory: Path, manifest: Manifest, progress: ReplayProgress = lambda *_: None,
     power_failed: bool = False,
-) -> Replayed:
+) -> Replayed:  # fmt: skip
     """Read a data directory. `power_failed`: any part of the writes that were not synced may be on the disk, see
     `Manifest.power_failed`. Raises VersionError for files of another format, OSError for a disk that cannot be read."""
     return _Replay(disk, directory, manifest, progress, power_failed).run()

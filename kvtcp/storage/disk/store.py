@@ -291,14 +291,9 @@ class NodeStore:
 
 
 def open_store(
-    disk: Disk,
-    directory: Path,
-    durability: str,
-    new_id: Callable[[int], bytes],
-    boot: str,
-    progress: ReplayProgress = lambda *_: None,
-    segment_bytes_max: int = SEGMENT_BYTES_MAX,
-) -> NodeStore:
+    disk: Disk, directory: Path, durability: str, new_id: Callable[[int], bytes], boot: str,
+    progress: ReplayProgress = lambda *_: None, segment_bytes_max: int = SEGMENT_BYTES_MAX,
+) -> NodeStore:  # fmt: skip
     """Recover the store in `directory`, or make a new one. `new_id` returns so many random bytes, `boot` is the present
     boot of the machine. Blocks. Raises StoreError, OSError.
     """

@@ -20,15 +20,9 @@ class Copy:
     __slots__ = ("commit", "complete", "disk", "reason", "table")
 
     def __init__(
-        self,
-        shard: int,
-        disk: str,
-        *,
-        generation: int = 1,
-        complete: bool = True,
-        reason: str = "",
+        self, shard: int, disk: str, *, generation: int = 1, complete: bool = True, reason: str = "",
         table: Table | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.table = Table(shard) if table is None else table
         self.table.generation = generation
         self.disk = disk

@@ -45,15 +45,9 @@ def any_key(tables: Sequence[Table], number: int, stamp_ms: int) -> tuple[bytes 
 
 
 def merge_page(
-    tables: Sequence[Table],
-    lower: bytes,
-    upper: bytes | None,
-    limit: int,
-    bytes_max: int,
-    reverse: bool,
-    keys_only: bool,
-    stamp_ms: int,
-) -> Page:
+    tables: Sequence[Table], lower: bytes, upper: bytes | None, limit: int, bytes_max: int, reverse: bool,
+    keys_only: bool, stamp_ms: int,
+) -> Page:  # fmt: skip
     """The first visible rows of [lower, upper) over all `tables` (in descending order with `reverse`): at most `limit`
     (>= 1), and at most `bytes_max` bytes (`page_bytes`) unless it is one row alone.
     """

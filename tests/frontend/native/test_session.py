@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 import kvtcp
 from kvtcp.errors import Code
 from kvtcp.frontend import connection as caps
-from kvtcp.frontend.clients import FOR_OUTPUT, FOR_OUTSTANDING, FOR_TOTAL
+from kvtcp.frontend.clients import FOR_OUTSTANDING
 from kvtcp.frontend.native.session import ClientSession
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, pack, until
+from tests.processes.raw_client import BOTH_LOOPS, Wire, event_loop_policy, until
+from tests.support.learning_tools import deafen
 
 __all__ = ["event_loop_policy"]
 pytestmark = BOTH_LOOPS
@@ -54,25 +54,13 @@ async def test_outstanding_cap(cluster: LocalCluster, monkeypatch: pytest.Monkey
         assert session.outstanding == 0 and session.input_bytes == 0
 
 
-async def test_input_bytes_cap(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cap of unanswered bytes pauses a client that pipelines large writes, never for good."""
-    monkeypatch.setattr(caps, "CLIENT_INPUT_BYTES_MAX", 100_000)
-    async with kvtcp.connect(cluster.url, timeout=10) as kv:
-        await asyncio.gather(*(kv.put(f"k{n}", b"v" * 50_000) for n in range(100)))
-        session = await session_of(cluster)
-        await until(lambda: session._paused_for == 0, "reading again")
-        assert await kv.count() == 100
-
-
 async def test_a_write_that_waits_for_a_node_keeps_nothing_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client with a write that cannot commit goes on reading as much as it likes: only what is open is counted."""
     monkeypatch.setattr(caps, "CLIENT_INPUT_BYTES_MAX", 100_000)
     key = "k" * 4000
     async with LocalCluster(2, shards=4) as cluster, await Wire.open(cluster.coordinator.address) as wire:
         assert (await wire.ask("put", key, "v"))[1] == 0
-        link = cluster.nodes["n1"].core.link
-        assert link is not None and link.connection.transport is not None
-        link.connection.transport.pause_reading()
+        deafen(cluster.nodes["n1"])
         wire.send([1_000_000, "incr", "stuck", 1])
         await until(lambda: cluster.coordinator.links["n1"].progress.items, "the write on its way")
         await cluster.kill_node("n1")
@@ -81,42 +69,6 @@ async def test_a_write_that_waits_for_a_node_keeps_nothing_else_waiting(monkeypa
             assert sorted([(await wire.receive())[:2] for _ in range(4)]) == [[n, 0] for n in range(4)]
         session = await session_of(cluster)
         assert session.outstanding == 1 and session.input_bytes < 20_000
-
-
-async def test_reasons_for_pausing_add_up(cluster: LocalCluster) -> None:
-    """A session is read again when the last of its reasons is gone, and resuming what was not paused does nothing."""
-    async with await Wire.open(cluster.coordinator.address) as wire:
-        session = await session_of(cluster)
-        session.pause(FOR_OUTPUT)
-        session.pause(FOR_TOTAL)
-        session.resume(FOR_OUTPUT)
-        session.resume(FOR_OUTSTANDING)
-        wire.send([1, "get", "a"])
-        operations = cluster.coordinator.clients.requests
-        ticks = cluster.coordinator._ticks
-        await until(lambda: cluster.coordinator._ticks > ticks + 1, "two ticks")
-        assert cluster.coordinator.clients.requests == operations and session._paused_for == FOR_TOTAL
-        session.resume(FOR_TOTAL)
-        assert (await wire.receive())[:2] == [1, 0]
-
-
-async def test_pause_does_not_make_a_frame_late(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A frame that could not be finished because the server did not read has its time again when it does."""
-    monkeypatch.setattr(caps, "FRAME_WAIT_MS", 150)
-    frame = pack([1, "put", "a", "v" * 100])
-    async with await Wire.open(cluster.coordinator.address) as wire:
-        session = await session_of(cluster)
-        wire.write(frame[:50])
-        await until(lambda: session.decoder.buffered_bytes, "half a frame")
-        session.pause(FOR_TOTAL)
-        since = session._frame_since_ms
-        await until(lambda: cluster.coordinator.clients.now_ms() > since + 250, "more than the time of a frame")
-        assert not session.frame_is_late(cluster.coordinator.clients.now_ms())
-        session.resume(FOR_TOTAL)
-        assert not session.frame_is_late(cluster.coordinator.clients.now_ms())
-        wire.write(frame[50:])
-        assert (await wire.receive())[:2] == [1, 0]
-        assert session._frame_since_ms == 0
 
 
 async def test_reply_that_is_too_large(cluster: LocalCluster) -> None:

@@ -8,7 +8,7 @@ from kvtcp.constants import MULTI_BYTES_MAX
 from kvtcp.frontend.resp.client_state import QUEUED_BYTES, ClientState, Transaction
 from kvtcp.frontend.resp.plan import CommandError, Plan, write
 from kvtcp.protocol import operations as op
-from tests.support.resp_tools import World, parse
+from tests.support.resp_tools import Client, parse
 
 
 def test_what_is_queued_counts() -> None:
@@ -30,18 +30,16 @@ def test_unwatch() -> None:
     assert state.watched == {} and state.watched_bytes == 0 and state.transaction is None
 
 
-def test_replies_that_are_queued_count() -> None:
+def test_replies_that_are_queued_count(client: Client) -> None:
     """What concerns only the connection is held as its reply until EXEC, and counts as that."""
-    client = World().connect()
     large = [b"ECHO", b"v" * (6 << 20)]
     client.send("multi", large, large, large, "discard")
     assert [reply for reply in parse(client.output()) if "over the limit" in str(reply)]
     assert client.resp.large_bytes == 0 and client.resp.held_bytes == 0
 
 
-def test_queued_replies_do_not_stay_on_the_account() -> None:
+def test_queued_replies_do_not_stay_on_the_account(client: Client) -> None:
     """A large reply within a transaction is counted once, as a part of EXEC's, and not any more when that left."""
-    client = World().connect()
     for _ in range(5):
         client.send("multi", [b"ECHO", b"v" * 500_000])
         assert client.resp.held_bytes > 500_000

@@ -26,19 +26,12 @@ STREAMS = [
     array(b"GET", b"a") + array(b"SET", b"a", b"1") + array(b"PING"),
     array(b"SET", b"key", b"a\r\nb") + array(b"GET", b"key"),
     array(b"SET", b"\r\n", b"\r\n\r\n$1\r\n") + b"ping\r\n" + array(b"MSET", *[b"x"] * 9),
-    b"get a\r\nset \"b c\" 'd'\n\r\n\n  \r\nping\r\n" + array(b"PING"),
-    b"*0\r\n*-1\r\n" + array(b"PING") + b"*00\r\n",
-    array(b"", b"", b"") + array(b"ECHO", b"\0\xff\r"),
-    array(b"PING") + b"*1\r\n\r\n",
-    array(b"PING") + b"*2\r\n$3\r\nGET\r\n:1\r\n",
-    b"*1\r\n$4\r\nPINGxx" + array(b"PING"),
-    b"*1\r\n$-1\r\n",
-    b"*x\r\n",
-    b"*1\r\n$1" + b"0" * 40 + b"\r\n",
-    b"*" + b"1" * 40,
-    b"ping\r\nset 'a\r\n" + array(b"PING"),
+    b"get a\r\nset \"b c\" 'd'\n\r\n\n  \r\nping\r\n" + array(b"PING"), b"*0\r\n*-1\r\n" + array(b"PING") + b"*00\r\n",
+    array(b"", b"", b"") + array(b"ECHO", b"\0\xff\r"), array(b"PING") + b"*1\r\n\r\n",
+    array(b"PING") + b"*2\r\n$3\r\nGET\r\n:1\r\n", b"*1\r\n$4\r\nPINGxx" + array(b"PING"), b"*1\r\n$-1\r\n", b"*x\r\n",
+    b"*1\r\n$1" + b"0" * 40 + b"\r\n", b"*" + b"1" * 40, b"ping\r\nset 'a\r\n" + array(b"PING"),
     b"\xce\x00\x00\x00\x05hello",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("data", STREAMS)
@@ -81,20 +74,12 @@ def test_the_fuzzer_sees_a_difference() -> None:
     ("line", "words"),
     [
         (b'set "a b" \'c d\'', [b"set", b"a b", b"c d"]),
-        (b'"\\x41\\n\\r\\t\\b\\a\\"\\\\\\q\\x4"', [b'A\n\r\t\b\a"\\qx4']),
-        (b"'\\n\\'\\q'", [b"\\n'\\q"]),
-        (b"'a\\\\'", None),
-        (b"a\"b c\"", [b"ab c"]),
-        (b'"" \'\'', [b"", b""]),
-        (b"  \t get\x0b\x0ca\0b ", [b"get", b"a", b"b"]),
-        (b"", []),
-        (b'"a"b', None),
-        (b"'a'\"b\"", None),
-        (b'"a', None),
-        (b"'a\\'", None),
-        (b'"\\', None),
+        (b'"\\x41\\n\\r\\t\\b\\a\\"\\\\\\q\\x4"', [b'A\n\r\t\b\a"\\qx4']), (b"'\\n\\'\\q'", [b"\\n'\\q"]),
+        (b"'a\\\\'", None), (b"a\"b c\"", [b"ab c"]), (b'"" \'\'', [b"", b""]),
+        (b"  \t get\x0b\x0ca\0b ", [b"get", b"a", b"b"]), (b"", []), (b'"a"b', None), (b"'a'\"b\"", None),
+        (b'"a', None), (b"'a\\'", None), (b'"\\', None),
     ],
-)
+)  # fmt: skip
 def test_typed_lines(line: bytes, words: Command | None) -> None:
     """Quotes and escapes of typed lines, as in redis-cli."""
     assert split_line(line) == words == model_words(line)
@@ -129,8 +114,7 @@ def test_value_limit() -> None:
     value = b"v" * VALUE_BYTES_MAX
     assert feed(array(b"SET", b"a", value)) == ([[b"SET", b"a", value]], "")
     assert feed(b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$%d\r\n" % (VALUE_BYTES_MAX + 1)) == (
-        [],
-        "Protocol error: invalid bulk length",
+        [], "Protocol error: invalid bulk length"
     )
 
 
@@ -142,8 +126,7 @@ def test_command_limit() -> None:
     commands, error = feed(head + b"$%d\r\n%b\r\n$0\r\n\r\n" % (rest, value[:rest]))
     assert [len(argument) for argument in commands[0]] == [4, VALUE_BYTES_MAX, rest, 0] and not error
     assert feed(head + b"$%d\r\n" % (rest + 1)) == (
-        [],
-        f"Protocol error: a command is over the limit of {RESP_COMMAND_BYTES_MAX} bytes",
+        [], f"Protocol error: a command is over the limit of {RESP_COMMAND_BYTES_MAX} bytes"
     )
 
 

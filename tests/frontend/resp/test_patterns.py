@@ -59,28 +59,16 @@ def model_class(pattern: bytes, p: int) -> tuple[set[int], int]:
 @pytest.mark.parametrize(
     ("pattern", "yes", "no"),
     [
-        (b"*", [b"a", b"a\nb", b"\xff\0"], []),
-        (b"", [b""], [b"a"]),
-        (b"h?llo", [b"hello", b"h\nllo"], [b"hllo", b"heello"]),
-        (b"h*llo", [b"hllo", b"heeeello"], [b"hell"]),
-        (b"h[ae]llo", [b"hello", b"hallo"], [b"hillo", b"h[ae]llo"]),
-        (b"h[^e]llo", [b"hallo", b"h\nllo"], [b"hello"]),
-        (b"h[a-b]llo", [b"hallo", b"hbllo"], [b"hcllo"]),
-        (b"h[b-a]llo", [b"hallo", b"hbllo"], [b"hcllo"]),
-        (b"[\\]-]", [b"]", b"-"], [b"\\"]),
-        (b"[\\^a]", [b"^", b"a"], [b"b"]),
-        (b"[.+(]", [b".", b"+", b"("], [b"a"]),
-        (b"[]", [], [b"", b"]", b"a"]),
-        (b"[^]", [b"a", b"]"], [b""]),
-        (b"[ab", [b"a", b"b"], [b"c"]),
-        (b"\\*\\?\\[", [b"*?["], [b"aaa"]),
-        (b"a\\", [b"a\\"], [b"a"]),
-        (b"a.b$", [b"a.b$"], [b"aab$", b"a.b"]),
-        (b"**a**", [b"a", b"bab"], [b"b"]),
-        (b"*a*b", [b"aab", b"abab"], [b"aba"]),
-        (b"a*\n", [b"a\n"], [b"a"]),
+        (b"*", [b"a", b"a\nb", b"\xff\0"], []), (b"", [b""], [b"a"]),
+        (b"h?llo", [b"hello", b"h\nllo"], [b"hllo", b"heello"]), (b"h*llo", [b"hllo", b"heeeello"], [b"hell"]),
+        (b"h[ae]llo", [b"hello", b"hallo"], [b"hillo", b"h[ae]llo"]), (b"h[^e]llo", [b"hallo", b"h\nllo"], [b"hello"]),
+        (b"h[a-b]llo", [b"hallo", b"hbllo"], [b"hcllo"]), (b"h[b-a]llo", [b"hallo", b"hbllo"], [b"hcllo"]),
+        (b"[\\]-]", [b"]", b"-"], [b"\\"]), (b"[\\^a]", [b"^", b"a"], [b"b"]), (b"[.+(]", [b".", b"+", b"("], [b"a"]),
+        (b"[]", [], [b"", b"]", b"a"]), (b"[^]", [b"a", b"]"], [b""]), (b"[ab", [b"a", b"b"], [b"c"]),
+        (b"\\*\\?\\[", [b"*?["], [b"aaa"]), (b"a\\", [b"a\\"], [b"a"]), (b"a.b$", [b"a.b$"], [b"aab$", b"a.b"]),
+        (b"**a**", [b"a", b"bab"], [b"b"]), (b"*a*b", [b"aab", b"abab"], [b"aba"]), (b"a*\n", [b"a\n"], [b"a"]),
     ],
-)
+)  # fmt: skip
 def test_patterns(pattern: bytes, yes: list[bytes], no: list[bytes]) -> None:
     """What Redis's documentation says of each, and its corners."""
     matches = matcher(pattern)
@@ -115,15 +103,12 @@ def test_literal_prefix(pattern: bytes, prefix: bytes) -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        b"a*" * (PATTERN_BYTES_MAX // 2 - 1) + b"b",
-        b"*a?" * (PATTERN_BYTES_MAX // 3 - 1) + b"b*",
-        b"*" + b"a" * (PATTERN_BYTES_MAX - 3) + b"b*",
-        b"*" + b"?" * (PATTERN_BYTES_MAX - 3) + b"b*",
-        b"*" + b"[ab]" * (PATTERN_BYTES_MAX // 4 - 1) + b"c*",
-        b"*" + b"[ab]" * (PATTERN_BYTES_MAX // 4 - 1) + b"c",
+        b"a*" * (PATTERN_BYTES_MAX // 2 - 1) + b"b", b"*a?" * (PATTERN_BYTES_MAX // 3 - 1) + b"b*",
+        b"*" + b"a" * (PATTERN_BYTES_MAX - 3) + b"b*", b"*" + b"?" * (PATTERN_BYTES_MAX - 3) + b"b*",
+        b"*" + b"[ab]" * (PATTERN_BYTES_MAX // 4 - 1) + b"c*", b"*" + b"[ab]" * (PATTERN_BYTES_MAX // 4 - 1) + b"c",
     ],
     ids=lambda pattern: str(pattern[:6]),
-)
+)  # fmt: skip
 def test_time_is_bounded(pattern: bytes) -> None:
     """The worst patterns on the longest keys: milliseconds, where trying every way would take longer than the world."""
     key = b"a" * KEY_BYTES_MAX

@@ -11,7 +11,7 @@ from kvtcp.errors import Code
 from kvtcp.frontend.resp.pipeline import LARGE_REPLY_BYTES, RUN_BYTES, TURN_BYTES_MAX
 from kvtcp.protocol import operations as op
 from tests.fuzz.resp import array
-from tests.support.resp_tools import Error, World, one, parse
+from tests.support.resp_tools import Client, Error, World, one, parse
 
 
 def test_replies_in_order() -> None:
@@ -83,26 +83,23 @@ def test_wrong_sets(arguments: list[bytes]) -> None:
 
 @pytest.mark.parametrize("command", ["get a", "set a v"])
 @pytest.mark.parametrize("code", [Code.SHARD_DOWN, Code.OVERLOADED])
-def test_refused_at_once(command: str, code: Code) -> None:
+def test_refused_at_once(command: str, code: Code, client: Client) -> None:
     """A sequencer that refuses in the same step is answered to in order too."""
-    client = World().connect()
     client.sequencer.refuses = (int(code), "no")
     client.send("ping", command, "ping")
     assert parse(client.output()) == ["PONG", "TRYAGAIN no", "PONG"]
 
 
-def test_unknown_commands() -> None:
+def test_unknown_commands(client: Client) -> None:
     """The text is Redis's, and bounded, whatever the bytes."""
-    client = World().connect()
     assert client.ask("nosuch a b") == "ERR unknown command 'nosuch', with args beginning with: 'a' 'b' "
     assert len(client.ask([b"x" * 100_000, *[b"y" * 1000] * 1000])) < 400
     assert client.ask([b"\r\n\xff", b"\r\n+OK\r\n"]).startswith("ERR unknown command '")
     assert client.ask([b""]) == "ERR unknown command '', with args beginning with: "
 
 
-def test_wakes_once() -> None:
+def test_wakes_once(client: Client) -> None:
     """However many replies there are, the session is told once until it takes them."""
-    client = World().connect()
     client.send("ping", "ping", "get a", "set a v", "nosuch")
     assert client.wakes == 1
     client.output()
@@ -155,9 +152,8 @@ def test_reads_do_not_pass_writes_that_wait_for_a_node(command: str) -> None:
         assert len(world.sequencer.asked) >= 3
 
 
-def test_earlier_replies_are_of_the_earlier_version() -> None:
+def test_earlier_replies_are_of_the_earlier_version(client: Client) -> None:
     """What was asked before HELLO or RESET is answered in the version of then, though the answer comes later."""
-    client = World().connect()
     client.send("get a", "hello 3", "get b", "reset", "get c")
     client.sequencer.take().answer(None)
     out = client.output()
@@ -172,9 +168,8 @@ def test_earlier_replies_are_of_the_earlier_version() -> None:
 # --- endings ----------------------------------------------------------------------------------------------
 
 
-def test_quit() -> None:
+def test_quit(client: Client) -> None:
     """What came before QUIT is answered, what comes behind is not looked at, in the same read or later."""
-    client = World().connect()
     client.feed(b"get a\r\nquit\r\nset a v\r\nping\r\n")
     client.feed(b"set a v\r\n")
     (asked,) = client.sequencer.asked
@@ -183,18 +178,16 @@ def test_quit() -> None:
     assert parse(client.output()) == [b"v", "OK"] and not client.resp.slots
 
 
-def test_quit_behind_watch() -> None:
+def test_quit_behind_watch(client: Client) -> None:
     """Held commands end with QUIT as others do."""
-    client = World().connect()
     client.feed(b"watch a\r\nping\r\nquit\r\nset a v\r\n")
     client.sequencer.take().answer(1)
     assert parse(client.output()) == ["OK", "PONG", "OK"]
     assert client.resp.closing and not client.sequencer.asked and not client.resp.outstanding
 
 
-def test_protocol_error() -> None:
+def test_protocol_error(client: Client) -> None:
     """Its reply is the last one."""
-    client = World().connect()
     client.feed(b"get a\r\n*1\r\n:5\r\n")
     client.feed(b"ping\r\n")
     client.sequencer.take().answer(None)
@@ -202,9 +195,8 @@ def test_protocol_error() -> None:
 
 
 @pytest.mark.parametrize("line", [b"POST / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n", b"host: b\r\n"])
-def test_browsers(line: bytes) -> None:
+def test_browsers(line: bytes, client: Client) -> None:
     """What a browser sends ends the connection, and nothing behind it is carried out."""
-    client = World().connect()
     client.feed(line + b"set a v\r\n")
     assert client.resp.suspicious and client.resp.closing and not client.sequencer.asked
 
@@ -231,16 +223,14 @@ def test_a_turn_is_bounded(command: str) -> None:
     assert len(replies) == 502 and replies[-2:] == ["PONG", None]
 
 
-def test_cheap_commands_are_one_turn() -> None:
+def test_cheap_commands_are_one_turn(client: Client) -> None:
     """Thousands of PINGs and SETs are not cut into turns."""
-    client = World().connect()
     client.send(*["ping", "set a v", "incr a", "ttl a"] * 2000)
     assert len(client.resp.slots) == 8000 and not client.resp.held
 
 
-def test_who_does_not_read_is_not_served() -> None:
+def test_who_does_not_read_is_not_served(client: Client) -> None:
     """While the client does not read, what is held is not begun; then it goes on."""
-    client = World().connect()
     client.send(*["command"] * 200)
     client.resp.may_begin = False
     client.resp.take_output()
@@ -249,9 +239,8 @@ def test_who_does_not_read_is_not_served() -> None:
     assert client.resp.has_work and len(parse(client.output())) > 100
 
 
-def test_replies_behind_a_slow_one_are_bounded() -> None:
+def test_replies_behind_a_slow_one_are_bounded(client: Client) -> None:
     """What waits for an earlier reply is held back at the cap of unread replies, and goes on when that one came."""
-    client = World().connect()
     client.send("get slow", *[[b"ECHO", b"x" * 200_000]] * 50)
     assert client.output() == b""
     assert client.resp.held and client.resp.large_bytes <= CLIENT_OUTPUT_BYTES_MAX + TURN_BYTES_MAX + 200_100
@@ -261,9 +250,8 @@ def test_replies_behind_a_slow_one_are_bounded() -> None:
     assert client.resp.held_bytes == 0 and not client.resp.outstanding
 
 
-def test_order_behind_a_turn() -> None:
+def test_order_behind_a_turn(client: Client) -> None:
     """Commands that come while others are held go behind them."""
-    client = World().connect()
     client.send(*["command"] * 200, "set a 1")
     assert client.resp.held
     client.send("set a 2")
@@ -272,9 +260,8 @@ def test_order_behind_a_turn() -> None:
     assert [asked.args for asked in client.sequencer.asked] == [(b"1",), (b"2",)]
 
 
-def test_restoring_closes_the_quick_way() -> None:
+def test_restoring_closes_the_quick_way(client: Client) -> None:
     """GET and SET meet a restore too, whenever it begins."""
-    client = World().connect()
     client.world.keyspace.restoring = b"a"
     client.send("get a", "set a v", "set b v")
     replies = client.resp.take_output()

@@ -12,25 +12,16 @@ from kvtcp.frontend.resp.replies import CACHED_LENGTHS, DONE, OK, Failure, NoArr
 @pytest.mark.parametrize(
     ("value", "two", "three"),
     [
-        (Simple("PONG"), b"+PONG\r\n", None),
-        (DONE, OK, None),
-        (Failure("ERR no"), b"-ERR no\r\n", None),
-        (5, b":5\r\n", None),
-        (-(2**63), b":-9223372036854775808\r\n", None),
-        (True, b":1\r\n", b"#t\r\n"),
-        (False, b":0\r\n", b"#f\r\n"),
-        (b"a\r\nb", b"$4\r\na\r\nb\r\n", None),
-        (b"", b"$0\r\n\r\n", None),
-        ("\u00e9", b"$2\r\n\xc3\xa9\r\n", None),
-        (None, b"$-1\r\n", b"_\r\n"),
-        (NoArray, b"*-1\r\n", b"_\r\n"),
-        (0.5, b"$3\r\n0.5\r\n", b",0.5\r\n"),
-        ([], b"*0\r\n", None),
+        (Simple("PONG"), b"+PONG\r\n", None), (DONE, OK, None), (Failure("ERR no"), b"-ERR no\r\n", None),
+        (5, b":5\r\n", None), (-(2**63), b":-9223372036854775808\r\n", None), (True, b":1\r\n", b"#t\r\n"),
+        (False, b":0\r\n", b"#f\r\n"), (b"a\r\nb", b"$4\r\na\r\nb\r\n", None), (b"", b"$0\r\n\r\n", None),
+        ("\u00e9", b"$2\r\n\xc3\xa9\r\n", None), (None, b"$-1\r\n", b"_\r\n"), (NoArray, b"*-1\r\n", b"_\r\n"),
+        (0.5, b"$3\r\n0.5\r\n", b",0.5\r\n"), ([], b"*0\r\n", None),
         ([1, [b"a", None]], b"*2\r\n:1\r\n*2\r\n$1\r\na\r\n$-1\r\n", b"*2\r\n:1\r\n*2\r\n$1\r\na\r\n_\r\n"),
         ((1,), b"*1\r\n:1\r\n", None),
         ({"a": 1, "b": {}}, b"*4\r\n$1\r\na\r\n:1\r\n$1\r\nb\r\n*0\r\n", b"%2\r\n$1\r\na\r\n:1\r\n$1\r\nb\r\n%0\r\n"),
     ],
-)
+)  # fmt: skip
 def test_encode(value: Any, two: bytes, three: bytes | None) -> None:
     """Each kind of value in RESP2 and RESP3."""
     assert encode(value, 2) == two

@@ -93,18 +93,6 @@ async def session_of(cluster: LocalCluster) -> RespSession:
     return session
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 7])
-async def test_bytes_one_by_one(cluster: LocalCluster, piece_bytes: int) -> None:
-    """A stream that comes in crumbs is the same stream."""
-    data = array(b"SET", b"a", b"x\r\ny") + b"get a\r\n" + array(b"MGET", b"a", b"b") + array(b"PING")
-    async with await connect(cluster) as wire:
-        for low in range(0, len(data), piece_bytes):
-            wire.write(data[low : low + piece_bytes])
-            await wire.writer.drain()
-            await asyncio.sleep(0)
-        assert await wire.replies(4) == ["OK", b"x\r\ny", [b"x\r\ny", None], "PONG"]
-
-
 # --- order and transactions -------------------------------------------------------------------------------
 
 
@@ -124,18 +112,6 @@ async def test_pipeline_in_order(cluster: LocalCluster) -> None:
         assert [None if type(reply) is Error else reply for reply in replies] == expected
         session = await session_of(cluster)
         await until(lambda: session._paused_for == 0 and session.input_bytes == 0, "reading again")
-
-
-async def test_watch_and_exec_between_two(cluster: LocalCluster) -> None:
-    """A pipelined WATCH, MULTI, EXEC succeeds; one whose key another client wrote meanwhile does nothing."""
-    async with await connect(cluster) as wire, await connect(cluster) as other:
-        wire.write(b"watch a\r\nmulti\r\nset a 1\r\nget a\r\nexec\r\nget a\r\n")
-        assert await wire.replies(6) == ["OK", "OK", "QUEUED", "QUEUED", ["OK", b"1"], b"1"]
-        assert await wire.do("watch a") == "OK"
-        assert await other.do("set a 1") == "OK"
-        wire.write(b"multi\r\nset a 2\r\nexec\r\nget a\r\n")
-        *_, reply, value = await wire.replies(4)
-        assert type(reply) is type and value == b"1"
 
 
 async def test_counters_of_many_clients(cluster: LocalCluster) -> None:
@@ -191,20 +167,12 @@ async def test_largest_values(cluster: LocalCluster) -> None:
 # --- endings ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"POST / HTTP/1.1\r\nHost: a\r\n\r\n", "POST is no command"),
-        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\nset a 1\r\n", "HOST: is no command"),
-        (b"watch b\r\npost\r\nset a 1\r\n", "POST is no command"),
-    ],
-)
-async def test_browsers(cluster: LocalCluster, caplog: pytest.LogCaptureFixture, data: bytes, reason: str) -> None:
+async def test_browsers(cluster: LocalCluster, caplog: pytest.LogCaptureFixture) -> None:
     """What a browser can be made to send ends the connection, is logged and counted, and nothing behind it happens."""
     async with await connect(cluster) as wire:
-        wire.write(data)
+        wire.write(b"watch b\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\nset a 1\r\n")
         await wire.closed()
-    assert f"reason={reason}" in caplog.text and cluster.coordinator.clients.protocol_errors == 1
+    assert "reason=HOST: is no command" in caplog.text and cluster.coordinator.clients.protocol_errors == 1
     async with await connect(cluster) as wire:
         assert await wire.do("get a") is None
 
@@ -216,13 +184,6 @@ async def test_protocol_errors(cluster: LocalCluster, caplog: pytest.LogCaptureF
         wire.write(b"get a\r\n")
         assert parse(await wire.closed()) == ["OK", "OK", b"1", "ERR Protocol error: expected '$', got ':'"]
     assert cluster.coordinator.clients.protocol_errors == 1 and caplog.text.count("event=protocol-error") == 1
-
-
-async def test_quit(cluster: LocalCluster) -> None:
-    """Everything before it is answered."""
-    async with await connect(cluster) as wire:
-        wire.write(b"set a 1\r\nget a\r\nquit\r\nset a 2\r\n")
-        assert parse(await wire.closed()) == ["OK", b"1", "OK"]
 
 
 @pytest.mark.parametrize("data", [b"", b"set a 1\r\nkeys *\r\nwatch a\r\nget a\r\n", b"ping\r\n", b"*1\r\n$4\r\nPI"])
@@ -377,18 +338,6 @@ async def test_many_unfinished_commands_are_counted(cluster: LocalCluster) -> No
         session = await session_of(cluster)
         await until(lambda: session.held_bytes > 60_000 * 40, "what they cost")
         await until(lambda: cluster.coordinator.clients.held_bytes == session.held_bytes, "the account")
-
-
-async def test_connections_over_the_limit(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions that were handed over count once."""
-    monkeypatch.setattr(clients_module, "CLIENT_CONNECTIONS_MAX", 2)
-    async with await connect(cluster) as one, await connect(cluster) as two:
-        assert await one.do("ping") == "PONG" and await two.do("ping") == "PONG"
-        assert len(cluster.coordinator.clients.sessions) == 2
-        async with await connect(cluster) as three:
-            three.write(b"ping\r\n")
-            assert await three.closed() == b""
-        assert await one.do("ping") == "PONG"
 
 
 # --- fuzz -------------------------------------------------------------------------------------------------

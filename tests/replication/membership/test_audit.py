@@ -44,9 +44,8 @@ def test_members_that_are_equal() -> None:
     assert all(shard.writable for shard in world.shards) and not world.words("alarm")
 
 
-def test_writes_around_it_change_nothing() -> None:
+def test_writes_around_it_change_nothing(world: World) -> None:
     """All are asked in one step, and links are in order: every answer is about the same number."""
-    world = World()
     for node in ("n1", "n2", "n3"):
         world.put(("before", node))
         audit(world)
@@ -68,9 +67,7 @@ def test_members_that_differ_are_stopped() -> None:
     world.pump()
     chains = {node: world.nodes[node].replica.tables[0].chain for node in world.nodes}
     told = ", ".join(f"{node} (2, {chains[node]})" for node in sorted(chains))
-    assert world.words("alarm") == [
-        {"reason": f"shard 0 was stopped: its members differ (number, chain): {told}"}
-    ]
+    assert world.words("alarm") == [{"reason": f"shard 0 was stopped: its members differ (number, chain): {told}"}]
     assert not world.shards[0].serving and world.shards[1].writable
     world.put("refused")
     code, text, _ = world.answers.failed["refused"]
@@ -95,9 +92,8 @@ def test_a_member_without_a_live_copy_differs() -> None:
 
 
 @pytest.mark.parametrize("lost", ["before it answered", "while it was full", "before it was asked"])
-def test_who_cannot_answer_is_not_compared(lost: str) -> None:
+def test_who_cannot_answer_is_not_compared(world: World, lost: str) -> None:
     """A link that is lost, or has no room; the others are compared the next time."""
-    world = World()
     write(world, "a")
     spoil(world, "n3")
     if lost == "before it was asked":
@@ -135,17 +131,14 @@ def test_a_shard_that_was_stopped_meanwhile() -> None:
     assert len(world.words("alarm")) == 1
 
 
-def test_a_learner_of_a_shard_that_is_stopped() -> None:
+def test_a_learner_of_a_shard_that_is_stopped(world: World) -> None:
     """It is given up: nothing is learned from members that differ, and nothing changes in the map."""
-    world = World()
     write(world, "a")
     for node in world.nodes.values():
-        node.kept.forget(0)
+        node.backlog.forget(0)
     world.replace("n3")
     world.run(LINK_GRACE_MS)
-    world.nodes["n3"].holds_pulls = True
-    world.up("n3")
-    world.pump()
+    world.pull("n3")
     assert world.shards[0].learners
     spoil(world, "n2")
     audit(world)
@@ -199,8 +192,6 @@ def test_the_next_coordinator_looks_at_a_stopped_shard_anew() -> None:
     spoil(world, "n2")
     audit(world)
     world.pump()
-    world.down("n1", "n2")
-    world.take_over()
-    world.up("n1", "n2")
+    world.take_over("n1", "n2")
     assert world.controller.recovery.shards[0].state == DOWN
     assert "its members differ" in world.shards[0].reason

@@ -10,16 +10,8 @@ import pytest
 
 from kvtcp.protocol.link import FETCH, PULL, SHIP, CopyReport
 from kvtcp.protocol.operations import DONATE, LEARN, UNLEARN
-from kvtcp.replication.membership.learner import (
-    ASKED,
-    FETCHING,
-    FREEZING,
-    HURRY_TICKS,
-    LIVE,
-    PULLING,
-    SHIPPING,
-    Learner,
-)
+from kvtcp.replication.membership import learner as phases
+from kvtcp.replication.membership.learner import HOLD_AFTER_TICKS, Learner
 from kvtcp.replication.outbox import Outbox
 from kvtcp.replication.sequencing.cluster_state import ClusterState
 from kvtcp.replication.sequencing.link import Link, LinkError
@@ -44,9 +36,7 @@ class Around(Outbox):
         self.may = True
         self.tokens = 0
 
-    def attach(
-        self, shard: Shard, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]
-    ) -> None:
+    def attach(self, shard: Shard, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         self.call(link, item, then)
 
     def call(self, link: Link, item: tuple[Any, ...], then: Callable[[Any], None]) -> None:
@@ -95,7 +85,7 @@ class Case:
 
     def learn(self, fresh: bool, seq: int = 0, last: int = LAST) -> None:
         """The node answers LEARN."""
-        assert self.around.take() == [("n3", (LEARN, 3, int(fresh), last))] and self.learner.phase == ASKED
+        assert self.around.take() == [("n3", (LEARN, 3, int(fresh), last))] and self.learner.phase == phases.ASKED
         assert self.learner.fresh is fresh
         disk = b"new" if fresh else b"old"
         self.around.calls[-1]([disk, 2, not fresh, 0 if fresh else 1, seq, 100 + seq])
@@ -103,7 +93,7 @@ class Case:
     def assert_begins_anew(self) -> None:
         """It asked for a whole copy."""
         assert self.around.take() == [("n3", (LEARN, 3, 1, LAST))]
-        assert self.learner.phase == ASKED and not self.around.failed
+        assert self.learner.phase == phases.ASKED and not self.around.failed
 
 
 def copy(seq: int, **fields: Any) -> CopyReport:
@@ -120,7 +110,7 @@ def fetching(seq: int = 7) -> Case:
     """The learner's own copy ends at this number, and the donor is asked for what follows."""
     case = Case(copy(seq))
     case.learn(False, seq)
-    assert case.around.take() == [("n1", (FETCH, 3, seq))] and case.learner.phase == FETCHING
+    assert case.around.take() == [("n1", (FETCH, 3, seq))] and case.learner.phase == phases.FETCHING
     return case
 
 
@@ -128,7 +118,7 @@ def shipping() -> Case:
     """Entries 8 and 9 of 10 were shipped."""
     case = fetching()
     case.learner.on_entries("n1", 7, 107, entries(8, 9))
-    assert case.around.take() == [("n3", (SHIP, 3, entries(8, 9)))] and case.learner.phase == SHIPPING
+    assert case.around.take() == [("n3", (SHIP, 3, entries(8, 9)))] and case.learner.phase == phases.SHIPPING
     return case
 
 
@@ -136,7 +126,7 @@ def freezing() -> Case:
     """A whole copy is needed, and the donor was asked to freeze its own."""
     case = Case()
     case.learn(True)
-    assert case.around.take() == [("n1", (DONATE, 3, b"token1", 0))] and case.learner.phase == FREEZING
+    assert case.around.take() == [("n1", (DONATE, 3, b"token1", 0))] and case.learner.phase == phases.FREEZING
     return case
 
 
@@ -144,7 +134,7 @@ def pulling() -> Case:
     """The node fetches it."""
     case = freezing()
     case.around.calls[-1]([1, LAST, 110, 55])
-    assert case.around.take() == [("n3", (PULL, 3, "h", 1, b"token1"))] and case.learner.phase == PULLING
+    assert case.around.take() == [("n3", (PULL, 3, "h", 1, b"token1"))] and case.learner.phase == phases.PULLING
     assert case.learner.keys_total == 55
     return case
 
@@ -153,13 +143,13 @@ def live() -> Case:
     """It has everything."""
     case = pulling()
     case.learner.on_learned("n3", b"new", LAST)
-    assert case.learner.phase == LIVE and case.around.live == [LAST]
+    assert case.learner.phase == phases.LIVE and case.around.live == [LAST]
     return case
 
 
 PHASES: dict[str, Callable[[], Case]] = {
-    ASKED: lambda: Case(copy(7)), FETCHING: fetching, SHIPPING: shipping, FREEZING: freezing, PULLING: pulling,
-    LIVE: live,
+    phases.ASKED: lambda: Case(copy(7)), phases.FETCHING: fetching, phases.SHIPPING: shipping,
+    phases.FREEZING: freezing, phases.PULLING: pulling, phases.LIVE: live,
 }  # fmt: skip
 
 
@@ -171,18 +161,19 @@ def test_by_entries() -> None:
     acknowledged counts from LEARNED on."""
     case = shipping()
     learner = case.learner
-    assert learner.following.disk == "old" and learner.entries_left == LAST - 7
+    assert learner.following.replica_id == "old" and learner.entries_left == LAST - 7
     learner.on_shipped("n3", 9, 109, None)
-    assert case.around.take() == [("n1", (FETCH, 3, 9))] and learner.phase == FETCHING and learner.entries_left == 1
+    assert case.around.take() == [("n1", (FETCH, 3, 9))]
+    assert (learner.phase, learner.entries_left) == (phases.FETCHING, 1)
     learner.on_entries("n1", 9, 109, entries(10, 12))
     assert case.around.take() == [("n3", (SHIP, 3, entries(10, 12)))] and learner.entries_shipped == 5
     learner.on_shipped("n3", 12, 112, None)
-    assert case.around.take() == [] and learner.phase == SHIPPING
+    assert case.around.take() == [] and learner.phase == phases.SHIPPING
     learner.acknowledged(11)
     assert learner.following.acked == 0 and not case.around.live
     case.shard.last_seq = 14
     learner.on_learned("n3", b"old", 13)
-    assert learner.phase == LIVE and (learner.following.acked, learner.seq) == (13, 13) and case.around.live == [13]
+    assert learner.phase == phases.LIVE and case.around.live == [learner.following.acked] == [learner.seq] == [13]
     learner.acknowledged(13)
     learner.acknowledged(14)
     assert learner.following.acked == 14 and case.around.live == [13, 14] and learner.entries_left == 0
@@ -200,34 +191,34 @@ def test_a_copy_that_has_everything_is_compared_all_the_same(order: str) -> None
     first, second = order.split(", ")
     answers[first]()
     case.learner.acknowledged(LAST + 2)
-    assert case.learner.following.acked == 0 and case.learner.phase != LIVE
+    assert case.learner.following.acked == 0 and case.learner.phase != phases.LIVE
     answers[second]()
-    assert case.learner.phase == LIVE and case.around.take() == []
+    assert case.learner.phase == phases.LIVE and case.around.take() == []
     assert case.learner.following.acked == (LAST + 2 if first == "learned" else LAST)
 
 
 def test_by_a_whole_copy() -> None:
     """Frozen at the donor after the learner was attached, pulled, published, live."""
     case = pulling()
-    assert case.learner.token == b"token1" and case.learner.following.disk == "new"
+    assert case.learner.token == b"token1" and case.learner.following.replica_id == "new"
     case.learner.acknowledged(LAST + 1)
     assert case.learner.following.acked == 0
     case.learner.on_learned("n3", b"new", LAST)
-    assert case.learner.phase == LIVE and case.learner.following.acked == LAST
+    assert case.learner.phase == phases.LIVE and case.learner.following.acked == LAST
 
 
 def test_a_copy_that_gives_itself() -> None:
     """After an accepted loss: frozen first, begun anew then, and pulled from its own node."""
     case = Case(copy(4), donor="n3", seq_min=500)
     learner, around = case.learner, case.around
-    assert around.take() == [("n3", (DONATE, 3, b"token1", 500))] and learner.phase == FREEZING
+    assert around.take() == [("n3", (DONATE, 3, b"token1", 500))] and learner.phase == phases.FREEZING
     assert not learner.following.takes_writes
     around.calls[-1]([2, 501, 0, 9])
     case.learn(True, last=501)
     assert learner.following.takes_writes
     assert around.take() == [("n3", (PULL, 3, "h", 3, b"token1"))] and learner.keys_total == 9
     learner.on_learned("n3", b"new", 501)
-    assert learner.phase == LIVE and learner.following.acked == 501 and learner.entries_left == 0
+    assert learner.phase == phases.LIVE and learner.following.acked == 501 and learner.entries_left == 0
 
 
 @pytest.mark.parametrize(
@@ -237,7 +228,7 @@ def test_copies_that_cannot_be_completed(found: CopyReport | None) -> None:
     """They are replaced whole from the beginning."""
     case = Case(found)
     case.learn(True)
-    assert case.learner.phase == FREEZING
+    assert case.learner.phase == phases.FREEZING
 
 
 # --- what makes it begin anew -----------------------------------------------------------------------
@@ -271,7 +262,7 @@ def test_a_donor_that_is_behind_is_asked_again() -> None:
     case.shard.acked[case.links["n1"]] = 5
     for chain, found in ((None, None), (107, [])):
         case.learner.on_entries("n1", 7, chain, found)
-        assert case.learner.phase == FETCHING and case.around.take() == []
+        assert case.learner.phase == phases.FETCHING and case.around.take() == []
         case.learner.tick()
         assert case.around.take() == [("n1", (FETCH, 3, 7))]
         case.learner.tick()
@@ -293,7 +284,7 @@ def test_a_node_that_cannot_take_what_it_lacks() -> None:
     case.assert_begins_anew()
 
 
-@pytest.mark.parametrize("phase", [FETCHING, SHIPPING])
+@pytest.mark.parametrize("phase", [phases.FETCHING, phases.SHIPPING])
 def test_learn_failed_of_a_copy_that_is_completed(phase: str) -> None:
     """The buffer ran over, say: a whole copy may be there sooner."""
     case = PHASES[phase]()
@@ -301,7 +292,7 @@ def test_learn_failed_of_a_copy_that_is_completed(phase: str) -> None:
     case.assert_begins_anew()
 
 
-@pytest.mark.parametrize("phase", [FREEZING, PULLING])
+@pytest.mark.parametrize("phase", [phases.FREEZING, phases.PULLING])
 def test_learn_failed_of_a_whole_copy(phase: str) -> None:
     """The attempt is over; the node knows that already."""
     case = PHASES[phase]()
@@ -329,11 +320,11 @@ def test_a_donor_that_gives_to_another_one_is_waited_for() -> None:
     case.around.may = False
     case.learn(True)
     case.learner.tick()
-    case.learner.go_on()
-    assert case.learner.phase == FREEZING and case.around.take() == [] and not case.learner.token
+    case.learner.resume()
+    assert case.learner.phase == phases.FREEZING and case.around.take() == [] and not case.learner.token
     case.around.may = True
-    case.learner.go_on()
-    case.learner.go_on()
+    case.learner.resume()
+    case.learner.resume()
     assert case.around.take() == [("n1", (DONATE, 3, b"token1", 0))]
 
 
@@ -363,7 +354,7 @@ def test_a_learner_whose_link_is_gone_is_told_nothing() -> None:
     assert case.around.take() == [] and case.around.failed == ["its link was lost"]
 
 
-@pytest.mark.parametrize("phase", [ASKED, FREEZING])
+@pytest.mark.parametrize("phase", [phases.ASKED, phases.FREEZING])
 def test_an_answer_that_died_with_a_link(phase: str) -> None:
     """The attempt is over."""
     case = PHASES[phase]()
@@ -378,7 +369,7 @@ def test_a_learner_that_was_given_up_does_nothing() -> None:
     case.learner.give_up()
     case.around.calls[-1]([b"old", 1, True, 1, 7, 107])
     case.learner.fail("too late")
-    assert case.around.take() == [] and not case.around.failed and case.learner.phase == ASKED
+    assert case.around.take() == [] and not case.around.failed and case.learner.phase == phases.ASKED
 
 
 def test_a_learner_whose_change_of_the_map_is_on_its_way_cannot_fail() -> None:
@@ -407,11 +398,11 @@ def test_frames_that_are_not_awaited(phase: str) -> None:
     learner.on_learned("n3", b"old", LAST - 1)
     learner.on_failed("n1", "why")
     learner.acknowledged(9)
-    if phase != FETCHING:
+    if phase != phases.FETCHING:
         learner.on_entries("n1", 7, 107, entries(8, 10))
-    if phase != SHIPPING:
+    if phase != phases.SHIPPING:
         learner.on_shipped("n3", 9, 109, None)
-    if phase in (ASKED, LIVE):
+    if phase in (phases.ASKED, phases.LIVE):
         learner.on_failed("n3", "why")
         learner.on_learned("n3", b"old", LAST)
     assert before == (learner.phase, learner.seq, learner.following.acked, learner.fresh, learner.token)
@@ -426,9 +417,9 @@ def test_results_of_earlier_attachments() -> None:
     case.learner.on_failed("n3", "too much was written meanwhile")
     case.assert_begins_anew()
     first([b"old", 1, True, 1, 7, 107])
-    assert case.learner.phase == ASKED and case.around.take() == []
+    assert case.learner.phase == phases.ASKED and case.around.take() == []
     case.around.calls[-1]([b"new", 2, False, 0, 0, 0])
-    assert case.learner.phase == FREEZING and case.learner.seq == 0
+    assert case.learner.phase == phases.FREEZING and case.learner.seq == 0
 
 
 def test_learned_of_an_earlier_attachment_by_the_same_disk() -> None:
@@ -436,9 +427,9 @@ def test_learned_of_an_earlier_attachment_by_the_same_disk() -> None:
     case = fetching(LAST)
     case.learner.on_learned("n3", b"old", LAST - 1)
     case.learner.on_entries("n1", LAST, 110, [])
-    assert case.learner.phase == SHIPPING
+    assert case.learner.phase == phases.SHIPPING
     case.learner.on_learned("n3", b"old", LAST)
-    assert case.learner.phase == LIVE and case.learner.following.acked == LAST
+    assert case.learner.phase == phases.LIVE and case.learner.following.acked == LAST
 
 
 def test_a_number_that_was_never_given() -> None:
@@ -446,7 +437,7 @@ def test_a_number_that_was_never_given() -> None:
     case = pulling()
     with pytest.raises(LinkError, match="n3 has shard 3 up to 11, the last number given is 10"):
         case.learner.on_learned("n3", b"new", LAST + 1)
-    assert case.learner.phase == PULLING
+    assert case.learner.phase == phases.PULLING
 
 
 # --- running after the members ----------------------------------------------------------------------
@@ -456,11 +447,11 @@ def test_a_learner_that_runs_after_the_members() -> None:
     """Live, and always a little behind: after some ticks writes wait for it. One that has everything committed and
     waits for the map only keeps nobody waiting."""
     case = live()
-    for _ in range(3 * HURRY_TICKS):
+    for _ in range(3 * HOLD_AFTER_TICKS):
         case.learner.tick()
     assert not case.learner.following.holds_writes and set(case.around.live) == {LAST}
     case.shard.last_seq = case.shard.commit = LAST + 5
-    for _ in range(HURRY_TICKS):
+    for _ in range(HOLD_AFTER_TICKS):
         case.learner.tick()
     assert not case.learner.following.holds_writes
     case.learner.tick()

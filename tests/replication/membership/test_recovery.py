@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvtcp.cluster.map import LOST_DISK, ClusterMap
+from kvtcp.cluster.map import LOST_REPLICA, ClusterMap
 from kvtcp.constants import RECOVER_WAIT_MS
 from kvtcp.protocol.link import FETCH, SHIP, CopyReport, Report
 from kvtcp.replication.copy_reports import LOST_DATA, UNKNOWN_COPY
@@ -27,7 +27,7 @@ ENTRY = b"packed"
 def copy(seq: int = 0, epoch: int = 1, chain: int | None = None, **fields: Any) -> CopyReport:
     """A copy of the map's disk; the chain of number n is 100 + n unless it is said."""
     chain = (100 + seq if seq else 0) if chain is None else chain
-    return CopyReport(**{"disk": "disk", "epoch": epoch if seq else 0, "seq": seq, "chain": chain, **fields})
+    return CopyReport(**{"replica_id": "disk", "epoch": epoch if seq else 0, "seq": seq, "chain": chain, **fields})
 
 
 def entries(first: int, last: int) -> list[list[Any]]:
@@ -207,7 +207,7 @@ def test_what_changes_in_one_step_is_one_change_of_the_map() -> None:
         ["n1", "n2", "n3"], ["n4", "n1", "n2"], ["n3", "n4", "n1"], ["n2", "n3", "n4"],
     ]  # fmt: skip
     around.report("n1", *[copy(7)] * 3)
-    around.report("n2", copy(7), copy(7, disk="new"), None, copy(7))
+    around.report("n2", copy(7), copy(7, replica_id="new"), None, copy(7))
     around.report("n3", copy(7), None, copy(7), copy(7))
     assert around.served.keys() == {0} and not around.changes
     around.wait()
@@ -227,7 +227,7 @@ def test_what_changes_in_one_step_is_one_change_of_the_map() -> None:
 def test_nobody_is_removed_before_a_good_member_answered() -> None:
     """R6: with no good member the shard is down, and the map stays as it is; it is judged again when one comes."""
     around = Around(make_map(3, 3, shards=1))
-    around.report("n1", copy(disk="new"))
+    around.report("n1", copy(replica_id="new"))
     around.wait()
     assert around.state() == DOWN and not around.changes and around.recovery.is_settled
     assert around.downs == [
@@ -245,23 +245,19 @@ def test_nobody_is_removed_before_a_good_member_answered() -> None:
 @pytest.mark.parametrize(
     ("min_insync", "rows", "left", "then"),
     [
-        (1, (7, None, None), ["n1"], "served"),
-        (2, (7, None, None), ["n1", "n3"], "down"),
-        (3, (7, 7, None), ["n1", "n2", "n3"], "down"),
-        (2, (7, "bad", None), ["n1", "n2"], "repairing"),
-        (1, (7, "bad", None), ["n1"], "served"),
-        (2, (7, "bad", "bad"), ["n1", "n3"], "repairing"),
-        (3, (7, "bad", "bad"), ["n1", "n2", "n3"], "repairing"),
-        (2, (7, 7, "bad"), ["n1", "n2"], "served"),
+        (1, (7, None, None), ["n1"], "served"), (2, (7, None, None), ["n1", "n3"], "down"),
+        (3, (7, 7, None), ["n1", "n2", "n3"], "down"), (2, (7, "bad", None), ["n1", "n2"], "repairing"),
+        (1, (7, "bad", None), ["n1"], "served"), (2, (7, "bad", "bad"), ["n1", "n3"], "repairing"),
+        (3, (7, "bad", "bad"), ["n1", "n2", "n3"], "repairing"), (2, (7, 7, "bad"), ["n1", "n2"], "served"),
     ],
-)
+)  # fmt: skip
 def test_removals_never_go_below_min_insync(min_insync: int, rows: Any, left: list[str], then: str) -> None:
     """R4, R6: silent ones go first, as a bad one that answered can be repaired in its place; one silent member that has
     to stay keeps the shard down."""
     around = Around(make_map(3, 3, shards=1, min_insync=min_insync))
     for number, row in enumerate(rows, 1):
         if row is not None:
-            around.report(f"n{number}", copy(disk="new") if row == "bad" else copy(row))
+            around.report(f"n{number}", copy(replica_id="new") if row == "bad" else copy(row))
     around.wait()
     around.store()
     assert around.map.nodes_of(0) == left and len(left) >= min_insync
@@ -494,7 +490,7 @@ def test_what_was_found_bad_is_looked_at_again_after_a_new_link() -> None:
 
 def test_a_link_that_breaks_while_the_map_is_changed() -> None:
     """The change is waited for, as nobody knows whether it is stored; then the shard starts over, with a new wait."""
-    around = begin(copy(7), copy(7), copy(disk="new"))
+    around = begin(copy(7), copy(7), copy(replica_id="new"))
     assert around.state() == CHANGING
     around.lose("n2")
     assert around.state() == CHANGING
@@ -512,7 +508,7 @@ def test_a_link_that_breaks_while_the_map_is_changed() -> None:
 
 def test_a_link_that_breaks_while_the_map_is_changed_and_stays_away() -> None:
     """After the change it is waited for as at the beginning."""
-    around = begin(copy(7), copy(7), copy(disk="new"))
+    around = begin(copy(7), copy(7), copy(replica_id="new"))
     around.lose("n2")
     around.sequencer.now_ms += 5 * RECOVER_WAIT_MS
     around.store()
@@ -524,11 +520,11 @@ def test_a_link_that_breaks_while_the_map_is_changed_and_stays_away() -> None:
 
 def test_a_link_that_breaks_while_a_member_is_replaced() -> None:
     """The shard starts over, unless the change of the map for the new copy is on its way: then after that."""
-    around = begin(copy(7), copy(disk="new"), min_insync=2)
+    around = begin(copy(7), copy(replica_id="new"), min_insync=2)
     assert around.state() == REPAIRING
     around.lose("n2")
     assert around.state() == WAITING
-    around.report("n2", copy(disk="new"))
+    around.report("n2", copy(replica_id="new"))
     assert around.state() == REPAIRING
     around.in_flight.add(0)
     around.lose("n1")
@@ -540,11 +536,11 @@ def test_a_link_that_breaks_while_a_member_is_replaced() -> None:
 
 def test_members_that_were_replaced() -> None:
     """When all bad members are, the shard is served at the position of those that were good."""
-    around = begin(copy(7), copy(disk="new"), min_insync=2)
+    around = begin(copy(7), copy(replica_id="new"), min_insync=2)
     shipping = begin(copy(4), copy(7))
     for case in (around, shipping):
         case.map = case.map.replaced(0, "n2", "n2", "new")
-        case.reports["n2"].copies[0] = copy(7, disk="new")
+        case.reports["n2"].copies[0] = copy(7, replica_id="new")
         case.sequencer.shards[0].mark(case.sequencer.links["n2"], "")
     around.recovery.replaced(0, "n2", "new")
     assert around.served == {0: (7, 107)} and not around.repairing
@@ -559,13 +555,12 @@ def test_members_that_were_replaced() -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        (copy(disk="new"), "came back without its data"),
-        (copy(9, disk="new"), "came back without its data: what it has is not what was written to this cluster"),
-        (copy(3, disk="new", damage="the log is torn"), "has a damaged copy: the log is torn"),
-        (copy(9, complete=False), "has an incomplete copy: it was never finished"),
-        (None, "has no copy of it"),
+        (copy(replica_id="new"), "came back without its data"),
+        (copy(9, replica_id="new"), "came back without its data: what it has is not what was written to this cluster"),
+        (copy(3, replica_id="new", damage="the log is torn"), "has a damaged copy: the log is torn"),
+        (copy(9, complete=False), "has an incomplete copy: it was never finished"), (None, "has no copy of it"),
     ],
-)
+)  # fmt: skip
 def test_bad_members(row: CopyReport | None, why: str) -> None:
     """R9: another disk, an incomplete copy or none: whatever it holds, it does not count, and the others go on."""
     around = begin(copy(7), row, copy(7))
@@ -584,7 +579,7 @@ def test_a_position_below_what_was_committed_is_an_alarm() -> None:
     around.recovery.on_entries("n3", 0, 8, 108, entries(9, 9))
     around.recovery.on_shipped("n2", 0, 1, 9, 109, None)
     assert around.served == {0: (9, 109)} and len(around.alarms) == 1
-    assert begin(copy(7), copy(2, commit=8, disk="foreign")).alarms == [], "another disk was told of something else"
+    assert begin(copy(7), copy(2, commit=8, replica_id="foreign")).alarms == [], "the number is of another copy"
 
 
 def test_what_an_incomplete_copy_was_told_counts() -> None:
@@ -596,7 +591,7 @@ def test_what_an_incomplete_copy_was_told_counts() -> None:
 
 def test_no_good_member() -> None:
     """The shard is down, and says why of each."""
-    around = begin(copy(disk="new"), copy(5, complete=False))
+    around = begin(copy(replica_id="new"), copy(5, complete=False))
     assert around.downs == [
         (0, "none of its members has its data: n1 came back without its data; n2 has an incomplete copy: it was never "
             "finished"),
@@ -626,7 +621,7 @@ def test_a_destroyed_member_is_not_waited_for() -> None:
     """R9: it counts as fenced; it is removed if enough stay, before others that are bad."""
     around = Around(destroyed(make_map(3, 3, shards=1, min_insync=2), "n2"))
     around.report("n1", copy(7))
-    around.report("n3", copy(disk="new"))
+    around.report("n3", copy(replica_id="new"))
     assert around.state() == CHANGING
     around.store()
     assert around.map.nodes_of(0) == ["n1", "n3"]
@@ -663,9 +658,9 @@ def test_a_shard_that_is_down_is_judged_anew_when_a_node_is_declared_destroyed()
 
 def test_a_row_that_names_lost_copies() -> None:
     """A map that was made again names no copy where nothing could be relied on: the shard is down, and says why."""
-    around = Around(make_map(2, 2, shards=1, disk=LOST_DISK, min_insync=2))
-    around.report("n1", copy(7, disk="a"))
-    around.report("n2", copy(0, disk="b"))
+    around = Around(make_map(2, 2, shards=1, disk=LOST_REPLICA, min_insync=2))
+    around.report("n1", copy(7, replica_id="a"))
+    around.report("n2", copy(0, replica_id="b"))
     assert around.state() == DOWN
     (_, why), *_ = around.downs
     assert f"n1 {UNKNOWN_COPY}; n2 {LOST_DATA}" in why
@@ -680,22 +675,25 @@ def founded(factor: int = 2) -> ClusterMap:
 
 
 def test_the_first_start() -> None:
-    """All copies are new, empty and complete: their disks go into the map; nobody is given up before all are there."""
+    """All copies are new, empty and complete: their disks go into the map; nobody is given up before all are there. One
+    that was lost meanwhile counts when it is back."""
     around = Around(founded())
-    around.report("n1", copy(disk="a"))
+    around.report("n1", copy(replica_id="a"))
     around.wait(60_000)
+    around.lose("n1")
+    around.report("n2", copy(replica_id="b"))
     assert around.state() == WAITING and not around.changes
-    around.report("n2", copy(disk="b"))
+    around.report("n1", copy(replica_id="a"))
     around.store()
     assert around.map.members[0] == (("n1", "a"), ("n2", "b"))
     assert around.served == {0: (0, 0)} and around.emptied == []
 
 
-@pytest.mark.parametrize("row", [copy(3, disk="a"), copy(disk="a", complete=False)])
+@pytest.mark.parametrize("row", [copy(3, replica_id="a"), copy(replica_id="a", complete=False)])
 def test_data_at_the_first_start(row: CopyReport) -> None:
     """A node that has something of a cluster which the map has just founded: the map is not that cluster's."""
     with pytest.raises(StaleStore, match="node n2 has data of shard 0, the cluster map knows of none"):
-        begin(copy(disk="b"), row, cluster_map=founded())
+        begin(copy(replica_id="b"), row, cluster_map=founded())
 
 
 def test_an_end_of_a_run_in_memory() -> None:
@@ -703,24 +701,24 @@ def test_an_end_of_a_run_in_memory() -> None:
     other it is a loss."""
     durable = make_map(2, 2, shards=1)
     in_memory = replace(durable, durability="memory")
-    around = begin(copy(disk="a"), copy(disk="b"), cluster_map=in_memory)
+    around = begin(copy(replica_id="a"), copy(replica_id="b"), cluster_map=in_memory)
     around.store()
     assert around.map.members[0] == (("n1", "a"), ("n2", "b"))
     assert around.served == {0: (0, 0)} and around.emptied == [0]
     for rows, cluster_map in (
-        ((copy(disk="a"), copy(disk="b")), durable),
-        ((copy(disk="a"), copy(3, disk="b")), in_memory),
-        ((copy(disk="a"), copy(disk="b", complete=False)), in_memory),
-        ((copy(disk="a"), None), in_memory),
-    ):
+        ((copy(replica_id="a"), copy(replica_id="b")), durable),
+        ((copy(replica_id="a"), copy(3, replica_id="b")), in_memory),
+        ((copy(replica_id="a"), copy(replica_id="b", complete=False)), in_memory),
+        ((copy(replica_id="a"), None), in_memory),
+    ):  # fmt: skip
         assert begin(*rows, cluster_map=cluster_map).state() == DOWN
 
 
 def test_a_new_copy_of_an_empty_shard() -> None:
     """If a member tells that nothing was ever written, an empty copy has all there is."""
-    around = begin(copy(), copy(disk="new"), copy(3, disk="foreign"))
+    around = begin(copy(), copy(replica_id="new"), copy(3, replica_id="foreign"))
     around.store()
-    assert around.map.disk_of(0, "n2") == "new"
+    assert around.map.replica_id_of(0, "n2") == "new"
     around.store()
     assert around.map.nodes_of(0) == ["n1", "n2"] and around.served == {0: (0, 0)}
 
@@ -757,7 +755,7 @@ def test_a_removal_is_thought_over_when_its_turn_comes() -> None:
     around.wait()
     assert around.state() == CHANGING
     around.lose("n1")
-    around.report("n1", copy(disk="other"))
+    around.report("n1", copy(replica_id="other"))
     around.store()
     assert around.map.nodes_of(0) == ["n1", "n2"] and 0 not in around.served
     around.report("n2", copy(5))

@@ -8,37 +8,7 @@ import pytest
 
 from kvtcp.constants import WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import (
-    ADD,
-    ALWAYS,
-    APPEND,
-    CAS,
-    CLEAR,
-    COPY,
-    DELETE,
-    EXPIRE,
-    EXPIRE_IF,
-    GET,
-    IN_MS,
-    INCR,
-    INCR_DECIMAL,
-    MGET,
-    NO_DEADLINE,
-    PAGE,
-    PERSIST,
-    PURGE,
-    PUT,
-    PUT_ALL,
-    RENAME,
-    SETBIT,
-    SETRANGE,
-    STORE,
-    TAKE,
-    TOUCH,
-    TRANSACTION,
-    WRITE_NAMES,
-    WRITE_OP_END,
-)
+from kvtcp.protocol import operations as op
 from kvtcp.replication.sequencing import link as link_module
 from kvtcp.replication.sequencing import reads
 from kvtcp.replication.sequencing import shard as shard_module
@@ -59,19 +29,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reads, "WAITING_MULTI_MAX", 2)
 
 
-def test_one_member_answers() -> None:
+def test_one_member_answers(cluster: Cluster) -> None:
     """All members get the entry, one with the bit to answer; a put needs nobody."""
-    cluster = Cluster(shards=1)
     cluster.put("put")
-    cluster.write(ADD, "add", args=(b"v",))
+    cluster.write(op.ADD, "add", args=(b"v",))
     items = [cluster.apply(node) for node in cluster.replicas]
-    assert [[item[:3] for item in each] for each in items] == [[(PUT, 0, 1), (ADD, 0, 2)]] * 3
+    assert [[item[:3] for item in each] for each in items] == [[(op.PUT, 0, 1), (op.ADD, 0, 2)]] * 3
     assert sorted(each[1][3] for each in items) == [0, 0, 1] and all(each[0][3] == 0 for each in items)
 
 
-def test_reads_go_to_the_member_with_the_least_outstanding() -> None:
+def test_reads_go_to_the_member_with_the_least_outstanding(cluster: Cluster) -> None:
     """Reads are spread, also while a member is missing."""
-    cluster = Cluster(shards=1)
     for n in range(6):
         cluster.get(n)
     assert [link.items for link in cluster.sequencer.links.values()] == [2, 2, 2]
@@ -81,9 +49,8 @@ def test_reads_go_to_the_member_with_the_least_outstanding() -> None:
     assert len(cluster.answers.ok) == 6
 
 
-def test_write_waits_for_a_missing_member_and_is_refused_in_time() -> None:
+def test_write_waits_for_a_missing_member_and_is_refused_in_time(cluster: Cluster) -> None:
     """R4: nothing is numbered while a member is missing; the text names it."""
-    cluster = Cluster(shards=1)
     cluster.down("n2", "pulled out")
     cluster.put("late")
     cluster.tick(WRITE_WAIT_MS - 1)
@@ -100,10 +67,9 @@ def test_write_waits_for_a_missing_member_and_is_refused_in_time() -> None:
     assert cluster.sequencer.unavailable == 1
 
 
-def test_reads_pass_writes_that_wait_for_a_missing_member() -> None:
+def test_reads_pass_writes_that_wait_for_a_missing_member(cluster: Cluster) -> None:
     """A read goes to another member at once; reads that came while no member was there go when one is back, though
     writes before them still wait."""
-    cluster = Cluster(shards=1)
     cluster.down("n1")
     cluster.put("write")
     cluster.get("new")
@@ -129,7 +95,7 @@ def test_waiting_reads_go_past_when_a_member_is_lost(small: None) -> None:
     cluster.get("read")
     assert cluster.sequencer.shards[0].waiting_reads == 1
     cluster.down("n1")
-    assert [item[0] for item in cluster.apply("n2")] == [GET]
+    assert [item[0] for item in cluster.apply("n2")] == [op.GET]
     assert cluster.sequencer.waiting_items == 1
 
 
@@ -147,7 +113,7 @@ def test_full_window_keeps_the_order_of_a_shard(small: None) -> None:
     cluster.get("too many")
     assert cluster.answers.failed["too many"][0] == Code.OVERLOADED
     cluster.pump()
-    assert [item[0] for item in cluster.apply("n1")] == [PUT, GET, PUT, GET]
+    assert [item[0] for item in cluster.apply("n1")] == [op.PUT, op.GET, op.PUT, op.GET]
     cluster.results("n1")
     assert cluster.answers.ok["r1"][0] == b"w1" and cluster.answers.ok["r2"][0] == b"w2"
 
@@ -239,7 +205,7 @@ def test_reads_over_shards_go_before_waiting_writes(small: None) -> None:
             cluster.put((number, n), number)
     cluster.sequencer.multi_read(page_read([0, 1], b"", None, 10, False, False, cluster.answers, "page"))
     cluster.pump()
-    assert [item[0] for item in cluster.apply("n1")] == [PAGE] + [PUT] * 7
+    assert [item[0] for item in cluster.apply("n1")] == [op.PAGE] + [op.PUT] * 7
 
 
 def test_read_over_shards_is_refused_with_the_missing_node() -> None:
@@ -262,7 +228,7 @@ def test_cover_uses_few_nodes() -> None:
     spread.sequencer.multi_read(mget_read([b"k"] * 8, list(range(8)), spread.answers, "mget"))
     spread.sequencer.close_batches()
     items = [item for link in spread.sequencer.links.values() for b in link.outgoing for item in b.items]
-    assert len(items) <= 3 and all(item[0] == MGET for item in items)
+    assert len(items) <= 3 and all(item[0] == op.MGET for item in items)
     assert sorted(number for item in items for number, _ in item[1]) == list(range(8))
 
 
@@ -279,7 +245,7 @@ def test_large_page_is_shared_out_over_idle_nodes() -> None:
             for link in cluster.sequencer.links.values()
             for batch in link.outgoing
             for item in batch.items
-            if item[0] == PAGE
+            if item[0] == op.PAGE
         }
         cluster.pump()
         assert cluster.answers.ok.pop("page") == [[], None]
@@ -320,7 +286,7 @@ def test_refuse_waiting() -> None:
 
 def test_every_write_operation_is_below_the_reads() -> None:
     """What is waiting is told apart by its operation."""
-    assert max(PUT, ADD, DELETE) < WRITE_OP_END <= min(GET, PAGE, MGET)
+    assert max(op.PUT, op.ADD, op.DELETE) < op.WRITE_OP_END <= min(op.GET, op.PAGE, op.MGET)
 
 
 def test_waiting_multi_reads_are_refused_together() -> None:
@@ -345,36 +311,36 @@ def test_no_growing_writes_without_space() -> None:
     """At level 1 what may grow is refused at once, before it is sequenced; removals, reads and purges go on. At level 2
     no write is taken. When there is space again everything is as before."""
     cluster = Cluster(shards=2, nodes=2, factor=2)
-    cluster.put("before")
-    cluster.pump()
+    cluster.commit("before")
     sequencer, answers = cluster.sequencer, cluster.answers
     sequencer.on_space("n2", 1)
     sequencer.check()
     growing: list[tuple[int, tuple[Any, ...]]] = [
-        (PUT, (b"v",)), (ADD, (b"v",)), (CAS, (b"v", b"v", None)), (INCR, (1,)), (APPEND, (b"v",)), (SETBIT, (0, 1)),
-        (STORE, (b"v", NO_DEADLINE, 0, ALWAYS, None, False)), (SETRANGE, (0, b"v")), (INCR_DECIMAL, (b"1",)),
-        (RENAME, (b"l", False)), (COPY, (b"l", False)), (PUT_ALL, ([[b"k", b"v"]], False)), (TRANSACTION, ([], [])),
+        (op.PUT, (b"v",)), (op.ADD, (b"v",)), (op.CAS, (b"v", b"v", None)), (op.INCR, (1,)), (op.APPEND, (b"v",)),
+        (op.SETBIT, (0, 1)), (op.STORE, (b"v", op.NO_DEADLINE, 0, op.ALWAYS, None, False)), (op.SETRANGE, (0, b"v")),
+        (op.INCR_DECIMAL, (b"1",)), (op.RENAME, (b"l", False)), (op.COPY, (b"l", False)),
+        (op.PUT_ALL, ([[b"k", b"v"]], False)), (op.TRANSACTION, ([], [])),
     ]  # fmt: skip
-    for op, args in growing:
-        cluster.write(op, op, args=args)
-        code, text, details = answers.failed[op]
+    for kind, args in growing:
+        cluster.write(kind, kind, args=args)
+        code, text, details = answers.failed[kind]
         assert (code, details) == (Code.NO_SPACE, {"shard": 0})
         assert text == "shard 0 takes no growing writes: too little disk space on n2; nothing was executed"
     sequencer.on_results("n1", 1, 1, [], [0])
     cluster.tick()
     others: list[tuple[int, tuple[Any, ...]]] = [
-        (DELETE, ()), (EXPIRE, (5,)), (PERSIST, ()), (CLEAR, (b"l", 10)), (PURGE, (10,)), (TAKE, ()),
-        (TOUCH, (NO_DEADLINE, 0)), (EXPIRE_IF, (IN_MS, 5, ALWAYS)),
+        (op.DELETE, ()), (op.EXPIRE, (5,)), (op.PERSIST, ()), (op.CLEAR, (b"l", 10)), (op.PURGE, (10,)), (op.TAKE, ()),
+        (op.TOUCH, (op.NO_DEADLINE, 0)), (op.EXPIRE_IF, (op.IN_MS, 5, op.ALWAYS)),
     ]  # fmt: skip
-    assert {op for op, _ in growing} | {op for op, _ in others} == set(WRITE_NAMES)
-    for op, args in others:
-        cluster.write(op, op, args=args)
+    assert {kind for kind, _ in growing} | {kind for kind, _ in others} == set(op.WRITE_NAMES)
+    for kind, args in others:
+        cluster.write(kind, kind, args=args)
     cluster.get("read")
     cluster.pump()
-    assert {op for op, _ in others} | {"read"} <= answers.ok.keys()
+    assert {kind for kind, _ in others} | {"read"} <= answers.ok.keys()
     assert sequencer.shards[0].last_seq == 1 + len(others) + 1, "and the purge of the sequencer itself"
     sequencer.on_space("n1", 2)
-    cluster.write(DELETE, "late")
+    cluster.write(op.DELETE, "late")
     code, text, _ = answers.failed["late"]
     assert code == Code.NO_SPACE
     assert text == "shard 0 takes no writes: too little disk space on n1; nothing was executed"
@@ -382,8 +348,7 @@ def test_no_growing_writes_without_space() -> None:
         sequencer.on_space(node, 0)
     sequencer.check()
     assert all(shard.writable for shard in sequencer.shards)
-    cluster.put("after")
-    cluster.pump()
+    cluster.commit("after")
     assert answers.ok["after"] == 11
 
 
@@ -393,20 +358,20 @@ def test_what_waits_is_refused_when_space_ends(small: None) -> None:
     for n in range(8):
         cluster.put(n)
     cluster.put("grows")
-    cluster.write(DELETE, "shrinks")
+    cluster.write(op.DELETE, "shrinks")
     cluster.get("read")
     cluster.sequencer.on_space("n1", 1)
     cluster.sequencer.check()
     assert cluster.answers.failed["grows"][0] == Code.NO_SPACE
-    cluster.write(DELETE, "next")
+    cluster.write(op.DELETE, "next")
     assert cluster.sequencer.waiting_items == 3, "it waits like any other"
     cluster.pump()
     cluster.pump()
     assert cluster.answers.ok["shrinks"] is True and cluster.answers.ok["read"] is None
     assert cluster.answers.ok["next"] is False
     for n in range(10, 18):
-        cluster.write(DELETE, n)
-    cluster.write(DELETE, "waits")
+        cluster.write(op.DELETE, n)
+    cluster.write(op.DELETE, "waits")
     cluster.sequencer.on_space("n1", 2)
     assert cluster.answers.failed["waits"][0] == Code.NO_SPACE
     cluster.pump()
@@ -420,7 +385,7 @@ def test_space_of_a_shard_that_is_down_or_missing_a_member() -> None:
     cluster.down("n2", "cut")
     cluster.put("refused")
     assert cluster.answers.failed["refused"][0] == Code.NO_SPACE
-    cluster.write(DELETE, "waits")
+    cluster.write(op.DELETE, "waits")
     cluster.tick(WRITE_WAIT_MS)
     assert cluster.answers.failed["waits"][0] == Code.NOT_ENOUGH_REPLICAS
     cluster.sequencer.shards[0].serving = False

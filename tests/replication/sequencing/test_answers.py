@@ -4,24 +4,7 @@ from __future__ import annotations
 
 from kvtcp.constants import VALUE_BYTES_MAX, WRITE_WAIT_MS
 from kvtcp.errors import Code
-from kvtcp.protocol.operations import (
-    ADD,
-    ALWAYS,
-    APPEND,
-    CAS,
-    DEADLINE_OF,
-    DELETE,
-    EXISTS,
-    GET,
-    INCR,
-    NO_DEADLINE,
-    PUT,
-    REVISION,
-    STORE,
-    TAKE,
-    TRANSACTION,
-    TTL,
-)
+from kvtcp.protocol import operations as op
 from kvtcp.replication.sequencing.multi_read import count_read, mget_read, page_read
 from tests.support.replication_fakes import Cluster, wire
 
@@ -34,7 +17,7 @@ def withheld() -> Cluster:
     cluster.put("gone", key=b"gone")
     cluster.pump()
     cluster.put("new", key=b"new")
-    cluster.write(DELETE, "delete", key=b"gone")
+    cluster.write(op.DELETE, "delete", key=b"gone")
     cluster.pump("n1", "n2")
     cluster.apply("n3")
     cluster.results("n3", durable=False)
@@ -46,8 +29,8 @@ def test_withheld_acknowledgement() -> None:
     count and an mget wait, and all are answered at the commit."""
     cluster = withheld()
     for key in (b"old", b"new", b"gone", b"never"):
-        for op in (GET, EXISTS, TTL):
-            cluster.get((op, key), key=key, op=op)
+        for kind in (op.GET, op.EXISTS, op.TTL):
+            cluster.get((kind, key), key=key, op=kind)
     multi_read, answers = cluster.sequencer.multi_read, cluster.answers
     multi_read(page_read([0], b"", None, 10, False, True, answers, "page"))
     multi_read(count_read([0], b"", None, answers, "count"))
@@ -55,57 +38,54 @@ def test_withheld_acknowledgement() -> None:
     cluster.pump("n1", "n2")
     assert "new" not in answers and "delete" not in answers
     early = {token: result for token, result in answers.ok.items() if type(token) is tuple}
-    assert early == {(GET, b"old"): (b"v", 1, None), (EXISTS, b"old"): True, (TTL, b"old"): -1}
+    assert early == {(op.GET, b"old"): (b"v", 1, None), (op.EXISTS, b"old"): True, (op.TTL, b"old"): -1}
     assert not {"page", "count", "mget"} & answers.ok.keys()
     cluster.pump("n3")
     assert (answers.ok["new"], answers.ok["delete"]) == (3, True)
-    assert answers.ok[GET, b"new"] == (b"v", 3, None)
-    assert answers.ok[EXISTS, b"gone"] is False
-    assert answers.ok[GET, b"never"] is None and answers.ok[TTL, b"gone"] is None
+    assert answers.ok[op.GET, b"new"] == (b"v", 3, None)
+    assert answers.ok[op.EXISTS, b"gone"] is False
+    assert answers.ok[op.GET, b"never"] is None and answers.ok[op.TTL, b"gone"] is None
     assert answers.ok["count"] == 2 and answers.ok["mget"] == [(b"v", 1, None), (b"v", 3, None)]
     assert [row[0] for row in answers.ok["page"][0]] == [b"new", b"old"]
 
 
-def test_ttl_of_a_key_with_a_deadline() -> None:
+def test_ttl_of_a_key_with_a_deadline(cluster: Cluster) -> None:
     """The time to live is answered as the milliseconds left at the stamp of the read."""
-    cluster = Cluster(shards=1)
-    cluster.write(ADD, "add", args=(b"v", 500))
+    cluster.write(op.ADD, "add", args=(b"v", 500))
     cluster.pump()
     cluster.begin(100)
-    cluster.get("ttl", op=TTL)
+    cluster.get("ttl", op=op.TTL)
     cluster.pump()
     assert cluster.answers.ok["ttl"] == 400
 
 
-def test_results_and_errors_of_writes() -> None:
+def test_results_and_errors_of_writes(cluster: Cluster) -> None:
     """A write is answered with what the answering member evaluated; its error has code, text and details."""
-    cluster = Cluster(shards=1)
-    cluster.write(ADD, "add", args=(b"1",))
-    cluster.write(ADD, "again", args=(b"2",))
-    cluster.write(CAS, "cas", args=(b"5", b"1", None))
-    cluster.write(INCR, "incr", args=(2,))
-    cluster.write(DELETE, "delete")
+    cluster.write(op.ADD, "add", args=(b"1",))
+    cluster.write(op.ADD, "again", args=(b"2",))
+    cluster.write(op.CAS, "cas", args=(b"5", b"1", None))
+    cluster.write(op.INCR, "incr", args=(2,))
+    cluster.write(op.DELETE, "delete")
     cluster.pump()
     assert cluster.answers.ok == {"add": 1, "cas": 3, "incr": 7, "delete": True}
     assert cluster.answers.failed["again"][0] == Code.EXISTS and cluster.answers.failed["again"][2] == {"rev": 1}
 
 
-def test_results_of_a_transaction() -> None:
+def test_results_of_a_transaction(cluster: Cluster) -> None:
     """They come as a list, with errors as arrays among them; nil if a watched key was changed; refused it fails."""
-    cluster = Cluster(shards=1)
-    ops = [[ADD, b"k", b"v"], [ADD, b"k", b"w"], [GET, b"k"], [TAKE, b"k"]]
-    cluster.write(TRANSACTION, "all", args=([[b"k", 0]], ops))
-    cluster.write(TRANSACTION, "watched", args=([[b"k", 1]], [[PUT, b"k", b"v"]]))
-    cluster.write(TRANSACTION, "none", args=([], []))
+    ops = [[op.ADD, b"k", b"v"], [op.ADD, b"k", b"w"], [op.GET, b"k"], [op.TAKE, b"k"]]
+    cluster.write(op.TRANSACTION, "all", args=([[b"k", 0]], ops))
+    cluster.write(op.TRANSACTION, "watched", args=([[b"k", 1]], [[op.PUT, b"k", b"v"]]))
+    cluster.write(op.TRANSACTION, "none", args=([], []))
     large = bytes(VALUE_BYTES_MAX)
-    cluster.write(TRANSACTION, "large", args=([], [[PUT, b"k", large], [PUT, b"k", large]]))
-    cluster.write(STORE, "store", args=(b"v", NO_DEADLINE, 0, ALWAYS, None, True))
-    cluster.write(TAKE, "take")
-    cluster.write(APPEND, "append", args=(large,))
-    cluster.write(APPEND, "too large", args=(b"x",))
-    cluster.get("revision", op=REVISION)
-    cluster.get("no revision", key=b"x", op=REVISION)
-    cluster.get("no deadline", op=DEADLINE_OF)
+    cluster.write(op.TRANSACTION, "large", args=([], [[op.PUT, b"k", large], [op.PUT, b"k", large]]))
+    cluster.write(op.STORE, "store", args=(b"v", op.NO_DEADLINE, 0, op.ALWAYS, None, True))
+    cluster.write(op.TAKE, "take")
+    cluster.write(op.APPEND, "append", args=(large,))
+    cluster.write(op.APPEND, "too large", args=(b"x",))
+    cluster.get("revision", op=op.REVISION)
+    cluster.get("no revision", key=b"x", op=op.REVISION)
+    cluster.get("no deadline", op=op.DEADLINE_OF)
     cluster.pump()
     results = wire(cluster.answers.ok.pop("all"))
     assert results[0] == 1 and results[1][0] == Code.EXISTS and results[2:] == [[b"v", 1, None], b"v"]
@@ -122,9 +102,9 @@ def test_a_revision_is_answered_when_it_is_committed() -> None:
     """Like a value; an absent key when all before it is."""
     cluster = Cluster(shards=1, nodes=2, factor=2)
     cluster.put("put")
-    cluster.get("revision", op=REVISION)
-    cluster.get("absent", key=b"x", op=REVISION)
-    cluster.get("deadline", op=DEADLINE_OF)
+    cluster.get("revision", op=op.REVISION)
+    cluster.get("absent", key=b"x", op=op.REVISION)
+    cluster.get("deadline", op=op.DEADLINE_OF)
     for node in cluster.replicas:
         cluster.apply(node)
         cluster.results(node, durable=node == "n1")
@@ -133,10 +113,9 @@ def test_a_revision_is_answered_when_it_is_committed() -> None:
     assert cluster.answers.ok == {"put": 1, "revision": 1, "absent": None, "deadline": -1}
 
 
-def test_held_answers_are_refused_in_time() -> None:
+def test_held_answers_are_refused_in_time(cluster: Cluster) -> None:
     """A commit that does not come does not keep readers waiting, or the memory of their answers; the text says which
     node is behind. Younger ones stay."""
-    cluster = Cluster(shards=1)
     cluster.put("w")
     cluster.pump("n1")
     cluster.down("n3", "pulled out")
@@ -156,9 +135,8 @@ def test_held_answers_are_refused_in_time() -> None:
     assert cluster.answers.ok["w"] == 1 and cluster.answers.ok["young"] == (b"v", 1, None)
 
 
-def test_slow_member_is_named() -> None:
+def test_slow_member_is_named(cluster: Cluster) -> None:
     """A held answer that is refused while all are linked names the slow one."""
-    cluster = Cluster(shards=1)
     cluster.put("w")
     cluster.pump("n1", "n2")
     cluster.sequencer.multi_read(count_read([0], b"", None, cluster.answers, "count"))
@@ -181,14 +159,13 @@ def test_multi_read_waits_for_every_shard() -> None:
     assert cluster.answers.ok["count"] == 3
 
 
-def test_a_commit_before_its_result() -> None:
+def test_a_commit_before_its_result(cluster: Cluster) -> None:
     """The member that was to answer left the in-sync set: the write commits without it, and is answered once, when its
     result is here."""
-    cluster = Cluster(shards=1)
     shard = cluster.sequencer.shards[0]
     first = shard.members[0]
-    cluster.write(ADD, "add", args=(b"v",))
-    cluster.write(ADD, "again", args=(b"w",))
+    cluster.write(op.ADD, "add", args=(b"v",))
+    cluster.write(op.ADD, "again", args=(b"w",))
     cluster.apply(first.node)
     cluster.pump(*(link.node for link in shard.members[1:]))
     cluster.sequencer.leave([shard], first)

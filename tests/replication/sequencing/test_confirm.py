@@ -134,8 +134,7 @@ def test_a_link_that_is_lost_confirms_nothing() -> None:
 def test_a_bad_member_confirms_nothing() -> None:
     """Another disk is not the member's, whatever it answers (R9)."""
     cluster = Confirming(min_insync=1)
-    cluster.put("w")
-    cluster.pump()
+    cluster.commit("w")
     cluster.down("n3")
     cluster.new_process("n3", "another")
     assert cluster.up("n3") is not None
@@ -176,7 +175,7 @@ def test_what_a_learner_answered_does_not_confirm(how: str) -> None:
     cluster.apply("n3")
     cluster.results("n3")
     shard.learners[link] = following = Following(lambda seq: None)
-    following.disk = "disk"
+    following.replica_id = "disk"
     if how == "join":
         sequencer.join(shard, link)
     else:

@@ -109,15 +109,12 @@ def test_pieces_of_two_batches_in_one_frame() -> None:
 @pytest.mark.parametrize(
     ("ordinal", "durable", "results", "text"),
     [
-        (4, 0, [1, 2], "the last one sent is 3"),
-        (3, 4, [1, 2], "the last one sent is 3"),
-        (2, 3, [1], "applied ordinal 2, 3 durably"),
-        (2, 0, [], "sent 0 results, 1 were due up to ordinal 2"),
-        (3, 3, [1, 2, 3], "1 results that nobody asked for"),
-        (2, 0, [1, 2, 3], "2 results that nobody asked for"),
+        (4, 0, [1, 2], "the last one sent is 3"), (3, 4, [1, 2], "the last one sent is 3"),
+        (2, 3, [1], "applied ordinal 2, 3 durably"), (2, 0, [], "sent 0 results, 1 were due up to ordinal 2"),
+        (3, 3, [1, 2, 3], "1 results that nobody asked for"), (2, 0, [1, 2, 3], "2 results that nobody asked for"),
         (0, 0, [1, 2], "2 results that nobody asked for"),
     ],
-)
+)  # fmt: skip
 def test_frames_that_cannot_be_true(ordinal: int, durable: int, results: list[Any], text: str) -> None:
     """A wrong frame raises and changes nothing: what waits is moved or kept when the link is closed for it."""
     link = linked()

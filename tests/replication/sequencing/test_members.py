@@ -10,19 +10,7 @@ import pytest
 from kvtcp.constants import LINK_GRACE_MS, WRITE_WAIT_MS
 from kvtcp.errors import Code
 from kvtcp.node import write_results
-from kvtcp.protocol.operations import (
-    ADD,
-    DELETE,
-    EXISTS,
-    GET,
-    INCR,
-    LEARN,
-    PUT,
-    RESULTS_OF,
-    STORE,
-    TRANSACTION,
-    UNLEARN,
-)
+from kvtcp.protocol import operations as op
 from kvtcp.replication.sequencing import shard as shard_module
 from kvtcp.replication.sequencing.link import Batch, Link
 from kvtcp.replication.sequencing.multi_read import count_read
@@ -37,10 +25,16 @@ def leave(cluster: Cluster, node: str, *numbers: int) -> None:
     cluster.sequencer.check()
 
 
+def lose(cluster: Cluster, node: str) -> None:
+    """The link of a node is lost, and the map names it no more."""
+    cluster.down(node)
+    leave(cluster, node)
+
+
 def learning(world: World, node: str = "n3") -> None:
     """A node learns the shards, and its learner stays where its copy is frozen: it is live when it is let go."""
     for each in world.nodes.values():
-        each.kept.forget(0)
+        each.backlog.forget(0)
     world.nodes[node].holds_pulls = True
     world.replace(node)
     world.run(LINK_GRACE_MS)
@@ -76,7 +70,7 @@ def test_a_member_that_leaves_is_not_waited_for() -> None:
     assert len(other.members) == 3 and not other.writable and other.waiting
     assert cluster.sequencer.links["n3"].shards == [other]
     assert cluster.up("n3") is None
-    assert [item[:3] for item in cluster.apply("n3")] == [(PUT, 1, 1), (PUT, 1, 2)], "nothing of what it left"
+    assert [item[:3] for item in cluster.apply("n3")] == [(op.PUT, 1, 1), (op.PUT, 1, 2)], "nothing of what it left"
 
 
 def test_much_that_waited_goes_on_when_a_member_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +101,7 @@ def test_a_member_that_leaves_while_its_link_is_up() -> None:
     cluster.put("three", 1)
     cluster.down("n3")
     assert cluster.up("n3") is None
-    assert [item[:3] for item in cluster.apply("n3")] == [(PUT, 1, 2)]
+    assert [item[:3] for item in cluster.apply("n3")] == [(op.PUT, 1, 2)]
 
 
 def test_what_is_on_the_link_of_one_that_left_is_not_sent_again() -> None:
@@ -120,12 +114,11 @@ def test_what_is_on_the_link_of_one_that_left_is_not_sent_again() -> None:
     cluster.down("n3")
     cluster.new_process("n3")
     assert cluster.up("n3") is None
-    assert [item[:3] for item in cluster.apply("n3")] == [(PUT, 1, 1)]
+    assert [item[:3] for item in cluster.apply("n3")] == [(op.PUT, 1, 1)]
 
 
-def test_a_bad_member_that_leaves() -> None:
+def test_a_bad_member_that_leaves(cluster: Cluster) -> None:
     """Its mark and what was kept for it go with it."""
-    cluster = Cluster(shards=1)
     cluster.put("one")
     cluster.pump("n1", "n2")
     cluster.down("n3")
@@ -149,7 +142,7 @@ def test_two_bad_members_of_which_one_can_leave() -> None:
     assert not cluster.answers.failed
     leave(cluster, "n3")
     shard = cluster.sequencer.shards[0]
-    assert shard.stuck == "n2 came back without its data"
+    assert shard.blocked_reason == "n2 came back without its data"
     assert cluster.answers.failed["held"][0] == Code.NOT_ENOUGH_REPLICAS
     assert cluster.answers.failed["pending"][0] == Code.UNKNOWN
 
@@ -157,10 +150,10 @@ def test_two_bad_members_of_which_one_can_leave() -> None:
 # --- results ----------------------------------------------------------------------------------------
 
 
-def answering(op: int = INCR, **options: Any) -> tuple[Cluster, str]:
+def answering(**options: Any) -> tuple[Cluster, str]:
     """A write whose answering member, the second result, applied it and said nothing yet."""
     cluster = Cluster(shards=1, **options)
-    cluster.write(op, "write", key=b"n", args=(5,) if op == INCR else (b"v",))
+    cluster.write(op.INCR, "write", key=b"n", args=(5,))
     first = cluster.sequencer.shards[0].members[0].node
     cluster.apply(first)
     return cluster, first
@@ -174,7 +167,7 @@ def test_commit_before_the_result() -> None:
     leave(cluster, first)
     assert cluster.sequencer.shards[0].commit == 1 and "write" not in cluster.answers
     cluster.down(first)
-    asked = [node for node in others if [item[0] for item in cluster.apply(node)] == [RESULTS_OF]]
+    asked = [node for node in others if [item[0] for item in cluster.apply(node)] == [op.RESULTS_OF]]
     assert len(asked) == 1
     cluster.results(asked[0])
     assert cluster.answers.ok == {"write": 5}
@@ -184,8 +177,7 @@ def test_the_result_before_the_commit() -> None:
     """Another member was asked, and the entry is committed later: the answer waits for that."""
     cluster, first = answering()
     slow, quick = (node for node in cluster.replicas if node != first)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     asked = cluster.sequencer.shards[0].good[0].node
     assert asked == slow
     cluster.apply(asked)
@@ -196,16 +188,14 @@ def test_the_result_before_the_commit() -> None:
     assert cluster.answers.ok == {"write": 5}
 
 
-def test_errors_are_handed_over_too() -> None:
+def test_errors_are_handed_over_too(cluster: Cluster) -> None:
     """The result may be one."""
-    cluster = Cluster(shards=1)
-    cluster.write(ADD, "first", key=b"n", args=(b"v",))
+    cluster.write(op.ADD, "first", key=b"n", args=(b"v",))
     cluster.pump()
     first = cluster.sequencer.shards[0].members[0].node
-    cluster.write(ADD, "write", key=b"n", args=(b"v",))
+    cluster.write(op.ADD, "write", key=b"n", args=(b"v",))
     cluster.apply(first)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump()
     assert cluster.answers.failed["write"][0] == Code.EXISTS and cluster.answers.failed["write"][2] == {"rev": 1}
 
@@ -213,15 +203,14 @@ def test_errors_are_handed_over_too() -> None:
 def test_results_of_transactions_are_handed_over() -> None:
     """Cells, errors, values and nil, as the lost member would have told them."""
     cluster, first = answering()
-    ops = [[INCR, b"n", 1], [ADD, b"n", b"x"], [GET, b"n"], [EXISTS, b"x"]]
-    cluster.write(TRANSACTION, "all", key=b"n", args=([[b"n", 1]], ops))
-    cluster.write(TRANSACTION, "watched", key=b"n", args=([[b"n", 1]], ops))
-    cluster.write(STORE, "store", key=b"n", args=(b"v", 1, 0, 0, None, True))
+    ops = [[op.INCR, b"n", 1], [op.ADD, b"n", b"x"], [op.GET, b"n"], [op.EXISTS, b"x"]]
+    cluster.write(op.TRANSACTION, "all", key=b"n", args=([[b"n", 1]], ops))
+    cluster.write(op.TRANSACTION, "watched", key=b"n", args=([[b"n", 1]], ops))
+    cluster.write(op.STORE, "store", key=b"n", args=(b"v", 1, 0, 0, None, True))
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump(*others)
     results = wire(cluster.answers.ok.pop("all"))
     assert (results[0], results[1][0], results[2:]) == (6, Code.EXISTS, [[b"6", 2, None], False])
@@ -233,12 +222,11 @@ def test_large_results_are_handed_over_a_few_at_a_time(monkeypatch: pytest.Monke
     monkeypatch.setattr(write_results, "RESULTS_BYTES_MAX", 100)
     cluster, first = answering()
     for number in range(9):
-        cluster.write(STORE, number, key=b"n", args=(b"%d" % number * 60, 1, 0, 0, None, True))
+        cluster.write(op.STORE, number, key=b"n", args=(b"%d" % number * 60, 1, 0, 0, None, True))
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     asked = 0
     while len(cluster.answers.ok) < 10:
         asked += 1
@@ -252,8 +240,7 @@ def test_the_member_that_was_asked_is_lost_too() -> None:
     """Then the next one is, and one that cannot be asked is waited for."""
     cluster, first = answering()
     second, third = (node for node in cluster.replicas if node != first)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.apply(second)
     cluster.down(second)
     cluster.apply(third)
@@ -273,8 +260,7 @@ def test_members_that_do_not_know(forgetful: int) -> None:
     cluster.pump(*others)
     for node in others[:forgetful]:
         cluster.replicas[node]._results.forget(0)
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump(*others)
     cluster.pump(*others)
     if forgetful == 1:
@@ -286,14 +272,13 @@ def test_members_that_do_not_know(forgetful: int) -> None:
 def test_some_results_are_known_and_some_are_not() -> None:
     """Each write is answered by itself."""
     cluster, first = answering()
-    cluster.write(INCR, "later", key=b"n", args=(1,))
+    cluster.write(op.INCR, "later", key=b"n", args=(1,))
     cluster.apply(first)
     others = [node for node in cluster.replicas if node != first]
     cluster.pump(*others)
     for node in others:
         cluster.replicas[node]._results.commit({0: 1})
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.pump(*others)
     cluster.pump(*others)
     assert cluster.answers.ok == {"later": 6} and cluster.answers.failed["write"][0] == Code.UNKNOWN
@@ -304,23 +289,21 @@ def test_the_answering_member_comes_back_in_time() -> None:
     cluster, first = answering(nodes=2, factor=2)
     cluster.down(first)
     assert cluster.up(first) is None
-    assert [item[0] for item in cluster.apply(cluster.sequencer.shards[0].good[0].node)][-1] == RESULTS_OF
+    assert [item[0] for item in cluster.apply(cluster.sequencer.shards[0].good[0].node)][-1] == op.RESULTS_OF
     cluster.pump()
     assert cluster.answers.ok == {"write": 5}
 
 
-def test_a_result_that_was_here_is_not_asked_for() -> None:
+def test_a_result_that_was_here_is_not_asked_for(cluster: Cluster) -> None:
     """Nor one of a write that nobody waits for any more."""
-    cluster = Cluster(shards=1)
     first = cluster.sequencer.shards[0].members[0].node
-    cluster.write(INCR, "known", key=b"n", args=(5,))
+    cluster.write(op.INCR, "known", key=b"n", args=(5,))
     cluster.apply(first)
     cluster.results(first, durable=False)
     cluster.put("put")
     cluster.apply(first)
-    cluster.down(first)
-    leave(cluster, first)
-    assert all(item[0] != RESULTS_OF for node in cluster.replicas for item in cluster.apply(node))
+    lose(cluster, first)
+    assert all(item[0] != op.RESULTS_OF for node in cluster.replicas for item in cluster.apply(node))
     cluster.pump()
     for node in cluster.replicas:
         if node != first:
@@ -331,8 +314,7 @@ def test_a_result_that_was_here_is_not_asked_for() -> None:
 def test_a_result_that_comes_when_nobody_waits_any_more() -> None:
     """The shard was stopped meanwhile, and the write is UNKNOWN, committed or not: nothing more comes of it."""
     cluster, first = answering()
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.sequencer.stop_serving(0, "a test")
     assert cluster.answers.failed["write"][0] == Code.UNKNOWN
     cluster.pump()
@@ -345,8 +327,7 @@ def test_a_result_that_comes_when_nobody_waits_any_more() -> None:
     assert cluster.answers.failed["write"][0] == Code.UNKNOWN and not cluster.answers.ok
     cluster, first = answering()
     cluster.pump(*(node for node in cluster.replicas if node != first))
-    cluster.down(first)
-    leave(cluster, first)
+    lose(cluster, first)
     cluster.sequencer.stop_serving(0, "a test")
     cluster.pump()
     assert cluster.answers.failed["write"][0] == Code.UNKNOWN and not cluster.answers.ok
@@ -370,30 +351,27 @@ def test_nothing_is_told_committed_whose_result_is_still_asked_for() -> None:
 # --- learners ---------------------------------------------------------------------------------------
 
 
-def test_a_learner_gets_every_write_from_its_item_on() -> None:
+def test_a_learner_gets_every_write_from_its_item_on(world: World) -> None:
     """In order, never the bit to answer, and it counts for nothing before it joined."""
-    world = World()
-    world.put("before")
-    world.pump()
+    world.commit("before")
     learning(world)
     world.put("put")
-    world.write(INCR, "incr", key=b"n", args=(1,))
+    world.write(op.INCR, "incr", key=b"n", args=(1,))
     world.pump()
     assert world.answers.ok.keys() == {"before", "put", "incr"} and world.members() == ["n1", "n2"]
-    assert [item[:4] for item in world.items("n3", PUT, INCR) if item[2] > 1] == [[PUT, 0, 2, 0], [INCR, 0, 3, 0]]
-    assert world.items("n3", LEARN)[-1][:4] == [LEARN, 0, 1, 1]
+    items = [item[:4] for item in world.items("n3", op.PUT, op.INCR) if item[2] > 1]
+    assert items == [[op.PUT, 0, 2, 0], [op.INCR, 0, 3, 0]]
+    assert world.items("n3", op.LEARN)[-1][:4] == [op.LEARN, 0, 1, 1]
     world.nodes["n3"].pull()
     world.pump()
     assert world.members() == world.row() == ["n1", "n2", "n3"]
     world.assert_equal()
 
 
-def test_a_learner_that_is_lost_gets_nothing_more() -> None:
+def test_a_learner_that_is_lost_gets_nothing_more(world: World) -> None:
     """Nothing that was on its link is sent again when it is back, and the shard goes on."""
-    world = World()
     learning(world)
-    world.put("buffered")
-    world.pump()
+    world.commit("buffered")
     world.put("on its way")
     world.flush()
     world.down("n3")
@@ -401,29 +379,26 @@ def test_a_learner_that_is_lost_gets_nothing_more() -> None:
     world.nodes["n3"].frames.clear()
     world.up("n3")
     world.pump()
-    assert [item for item in world.items("n3", PUT) if item[2] < 3] == []
+    assert [item for item in world.items("n3", op.PUT) if item[2] < 3] == []
     world.nodes["n3"].holds_pulls = False
     world.run(1_000)
     world.assert_equal()
     assert world.row() == ["n1", "n2", "n3"]
 
 
-def test_a_learner_that_is_detached_is_told_so_behind_its_writes() -> None:
+def test_a_learner_that_is_detached_is_told_so_behind_its_writes(world: World) -> None:
     """The node passes over what was on its way."""
-    world = World()
     learning(world)
     world.put("buffered")
     [learner] = world.controller.membership.learners_of(0)
     learner.fail("a test")
     world.check()
-    world.put("not for it")
-    world.pump()
-    assert [item[:3] for item in world.items("n3", PUT, UNLEARN)][-2:] == [[PUT, 0, 1], [UNLEARN, 0]]
+    world.commit("not for it")
+    assert [item[:3] for item in world.items("n3", op.PUT, op.UNLEARN)][-2:] == [[op.PUT, 0, 1], [op.UNLEARN, 0]]
 
 
-def test_a_learner_whose_window_is_full_holds_writes_back() -> None:
+def test_a_learner_whose_window_is_full_holds_writes_back(world: World) -> None:
     """As a member does; they go on when it is detached."""
-    world = World()
     learning(world)
     world.sequencer.links["n3"].full = True
     for shard in world.shards:
@@ -437,9 +412,8 @@ def test_a_learner_whose_window_is_full_holds_writes_back() -> None:
     assert world.answers.ok == {"waits": 1}
 
 
-def test_a_member_from_the_step_on_in_which_it_joins() -> None:
+def test_a_member_from_the_step_on_in_which_it_joins(world: World) -> None:
     """R2: from then on a commit needs it, though the map does not name it yet."""
-    world = World()
     learning(world)
     world.store.is_held = True
     world.nodes["n3"].holds_pulls = False
@@ -456,11 +430,9 @@ def test_a_member_from_the_step_on_in_which_it_joins() -> None:
 
 @pytest.mark.parametrize("stored", ["before it is back", "after it is back"])
 @pytest.mark.parametrize("wiped", [False, True])
-def test_one_that_joined_is_lost_before_the_map_says_so(stored: str, wiped: bool) -> None:
+def test_one_that_joined_is_lost_before_the_map_says_so(world: World, stored: str, wiped: bool) -> None:
     """It is one of E, and judged by the disk that it joined with, whatever is stored."""
-    world = World()
-    world.put("before")
-    world.pump()
+    world.commit("before")
     learning(world)
     world.store.is_held = True
     world.nodes["n3"].holds_pulls = False
@@ -483,9 +455,8 @@ def test_one_that_joined_is_lost_before_the_map_says_so(stored: str, wiped: bool
     world.assert_equal()
 
 
-def test_one_that_joined_stays_away_after_the_map_says_so() -> None:
+def test_one_that_joined_stays_away_after_the_map_says_so(world: World) -> None:
     """It is let go like any other."""
-    world = World()
     learning(world)
     world.store.is_held = True
     world.nodes["n3"].holds_pulls = False
@@ -499,9 +470,8 @@ def test_one_that_joined_stays_away_after_the_map_says_so() -> None:
     assert world.row() == world.members() == ["n1", "n2"] and world.answers.ok == {"waits": 1}
 
 
-def test_members_of_a_shard_in_service() -> None:
+def test_members_of_a_shard_in_service(cluster: Cluster) -> None:
     """They come and go one by one; only of one that is not served they can be set."""
-    cluster = Cluster(shards=1)
     with pytest.raises(AssertionError, match="come and go one by one"):
         cluster.sequencer.set_members(0, ["n1"])
     cluster.sequencer.stop_serving(0, "a test")
@@ -512,9 +482,8 @@ def test_members_of_a_shard_in_service() -> None:
     assert [len(cluster.sequencer.links[node].shards) for node in ("n1", "n2", "n3")] == [0, 1, 1]
 
 
-def test_links_of_nodes_that_come_and_go() -> None:
+def test_links_of_nodes_that_come_and_go(cluster: Cluster) -> None:
     """One that is removed holds nothing."""
-    cluster = Cluster(shards=1)
     link = cluster.sequencer.add_link("n4")
     assert isinstance(link, Link) and cluster.sequencer.links["n4"] is link
     cluster.sequencer.remove_link("n4")
@@ -527,25 +496,24 @@ def test_parts_of_kept_batches() -> None:
     """Items with their answers, of some shards or of the others, up to a number."""
     batch = Batch(7)
     ops: list[list[Any]] = [[0, n] for n in range(2)]
-    batch.items = [(PUT, 0, 1, 0), (DELETE, 1, 1, 1), (DELETE, 0, 2, 1), (PUT, 1, 2, 0)]
+    batch.items = [(op.PUT, 0, 1, 0), (op.DELETE, 1, 1, 1), (op.DELETE, 0, 2, 1), (op.PUT, 1, 2, 0)]
     batch.answers = list(ops)
     batch.bytes = 99
-    part = batch.part({1}, True)
+    part = batch.part(lambda number, seq: number == 1)
     assert (part.stamp_ms, part.items, part.answers) == (7, [batch.items[1], batch.items[3]], [ops[0]])
     assert part.last_seqs == {1: 2} and part.bytes == 99
-    rest = batch.part({1}, False)
+    rest = batch.part(lambda number, seq: number != 1)
     assert rest.items == [batch.items[0], batch.items[2]] and rest.answers == [ops[1]]
-    assert batch.part({0, 1}, False, 1).items == batch.items[2:]
+    assert batch.part(lambda number, seq: seq > 1).items == batch.items[2:]
 
 
 def test_writes_that_wait_for_a_member_in_doubt_are_refused_in_time() -> None:
     """Nobody replaced it: R4."""
     world = World(2, 2)
-    world.put("before")
-    world.pump()
+    world.commit("before")
     world.replace("n2", 0)
     world.nodes["n2"].holds_pulls = True
-    world.nodes["n1"].kept.forget(0)
+    world.nodes["n1"].backlog.forget(0)
     world.up("n2")
     world.put("waits")
     world.run(WRITE_WAIT_MS - 50)

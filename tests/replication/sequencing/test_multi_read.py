@@ -139,10 +139,8 @@ def test_mget_puts_cells_in_their_places() -> None:
 @pytest.mark.parametrize(
     ("runs", "limit", "reverse", "expected", "cursor"),
     [
-        ([], 5, False, "", None),
-        ([(rows(), False)], 5, False, "", None),
-        ([(rows("a", "b"), False)], 5, False, "ab", None),
-        ([(rows("a", "b"), True)], 5, False, "ab", b">b\0"),
+        ([], 5, False, "", None), ([(rows(), False)], 5, False, "", None),
+        ([(rows("a", "b"), False)], 5, False, "ab", None), ([(rows("a", "b"), True)], 5, False, "ab", b">b\0"),
         ([(rows("a", "c"), False), (rows("b", "d"), False)], 4, False, "abcd", None),
         ([(rows("a", "c"), False), (rows("b", "d"), False)], 3, False, "abc", b">c\0"),
         ([(rows("a", "c"), True), (rows("b", "d"), False)], 4, False, "abc", b">c\0"),
@@ -150,7 +148,7 @@ def test_mget_puts_cells_in_their_places() -> None:
         ([(rows("c", "a"), True), (rows("d", "b"), True)], 4, True, "dcb", b"<b"),
         ([(rows("c", "a"), False), (rows("d", "b"), False)], 2, True, "dc", b"<c"),
     ],
-)
+)  # fmt: skip
 def test_merge_runs(runs: Any, limit: int, reverse: bool, expected: str, cursor: bytes | None) -> None:
     """A page ends where a run was cut, and at the limit; the cursor says where to go on."""
     page = merge_runs([run(*some) for some in runs], limit, reverse)

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 from kvtcp.protocol import operations
+from kvtcp.replication.sequencing import requests
 from kvtcp.replication.sequencing.link import ANSWERED
-from kvtcp.replication.sequencing.requests import (
-    AWAITED,
-    CALL,
-    DUE,
-    IGNORE,
-    LINK_LOST,
-    LOST,
-    NUMBER,
-    PART,
-    WRITE,
-    Gather,
-)
 from tests.support.replication_fakes import Answers
 
 
 def test_kinds_are_no_operations() -> None:
     """The first field of an op is a kind, or the operation of a read."""
-    kinds = [WRITE, PART, CALL, ANSWERED[0]]
+    kinds = [requests.WRITE, requests.PART, requests.CALL, ANSWERED[0]]
     reads = [operations.GET, operations.EXISTS, operations.TTL, operations.REVISION]
     assert len({*kinds, *reads}) == len(kinds) + len(reads)
 
 
 def test_states_of_results_are_no_results() -> None:
     """Each is an object of its own."""
-    assert len({id(state) for state in (NUMBER, AWAITED, LOST, DUE, LINK_LOST)}) == 5
+    states = (requests.NUMBER, requests.AWAITED, requests.LOST, requests.UNANSWERED, requests.LINK_LOST)
+    assert len(set(map(id, states))) == 5
 
 
 def test_the_sink_that_ignores() -> None:
     """It takes everything."""
-    IGNORE.reply(None, 1)
-    IGNORE.fail(None, 1, "why", {})
+    requests.IGNORE.reply(None, 1)
+    requests.IGNORE.fail(None, 1, "why", {})
 
 
 def test_gather_answers_once() -> None:
     """When the last key is here, in the order of the keys."""
     sink = Answers()
-    gather = Gather(sink, "t", 3)
+    gather = requests.Gather(sink, "t", 3)
     gather.reply(2, "c")
     gather.fail(0, 31, "text", {})
     assert not sink.ok

@@ -52,7 +52,7 @@ def test_changes(shell: Shell, line: str, calls: list[tuple[Any, ...]], out: str
     ("node forge n1", "node is followed by add or drain or undrain or remove or forget"),
     ("rebalance dry-run wait", "dry-run moves nothing that could be waited for"),
     ("shard accept-loss x yes", "N must be an integer from 0 to 4095, not 'x'"),
-    ("shard accept-loss 5", "nobody can be asked here; add `yes` to accept the loss"),
+    ("shard accept-loss 5", "no question can be asked here; add `yes` to accept the loss"),
 ])  # fmt: skip
 def test_mistakes(shell: Shell, line: str, text: str) -> None:
     """A wrong command line ends with 2, and no server is asked."""
@@ -89,10 +89,10 @@ async def run(shell: Shell, line: str, ask: Asked) -> Exit:
 
 
 QUESTIONS = {
-    "node forget n1 destroyed": "n1 must never come back, and what it alone holds is lost. Go on? [y/N] ",
+    "node forget n1 destroyed": "n1 must never come back, and what it alone holds is lost. Continue? [y/N] ",
     "shard accept-loss 5": (
-        "shard 5 is down (no copy answers). It goes on with what is left, and acknowledged writes may be lost "
-        "for ever. Go on? [y/N] "
+        "shard 5 is down (no copy answers). The copies that are left will serve the shard, and acknowledged writes "
+        "may be lost. Continue? [y/N] "
     ),
 }
 
@@ -122,7 +122,7 @@ async def test_a_question_about_a_shard_of_which_nothing_is_known(shell: Shell) 
     ask = Asked(True)
     assert await run(shell, "shard accept-loss 99", ask) == Exit.OK
     assert ask.questions == [
-        "It goes on with what is left, and acknowledged writes may be lost for ever. Go on? [y/N] "
+        "The copies that are left will serve the shard, and acknowledged writes may be lost. Continue? [y/N] "
     ]
 
 

@@ -197,7 +197,7 @@ USAGE_ERRORS = [
     (["scan", "a", "b"], "what does 'b' mean here?"),
     (["delete-prefix", ""], "an empty prefix is every key of the cluster"),
     (["delete-prefix", '""', "yes"], "an empty prefix is every key of the cluster"),
-    (["delete-prefix", "user:"], "nobody can be asked here"),
+    (["delete-prefix", "user:"], "no question can be asked here"),
     (["gett", "k"], "there is no command 'gett'; did you mean get?"),
     (["frobnicate"], "there is no command 'frobnicate'; `help` lists the commands"),
     (["get", "k", "-o"], "-o needs one of"),

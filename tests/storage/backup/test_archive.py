@@ -16,21 +16,7 @@ from hypothesis import strategies as st
 from kvtcp.errors import DataError, RequestError
 from kvtcp.jsonl import Pair
 from kvtcp.protocol.hashing import shard_of
-from kvtcp.storage.backup.archive import (
-    BackupManifest,
-    FileReport,
-    NodeFileWriter,
-    ShardCut,
-    VerifyReport,
-    backup_name_from_time,
-    begin_backup,
-    discard,
-    publish,
-    read_manifest,
-    read_pairs,
-    verify,
-    write_manifest,
-)
+from kvtcp.storage.backup import archive
 from kvtcp.storage.files import OS_DISK, Disk, OsDisk
 from tests.crash.fake_disk import FaultyDisk, QuickDisk
 
@@ -53,20 +39,21 @@ def make(
     disk: Disk, backup_dir: Path, name: str, pairs: list[Pair], shards: int = 8, nodes: int = 3, attempt: int = 1
 ) -> Path:
     """A backup as coordinator and nodes make it; node s mod `nodes` saves shard s, and an error aborts the writers."""
-    writers: list[NodeFileWriter] = []
-    tmp_dir = begin_backup(disk, backup_dir, name, attempt)
+    writers: list[archive.NodeFileWriter] = []
+    tmp_dir = archive.begin_backup(disk, backup_dir, name, attempt)
     try:
         reports = []
         for node in range(nodes):
             mine = [s for s in range(shards) if s % nodes == node]
-            writer = NodeFileWriter(disk, tmp_dir, f"n{node + 1}", mine)
+            writer = archive.NodeFileWriter(disk, tmp_dir, f"n{node + 1}", mine)
             writers.append(writer)
             rows = [(shard_of(pair.key, shards), *pair) for pair in pairs]
             writer.write_rows((s, k, v, rev or 0, ttl) for s, k, v, rev, ttl in rows if s in mine)
-            reports.append(FileReport.from_fields(writer.finish(), "report"))
-        cut = tuple(ShardCut(s, 1, 1000 + s, s) for s in range(shards))
-        write_manifest(disk, tmp_dir, BackupManifest("c-1", CREATED, "0.1.0", shards, cut, tuple(reports)))
-        publish(disk, tmp_dir, backup_dir / name)
+            reports.append(archive.FileReport.from_fields(writer.finish(), "report"))
+        cut = tuple(archive.ShardCut(s, 1, 1000 + s, s) for s in range(shards))
+        manifest = archive.BackupManifest("c-1", CREATED, "0.1.0", shards, cut, tuple(reports))
+        archive.write_manifest(disk, tmp_dir, manifest)
+        archive.publish(disk, tmp_dir, backup_dir / name)
     except BaseException:
         for writer in writers:
             writer.abort()
@@ -83,7 +70,7 @@ def backup(tmp_path: Path) -> Iterator[Path]:
 def refused(directory: Path) -> str:
     """The sentence of a verify that must fail."""
     with pytest.raises(DataError) as caught:
-        verify(directory)
+        archive.verify(directory)
     return str(caught.value)
 
 
@@ -105,9 +92,9 @@ def test_round_trip_of_any_content(
     pairs = [Pair(key, *content[key]) for key in sorted(content)]
     with tempfile.TemporaryDirectory() as name:
         directory = make(DISK, Path(name), "b", pairs, shards, nodes)
-        assert verify(directory).pairs == len(pairs)
-        assert list(read_pairs(directory)) == pairs
-        assert list(read_pairs(directory, prefix)) == [pair for pair in pairs if pair.key.startswith(prefix)]
+        assert archive.verify(directory).pairs == len(pairs)
+        assert list(archive.read_pairs(directory)) == pairs
+        assert list(archive.read_pairs(directory, prefix)) == [pair for pair in pairs if pair.key.startswith(prefix)]
 
 
 def published(backup_dir: Path) -> list[str]:
@@ -119,7 +106,7 @@ def test_a_backup_on_the_real_disk(tmp_path: Path) -> None:
     """With every fsync: the report of verify, and nothing left beside the backup."""
     directory = make(OS_DISK, tmp_path, "b", some_pairs(600))
     size = sum(path.stat().st_size for path in directory.glob("node-*.jsonl"))
-    assert verify(directory) == VerifyReport(600, size, 3, 8, "c-1", CREATED)
+    assert archive.verify(directory) == archive.VerifyReport(600, size, 3, 8, "c-1", CREATED)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert sorted(path.name for path in directory.iterdir()) == [
         "manifest.json", "node-n1.jsonl", "node-n2.jsonl", "node-n3.jsonl",
@@ -143,52 +130,52 @@ def test_a_prefix_is_a_range_of_keys(tmp_path: Path) -> None:
     """The key that equals the prefix belongs to it, neighbours do not, and nothing behind the range is read."""
     keys = [b"a", b"ab", b"ab\x00", b"ab\xff\xff", b"ac", b"b"]
     directory = make(DISK, tmp_path, "b", [Pair(key, b"", 1, None) for key in keys], shards=1, nodes=1)
-    assert [pair.key for pair in read_pairs(directory, b"ab")] == keys[1:4]
+    assert [pair.key for pair in archive.read_pairs(directory, b"ab")] == keys[1:4]
     path = directory / "node-n1.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"key": "b"', b'"kex": "b"'))
-    assert [pair.key for pair in read_pairs(directory, b"ab")] == keys[1:4]
+    assert [pair.key for pair in archive.read_pairs(directory, b"ab")] == keys[1:4]
 
 
 def test_names() -> None:
     """A backup nobody named is named by its time in UTC, to the second; another zone is a programmer's error."""
-    assert backup_name_from_time(datetime(2026, 11, 23, 15, 26, 0, tzinfo=UTC)) == "20261123T152600Z"
+    assert archive.backup_name_from_time(datetime(2026, 11, 23, 15, 26, 0, tzinfo=UTC)) == "20261123T152600Z"
     with pytest.raises(AssertionError):
-        backup_name_from_time(datetime(2026, 11, 23, 15, 26, tzinfo=timezone(timedelta(hours=1))))
+        archive.backup_name_from_time(datetime(2026, 11, 23, 15, 26, tzinfo=timezone(timedelta(hours=1))))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden", "-x", "x" * 101, "a b", "a\n"])
 def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
     """A name cannot lead out of the directory of the backups."""
     with pytest.raises(RequestError, match="backup name"):
-        begin_backup(DISK, tmp_path, name)
+        archive.begin_backup(DISK, tmp_path, name)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_taken_name_is_refused(backup: Path) -> None:
     """A backup is never replaced: neither at the start nor at the end."""
     with pytest.raises(RequestError, match="backup b is there already"):
-        begin_backup(DISK, backup.parent, "b")
-    tmp_dir = begin_backup(DISK, backup.parent, "late")
+        archive.begin_backup(DISK, backup.parent, "b")
+    tmp_dir = archive.begin_backup(DISK, backup.parent, "late")
     (tmp_dir / "manifest.json").write_bytes(b"{}")
     (backup.parent / "empty").mkdir()
     for taken in ("b", "empty"):
         with pytest.raises(FileExistsError, match="there already"):
-            publish(DISK, tmp_dir, backup.parent / taken)
-    assert verify(backup).pairs == 600
+            archive.publish(DISK, tmp_dir, backup.parent / taken)
+    assert archive.verify(backup).pairs == 600
 
 
 def test_unfinished_backups_are_not_seen(tmp_path: Path) -> None:
     """Attempts have directories of their own; leftovers are replaced, can be discarded, and have no name."""
-    first = begin_backup(DISK, tmp_path, "b")
+    first = archive.begin_backup(DISK, tmp_path, "b")
     (first / "node-n9.jsonl").write_bytes(b"left by a lost node")
-    second = begin_backup(DISK, tmp_path, "b", attempt=2)
+    second = archive.begin_backup(DISK, tmp_path, "b", attempt=2)
     assert first != second and published(tmp_path) == []
-    discard(DISK, second)
+    archive.discard(DISK, second)
     assert not second.exists()
     directory = make(DISK, tmp_path, "b", some_pairs(10))
-    assert verify(directory).pairs == 10
+    assert archive.verify(directory).pairs == 10
     with pytest.raises(AssertionError):
-        discard(DISK, directory)
+        archive.discard(DISK, directory)
 
 
 # --- damage -------------------------------------------------------------------------------------------
@@ -201,7 +188,7 @@ def test_no_backup_and_no_manifest(backup: Path) -> None:
     (backup / "manifest.json").unlink()
     assert refused(backup).endswith("b/manifest.json: the file is missing: this is not a complete backup")
     with pytest.raises(DataError, match=r"manifest\.json: the file is missing"):
-        list(read_pairs(backup))
+        list(archive.read_pairs(backup))
 
 
 @pytest.mark.parametrize("data", [b"", b"not JSON", b"\xff", b"[]", b'{"format": "other"}', b"[" * 100_000, b"\x00"])
@@ -221,11 +208,11 @@ def test_a_foreign_format_version(backup: Path) -> None:
 def test_missing_and_surplus_files(backup: Path) -> None:
     """Every file of the manifest must be there and no other node's file; other files do not matter."""
     (backup / "notes.txt").write_bytes(b"")
-    assert verify(backup).files == 3
+    assert archive.verify(backup).files == 3
     (backup / "node-n4.jsonl").write_bytes(b"")
     assert refused(backup) == f"{backup}/node-n4.jsonl: the manifest does not name this file"
     (backup / "node-n4.jsonl").rename(backup / "node-n2.jsonl")
-    pairs = read_manifest(backup).files[1].pairs
+    pairs = archive.read_manifest(backup).files[1].pairs
     assert refused(backup) == (
         f"{backup}/node-n2.jsonl, line 1: the file ends before it, the manifest has {pairs} pairs"
     )
@@ -293,17 +280,17 @@ def reseal(backup: Path, old: str, new: str) -> None:
     """A manifest with a changed text and a seal that is right again."""
     path = backup / "manifest.json"
     fields = json.loads(path.read_text().replace(old, new, 1))
-    manifest = BackupManifest(
+    manifest = archive.BackupManifest(
         fields["cluster"], fields["created"], fields["kvtcp_version"], fields["shards"],
-        tuple(ShardCut(*row) for row in fields["cut"]),
-        tuple(FileReport.from_fields(file, "file") for file in fields["files"]),
+        tuple(archive.ShardCut(*row) for row in fields["cut"]),
+        tuple(archive.FileReport.from_fields(file, "file") for file in fields["files"]),
     )  # fmt: skip
     path.write_text(manifest.to_json())
 
 
 def test_a_sealed_manifest_with_other_sums(backup: Path) -> None:
     """If the manifest is wrong and not the file, each sum is compared by itself and both values are told."""
-    manifest = read_manifest(backup)
+    manifest = archive.read_manifest(backup)
     original = (backup / "manifest.json").read_text()
     file = manifest.files[1]
     shard = file.shards[0]
@@ -328,7 +315,7 @@ def test_a_sealed_manifest_with_other_sums(backup: Path) -> None:
 
 def test_a_manifest_with_other_counts(backup: Path) -> None:
     """Counts that fit each other but not the file are found at the file."""
-    manifest = read_manifest(backup)
+    manifest = archive.read_manifest(backup)
     file = manifest.files[1]
     first, second = file.shards[0], file.shards[1]
     path = backup / "manifest.json"
@@ -370,7 +357,7 @@ def test_a_flipped_bit_anywhere_is_found(backup: Path) -> None:
             assert named & ({line, line + 1} if "is not above" in sentence else {line}), (line, sentence)
             exact += len(named) == 1
     assert exact > 50
-    assert verify(backup).pairs == 600
+    assert archive.verify(backup).pairs == 600
 
 
 def test_a_file_cut_anywhere_is_found(backup: Path) -> None:
@@ -388,10 +375,10 @@ def test_reading_damage_is_named_too(backup: Path) -> None:
     """A restore that reads without a check before still stops at a line that is not one."""
     edit_lines(backup / "node-n2.jsonl", "swap")
     with pytest.raises(DataError, match=r"node-n2.jsonl, line 17: key"):
-        list(read_pairs(backup))
+        list(archive.read_pairs(backup))
     (backup / "node-n3.jsonl").unlink()
     with pytest.raises(DataError, match=r"node-n3.jsonl: the file is missing"):
-        list(read_pairs(backup))
+        list(archive.read_pairs(backup))
 
 
 # --- disk errors --------------------------------------------------------------------------------------
@@ -420,37 +407,37 @@ def test_no_disk_error_leaves_a_backup(tmp_path: Path, error_number: int, dead: 
         assert caught.value.errno == error_number and caught.value.filename
         if dead and fail_at == calls:
             # The last fsync failed and so did taking the name back: what is there is whole.
-            assert verify(backup_dir / "b").pairs == 400
+            assert archive.verify(backup_dir / "b").pairs == 400
             continue
         assert published(backup_dir) == []
         if fail_at % 5 == 0:
-            assert verify(make(DISK, backup_dir, "b", pairs)).pairs == 400
+            assert archive.verify(make(DISK, backup_dir, "b", pairs)).pairs == 400
 
 
 def test_a_manifest_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
     """A forgotten shard is found before anything is published."""
-    tmp_dir = begin_backup(DISK, tmp_path, "b")
-    writer = NodeFileWriter(DISK, tmp_dir, "n1", [0])
-    report = FileReport.from_fields(writer.finish(), "n1")
-    cut = (ShardCut(0, 1, 0, 0), ShardCut(1, 1, 0, 0))
+    tmp_dir = archive.begin_backup(DISK, tmp_path, "b")
+    writer = archive.NodeFileWriter(DISK, tmp_dir, "n1", [0])
+    report = archive.FileReport.from_fields(writer.finish(), "n1")
+    cut = (archive.ShardCut(0, 1, 0, 0), archive.ShardCut(1, 1, 0, 0))
     with pytest.raises(DataError, match=r'manifest.json: "files": no file holds shard 1'):
-        write_manifest(DISK, tmp_dir, BackupManifest("c", CREATED, "0.1.0", 2, cut, (report,)))
+        archive.write_manifest(DISK, tmp_dir, archive.BackupManifest("c", CREATED, "0.1.0", 2, cut, (report,)))
     assert DISK.list(tmp_dir) == ["node-n1.jsonl"]
 
 
 def test_read_errors_are_data_errors(backup: Path) -> None:
     """A disk that cannot be read gives a DataError that names the file, at every call of a check."""
     reads = FaultyDisk()
-    verify(backup, reads)
+    archive.verify(backup, reads)
     for fail_at in range(1, len(reads.calls) + 1):
         with pytest.raises(DataError, match="Input/output error") as caught:
-            verify(backup, FaultyDisk(fail_at))
+            archive.verify(backup, FaultyDisk(fail_at))
         assert str(caught.value).startswith(str(backup))
 
 
 def test_a_file_that_comes_late_does_not_stop_a_discard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory that got or lost a file while it was removed is removed again; other errors are raised."""
-    tmp_dir = begin_backup(DISK, tmp_path, "b")
+    tmp_dir = archive.begin_backup(DISK, tmp_path, "b")
     remove_tree = OsDisk.remove_tree
     causes = ((errno.ENOTEMPTY, "late"), (errno.EIO, "broken"), (errno.ENOENT, "gone"))
     errors = [OSError(*cause) for cause in causes]
@@ -462,6 +449,6 @@ def test_a_file_that_comes_late_does_not_stop_a_discard(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(OsDisk, "remove_tree", fail_first)
     with pytest.raises(OSError, match="broken"):
-        discard(OsDisk(), tmp_dir)
-    discard(OsDisk(), tmp_dir)
+        archive.discard(OsDisk(), tmp_dir)
+    archive.discard(OsDisk(), tmp_dir)
     assert not errors and not tmp_dir.exists()

@@ -6,21 +6,11 @@ from zlib import crc32
 import pytest
 
 from kvtcp.constants import LOG_RECORD_BYTES_MAX
-from kvtcp.storage.disk.log_format import (
-    RECORD_BYTES,
-    FormatError,
-    Record,
-    SegmentHeader,
-    VersionError,
-    encode_entries,
-    encode_header,
-    encode_record,
-    parse_header,
-    parse_records,
-)
+from kvtcp.storage.disk import log_format
 
 SALT = b"salt"
-HEADER = SegmentHeader(b"DIRECTRY", SALT, 7, 6, {1: (1, 20, 0xDEAD), 0: (2, 300, 5)})
+HEADER = log_format.SegmentHeader(b"DIRECTRY", SALT, 7, 6, {1: (1, 20, 0xDEAD), 0: (2, 300, 5)})
+WHOLE = log_format.encode_header(HEADER)
 ENTRIES = [(0, 2, 301, 0x01020304, b"entry"), (1, 1, 21, 9, b"")]
 
 GOLDEN_HEADER = (
@@ -41,12 +31,13 @@ GOLDEN_MARK = "73616c74" "00000001" "5b49d6db" "0000000000000008" "0000000000000
 
 def segment(*records: bytes) -> bytes:
     """A whole file."""
-    return encode_header(HEADER) + b"".join(records)
+    return log_format.encode_header(HEADER) + b"".join(records)
 
 
 def record(lsn: int, entries: list[tuple[int, int, int, int, bytes]] | None = None) -> bytes:
     """A record as mode sync writes it."""
-    return encode_record(SALT, lsn, lsn - 1, encode_entries(ENTRIES if entries is None else entries))
+    packed = log_format.encode_entries(ENTRIES if entries is None else entries)
+    return log_format.encode_record(SALT, lsn, lsn - 1, packed)
 
 
 def resealed(header: bytes) -> bytes:
@@ -64,7 +55,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 def test_golden() -> None:
     """The format is what it was: a change of these bytes needs a new version."""
-    assert encode_header(HEADER).hex() == GOLDEN_HEADER
+    assert log_format.encode_header(HEADER).hex() == GOLDEN_HEADER
     assert record(7).hex() == GOLDEN_RECORD
     assert record(8, []).hex() == GOLDEN_MARK
 
@@ -72,14 +63,14 @@ def test_golden() -> None:
 def test_round_trip() -> None:
     """What was encoded is parsed again."""
     data = segment(record(7), record(8, []), record(9))
-    header = parse_header(data)
-    assert header == SegmentHeader(**{name: getattr(HEADER, name) for name in ("directory", "salt", "first_lsn",
-                                      "durable_lsn", "positions")}, bytes=0x3F)  # fmt: skip
-    found = parse_records(data, header)
+    header = log_format.parse_header(data)
+    names = ("directory", "salt", "first_lsn", "durable_lsn", "positions")
+    assert header == log_format.SegmentHeader(**{name: getattr(HEADER, name) for name in names}, bytes=0x3F)
+    found = log_format.parse_records(data, header)
     assert [(each.lsn, each.durable_lsn) for each in found.records] == [(7, 6), (8, 7), (9, 8)]
     assert [each.entries() for each in found.records] == [ENTRIES, [], ENTRIES]
     assert (found.bad_offset, found.later, found.end_offset, found.mark) == (None, [], len(data), 8)
-    empty = parse_records(segment(), header)
+    empty = log_format.parse_records(segment(), header)
     assert (empty.records, empty.bad_offset, empty.mark, empty.end_offset) == ([], None, 0, header.bytes)
 
 
@@ -88,14 +79,14 @@ def test_every_flipped_bit() -> None:
     records = [record(7), record(8), record(9), record(10, [])]
     data = segment(*records)
     size = len(data) - sum(map(len, records))
-    whole = parse_records(data, parse_header(data)).records
+    whole = log_format.parse_records(data, log_format.parse_header(data)).records
     for bit in range(8 * len(data)):
         changed = flipped(data, bit)
         if bit < 8 * size:
-            with pytest.raises(FormatError):
-                parse_header(changed)
+            with pytest.raises(log_format.FormatError):
+                log_format.parse_header(changed)
             continue
-        found = parse_records(changed, parse_header(changed))
+        found = log_format.parse_records(changed, log_format.parse_header(changed))
         place = bit // 8 - size
         index = next(index for index in range(4) if place < sum(map(len, records[: index + 1])))
         assert found.records == whole[:index] and found.later == whole[index + 1 :], bit
@@ -106,14 +97,14 @@ def test_every_torn_byte() -> None:
     """A file may end anywhere: the records before are found, and where they end."""
     records = [record(7), record(8), record(9)]
     data = segment(*records)
-    header = parse_header(data)
+    header = log_format.parse_header(data)
     ends = [header.bytes + sum(map(len, records[:count])) for count in range(4)]
     for length in range(len(data) + 1):
         if length < header.bytes:
-            with pytest.raises(FormatError):
-                parse_header(data[:length])
+            with pytest.raises(log_format.FormatError):
+                log_format.parse_header(data[:length])
             continue
-        found = parse_records(data[:length], header)
+        found = log_format.parse_records(data[:length], header)
         count = sum(end <= length for end in ends) - 1
         assert [each.lsn for each in found.records] == [7, 8, 9][:count] and found.later == []
         assert found.end_offset == ends[count]
@@ -128,7 +119,7 @@ def test_records_behind_a_bad_place() -> None:
     others = [rng.randbytes(500), record(8)[:-1], record(7), b"x" + record(3)]
     for garbage in (b"", b"\0", SALT, SALT * 9, SALT[:3], *others):
         data = segment(record(7), garbage, record(9), b"?" * 7, record(12), record(11), SALT, record(13))
-        found = parse_records(data, parse_header(data))
+        found = log_format.parse_records(data, log_format.parse_header(data))
         assert [each.lsn for each in found.records] == [7], garbage
         assert [each.lsn for each in found.later] == [9, 12, 13], garbage
         assert found.bad_offset == len(segment(record(7))) and found.mark == 12
@@ -136,62 +127,62 @@ def test_records_behind_a_bad_place() -> None:
 
 def test_the_mark_is_the_highest() -> None:
     """A mark counts wherever it is found."""
-    data = segment(record(7), b"?", encode_record(SALT, 9, 8, encode_entries([])))
-    assert parse_records(data, parse_header(data)).mark == 8
-    data = segment(encode_record(SALT, 7, 6, b"\x90"), encode_record(SALT, 8, 5, b"\x90"))
-    assert parse_records(data, parse_header(data)).mark == 6
+    data = segment(record(7), b"?", log_format.encode_record(SALT, 9, 8, log_format.encode_entries([])))
+    assert log_format.parse_records(data, log_format.parse_header(data)).mark == 8
+    data = segment(log_format.encode_record(SALT, 7, 6, b"\x90"), log_format.encode_record(SALT, 8, 5, b"\x90"))
+    assert log_format.parse_records(data, log_format.parse_header(data)).mark == 6
 
 
 def test_records_of_another_segment() -> None:
     """A record under another salt is none, and the sum covers the salt, length, numbers and payload."""
-    foreign = encode_record(b"SALT", 7, 6, encode_entries(ENTRIES))
+    foreign = log_format.encode_record(b"SALT", 7, 6, log_format.encode_entries(ENTRIES))
     data = segment(foreign)
-    found = parse_records(data, parse_header(data))
+    found = log_format.parse_records(data, log_format.parse_header(data))
     assert not found.records and found.bad_reason == "there is no record here"
     data = segment(SALT + foreign[4:])
-    found = parse_records(data, parse_header(data))
+    found = log_format.parse_records(data, log_format.parse_header(data))
     assert not found.records and found.bad_reason == "the sum of a record is wrong"
 
 
 def test_a_number_that_does_not_follow() -> None:
     """A valid record in a wrong place ends what is without a gap."""
     data = segment(record(7), record(9))
-    found = parse_records(data, parse_header(data))
+    found = log_format.parse_records(data, log_format.parse_header(data))
     assert found.bad_reason == "record 9 stands where record 8 belongs" and [each.lsn for each in found.later] == [9]
 
 
 def test_a_length_over_the_limit() -> None:
     """It is not even looked for."""
-    head = record(7)[:RECORD_BYTES]
+    head = record(7)[:log_format.RECORD_BYTES]
     data = segment(head[:4] + (LOG_RECORD_BYTES_MAX + 1).to_bytes(4, "big") + head[8:], b"x" * 50)
-    assert "over the limit" in parse_records(data, parse_header(data)).bad_reason
+    assert "over the limit" in log_format.parse_records(data, log_format.parse_header(data)).bad_reason
 
 
 def test_other_versions() -> None:
     """A header with a right sum and another version is of that version; with a wrong one it is damaged."""
-    data = encode_header(HEADER)
+    data = log_format.encode_header(HEADER)
     other = data[:8] + (2).to_bytes(2, "big") + data[10:]
-    with pytest.raises(VersionError, match="the log has format 2, this version of kvtcp knows format 1"):
-        parse_header(resealed(other))
-    with pytest.raises(FormatError, match="sum of the header") as error:
-        parse_header(other)
-    assert not isinstance(error.value, VersionError)
+    with pytest.raises(log_format.VersionError, match="the log has format 2, this version of kvtcp knows format 1"):
+        log_format.parse_header(resealed(other))
+    with pytest.raises(log_format.FormatError, match="sum of the header") as error:
+        log_format.parse_header(other)
+    assert not isinstance(error.value, log_format.VersionError)
     longer = resealed(other[:12] + (len(other) + 9).to_bytes(4, "big") + other[16:] + b"something")
-    with pytest.raises(VersionError):
-        parse_header(longer)
+    with pytest.raises(log_format.VersionError):
+        log_format.parse_header(longer)
 
 
 @pytest.mark.parametrize(("data", "reason"), [
     (b"", "has 0 bytes"),
     (b"KVTCPLOG" * 3, "has 24 bytes"),
     (b"\0" * 200, "does not begin as a segment"),
-    (encode_header(HEADER)[:12] + (3).to_bytes(4, "big") + encode_header(HEADER)[16:], "no right length (3)"),
-    (encode_header(HEADER)[:-1], "no right length (63)"),
+    (WHOLE[:12] + (3).to_bytes(4, "big") + WHOLE[16:], "no right length (3)"),
+    (WHOLE[:-1], "no right length (63)"),
 ])  # fmt: skip
 def test_no_header(data: bytes, reason: str) -> None:
     """What it is not is said in a sentence."""
-    with pytest.raises(FormatError) as error:
-        parse_header(data)
+    with pytest.raises(log_format.FormatError) as error:
+        log_format.parse_header(data)
     assert reason in str(error.value)
 
 
@@ -200,5 +191,5 @@ def test_no_header(data: bytes, reason: str) -> None:
 ])  # fmt: skip
 def test_wrong_payloads(payload: bytes) -> None:
     """A payload that is no list of entries was written wrong."""
-    with pytest.raises(FormatError, match="record 4 has a right sum and no right payload"):
-        Record(4, 3, payload).entries()
+    with pytest.raises(log_format.FormatError, match="record 4 has a right sum and no right payload"):
+        log_format.Record(4, 3, payload).entries()

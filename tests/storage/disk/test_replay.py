@@ -19,31 +19,18 @@ from kvtcp.storage.disk.manifest import read_manifest
 from kvtcp.storage.disk.replay import Damage, Replayed, replay
 from kvtcp.storage.disk.store import NodeStore
 from tests.crash.disk import CrashDisk
-from tests.support.storage_tools import (
-    DIRECTORY,
-    State,
-    commit,
-    fill,
-    make,
-    mark,
-    names,
-    open_small,
-    put,
-    replace_file,
-    state_of,
-    take_snapshot,
-)
+from tests.support import storage_tools as tools
 
-LOG = DIRECTORY / "log"
-SNAPSHOTS = DIRECTORY / "snapshots"
+LOG = tools.DIRECTORY / "log"
+SNAPSHOTS = tools.DIRECTORY / "snapshots"
 
 
 def read(disk: CrashDisk) -> Replayed:
     """What is there, by the manifest that is there; nothing is changed."""
-    manifest = read_manifest(disk, DIRECTORY)
+    manifest = read_manifest(disk, tools.DIRECTORY)
     assert manifest is not None
     before = disk.tree()
-    found = replay(disk, DIRECTORY, manifest)
+    found = replay(disk, tools.DIRECTORY, manifest)
     assert disk.tree() == before
     return found
 
@@ -72,14 +59,14 @@ def damage_snapshot(disk: CrashDisk, store: NodeStore) -> Path:
     return path
 
 
-def whole(found: Replayed) -> State:
+def whole(found: Replayed) -> tools.State:
     """The state of the shards without doubt."""
-    return {shard: row for shard, row in state_of(found.copies).items() if shard not in found.doubts}
+    return {shard: row for shard, row in tools.state_of(found.copies).items() if shard not in found.doubts}
 
 
 def segment_paths(disk: CrashDisk) -> list[Path]:
     """The segments, oldest first."""
-    return [LOG / name for name in names(disk)]
+    return [LOG / name for name in tools.names(disk)]
 
 
 # --- what is whole ----------------------------------------------------------------------------------
@@ -87,9 +74,9 @@ def segment_paths(disk: CrashDisk) -> list[Path]:
 
 def test_log_alone(disk: CrashDisk) -> None:
     """Entries in several segments, without a snapshot."""
-    store = make(disk, 20)
+    store = tools.make(disk, 20)
     found = read(disk)
-    assert state_of(found.copies) == state_of(store.copies)
+    assert tools.state_of(found.copies) == tools.state_of(store.copies)
     assert not found.doubts and not found.damages and not found.cut and not found.log_damaged
     assert found.entries == sum(copy.table.seq for copy in store.copies.values()) == 30
     assert (found.last_lsn, found.mark) == (20, 19) and [record.lsn for record in found.tail] == [20]
@@ -103,25 +90,25 @@ def test_log_alone(disk: CrashDisk) -> None:
 
 def test_positions_before_the_tail(disk: CrashDisk) -> None:
     """`mark_positions` are those that a new segment with the tail says were logged before it."""
-    store = make(disk, 4, shards=2)
+    store = tools.make(disk, 4, shards=2)
     before = dict(store.log.positions)
-    commit(store, [put(store.copies[0], b"k", b"last")])
+    tools.commit(store, [tools.put(store.copies[0], b"k", b"last")])
     found = read(disk)
     assert found.mark_positions == before and found.positions[0][1] == before[0][1] + 1
-    mark(store)
+    tools.mark(store)
     found = read(disk)
     assert found.mark == 5 and found.mark_positions == found.positions == store.log.positions
 
 
 def test_snapshots_and_log(disk: CrashDisk) -> None:
     """Each shard is its newest snapshot and the entries behind it."""
-    store = make(disk, 10)
-    take_snapshot(store, 0)
-    fill(store, 5, first=10)
-    take_snapshot(store, 1)
-    fill(store, 5, first=15)
+    store = tools.make(disk, 10)
+    tools.take_snapshot(store, 0)
+    tools.fill(store, 5, first=10)
+    tools.take_snapshot(store, 1)
+    tools.fill(store, 5, first=15)
     found = read(disk)
-    assert state_of(found.copies) == state_of(store.copies) and not found.doubts
+    assert tools.state_of(found.copies) == tools.state_of(store.copies) and not found.doubts
     assert found.snapshots == {shard: info.name for shard, info in store.snapshots.items()}
     assert found.snapshot_bytes == {shard: info.size for shard, info in store.snapshots.items()}
     assert found.entries < 30
@@ -132,10 +119,10 @@ def test_snapshots_and_log(disk: CrashDisk) -> None:
 
 def test_files_that_nobody_needs(disk: CrashDisk) -> None:
     """Temporary files and older snapshots are stale; names of others are left alone."""
-    store = make(disk, 6)
+    store = tools.make(disk, 6)
     store.write_snapshot(store.copies[0], [])
     first = SNAPSHOTS / store.snapshots[0].name.file
-    fill(store, 6, first=6)
+    tools.fill(store, 6, first=6)
     store.write_snapshot(store.copies[0], [])
     for path in (LOG / f"{99:020d}.log.tmp", SNAPSHOTS / "0001-1-00000000000000000009.snapshot.tmp", LOG / "notes",
                  SNAPSHOTS / "00000-1-00000000000000000001.snapshot"):  # fmt: skip
@@ -143,16 +130,16 @@ def test_files_that_nobody_needs(disk: CrashDisk) -> None:
     found = read(disk)
     assert sorted(found.stale) == sorted([first, LOG / f"{99:020d}.log.tmp",
                                           SNAPSHOTS / "0001-1-00000000000000000009.snapshot.tmp"])  # fmt: skip
-    assert state_of(found.copies) == state_of(store.copies) and not found.damages
+    assert tools.state_of(found.copies) == tools.state_of(store.copies) and not found.damages
 
 
 def test_progress(disk: CrashDisk) -> None:
     """It grows up to the total, for snapshots and for the log."""
-    store = make(disk, 10)
-    take_snapshot(store, 0)
-    take_snapshot(store, 1)
+    store = tools.make(disk, 10)
+    tools.take_snapshot(store, 0)
+    tools.take_snapshot(store, 1)
     told: list[tuple[str, int, int]] = []
-    replay(disk, DIRECTORY, store.manifest, lambda *row: told.append(row))
+    replay(disk, tools.DIRECTORY, store.manifest, lambda *row: told.append(row))
     for what in ("snapshots", "log"):
         rows = [(done, total) for phase, done, total in told if phase == what]
         assert rows and rows == sorted(rows) and rows[-1][0] == rows[-1][1]
@@ -160,17 +147,17 @@ def test_progress(disk: CrashDisk) -> None:
 
 def test_entries_of_another_generation(disk: CrashDisk) -> None:
     """Entries from before a copy was begun anew are neither applied nor kept."""
-    store = make(disk, 6)
+    store = tools.make(disk, 6)
     copy = store.copies[0]
     old_seq = copy.table.seq
     copy.table.load([], 0, 0, 0)
     copy.table.generation = 2
     store.write_manifest(store.encode_manifest(store.copies.values()))
-    commit(store, [put(copy, b"new", b"v")])
+    tools.commit(store, [tools.put(copy, b"new", b"v")])
     found = read(disk)
     assert found.copies[0].table.seq == 1 < old_seq and not found.doubts
     assert [(entry[1], entry[2]) for entry in found.backlog.of_shard(0)] == [(2, 1)]
-    assert state_of(found.copies) == state_of(store.copies)
+    assert tools.state_of(found.copies) == tools.state_of(store.copies)
 
 
 # --- the torn end -----------------------------------------------------------------------------------
@@ -179,33 +166,33 @@ def test_entries_of_another_generation(disk: CrashDisk) -> None:
 @pytest.mark.parametrize("with_mark", [False, True])
 def test_torn_at_every_byte(disk: CrashDisk, with_mark: bool) -> None:
     """A last record that is cut off at any byte is torn if nothing says that it was on the disk, else damage."""
-    store = make(disk, 2, segment_bytes=1000)
-    before = state_of(store.copies)
-    commit(store, [put(store.copies[1], b"torn", b"value"), put(store.copies[2], b"torn", b"value")])
-    after = state_of(store.copies)
+    store = tools.make(disk, 2, segment_bytes=1000)
+    before = tools.state_of(store.copies)
+    tools.commit(store, [tools.put(store.copies[1], b"torn", b"value"), tools.put(store.copies[2], b"torn", b"value")])
+    after = tools.state_of(store.copies)
     path = store.log.segments[-1].path
     *_, start, end = offsets(disk, path)
     if with_mark:
-        mark(store)
+        tools.mark(store)
     data = disk.read(path)
     for size in range(start, end + 1):
         rest = data[end:] if with_mark else b""
-        replace_file(disk, path, data[:size] + rest)
+        tools.replace_file(disk, path, data[:size] + rest)
         found = read(disk)
         if size == end:
-            assert state_of(found.copies) == after and not found.cut and not found.damages
+            assert tools.state_of(found.copies) == after and not found.cut and not found.damages
         elif with_mark:
             assert sorted(found.doubts) == [0, 1, 2] and found.log_damaged and not found.cut
             assert f"{path} at byte {start}" in found.doubts[1] and found.damages[0].offset == start
         else:
-            assert state_of(found.copies) == before and not found.doubts and not found.damages
+            assert tools.state_of(found.copies) == before and not found.doubts and not found.damages
             assert bool(found.cut) == (size > start), size
             assert found.mark_positions == found.positions or found.tail
 
 
 def test_cut_says_where(disk: CrashDisk) -> None:
     """The place of a torn end, for people."""
-    store = make(disk, 3)
+    store = tools.make(disk, 3)
     offset = damage_record(disk, store.log.segments[-1].path, -2)
     found = read(disk)
     assert found.cut == f"{store.log.segments[-1].path} at byte {offset}: the sum of a record is wrong"
@@ -214,14 +201,14 @@ def test_cut_says_where(disk: CrashDisk) -> None:
 def test_what_a_process_leaves_behind_a_bad_record(disk: CrashDisk) -> None:
     """In mode os many records are above the mark. One that is bad with others behind it was not torn by the end of a
     process; after a power cut it may have been, as the machine writes back in any order."""
-    store = make(disk, 5, durability="os", segment_bytes=1000)
+    store = tools.make(disk, 5, durability="os", segment_bytes=1000)
     path = store.log.segments[-1].path
     assert len(offsets(disk, path)) > 3
     first = store.log.segments[-1].first_lsn
     damage_record(disk, path, 0)
     found = read(disk)
     assert found.log_damaged and found.mark < first and found.damages[0].path == path
-    found = replay(disk, DIRECTORY, store.manifest, power_failed=True)
+    found = replay(disk, tools.DIRECTORY, store.manifest, power_failed=True)
     assert not found.damages and not found.doubts and found.cut and found.last_lsn >= first
 
 
@@ -230,48 +217,48 @@ def test_what_a_process_leaves_behind_a_bad_record(disk: CrashDisk) -> None:
 
 def test_damage_with_and_without_proof(disk: CrashDisk) -> None:
     """Shards of which something behind the damage shows that they were not in it are whole, the others in doubt."""
-    store = make(disk, shards=5)
+    store = tools.make(disk, shards=5)
     copies = store.copies
     for shard in range(4):
-        commit(store, [put(copies[shard], b"k", b"v")])
+        tools.commit(store, [tools.put(copies[shard], b"k", b"v")])
     store.log.begin_new_segment()
-    commit(store, [put(copies[0], b"k", b"2")])  # the damaged one
-    commit(store, [put(copies[1], b"k", b"2")])  # shows that shard 1 was not in it
-    mark(store)
+    tools.commit(store, [tools.put(copies[0], b"k", b"2")])  # the damaged one
+    tools.commit(store, [tools.put(copies[1], b"k", b"2")])  # shows that shard 1 was not in it
+    tools.mark(store)
     path = store.log.segments[-1].path
     offset = damage_record(disk, path, 0)
     found = read(disk)
     assert sorted(found.doubts) == [0, 2, 3, 4], "nothing behind it names 0, 2, 3 and 4"
     assert all(str(path) in reason and f"byte {offset}" in reason for reason in found.doubts.values())
-    assert state_of(found.copies)[1] == state_of(copies)[1] and found.copies[0].table.seq == 1
+    assert tools.state_of(found.copies)[1] == tools.state_of(copies)[1] and found.copies[0].table.seq == 1
     store.log.begin_new_segment()
-    commit(store, [put(copies[4], b"k", b"1")])
+    tools.commit(store, [tools.put(copies[4], b"k", b"1")])
     found = read(disk)
     assert sorted(found.doubts) == [0], "the next segment says what was logged before it"
-    assert whole(found) == {shard: row for shard, row in state_of(copies).items() if shard != 0}
+    assert whole(found) == {shard: row for shard, row in tools.state_of(copies).items() if shard != 0}
     assert [damage.path for damage in found.damages] == [path] and found.tail == []
 
 
 def test_damage_of_what_a_snapshot_has(disk: CrashDisk) -> None:
     """A record is damaged, but all of it is in snapshots: nothing is in doubt, and it is reported all the same."""
-    store = make(disk, 8)
+    store = tools.make(disk, 8)
     path = store.log.segments[0].path
     for shard in range(3):
         store.write_snapshot(store.copies[shard], [])
-    fill(store, 3, first=8)
+    tools.fill(store, 3, first=8)
     damage_record(disk, path, 0)
     found = read(disk)
     assert not found.doubts and found.log_damaged and [damage.path for damage in found.damages] == [path]
-    assert state_of(found.copies) == state_of(store.copies)
+    assert tools.state_of(found.copies) == tools.state_of(store.copies)
 
 
 def test_two_holes_in_one_segment(disk: CrashDisk) -> None:
     """A proof between two damaged records does not cover the second one."""
-    store = make(disk, shards=2)
-    commit(store, [put(store.copies[0], b"k", b"1")])  # damaged
-    commit(store, [put(store.copies[1], b"k", b"1")])  # proves shard 1 up to here
-    commit(store, [put(store.copies[1], b"k", b"2")])  # damaged
-    mark(store)
+    store = tools.make(disk, shards=2)
+    tools.commit(store, [tools.put(store.copies[0], b"k", b"1")])  # damaged
+    tools.commit(store, [tools.put(store.copies[1], b"k", b"1")])  # proves shard 1 up to here
+    tools.commit(store, [tools.put(store.copies[1], b"k", b"2")])  # damaged
+    tools.mark(store)
     path = store.log.segments[-1].path
     damage_record(disk, path, 2)
     damage_record(disk, path, 0)
@@ -281,21 +268,21 @@ def test_two_holes_in_one_segment(disk: CrashDisk) -> None:
 
 def test_damage_and_a_torn_end(disk: CrashDisk) -> None:
     """Behind a damage, what is above the mark and follows a torn record is not taken."""
-    store = make(disk, shards=1, durability="os")
+    store = tools.make(disk, shards=1, durability="os")
     for number in range(3):
-        commit(store, [put(store.copies[0], b"k", b"%d" % number)])
+        tools.commit(store, [tools.put(store.copies[0], b"k", b"%d" % number)])
     path = store.log.segments[-1].path
     assert len(offsets(disk, path)) == 4
     damage_record(disk, path, 1)
-    found = replay(disk, DIRECTORY, store.manifest, power_failed=True)
+    found = replay(disk, tools.DIRECTORY, store.manifest, power_failed=True)
     assert found.cut and found.copies[0].table.seq == 1 and not found.damages
 
 
 def test_a_damaged_record_is_not_overwritten_by_the_next_segment(disk: CrashDisk) -> None:
     """The only record of the last segment is damaged: the new segment takes a number above it."""
-    store = make(disk, 1)
+    store = tools.make(disk, 1)
     store.log.close()
-    store = open_small(disk, seed=1)  # the record is above the mark, so it begins the new segment
+    store = tools.open_small(disk, seed=1)  # the record is above the mark, so it begins the new segment
     path = store.log.segments[-1].path
     assert parse_header(disk.read(path)).durable_lsn == store.log.segments[-1].first_lsn
     damage_record(disk, path, 0)
@@ -305,7 +292,7 @@ def test_a_damaged_record_is_not_overwritten_by_the_next_segment(disk: CrashDisk
 
 def test_every_header_damaged(disk: CrashDisk) -> None:
     """A segment whose header is damaged is one of which nothing is known: the next one's header is the proof."""
-    store = make(disk, 12)
+    store = tools.make(disk, 12)
     paths = segment_paths(disk)
     assert len(paths) > 3
     for index, path in enumerate(paths):
@@ -315,18 +302,18 @@ def test_every_header_damaged(disk: CrashDisk) -> None:
         assert found.log_damaged and found.damages[0] == Damage(path, None, "the sum of the header is wrong")
         assert found.last_lsn >= store.log.segments[index].first_lsn
         for shard, row in whole(found).items():
-            assert row == state_of(store.copies)[shard]
+            assert row == tools.state_of(store.copies)[shard]
         assert found.doubts, "some entry was in it"
     assert len(found.doubts) == 3, "after the last one there is no proof"
 
 
 def test_missing_segments(disk: CrashDisk) -> None:
     """Whichever segment is gone, shards that had entries in it are in doubt, and no other state is taken for whole."""
-    store = make(disk, 12)
+    store = tools.make(disk, 12)
     store.log.close()
-    store = open_small(disk, seed=1)
-    fill(store, 2, first=12)
-    state = state_of(store.copies)
+    store = tools.open_small(disk, seed=1)
+    tools.fill(store, 2, first=12)
+    state = tools.state_of(store.copies)
     paths = segment_paths(disk)
     ends = [segment.first_lsn for segment in store.log.segments[1:]] + [99]  # what is behind them is void
     for path, end_lsn in zip(paths, ends, strict=True):
@@ -347,7 +334,7 @@ def test_missing_segments(disk: CrashDisk) -> None:
 
 def test_no_segment_at_all(disk: CrashDisk) -> None:
     """An empty log of a node that had one: every shard is in doubt, also one that has a snapshot."""
-    store = make(disk, 6)
+    store = tools.make(disk, 6)
     store.write_snapshot(store.copies[0], [])
     paths = sorted(segment_paths(disk))
     for path in paths:
@@ -359,18 +346,18 @@ def test_no_segment_at_all(disk: CrashDisk) -> None:
 
 def test_a_segment_of_another_directory(disk: CrashDisk) -> None:
     """It has right sums and is not ours."""
-    make(disk, 3)
+    tools.make(disk, 3)
     other = CrashDisk()
-    open_small(other, seed=5).log.close()
+    tools.open_small(other, seed=5).log.close()
     path = segment_paths(disk)[0]
-    replace_file(disk, path, other.read(path))
+    tools.replace_file(disk, path, other.read(path))
     found = read(disk)
     assert "belongs to another data directory" in str(found.damages[0]) and len(found.doubts) == 3
 
 
 def test_a_segment_under_another_name(disk: CrashDisk) -> None:
     """The header knows its first record."""
-    store = make(disk, 3)
+    store = tools.make(disk, 3)
     path = store.log.segments[-1].path
     disk.rename(path, LOG / f"{50:020d}.log")
     found = read(disk)
@@ -379,14 +366,14 @@ def test_a_segment_under_another_name(disk: CrashDisk) -> None:
 
 def test_a_segment_of_another_format(disk: CrashDisk) -> None:
     """With a right sum it is no damage, but of another version: nothing is read."""
-    store = make(disk, 3)
+    store = tools.make(disk, 3)
     path = store.log.segments[-1].path
     data = bytearray(disk.read(path))
     header = parse_header(bytes(data))
     encoded = bytearray(encode_header(header))
     encoded[9] = 9
     encoded[16:20] = _header_sum(bytes(encoded), header.bytes).to_bytes(4, "big")
-    replace_file(disk, path, bytes(encoded) + bytes(data[header.bytes :]))
+    tools.replace_file(disk, path, bytes(encoded) + bytes(data[header.bytes :]))
     with pytest.raises(VersionError, match="format 9"):
         read(disk)
 
@@ -399,14 +386,14 @@ def _header_sum(data: bytes, length: int) -> int:
 
 def crafted(disk: CrashDisk, change: Callable[[list[tuple[int, int, int, int, bytes]]], object]) -> Replayed:
     """A store of one shard whose only record has entries changed by somebody who knows how to compute sums."""
-    store = make(disk, shards=1)
-    entries = [put(store.copies[0], b"k", b"%d" % number) for number in range(3)]
+    store = tools.make(disk, shards=1)
+    entries = [tools.put(store.copies[0], b"k", b"%d" % number) for number in range(3)]
     segment = store.log.segments[-1]
     header = parse_header(disk.read(segment.path))
     payload = change(entries)
     data = payload if isinstance(payload, bytes) else encode_entries(payload)  # type: ignore[arg-type]
     record = encode_record(header.salt, header.first_lsn, 0, data)
-    replace_file(disk, segment.path, disk.read(segment.path)[: header.bytes] + record)
+    tools.replace_file(disk, segment.path, disk.read(segment.path)[: header.bytes] + record)
     return read(disk)
 
 
@@ -432,7 +419,7 @@ def test_a_record_that_was_written_wrong(disk: CrashDisk) -> None:
 
 def test_a_chain_that_differs_from_the_snapshot(disk: CrashDisk) -> None:
     """Log and snapshot agree where they meet, or the shard is in doubt."""
-    store = make(disk, 3, shards=1)
+    store = tools.make(disk, 3, shards=1)
     store.write_snapshot(store.copies[0], [])
     segment = store.log.segments[0]
     header = parse_header(disk.read(segment.path))
@@ -444,7 +431,7 @@ def test_a_chain_that_differs_from_the_snapshot(disk: CrashDisk) -> None:
     encoded = encode_header(SegmentHeader(header.directory, header.salt, 1, 0, {}))
     for path in segment_paths(disk):
         disk.remove(path)
-    replace_file(disk, segment.path, encoded + b"".join(records))
+    tools.replace_file(disk, segment.path, encoded + b"".join(records))
     found = read(disk)
     assert "has another chain than the snapshot" in found.doubts[0]
 
@@ -454,49 +441,49 @@ def test_a_chain_that_differs_from_the_snapshot(disk: CrashDisk) -> None:
 
 def test_a_damaged_snapshot_alone(disk: CrashDisk) -> None:
     """Without its log a shard whose snapshot is damaged is in doubt; the others are not."""
-    store = make(disk, 9)
+    store = tools.make(disk, 9)
     for shard in range(3):
-        take_snapshot(store, shard)
-    fill(store, 1, first=9)
+        tools.take_snapshot(store, shard)
+    tools.fill(store, 1, first=9)
     path = damage_snapshot(disk, store)
     found = read(disk)
     assert sorted(found.doubts) == [0] and str(path) in found.doubts[0]
     assert [damage.path for damage in found.damages] == [path] and not found.log_damaged
-    assert whole(found) == {shard: row for shard, row in state_of(store.copies).items() if shard}
+    assert whole(found) == {shard: row for shard, row in tools.state_of(store.copies).items() if shard}
 
 
 def test_a_damaged_snapshot_with_the_log(disk: CrashDisk) -> None:
     """As long as the log has everything, a damaged snapshot costs nothing but is reported."""
-    store = make(disk, 9)
+    store = tools.make(disk, 9)
     store.write_snapshot(store.copies[0], [])
     path = damage_snapshot(disk, store)
     found = read(disk)
     assert not found.doubts and [damage.path for damage in found.damages] == [path]
-    assert state_of(found.copies) == state_of(store.copies) and 0 not in found.snapshots
+    assert tools.state_of(found.copies) == tools.state_of(store.copies) and 0 not in found.snapshots
 
 
 def test_a_damaged_snapshot_with_an_older_one(disk: CrashDisk) -> None:
     """An older snapshot and the log behind it lead to the same."""
-    store = make(disk, 5)
+    store = tools.make(disk, 5)
     for shard in range(3):
-        take_snapshot(store, shard)
+        tools.take_snapshot(store, shard)
     older = store.snapshots[0].name
-    fill(store, 6, first=5)
+    tools.fill(store, 6, first=5)
     store.write_snapshot(store.copies[0], [])
     path = damage_snapshot(disk, store)
     assert store.snapshots[0].name != older
     found = read(disk)
     assert not found.doubts and found.snapshots[0] == older and [damage.path for damage in found.damages] == [path]
-    assert state_of(found.copies) == state_of(store.copies) and SNAPSHOTS / older.file not in found.stale
+    assert tools.state_of(found.copies) == tools.state_of(store.copies) and SNAPSHOTS / older.file not in found.stale
 
 
 def test_a_damaged_snapshot_that_the_log_knows_nothing_of(disk: CrashDisk) -> None:
     """The name of a damaged snapshot says how far the shard was: what does not reach it is in doubt."""
-    store = make(disk)
+    store = tools.make(disk)
     for number in range(4):
-        put(store.copies[0], b"k%d" % number, b"v")  # as if all of it came from another member
+        tools.put(store.copies[0], b"k%d" % number, b"v")  # as if all of it came from another member
     store.write_snapshot(store.copies[0], [])
-    assert state_of(read(disk).copies) == state_of(store.copies)
+    assert tools.state_of(read(disk).copies) == tools.state_of(store.copies)
     path = damage_snapshot(disk, store)
     found = read(disk)
     assert sorted(found.doubts) == [0] and str(path) in found.doubts[0]
@@ -504,33 +491,33 @@ def test_a_damaged_snapshot_that_the_log_knows_nothing_of(disk: CrashDisk) -> No
 
 def test_a_missing_snapshot(disk: CrashDisk) -> None:
     """Its log is deleted, so the first segment that is left says what is missing."""
-    store = make(disk, 9)
+    store = tools.make(disk, 9)
     for shard in range(3):
-        take_snapshot(store, shard)
+        tools.take_snapshot(store, shard)
     assert len(store.log.segments) == 1
     disk.remove(SNAPSHOTS / store.snapshots[1].name.file)
     found = read(disk)
     assert sorted(found.doubts) == [1] and "are missing before" in found.doubts[1] and not found.damages
-    assert whole(found) == {shard: row for shard, row in state_of(store.copies).items() if shard != 1}
+    assert whole(found) == {shard: row for shard, row in tools.state_of(store.copies).items() if shard != 1}
 
 
 def test_a_snapshot_of_another_directory(disk: CrashDisk) -> None:
     """A snapshot that was copied from another node is not taken for ours."""
-    store = make(disk, 4, shards=1)
-    take_snapshot(store, 0)
+    store = tools.make(disk, 4, shards=1)
+    tools.take_snapshot(store, 0)
     other = CrashDisk()
-    foreign = make(other, 4, shards=1, seed=5)
+    foreign = tools.make(other, 4, shards=1, seed=5)
     foreign.write_snapshot(foreign.copies[0], [])
     assert foreign.snapshots[0].name == store.snapshots[0].name
     path = SNAPSHOTS / store.snapshots[0].name.file
-    replace_file(disk, path, other.read(path))
+    tools.replace_file(disk, path, other.read(path))
     found = read(disk)
     assert "belongs to another data directory" in str(found.damages[0])
 
 
 def test_snapshots_of_given_up_copies(disk: CrashDisk) -> None:
     """What is left of a copy that was given up is named, to be kept; that of an earlier generation is stale."""
-    store = make(disk, 4)
+    store = tools.make(disk, 4)
     for shard in (0, 1):
         store.write_snapshot(store.copies[shard], [])
     store.copies[0].complete = False
@@ -544,7 +531,7 @@ def test_snapshots_of_given_up_copies(disk: CrashDisk) -> None:
 
 def test_doubted_shards_ship_nothing(disk: CrashDisk) -> None:
     """Entries of a shard in doubt are not kept."""
-    store = make(disk, 6)
+    store = tools.make(disk, 6)
     disk.remove(segment_paths(disk)[0])
     found = read(disk)
     assert found.doubts

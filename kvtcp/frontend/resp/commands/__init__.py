@@ -1,1 +1,1 @@
-"""The commands of Redis, by what they are about."""
+"""The commands of Redis, by their subjects."""

@@ -1,6 +1,6 @@
-"""Commands on keys, whatever their values: each is compiled to a plan (plan.py).
+"""Commands on keys with values of any kind: each is compiled to a plan (plan.py).
 
-Pure. The arguments are those behind the command's name. Deadlines are told in the units of the command and kept in ms;
+Pure. The arguments are those behind the command's name. Deadlines are given in the units of the command and kept in ms;
 a time that is over deletes the key.
 """
 
@@ -113,5 +113,3 @@ def copy(arguments: Arguments) -> Plan:
     if key == new_key:
         raise CommandError("ERR source and destination objects are the same")
     return Plan([write(op.COPY, key, check_key(new_key), replace, size=len(new_key))], count)
-
-

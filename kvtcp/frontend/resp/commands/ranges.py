@@ -1,8 +1,8 @@
 """Commands over ranges of keys: KEYS, SCAN, RANDOMKEY, DBSIZE, FLUSHALL, KV.RANGE, KV.COUNT.
 
-Pure. Keys are in order, so a scan is a walk along them in pages, each of one point in time. A position is the key to go
-on at: what is there for the whole scan is found exactly once, whatever else comes and goes. The client gets a number
-for it (door.py).
+Pure. Keys are in order, so a scan is a walk along them in pages, each of one point in time. A position is the first key
+of the next page: a key that is there for the whole scan is found exactly once, even if other keys come and go. The
+client gets a number for the position (service.py).
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ class _Then:
         self.then = then
 
     def reply(self, token: None, result: Any) -> None:
-        """It succeeded."""
         self.then(result)
 
     def fail(self, token: None, code: int, message: str, details: dict[str, Any]) -> None:
-        """It did not."""
         self.then(Failed(code, message))
 
 
@@ -46,16 +44,17 @@ def _page(
     caller: Caller, bounds: Bounds, limit: int, then: Callable[[Any], None], reverse: bool = False,
     keys_only: bool = True,
 ) -> MultiRead:
-    """The first `limit` rows of the range; `then` gets [rows, cursor or None], or Failed."""
+    """Make a read of the first `limit` rows of the range; `then` gets [rows, cursor or None], or Failed."""
     return page_read(caller.keyspace.all_shards, *bounds, limit, reverse, keys_only, _Then(then), None)
 
 
-def _failure(failed: Failed) -> Failure:
-    return Failure(error_text(failed))
+def _or_failure(result: Any) -> Any:
+    """Return a result as a reply, which Failed is not."""
+    return Failure(error_text(result)) if type(result) is Failed else result
 
 
 def _items_max(pattern: bytes) -> int:
-    """How many keys are looked at in one step: fewer with a long pattern, as the time is that of pattern times key."""
+    """The limit of keys in one step: lower with a long pattern, as the time is that of pattern times key."""
     return min(PAGE_ITEMS_MAX, max(1, 16 * PAGE_ITEMS_MAX // max(1, len(pattern))))
 
 
@@ -96,7 +95,7 @@ def scan(caller: Caller, arguments: Arguments) -> None:
 
     def then(page: Any) -> None:
         if type(page) is Failed:
-            answer(_failure(page))
+            answer(_or_failure(page))
             return
         rows, cursor = page
         following = caller.service.keep_cursor(rows[-1][0] + b"\0", number) if cursor is not None else 0
@@ -120,18 +119,18 @@ def keys(caller: Caller, arguments: Arguments) -> None:
         caller.gathered_bytes -= found_bytes
         send(value)
 
-    def go_on(lower: bytes) -> None:
+    def next_page(lower: bytes) -> None:
         try:
             caller.keyspace.check_range_open(lower, upper)  # a restore may have begun since the last page
         except RequestError as closed:
-            answer(_failure(Failed(closed.code, closed.message)))
+            answer(_or_failure(Failed(closed.code, closed.message)))
         else:
             caller.service.sequencer.multi_read(_page(caller, (lower, upper), _items_max(pattern), then))
 
     def then(page: Any) -> None:
         nonlocal found_bytes
         if type(page) is Failed:
-            answer(_failure(page))
+            answer(_or_failure(page))
             return
         rows, cursor = page
         new = [row[0] for row in rows if matches(row[0])]
@@ -144,7 +143,7 @@ def keys(caller: Caller, arguments: Arguments) -> None:
         elif cursor is None or caller.is_gone:
             answer(found)
         else:
-            caller.defer(lambda: go_on(rows[-1][0] + b"\0"))
+            caller.defer(lambda: next_page(rows[-1][0] + b"\0"))
 
     caller.multi_read(_page(caller, (lower, upper), _items_max(pattern), then))
 
@@ -156,12 +155,12 @@ def random_key(caller: Caller, arguments: Arguments) -> None:
     """RANDOMKEY"""
     caller.keyspace.check_range_open(b"", None)
     answer = caller.later()
-    sink = _Then(lambda key: answer(_failure(key) if type(key) is Failed else key))
+    sink = _Then(lambda key: answer(_or_failure(key)))
     caller.multi_read(any_key_read(caller.keyspace.all_shards, caller.service.random(1 << 62), sink, None))
 
 
 def count_keys(caller: Caller, bounds: Bounds, then: Callable[[Any], None]) -> None:
-    """`then` gets how many keys of the range there are, or Failed."""
+    """Count the keys of the range; `then` gets their number, or Failed."""
     caller.multi_read(count_read(caller.keyspace.all_shards, *bounds, _Then(then), None))
 
 
@@ -169,7 +168,7 @@ def db_size(caller: Caller, arguments: Arguments) -> None:
     """DBSIZE"""
     caller.keyspace.check_range_open(b"", None)
     answer = caller.later()
-    count_keys(caller, (b"", None), lambda found: answer(_failure(found) if type(found) is Failed else found))
+    count_keys(caller, (b"", None), lambda found: answer(_or_failure(found)))
 
 
 def flush(caller: Caller, arguments: Arguments) -> None:
@@ -207,7 +206,7 @@ def flush(caller: Caller, arguments: Arguments) -> None:
 
 
 def _bounds(lower: bytes, upper: bytes) -> Bounds:
-    """`-` is before all keys, `+` is behind them; the lower one belongs to the range, the upper one does not."""
+    """Check bounds: `-` is before all keys, `+` is behind them; the lower one is in the range, the upper one is not."""
     if max(len(lower), len(upper)) > KEY_BYTES_MAX + 1:
         raise CommandError(f"ERR a bound is over the limit of {KEY_BYTES_MAX + 1} bytes")
     return b"" if lower == b"-" else lower, None if upper == b"+" else upper
@@ -221,12 +220,12 @@ def count(caller: Caller, arguments: Arguments) -> None:
         caller.answer(0)
         return
     answer = caller.later()
-    count_keys(caller, bounds, lambda found: answer(_failure(found) if type(found) is Failed else found))
+    count_keys(caller, bounds, lambda found: answer(_or_failure(found)))
 
 
 def range_(caller: Caller, arguments: Arguments) -> None:
     """KV.RANGE lower upper [LIMIT n] [REV] [KEYS]: [[key, value], ...], with KEYS [key, ...]. At most PAGE_ITEMS_MAX
-    rows and PAGE_BYTES_MAX bytes, of one point in time; go on behind the last key."""
+    rows and PAGE_BYTES_MAX bytes, of one point in time; the next page begins behind the last key."""
     bounds = _bounds(arguments[0], arguments[1])
     limit, reverse, keys_only = PAGE_ITEMS_MAX, False, False
     options = iter(arguments[2:])
@@ -250,7 +249,7 @@ def range_(caller: Caller, arguments: Arguments) -> None:
 
     def then(page: Any) -> None:
         if type(page) is Failed:
-            answer(_failure(page))
+            answer(_or_failure(page))
         else:
             answer([row[0] if keys_only else [row[0], row[1]] for row in page[0]])
 

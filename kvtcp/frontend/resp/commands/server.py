@@ -1,7 +1,7 @@
 """Commands on the connection and the server: HELLO, PING, CLIENT, COMMAND, CONFIG, INFO and others.
 
-Pure. They are answered at once, without the cluster, but for INFO, which counts the keys. What they tell of the server
-comes from the host of the service. Texts are Redis's where a client may look at them.
+Pure. They are answered at once, without the cluster, but for INFO, which counts the keys. Facts about the server come
+from the host of the service. Texts are those of Redis where a client may depend on them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from kvtcp.frontend.resp.patterns import matcher
 from kvtcp.frontend.resp.plan import SYNTAX, Arguments, CommandError, Failed, integer
 from kvtcp.frontend.resp.replies import DONE, Simple
 
-REDIS_VERSION: Final = "7.0.0"  # whose commands these are: clients decide by it what they may use
+REDIS_VERSION: Final = "7.0.0"  # of these commands: clients decide by it which ones they may use
 NO_PASSWORD: Final = (
     "ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration "
     "is correct?"
 )
 WORDS_MAX: Final = 1_000  # arguments that are looked up
-# what clients and tools ask for, as it is here
+# settings that clients and tools ask for, with their values here
 SETTINGS: Final = {"appendonly": "no", "databases": "1", "maxmemory": "0", "proto-max-bulk-len": "8388608", "save": ""}
 
 
@@ -120,7 +120,7 @@ def reset(caller: Caller, arguments: Arguments) -> None:
 
 
 def _with_version(caller: Caller, version: int, step: Callable[[], None]) -> None:
-    """Carry out a step that changes the version: replies of earlier commands are made before."""
+    """Carry out a step that changes the version, after the replies of earlier commands are made."""
     if version == caller.state.version or caller.state.transaction is not None or caller.is_first:
         step()
     else:

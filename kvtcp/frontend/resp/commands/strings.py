@@ -1,8 +1,8 @@
 """Commands on the values of keys: each is compiled to a plan (plan.py).
 
-Pure. The arguments are those behind the command's name. Whatever reads, changes and writes a value is one operation of
-the table (storage/shard/strings.py) and never a read and a write of its own; what only reads a part gets the whole
-value from the node.
+Pure. The arguments are those behind the command's name. A command that changes a value in place is one operation of the
+table (storage/shard/strings.py), never a read and a write. A command that reads a part of a value gets the whole value
+from the node.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Time(NamedTuple):
 
 
 def value_of(cell: Any) -> bytes | None:
-    """The value of a GET's result."""
+    """Return the value of a GET's result."""
     return None if cell is None else cell[0]
 
 
 def take_time(unit: bytes, text: bytes, command: str) -> Time:
-    """`unit` is EX, PX, EXAT or PXAT."""
+    """Return the deadline of an option. `unit` is EX, PX, EXAT or PXAT."""
     number = integer(text)
     ms = number * 1000 if unit in (b"EX", b"EXAT") else number
     mode = op.AT_MS if unit in (b"EXAT", b"PXAT") else op.IN_MS
@@ -70,7 +70,7 @@ def take_time(unit: bytes, text: bytes, command: str) -> Time:
 
 
 def put(key: bytes, value: bytes, time: Time = Time()) -> Operation:  # noqa: B008
-    """The plainest operation that stores this without a condition."""
+    """Make the plainest operation that stores a value without a condition."""
     if time.mode == op.NO_DEADLINE:
         return write(op.PUT, key, value, size=len(value))
     if time.mode == op.KEEP_DEADLINE:
@@ -83,7 +83,7 @@ def put(key: bytes, value: bytes, time: Time = Time()) -> Operation:  # noqa: B0
 def store(
     key: bytes, value: bytes, time: Time, condition: int = op.ALWAYS, if_value: bytes | None = None, get: bool = False
 ) -> Operation:
-    """With a condition, or for the old value."""
+    """Make an operation that stores a value with a condition, or returns the old one."""
     return write(op.STORE, key, value, *time, condition, if_value, get, size=len(value) + len(if_value or b""))
 
 
@@ -191,7 +191,7 @@ def _pairs(arguments: Arguments, command: str) -> list[tuple[bytes, bytes]]:
 
 
 def put_all(pairs: Sequence[tuple[bytes, bytes]], if_absent: bool) -> Operation:
-    """All these keys of one shard in one step."""
+    """Make an operation that stores these pairs of one shard in one step."""
     size = sum(len(key) + len(value) + 16 for key, value in pairs)
     return write(op.PUT_ALL, pairs[0][0], pairs, if_absent, size=size)
 
@@ -305,7 +305,7 @@ def delete_if_equal(arguments: Arguments) -> Plan:
 
 
 def compare_and_set(arguments: Arguments) -> Plan:
-    """KV.CAS key value (VALUE old | REV revision | ABSENT): the new revision, or nil if that is not so"""
+    """KV.CAS key value (VALUE old | REV revision | ABSENT): the new revision, or nil if the condition is false"""
     key, value, kind, *rest = arguments
     kind = kind.upper()
     if kind == b"VALUE" and len(rest) == 1:

@@ -1,8 +1,8 @@
-"""The commands of the RESP face: their names, arguments, and what carries them out.
+"""The commands of the RESP face: their names, arguments and functions.
 
 Pure. A command on keys has `compile`, which makes a plan (plan.py). All others have `run`, which gets the client and
-answers it: at once, or when the cluster has answered. What `run`s is not part of a transaction unless it is `local`,
-that is, concerns nothing but the connection.
+answers it: at once, or when the cluster has answered. A command with `run` is not part of a transaction unless it is
+local, that is, concerns nothing but the connection.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ def _reads(name: str, arity: int, group: str, summary: str, compile_: Compile, l
 def _writes(
     name: str, arity: int, group: str, summary: str, compile_: Compile, last: int = 1, step: int = 1
 ) -> CommandSpec:
-    return CommandSpec(
-        name, arity, group, summary, compile_, is_write=True, first_key=1, last_key=last, key_step=step
-    )
+    return CommandSpec(name, arity, group, summary, compile_, is_write=True, first_key=1, last_key=last, key_step=step)
 
 
 def _runs(name: str, arity: int, group: str, summary: str, run: Run) -> CommandSpec:

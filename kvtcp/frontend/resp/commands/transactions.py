@@ -1,6 +1,6 @@
 """MULTI, EXEC, DISCARD, WATCH and UNWATCH.
 
-Pure. What is queued between MULTI and EXEC becomes one operation of one shard (TRANSACTION of operations.py): one
+Pure. The commands queued between MULTI and EXEC become one operation of one shard (TRANSACTION of operations.py): one
 entry, carried out whole at one point of the shard's order, or not at all. WATCH remembers revisions; they are compared
 in that same operation.
 """
@@ -19,7 +19,7 @@ from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import check_key
 from kvtcp.protocol.operations import REVISION, TRANSACTION
 
-WATCHED_BYTES: Final = 16  # what a watched key counts beyond its bytes
+WATCHED_BYTES: Final = 16  # size of a watched key beyond its bytes
 UNKNOWN: Final = -1  # the revision of a watched key that could not be read: no key has it
 
 
@@ -84,7 +84,7 @@ class _Executed:
         self.transaction = transaction
 
     def reply(self, token: None, results: list[Any] | None) -> None:
-        """None: a watched key was changed."""
+        """Answer EXEC with the results; None: a watched key was changed."""
         version = self.caller.state.version
         if results is None:
             self.caller.fill(self.slot, encode(NoArray, version))
@@ -101,13 +101,13 @@ class _Executed:
         self.caller.fill(self.slot, b"".join(parts))
 
     def fail(self, token: None, code: int, message: str, details: dict[str, Any]) -> None:
-        """Nothing was executed, or it is not known."""
+        """Answer EXEC with an error: nothing was executed, or the outcome is not known."""
         self.caller.fill(self.slot, error(error_text(Failed(code, message))))
 
 
 def _result(result: Any) -> Any:
-    """The result of one operation: an error is an array [code, message, details]; a cell is one too, but begins with
-    the value."""
+    """Return the result of one operation, or Failed for an array [code, message, details]. A cell is an array of three
+    too, but begins with the value."""
     if type(result) is list and len(result) == 3 and type(result[0]) is int:
         return Failed(result[0], result[1].decode("utf-8", "replace"))
     return result
@@ -127,7 +127,7 @@ def watch(caller: Caller, arguments: Arguments) -> None:
     if len(state.watched) + len(keys) > MULTI_KEYS_MAX or size > MULTI_BYTES_MAX:
         raise CommandError(f"ERR the watched keys are over the limit of {MULTI_KEYS_MAX} or {MULTI_BYTES_MAX} bytes")
     state.watched_bytes = size
-    state.watched |= dict.fromkeys(keys, UNKNOWN)  # if this fails, EXEC does not go on as if nothing was watched
+    state.watched |= dict.fromkeys(keys, UNKNOWN)  # if a key cannot be read, EXEC must not ignore it
     for key in keys:
         caller.keyspace.check_open(key)
     caller.waits = True
@@ -148,25 +148,25 @@ class _Watching:
         self.failed: Failed | None = None
 
     def reply(self, token: bytes, rev: int | None) -> None:
-        """The revision of a key, None if it is absent."""
+        """Remember the revision of a key, None if it is absent."""
         self.caller.state.watched[token] = rev or 0
         self._one_less()
 
     def fail(self, token: bytes, code: int, message: str, details: dict[str, Any]) -> None:
-        """It could not be read."""
+        """Remember that a key could not be read."""
         self.failed = Failed(code, message)
         self._one_less()
 
     def _one_less(self) -> None:
         self.left -= 1
         if not self.left:
-            self.caller.waits = False  # the session goes on with what is held
+            self.caller.waits = False  # the session resumes the commands that are held
             reply = encode(DONE, 2) if self.failed is None else error(error_text(self.failed))
             self.caller.fill(self.slot, reply)
 
 
 def unwatch(caller: Caller, arguments: Arguments) -> None:
     """UNWATCH"""
-    if caller.state.transaction is None:  # else EXEC looks at them, and forgets them then
+    if caller.state.transaction is None:  # else EXEC compares them, and forgets them then
         caller.state.unwatch()
     caller.answer(DONE)

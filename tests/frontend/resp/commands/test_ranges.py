@@ -72,32 +72,25 @@ def test_match_and_type() -> None:
 @pytest.mark.parametrize(
     ("command", "reply"),
     [
-        ("scan", "ERR wrong number of arguments for 'scan' command"),
-        ("scan x", "ERR invalid cursor"),
-        ("scan -1", "ERR invalid cursor"),
-        ("scan 0 count", "ERR syntax error"),
-        ("scan 0 count 0", "ERR syntax error"),
-        ("scan 0 count x", "ERR value is not an integer or out of range"),
-        ("scan 0 nosuch 1", "ERR syntax error"),
+        ("scan", "ERR wrong number of arguments for 'scan' command"), ("scan x", "ERR invalid cursor"),
+        ("scan -1", "ERR invalid cursor"), ("scan 0 count", "ERR syntax error"), ("scan 0 count 0", "ERR syntax error"),
+        ("scan 0 count x", "ERR value is not an integer or out of range"), ("scan 0 nosuch 1", "ERR syntax error"),
         ("keys", "ERR wrong number of arguments for 'keys' command"),
         ("dbsize x", "ERR wrong number of arguments for 'dbsize' command"),
         ("randomkey x", "ERR wrong number of arguments for 'randomkey' command"),
-        ("flushall later", "ERR syntax error"),
-        ("flushdb sync async", "ERR syntax error"),
+        ("flushall later", "ERR syntax error"), ("flushdb sync async", "ERR syntax error"),
         ("kv.range -", "ERR wrong number of arguments for 'kv.range' command"),
         ("kv.range - + limit", "ERR value is not an integer or out of range"),
         ("kv.range - + limit 0", "ERR LIMIT must be from 1 to 1000"),
-        ("kv.range - + limit 1001", "ERR LIMIT must be from 1 to 1000"),
-        ("kv.range - + nosuch", "ERR syntax error"),
+        ("kv.range - + limit 1001", "ERR LIMIT must be from 1 to 1000"), ("kv.range - + nosuch", "ERR syntax error"),
         ("kv.count -", "ERR wrong number of arguments for 'kv.count' command"),
         (f"kv.count {'x' * 4098} +", "ERR a bound is over the limit of 4097 bytes"),
         (f"keys *{'x' * PATTERN_BYTES_MAX}", f"ERR a pattern is over the limit of {PATTERN_BYTES_MAX} bytes"),
         (f"scan 0 match *{'x' * PATTERN_BYTES_MAX}", f"ERR a pattern is over the limit of {PATTERN_BYTES_MAX} bytes"),
     ],
-)
-def test_what_is_refused(command: str, reply: str) -> None:
+)  # fmt: skip
+def test_what_is_refused(command: str, reply: str, client: Client) -> None:
     """Nothing is asked of the cluster."""
-    client = World().connect()
     found = client.ask(command)
     assert type(found) is Error and found == reply and not client.sequencer.multi
 
@@ -213,23 +206,14 @@ def test_keys_of_a_client_that_is_gone() -> None:
 @pytest.mark.parametrize(
     ("command", "reply"),
     [
-        ("dbsize", 5),
-        ("randomkey", b"c"),
-        ("kv.count - +", 5),
-        ("kv.count b d", 2),
-        ("kv.count d b", 0),
-        ("kv.count b b", 0),
-        ("kv.range - +", [[key, b"of " + key] for key in (b"a", b"b", b"c", b"d", b"e")]),
-        ("kv.range b d", [[b"b", b"of b"], [b"c", b"of c"]]),
-        ("kv.range b + keys limit 2", [b"b", b"c"]),
-        ("kv.range - d rev keys limit 2", [b"c", b"b"]),
-        ("kv.range d b", []),
-        ("keys *", [b"a", b"b", b"c", b"d", b"e"]),
-        ("keys [b-d]", [b"b", b"c", b"d"]),
-        ("keys b", [b"b"]),
+        ("dbsize", 5), ("randomkey", b"c"), ("kv.count - +", 5), ("kv.count b d", 2), ("kv.count d b", 0),
+        ("kv.count b b", 0), ("kv.range - +", [[key, b"of " + key] for key in (b"a", b"b", b"c", b"d", b"e")]),
+        ("kv.range b d", [[b"b", b"of b"], [b"c", b"of c"]]), ("kv.range b + keys limit 2", [b"b", b"c"]),
+        ("kv.range - d rev keys limit 2", [b"c", b"b"]), ("kv.range d b", []),
+        ("keys *", [b"a", b"b", b"c", b"d", b"e"]), ("keys [b-d]", [b"b", b"c", b"d"]), ("keys b", [b"b"]),
         ("keys x*", []),
     ],
-)
+)  # fmt: skip
 def test_ranges(command: str, reply: object) -> None:
     """What each answers, of five keys."""
     assert World([b"a", b"b", b"c", b"d", b"e"]).connect().ask_range(command) == reply
@@ -241,9 +225,8 @@ def test_randomkey_of_none() -> None:
 
 
 @pytest.mark.parametrize("command", ["scan 0", "keys *", "dbsize", "randomkey", "kv.count - +", "kv.range - +"])
-def test_errors_of_the_cluster(command: str) -> None:
+def test_errors_of_the_cluster(command: str, client: Client) -> None:
     """They are told with the word that says what to do, whether they come at once or later."""
-    client = World().connect()
     client.send(command)
     (multi,) = client.sequencer.multi
     multi.sink.fail(multi.token, int(Code.RECOVERING), "wait", {})

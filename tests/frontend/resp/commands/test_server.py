@@ -17,17 +17,15 @@ def flat(pairs: dict[bytes, object]) -> list[object]:
     return [item for pair in pairs.items() for item in pair]
 
 
-def test_ping_and_echo() -> None:
+def test_ping_and_echo(client: Client) -> None:
     """With a message they answer that."""
-    client = World().connect()
     assert type(client.ask("ping")) is Status and client.ask("ping") == "PONG"
     assert client.ask([b"PING", b"a\r\n"]) == b"a\r\n" and client.ask("echo x") == b"x"
     assert client.ask("ping a b") == "ERR wrong number of arguments for 'ping' command"
 
 
-def test_hello() -> None:
+def test_hello(client: Client) -> None:
     """HELLO tells of the server as a map, which RESP2 has not; the version holds from this reply on."""
-    client = World().connect()
     facts: dict[bytes, object] = {
         b"server": b"kvtcp", b"version": __version__.encode(), b"proto": 2, b"id": 1, b"mode": b"standalone",
         b"role": b"master", b"modules": [],
@@ -56,12 +54,10 @@ def test_hello() -> None:
         ("hello 3 auth me", "ERR Syntax error in HELLO option 'auth'"),
         ("hello 3 auth me secret", "ERR AUTH <password> called without any password configured for the default user"),
         ("hello 3 setname \xff", "ERR Client names cannot contain spaces, newlines or special characters."),
-        ("select 1", "ERR DB index is out of range"),
-        ("select x", "ERR value is not an integer or out of range"),
+        ("select 1", "ERR DB index is out of range"), ("select x", "ERR value is not an integer or out of range"),
         ("auth secret", "ERR AUTH <password> called without any password configured for the default user"),
         ("auth me secret", "ERR AUTH <password> called without any password configured for the default user"),
-        ("auth a b c", "ERR syntax error"),
-        ("client nosuch", "ERR unknown subcommand 'nosuch'. Try CLIENT HELP."),
+        ("auth a b c", "ERR syntax error"), ("client nosuch", "ERR unknown subcommand 'nosuch'. Try CLIENT HELP."),
         ("client id x", "ERR wrong number of arguments for 'client|id' command"),
         ("client setname", "ERR wrong number of arguments for 'client|setname' command"),
         ("client setinfo lib-name", "ERR wrong number of arguments for 'client|setinfo' command"),
@@ -72,18 +68,16 @@ def test_hello() -> None:
         ("config get", "ERR wrong number of arguments for 'config|get' command"),
         ("function list", "ERR unknown subcommand 'list'. Try FUNCTION HELP."),
     ],
-)
-def test_what_is_refused(command: str, reply: str) -> None:
+)  # fmt: skip
+def test_what_is_refused(command: str, reply: str, client: Client) -> None:
     """The text is Redis's, and nothing was changed."""
-    client = World().connect()
     found = client.ask(command)
     assert type(found) is Error and found.startswith(reply)
     assert client.resp.state.version == 2 and client.resp.state.name == ""
 
 
-def test_too_many_words() -> None:
+def test_too_many_words(client: Client) -> None:
     """What is looked up word by word takes a bounded number of them."""
-    client = World().connect()
     for command in ([b"COMMAND", b"INFO"], [b"COMMAND", b"DOCS"], [b"CONFIG", b"GET"]):
         assert type(client.ask([*command, *[b"get"] * WORDS_MAX])) is Error
 
@@ -111,30 +105,24 @@ def test_names_and_the_list() -> None:
     assert first.ask("client getname") is None
 
 
-def test_reset() -> None:
+def test_reset(client: Client) -> None:
     """The connection is as new."""
-    client = World().connect()
     client.send("hello 3 setname me", "multi", "reset")
     client.output()
     assert client.ask("client getname") is None
     assert client.resp.state.version == 2 and client.resp.state.transaction is None
 
 
-def test_time_and_function() -> None:
+def test_time_and_function(client: Client) -> None:
     """Seconds and microseconds; there are no functions."""
-    client = World().connect()
     assert client.ask("time") == [b"1700000000", b"123456"] and client.ask("function flush") == "OK"
     assert client.ask("select 0") == "OK"
 
 
-def test_command() -> None:
+def test_command(client: Client) -> None:
     """All commands, some, and those that are none."""
-    client = World().connect()
     assert client.ask("command count") == len(COMMANDS) == len(client.ask("command"))
-    assert client.ask("command info get nosuch") == [
-        [b"get", 2, [b"readonly"], 1, 1, 1, [], [], [], []],
-        None,
-    ]
+    assert client.ask("command info get nosuch") == [[b"get", 2, [b"readonly"], 1, 1, 1, [], [], [], []], None]
     assert client.ask("command docs get nosuch") == [
         b"get", [b"summary", b"Returns the value of a key.", b"group", b"string"],
     ]  # fmt: skip
@@ -144,9 +132,8 @@ def test_command() -> None:
     assert set(docs) == {name.lower() for name in COMMANDS} and docs[b"set"][b"group"] == b"string"
 
 
-def test_config() -> None:
+def test_config(client: Client) -> None:
     """A few settings, by pattern."""
-    client = World().connect()
     assert client.ask("config get SAVE") == [b"save", b""]
     assert client.ask("config get max* app*") == [b"appendonly", b"no", b"maxmemory", b"0"]
     assert client.ask("config get nosuch") == []
@@ -174,17 +161,15 @@ def test_info() -> None:
     assert "# Keyspace\r\n" in info(World().connect()) and "db0" not in info(World().connect())
 
 
-def test_info_of_a_cluster_that_is_down() -> None:
+def test_info_of_a_cluster_that_is_down(client: Client) -> None:
     """Facts are told without the number of keys."""
-    client = World().connect()
     client.sequencer.refuses = (int(Code.SHARD_DOWN), "it is down")
     client.send("info")
     assert b"# Keyspace\r\n" in one(client.output())
 
 
-def test_status() -> None:
+def test_status(client: Client) -> None:
     """The map of `status`, whatever kinds of values it has."""
-    client = World().connect()
     assert client.ask("kv.status") == [b"state", b"ok", b"nodes", [1, b"2.5", None, 1]]
     client.send("hello 3")
     client.output()

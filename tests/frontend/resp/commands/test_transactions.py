@@ -72,9 +72,8 @@ def test_exec_fails_as_a_whole(code: Code, word: str) -> None:
     ["nosuch", "get", "set a 1 x", "incrby a x", "keys *", "scan 0", "dbsize", "flushall", "info", "randomkey",
      "kv.range - +", "kv.count - +", "kv.status", "select 1", "client nosuch", "get b", "mset a 1 b 2", "rename a b"],
 )  # fmt: skip
-def test_execabort(command: str) -> None:
+def test_execabort(command: str, client: Client) -> None:
     """A command that is refused when it is queued makes EXEC refuse all; the next transaction is a new one."""
-    client = World().connect()
     client.send("multi", "set a 1", command, "set a 2", "exec", "get a")
     replies = parse(client.output())
     assert [type(reply) for reply in replies] == [Status, Status, Error, Status, Error]
@@ -86,9 +85,8 @@ def test_execabort(command: str) -> None:
     assert client.sequencer.take().op == op.TRANSACTION
 
 
-def test_keys_of_several_shards() -> None:
+def test_keys_of_several_shards(client: Client) -> None:
     """CROSSSLOT says what to do, at the command; of watched keys at EXEC."""
-    client = World().connect()
     client.send("multi", "set a 1", "set b 2")
     reply = parse(client.output())[-1]
     assert reply.startswith("CROSSSLOT") and "transaction=False" in reply
@@ -99,9 +97,8 @@ def test_keys_of_several_shards() -> None:
     assert not client.sequencer.asked and not client.resp.state.watched
 
 
-def test_nested_and_without() -> None:
+def test_nested_and_without(client: Client) -> None:
     """MULTI in MULTI and WATCH in MULTI are errors that abort nothing; EXEC and DISCARD need a MULTI."""
-    client = World().connect()
     client.send("exec", "discard", "multi", "multi", "watch a", "set a 1", "discard", "multi", "multi", "exec")
     assert parse(client.output()) == [
         "ERR EXEC without MULTI", "ERR DISCARD without MULTI", "OK", "ERR MULTI calls can not be nested",
@@ -120,10 +117,9 @@ def test_reset_and_quit_end_a_transaction() -> None:
     assert parse(client.output()) == ["OK"] and client.resp.closing
 
 
-def test_closed_by_a_restore() -> None:
+def test_closed_by_a_restore(client: Client) -> None:
     """What a restore keeps out is refused when it is queued, and then nothing of the transaction is executed; one that
     began after that is met at EXEC."""
-    client = World().connect()
     client.world.keyspace.restoring = b"a"
     client.send("multi", "set {x}b 1", "set a{x} 1", "exec")
     replies = parse(client.output())
@@ -140,9 +136,8 @@ def test_closed_by_a_restore() -> None:
 # --- WATCH ------------------------------------------------------------------------------------------------
 
 
-def test_watch() -> None:
+def test_watch(client: Client) -> None:
     """The revisions go with EXEC; nil says that one was another. EXEC and DISCARD forget them."""
-    client = World().connect()
     client.send("watch {a}1 {a}2 {a}1")
     first, second = client.sequencer.asked
     assert first.op == second.op == op.REVISION
@@ -166,9 +161,8 @@ def test_watch() -> None:
         assert client.resp.state.watched == {} and client.resp.state.watched_bytes == 0, end
 
 
-def test_watch_alone_is_compared_too() -> None:
+def test_watch_alone_is_compared_too(client: Client) -> None:
     """An empty transaction after WATCH fails if the key was changed, as in Redis."""
-    client = World().connect()
     client.send("watch a")
     client.sequencer.take().answer(1)
     client.send("multi", "ping", "exec")
@@ -176,9 +170,8 @@ def test_watch_alone_is_compared_too() -> None:
     assert parse(client.output())[-1] is NilArray
 
 
-def test_unwatch() -> None:
+def test_unwatch(client: Client) -> None:
     """Before MULTI it forgets; between MULTI and EXEC it is one of the commands, too late for this transaction."""
-    client = World().connect()
     client.send("watch a")
     client.sequencer.take().answer(1)
     client.send("unwatch", "multi", "exec")
@@ -189,18 +182,16 @@ def test_unwatch() -> None:
     assert client.sequencer.take().args[0] == [(b"a", 1)]
 
 
-def test_exec_without_multi_forgets_nothing() -> None:
+def test_exec_without_multi_forgets_nothing(client: Client) -> None:
     """It is an error like others."""
-    client = World().connect()
     client.send("watch a")
     client.sequencer.take().answer(1)
     client.send("exec", "multi", "set a 1", "exec")
     assert client.sequencer.take().args[0] == [(b"a", 1)]
 
 
-def test_watch_pipelined_with_its_transaction() -> None:
+def test_watch_pipelined_with_its_transaction(client: Client) -> None:
     """WATCH, MULTI, commands and EXEC in one read: what follows WATCH waits for its revision, in order."""
-    client = World().connect()
     client.feed(b"watch a\r\nmulti\r\nset a 1\r\nexec\r\nget a\r\n")
     (asked,) = client.sequencer.asked
     assert asked.op == op.REVISION and client.resp.waits and client.resp.outstanding == 5
@@ -216,9 +207,8 @@ def test_watch_pipelined_with_its_transaction() -> None:
     assert client.sequencer.asked[0].args[0] == [(b"a", 4)]
 
 
-def test_an_error_of_the_protocol_behind_watch() -> None:
+def test_an_error_of_the_protocol_behind_watch(client: Client) -> None:
     """It comes after the replies of the commands before it, and ends the connection then."""
-    client = World().connect()
     client.feed(b"watch a\r\nset b 1\r\n*x\r\n")
     assert not client.resp.closing and client.resp.outstanding == 3
     client.sequencer.take().answer(4)
@@ -228,9 +218,8 @@ def test_an_error_of_the_protocol_behind_watch() -> None:
     assert client.resp.closing and not client.resp.has_work
 
 
-def test_a_watch_that_failed_lets_no_exec_pass() -> None:
+def test_a_watch_that_failed_lets_no_exec_pass(client: Client) -> None:
     """A revision that could not be read is one that no key has: who does not look at WATCH's error is safe still."""
-    client = World().connect()
     client.feed(b"watch {a}1 {a}2\r\nmulti\r\nset {a}1 1\r\nexec\r\n")
     client.sequencer.take().answer(3)
     client.sequencer.take().fail(Code.RECOVERING)
@@ -243,9 +232,8 @@ def test_a_watch_that_failed_lets_no_exec_pass() -> None:
     assert client.resp.state.watched == {b"{a}2": 5}, "it may be tried again"
 
 
-def test_a_watch_that_is_refused_at_once() -> None:
+def test_a_watch_that_is_refused_at_once(client: Client) -> None:
     """A shard that is down refuses in the same step: the client does not wait for ever."""
-    client = World().connect()
     client.sequencer.refuses = (int(Code.SHARD_DOWN), "it is down")
     client.send("watch a", "ping")
     assert parse(client.output()) == ["TRYAGAIN it is down", "PONG"] and not client.resp.waits
@@ -254,9 +242,8 @@ def test_a_watch_that_is_refused_at_once() -> None:
 # --- limits -----------------------------------------------------------------------------------------------
 
 
-def test_limits_of_a_transaction() -> None:
+def test_limits_of_a_transaction(client: Client) -> None:
     """Commands, keys and bytes of one transaction are limited, so that it fits a frame with all its arrays."""
-    client = World().connect()
     client.send("multi", *["del a"] * MULTI_KEYS_MAX, "del a", "exec")
     replies = parse(client.output())
     assert replies[-3:] == ["QUEUED", f"ERR a transaction is over the limit of {MULTI_KEYS_MAX} commands", ABORTED]
@@ -273,9 +260,8 @@ def test_limits_of_a_transaction() -> None:
     assert RESP_KEYS_MAX + MULTI_KEYS_MAX < ARRAY_ITEMS_MAX and MULTI_BYTES_MAX <= FRAME_BYTES_MAX
 
 
-def test_limits_of_watched_keys() -> None:
+def test_limits_of_watched_keys(client: Client) -> None:
     """However many WATCHes there are, and they are counted as held."""
-    client = World().connect()
     keys = [b"%d" % n for n in range(MULTI_KEYS_MAX)]
     client.send([b"WATCH", *keys])
     while client.sequencer.asked:
@@ -288,9 +274,8 @@ def test_limits_of_watched_keys() -> None:
     assert parse(client.output()) == ["RESET", limit]
 
 
-def test_watched_keys_and_commands_fit_together() -> None:
+def test_watched_keys_and_commands_fit_together(client: Client) -> None:
     """Both are in the one item."""
-    client = World().connect()
     client.send([b"WATCH", *[b"{a}%d" % n + b"k" * (KEY_BYTES_MAX - 7) for n in range(4000)]])
     while client.sequencer.asked:
         client.sequencer.take().answer(1)

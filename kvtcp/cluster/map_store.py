@@ -1,10 +1,8 @@
-"""The keeper: the coordinator's hand on the cluster map, which is one value in the config store.
+"""The map store: holds the cluster map for a coordinator, over a config store in which the map is one value.
 
-I/O shell around cluster/changes.py, where the rules are: one change at a time, unknown outcomes settled,
-conflicts final. `map` is what the store is known to hold.
-
-A task runs while a change is in flight or waits. It must not fail: if an edit or a callback does, those who wait in
-`change` are told, and `on_crash`.
+I/O shell around cluster/changes.py, where the rules are: one change at a time, unknown outcomes settled, conflicts
+final. A task runs while a change is in flight or waits. It must not fail: an error of an edit or a callback is raised
+in every pending `change`, and goes to `on_crash`.
 """
 
 from __future__ import annotations
@@ -16,22 +14,22 @@ from kvtcp.cluster.changes import Done, Edit, Failed, MapChanges, NotOwner
 from kvtcp.cluster.map import ClusterMap, MapError
 from kvtcp.cluster.store import NOTHING, ConfigStore, ConfigStoreError, Outcome, Stored
 
-__all__ = ["Edit", "MapKeeper", "NotOwner", "ends_of"]
+__all__ = ["Edit", "MapStore", "NotOwner", "ends_of"]
 
 
-class MapKeeper:
-    """The map of a store. Made by `open`."""
+class MapStore:
+    """The map of a config store. Made by `open`."""
 
     def __init__(self, store: ConfigStore, changes: MapChanges) -> None:
         self._store = store
         self.changes = changes
-        self._task: asyncio.Task[None] | None = None  # makes the changes; None = there are none
+        self._task: asyncio.Task[None] | None = None  # makes the changes; None if there are none
         self._futures: set[asyncio.Future[ClusterMap]] = set()  # of `change`
         self.on_crash: Callable[[BaseException], None] = lambda error: None
 
     @classmethod
-    async def open(cls, store: ConfigStore) -> MapKeeper:
-        """Read the store. Raises ConfigStoreError if what it holds is no map of this version."""
+    async def open(cls, store: ConfigStore) -> MapStore:
+        """Read the store. Raises ConfigStoreError if its value is no map of this version."""
         stored = await store.read()
         try:
             return cls(store, MapChanges.of(stored))
@@ -45,7 +43,7 @@ class MapKeeper:
 
     @property
     def map(self) -> ClusterMap:
-        """The map that the store holds."""
+        """The map that the store is known to hold."""
         return self.changes.map
 
     @property
@@ -61,27 +59,23 @@ class MapKeeper:
         await future
 
     async def change(self, edit: Edit) -> ClusterMap:
-        """Store what `edit` makes of the map; returns the map with it. `edit` is pure, see MapChanges.propose.
+        """Store the map that `edit` makes of the current one, and return it; see MapChanges.propose.
 
-        Raises OSError if nothing was changed, NotOwner, ConfigStoreError, and a ValueError of the edit. A caller that
-        is cancelled leaves its change to be made.
+        Raises OSError if nothing was changed, NotOwner, ConfigStoreError, and a ValueError of the edit. If the caller
+        is cancelled its change is made all the same.
         """
         future = self._future()
-        self.propose(edit, *ends_of(future))
+        self.changes.propose(edit, *ends_of(future))
+        self.wake()
         return await future
 
-    def propose(self, edit: Edit, done: Done, failed: Failed | None = None) -> None:
-        """`MapChanges.propose`: `done` is told the map with the change."""
-        self.changes.propose(edit, done, failed)
-        self.wake()
-
     def wake(self) -> None:
-        """Begin with what was proposed to `changes` itself."""
+        """Begin to store the changes proposed to `changes`."""
         if self._task is None and self.changes.is_busy:
             self._task = asyncio.get_running_loop().create_task(self._work(), name="changes of the map")
 
     async def close(self) -> None:
-        """Give up what is under way: whether it is stored the next coordinator will read."""
+        """Give up the change under way: the next coordinator will read whether it was stored."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -123,15 +117,15 @@ class MapKeeper:
         self.changes.on_outcome(outcome, stored, now_ms=_now_ms())
 
     async def _read(self) -> Stored | None:
-        """What is there; None if that cannot be told now."""
+        """The value, None if it cannot be read now: the change is then sent again, and the store read again."""
         try:
             return await self._store.read() or NOTHING
         except (OSError, ConfigStoreError):
-            return None  # the change is sent again, and then it is read again
+            return None
 
 
 def ends_of(future: asyncio.Future[ClusterMap]) -> tuple[Done, Failed]:
-    """What becomes of a future whose caller may have been cancelled."""
+    """The `done` and `failed` that end a future whose caller may have been cancelled."""
 
     def done(cluster_map: ClusterMap) -> None:
         if not future.done():

@@ -1,12 +1,11 @@
 """RequestHandler: requests of native clients in, operations of the sequencer out.
 
-Pure. It stands between the sessions (one per client connection, which decode and encode) and the sequencer. Each
-request is checked by the message table, its keys are hashed to shards, and one request on many keys becomes one op per
-key (writes) or one read at one cut. Administrative requests are handed over, by the table `administration`, to parts
-that may take their time over them.
+Pure. It stands between the sessions, which decode and encode, and the sequencer. Each request is checked by the message
+table, its keys are hashed to shards, and one request on many keys becomes one operation per key (writes) or one read at
+one cut. Administrative requests are handed over, by the table `administration`, to parts that may answer much later.
 
 A session is the sink of its requests: `reply`, `fail`, and `progress` for administration. Errors raised by the
-checkers are answered here; ProtocolError is not: it closes the connection.
+checkers are answered here, except ProtocolError, which closes the connection.
 """
 
 from __future__ import annotations
@@ -36,30 +35,21 @@ from kvtcp.replication.sequencing.requests import Gather, Sink
 from kvtcp.replication.sequencing.sequencer import Sequencer
 
 LIMITS = {
-    "frame_bytes_max": FRAME_BYTES_MAX,
-    "key_bytes_max": KEY_BYTES_MAX,
-    "value_bytes_max": VALUE_BYTES_MAX,
-    "multi_keys_max": MULTI_KEYS_MAX,
-    "multi_bytes_max": MULTI_BYTES_MAX,
-    "page_items_max": PAGE_ITEMS_MAX,
+    "frame_bytes_max": FRAME_BYTES_MAX, "key_bytes_max": KEY_BYTES_MAX, "value_bytes_max": VALUE_BYTES_MAX,
+    "multi_keys_max": MULTI_KEYS_MAX, "multi_bytes_max": MULTI_BYTES_MAX, "page_items_max": PAGE_ITEMS_MAX,
     "page_bytes_max": PAGE_BYTES_MAX,
-}
+}  # fmt: skip
 
 
 class Session(Sink, Protocol):
-    """What the gateway needs of a client connection."""
+    """A client connection as the handler and administration see it. ClientSession describes the methods."""
 
     greeted: bool
     name: str
 
-    def progress(self, token: int, progress: dict[str, Any]) -> None:
-        """The request goes on; this is how far it is."""
-
-    def long_began(self) -> None:
-        """A request will be answered after a long time: it does not count as outstanding."""
-
-    def long_ends(self) -> None:
-        """Such a request is about to be answered."""
+    def progress(self, token: int, progress: dict[str, Any]) -> None: ...
+    def long_began(self) -> None: ...
+    def long_ends(self) -> None: ...
 
 
 # called with session, number of the request and checked arguments; answers the session. May raise RequestError
@@ -67,14 +57,14 @@ AdministrativeRequest = Callable[..., None]
 
 
 class RequestHandler:
-    """Checks the requests of all sessions and has them carried out. One per coordinator."""
+    """Check the requests of all sessions and have them carried out. One per coordinator."""
 
     def __init__(
         self, sequencer: Sequencer, keyspace: Keyspace, administration: Mapping[bytes, AdministrativeRequest]
     ) -> None:
         self.sequencer = sequencer
         self.keyspace = keyspace
-        self.administration = administration  # operation -> what carries it out
+        self.administration = administration  # operation -> function that carries it out
         self.shards = keyspace.shards
         self._by_number = sequencer.shards
         self._handlers: dict[bytes, Callable[[Session, int, Message], None]] = {
@@ -82,14 +72,14 @@ class RequestHandler:
             b"hello": self._hello,
             b"get": self._get,
             b"put": self._put,
-            b"add": self._write_value(ADD),
-            b"cas": self._write_value(CAS),
-            b"delete": self._write_key(DELETE),
-            b"incr": self._write_key(INCR),
-            b"expire": self._write_key(EXPIRE),
-            b"persist": self._write_key(PERSIST),
-            b"exists": self._read_key(EXISTS),
-            b"ttl": self._read_key(TTL),
+            b"add": self._write(ADD, has_value=True),
+            b"cas": self._write(CAS, has_value=True),
+            b"delete": self._write(DELETE),
+            b"incr": self._write(INCR),
+            b"expire": self._write(EXPIRE),
+            b"persist": self._write(PERSIST),
+            b"exists": self._read(EXISTS),
+            b"ttl": self._read(TTL),
             b"mget": self._mget,
             b"mput": self._mput,
             b"mdelete": self._mdelete,
@@ -98,7 +88,7 @@ class RequestHandler:
         }
 
     def handle(self, session: Session, messages: Sequence[Any]) -> None:
-        """The requests of one read of a socket, in order. Raises ProtocolError if the peer cannot be answered."""
+        """Start the requests of one read of a socket, in order. Raises ProtocolError if the peer cannot be answered."""
         handlers, keyspace = self._handlers, self.keyspace
         for message in messages:
             ident = request_id(message)
@@ -136,25 +126,18 @@ class RequestHandler:
             args = tuple(rest)
         self._by_number[shard_of(key, self.shards)].write(PUT, key, args, len(key) + len(value), session, ident)
 
-    def _read_key(self, op: int) -> Callable[[Session, int, Message], None]:
+    def _read(self, op: int) -> Callable[[Session, int, Message], None]:
         def handle(session: Session, ident: int, message: Message) -> None:
             (key,) = REQUESTS[message[1]].check(message)
             self._by_number[shard_of(key, self.shards)].read(op, key, session, ident)
 
         return handle
 
-    def _write_value(self, op: int) -> Callable[[Session, int, Message], None]:
+    def _write(self, op: int, has_value: bool = False) -> Callable[[Session, int, Message], None]:
         def handle(session: Session, ident: int, message: Message) -> None:
             key, *args = REQUESTS[message[1]].check(message)
-            size = len(key) + len(args[0])
+            size = len(key) + len(args[0]) if has_value else len(key)
             self._by_number[shard_of(key, self.shards)].write(op, key, args, size, session, ident)
-
-        return handle
-
-    def _write_key(self, op: int) -> Callable[[Session, int, Message], None]:
-        def handle(session: Session, ident: int, message: Message) -> None:
-            key, *args = REQUESTS[message[1]].check(message)
-            self._by_number[shard_of(key, self.shards)].write(op, key, args, len(key), session, ident)
 
         return handle
 
@@ -214,26 +197,19 @@ class RequestHandler:
     def _hello(self, session: Session, ident: int, message: Message) -> None:
         _, session.name = REQUESTS[b"hello"].check(message)
         session.greeted = True
-        session.reply(
-            ident,
-            {
-                "server": f"kvtcp {__version__}",
-                "version": PROTOCOL_VERSION,
-                "cluster": self.sequencer.map.cluster,
-                "shards": self.shards,
-                "limits": LIMITS,
-            },
-        )
+        session.reply(ident, {
+            "server": f"kvtcp {__version__}", "version": PROTOCOL_VERSION, "cluster": self.sequencer.map.cluster,
+            "shards": self.shards, "limits": LIMITS,
+        })  # fmt: skip
 
     def _hand_over(self, session: Session, ident: int, message: Message) -> None:
-        """A request that is not about keys."""
         op = message[1]
         self.administration[op](session, ident, *REQUESTS[op].check(message))
 
     # --- restoring ----------------------------------------------------------------------------------
 
     def _guard(self, op: bytes, message: Message) -> None:
-        """Refuse what touches the prefix being restored; nothing of the request is executed."""
+        """Refuse a request that touches the prefix being restored; nothing of it is executed."""
         check, _, touches = REQUESTS[op]
         if touches is Touches.NOTHING:
             return

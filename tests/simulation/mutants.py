@@ -1,11 +1,10 @@
-"""Planted mistakes: small wrong versions of the cores and of what a node does with its disk. The simulation finds each.
+"""Mutants: small wrong versions of the cores and of what a node does with its disk. The simulation finds each.
 
-    python -m tests.simulation.mistakes [PART OF A NAME] [--seeds N] [--record]        also `make mutants`
+    python -m tests.simulation.mutants [PART OF A NAME] [--seeds N] [--record]        also `make mutants`
 
-A simulation that finds nothing proves nothing. Each mistake takes one rule away, most of them those of the mutants of
-the explicit-state model. The search runs seeds until one has a violation; `--record` keeps the first one in FOUND_FILE,
-which tests/simulation/test_simulation_mistakes.py runs again. The cores' own checks are off meanwhile: the oracles have
-to see it.
+A simulation that finds nothing proves nothing. Each mutant takes one rule away, most of them as the mutants of the
+explicit-state model do. The search runs seeds until one has a violation; `--record` keeps the first one in FOUND_FILE,
+which tests/simulation/test_mutants.py runs again. The cores' own checks are off meanwhile: the oracles have to see it.
 
 What is not here is found elsewhere: sync of a directory, truncation at a bad checksum (test_crash_enumeration), cut of
 a backup (test_backup), reads that a new disk confirms (test_confirm), kept entries of another copy (test_backlog).
@@ -26,12 +25,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgpack
+
 from kvtcp.cluster.changes import MapChanges
 from kvtcp.cluster.map import ClusterMap
 from kvtcp.cluster.store import Outcome
 from kvtcp.errors import Code
 from kvtcp.node.core import NodeCore
-from kvtcp.node.replica import Replica
+from kvtcp.node.replica import Replicas
 from kvtcp.protocol.link import BATCH, LEARNED, SHIPPED, STOP
 from kvtcp.replication import ownership
 from kvtcp.replication.controller import Controller
@@ -52,14 +53,14 @@ from tests.simulation.disk import NodeDisk
 from tests.simulation.node import SimNode
 from tests.simulation.run import Result, Simulation, run_seed
 
-SEEDS = 2_000  # each mistake is found within so many
-FOUND_FILE = Path(__file__).parent / "found.json"  # mistake -> seed
+SEEDS = 2_000  # each mutant is found within so many
+FOUND_FILE = Path(__file__).parent / "found.json"  # mutant -> seed
 
-Planter = Callable[["Garden"], None]
+Patcher = Callable[["Patches"], None]
 
 
-class Garden:
-    """Where mistakes are planted, and pulled out again."""
+class Patches:
+    """Attributes that a mutant replaces, until the stack is closed."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -72,25 +73,24 @@ class Garden:
 
 
 @dataclass(frozen=True)
-class Mistake:
+class Mutant:
     """`rule` is what it breaks."""
 
     name: str
     rule: str
-    plant: Planter
+    patch: Patcher
     fixed: dict[str, Any]  # what of a run is not drawn, so that it does not take too many of them
 
 
-MISTAKES: dict[str, Mistake] = {}
+MUTANTS: dict[str, Mutant] = {}
 
 
-def mistake(rule: str, **fixed: Any) -> Callable[[Planter], Planter]:
-    """The function plants a mistake of its own name."""
+def mutant(rule: str, **fixed: Any) -> Callable[[Patcher], Patcher]:
+    """Make the function a mutant of its own name."""
 
-    def register(plant: Planter) -> Planter:
-        name = plant.__name__
-        MISTAKES[name] = Mistake(name, rule, plant, fixed)
-        return plant
+    def register(patch: Patcher) -> Patcher:
+        MUTANTS[patch.__name__] = Mutant(patch.__name__, rule, patch, fixed)
+        return patch
 
     return register
 
@@ -103,17 +103,17 @@ class Unchecked(Simulation):
 
 
 @contextlib.contextmanager
-def planted(name: str) -> Iterator[None]:
-    """With this mistake."""
+def patched(name: str) -> Iterator[None]:
+    """Run with this mutant in the place of the cores."""
     with contextlib.ExitStack() as stack:
-        MISTAKES[name].plant(Garden(stack))
+        MUTANTS[name].patch(Patches(stack))
         yield
 
 
 def run_with(name: str, seed: int) -> Result:
-    """A seed with a mistake."""
-    with planted(name):
-        result = run_seed(seed, Unchecked, **MISTAKES[name].fixed)
+    """Run a seed with a mutant."""
+    with patched(name):
+        result = run_seed(seed, Unchecked, **MUTANTS[name].fixed)
     if result.violation.startswith(("TypeError", "AttributeError", "NameError")):  # it does not fit the cores any more
         raise AssertionError(f"{name} is wrong in another way than it should: {result.violation}")
     return result
@@ -122,8 +122,8 @@ def run_with(name: str, seed: int) -> Result:
 # --- R1: commit -----------------------------------------------------------------------------------------
 
 
-@mistake("R1")
-def commit_on_minimum(garden: Garden) -> None:
+@mutant("R1")
+def commit_on_minimum(patches: Patches) -> None:
     """Committed is what min_insync members have."""
 
     def acknowledged(self: Any, link: Any, seq: int) -> None:
@@ -135,24 +135,24 @@ def commit_on_minimum(garden: Garden) -> None:
         if commit > self.commit:
             self.commit_to(commit)
 
-    before = garden.put(Shard, "acknowledged", acknowledged)
+    before = patches.put(Shard, "acknowledged", acknowledged)
 
 
-@mistake("R1")
-def answers_when_applied(garden: Garden) -> None:
+@mutant("R1")
+def answers_when_applied(patches: Patches) -> None:
     """A write counts as durable when it is applied."""
 
     def on_results(self: Any, node: str, applied: int, durable: int, results: Any, flags: Any) -> None:
         before(self, node, applied, applied, results, flags)
 
-    before = garden.put(Sequencer, "on_results", on_results)
+    before = patches.put(Sequencer, "on_results", on_results)
 
 
 # --- R2, R3, R4: changes of the map -----------------------------------------------------------------------
 
 
-@mistake("R2")
-def ack_before_cas(garden: Garden) -> None:
+@mutant("R2")
+def ack_before_cas(patches: Patches) -> None:
     """A member is dropped from E first, and then from the map."""
 
     def evict(self: Any, link: Any, shards: Any, why: str, *rest: Any) -> int:
@@ -165,14 +165,14 @@ def ack_before_cas(garden: Garden) -> None:
             self._proposals.propose(edit, lambda _: self.changing.difference_update(numbers))
         return len(leaving)
 
-    garden.put(Membership, "evict", evict)
+    patches.put(Membership, "evict", evict)
 
 
 def _without(numbers: list[int], node: str, old: ClusterMap) -> ClusterMap:
     return old.without(numbers, node)
 
 
-def _grow_late(garden: Garden, on_unknown: bool) -> None:
+def _grow_late(patches: Patches, on_unknown: bool) -> None:
     """A learner is one of E when that is stored; with `on_unknown` until its outcome is not known."""
 
     def learner_is_live(self: Any, one: Learner) -> None:
@@ -183,7 +183,7 @@ def _grow_late(garden: Garden, on_unknown: bool) -> None:
         if one.proposed or number in self.changing or one.following.acked < shard.commit:
             return
         one.proposed = True
-        node, disk = one.link.node, one.following.disk
+        node, disk = one.link.node, one.following.replica_id
         self.changing.add(number)
         if on_unknown:
             self._sequencer.join(shard, one.link)
@@ -202,23 +202,23 @@ def _grow_late(garden: Garden, on_unknown: bool) -> None:
         edit = partial(_joined, number, node, disk)
         self._proposals._changes.propose(edit, stored, failed if on_unknown else None)
 
-    before = garden.put(Membership, "_learner_is_live", learner_is_live)
+    before = patches.put(Membership, "_learner_is_live", learner_is_live)
 
 
 def _joined(number: int, node: str, disk: str, old: ClusterMap) -> ClusterMap:
     return old.with_member(number, node, disk)
 
 
-@mistake("R2")
-def expand_late(garden: Garden) -> None:
+@mutant("R2")
+def expand_late(patches: Patches) -> None:
     """A learner is one of E only when the map says so."""
-    _grow_late(garden, on_unknown=False)
+    _grow_late(patches, on_unknown=False)
 
 
-@mistake("R2")
-def unchanged_read_settles_cas(garden: Garden) -> None:
+@mutant("R2")
+def unchanged_read_settles_cas(patches: Patches) -> None:
     """A change whose outcome is not known is taken for one that was not made."""
-    _grow_late(garden, on_unknown=True)
+    _grow_late(patches, on_unknown=True)
 
     def on_outcome(self: Any, outcome: Outcome, stored: Any = None, *, now_ms: int) -> None:
         if outcome is Outcome.UNKNOWN and self._flight.changes[0].failed is not None:
@@ -226,11 +226,11 @@ def unchanged_read_settles_cas(garden: Garden) -> None:
         else:
             before(self, outcome, stored, now_ms=now_ms)
 
-    before = garden.put(MapChanges, "on_outcome", on_outcome)
+    before = patches.put(MapChanges, "on_outcome", on_outcome)
 
 
-@mistake("R2")
-def join_before_committed(garden: Garden) -> None:
+@mutant("R2")
+def join_before_committed(patches: Patches) -> None:
     """A learner joins before it has everything committed."""
 
     def learner_is_live(self: Any, one: Learner) -> None:
@@ -240,7 +240,7 @@ def join_before_committed(garden: Garden) -> None:
         if one.link in one.shard.acked:
             one.shard.acked[one.link] = max(behind, one.shard.commit)
 
-    before = garden.put(Membership, "_learner_is_live", learner_is_live)
+    before = patches.put(Membership, "_learner_is_live", learner_is_live)
 
     def on_learn(self: Any, result: Any) -> None:
         on_learn_before(self, result)
@@ -249,24 +249,24 @@ def join_before_committed(garden: Garden) -> None:
             self.following.acked = self.seq
             self._on_live(self)
 
-    on_learn_before = garden.put(Learner, "_on_learn", on_learn)
+    on_learn_before = patches.put(Learner, "_on_learn", on_learn)
 
 
-@mistake("R2")
-def learner_counts_before_live(garden: Garden) -> None:
+@mutant("R2")
+def learner_counts_before_live(patches: Patches) -> None:
     """What a learner has set aside counts as acknowledged."""
 
     def acknowledged(self: Any, seq: int) -> None:
         self.phase = learner.LIVE
         self.following.acked = max(self.following.acked, seq)
-        if self.following.disk:
+        if self.following.replica_id:
             self._on_live(self)
 
-    garden.put(Learner, "acknowledged", acknowledged)
+    patches.put(Learner, "acknowledged", acknowledged)
 
 
-@mistake("I7")
-def two_leave_at_once(garden: Garden) -> None:
+@mutant("I7")
+def two_leave_at_once(patches: Patches) -> None:
     """A member takes the last one of the row along when it leaves."""
 
     def evict(self: Any, link: Any, shards: Any, why: str, *rest: Any) -> int:
@@ -284,7 +284,7 @@ def two_leave_at_once(garden: Garden) -> None:
                 return 1
         return int(before(self, link, shards, why, *rest))
 
-    before = garden.put(Membership, "evict", evict)
+    before = patches.put(Membership, "evict", evict)
 
 
 def _left(membership: Any, shard: Shard, *rest: Any) -> None:
@@ -293,14 +293,14 @@ def _left(membership: Any, shard: Shard, *rest: Any) -> None:
         membership._sequencer.leave([shard], link)
 
 
-@mistake("R9", factor=2, min_insync=2, liveness=True, mode="sync", kinds=("destroy_node", "cut"))
-def destroyed_never_replaced(garden: Garden) -> None:
+@mutant("R9", factor=2, min_insync=2, liveness=True, mode="sync", kinds=("destroy_node", "cut"))
+def destroyed_never_replaced(patches: Patches) -> None:
     """A destroyed member that cannot leave is waited for."""
-    garden.put(Membership, "_substitute", lambda self, shard, gone: None)
+    patches.put(Membership, "_substitute", lambda self, shard, gone: None)
 
 
-@mistake("R9", factor=3, min_insync=3, mode="sync", kinds=("destroy_node", "slow_disk", "kill_node"))
-def replacement_before_committed(garden: Garden) -> None:
+@mutant("R9", factor=3, min_insync=3, mode="sync", kinds=("destroy_node", "slow_disk", "kill_node"))
+def replacement_before_committed(patches: Patches) -> None:
     """What takes the place of a member enters the map before it has everything committed."""
 
     def on_learn(self: Any, result: Any) -> None:
@@ -309,11 +309,11 @@ def replacement_before_committed(garden: Garden) -> None:
             self.phase, self.following.acked = learner.LIVE, max(self.seq, self.shard.commit)
             self._on_live(self)
 
-    before = garden.put(Learner, "_on_learn", on_learn)
+    before = patches.put(Learner, "_on_learn", on_learn)
 
 
-@mistake("R3")
-def cas_no_epoch(garden: Garden) -> None:
+@mutant("R3")
+def cas_no_epoch(patches: Patches) -> None:
     """Who finds that the map was changed by somebody else makes its change all the same."""
 
     def on_outcome(self: Any, outcome: Outcome, stored: Any = None, *, now_ms: int) -> None:
@@ -325,11 +325,11 @@ def cas_no_epoch(garden: Garden) -> None:
         else:
             before(self, outcome, stored, now_ms=now_ms)
 
-    before = garden.put(MapChanges, "on_outcome", on_outcome)
+    before = patches.put(MapChanges, "on_outcome", on_outcome)
 
 
-@mistake("R4")
-def isr_below_minimum(garden: Garden) -> None:
+@mutant("R4")
+def isr_below_minimum(patches: Patches) -> None:
     """The last members may leave too."""
 
     def without(self: Any, shards: Any, node: str) -> ClusterMap:
@@ -342,16 +342,16 @@ def isr_below_minimum(garden: Garden) -> None:
             and any(other is not link and other.connected for other in shard.good)
         )  # fmt: skip
 
-    garden.put(ClusterMap, "without", without)
-    garden.put(ClusterMap, "check", lambda self: None)
-    garden.put(Membership, "may_leave", may_leave)
+    patches.put(ClusterMap, "without", without)
+    patches.put(ClusterMap, "check", lambda self: None)
+    patches.put(Membership, "may_leave", may_leave)
 
 
 # --- R5: fencing --------------------------------------------------------------------------------------------
 
 
-@mistake("R5")
-def report_no_fence(garden: Garden) -> None:
+@mutant("R5")
+def report_no_fence(patches: Patches) -> None:
     """A report promises nothing; the first batch does."""
 
     def hello(self: Any, fields: Any) -> Any:
@@ -366,12 +366,12 @@ def report_no_fence(garden: Garden) -> None:
         self.promised, self.coordinator = getattr(self, "next_promise", (self.promised, self.coordinator))
         begin_before(self, *batch)
 
-    hello_before = garden.put(Replica, "hello", hello)
-    begin_before = garden.put(Replica, "begin", begin)
+    hello_before = patches.put(Replicas, "hello", hello)
+    begin_before = patches.put(Replicas, "begin", begin)
 
 
-@mistake("R5")
-def no_node_epoch_check(garden: Garden) -> None:
+@mutant("R5")
+def no_node_epoch_check(patches: Patches) -> None:
     """A node takes a HELLO of an epoch that is over."""
 
     def hello(self: Any, fields: Any) -> Any:
@@ -381,18 +381,18 @@ def no_node_epoch_check(garden: Garden) -> None:
         self.promised, self.coordinator = max(promise, (self.promised, self.coordinator))
         return report | {"promised": self.promised}
 
-    before = garden.put(Replica, "hello", hello)
+    before = patches.put(Replicas, "hello", hello)
 
 
-@mistake("R5", shared=True, factor=2, mode="sync", kinds=("split", "rival", "kill_node", "pause_coordinator"))
-def epoch_volatile(garden: Garden) -> None:
+@mutant("R5", shared=True, factor=2, mode="sync", kinds=("split", "rival", "kill_node", "pause_coordinator"))
+def epoch_volatile(patches: Patches) -> None:
     """The promise does not survive the process."""
 
     def remember(self: Any, promise: Any, copies: Any, generations: Any) -> None:
         before(self, (0, "", promise[2]), copies, generations)
 
-    before = garden.put(NodeDisk, "_remember", remember)
-    garden.put(SimNode, "start", _forgetting_promises(SimNode.start))
+    before = patches.put(NodeDisk, "_remember", remember)
+    patches.put(SimNode, "start", _forgetting_promises(SimNode.start))
 
 
 def _forgetting_promises(start: Callable[[SimNode], None]) -> Callable[[SimNode], None]:
@@ -403,8 +403,8 @@ def _forgetting_promises(start: Callable[[SimNode], None]) -> Callable[[SimNode]
     return started
 
 
-@mistake("R5")
-def older_links_go_on(garden: Garden) -> None:
+@mutant("R5")
+def older_links_go_on(patches: Patches) -> None:
     """What an older link sent is applied after the report to the next one."""
 
     def replace_link(self: Any, link: Any, number: int) -> None:
@@ -420,21 +420,21 @@ def older_links_go_on(garden: Garden) -> None:
         else:
             run_before(self, link)
 
-    before = garden.put(NodeCore, "_replace_link", replace_link)
-    run_before = garden.put(NodeCore, "run", run)
+    before = patches.put(NodeCore, "_replace_link", replace_link)
+    run_before = patches.put(NodeCore, "run", run)
 
 
-@mistake("R5")
-def link_number_not_checked(garden: Garden) -> None:
+@mutant("R5")
+def link_number_not_checked(patches: Patches) -> None:
     """A HELLO that was late takes the place of the link that its coordinator made after it."""
-    garden.put(NodeCore, "_older_link", lambda self, epoch, number: None)
+    patches.put(NodeCore, "_older_link", lambda self, epoch, number: None)
 
 
 # --- R6, R9: recovery -----------------------------------------------------------------------------------------
 
 
-@mistake("R6")
-def recover_from_any(garden: Garden) -> None:
+@mutant("R6")
+def recover_from_any(patches: Patches) -> None:
     """A shard is served with the members that answered; the others are not waited for, and stay."""
 
     def judge(self: Any, shard: Any) -> None:
@@ -443,7 +443,7 @@ def recover_from_any(garden: Garden) -> None:
         row = rows[shard.number]
         heard = tuple(member for member in row if member[0] in reports)
         copies = {node: reports[node].copies.get(shard.number) for node, _ in heard}
-        good = [node for node, disk in heard if copies[node] is not None and copies[node].disk == disk]
+        good = [node for node, disk in heard if copies[node] is not None and copies[node].replica_id == disk]
         if shard.state == recovery.WAITING and good and len(heard) < len(row) and all(disk for _, disk in row):
             rows[shard.number] = heard
             with mock.patch.object(type(proposals), "map", _with_rows(proposals.map, rows)):
@@ -451,21 +451,21 @@ def recover_from_any(garden: Garden) -> None:
         else:
             before(self, shard)
 
-    before = garden.put(Recovery, "_judge", judge)
+    before = patches.put(Recovery, "_judge", judge)
 
 
 def _with_rows(cluster_map: ClusterMap, rows: Any) -> ClusterMap:
     return cluster_map._with_rows(dict(enumerate(rows)))
 
 
-@mistake("R6")
-def serve_before_catchup(garden: Garden) -> None:
+@mutant("R6")
+def serve_before_catchup(patches: Patches) -> None:
     """A shard is served when the best member is known."""
-    garden.put(recovery._Shard, "lagging", lambda self: "")
+    patches.put(recovery._Shard, "lagging", lambda self: "")
 
 
-@mistake("R6")
-def swap_in_recovery(garden: Garden) -> None:
+@mutant("R6")
+def swap_in_recovery(patches: Patches) -> None:
     """A member that stays silent is taken for destroyed, and another node learns in its place."""
 
     def down(self: Any, shard: Any, why: str) -> None:
@@ -474,11 +474,11 @@ def swap_in_recovery(garden: Garden) -> None:
             node = shard.silent[0]
             self._proposals.propose(lambda old: old.with_destroyed(node), lambda _: self.begin(shard.number))
 
-    before = garden.put(Recovery, "_down", down)
+    before = patches.put(Recovery, "_down", down)
 
 
-@mistake("R6", min_insync=1, factor=2, mode="sync", kinds=("wipe_node", "kill_coordinator", "partition", "kill_node"))
-def remove_last_good(garden: Garden) -> None:
+@mutant("R6", min_insync=1, factor=2, mode="sync", kinds=("wipe_node", "kill_coordinator", "partition", "kill_node"))
+def remove_last_good(patches: Patches) -> None:
     """A silent member is removed before a good one has answered."""
 
     def down(self: Any, shard: Any, why: str) -> None:
@@ -489,33 +489,33 @@ def remove_last_good(garden: Garden) -> None:
         else:
             before(self, shard, why)
 
-    before = garden.put(Recovery, "_down", down)
+    before = patches.put(Recovery, "_down", down)
 
 
-@mistake("R6", factor=3, min_insync=1, mode="sync", kinds=("kill_coordinator", "kill_node", "cut", "slow_disk"))
-def judged_while_shipping(garden: Garden) -> None:
+@mutant("R6", factor=2, min_insync=1, mode="sync", kinds=("kill_coordinator", "kill_node", "slow_disk"))
+def judged_while_shipping(patches: Patches) -> None:
     """A shard that starts over is judged by what its members had before they were sent entries."""
 
     def judge(self: Any, shard: Any) -> None:
         shard.unanswered = []
         before(self, shard)
 
-    before = garden.put(Recovery, "_judge", judge)
+    before = patches.put(Recovery, "_judge", judge)
 
 
-@mistake("R5")
-def report_before_durable(garden: Garden) -> None:
+@mutant("R5")
+def report_before_durable(patches: Patches) -> None:
     """A node reports what it has in memory."""
 
     def report_when_durable(self: Any, link: Any, report: Any) -> None:
         self._report(link, report)
         self.persistence.remember(self.replica, lambda: None)
 
-    garden.put(NodeCore, "_report_when_durable", report_when_durable)
+    patches.put(NodeCore, "_report_when_durable", report_when_durable)
 
 
-@mistake("R9")
-def amnesia(garden: Garden) -> None:
+@mutant("R9")
+def amnesia(patches: Patches) -> None:
     """A copy that lost its tail with the power is the same copy."""
 
     def lose_tail(self: Any) -> None:
@@ -525,44 +525,44 @@ def amnesia(garden: Garden) -> None:
             self.manifest.copies[shard].disk = name
             self.archive[name] = self.manifest.copies[shard]
 
-    before = garden.put(NodeDisk, "_lose_tail", lose_tail)
+    before = patches.put(NodeDisk, "_lose_tail", lose_tail)
 
 
-@mistake("R9")
-def wiped_member_is_good(garden: Garden) -> None:
+@mutant("R9")
+def wiped_member_is_good(patches: Patches) -> None:
     """A member is known by its node, whatever disk it has."""
 
     def node_up(self: Any, node: str, report: Any) -> None:
         for shard, copy in list(report.copies.items()):
             disk = dict(self.map.members[shard]).get(node)
             if disk:
-                report.copies[shard] = copy._replace(disk=disk)
+                report.copies[shard] = copy._replace(replica_id=disk)
         before(self, node, report)
 
-    before = garden.put(Controller, "node_up", node_up)
+    before = patches.put(Controller, "node_up", node_up)
 
 
-@mistake("R9", liveness=True, mode="sync", factor=2, min_insync=2, kinds=("wipe_node", "kill_coordinator", "cut"))
-def bad_member_never_kept(garden: Garden) -> None:
+@mutant("R9", liveness=True, mode="sync", factor=2, min_insync=2, kinds=("wipe_node", "kill_coordinator", "cut"))
+def bad_member_never_kept(patches: Patches) -> None:
     """A bad member that cannot be removed is waited for, for ever."""
-    garden.put(Membership, "repair", lambda self, number: None)
+    patches.put(Membership, "repair", lambda self, number: None)
 
 
-@mistake("R9")
-def new_disk_before_resync(garden: Garden) -> None:
+@mutant("R9")
+def new_disk_before_resync(patches: Patches) -> None:
     """The new disk of a bad member enters the map before its data is there."""
 
     def adopt_empty(self: Any, shard: Any, empty: Any, size: int) -> bool:
         if empty and shard.good:
-            self._change(shard, recovery._RowChange(shard, disks=dict(empty)))
+            self._change(shard, recovery._RowChange(shard, replica_ids=dict(empty)))
             return True
         return bool(before(self, shard, empty, size))
 
-    before = garden.put(Recovery, "_adopt_empty", adopt_empty)
+    before = patches.put(Recovery, "_adopt_empty", adopt_empty)
 
 
-@mistake("R9")
-def new_disk_before_map(garden: Garden) -> None:
+@mutant("R9")
+def new_disk_before_map(patches: Patches) -> None:
     """What takes the place of a bad member counts before the map says so."""
 
     def learner_is_live(self: Any, one: Learner) -> None:
@@ -572,85 +572,63 @@ def new_disk_before_map(garden: Garden) -> None:
             sequencer = self._sequencer
             sequencer.swap(one.shard, sequencer.links[one.replaces], one.link)
 
-    before = garden.put(Membership, "_learner_is_live", learner_is_live)
+    before = patches.put(Membership, "_learner_is_live", learner_is_live)
 
     def swap(self: Any, shard: Shard, old: Any, link: Any) -> None:
         if link in shard.learners:
             swap_before(self, shard, old, link)
 
-    swap_before = garden.put(Sequencer, "swap", swap)
+    swap_before = patches.put(Sequencer, "swap", swap)
 
 
-@mistake("R9")
-def reconnect_by_position(garden: Garden) -> None:
+@mutant("R9")
+def reconnect_by_position(patches: Patches) -> None:
     """A node that reconnects is judged by its position, whatever disk it has."""
 
     def why_bad(self: Any, link: Any, copy: Any) -> str:
         disk = self.joining.get(link) or dict(self.cluster.map.members[self.number]).get(link.node)
         if copy is not None and disk:
-            copy = copy._replace(disk=disk)
+            copy = copy._replace(replica_id=disk)
         return str(before(self, link, copy))
 
-    before = garden.put(Shard, "why_bad", why_bad)
+    before = patches.put(Shard, "why_bad", why_bad)
 
 
 # --- R7, R8: logs ------------------------------------------------------------------------------------------------
 
 
-@mistake("R7", shared=True, mode="sync", factor=3, kinds=("split", "rival", "partition", "cut", "slow_disk"))
-def seq_only(garden: Garden) -> None:
+@mutant("R7", shared=True, mode="sync", factor=3, kinds=("split", "rival", "partition", "cut", "slow_disk"))
+def seq_only(patches: Patches) -> None:
     """Histories are told apart by numbers alone."""
 
     def on_entries(self: Any, node: str, after: int, chain: Any, entries: Any) -> None:
         before(self, node, after, self._chain if chain is not None else None, entries)
 
-    before = garden.put(Learner, "on_entries", on_entries)
+    before = patches.put(Learner, "on_entries", on_entries)
 
 
-@mistake("R8")
-def operations_shipped(garden: Garden) -> None:
+@mutant("R8")
+def operations_shipped(patches: Patches) -> None:
     """What is shipped is evaluated again, with the epoch and the stamp of the node."""
 
     def ship(self: Any, shard: int, entries: Any) -> Any:
         again = []
         for _, packed in entries:
-            _, seq, stamp_ms, effects = replica_unpack(packed)
-            again.append((None, replica_pack((self.promised, seq, stamp_ms + 1, effects))))
+            _, seq, stamp_ms, effects = msgpack.unpackb(packed)
+            again.append((None, bytes(msgpack.packb((self.promised, seq, stamp_ms + 1, effects)))))
         return before(self, shard, again)
 
-    before = garden.put(Replica, "ship", ship)
-    garden.put(Replica, "ship", _with_chains(ship))
-
-
-def replica_unpack(packed: bytes) -> Any:
-    """An entry."""
-    import msgpack
-
-    return msgpack.unpackb(packed)
-
-
-def replica_pack(entry: Any) -> bytes:
-    """A packed entry."""
-    import msgpack
-
-    return bytes(msgpack.packb(entry))
-
-
-def _with_chains(ship: Any) -> Any:
-    def shipped(self: Any, shard: int, entries: Any) -> Any:
+    def with_chains(self: Any, shard: int, entries: Any) -> Any:
         error = ship(self, shard, entries)
-        table = self.copies[shard].table if shard in self.copies else None
-        fixed = []
-        for entry in self._logged:
-            fixed.append(entry if entry[3] is not None else (*entry[:3], table.chain if table else 0, entry[4]))
-        self._logged = fixed
+        chain = self.copies[shard].table.chain if shard in self.copies else 0
+        self._logged = [each if each[3] is not None else (*each[:3], chain, each[4]) for each in self._logged]
         return error
 
-    return shipped
+    before = patches.put(Replicas, "ship", with_chains)
 
 
-@mistake("R7")
-def stamp_of_the_resend(garden: Garden) -> None:
+@mutant("R7")
+def stamp_of_the_resend(patches: Patches) -> None:
     """What is sent again has the stamp of that moment."""
 
     def link_up(self: Any, node: str, *report: Any) -> Any:
@@ -658,11 +636,11 @@ def stamp_of_the_resend(garden: Garden) -> None:
             batch.stamp_ms = self.stamp_ms
         return before(self, node, *report)
 
-    before = garden.put(Sequencer, "link_up", link_up)
+    before = patches.put(Sequencer, "link_up", link_up)
 
 
-@mistake("R7")
-def chain_over_batches(garden: Garden) -> None:
+@mutant("R7")
+def chain_over_batches(patches: Patches) -> None:
     """The chain is that of what was applied together."""
 
     def take_made(self: Any) -> None:
@@ -675,14 +653,14 @@ def chain_over_batches(garden: Garden) -> None:
                 self.tables[shard].chain ^= 1
         before(self)
 
-    before = garden.put(Replica, "_take_made", take_made)
+    before = patches.put(Replicas, "_take_made", take_made)
 
 
 # --- R10: one step -----------------------------------------------------------------------------------------------
 
 
-@mistake("R10")
-def await_between_assign_and_enqueue(garden: Garden) -> None:
+@mutant("R10")
+def await_between_assign_and_enqueue(patches: Patches) -> None:
     """Two writes of a shard may reach a link in another order than they were numbered."""
 
     def close_batches(self: Any) -> Any:
@@ -694,11 +672,11 @@ def await_between_assign_and_enqueue(garden: Garden) -> None:
                     batch.items[-2:] = [second, first]
         return before(self)
 
-    before = garden.put(Sequencer, "close_batches", close_batches)
+    before = patches.put(Sequencer, "close_batches", close_batches)
 
 
-@mistake("R10")
-def cancelled_client_drops_its_entry(garden: Garden) -> None:
+@mutant("R10")
+def cancelled_client_drops_its_entry(patches: Patches) -> None:
     """The write of a client that gave up is taken out of what was not sent yet."""
 
     def give_up(self: Any, request: Any) -> None:
@@ -713,7 +691,7 @@ def cancelled_client_drops_its_entry(garden: Garden) -> None:
                             batch.items = [i for i in batch.items if not (i[0] < 64 and i[1:3] == (shard.number, seq))]
         before(self, request)
 
-    before = garden.put(Client, "give_up", give_up)
+    before = patches.put(Client, "give_up", give_up)
 
     def act(self: Any) -> None:
         was = self.busy
@@ -721,11 +699,11 @@ def cancelled_client_drops_its_entry(garden: Garden) -> None:
         if self.busy is not None and self.busy is not was:
             self.clients.world.at(self.clients.world.rng.randrange(20), self.give_up, self.busy)
 
-    act_before = garden.put(Client, "act", act)
+    act_before = patches.put(Client, "act", act)
 
 
-@mistake("R10")
-def responder_by_agreement(garden: Garden) -> None:
+@mutant("R10")
+def responder_by_agreement(patches: Patches) -> None:
     """Who answers a write is the first member of the map that the node knows, not who is asked to."""
 
     def begin(self: Any, stamp_ms: int, commit: int, items: Any) -> None:
@@ -737,24 +715,24 @@ def responder_by_agreement(garden: Garden) -> None:
             ]
         before(self, stamp_ms, commit, items)
 
-    before = garden.put(Replica, "begin", begin)
+    before = patches.put(Replicas, "begin", begin)
 
 
-@mistake("R10")
-def kept_is_forgotten(garden: Garden) -> None:
+@mutant("R10")
+def kept_is_forgotten(patches: Patches) -> None:
     """What a link that was lost had not acknowledged is not sent again."""
-    garden.put(Sequencer, "_still_due", lambda self, link, batches: [])
+    patches.put(Sequencer, "_still_due", lambda self, link, batches: [])
 
 
-@mistake("R10")
-def kept_of_shards_that_it_left(garden: Garden) -> None:
+@mutant("R10")
+def kept_of_shards_that_it_left(patches: Patches) -> None:
     """What a node had not acknowledged of shards that it left is sent to it when it is back."""
-    garden.put(Sequencer, "_still_due", lambda self, link, batches: list(batches))
-    garden.put(Sequencer, "_forget_resend", lambda self, link, numbers: None)
+    patches.put(Sequencer, "_still_due", lambda self, link, batches: list(batches))
+    patches.put(Sequencer, "_forget_resend", lambda self, link, numbers: None)
 
 
-@mistake("I9")
-def error_after_enqueue(garden: Garden) -> None:
+@mutant("I9")
+def error_after_enqueue(patches: Patches) -> None:
     """A write that was sequenced is refused as not executed when a member is lost."""
 
     def link_down(self: Any, node: str, reason: str) -> None:
@@ -765,11 +743,11 @@ def error_after_enqueue(garden: Garden) -> None:
                     op[1].fail(op[2], Code.NOT_ENOUGH_REPLICAS, "a member is missing", {})
                     op[1] = None
 
-    before = garden.put(Sequencer, "link_down", link_down)
+    before = patches.put(Sequencer, "link_down", link_down)
 
 
-@mistake("I9")
-def lost_result_is_made_up(garden: Garden) -> None:
+@mutant("I9")
+def lost_result_is_made_up(patches: Patches) -> None:
     """A result that died with its link is taken for a success."""
 
     def unanswered(self: Batch, *rest: Any) -> Any:
@@ -778,7 +756,7 @@ def lost_result_is_made_up(garden: Garden) -> None:
                 op[3] = True
         return before(self, *rest)
 
-    before = garden.put(Batch, "unanswered", unanswered)
+    before = patches.put(Batch, "unanswered", unanswered)
 
     def hand_over(self: Any) -> None:
         orphans, self.orphans = self.orphans, []
@@ -786,14 +764,14 @@ def lost_result_is_made_up(garden: Garden) -> None:
             if op[1] is not None:
                 answer_write(op, True)
 
-    garden.put(Shard, "hand_over", hand_over)
+    patches.put(Shard, "hand_over", hand_over)
 
 
 # --- R11: reads ---------------------------------------------------------------------------------------------------
 
 
-@mistake("R11 b")
-def read_uncommitted(garden: Garden) -> None:
+@mutant("R11 b")
+def read_uncommitted(patches: Patches) -> None:
     """A read is answered when its result is here."""
 
     def hold(self: Any, needed: int, sink: Any, token: Any, value: Any) -> None:
@@ -802,11 +780,11 @@ def read_uncommitted(garden: Garden) -> None:
         else:
             sink.reply(token, value)
 
-    garden.put(Shard, "hold", hold)
+    patches.put(Shard, "hold", hold)
 
 
-@mistake("R11 b")
-def read_absent_early(garden: Garden) -> None:
+@mutant("R11 b")
+def read_absent_early(patches: Patches) -> None:
     """That a key is absent is answered when the result is here."""
 
     def hold(self: Any, needed: int, sink: Any, token: Any, value: Any) -> None:
@@ -815,17 +793,17 @@ def read_absent_early(garden: Garden) -> None:
         else:
             before(self, needed, sink, token, value)
 
-    before = garden.put(Shard, "hold", hold)
+    before = patches.put(Shard, "hold", hold)
 
 
-@mistake("R11 c", shared=True, factor=3, min_insync=1, kinds=("split", "one_way"))
-def read_no_confirm(garden: Garden) -> None:
+@mutant("R11 c", shared=True, factor=3, min_insync=1, kinds=("split", "one_way"))
+def read_no_confirm(patches: Patches) -> None:
     """Reads are not confirmed although the store is shared."""
-    garden.put(SimCoordinator, "confirming_class", Sequencer)
+    patches.put(SimCoordinator, "confirming_class", Sequencer)
 
 
-@mistake("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "kill_node", "cut"))
-def confirm_isr_only(garden: Garden) -> None:
+@mutant("R11 c", shared=True, factor=2, min_insync=1, mode="sync", kinds=("split", "kill_node", "cut"))
+def confirm_isr_only(patches: Patches) -> None:
     """Reads are confirmed by the members that the map names, not by those of E."""
 
     def is_confirmed(self: Any, numbers: Any, round_: int) -> bool:
@@ -837,11 +815,11 @@ def confirm_isr_only(garden: Garden) -> None:
                 return False
         return True
 
-    garden.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
+    patches.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
 
 
-@mistake("R11 c", shared=True, factor=3, min_insync=1, kinds=("split", "one_way"))
-def one_confirmation_is_enough(garden: Garden) -> None:
+@mutant("R11 c", shared=True, factor=3, min_insync=1, kinds=("split", "one_way"))
+def one_confirmation_is_enough(patches: Patches) -> None:
     """A read is confirmed by any one member."""
 
     def is_confirmed(self: Any, numbers: Any, round_: int) -> bool:
@@ -849,14 +827,14 @@ def one_confirmation_is_enough(garden: Garden) -> None:
             any(self._confirmed.get(link, 0) >= round_ for link in self.shards[number].good) for number in numbers
         )
 
-    garden.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
+    patches.put(ConfirmingSequencer, "_is_confirmed", is_confirmed)
 
 
 # --- R12: time -----------------------------------------------------------------------------------------------------
 
 
-@mistake("R12")
-def clock_of_the_new_coordinator(garden: Garden) -> None:
+@mutant("R12")
+def clock_of_the_new_coordinator(patches: Patches) -> None:
     """A new coordinator begins with its own clock."""
 
     def make_controller(self: Any, changes: Any, before: Any) -> Any:
@@ -864,33 +842,33 @@ def clock_of_the_new_coordinator(garden: Garden) -> None:
         controller.sequencer.stamp_ms = 0
         return controller
 
-    made = garden.put(SimCoordinator, "make_controller", make_controller)
+    made = patches.put(SimCoordinator, "make_controller", make_controller)
 
 
-@mistake("R12")
-def stamps_beyond_the_bound(garden: Garden) -> None:
+@mutant("R12")
+def stamps_beyond_the_bound(patches: Patches) -> None:
     """Stamps follow the clock, whatever bound is stored."""
 
     def begin(self: Any, wall_ms: int, now_ms: int) -> None:
         self.stamp_bound_ms = max(self.stamp_bound_ms, wall_ms)
         before(self, wall_ms, now_ms)
 
-    before = garden.put(Sequencer, "begin", begin)
+    before = patches.put(Sequencer, "begin", begin)
 
 
-@mistake("R12")
-def stamps_go_back(garden: Garden) -> None:
+@mutant("R12")
+def stamps_go_back(patches: Patches) -> None:
     """Stamps follow the clock when it is set back."""
 
     def begin(self: Any, wall_ms: int, now_ms: int) -> None:
         self.stamp_ms = min(wall_ms, self.stamp_bound_ms)
         self.now_ms = now_ms
 
-    garden.put(Sequencer, "begin", begin)
+    patches.put(Sequencer, "begin", begin)
 
 
-@mistake("R12")
-def bound_before_it_is_stored(garden: Garden) -> None:
+@mutant("R12", shared=True, kinds=("jump_clock", "slow_store", "store_down", "kill_coordinator"))
+def bound_before_it_is_stored(patches: Patches) -> None:
     """Stamps follow the next bound from the moment on in which it is proposed."""
 
     def tick(self: Any, wall_ms: int) -> None:
@@ -899,13 +877,13 @@ def bound_before_it_is_stored(garden: Garden) -> None:
         if self._is_moving and not was_moving:
             self._sequencer.stamp_bound_ms = wall_ms + ownership.STAMP_AHEAD_MS
 
-    before = garden.put(Ownership, "tick", tick)
+    before = patches.put(Ownership, "tick", tick)
 
 
 # --- R13: deposed ----------------------------------------------------------------------------------------
 
 
-def _deaf(garden: Garden, name: str) -> None:
+def _deaf(patches: Patches, name: str) -> None:
     """One door of the controller does not hear that it was deposed."""
 
     def step(self: Any, *args: Any) -> Any:
@@ -915,32 +893,32 @@ def _deaf(garden: Garden, name: str) -> None:
         finally:
             self.ownership.deposed = self.ownership.deposed or deposed
 
-    before = garden.put(Controller, name, step)
+    before = patches.put(Controller, name, step)
 
 
-@mistake("R13")
-def results_after_deposing(garden: Garden) -> None:
+@mutant("R13")
+def results_after_deposing(patches: Patches) -> None:
     """What nodes say is answered to clients, whoever owns the map."""
-    _deaf(garden, "receive")
+    _deaf(patches, "receive")
 
 
-@mistake("R13")
-def turns_after_deposing(garden: Garden) -> None:
+@mutant("R13")
+def turns_after_deposing(patches: Patches) -> None:
     """The turn in which the coordinator is deposed ends as all others: batches leave."""
-    _deaf(garden, "end_turn")
+    _deaf(patches, "end_turn")
 
 
-@mistake("R13")
-def time_goes_on_after_deposing(garden: Garden) -> None:
+@mutant("R13")
+def time_goes_on_after_deposing(patches: Patches) -> None:
     """What waits too long is refused, whoever owns the map."""
-    _deaf(garden, "tick")
+    _deaf(patches, "tick")
 
 
 # --- turns, and the end of nodes ---------------------------------------------------------------------------
 
 
-@mistake("R10")
-def batches_before_frames(garden: Garden) -> None:
+@mutant("R10")
+def batches_before_frames(patches: Patches) -> None:
     """A turn lets its batches out first."""
 
     def end_turn(self: Any, process: Any) -> None:
@@ -948,28 +926,29 @@ def batches_before_frames(garden: Garden) -> None:
             process.write_batches(self.sequencer.close_batches())
             self.act(process)
 
-    garden.put(Controller, "end_turn", end_turn)
+    patches.put(Controller, "end_turn", end_turn)
 
 
-@mistake("R14", kinds=("stop_node", "slow_store"))
-def leave_answered_before_it_is_stored(garden: Garden) -> None:
+@mutant("R14", kinds=("stop_node", "slow_store"))
+def leave_answered_before_it_is_stored(patches: Patches) -> None:
     """A node that asked to leave is told to stop while the change of the map is on its way."""
 
     def evict_lost(self: Any) -> None:
         for node, state in self.nodes.items():
-            if state.leaves and not state.may_stop and self._sequencer.links[node].connected:
+            link = self._sequencer.links[node]
+            if state.leaves and link.connected and not state.may_stop and not self.evict(link, list(link.shards), ""):
                 state.may_stop = True
                 self._outbox.send(node, (STOP,))
         before(self)
 
-    before = garden.put(Membership, "_evict_lost", evict_lost)
+    before = patches.put(Membership, "_evict_lost", evict_lost)
 
 
 # --- nodes ---------------------------------------------------------------------------------------------------------
 
 
-@mistake("I11")
-def ack_during_sync(garden: Garden) -> None:
+@mutant("I11")
+def ack_during_sync(patches: Patches) -> None:
     """The end of a sync acknowledges what was appended while it ran."""
 
     def done(self: Any) -> None:
@@ -979,11 +958,11 @@ def ack_during_sync(garden: Garden) -> None:
                 flight.marks[connection] = self.node.replica.applied
         before(self)
 
-    before = garden.put(NodeDisk, "_done", done)
+    before = patches.put(NodeDisk, "_done", done)
 
 
-@mistake("I4")
-def learner_acknowledges_before_it_published(garden: Garden) -> None:
+@mutant("I4")
+def learner_acknowledges_before_it_published(patches: Patches) -> None:
     """A copy that was pulled counts before it is on the disk."""
 
     def published(self: Any, learning: Any, pulled: Any) -> bool:
@@ -994,33 +973,33 @@ def learner_acknowledges_before_it_published(garden: Garden) -> None:
         self.changed()
         return True
 
-    garden.put(NodeCore, "published", published)
+    patches.put(NodeCore, "published", published)
 
 
-def _sent_at_once(garden: Garden, kind: int) -> None:
+def _sent_at_once(patches: Patches, kind: int) -> None:
     def send_when_durable(self: Any, link: Any, frame: Any) -> None:
         if frame[0] == kind:
             self.send(frame)
         else:
             before(self, link, frame)
 
-    before = garden.put(NodeCore, "_send_when_durable", send_when_durable)
+    before = patches.put(NodeCore, "_send_when_durable", send_when_durable)
 
 
-@mistake("I4")
-def learned_before_durable(garden: Garden) -> None:
+@mutant("I4")
+def learned_before_durable(patches: Patches) -> None:
     """LEARNED is sent when the copy is live in memory."""
-    _sent_at_once(garden, LEARNED)
+    _sent_at_once(patches, LEARNED)
 
 
-@mistake("I4")
-def shipped_before_durable(garden: Garden) -> None:
+@mutant("I4")
+def shipped_before_durable(patches: Patches) -> None:
     """SHIPPED is sent when the entries are applied."""
-    _sent_at_once(garden, SHIPPED)
+    _sent_at_once(patches, SHIPPED)
 
 
-@mistake("I11")
-def applied_is_durable(garden: Garden) -> None:
+@mutant("I11")
+def applied_is_durable(patches: Patches) -> None:
     """A node acknowledges what it has handed to the disk."""
 
     def log_applied(self: Any, link: Any) -> bool:
@@ -1028,11 +1007,11 @@ def applied_is_durable(garden: Garden) -> None:
         link.durable = self.replica.applied
         return True
 
-    before = garden.put(NodeCore, "_log_applied", log_applied)
+    before = patches.put(NodeCore, "_log_applied", log_applied)
 
 
-@mistake("R9", mode="os", kinds=("power_cut", "kill_node", "cut"))
-def doubted_for_ever(garden: Garden) -> None:
+@mutant("R9", mode="os", kinds=("power_cut", "kill_node", "cut"))
+def doubted_for_ever(patches: Patches) -> None:
     """A copy that was doubtful and has learned from the others is doubtful still."""
 
     def tell_news(self: Any) -> None:
@@ -1041,22 +1020,22 @@ def doubted_for_ever(garden: Garden) -> None:
         for shard, reason in doubts.items():
             self.replica.copies[shard].reason = reason
 
-    before = garden.put(NodeCore, "_tell_news", tell_news)
+    before = patches.put(NodeCore, "_tell_news", tell_news)
 
 
-@mistake("R9", liveness=True, mode="os", kinds=("power_cut", "kill_node", "cut"))
-def doubt_outlives_the_process(garden: Garden) -> None:
+@mutant("R9", liveness=True, mode="os", kinds=("power_cut", "kill_node", "cut"))
+def doubt_outlives_the_process(patches: Patches) -> None:
     """A node forgets its doubt about a copy, and its disk does not."""
 
     def tell_news(self: Any) -> None:
         with mock.patch.object(NodeDisk, "remember", lambda *_: None):
             before(self)
 
-    before = garden.put(NodeCore, "_tell_news", tell_news)
+    before = patches.put(NodeCore, "_tell_news", tell_news)
 
 
-@mistake("I1")
-def donated_before_attached(garden: Garden) -> None:
+@mutant("I1")
+def donated_before_attached(patches: Patches) -> None:
     """The copy that is given ends before the writes that the learner was sent; nobody looks."""
 
     def loaded(self: Any, shard: int, table: Table, kept: Any = ()) -> Any:
@@ -1066,37 +1045,37 @@ def donated_before_attached(garden: Garden) -> None:
             one.buffer.popleft()
         return before(self, shard, table, kept)
 
-    before = garden.put(Replica, "loaded", loaded)
+    before = patches.put(Replicas, "loaded", loaded)
 
 
-@mistake("R6")
-def committed_is_told_too_early(garden: Garden) -> None:
+@mutant("R6")
+def committed_is_told_too_early(patches: Patches) -> None:
     """Nodes are told that everything queued to them is committed, so they forget what they may have to ship."""
-    garden.put(Sequencer, "committed_ordinal", lambda self, link: link.written_ordinal)
+    patches.put(Sequencer, "committed_ordinal", lambda self, link: link.written_ordinal)
 
 
-@mistake("I13")
-def evicted_for_ever(garden: Garden) -> None:
+@mutant("I13")
+def evicted_for_ever(patches: Patches) -> None:
     """A node that was evicted is not let in again."""
-    garden.put(Membership, "_can_learn", lambda self, link: False)
+    patches.put(Membership, "_can_learn", lambda self, link: False)
 
 
-@mistake("I12")
-def waiting_without_bound(garden: Garden) -> None:
+@mutant("I12")
+def waiting_without_bound(patches: Patches) -> None:
     """Requests wait in any number."""
 
     def wait(self: Any, *request: Any) -> None:
         with mock.patch.object(sys.modules["kvtcp.replication.sequencing.shard"], "WAITING_ITEMS_MAX", 10**9):
             before(self, *request)
 
-    before = garden.put(Shard, "wait", wait)
+    before = patches.put(Shard, "wait", wait)
 
 
 # --- search --------------------------------------------------------------------------------------------------------
 
 
 def search(name: str, seeds: int = SEEDS) -> Result | None:
-    """The first seed that finds the mistake."""
+    """Return the result of the first seed that finds the mutant, or None."""
     for seed in range(seeds):
         result = run_with(name, seed)
         if result.violation:
@@ -1112,12 +1091,12 @@ def recorded() -> dict[str, int]:
 def main() -> int:
     """Search for all, or some."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options.add_argument("part", nargs="?", default="", help="only mistakes whose names contain this")
+    options.add_argument("part", nargs="?", default="", help="only mutants whose names contain this")
     options.add_argument("--seeds", type=int, default=SEEDS)
     options.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options.add_argument("--record", action="store_true", help=f"write the seeds to {FOUND_FILE.name}")
     chosen = options.parse_args()
-    names = [name for name in MISTAKES if chosen.part in name]
+    names = [name for name in MUTANTS if chosen.part in name]
     found = recorded()
     missed = []
     began = time.monotonic()
@@ -1126,14 +1105,14 @@ def main() -> int:
         for name, result in zip(names, results, strict=True):
             if result is None:
                 missed.append(name)
-                print(f"{name} ({MISTAKES[name].rule}): NOT FOUND in {chosen.seeds} seeds", flush=True)
+                print(f"{name} ({MUTANTS[name].rule}): NOT FOUND in {chosen.seeds} seeds", flush=True)
             else:
                 found[name] = result.seed
-                print(f"{name} ({MISTAKES[name].rule}): seed {result.seed}: {result.violation[:150]}", flush=True)
+                print(f"{name} ({MUTANTS[name].rule}): seed {result.seed}: {result.violation[:150]}", flush=True)
     if chosen.record:
-        known = {name: found[name] for name in MISTAKES if name in found and name not in missed}
+        known = {name: found[name] for name in MUTANTS if name in found and name not in missed}
         FOUND_FILE.write_text(json.dumps(known, indent=1) + "\n")
-    print(f"{len(names) - len(missed)} of {len(names)} mistakes found in {time.monotonic() - began:.0f} s")
+    print(f"{len(names) - len(missed)} of {len(names)} mutants found in {time.monotonic() - began:.0f} s")
     return 1 if missed else 0
 
 

@@ -1,4 +1,4 @@
-"""The keeper of the map: one change at a time, unknown outcomes settled, conflicts final."""
+"""The map_store of the map: one change at a time, unknown outcomes settled, conflicts final."""
 
 import asyncio
 from collections import deque
@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from kvtcp.cluster import changes as module
-from kvtcp.cluster.keeper import MapKeeper, NotOwner
 from kvtcp.cluster.map import ClusterMap
+from kvtcp.cluster.map_store import MapStore, NotOwner
 from kvtcp.cluster.memory_store import MemoryConfigStore
 from kvtcp.cluster.store import ConfigStoreError, Outcome, Stored
 from tests.processes.raw_client import until
@@ -52,16 +52,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAP_RESEND_MS", 1)
 
 
-async def founded(*script: str) -> tuple[MapKeeper, ScriptedStore]:
-    """A keeper with a map; the script is for what comes after."""
+async def founded(*script: str) -> tuple[MapStore, ScriptedStore]:
+    """A map_store with a map; the script is for what comes after."""
     store = ScriptedStore()
-    keeper = await MapKeeper.open(store)
-    assert not keeper.is_founded
-    await keeper.found(make_map())
-    assert keeper.is_founded and keeper.map.version == 1
+    map_store = await MapStore.open(store)
+    assert not map_store.is_founded
+    await map_store.found(make_map())
+    assert map_store.is_founded and map_store.map.version == 1
     store.script.extend(script)
     store.calls, store.expected = 0, []
-    return keeper, store
+    return map_store, store
 
 
 async def held(store: ScriptedStore) -> ClusterMap:
@@ -72,38 +72,38 @@ async def held(store: ScriptedStore) -> ClusterMap:
 
 
 async def test_a_change() -> None:
-    """A change is stored with the next version before it is told; the next keeper finds it."""
-    keeper, store = await founded()
+    """A change is stored with the next version before it is told; the next map_store finds it."""
+    map_store, store = await founded()
     told: list[ClusterMap] = []
-    keeper.changes.on_change.append(told.append)
-    new = await keeper.change(lambda old: replace(old, restoring=b"p"))
+    map_store.changes.on_change.append(told.append)
+    new = await map_store.change(lambda old: replace(old, restoring=b"p"))
     assert (new.version, new.restoring) == (2, b"p")
-    assert told == [new] and new == keeper.map == await held(store)
-    assert (await MapKeeper.open(store)).map == new
+    assert told == [new] and new == map_store.map == await held(store)
+    assert (await MapStore.open(store)).map == new
 
 
 async def test_a_change_that_changes_nothing() -> None:
     """It costs nothing."""
-    keeper, store = await founded()
-    assert (await keeper.change(lambda old: old)).version == 1
+    map_store, store = await founded()
+    assert (await map_store.change(lambda old: old)).version == 1
     assert store.calls == 0
 
 
 async def test_changes_that_wait_go_together() -> None:
     """One change is in flight; those that come meanwhile are the next one, in their order."""
-    keeper, store = await founded("wait")
-    changes = [asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=b"1")))]
+    map_store, store = await founded("wait")
+    changes = [asyncio.ensure_future(map_store.change(lambda old: replace(old, restoring=b"1")))]
     await until(lambda: store.calls, "the first change")
-    assert keeper.is_busy
+    assert map_store.is_busy
     changes += [
-        asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=(old.restoring or b"") + b"2"))),
-        asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=(old.restoring or b"") + b"3"))),
+        asyncio.ensure_future(map_store.change(lambda old: replace(old, restoring=(old.restoring or b"") + b"2"))),
+        asyncio.ensure_future(map_store.change(lambda old: replace(old, restoring=(old.restoring or b"") + b"3"))),
     ]
     await asyncio.sleep(0)
     store.go_on.set()
     maps = await asyncio.gather(*changes)
     assert [each.version for each in maps] == [2, 3, 3] and store.calls == 2
-    assert keeper.map.restoring == b"123" and not keeper.is_busy
+    assert map_store.map.restoring == b"123" and not map_store.is_busy
 
 
 @pytest.mark.parametrize(
@@ -111,62 +111,62 @@ async def test_changes_that_wait_go_together() -> None:
 )
 async def test_an_unknown_outcome_is_settled(script: tuple[str, ...]) -> None:
     """The same change is sent until it is known to be stored, once; nothing is told before."""
-    keeper, store = await founded(*script)
-    new = await keeper.change(lambda old: replace(old, restoring=b"p"))
+    map_store, store = await founded(*script)
+    new = await map_store.change(lambda old: replace(old, restoring=b"p"))
     assert new.version == 2 and await held(store) == new
     assert store.calls == len(script) + 1
 
 
 async def test_an_error_that_changed_nothing() -> None:
     """It is raised to everybody whose change was in it; the map is the old one, and the next change is made."""
-    keeper, store = await founded("error")
-    changes = [keeper.change(lambda old: replace(old, restoring=b"1")) for _ in range(2)]
+    map_store, store = await founded("error")
+    changes = [map_store.change(lambda old: replace(old, restoring=b"1")) for _ in range(2)]
     errors = await asyncio.gather(*changes, return_exceptions=True)
     assert [type(error) for error in errors] == [OSError, OSError] and store.calls == 1
-    assert keeper.map.restoring is None and await held(store) == keeper.map
-    assert (await keeper.change(lambda old: replace(old, restoring=b"2"))).restoring == b"2"
+    assert map_store.map.restoring is None and await held(store) == map_store.map
+    assert (await map_store.change(lambda old: replace(old, restoring=b"2"))).restoring == b"2"
 
 
 @pytest.mark.parametrize("script", [(), ("late",)])
 async def test_a_conflict_is_final(script: tuple[str, ...]) -> None:
     """Somebody else changed the map: that is told once, and no change is tried any more."""
-    keeper, store = await founded(*script)
-    other = await MapKeeper.open(store)
+    map_store, store = await founded(*script)
+    other = await MapStore.open(store)
     store.script.clear()
     await other.change(lambda old: replace(old, owner="other"))
     store.script.extend(script)
     lost: list[NotOwner] = []
-    keeper.changes.on_lost = lost.append
+    map_store.changes.on_lost = lost.append
     with pytest.raises(NotOwner, match="another coordinator owns it now"):
-        await keeper.change(lambda old: replace(old, restoring=b"p"))
+        await map_store.change(lambda old: replace(old, restoring=b"p"))
     calls = store.calls
     with pytest.raises(NotOwner):
-        await keeper.change(lambda old: replace(old, restoring=b"p"))
+        await map_store.change(lambda old: replace(old, restoring=b"p"))
     assert store.calls == calls and len(lost) == 1
     assert (await held(store)).owner == "other"
 
 
 async def test_close_gives_up() -> None:
     """A change whose outcome will not be known any more is cancelled, those behind it as well."""
-    keeper, store = await founded("wait")
-    changes = [asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=b"1")))]
+    map_store, store = await founded("wait")
+    changes = [asyncio.ensure_future(map_store.change(lambda old: replace(old, restoring=b"1")))]
     await until(lambda: store.calls, "the first change")
-    changes.append(asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=b"2"))))
+    changes.append(asyncio.ensure_future(map_store.change(lambda old: replace(old, restoring=b"2"))))
     await asyncio.sleep(0)
-    await keeper.close()
+    await map_store.close()
     await asyncio.gather(*changes, return_exceptions=True)
     assert all(change.cancelled() for change in changes)
 
 
 async def test_a_caller_that_is_cancelled() -> None:
     """Its change is made all the same."""
-    keeper, store = await founded("wait")
-    change = asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=b"1")))
+    map_store, store = await founded("wait")
+    change = asyncio.ensure_future(map_store.change(lambda old: replace(old, restoring=b"1")))
     await until(lambda: store.calls, "the change")
     change.cancel()
     store.go_on.set()
-    await until(lambda: not keeper.is_busy, "the end of it")
-    assert keeper.map.restoring == b"1"
+    await until(lambda: not map_store.is_busy, "the end of it")
+    assert map_store.map.restoring == b"1"
 
 
 async def test_a_store_with_something_else() -> None:
@@ -174,59 +174,60 @@ async def test_a_store_with_something_else() -> None:
     store = MemoryConfigStore()
     store.stored = Stored(1, b"{}")
     with pytest.raises(ConfigStoreError, match="the config store holds something else than it should: the cluster map"):
-        await MapKeeper.open(store)
+        await MapStore.open(store)
 
 
 async def test_propose() -> None:
     """Who proposes is told the map after `on_change`, and is not asked again; an error of the disk is tried again."""
-    keeper, store = await founded("error", "lost")
+    map_store, store = await founded("error", "lost")
     told: list[object] = []
-    keeper.changes.on_change.append(lambda stored: told.append(stored.version))
-    keeper.propose(lambda old: replace(old, restoring=b"p"), lambda stored: told.append(stored.restoring))
-    keeper.propose(lambda old: replace(old, factor=9), told.append, told.append)
-    await until(lambda: not keeper.is_busy, "the change")
+    map_store.changes.on_change.append(lambda stored: told.append(stored.version))
+    map_store.changes.propose(lambda old: replace(old, restoring=b"p"), lambda stored: told.append(stored.restoring))
+    map_store.changes.propose(lambda old: replace(old, factor=9), told.append, told.append)
+    map_store.wake()
+    await until(lambda: not map_store.is_busy, "the change")
     assert [type(each) for each in told] == [OSError, int, bytes] and told[1:] == [2, b"p"]
-    assert store.calls == 3 and await held(store) == keeper.map
-    assert store.expected == [1, 1, 1] and keeper.changes.trouble == ""
+    assert store.calls == 3 and await held(store) == map_store.map
+    assert store.expected == [1, 1, 1] and map_store.changes.trouble == ""
 
 
 async def test_wake() -> None:
     """What was proposed to the core itself is taken up."""
-    keeper, store = await founded()
-    keeper.wake()
-    assert not keeper.is_busy
-    keeper.changes.propose(lambda old: replace(old, restoring=b"p"), lambda stored: None)
-    assert store.calls == 0 and not keeper.is_busy
-    keeper.wake()
-    await until(lambda: not keeper.is_busy, "the change")
+    map_store, store = await founded()
+    map_store.wake()
+    assert not map_store.is_busy
+    map_store.changes.propose(lambda old: replace(old, restoring=b"p"), lambda stored: None)
+    assert store.calls == 0 and not map_store.is_busy
+    map_store.wake()
+    await until(lambda: not map_store.is_busy, "the change")
     assert (await held(store)).restoring == b"p"
 
 
 async def test_an_edit_that_does_not_fit() -> None:
     """Its caller alone is told; those beside it are made."""
-    keeper, _ = await founded()
-    good = asyncio.ensure_future(keeper.change(lambda old: replace(old, restoring=b"p")))
+    map_store, _ = await founded()
+    good = asyncio.ensure_future(map_store.change(lambda old: replace(old, restoring=b"p")))
     with pytest.raises(ValueError, match="from 1 to the replication factor 3, not 7"):
-        await keeper.change(lambda old: old.with_min_insync(7))
+        await map_store.change(lambda old: old.with_min_insync(7))
     assert (await good).restoring == b"p"
 
 
 async def test_an_edit_that_is_wrong() -> None:
     """An error of the program is told to all who wait, and to whoever ends the process."""
-    keeper, store = await founded()
+    map_store, store = await founded()
     crashes: list[BaseException] = []
-    keeper.on_crash = crashes.append
+    map_store.on_crash = crashes.append
     changes = [
-        keeper.change(lambda old: replace(old, restoring=b"p")), keeper.change(lambda old: old.without([0], "n9"))
+        map_store.change(lambda old: replace(old, restoring=b"p")), map_store.change(lambda old: old.without([0], "n9"))
     ]  # fmt: skip
     errors = await asyncio.gather(*changes, return_exceptions=True)
     assert [type(error) for error in errors] == [AssertionError, AssertionError] and len(crashes) == 1
-    assert store.calls == 0 and not keeper.is_busy
+    assert store.calls == 0 and not map_store.is_busy
 
 
 async def test_a_read_that_fails_after_a_conflict() -> None:
     """It tells nothing; the change is sent again, and the next read settles it."""
-    keeper, store = await founded("lost")
+    map_store, store = await founded("lost")
     store.bad_reads = 2
-    new = await keeper.change(lambda old: replace(old, restoring=b"p"))
+    new = await map_store.change(lambda old: replace(old, restoring=b"p"))
     assert new.version == 2 and store.calls == 4 and store.bad_reads == 0

@@ -1,4 +1,4 @@
-"""Tests of the gateway: every request of the table over real replicas, its errors, and the guard of a restore."""
+"""Tests of the handler: every request of the table over real replicas, its errors, and the guard of a restore."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from kvtcp.constants import MGET_KEYS_BYTES_MAX, PROTOCOL_VERSION
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.frontend.keyspace import Keyspace
-from kvtcp.frontend.native.gateway import LIMITS, RequestHandler
+from kvtcp.frontend.native.handler import LIMITS, RequestHandler
 from kvtcp.protocol.hashing import shard_of
 from kvtcp.protocol.messages import REQUESTS, Kind, Touches
 from tests.support.replication_fakes import Answers, Cluster
 
-# what another table than the gateway's carries out
+# what another table than the handler's carries out
 HANDED_OVER = {op for op, spec in REQUESTS.items() if spec.touches is Touches.NOTHING} - {b"hello"}
 
 
@@ -27,25 +27,25 @@ class Session(Answers):
         self.name = "?"
 
     def progress(self, token: int, progress: dict[str, Any]) -> None:
-        raise AssertionError("the gateway itself has no progress to tell")
+        raise AssertionError("the handler itself has no progress to report")
 
 
 class Served:
-    """A gateway over a cluster whose links answer at once."""
+    """A handler over a cluster whose links answer at once."""
 
     def __init__(self) -> None:
         self.cluster = Cluster(nodes=3, factor=2, shards=8)
         self.calls: list[tuple[Any, ...]] = []  # what was handed over
         self.keyspace = Keyspace(8)
         administration = {op: lambda *args, op=op: self.calls.append((op.decode(), *args)) for op in HANDED_OVER}
-        self.gateway = RequestHandler(self.cluster.sequencer, self.keyspace, administration)
+        self.handler = RequestHandler(self.cluster.sequencer, self.keyspace, administration)
         self.session = Session()
         self.ident = 0
 
     def ask(self, op: bytes, *args: Any) -> Any:
         """The result of a request, or its error (code, message, details)."""
         self.ident += 1
-        self.gateway.handle(self.session, [[self.ident, op, *args]])
+        self.handler.handle(self.session, [[self.ident, op, *args]])
         self.cluster.pump()
         self.cluster.pump()
         return self.session.ok[self.ident] if self.ident in self.session.ok else self.session.failed[self.ident]
@@ -53,7 +53,7 @@ class Served:
 
 @pytest.fixture
 def served() -> Served:
-    """A gateway with a greeted session."""
+    """A handler with a greeted session."""
     return Served()
 
 
@@ -127,7 +127,7 @@ def test_administration(served: Served) -> None:
     requests = [
         [1, b"status"], [2, b"nodes"], [3, b"shards"], [4, b"backup"], [5, b"restore", b"b1", {b"prefix": b"p"}],
     ]  # fmt: skip
-    served.gateway.handle(session, requests)
+    served.handler.handle(session, requests)
     assert served.calls == [
         ("status", session, 1), ("nodes", session, 2), ("shards", session, 3), ("backup", session, 4, None),
         ("restore", session, 5, "b1", "merge", b"p", False),
@@ -143,7 +143,7 @@ def test_changes_of_the_cluster(served: Served) -> None:
         [7, b"shard_accept_loss", 7], [8, b"node_undrain", b"n1"],
     ]  # fmt: skip
     session = served.session
-    served.gateway.handle(session, requests)
+    served.handler.handle(session, requests)
     assert served.calls == [
         ("node_add", session, 1, "h", 5000), ("node_drain", session, 2, "n1"), ("node_remove", session, 3, "n2"),
         ("node_forget", session, 4, "n3"), ("rebalance", session, 5, False), ("rebalance", session, 6, True),
@@ -154,7 +154,7 @@ def test_changes_of_the_cluster(served: Served) -> None:
     def refuse(session: Session, ident: int, shard: int) -> None:
         raise RequestError("there is no such shard", Code.BAD_REQUEST, {"shard": shard})
 
-    served.gateway.administration = {b"shard_accept_loss": refuse}
+    served.handler.administration = {b"shard_accept_loss": refuse}
     served.ident = 8
     assert served.ask(b"shard_accept_loss", 8) == (Code.BAD_REQUEST, "there is no such shard", {"shard": 8})
 
@@ -162,18 +162,14 @@ def test_changes_of_the_cluster(served: Served) -> None:
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
-        ((b"get",), Code.BAD_REQUEST),
-        ((b"get", b"a", b"b"), Code.BAD_REQUEST),
-        ((b"get", b""), Code.BAD_REQUEST),
-        ((b"put", b"a"), Code.BAD_REQUEST),
-        ((b"put", b"a", 5), Code.BAD_REQUEST),
-        ((b"put", b"a", b"v", {b"x": 1}), Code.BAD_REQUEST),
-        ((b"mget", [b"a", 5]), Code.BAD_REQUEST),
+        ((b"get",), Code.BAD_REQUEST), ((b"get", b"a", b"b"), Code.BAD_REQUEST), ((b"get", b""), Code.BAD_REQUEST),
+        ((b"put", b"a"), Code.BAD_REQUEST), ((b"put", b"a", 5), Code.BAD_REQUEST),
+        ((b"put", b"a", b"v", {b"x": 1}), Code.BAD_REQUEST), ((b"mget", [b"a", 5]), Code.BAD_REQUEST),
         ((b"scan", None, None, 0), Code.BAD_REQUEST),
         ((b"mget", [b"k" * 4_096] * (MGET_KEYS_BYTES_MAX // 4_096 + 1)), Code.TOO_LARGE),
     ],
     ids=lambda value: str(value)[:40],
-)
+)  # fmt: skip
 def test_bad_requests(served: Served, request_: tuple[Any, ...], code: Code) -> None:
     """Each is answered with its code, the connection goes on, and nothing was queued."""
     assert served.ask(*request_)[0] == code
@@ -193,7 +189,7 @@ def test_unknown_operations(served: Served, op: Any, shown: str) -> None:
 def test_request_without_an_id(served: Served) -> None:
     """Nobody can be answered: the error is the connection's."""
     with pytest.raises(ProtocolError):
-        served.gateway.handle(served.session, [[b"get"]])
+        served.handler.handle(served.session, [[b"get"]])
 
 
 def test_guard_of_a_restore(served: Served) -> None:
@@ -201,8 +197,7 @@ def test_guard_of_a_restore(served: Served) -> None:
     served.keyspace.restoring = b"p"
     for request in (
         (b"get", b"p1"), (b"put", b"p", b"v"), (b"mget", [b"a", b"pp"]), (b"mdelete", [b"p1"]),
-        (b"mput", [[b"p1", b"v"]]),
-        (b"scan", None, None, 5), (b"scan", b"p", None, 5), (b"count", b"o", b"pa"),
+        (b"mput", [[b"p1", b"v"]]), (b"scan", None, None, 5), (b"scan", b"p", None, 5), (b"count", b"o", b"pa"),
         (b"count", None, None, {b"prefix": b"p1"}),
     ):  # fmt: skip
         code, text, _ = served.ask(*request)
@@ -218,7 +213,7 @@ def test_guard_of_a_restore(served: Served) -> None:
 
 
 def test_every_request_has_a_handler(served: Served) -> None:
-    """The table of messages and the gateway know the same operations; administration is handed over."""
-    handlers = served.gateway._handlers
+    """The table of messages and the handler know the same operations; administration is handed over."""
+    handlers = served.handler._handlers
     assert set(handlers) == set(REQUESTS)
-    assert {op for op in handlers if handlers[op] == served.gateway._hand_over} == HANDED_OVER
+    assert {op for op in handlers if handlers[op] == served.handler._hand_over} == HANDED_OVER
