@@ -16,7 +16,7 @@ import kvtcp
 from kvtcp import AdminError, BatchError, Entry, KeyExists, OutcomeUnknown, SyncClient, Unavailable, codecs
 from kvtcp.client import loop_thread
 from kvtcp.errors import Code
-from tests.processes.cluster import is_waiting
+from tests.processes.cluster import is_waiting, wait_for
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer
 
@@ -60,12 +60,13 @@ def kv(peer: ServerThread) -> Iterator[SyncClient[bytes]]:
         yield kv
 
 
-def until(condition: Callable[[], object], deadline_s: float = 10.0) -> None:
-    """Wait until a condition holds, and fail if it does not within the deadline."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true"
-        time.sleep(0.002)
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Call `work` with each number in a thread of its own; return when all have ended."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
 
 
 def client_threads() -> int:
@@ -146,17 +147,13 @@ def test_pop_gives_a_value_to_one_caller(kv: SyncClient[bytes]) -> None:
     kv.put_many({f"k{i}": str(i) for i in range(40)})
     got: list[bytes] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for i in range(40):
             value = kv.pop(f"k{i}", None)
             if value is not None:
                 got.append(value)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    in_threads(work, 4)
     assert sorted(got, key=int) == [str(i).encode() for i in range(40)]
 
 
@@ -171,11 +168,7 @@ def test_threads_share_the_connection(kv: SyncClient[bytes], peer: ServerThread)
             if kv.get(key) != key.encode():
                 wrong.append(key)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    in_threads(work, 8)
     assert wrong == []
     assert len(kv) == 400
     assert peer.server.accepted == 1
@@ -220,7 +213,7 @@ def test_ctrl_c_cancels_the_call(kv: SyncClient[bytes], peer: ServerThread) -> N
     peer.do(peer.server.on, b"get", peer.server.hold)
 
     def interrupt() -> None:
-        until(lambda: peer.server.held and is_waiting(os.getpid()))
+        wait_for(lambda: peer.server.held and is_waiting(os.getpid()), "a call that waits")
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
@@ -249,7 +242,7 @@ def test_close(peer: ServerThread) -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    until(lambda: peer.server.held)
+    wait_for(lambda: peer.server.held, "the request")
     kv.close()
     kv.close()
     thread.join(10)
@@ -258,7 +251,7 @@ def test_close(peer: ServerThread) -> None:
         with pytest.raises(RuntimeError, match="the client is closed"):
             call()
     assert client_threads() == before
-    until(lambda: not peer.server.connections)
+    wait_for(lambda: not peer.server.connections, "the end of the connection")
 
 
 def test_clients_share_a_thread(peer: ServerThread) -> None:
@@ -313,7 +306,7 @@ def test_fork(kv: SyncClient[bytes], peer: ServerThread) -> None:
         signal.pause()
     try:
         kv.close()
-        until(lambda: not peer.server.connections)  # the child does not hold the parent's socket open
+        wait_for(lambda: not peer.server.connections, "the end: the child does not hold the parent's socket open")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

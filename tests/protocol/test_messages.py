@@ -359,40 +359,22 @@ def test_pages_of_a_scan_cover_it_once(
     assert not page, "the scan ended"
 
 
+WORDS = [b"ttl_ms", b"keep_ttl", b"value", b"rev", b"reverse", b"prefix", b"cursor", b"mode", b"\xff"]
 WIRE_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.binary(max_size=8)
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=8)
     | st.sampled_from([b"ttl_ms", b"prefix", b">k", b"<k", b"merge"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(
-                [b"ttl_ms", b"keep_ttl", b"value", b"rev", b"reverse", b"prefix", b"cursor", b"mode", b"\xff"]
-            ),
-            inner,
-            max_size=3,
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3),
     max_leaves=12,
-)
+)  # fmt: skip
 
 
 @settings(max_examples=1000, deadline=None)
-@given(
-    message=WIRE_VALUES
-    | st.builds(
-        lambda number, op, args: [number, op, *args],
-        st.integers(0, 9) | WIRE_VALUES,
-        st.sampled_from(sorted(REQUESTS)) | WIRE_VALUES,
-        st.lists(WIRE_VALUES, max_size=5),
-    )
-)
+@given(message=WIRE_VALUES | st.builds(
+    lambda number, op, args: [number, op, *args],
+    st.integers(0, 9) | WIRE_VALUES, st.sampled_from(sorted(REQUESTS)) | WIRE_VALUES, st.lists(WIRE_VALUES, max_size=5),
+))  # fmt: skip
 def test_any_message_is_accepted_or_refused(message: Any) -> None:
-    """Whatever msgpack can say of an operation gives arguments, a RequestError or a ProtocolError; the refusal can be
-    sent."""
+    """Whatever msgpack can say of an operation gives arguments, or an error; a refusal can be sent."""
     (decoded,) = FrameDecoder().feed(FrameEncoder().encode(message))
     try:
         number = request_id(decoded)

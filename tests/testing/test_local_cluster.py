@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Callable
 
 import pytest
 
@@ -11,14 +10,7 @@ import kvtcp
 from kvtcp.coordinator.server import CoordinatorServer
 from kvtcp.testing import LocalCluster
 from tests.processes.cluster import wait_for
-from tests.processes.raw_client import link_number
-
-
-async def until(look: Callable[[], object]) -> None:
-    """Wait until `look` is true, at most 10 s."""
-    async with asyncio.timeout(10):
-        while not look():
-            await asyncio.sleep(0.005)
+from tests.processes.raw_client import link_number, until
 
 
 def refuses(url: str) -> bool:

@@ -13,26 +13,18 @@ from tests.support.shell_fakes import Shell
 GOLDEN: list[tuple[list[str], str]] = [
     (["status"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-\n"),
     (["status", "-o", "raw"], "version\t0.1.0\nkeys\t0\nready\tyes\nmemory.rss_bytes\t7\nmemory.peak\t-"),
-    (
-        ["status", "-o", "jsonl"],
-        '{"version": "0.1.0", "keys": 0, "ready": true, "memory": {"rss_bytes": 7, "peak": null}}\n',
-    ),
-    (
-        ["status", "-o", "table"],
-        "version           0.1.0\nkeys              0\nready             yes\n"
-        "memory.rss_bytes  7 B\nmemory.peak       -\n",
-    ),
+    (["status", "-o", "jsonl"],
+     '{"version": "0.1.0", "keys": 0, "ready": true, "memory": {"rss_bytes": 7, "peak": null}}\n'),
+    (["status", "-o", "table"],
+     "version           0.1.0\nkeys              0\nready             yes\n"
+     "memory.rss_bytes  7 B\nmemory.peak       -\n"),
     (["nodes"], "node\taddress\tup\tlag_ms\nn1\t127.0.0.1:5000\tyes\t0.5\nn2\t127.0.0.1:5001\tno\t-\n"),
-    (
-        ["nodes", "-o", "table"],
-        "node  address         up   lag_ms\n----  --------------  ---  ------\n"
-        "n1    127.0.0.1:5000  yes  0.5 ms\nn2    127.0.0.1:5001  no   -\n",
-    ),
-    (
-        ["nodes", "-o", "jsonl"],
-        '{"node": "n1", "address": "127.0.0.1:5000", "up": true, "lag_ms": 0.5}\n'
-        '{"node": "n2", "address": "127.0.0.1:5001", "up": false, "lag_ms": null}\n',
-    ),
+    (["nodes", "-o", "table"],
+     "node  address         up   lag_ms\n----  --------------  ---  ------\n"
+     "n1    127.0.0.1:5000  yes  0.5 ms\nn2    127.0.0.1:5001  no   -\n"),
+    (["nodes", "-o", "jsonl"],
+     '{"node": "n1", "address": "127.0.0.1:5000", "up": true, "lag_ms": 0.5}\n'
+     '{"node": "n2", "address": "127.0.0.1:5001", "up": false, "lag_ms": null}\n'),
     (["where", "{a}b"], f"shard\tin_sync\tkeys\n{shard_of(b'a', 64)}\tn1; n2\t{shard_of(b'a', 64) * 10}\n"),
     (["backup", "b1"], "name\tb1\nkeys\t0\n"),
     (["backup", "b1", "-o", "jsonl"], '{"name": "b1", "keys": 0}\n'),
@@ -40,7 +32,7 @@ GOLDEN: list[tuple[list[str], str]] = [
     (["restore", "b1"], "name\tb1\nmode\tmerge\nprefix\t-\ndry_run\tno\n"),
     (["restore", "backups/b1/", "replace"], "name\tb1\nmode\treplace\nprefix\t-\ndry_run\tno\n"),
     (["restore", "b1", "merge", "prefix=u:", "dry-run"], "name\tb1\nmode\tmerge\nprefix\tu:\ndry_run\tyes\n"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "out"), GOLDEN, ids=[" ".join(row[0]) for row in GOLDEN])

@@ -14,12 +14,9 @@ def shell() -> Shell:
     """A shell over a cluster with a few keys."""
     shell = Shell()
     for key, value, ttl in (
-        (b"a", b"1", None),
-        (b"hits", b"41", None),
-        (b"user:1", b"Ada", None),
-        (b"user:2", "Zoë\tTab".encode(), 59.998),
-        (b"user:\xff", b"\x00\xfe\\\n", None),
-    ):
+        (b"a", b"1", None), (b"hits", b"41", None), (b"user:1", b"Ada", None),
+        (b"user:2", "Zoë\tTab".encode(), 59.998), (b"user:\xff", b"\x00\xfe\\\n", None),
+    ):  # fmt: skip
         shell.client._set(key, value, ttl)
     return shell
 
@@ -82,26 +79,20 @@ GOLDEN: list[tuple[list[str], int, str]] = [
     (["scan", "none", "-o", "json"], 0, "[]\n"),
     (["scan", "none", "-o", "table"], 0, "0 pairs\n"),
     (["scan", "a", "keys", "-o", "table"], 0, "key\n---\na\n1 key\n"),
-    (
-        ["scan", "user:", "-o", "json"],
-        0,
+    (["scan", "user:", "-o", "json"], 0,
         '[\n{"key": "user:1", "value": "Ada", "rev": 3},\n'
         '{"key": "user:2", "value": "Zoë\\tTab", "rev": 4, "ttl_ms": 59998},\n'
-        '{"key_b64": "dXNlcjr/", "value_b64": "AP5cCg==", "rev": 5}\n]\n',
-    ),
-    (
-        ["scan", "user:", "limit=2", "-o", "table"],
-        0,
+        '{"key_b64": "dXNlcjr/", "value_b64": "AP5cCg==", "rev": 5}\n]\n'),
+    (["scan", "user:", "limit=2", "-o", "table"], 0,
         "key     rev  ttl     value\n------  ---  ------  --------\nuser:1  3    -       Ada\n"
-        "user:2  4    59.998  Zoë\\tTab\n2 pairs\n",
-    ),
+        "user:2  4    59.998  Zoë\\tTab\n2 pairs\n"),
     (["delete-prefix", "user:", "dry-run"], 0, "3\n"),
     (["delete-prefix", "user:", "yes"], 0, "3\n"),
     (["delete-prefix", "user:", "yes", "max=3", "-o", "json"], 0, '{"matched": 3, "deleted": 3}\n'),
     (["delete-prefix", "none", "yes"], 0, "0\n"),
     (["delete-prefix", '""', "all", "yes"], 0, "5\n"),
     (["delete-prefix", "user:", "dry-run", "-o", "json"], 0, '{"matched": 3, "deleted": 0}\n'),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "code", "out"), GOLDEN, ids=[" ".join(row[0]) for row in GOLDEN])

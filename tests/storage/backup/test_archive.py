@@ -5,7 +5,7 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -72,31 +72,6 @@ def refused(directory: Path) -> str:
     with pytest.raises(DataError) as caught:
         archive.verify(directory)
     return str(caught.value)
-
-
-def edit_lines(path: Path, edit: str) -> None:
-    """Changes lines of a file by a name of the table below; line 17 is the one concerned."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    if edit == "swap":
-        lines[15], lines[16] = lines[16], lines[15]
-    elif edit == "repeat":
-        lines.insert(16, lines[15])
-    elif edit == "remove":
-        del lines[16]
-    elif edit == "drop last":
-        del lines[-1]
-    elif edit == "empty line":
-        lines.insert(16, b"\n")
-    elif edit == "value":
-        fields = json.loads(lines[16])
-        lines[16] = json.dumps({**fields, "value": "another"}).encode() + b"\n"
-    elif edit == "rev":
-        lines[16] = re.sub(rb'"rev": \d+', b'"rev": 99999', lines[16])
-    elif edit == "no rev":
-        lines[16] = re.sub(rb', "rev": \d+', b"", lines[16])
-    else:
-        raise AssertionError(edit)
-    path.write_bytes(b"".join(lines))
 
 
 # --- making and reading -------------------------------------------------------------------------------
@@ -245,20 +220,38 @@ def test_missing_and_surplus_files(backup: Path) -> None:
     assert refused(backup) == f"{backup}/node-n2.jsonl: the file is missing"
 
 
-@pytest.mark.parametrize(("edit", "sentence"), [
-    ("swap", r', line 17: key ".*" is not above ".*" of the line before$'),
-    ("repeat", r', line 17: key ".*" is there twice$'),
-    ("remove", r": has \d+ pairs, the manifest has \d+; the first difference is in lines 1-100$"),
-    ("empty line", r", line 17: not JSON"),
-    ("value", r", line .*\b17\b.*: damaged: the sha256 of the file is \w{64}, .* \w{64} \(shard \d+\)$"),
-    ("rev", r", line .*\b17\b.*: damaged: the sha256"),
-    ("no rev", r', line 17: "rev" is missing'),
-    ("drop last", r", line \d+: the file ends before it, the manifest has \d+ pairs$"),
-])  # fmt: skip
-def test_edited_lines(backup: Path, edit: str, sentence: str) -> None:
+Edit = Callable[[list[bytes]], list[bytes]]  # of the lines of a file; line 17 is the one concerned
+EDITS: dict[str, tuple[Edit, str]] = {
+    "swap": (lambda lines: [*lines[:15], lines[16], lines[15], *lines[17:]],
+             r', line 17: key ".*" is not above ".*" of the line before$'),
+    "repeat": (lambda lines: [*lines[:16], *lines[15:]], r', line 17: key ".*" is there twice$'),
+    "remove": (lambda lines: [*lines[:16], *lines[17:]],
+               r": has \d+ pairs, the manifest has \d+; the first difference is in lines 1-100$"),
+    "empty line": (lambda lines: [*lines[:16], b"\n", *lines[16:]], r", line 17: not JSON"),
+    "value": (lambda lines: replaced(lines, json.dumps({**json.loads(lines[16]), "value": "another"}).encode() + b"\n"),
+              r", line .*\b17\b.*: damaged: the sha256 of the file is \w{64}, .* \w{64} \(shard \d+\)$"),
+    "rev": (lambda lines: replaced(lines, re.sub(rb'"rev": \d+', b'"rev": 99999', lines[16])),
+            r", line .*\b17\b.*: damaged: the sha256"),
+    "no rev": (lambda lines: replaced(lines, re.sub(rb', "rev": \d+', b"", lines[16])), r', line 17: "rev" is missing'),
+    "drop last": (lambda lines: lines[:-1], r", line \d+: the file ends before it, the manifest has \d+ pairs$"),
+}  # fmt: skip
+
+
+def replaced(lines: list[bytes], line: bytes) -> list[bytes]:
+    """The lines with another line 17."""
+    return [*lines[:16], line, *lines[17:]]
+
+
+def edit_lines(path: Path, edit: str) -> None:
+    """Change the lines of a file."""
+    path.write_bytes(b"".join(EDITS[edit][0](path.read_bytes().splitlines(keepends=True))))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_lines(backup: Path, edit: str) -> None:
     """What an editor or a careless tool may do to a file, named by file and line."""
     edit_lines(backup / "node-n2.jsonl", edit)
-    assert re.match(re.escape(f"{backup}/node-n2.jsonl") + sentence, refused(backup)), refused(backup)
+    assert re.match(re.escape(f"{backup}/node-n2.jsonl") + EDITS[edit][1], refused(backup)), refused(backup)
 
 
 def test_a_pair_of_another_file(backup: Path) -> None:
