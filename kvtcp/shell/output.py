@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import IO, Any, BinaryIO, Final, Generic, TypeVar
 
@@ -211,16 +212,16 @@ def _pair_row(entry: Entry[bytes]) -> tuple[str, ...]:
     return escape(entry.key), str(entry.rev), "-" if entry.ttl is None else number(entry.ttl), escape(entry.value)
 
 
-class PageWriter(Generic[T, S]):
+class PageWriter(ABC, Generic[T, S]):
     """Write a stream: `page` for some items at a time, then `finish`. `show` makes text or bytes of one item."""
 
     def __init__(self, output: Output, show: Callable[[T], S]) -> None:
         self.output = output
         self._show = show
 
+    @abstractmethod
     def page(self, items: Sequence[T]) -> None:
         """Write some items, at least one."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """End the stream."""
