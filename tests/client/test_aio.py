@@ -26,17 +26,10 @@ from kvtcp import (
     RequestError,
     Unavailable,
     codecs,
+    constants,
 )
 from kvtcp.client.administration import LossAccepted, Move, NodeChange, Rebalance
 from kvtcp.client.channel import backoff_s
-from kvtcp.constants import (
-    CLIENT_BACKOFF_MAX_MS,
-    CLIENT_CHUNK_KEYS_MAX,
-    CLIENT_OUTSTANDING_BYTES_MAX,
-    KEY_BYTES_MAX,
-    MIB,
-    VALUE_BYTES_MAX,
-)
 from kvtcp.errors import Code
 from kvtcp.node.server import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
@@ -236,8 +229,8 @@ async def test_codecs_and_their_errors(server: FakeServer) -> None:
     (lambda kv: kv.get(""), "must not be empty"),
     (lambda kv: kv.get(5), "must be bytes or text, not int"),
     (lambda kv: kv.get("\ud800"), "lone surrogate"),
-    (lambda kv: kv.put("k" * (KEY_BYTES_MAX + 1), b""), f"limit of {KEY_BYTES_MAX} bytes"),
-    (lambda kv: kv.put("k", bytes(VALUE_BYTES_MAX + 1)), f"the limit is {VALUE_BYTES_MAX}"),
+    (lambda kv: kv.put("k" * (constants.KEY_BYTES_MAX + 1), b""), f"limit of {constants.KEY_BYTES_MAX} bytes"),
+    (lambda kv: kv.put("k", bytes(constants.VALUE_BYTES_MAX + 1)), f"the limit is {constants.VALUE_BYTES_MAX}"),
     (lambda kv: kv.put("k", 5), "must be bytes or text, not int"),
     (lambda kv: kv.put("k", b"", ttl=0), "ttl must be over 0"),
     (lambda kv: kv.put("k", b"", ttl=math.nan), "ttl must be over 0"),
@@ -661,7 +654,7 @@ def test_backoff() -> None:
     bounds = [backoff_s(failures, 1.0) for failures in range(1, 12)]
     assert bounds == sorted(bounds)
     assert bounds[1] == 2 * bounds[0]
-    assert bounds[-1] == backoff_s(10_000, 1.0) == CLIENT_BACKOFF_MAX_MS / 1000
+    assert bounds[-1] == backoff_s(10_000, 1.0) == constants.CLIENT_BACKOFF_MAX_MS / 1000
     assert backoff_s(5, 0.0) == 0
 
 
@@ -672,7 +665,7 @@ async def test_outstanding_bytes_are_bounded(kv: AsyncClient[bytes], server: Fak
     """When too much is unanswered callers wait, in turn, and go on when answers come."""
     calls = 30
     server.on(b"put", *[server.hold] * calls)
-    value = bytes(MIB)
+    value = bytes(constants.MIB)
     tasks = [asyncio.create_task(kv.put(f"k{i:02}", value, timeout=30)) for i in range(calls)]
     connection = connection_of(kv)
     peak = 0
@@ -680,7 +673,8 @@ async def test_outstanding_bytes_are_bounded(kv: AsyncClient[bytes], server: Fak
         peak = max(peak, connection._core.outstanding_bytes)
         server.release()
         await asyncio.sleep(0.001)
-    assert CLIENT_OUTSTANDING_BYTES_MAX / 2 < peak <= CLIENT_OUTSTANDING_BYTES_MAX + MIB + 100
+    bound = constants.CLIENT_OUTSTANDING_BYTES_MAX
+    assert bound / 2 < peak <= bound + constants.MIB + 100
     assert [task.result() for task in tasks] == list(range(1, calls + 1))  # first come, first served
 
 
@@ -689,7 +683,7 @@ async def test_a_socket_that_takes_no_more() -> None:
     loop = asyncio.get_running_loop()
     async with silent_peer() as (kv, peer):
         connection = connection_of(kv)
-        first = [asyncio.create_task(kv.put(f"k{i}", bytes(4 * MIB), timeout=30)) for i in range(2)]
+        first = [asyncio.create_task(kv.put(f"k{i}", bytes(4 * constants.MIB), timeout=30)) for i in range(2)]
         await until(lambda: not connection.has_room)
         waiting = [asyncio.create_task(kv.put(f"w{i}", b"", timeout=30)) for i in range(3)]
         with pytest.raises(Unavailable, match="took no more data within"):
@@ -711,7 +705,7 @@ async def test_close_does_not_wait_for_a_peer_that_reads_nothing(monkeypatch: py
     """What is still in the socket's buffer gets a while to leave, then the connection is dropped."""
     monkeypatch.setattr("kvtcp.client.channel.CLIENT_CLOSE_MS", 50)
     async with silent_peer() as (kv, _):
-        calls = [asyncio.create_task(kv.put(f"k{i}", bytes(7 * MIB), timeout=30)) for i in range(3)]
+        calls = [asyncio.create_task(kv.put(f"k{i}", bytes(7 * constants.MIB), timeout=30)) for i in range(3)]
         await asyncio.sleep(0.01)  # sleeps: the socket takes what it can; nothing shows when it is full
         await asyncio.wait_for(kv.close(), 5)
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -723,10 +717,10 @@ async def test_close_does_not_wait_for_a_peer_that_reads_nothing(monkeypatch: py
 
 async def test_many_keys(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """Results come in the order of the keys; large batches go in several requests; ttl per item or for all."""
-    keys = 2 * CLIENT_CHUNK_KEYS_MAX + 5
+    keys = 2 * constants.CLIENT_CHUNK_KEYS_MAX + 5
     revs = await kv.put_many((f"k{i:05}", str(i)) for i in range(keys))
     assert sorted(revs) == list(range(1, keys + 1))
-    assert [len(message[2]) for message in server.seen(b"mput")] == [CLIENT_CHUNK_KEYS_MAX] * 2 + [5]
+    assert [len(message[2]) for message in server.seen(b"mput")] == [constants.CLIENT_CHUNK_KEYS_MAX] * 2 + [5]
     assert await kv.get_many(["k00007", "none", "k02004"]) == [b"7", None, b"2004"]
     entries = await kv.get_many_entries(["none", "k00007"])
     assert entries == [None, Entry(b"k00007", b"7", revs[7], None)]
@@ -739,7 +733,7 @@ async def test_many_keys(kv: AsyncClient[bytes], server: FakeServer) -> None:
 
 async def test_chunks_by_bytes(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """Requests stay near 1 MiB; a larger value travels alone."""
-    sizes = [400_000, 400_000, 400_000, 3 * MIB, 10]
+    sizes = [400_000, 400_000, 400_000, 3 * constants.MIB, 10]
     assert len(await kv.put_many({f"k{i}": bytes(n) for i, n in enumerate(sizes)})) == 5
     assert [len(message[2]) for message in server.seen(b"mput")] == [2, 1, 1, 1]
 
@@ -838,7 +832,7 @@ async def test_batch_that_fails_as_a_whole(kv: AsyncClient[bytes], server: FakeS
     server.on(b"mput", fake_server.error(Code.UNKNOWN))
     with pytest.raises(OutcomeUnknown):
         await kv.put_many({"a": b"1", "b": b"2"})
-    keys = 30 * CLIENT_CHUNK_KEYS_MAX
+    keys = 30 * constants.CLIENT_CHUNK_KEYS_MAX
     server.on(b"mput", *[fake_server.error(Code.UNKNOWN)] * 100)
     before = len(server.seen(b"mput"))
     with pytest.raises(BatchError) as caught:
@@ -870,7 +864,8 @@ async def test_answers_that_do_not_fit_are_asked_for_in_parts(kv: AsyncClient[by
 async def test_cancelled_batch(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """Cancelling a batch of several requests starts no more of them and leaves no task behind."""
     server.on(b"mput", *[server.hold] * 100)
-    call = asyncio.create_task(kv.put_many({f"k{i}": b"" for i in range(20 * CLIENT_CHUNK_KEYS_MAX)}, timeout=30))
+    pairs = {f"k{i}": b"" for i in range(20 * constants.CLIENT_CHUNK_KEYS_MAX)}
+    call = asyncio.create_task(kv.put_many(pairs, timeout=30))
     await until(lambda: len(server.held) == 8)
     call.cancel()
     await asyncio.wait([call])
