@@ -14,20 +14,7 @@ import pytest
 import pytest_asyncio
 
 import kvtcp
-from kvtcp import (
-    AsyncClient,
-    BatchError,
-    DataError,
-    Entry,
-    KeyExists,
-    Mismatch,
-    OutcomeUnknown,
-    ProtocolError,
-    RequestError,
-    Unavailable,
-    codecs,
-    constants,
-)
+from kvtcp import AsyncClient, Entry, OutcomeUnknown, RequestError, Unavailable, constants
 from kvtcp.client.administration import LossAccepted, Move, NodeChange, Rebalance
 from kvtcp.client.channel import backoff_s
 from kvtcp.errors import Code
@@ -97,11 +84,11 @@ async def test_one_key(kv: AsyncClient[bytes]) -> None:
     rev = await kv.put("a", "Zoë")
     assert await kv.get(b"a") == "Zoë".encode()
     assert await kv.get_entry("a") == Entry(b"a", "Zoë".encode(), rev, None)
-    with pytest.raises(KeyExists) as exists:
+    with pytest.raises(kvtcp.KeyExists) as exists:
         await kv.add("a", b"x")
     assert exists.value.details["rev"] == rev
     assert await kv.add("b", b"x") == rev + 1
-    with pytest.raises(Mismatch) as mismatch:
+    with pytest.raises(kvtcp.Mismatch) as mismatch:
         await kv.cas("a", b"y", if_rev=rev + 9)
     assert mismatch.value.rev == rev
     new = await kv.cas("a", b"y", if_rev=rev)
@@ -211,7 +198,7 @@ async def test_connect_by_await(server: FakeServer) -> None:
 
 async def test_codecs_and_their_errors(server: FakeServer) -> None:
     """Values pass through the codec in every operation; what does not fit names the key."""
-    async with kvtcp.connect(server.url, codec=codecs.json) as kv:
+    async with kvtcp.connect(server.url, codec=kvtcp.codecs.json) as kv:
         await kv.put("a", {"x": [1, None]})
         assert await kv.get("a") == {"x": [1, None]}
         assert await kv.delete("a", if_value={"x": [1, None]}) is True
@@ -221,7 +208,7 @@ async def test_codecs_and_their_errors(server: FakeServer) -> None:
         with pytest.raises(RequestError, match='value of "b" cannot be stored as JSON'):
             await kv.put("b", object())
         server.do_put(b"bad", b"{", None, False)
-        with pytest.raises(DataError, match='value of "bad" is not JSON'):
+        with pytest.raises(kvtcp.DataError, match='value of "bad" is not JSON'):
             await kv.get("bad")
 
 
@@ -551,7 +538,7 @@ async def test_refused_hello(server: FakeServer) -> None:
 async def test_not_a_kvtcp_server(server: FakeServer, answer: bytes) -> None:
     """Another protocol on the port is a ProtocolError, at once."""
     server.on(b"hello", fake_server.garbage(answer))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kvtcp.connect(server.url)
     await until(lambda: not server.connections)
 
@@ -559,7 +546,7 @@ async def test_not_a_kvtcp_server(server: FakeServer, answer: bytes) -> None:
 async def test_hello_with_another_answer(server: FakeServer) -> None:
     """An answer to hello without the fields of hello is a ProtocolError."""
     server.on(b"hello", fake_server.reply(0, {"server": "x"}))
-    with pytest.raises(ProtocolError, match="answer to hello"):
+    with pytest.raises(kvtcp.ProtocolError, match="answer to hello"):
         await kvtcp.connect(server.url)
 
 
@@ -569,11 +556,11 @@ async def test_garbage_from_the_server(kv: AsyncClient[bytes], server: FakeServe
     server.on(b"get", fake_server.garbage(b"\xce\x00\x00\x00\x03\xc1\xc1\xc1"))
     write = asyncio.create_task(kv.put("a", b"1"))
     await until(lambda: server.held)
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kv.get("a")
     with pytest.raises(OutcomeUnknown) as caught:
         await write
-    assert isinstance(caught.value.__cause__, ProtocolError)
+    assert isinstance(caught.value.__cause__, kvtcp.ProtocolError)
     server.release()
     assert await kv.get("a") == b"1"
     assert server.accepted == 2
@@ -583,13 +570,13 @@ async def test_garbage_from_the_server(kv: AsyncClient[bytes], server: FakeServe
 async def test_result_of_another_form(kv: AsyncClient[bytes], server: FakeServer, result: Any) -> None:
     """A result that is not what the operation promises is a ProtocolError, never a wrong value."""
     server.on(b"get", fake_server.reply(0, result))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kv.get("a")
     server.on(b"scan", fake_server.reply(0, [[result], None]))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         [pair async for pair in kv.scan()]
     server.on(b"mget", fake_server.reply(0, result))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kv.get_many(["a", "b", "c", "d"])
 
 
@@ -750,7 +737,7 @@ async def test_items_that_stay_refused(kv: AsyncClient[bytes], server: FakeServe
     """Items that are refused until the timeout end with the server's words; the others have their results."""
     refused = [int(Code.SHARD_DOWN), "shard 3 is down", {}]
     server.script[b"put item"].extend([None, *[refused] * 1000])  # type: ignore[list-item]
-    with takes(0, 2.0), pytest.raises(BatchError, match="shard 3 is down") as caught:
+    with takes(0, 2.0), pytest.raises(kvtcp.BatchError, match="shard 3 is down") as caught:
         await kv.put_many({"a": b"1", "b": b"2"}, timeout=0.2)
     assert caught.value.results[0] == 1
     assert isinstance(caught.value.results[1], Unavailable)
@@ -811,7 +798,7 @@ async def test_many_keys_with_a_missing_node() -> None:
 async def test_batch_error(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """When some keys fail, BatchError has a result or an error for each, in order."""
     server.script[b"put item"].extend([None, [int(Code.UNKNOWN), "lost", {}]])  # type: ignore[list-item]
-    with pytest.raises(BatchError, match="1 of 3 keys failed, the first with: lost") as caught:
+    with pytest.raises(kvtcp.BatchError, match="1 of 3 keys failed, the first with: lost") as caught:
         await kv.put_many({"a": b"1", "b": b"2", "c": b"3"})
     first, second, third = caught.value.results
     assert (first, third) == (1, 2)
@@ -821,7 +808,7 @@ async def test_batch_error(kv: AsyncClient[bytes], server: FakeServer) -> None:
 async def test_batch_with_repeated_keys_keeps_its_order(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """When a key comes twice nothing is repeated: the later value must not be overwritten by the earlier."""
     server.script[b"put item"].append([int(Code.SHARD_DOWN), "down", {}])  # type: ignore[arg-type]
-    with pytest.raises(BatchError) as caught:
+    with pytest.raises(kvtcp.BatchError) as caught:
         await kv.put_many([("a", b"1"), ("a", b"2")])
     assert isinstance(caught.value.results[0], Unavailable)
     assert await kv.get("a") == b"2"
@@ -835,7 +822,7 @@ async def test_batch_that_fails_as_a_whole(kv: AsyncClient[bytes], server: FakeS
     keys = 30 * constants.CLIENT_CHUNK_KEYS_MAX
     server.on(b"mput", *[fake_server.error(Code.UNKNOWN)] * 100)
     before = len(server.seen(b"mput"))
-    with pytest.raises(BatchError) as caught:
+    with pytest.raises(kvtcp.BatchError) as caught:
         await kv.put_many({f"k{i}": b"" for i in range(keys)})
     assert len(server.seen(b"mput")) - before < 30
     kinds = [type(result) for result in caught.value.results]

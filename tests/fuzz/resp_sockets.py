@@ -1,6 +1,6 @@
 """Fuzzer of running servers: `python -m tests.fuzz.resp_sockets [inputs] [seed]`, 20,000 connections by default.
 
-Each connection sends random streams of the Redis protocol (fuzz_resp.py) in pieces; some are half-closed and read to
+Each connection sends random streams of the Redis protocol (resp.py) in pieces; some are half-closed and read to
 the end, some are cut off, some are just closed. Meanwhile a healthy client writes and reads, and at the end the
 coordinator is up, holds nothing, and held little all the time.
 """

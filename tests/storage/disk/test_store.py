@@ -245,8 +245,7 @@ def test_the_same_uuids(disk: CrashDisk, first: str, boot: str, clean: bool) -> 
 
 
 def test_from_os_to_sync_and_back(disk: CrashDisk) -> None:
-    """After a start in mode sync everything is on the disk, whatever the mode before: the mode of the last process
-    counts."""
+    """After a start in mode sync everything is on the disk: the mode of the last process counts."""
     worked(disk, durability="os")
     store = tools.open_small(disk, durability="sync", seed=1)
     assert disks(tools.open_small(disk, durability="os", boot="boot 2", seed=2)) == disks(store)
