@@ -30,7 +30,7 @@ UNTESTED: dict[str, str] = {
     "kvtcp/client/channel.py": "the connection under the asynchronous client: test_aio.py drives all of it",
     "kvtcp/client/loop_thread.py": "the loop under the synchronous client: test_sync.py drives all of it",
     "kvtcp/_version.py": "one assignment",
-    "kvtcp/cluster/memory_store.py": "test_config_store_store.py runs the contract of all stores on it",
+    "kvtcp/cluster/memory_store.py": "test_store.py runs the contract of all stores on it",
     "kvtcp/testing/asyncio_fixtures.py": "one fixture; the tests of the plugin use it",
 }
 
@@ -378,3 +378,11 @@ def test_tests_do_not_sleep() -> None:
             if sleeps and "# sleeps:" not in lines[node.lineno - 1]:
                 complaints.append(f"{name}:{node.lineno}")
     assert not complaints
+
+
+def test_files_that_are_named_exist() -> None:
+    """A header or a comment that names a module names one that is there."""
+    there = [f"/{name}" for folder in (PACKAGE, TESTS, ROOT / "bench") for name in sources(folder)]
+    file = re.compile(r"(?<![\w./-])((?:\w+/)*[a-z_0-9]+\.py)\b")
+    named = {(name, each) for name, text in sources(PACKAGE).items() for each in file.findall(text)}
+    assert not {(name, each) for name, each in named if not any(path.endswith(f"/{each}") for path in there)}

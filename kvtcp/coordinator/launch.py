@@ -6,7 +6,7 @@ was. The second acts: nodes are spawned or adopted, and asked what they promised
 are linked and made equal; then clients are let in. If it fails half-way what was spawned is stopped again, and what was
 adopted runs on, for it may have the only copy of something; a signal stops all.
 
-With --recover-map a map.json that was lost is made again before all that (recover_map.py).
+With --recover-map a map.json that was lost is made again before all that (rebuild_map.py).
 
 A stop: no new clients, open requests answered (DRAIN_MS at most), nodes told to stop and waited for.
 """

@@ -1,6 +1,6 @@
 """Settings: what `kvtcp-coordinator` was asked for, and what it makes of that: the nodes and the shape of a cluster.
 
-No I/O: the command line is parsed in coordinator_main.py, and launch.py acts. The values of a cluster that are in its
+No I/O: the command line is parsed in main.py, and launch.py acts. The values of a cluster that are in its
 map win over defaults; a flag that contradicts them is a StartError, one sentence that names the flag.
 """
 

@@ -1,6 +1,6 @@
 """The replica: the core of a node. Batches in, results and log entries out.
 
-Pure: the node's server feeds it frames and writes what it returns. On top of the copies of the node (copy_set.py) it
+Pure: the node's server feeds it frames and writes what it returns. On top of the copies of the node (copies.py) it
 applies the items of a batch strictly in order, writes and reads alike, which is what makes a read see exactly the
 writes queued before it. What a batch wrote is handed over as log entries (`take_logged`): the server makes them durable
 before it acknowledges the batch. Entries are also kept here until the coordinator says that they are committed, and for

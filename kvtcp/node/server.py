@@ -1,8 +1,8 @@
 """The node's server: a port, a disk, and the process around the core of a node.
 
 I/O shell: it performs what the NodeCore decides. It listens on one port, and at a Unix socket for callers on the same
-machine; connections are in node_connection.py, the disk in durability.py, transfers in donations.py and pulls.py,
-backups in backup_job.py. It implements the `NodeProcess` of the core.
+machine; connections are in connection.py, the disk in durability.py, transfers in donor.py and puller.py,
+backups in backup.py. It implements the `NodeProcess` of the core.
 
 An exception while applying, or an error of the disk, ends the process without another acknowledgement.
 """

@@ -3,8 +3,6 @@
 Monotonic time, for deadlines, is that of the event loop.
 """
 
-from __future__ import annotations
-
 import time
 
 

@@ -1,6 +1,6 @@
 """All clients together: how many there may be, what they may make the coordinator hold, and how they end.
 
-test_bad_input.py and test_resp_session.py run the same rules on real sockets.
+test_bad_input.py and resp/test_session.py run the same rules on real sockets.
 """
 
 from __future__ import annotations

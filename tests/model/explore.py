@@ -4,7 +4,7 @@
 
 Each scope of the full rules must hold ("exhausted", or "cap" if it ran into the cap), each mutant (a rule taken away)
 must be caught, and each goal must be reached, so that what is explored is not empty. The shortest trace is printed.
-Exit status 1 if anything is otherwise. The steps are in replication_model_rules.py; docs/replication.md has the rules
+Exit status 1 if anything is otherwise. The steps are in rules.py; docs/replication.md has the rules
 for readers, with the mutants beside them.
 
 What is modelled: three or four nodes, two coordinators, a config store with compare-and-set, an operator. Nothing ever

@@ -1,7 +1,7 @@
 """The steps of the replication model: what coordinators, nodes, the config store and an operator may do next.
 
 `Rules(scope).successors(state)` gives every state that may follow, as (label, state); a step that breaks a property
-raises Violation. The rules, the properties and what is left out are told in replication_model.py, which searches;
+raises Violation. The rules, the properties and what is left out are told in explore.py, which searches;
 `mutant` names the one rule that is taken away.
 
 A state is made of tuples alone. A log is a tuple of entries, an entry is epoch * 10 + its index in the script of

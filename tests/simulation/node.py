@@ -1,7 +1,7 @@
 """A node of a simulation: the product's core of a node, moved as the node's server moves it.
 
-This is the counterpart of node/server.py and node_connection.py, and decides nothing: frames go to the NodeCore, and
-what that wants is performed on a disk of the simulation (simulation_disk.py), on connections that sometimes take
+This is the counterpart of node/server.py and node/connection.py, and decides nothing: frames go to the NodeCore, and
+what that wants is performed on a disk of the simulation (disk.py), on connections that sometimes take
 nothing for a while, and by transfers of copies over connections of their own.
 """
 

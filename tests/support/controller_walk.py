@@ -2,7 +2,7 @@
 
     python -m tests.support.controller_walk [SEEDS] [FIRST]
 
-The simulation (simulation.py) has a network, disks and clients with their time. Here every single frame and outcome of
+The simulation has a network, disks and clients with their time. Here every single frame and outcome of
 the config store may come at any moment, also between any two others, links break wherever they are, and administrative
 requests cross each other. The cores check themselves after every step, the world checks every map that is stored.
 

@@ -1,7 +1,7 @@
 """JSON backups: readable files of the whole cluster at one point in time, published whole or not at all.
 
-    backups/<name>/node-<id>.jsonl      one JSON line per pair, sorted by key (backup_file.py)
-    backups/<name>/manifest.json        the cut and the sums of all files (backup_manifest.py)
+    backups/<name>/node-<id>.jsonl      one JSON line per pair, sorted by key (file.py)
+    backups/<name>/manifest.json        the cut and the sums of all files (manifest.py)
     backups/.<name>.tmp/                the same, unfinished; never read
 
 The coordinator calls, in this order: `begin_backup`; every node writes its file into the temporary directory with
