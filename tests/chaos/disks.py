@@ -38,8 +38,7 @@ def rows_of(copy: Copy) -> dict[str, str]:
 def read_members(
     cluster_map: dict[str, Any], directory_of: Callable[[str], Path]
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """What the members hold in all, in each version that there is, and what is broken: one version and nothing if
-    all is well."""
+    """What the members hold in all, by version, and what is broken: one version and nothing if all is well."""
     copies = {node: read_copies(directory_of(node)) for node in cluster_map["nodes"]}
     broken: list[str] = []
     by_shard: list[list[dict[str, str]]] = []  # the different contents of each shard

@@ -14,29 +14,9 @@ import pytest
 import pytest_asyncio
 
 import kvtcp
-from kvtcp import (
-    AsyncClient,
-    BatchError,
-    DataError,
-    Entry,
-    KeyExists,
-    Mismatch,
-    OutcomeUnknown,
-    ProtocolError,
-    RequestError,
-    Unavailable,
-    codecs,
-)
+from kvtcp import AsyncClient, Entry, OutcomeUnknown, RequestError, Unavailable, constants
 from kvtcp.client.administration import LossAccepted, Move, NodeChange, Rebalance
 from kvtcp.client.channel import backoff_s
-from kvtcp.constants import (
-    CLIENT_BACKOFF_MAX_MS,
-    CLIENT_CHUNK_KEYS_MAX,
-    CLIENT_OUTSTANDING_BYTES_MAX,
-    KEY_BYTES_MAX,
-    MIB,
-    VALUE_BYTES_MAX,
-)
 from kvtcp.errors import Code
 from kvtcp.node.server import NodeServer
 from kvtcp.testing.local_cluster import LocalCluster
@@ -104,11 +84,11 @@ async def test_one_key(kv: AsyncClient[bytes]) -> None:
     rev = await kv.put("a", "Zoë")
     assert await kv.get(b"a") == "Zoë".encode()
     assert await kv.get_entry("a") == Entry(b"a", "Zoë".encode(), rev, None)
-    with pytest.raises(KeyExists) as exists:
+    with pytest.raises(kvtcp.KeyExists) as exists:
         await kv.add("a", b"x")
     assert exists.value.details["rev"] == rev
     assert await kv.add("b", b"x") == rev + 1
-    with pytest.raises(Mismatch) as mismatch:
+    with pytest.raises(kvtcp.Mismatch) as mismatch:
         await kv.cas("a", b"y", if_rev=rev + 9)
     assert mismatch.value.rev == rev
     new = await kv.cas("a", b"y", if_rev=rev)
@@ -218,7 +198,7 @@ async def test_connect_by_await(server: FakeServer) -> None:
 
 async def test_codecs_and_their_errors(server: FakeServer) -> None:
     """Values pass through the codec in every operation; what does not fit names the key."""
-    async with kvtcp.connect(server.url, codec=codecs.json) as kv:
+    async with kvtcp.connect(server.url, codec=kvtcp.codecs.json) as kv:
         await kv.put("a", {"x": [1, None]})
         assert await kv.get("a") == {"x": [1, None]}
         assert await kv.delete("a", if_value={"x": [1, None]}) is True
@@ -228,7 +208,7 @@ async def test_codecs_and_their_errors(server: FakeServer) -> None:
         with pytest.raises(RequestError, match='value of "b" cannot be stored as JSON'):
             await kv.put("b", object())
         server.do_put(b"bad", b"{", None, False)
-        with pytest.raises(DataError, match='value of "bad" is not JSON'):
+        with pytest.raises(kvtcp.DataError, match='value of "bad" is not JSON'):
             await kv.get("bad")
 
 
@@ -236,8 +216,8 @@ async def test_codecs_and_their_errors(server: FakeServer) -> None:
     (lambda kv: kv.get(""), "must not be empty"),
     (lambda kv: kv.get(5), "must be bytes or text, not int"),
     (lambda kv: kv.get("\ud800"), "lone surrogate"),
-    (lambda kv: kv.put("k" * (KEY_BYTES_MAX + 1), b""), f"limit of {KEY_BYTES_MAX} bytes"),
-    (lambda kv: kv.put("k", bytes(VALUE_BYTES_MAX + 1)), f"the limit is {VALUE_BYTES_MAX}"),
+    (lambda kv: kv.put("k" * (constants.KEY_BYTES_MAX + 1), b""), f"limit of {constants.KEY_BYTES_MAX} bytes"),
+    (lambda kv: kv.put("k", bytes(constants.VALUE_BYTES_MAX + 1)), f"the limit is {constants.VALUE_BYTES_MAX}"),
     (lambda kv: kv.put("k", 5), "must be bytes or text, not int"),
     (lambda kv: kv.put("k", b"", ttl=0), "ttl must be over 0"),
     (lambda kv: kv.put("k", b"", ttl=math.nan), "ttl must be over 0"),
@@ -558,7 +538,7 @@ async def test_refused_hello(server: FakeServer) -> None:
 async def test_not_a_kvtcp_server(server: FakeServer, answer: bytes) -> None:
     """Another protocol on the port is a ProtocolError, at once."""
     server.on(b"hello", fake_server.garbage(answer))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kvtcp.connect(server.url)
     await until(lambda: not server.connections)
 
@@ -566,7 +546,7 @@ async def test_not_a_kvtcp_server(server: FakeServer, answer: bytes) -> None:
 async def test_hello_with_another_answer(server: FakeServer) -> None:
     """An answer to hello without the fields of hello is a ProtocolError."""
     server.on(b"hello", fake_server.reply(0, {"server": "x"}))
-    with pytest.raises(ProtocolError, match="answer to hello"):
+    with pytest.raises(kvtcp.ProtocolError, match="answer to hello"):
         await kvtcp.connect(server.url)
 
 
@@ -576,11 +556,11 @@ async def test_garbage_from_the_server(kv: AsyncClient[bytes], server: FakeServe
     server.on(b"get", fake_server.garbage(b"\xce\x00\x00\x00\x03\xc1\xc1\xc1"))
     write = asyncio.create_task(kv.put("a", b"1"))
     await until(lambda: server.held)
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kv.get("a")
     with pytest.raises(OutcomeUnknown) as caught:
         await write
-    assert isinstance(caught.value.__cause__, ProtocolError)
+    assert isinstance(caught.value.__cause__, kvtcp.ProtocolError)
     server.release()
     assert await kv.get("a") == b"1"
     assert server.accepted == 2
@@ -590,13 +570,13 @@ async def test_garbage_from_the_server(kv: AsyncClient[bytes], server: FakeServe
 async def test_result_of_another_form(kv: AsyncClient[bytes], server: FakeServer, result: Any) -> None:
     """A result that is not what the operation promises is a ProtocolError, never a wrong value."""
     server.on(b"get", fake_server.reply(0, result))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kv.get("a")
     server.on(b"scan", fake_server.reply(0, [[result], None]))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         [pair async for pair in kv.scan()]
     server.on(b"mget", fake_server.reply(0, result))
-    with pytest.raises(ProtocolError):
+    with pytest.raises(kvtcp.ProtocolError):
         await kv.get_many(["a", "b", "c", "d"])
 
 
@@ -661,7 +641,7 @@ def test_backoff() -> None:
     bounds = [backoff_s(failures, 1.0) for failures in range(1, 12)]
     assert bounds == sorted(bounds)
     assert bounds[1] == 2 * bounds[0]
-    assert bounds[-1] == backoff_s(10_000, 1.0) == CLIENT_BACKOFF_MAX_MS / 1000
+    assert bounds[-1] == backoff_s(10_000, 1.0) == constants.CLIENT_BACKOFF_MAX_MS / 1000
     assert backoff_s(5, 0.0) == 0
 
 
@@ -672,7 +652,7 @@ async def test_outstanding_bytes_are_bounded(kv: AsyncClient[bytes], server: Fak
     """When too much is unanswered callers wait, in turn, and go on when answers come."""
     calls = 30
     server.on(b"put", *[server.hold] * calls)
-    value = bytes(MIB)
+    value = bytes(constants.MIB)
     tasks = [asyncio.create_task(kv.put(f"k{i:02}", value, timeout=30)) for i in range(calls)]
     connection = connection_of(kv)
     peak = 0
@@ -680,7 +660,8 @@ async def test_outstanding_bytes_are_bounded(kv: AsyncClient[bytes], server: Fak
         peak = max(peak, connection._core.outstanding_bytes)
         server.release()
         await asyncio.sleep(0.001)
-    assert CLIENT_OUTSTANDING_BYTES_MAX / 2 < peak <= CLIENT_OUTSTANDING_BYTES_MAX + MIB + 100
+    bound = constants.CLIENT_OUTSTANDING_BYTES_MAX
+    assert bound / 2 < peak <= bound + constants.MIB + 100
     assert [task.result() for task in tasks] == list(range(1, calls + 1))  # first come, first served
 
 
@@ -689,7 +670,7 @@ async def test_a_socket_that_takes_no_more() -> None:
     loop = asyncio.get_running_loop()
     async with silent_peer() as (kv, peer):
         connection = connection_of(kv)
-        first = [asyncio.create_task(kv.put(f"k{i}", bytes(4 * MIB), timeout=30)) for i in range(2)]
+        first = [asyncio.create_task(kv.put(f"k{i}", bytes(4 * constants.MIB), timeout=30)) for i in range(2)]
         await until(lambda: not connection.has_room)
         waiting = [asyncio.create_task(kv.put(f"w{i}", b"", timeout=30)) for i in range(3)]
         with pytest.raises(Unavailable, match="took no more data within"):
@@ -711,7 +692,7 @@ async def test_close_does_not_wait_for_a_peer_that_reads_nothing(monkeypatch: py
     """What is still in the socket's buffer gets a while to leave, then the connection is dropped."""
     monkeypatch.setattr("kvtcp.client.channel.CLIENT_CLOSE_MS", 50)
     async with silent_peer() as (kv, _):
-        calls = [asyncio.create_task(kv.put(f"k{i}", bytes(7 * MIB), timeout=30)) for i in range(3)]
+        calls = [asyncio.create_task(kv.put(f"k{i}", bytes(7 * constants.MIB), timeout=30)) for i in range(3)]
         await asyncio.sleep(0.01)  # sleeps: the socket takes what it can; nothing shows when it is full
         await asyncio.wait_for(kv.close(), 5)
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -723,10 +704,10 @@ async def test_close_does_not_wait_for_a_peer_that_reads_nothing(monkeypatch: py
 
 async def test_many_keys(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """Results come in the order of the keys; large batches go in several requests; ttl per item or for all."""
-    keys = 2 * CLIENT_CHUNK_KEYS_MAX + 5
+    keys = 2 * constants.CLIENT_CHUNK_KEYS_MAX + 5
     revs = await kv.put_many((f"k{i:05}", str(i)) for i in range(keys))
     assert sorted(revs) == list(range(1, keys + 1))
-    assert [len(message[2]) for message in server.seen(b"mput")] == [CLIENT_CHUNK_KEYS_MAX] * 2 + [5]
+    assert [len(message[2]) for message in server.seen(b"mput")] == [constants.CLIENT_CHUNK_KEYS_MAX] * 2 + [5]
     assert await kv.get_many(["k00007", "none", "k02004"]) == [b"7", None, b"2004"]
     entries = await kv.get_many_entries(["none", "k00007"])
     assert entries == [None, Entry(b"k00007", b"7", revs[7], None)]
@@ -739,7 +720,7 @@ async def test_many_keys(kv: AsyncClient[bytes], server: FakeServer) -> None:
 
 async def test_chunks_by_bytes(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """Requests stay near 1 MiB; a larger value travels alone."""
-    sizes = [400_000, 400_000, 400_000, 3 * MIB, 10]
+    sizes = [400_000, 400_000, 400_000, 3 * constants.MIB, 10]
     assert len(await kv.put_many({f"k{i}": bytes(n) for i, n in enumerate(sizes)})) == 5
     assert [len(message[2]) for message in server.seen(b"mput")] == [2, 1, 1, 1]
 
@@ -756,7 +737,7 @@ async def test_items_that_stay_refused(kv: AsyncClient[bytes], server: FakeServe
     """Items that are refused until the timeout end with the server's words; the others have their results."""
     refused = [int(Code.SHARD_DOWN), "shard 3 is down", {}]
     server.script[b"put item"].extend([None, *[refused] * 1000])  # type: ignore[list-item]
-    with takes(0, 2.0), pytest.raises(BatchError, match="shard 3 is down") as caught:
+    with takes(0, 2.0), pytest.raises(kvtcp.BatchError, match="shard 3 is down") as caught:
         await kv.put_many({"a": b"1", "b": b"2"}, timeout=0.2)
     assert caught.value.results[0] == 1
     assert isinstance(caught.value.results[1], Unavailable)
@@ -817,7 +798,7 @@ async def test_many_keys_with_a_missing_node() -> None:
 async def test_batch_error(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """When some keys fail, BatchError has a result or an error for each, in order."""
     server.script[b"put item"].extend([None, [int(Code.UNKNOWN), "lost", {}]])  # type: ignore[list-item]
-    with pytest.raises(BatchError, match="1 of 3 keys failed, the first with: lost") as caught:
+    with pytest.raises(kvtcp.BatchError, match="1 of 3 keys failed, the first with: lost") as caught:
         await kv.put_many({"a": b"1", "b": b"2", "c": b"3"})
     first, second, third = caught.value.results
     assert (first, third) == (1, 2)
@@ -827,7 +808,7 @@ async def test_batch_error(kv: AsyncClient[bytes], server: FakeServer) -> None:
 async def test_batch_with_repeated_keys_keeps_its_order(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """When a key comes twice nothing is repeated: the later value must not be overwritten by the earlier."""
     server.script[b"put item"].append([int(Code.SHARD_DOWN), "down", {}])  # type: ignore[arg-type]
-    with pytest.raises(BatchError) as caught:
+    with pytest.raises(kvtcp.BatchError) as caught:
         await kv.put_many([("a", b"1"), ("a", b"2")])
     assert isinstance(caught.value.results[0], Unavailable)
     assert await kv.get("a") == b"2"
@@ -838,10 +819,10 @@ async def test_batch_that_fails_as_a_whole(kv: AsyncClient[bytes], server: FakeS
     server.on(b"mput", fake_server.error(Code.UNKNOWN))
     with pytest.raises(OutcomeUnknown):
         await kv.put_many({"a": b"1", "b": b"2"})
-    keys = 30 * CLIENT_CHUNK_KEYS_MAX
+    keys = 30 * constants.CLIENT_CHUNK_KEYS_MAX
     server.on(b"mput", *[fake_server.error(Code.UNKNOWN)] * 100)
     before = len(server.seen(b"mput"))
-    with pytest.raises(BatchError) as caught:
+    with pytest.raises(kvtcp.BatchError) as caught:
         await kv.put_many({f"k{i}": b"" for i in range(keys)})
     assert len(server.seen(b"mput")) - before < 30
     kinds = [type(result) for result in caught.value.results]
@@ -870,7 +851,8 @@ async def test_answers_that_do_not_fit_are_asked_for_in_parts(kv: AsyncClient[by
 async def test_cancelled_batch(kv: AsyncClient[bytes], server: FakeServer) -> None:
     """Cancelling a batch of several requests starts no more of them and leaves no task behind."""
     server.on(b"mput", *[server.hold] * 100)
-    call = asyncio.create_task(kv.put_many({f"k{i}": b"" for i in range(20 * CLIENT_CHUNK_KEYS_MAX)}, timeout=30))
+    pairs = {f"k{i}": b"" for i in range(20 * constants.CLIENT_CHUNK_KEYS_MAX)}
+    call = asyncio.create_task(kv.put_many(pairs, timeout=30))
     await until(lambda: len(server.held) == 8)
     call.cancel()
     await asyncio.wait([call])

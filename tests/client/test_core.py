@@ -5,17 +5,9 @@ from typing import Any
 
 import pytest
 
+from kvtcp import errors
 from kvtcp.client.core import SILENCE_S, TICKS_PER_S, ConnectionCore
 from kvtcp.constants import FRAME_BYTES_MAX, REQUEST_ID_MAX
-from kvtcp.errors import (
-    Code,
-    KeyExists,
-    KvtcpError,
-    OutcomeUnknown,
-    ProtocolError,
-    RequestError,
-    Unavailable,
-)
 from kvtcp.protocol.framing import FrameDecoder, FrameEncoder
 from kvtcp.protocol.messages import Kind
 
@@ -72,8 +64,8 @@ def test_error_answers_become_exceptions(h: Harness) -> None:
     h.sent()
     [(waiter, _, error)] = h.hear((h.ids["a"], 20, "it exists", {"rev": 4}))
     assert waiter == "a"
-    assert isinstance(error, KeyExists)
-    assert (str(error), error.code, error.details) == ("it exists", Code.EXISTS, {"rev": 4})
+    assert isinstance(error, errors.KeyExists)
+    assert (str(error), error.code, error.details) == ("it exists", errors.Code.EXISTS, {"rev": 4})
 
 
 def test_abandoned_id_is_reserved_and_its_answer_dropped(h: Harness) -> None:
@@ -145,9 +137,9 @@ def test_next_due_is_the_earliest(h: Harness) -> None:
 
 
 @pytest.mark.parametrize(("kind", "error_class"), [
-    (Kind.READ, Unavailable), (Kind.WRITE, OutcomeUnknown), (Kind.ADMIN, OutcomeUnknown), (Kind.LONG, OutcomeUnknown),
+    (Kind.READ, errors.Unavailable), *((kind, errors.OutcomeUnknown) for kind in (Kind.WRITE, Kind.ADMIN, Kind.LONG)),
 ])  # fmt: skip
-def test_out_of_time(h: Harness, kind: Kind, error_class: type[KvtcpError]) -> None:
+def test_out_of_time(h: Harness, kind: Kind, error_class: type[errors.KvtcpError]) -> None:
     """A read without an answer may be repeated, a write has an unknown outcome."""
     h.ask("a", kind, timeout_s=0.5)
     h.sent()
@@ -210,13 +202,13 @@ def test_end_of_connection(h: Harness, sent: bool, kind: Kind, trash: bool) -> N
         if not sent:
             h.ask("a", kind)
         [(_, _, error)] = h.core.lost("the connection was lost")
-        expected = Unavailable if not sent or kind is Kind.READ else OutcomeUnknown
+        expected = errors.Unavailable if not sent or kind is Kind.READ else errors.OutcomeUnknown
         assert type(error) is expected
         assert ("was not sent" in str(error)) == (not sent)
         return
     done = h.core.lost("it is over")
     assert [type(error) for _, _, error in done] == (
-        [] if not sent else [ProtocolError if kind is Kind.READ else OutcomeUnknown]
+        [] if not sent else [errors.ProtocolError if kind is Kind.READ else errors.OutcomeUnknown]
     )
     assert h.core.outstanding == h.core.outstanding_bytes == 0
 
@@ -231,7 +223,7 @@ def test_garbage_ends_the_connection(h: Harness, answer: Any) -> None:
     good = h.ask("b")
     h.sent()
     assert h.core.receive(encode([good, 0, 7]) + encode(answer), h.now) == [("b", 7, None)]
-    assert isinstance(h.core.failure, ProtocolError)
+    assert isinstance(h.core.failure, errors.ProtocolError)
     assert [waiter for waiter, _, _ in h.core.lost("over")] == ["a"]
 
 
@@ -247,9 +239,9 @@ def test_answer_twice(h: Harness) -> None:
 
 def test_request_over_the_limit_changes_nothing(h: Harness) -> None:
     """A request that does not fit a frame is refused and leaves no trace."""
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(errors.RequestError) as caught:
         h.core.request([0, b"put", b"k", bytes(FRAME_BYTES_MAX)], "a", h.now, 1.0)
-    assert caught.value.code == Code.TOO_LARGE
+    assert caught.value.code == errors.Code.TOO_LARGE
     assert (h.core.outstanding, h.core.outstanding_bytes, h.core.take_output(), h.core.next_due) == (0, 0, b"", None)
 
 

@@ -7,20 +7,14 @@ from typing import Any
 
 import pytest
 
+from kvtcp.cluster import rebuild
 from kvtcp.cluster.map import LOST_REPLICA, ClusterMap
-from kvtcp.cluster.rebuild import (
-    VERSION_DISTANCE,
-    CannotRecover,
-    Recovered,
-    missing_nodes,
-    newest_map,
-    recovered_map,
-)
 from kvtcp.constants import STAMP_AHEAD_MS
 from kvtcp.protocol.link import CopyReport, Report, Told
 from tests.support.replication_fakes import make_map
 
 WALL_MS = 5_000
+Copies = Mapping[str, CopyReport | None]  # of the only shard, by node
 
 
 def known(nodes: int = 3, min_insync: int = 2, shards: int = 1, **changed: Any) -> ClusterMap:
@@ -42,23 +36,21 @@ def tell(node: str, copies: dict[int, CopyReport], kept: ClusterMap | None, **ch
     return Told(report, b"" if kept is None else kept.to_json(), linked=False)
 
 
-def recover(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> Recovered:
+def recover(copies: Copies, kept: ClusterMap | None = None, **options: Any) -> rebuild.Recovered:
     """The map for a cluster of one shard whose nodes have these copies (None: no copy); all keep the same map."""
     kept = kept or known()
     told = {node: tell(node, {} if each is None else {0: each}, kept) for node, each in copies.items()}
-    return recovered_map(told, {}, owner="new", wall_ms=WALL_MS, **options)
+    return rebuild.recovered_map(told, {}, owner="new", wall_ms=WALL_MS, **options)
 
 
-def row(
-    copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any
-) -> list[tuple[str, str]]:
+def row(copies: Copies, kept: ClusterMap | None = None, **options: Any) -> list[tuple[str, str]]:
     """The row of the only shard, which is served."""
     recovered = recover(copies, kept, **options)
     assert recovered.down == {}
     return list(recovered.map.members[0])
 
 
-def why_down(copies: Mapping[str, CopyReport | None], kept: ClusterMap | None = None, **options: Any) -> str:
+def why_down(copies: Copies, kept: ClusterMap | None = None, **options: Any) -> str:
     """Why the only shard is down. No disk of its row is that of a copy."""
     recovered = recover(copies, kept, **options)
     disks = {node: each.replica_id for node, each in copies.items() if each is not None}
@@ -80,10 +72,10 @@ def test_fields_of_the_map() -> None:
         "n3": tell("n3", copies, None, promised=3),
         "n6": tell("n6", {}, None, promised=0, map_version=0),
     }
-    assert newest_map(told) == newest
-    made = recovered_map(told, {}, owner="new", wall_ms=WALL_MS).map
+    assert rebuild.newest_map(told) == newest
+    made = rebuild.recovered_map(told, {}, owner="new", wall_ms=WALL_MS).map
     assert made == replace(
-        newest, owner="new", epoch=8, version=12 + VERSION_DISTANCE, stamp_bound_ms=9_000 + STAMP_AHEAD_MS,
+        newest, owner="new", epoch=8, version=12 + rebuild.VERSION_DISTANCE, stamp_bound_ms=9_000 + STAMP_AHEAD_MS,
         last_node=6, heard={"n1": 12, "n2": 9, "n3": 0},
     )  # fmt: skip
     assert ClusterMap.from_json(made.to_json()) == made
@@ -103,18 +95,18 @@ def test_a_higher_epoch_is_newer_than_a_higher_version() -> None:
         "n1": tell("n1", {}, replace(kept, epoch=2, version=99)),
         "n2": tell("n2", {}, replace(kept, epoch=3, version=7)),
     }
-    assert newest_map(told) == kept
+    assert rebuild.newest_map(told) == kept
 
 
 def test_no_map_and_maps_that_cannot_be_read() -> None:
     """Both are a sentence, the second with the node."""
-    with pytest.raises(CannotRecover, match="no node that answers keeps a cluster map"):
-        recovered_map({"n1": tell("n1", {}, None)}, {}, owner="new", wall_ms=WALL_MS)
-    with pytest.raises(CannotRecover, match="no node that answers"):
-        recovered_map({}, {}, owner="new", wall_ms=WALL_MS)
+    with pytest.raises(rebuild.CannotRecover, match="no node that answers keeps a cluster map"):
+        rebuild.recovered_map({"n1": tell("n1", {}, None)}, {}, owner="new", wall_ms=WALL_MS)
+    with pytest.raises(rebuild.CannotRecover, match="no node that answers"):
+        rebuild.recovered_map({}, {}, owner="new", wall_ms=WALL_MS)
     broken = replace(tell("n1", {}, None), map=b"{}")
-    with pytest.raises(CannotRecover, match="node n1 keeps cannot be used: the cluster map has no cluster"):
-        newest_map({"n1": broken})
+    with pytest.raises(rebuild.CannotRecover, match="node n1 keeps cannot be used: the cluster map has no cluster"):
+        rebuild.newest_map({"n1": broken})
 
 
 # --- who has to answer --------------------------------------------------------------------------------
@@ -124,9 +116,10 @@ def test_all_nodes_have_to_answer_with_their_data() -> None:
     """Silent ones and ones that came back empty are named; destroyed ones have not to answer."""
     kept = known(4, destroyed=("n4",))
     told = {"n1": tell("n1", {0: copy(5)}, kept), "n2": tell("n2", {}, None, promised=0)}
-    assert missing_nodes(kept, told, {}) == {"n2": "it has no data of this cluster", "n3": "it does not answer"}
-    with pytest.raises(CannotRecover, match=r"lost: n2 \(it has no data .*\), n3 \(off\); .* --recover-map accept"):
-        recovered_map(told, {"n3": "off"}, owner="new", wall_ms=WALL_MS)
+    assert rebuild.missing_nodes(kept, told, {}) == {"n2": "it has no data of this cluster", "n3": "it does not answer"}
+    words = r"lost: n2 \(it has no data .*\), n3 \(off\); .* --recover-map accept"
+    with pytest.raises(rebuild.CannotRecover, match=words):
+        rebuild.recovered_map(told, {"n3": "off"}, owner="new", wall_ms=WALL_MS)
 
 
 def test_accepted_without_some_nodes() -> None:
@@ -148,7 +141,7 @@ def test_accepted_without_any_copy() -> None:
     kept = known(3, 1, shards=2)
     kept = replace(kept, factor=1, members=((("n1", "disk"),), (("n2", ""),)), wanted=(("n1",), ("n2",)))
     told = {"n3": tell("n3", {}, kept)}
-    found = recovered_map(told, {}, owner="new", wall_ms=WALL_MS, accept=True)
+    found = rebuild.recovered_map(told, {}, owner="new", wall_ms=WALL_MS, accept=True)
     assert found.map.members == ((("n1", "disk"),), (("n2", LOST_REPLICA),))
     assert found.down == dict.fromkeys((0, 1), "no node has a copy of it")
 
@@ -240,7 +233,7 @@ def test_an_older_copy_of_a_directory() -> None:
     """A node that knows less than it once stored is in doubt with everything it has."""
     kept = known(heard={"n2": 7, "n3": 7})
     told = {f"n{n}": tell(f"n{n}", {0: copy(5)}, kept, map_version=7 if n == 1 else 6) for n in (1, 2, 3)}
-    found = recovered_map(told, {}, owner="new", wall_ms=WALL_MS)
+    found = rebuild.recovered_map(told, {}, owner="new", wall_ms=WALL_MS)
     assert found.down[0].startswith("n2, n3 may have had writes")
     assert found.map.heard == {"n1": 7, "n2": 7, "n3": 7}, "they are found out by the next HELLO too"
 
@@ -401,7 +394,7 @@ def test_nothing_committed_is_lost(nodes: int, minimum: int) -> None:
         spare = minimum - 1 - len(history.damaged)
         for node in history.rng.sample(sorted(told), history.rng.randrange(spare + 1) if spare > 0 else 0):
             del told[node]
-        found = recovered_map(told, {}, owner="new", wall_ms=WALL_MS, accept=True)
+        found = rebuild.recovered_map(told, {}, owner="new", wall_ms=WALL_MS, accept=True)
         if found.down:
             down += 1
             continue

@@ -38,20 +38,8 @@ from pathlib import Path
 from random import Random
 from typing import IO
 
-from tests.crash.state import (
-    ROOT,
-    Create,
-    Data,
-    Event,
-    FlipBit,
-    Names,
-    Remove,
-    Rename,
-    State,
-    Sync,
-    SyncDirectory,
-    Write,
-)
+from tests.crash import state as journal
+from tests.crash.state import ROOT, Data, Names, State
 
 UNLIMITED_BYTES = 1 << 40
 
@@ -79,7 +67,7 @@ class CrashDisk:
         origin: str = "a new disk",
     ) -> None:  # fmt: skip
         self.calls: list[tuple[str, Path]] = []  # (what, file or directory), in order
-        self.events: list[Event] = []  # what came of them: 0 to many each
+        self.events: list[journal.Event] = []  # what came of them: 0 to many each
         self.fail_at = fail_at
         self.error_number = error_number
         self.dead = dead
@@ -143,7 +131,7 @@ class CrashDisk:
         if name in self._state.names[directory]:
             raise _error(errno.EEXIST, path)
         node = self._state.next_node
-        self._do(Create(str(path), directory, name, node))
+        self._do(journal.Create(str(path), directory, name, node))
         return CrashFile(self, node, path)
 
     def make_directory(self, directory: Path) -> None:
@@ -161,11 +149,11 @@ class CrashDisk:
             path = missing[-1 - step // 2]
             parent, name = self._place(path)
             if step % 2:
-                self._do(SyncDirectory(str(path.parent), parent))
+                self._do(journal.SyncDirectory(str(path.parent), parent))
             elif name in self._state.names[parent]:
                 raise _error(errno.EEXIST, path)
             else:
-                self._do(Create(str(path), parent, name, self._state.next_node, True))
+                self._do(journal.Create(str(path), parent, name, self._state.next_node, True))
         if failure is not None:
             raise failure
 
@@ -185,7 +173,7 @@ class CrashDisk:
     def sync_directory(self, directory: Path) -> None:
         """The names in `directory` are on the disk."""
         self._call("sync_directory", directory)
-        self._do(SyncDirectory(str(directory), self._directory(directory)))
+        self._do(journal.SyncDirectory(str(directory), self._directory(directory)))
 
     def remove(self, path: Path) -> None:
         """Removes a file; fine if there is none."""
@@ -197,7 +185,7 @@ class CrashDisk:
             return
         if node in self._state.names:
             raise _error(errno.EISDIR, path)
-        self._do(Remove(str(path), *self._place(path), node))
+        self._do(journal.Remove(str(path), *self._place(path), node))
 
     def remove_tree(self, directory: Path) -> None:
         """Removes a directory with everything in it; fine if there is none."""
@@ -213,7 +201,7 @@ class CrashDisk:
 
     def flip_bit(self, path: Path, bit_number: int) -> None:
         """Inverts a bit of the file, in memory and on the disk: what a rotten sector or a bad cable does."""
-        self._do(FlipBit(str(path), self._file(path), bit_number))
+        self._do(journal.FlipBit(str(path), self._file(path), bit_number))
 
     # ---- crashing
 
@@ -243,7 +231,7 @@ class CrashDisk:
             data = data[: self._random().randint(0, len(data))]
         if self._state.files[node].named and len(data) > self._free_bytes():
             data, failure = data[: self._free_bytes()], failure or _error(errno.ENOSPC, path)
-        self._do(Write(str(path), node, data))
+        self._do(journal.Write(str(path), node, data))
         if failure is not None:
             raise failure
 
@@ -258,11 +246,11 @@ class CrashDisk:
     def sync_until(self, node: int, path: Path, until_bytes: int) -> None:
         """What `CrashFile.sync` does."""
         failure = self._failure("sync", path)
-        self._do(Sync(str(path), node, until_bytes, failure is not None))
+        self._do(journal.Sync(str(path), node, until_bytes, failure is not None))
         if failure is not None:
             raise failure
 
-    def _do(self, event: Event) -> None:
+    def _do(self, event: journal.Event) -> None:
         """Every change comes by here."""
         if self._start is None:
             self._start = self._state.copy()
@@ -326,7 +314,7 @@ class CrashDisk:
             raise _error(errno.EISDIR, path)
         return node
 
-    def _rename(self, old: Path, new: Path) -> Rename | None:
+    def _rename(self, old: Path, new: Path) -> journal.Rename | None:
         """What a rename does; None if nothing. Errors are those of Linux, and in its order."""
         directory, name = self._place(old)
         new_directory, new_name = self._place(new)
@@ -344,16 +332,16 @@ class CrashDisk:
                 raise _error(errno.ENOTEMPTY, new)
             if (table is None) != (there_table is None):
                 raise _error(errno.ENOTDIR if there_table is None else errno.EISDIR, new)
-        return Rename(str(old), directory, name, node, str(new), new_directory, new_name, there)
+        return journal.Rename(str(old), directory, name, node, str(new), new_directory, new_name, there)
 
-    def _removals(self, directory: Path, node: int) -> Iterator[Remove]:
+    def _removals(self, directory: Path, node: int) -> Iterator[journal.Remove]:
         """What removes a directory, its content first."""
         for name, inner in sorted(self._state.names[node].items()):
             if inner in self._state.names:
                 yield from self._removals(directory / name, inner)
             else:
-                yield Remove(str(directory / name), node, name, inner)
-        yield Remove(str(directory), *self._place(directory), node)
+                yield journal.Remove(str(directory / name), node, name, inner)
+        yield journal.Remove(str(directory), *self._place(directory), node)
 
 
 class CrashFile:
@@ -417,7 +405,7 @@ class Crashes:
         state = self._state.copy()
         if rng is not None and self.position < len(self._disk.events):
             event = self._disk.events[self.position]
-            if isinstance(event, Write):
+            if isinstance(event, journal.Write):
                 state.apply(event._replace(data=event.data[: rng.randint(0, len(event.data))]))
         origin = f"({self._disk.origin}), killed {self._where()}"
         return CrashDisk(capacity_bytes=self._disk.capacity_bytes, state=state, origin=origin)

@@ -21,17 +21,7 @@ from kvtcp.storage.disk.manifest import read_manifest
 from kvtcp.storage.disk.replay import replay
 from kvtcp.storage.disk.store import NodeStore, StoreError
 from tests.crash.disk import CrashDisk
-from tests.support.storage_tools import (
-    DIRECTORY,
-    State,
-    add_copies,
-    fill,
-    mark,
-    open_small,
-    put,
-    state_of,
-    take_snapshot,
-)
+from tests.support import storage_tools as tools
 
 FLIPS = int(os.environ.get("KVTCP_FLIPS", "1000"))
 SEED = int(os.environ.get("KVTCP_SEED", str(time.time_ns() % 10**6)))
@@ -44,8 +34,8 @@ class Origin:
 
     disk: CrashDisk
     durability: str
-    acknowledged: State
-    before_tail: State  # if the record above the mark is cut
+    acknowledged: tools.State
+    before_tail: tools.State  # if the record above the mark is cut
     tail: tuple[Path, int, int]  # where that record is
     unread: dict[Path, tuple[int, int]]  # bytes that nobody reads
 
@@ -53,25 +43,25 @@ class Origin:
 def build(durability: str, ending: str) -> Origin:
     """Several lives of a node: snapshots, deleted segments, a kill with a record above the mark, and an ending."""
     disk = CrashDisk()
-    store = open_small(disk, durability=durability)
-    add_copies(store, SHARDS)
-    fill(store, 20, SHARDS)
+    store = tools.open_small(disk, durability=durability)
+    tools.add_copies(store, SHARDS)
+    tools.fill(store, 20, SHARDS)
     for shard in (0, 1, 2, 3, 4, 1):
-        take_snapshot(store, shard)
-        fill(store, 3, SHARDS, first=20 + 3 * shard)
+        tools.take_snapshot(store, shard)
+        tools.fill(store, 3, SHARDS, first=20 + 3 * shard)
     disk = disk.process_kill()
-    store = open_small(disk, durability=durability, seed=1)  # what was above the mark is void in the older segment now
-    fill(store, 9, SHARDS, first=50)
+    store = tools.open_small(disk, durability=durability, seed=1)  # what was above the mark is void in the older one
+    tools.fill(store, 9, SHARDS, first=50)
     store.write_snapshot(store.copies[2], store.backlog.of_shard(2))  # the older one stays: killed before its removal
-    mark(store)
-    before_tail = state_of(store.copies)
+    tools.mark(store)
+    before_tail = tools.state_of(store.copies)
     if ending == "killed":
-        prepared = store.log.prepare([put(store.copies[shard], b"tail", b"value") for shard in (0, 3)])
+        prepared = store.log.prepare([tools.put(store.copies[shard], b"tail", b"value") for shard in (0, 3)])
         store.log.write(prepared)
         store.log.written(prepared)
     else:
         store.close_clean()
-    return Origin(disk, durability, state_of(store.copies), before_tail, tail_of(disk, store), unread_of(disk))
+    return Origin(disk, durability, tools.state_of(store.copies), before_tail, tail_of(disk, store), unread_of(disk))
 
 
 def bounds(disk: CrashDisk, path: Path) -> dict[int, tuple[int, int]]:
@@ -95,9 +85,9 @@ def tail_of(disk: CrashDisk, store: NodeStore) -> tuple[Path, int, int]:
 
 def unread_of(disk: CrashDisk) -> dict[Path, tuple[int, int]]:
     """Stale snapshots, and what segments have of records that the next segment has again."""
-    manifest = read_manifest(disk, DIRECTORY)
+    manifest = read_manifest(disk, tools.DIRECTORY)
     assert manifest is not None
-    found = replay(disk, DIRECTORY, manifest)
+    found = replay(disk, tools.DIRECTORY, manifest)
     assert not found.damages and not found.doubts
     unread = {path: (0, disk.size(path)) for path in found.stale}
     for segment, following in zip(found.segments, found.segments[1:], strict=False):
@@ -116,18 +106,18 @@ def judge(origin: Origin, path: Path, bit: int, seed: int) -> str:
     is_unread = first <= byte < last
     is_tail = path == origin.tail[0] and origin.tail[1] <= byte < origin.tail[2]
     try:
-        store = open_small(disk, durability=origin.durability, seed=seed)
+        store = tools.open_small(disk, durability=origin.durability, seed=seed)
     except StoreError as refused:
         assert str(path) in str(refused) and not is_unread and path.name == "manifest.json"
         return "refused"
-    state = state_of(store.copies)
+    state = tools.state_of(store.copies)
     incomplete = {shard for shard, copy in store.copies.items() if not copy.complete}
     assert set(state) == set(range(SHARDS))
     for shard in incomplete:
         assert str(path) in store.copies[shard].reason, store.copies[shard].reason
     whole = {shard: row for shard, row in state.items() if shard not in incomplete}
-    again = open_small(disk, durability=origin.durability, seed=seed + 1)
-    assert state_of(again.copies) == state and not again.damages, "it is met once"
+    again = tools.open_small(disk, durability=origin.durability, seed=seed + 1)
+    assert tools.state_of(again.copies) == state and not again.damages, "it is met once"
     if is_tail and not store.damages:
         assert state == origin.before_tail and not incomplete
         return "cut above every mark"

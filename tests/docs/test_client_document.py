@@ -5,18 +5,8 @@ import re
 from pathlib import Path
 
 import kvtcp
-from kvtcp import AsyncClient, SyncClient, codecs
+from kvtcp import AsyncClient, SyncClient, codecs, constants
 from kvtcp.client.sync import connect as connect_sync
-from kvtcp.constants import (
-    CLIENT_ADMIN_IDLE_MS,
-    CLIENT_CHUNK_BYTES,
-    CLIENT_CHUNK_KEYS_MAX,
-    CLIENT_CHUNKS_MAX,
-    KEY_BYTES_MAX,
-    MIB,
-    PAGE_ITEMS_MAX,
-    VALUE_BYTES_MAX,
-)
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "client.md").read_text()
 SYNC_TEXT = TEXT[TEXT.index("## SyncClient") :]
@@ -78,9 +68,9 @@ def test_errors_and_codecs() -> None:
 
 def test_numbers() -> None:
     """The limits and defaults of the page are those of the code."""
-    assert f"1 to {KEY_BYTES_MAX} bytes" in TEXT
-    assert f"at most {VALUE_BYTES_MAX // MIB} MiB" in TEXT
-    assert f"(1 to {PAGE_ITEMS_MAX}) pairs" in TEXT
-    size = f"about {CLIENT_CHUNK_BYTES // MIB} MiB or {CLIENT_CHUNK_KEYS_MAX} keys, up to {CLIENT_CHUNKS_MAX} of them"
-    assert size in TEXT
-    assert f"timeout={CLIENT_ADMIN_IDLE_MS / 1000})" in TEXT
+    assert f"1 to {constants.KEY_BYTES_MAX} bytes" in TEXT
+    assert f"at most {constants.VALUE_BYTES_MAX // constants.MIB} MiB" in TEXT
+    assert f"(1 to {constants.PAGE_ITEMS_MAX}) pairs" in TEXT
+    mib, keys = constants.CLIENT_CHUNK_BYTES // constants.MIB, constants.CLIENT_CHUNK_KEYS_MAX
+    assert f"about {mib} MiB or {keys} keys, up to {constants.CLIENT_CHUNKS_MAX} of them" in TEXT
+    assert f"timeout={constants.CLIENT_ADMIN_IDLE_MS / 1000})" in TEXT

@@ -18,21 +18,11 @@ from kvtcp.frontend import connection as caps_module
 from kvtcp.frontend.native.session import ClientSession
 from kvtcp.protocol.link import HELLO, REFUSED, REPORT
 from kvtcp.testing.local_cluster import LocalCluster
-from tests.processes.raw_client import (
-    BOTH_LOOPS,
-    WAIT_S,
-    Wire,
-    cut_link,
-    event_loop_policy,
-    healthy,
-    link_hello,
-    link_number,
-    pack,
-    until,
-)
+from tests.processes import raw_client as raw
+from tests.processes.raw_client import Wire, event_loop_policy, healthy, until
 
 __all__ = ["event_loop_policy"]
-pytestmark = BOTH_LOOPS
+pytestmark = raw.BOTH_LOOPS
 
 
 @pytest.fixture
@@ -85,15 +75,15 @@ async def test_random_bytes(cluster: LocalCluster, caplog: pytest.LogCaptureFixt
     (b"\xce\x00\x00\x00\x02\x93\x01", "does not end there"),
     (b"\xce\x00\x00\x00\x00", "does not start a frame"),
     (b"\xce\x00\x00\x00\x01\xc1", "malformed"),
-    (pack([1, "hello", 1, "x"]) + b"\xcf", "does not start a frame"),
+    (raw.pack([1, "hello", 1, "x"]) + b"\xcf", "does not start a frame"),
     (b"\xce\x00\x00\x00\x09\x94\x01\xa3put\x81\x91\x01\x02", "malformed"),  # an array as the key of a map
-    (pack({"id": 1}), "a request is an array"),
-    (pack([1]), "a request is an array"),
-    (pack(7), "a request is an array"),
-    (pack([-1, "status"]), "the id of a request"),
-    (pack([REQUEST_ID_MAX + 1, "status"]), "the id of a request"),
-    (pack([True, "status"]), "the id of a request"),
-    (pack(["1", "status"]), "the id of a request"),
+    (raw.pack({"id": 1}), "a request is an array"),
+    (raw.pack([1]), "a request is an array"),
+    (raw.pack(7), "a request is an array"),
+    (raw.pack([-1, "status"]), "the id of a request"),
+    (raw.pack([REQUEST_ID_MAX + 1, "status"]), "the id of a request"),
+    (raw.pack([True, "status"]), "the id of a request"),
+    (raw.pack(["1", "status"]), "the id of a request"),
 ])  # fmt: skip
 async def test_frame_errors_close(
     cluster: LocalCluster, caplog: pytest.LogCaptureFixture, data: bytes, reason: str
@@ -121,7 +111,7 @@ async def test_another_protocol(caplog: pytest.LogCaptureFixture, line: bytes) -
 async def test_node_frames_on_the_client_port(cluster: LocalCluster, caplog: pytest.LogCaptureFixture) -> None:
     """A coordinator that dials the client port is told nothing and closed, or gets an error as any client would."""
     async with await Wire.open(cluster.coordinator.address, hello=False) as wire:
-        wire.send([HELLO, link_hello(cluster, "n1")])
+        wire.send([HELLO, raw.link_hello(cluster, "n1")])
         code = (await wire.receive())[1]
         assert code == Code.UNKNOWN_OP
     async with await Wire.open(cluster.coordinator.address, hello=False) as wire:
@@ -132,14 +122,14 @@ async def test_node_frames_on_the_client_port(cluster: LocalCluster, caplog: pyt
 
 async def test_client_frames_on_a_node(cluster: LocalCluster, caplog: pytest.LogCaptureFixture) -> None:
     """A client that dials a node's port is closed with a reason, and the coordinator's link stays."""
-    number = link_number(cluster.coordinator, "n1")
+    number = raw.link_number(cluster.coordinator, "n1")
     async with healthy(cluster):
         for frame in ([1, "hello", 1, "x"], [1, "status"], [2, "get", "a"], [3, 0, 0, []], 5, [], [[1], 2], [7]):
             async with await Wire.open(cluster.nodes["n1"].address, hello=False) as wire:
                 wire.send(frame)
                 await wire.closed()
     assert logged(caplog, "the first frame of a link is HELLO") and logged(caplog, "a HELLO lacks fields")
-    assert link_number(cluster.coordinator, "n1") == number, "the link was never cut"
+    assert raw.link_number(cluster.coordinator, "n1") == number, "the link was never cut"
     assert not cluster.nodes["n1"].stopped.is_set(), "a STOP before HELLO is not obeyed"
 
 
@@ -159,13 +149,13 @@ async def test_hello_of_strangers(cluster: LocalCluster, caplog: pytest.LogCaptu
     async with healthy(cluster):
         for changed, code in cases:
             async with await Wire.open(node.address, hello=False) as wire:
-                wire.send([HELLO, link_hello(cluster, "n1", **changed)])
+                wire.send([HELLO, raw.link_hello(cluster, "n1", **changed)])
                 kind, refused, *_ = await wire.receive()
                 assert (kind, refused) == (REFUSED, code)
                 assert await wire.closed() == b""
         for name, value in (("secret", None), ("secret", b"\xff"), ("shards", [-1]), ("shards", [""]), ("epoch", "")):
             async with await Wire.open(node.address, hello=False) as wire:
-                wire.send([HELLO, link_hello(cluster, "n1", **{name: value})])
+                wire.send([HELLO, raw.link_hello(cluster, "n1", **{name: value})])
                 assert await wire.closed() == b""
     assert logged(caplog, "a HELLO lacks fields") and logged(caplog, "event=hello-refused")
     assert node.replica.promised == promised
@@ -177,8 +167,8 @@ async def test_a_node_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
         coordinator = cluster.coordinator
         address = cluster.nodes["n1"].address
         await cluster.nodes["n1"].close()
-        answers = [b"HTTP/1.1 400 Bad Request\r\n\r\n", pack([REPORT, {}]), pack([REPORT, {"disk": 1}]), pack([4, 1]),
-                   pack([REFUSED, 1, 2, 3]), pack([5, "a", None, None]), b""]  # fmt: skip
+        answers = [b"HTTP/1.1 400 Bad Request\r\n\r\n", raw.pack([REPORT, {}]), raw.pack([REPORT, {"disk": 1}]),
+                   raw.pack([4, 1]), raw.pack([REFUSED, 1, 2, 3]), raw.pack([5, "a", None, None]), b""]  # fmt: skip
         asked = 0
 
         async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -263,7 +253,7 @@ async def test_largest_values(cluster: LocalCluster) -> None:
         assert (await wire.ask("get", "big"))[2][0] == largest
         # small writes in the same tick fill the batch that the largest possible cas travels in
         condition = {"value": largest}
-        new = b"n" * (FRAME_BYTES_MAX - len(pack([99, "cas", "big", b"", condition])) - 8)
+        new = b"n" * (FRAME_BYTES_MAX - len(raw.pack([99, "cas", "big", b"", condition])) - 8)
         wire.send(*([n, "put", f"s{n}", b"x" * 10_000] for n in range(1000, 1025)), [99, "cas", "big", new, condition])
         answers = [await wire.receive() for _ in range(26)]
         assert all(answer[1] == 0 for answer in answers)
@@ -289,7 +279,7 @@ async def test_large_pages_and_batches(cluster: LocalCluster) -> None:
                 assert code == 0
                 sizes[ident] = len(result[0] if ident < 100 else result[0][0][1])
             assert set(sizes.values()) == {VALUE_BYTES_MAX} and len(sizes) == len(requests)
-        assert [link_number(cluster.coordinator, node) for node in cluster.nodes] == [1, 1], "no link was broken"
+        assert [raw.link_number(cluster.coordinator, node) for node in cluster.nodes] == [1, 1], "no link was broken"
 
 
 async def test_mget_over_the_frame(cluster: LocalCluster) -> None:
@@ -308,7 +298,7 @@ async def test_mget_over_the_frame(cluster: LocalCluster) -> None:
             wire.send(*([n, "mget", [b"%d" % k for k in range(10_000)]] for n in range(10, 24)))
             answers = {answer[0]: answer[1] for answer in [await wire.receive() for _ in range(14)]}
             assert set(answers.values()) == {0} and len(answers) == 14
-    assert [link_number(cluster.coordinator, node) for node in cluster.nodes] == [1, 1], "no link was broken"
+    assert [raw.link_number(cluster.coordinator, node) for node in cluster.nodes] == [1, 1], "no link was broken"
 
 
 # --- slow and silent connections ------------------------------------------------------------------------
@@ -333,7 +323,7 @@ async def test_half_closed_connection(cluster: LocalCluster) -> None:
 async def test_dribbled_frame(cluster: LocalCluster) -> None:
     """A frame that arrives byte by byte is a frame."""
     async with await Wire.open(cluster.coordinator.address, hello=False) as wire:
-        for byte in pack([1, "hello", 1, "slow"]) + pack([2, "put", "slow", "value"]):
+        for byte in raw.pack([1, "hello", 1, "slow"]) + raw.pack([2, "put", "slow", "value"]):
             wire.write(bytes([byte]))
             await wire.writer.drain()
             await asyncio.sleep(0)
@@ -359,7 +349,7 @@ async def test_frame_never_finished(
 
 async def test_truncated_frame(cluster: LocalCluster) -> None:
     """A client that goes away in the middle of a frame leaves nothing behind, and what it began is not executed."""
-    frame = pack([5, "put", "torn", b"x" * 100_000])
+    frame = raw.pack([5, "put", "torn", b"x" * 100_000])
     async with healthy(cluster):
         for cut in (1, 4, 5, 6, 50, len(frame) - 1):
             async with await Wire.open(cluster.coordinator.address) as wire:
@@ -428,7 +418,7 @@ async def test_large_answers_of_one_tick_against_the_total(
         account(difference_bytes)
 
     monkeypatch.setattr(coordinator.clients, "account", watched)
-    async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url, timeout=WAIT_S) as kv:
+    async with await Wire.open(coordinator.address) as wire, kvtcp.connect(cluster.url, timeout=raw.WAIT_S) as kv:
         await kv.put("large", b"v" * MIB)
         session = await until(lambda: next(s for s in coordinator.clients.sessions if s.name == "test"))
         wire.send(*([n, "get", "large"] for n in range(200)))
@@ -511,7 +501,7 @@ async def test_waiting_writes_against_the_total(cluster: LocalCluster, monkeypat
             await connect(self, connection)
 
         monkeypatch.setattr(NodeLink, "_connect", held)
-        cut_link(cluster.coordinator, "n1")
+        raw.cut_link(cluster.coordinator, "n1")
         await until(lambda: not cluster.coordinator.links["n1"].progress.connected, "the cut")
         wire.send(*([n, "put", f"w{n}", b"v" * 100_000] for n in range(40)))
         await until(lambda: cluster.coordinator.clients.is_over_total, "the cap")

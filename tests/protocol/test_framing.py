@@ -9,17 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvtcp.constants import (
-    ARRAY_ITEMS_MAX,
-    FRAME_BYTES_MAX,
-    FRAME_PREFIX_BYTES,
-    KIB,
-    MAP_ITEMS_MAX,
-    MESSAGE_CONTAINERS_MAX,
-    MIB,
-    READ_CHUNK_BYTES_MAX,
-    STREAMED_BODY_BYTES_MAX,
-)
+from kvtcp import constants
 from kvtcp.errors import Code, ProtocolError, RequestError
 from kvtcp.protocol.framing import PREFIX_CACHE_LENGTHS, FrameDecoder, FrameEncoder, frame_prefix
 from tests.fuzz import framing as fuzz_framing
@@ -31,7 +21,7 @@ SCALARS = (
     | st.integers(-(2**63), 2**64 - 1)
     | st.floats(allow_nan=False)
     | st.binary(max_size=100)
-    | st.builds(bytes, st.integers(STREAMED_BODY_BYTES_MAX - 20, STREAMED_BODY_BYTES_MAX + 20))
+    | st.builds(bytes, st.integers(constants.STREAMED_BODY_BYTES_MAX - 20, constants.STREAMED_BODY_BYTES_MAX + 20))
 )
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=20) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=30
@@ -43,7 +33,7 @@ def frame(body: bytes) -> bytes:
     return frame_prefix(len(body)) + body
 
 
-def refusal(data: bytes, frame_bytes_max: int = FRAME_BYTES_MAX) -> ProtocolError:
+def refusal(data: bytes, frame_bytes_max: int = constants.FRAME_BYTES_MAX) -> ProtocolError:
     """The error of one feed."""
     with pytest.raises(ProtocolError) as caught:
         FrameDecoder(frame_bytes_max).feed(data)
@@ -71,14 +61,14 @@ def test_messages_survive_any_cut(messages: list[Any], data: st.DataObject) -> N
 
 @pytest.mark.parametrize("body_bytes", [
     1, 2, PREFIX_CACHE_LENGTHS - 1, PREFIX_CACHE_LENGTHS,
-    STREAMED_BODY_BYTES_MAX - 1, STREAMED_BODY_BYTES_MAX, STREAMED_BODY_BYTES_MAX + 1,
-    READ_CHUNK_BYTES_MAX - 6, READ_CHUNK_BYTES_MAX, READ_CHUNK_BYTES_MAX + 1, 3 * READ_CHUNK_BYTES_MAX,
+    constants.STREAMED_BODY_BYTES_MAX - 1, constants.STREAMED_BODY_BYTES_MAX, constants.STREAMED_BODY_BYTES_MAX + 1,
+    *(constants.READ_CHUNK_BYTES_MAX + more for more in (-6, 0, 1)), 3 * constants.READ_CHUNK_BYTES_MAX,
 ])  # fmt: skip
 def test_every_way_of_decoding_at_its_edges(body_bytes: int) -> None:
     """Bodies around each internal threshold come out, alone, between small ones, whole and in halves."""
     value: Any = {1: None, 2: [None]}.get(body_bytes, bytes(max(0, body_bytes - (3 if body_bytes < 65539 else 5))))
     stream = frame(b"\x07") + frame(msgpack.packb(value)) + frame(b"\x08")
-    assert len(stream) == 3 * FRAME_PREFIX_BYTES + 2 + body_bytes
+    assert len(stream) == 3 * constants.FRAME_PREFIX_BYTES + 2 + body_bytes
     assert FrameDecoder().feed(stream) == [7, value, 8]
     for cut in (1, 5, 6, 7, 10, 11, 12, len(stream) // 2, len(stream) - 7, len(stream) - 6, len(stream) - 1):
         decoder = FrameDecoder()
@@ -137,7 +127,7 @@ def test_prefix_and_body_must_agree(filler: bytes, change: int) -> None:
     body = msgpack.packb([1, filler])
     for following in (b"", b"\xc0" * 20, frame(b"\xc0") * 4):
         data = frame_prefix(len(body) + change) + body + following
-        if len(data) < FRAME_PREFIX_BYTES + len(body) + change:
+        if len(data) < constants.FRAME_PREFIX_BYTES + len(body) + change:
             decoder = FrameDecoder()
             assert decoder.feed(data) == []
             with pytest.raises(ProtocolError):
@@ -152,7 +142,7 @@ def test_a_length_over_the_limit_is_refused_before_the_body() -> None:
     error = refusal(frame_prefix(1001), frame_bytes_max=1000)
     assert error.code == Code.TOO_LARGE
     assert str(error) == "a frame of 1001 bytes is over the limit of 1000 bytes"
-    assert refusal(frame_prefix(FRAME_BYTES_MAX + 1)).code == Code.TOO_LARGE
+    assert refusal(frame_prefix(constants.FRAME_BYTES_MAX + 1)).code == Code.TOO_LARGE
     assert refusal(b"\xce\xff\xff\xff\xff").code == Code.TOO_LARGE
     assert refusal(b"\xd2\x7f\xff\xff\xff").code == Code.TOO_LARGE
     decoder = FrameDecoder(10_000)
@@ -168,14 +158,14 @@ def test_a_small_limit_holds_for_streamed_bodies() -> None:
 
 def test_the_largest_frame() -> None:
     """A body of exactly the limit passes both ways; one more byte is refused with both numbers."""
-    value = bytes(FRAME_BYTES_MAX - 5)
+    value = bytes(constants.FRAME_BYTES_MAX - 5)
     encoder = FrameEncoder()
     data = encoder.encode(value)
     assert FrameDecoder().feed(data) == [value]
     with pytest.raises(RequestError) as caught:
         encoder.encode(value + b"x")
     assert caught.value.code == Code.TOO_LARGE
-    assert caught.value.details == {"bytes": FRAME_BYTES_MAX + 1, "bytes_max": FRAME_BYTES_MAX}
+    assert caught.value.details == {"bytes": constants.FRAME_BYTES_MAX + 1, "bytes_max": constants.FRAME_BYTES_MAX}
     assert encoder.encode(1) == b"\xce\0\0\0\x01\x01", "the encoder goes on after a refusal"
 
 
@@ -220,17 +210,18 @@ def test_str_and_bin_arrive_as_bytes() -> None:
 def test_limits_of_containers() -> None:
     """Arrays, maps and the number of containers of one message pass at their limits and are refused one above."""
     decoder = FrameDecoder()
-    assert len(decoder.feed(frame(msgpack.packb([None] * ARRAY_ITEMS_MAX)))[0]) == ARRAY_ITEMS_MAX
-    assert "malformed" in str(refusal(frame(msgpack.packb([None] * (ARRAY_ITEMS_MAX + 1)))))
-    assert len(decoder.feed(frame(msgpack.packb({b"%d" % i: 0 for i in range(MAP_ITEMS_MAX)})))[0]) == MAP_ITEMS_MAX
-    assert "malformed" in str(refusal(frame(msgpack.packb({b"%d" % i: 0 for i in range(MAP_ITEMS_MAX + 1)}))))
-    padding = bytes(READ_CHUNK_BYTES_MAX)
+    assert len(decoder.feed(frame(msgpack.packb([None] * constants.ARRAY_ITEMS_MAX)))[0]) == constants.ARRAY_ITEMS_MAX
+    assert "malformed" in str(refusal(frame(msgpack.packb([None] * (constants.ARRAY_ITEMS_MAX + 1)))))
+    items = {b"%d" % i: 0 for i in range(constants.MAP_ITEMS_MAX)}
+    assert len(decoder.feed(frame(msgpack.packb(items)))[0]) == len(items)
+    assert "malformed" in str(refusal(frame(msgpack.packb({**items, b"one more": 0}))))
+    padding = bytes(constants.READ_CHUNK_BYTES_MAX)
     # an array of 32 arrays, half of them with arrays and half with maps; the last leaves room for the 33 around
-    chunk = MESSAGE_CONTAINERS_MAX // 32
+    chunk = constants.MESSAGE_CONTAINERS_MAX // 32
     full: list[Any] = [[[] for _ in range(chunk)] for _ in range(16)] + [[{} for _ in range(chunk)] for _ in range(16)]
     del full[-1][-34:]
     assert len(decoder.feed(frame(msgpack.packb([full, padding])))) == 1
-    assert f"more than {MESSAGE_CONTAINERS_MAX}" in str(refusal(frame(msgpack.packb([full, [], padding]))))
+    assert f"more than {constants.MESSAGE_CONTAINERS_MAX}" in str(refusal(frame(msgpack.packb([full, [], padding]))))
     assert len(decoder.feed(frame(msgpack.packb([full, padding])))) == 1, "every message counts for itself"
 
 
@@ -260,7 +251,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("body_bytes", [STREAMED_BODY_BYTES_MAX, 60 * KIB, 2 * MIB])
+@pytest.mark.parametrize("body_bytes", [constants.STREAMED_BODY_BYTES_MAX, 60 * constants.KIB, 2 * constants.MIB])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_headers_that_promise_much_cost_little(name: str, body_bytes: int) -> None:
     """Memory stays within what the module promises, for frames that are cut short and for whole ones."""
@@ -273,10 +264,10 @@ def test_headers_that_promise_much_cost_little(name: str, body_bytes: int) -> No
             assert decoder.feed(frame(body)[:-1]) == []
         retained, _ = tracemalloc.get_traced_memory()
         # the bytes themselves, and the room by which a bytearray grows
-        assert (retained - base) / len(decoders) < body_bytes * 1.2 + READ_CHUNK_BYTES_MAX + 8 * KIB
+        assert (retained - base) / len(decoders) < body_bytes * 1.2 + constants.READ_CHUNK_BYTES_MAX + 8 * constants.KIB
         with pytest.raises(ProtocolError):
             decoders[0].feed(body[-1:])
-        assert tracemalloc.get_traced_memory()[1] - retained < 20 * body_bytes + 64 * MIB
+        assert tracemalloc.get_traced_memory()[1] - retained < 20 * body_bytes + 64 * constants.MIB
     finally:
         tracemalloc.stop()
 
@@ -284,7 +275,7 @@ def test_headers_that_promise_much_cost_little(name: str, body_bytes: int) -> No
 @pytest.mark.parametrize("item", [b"\xa2ab", b"\xcd\x01\x01", b"\xcb" + bytes(8), b"\xc0"], ids=lambda item: item.hex())
 def test_memory_of_a_whole_message(item: bytes) -> None:
     """The worst valid messages stay under 20 bytes of memory for one of the wire and the fixed part."""
-    body_bytes = 4 * MIB
+    body_bytes = 4 * constants.MIB
     inner = b"\xdc\xff\xff" + item * 65535
     count = body_bytes // len(inner)
     body = b"\xdc" + count.to_bytes(2, "big") + inner * count
@@ -295,19 +286,19 @@ def test_memory_of_a_whole_message(item: bytes) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 20 * len(body) + 64 * MIB + 2 * len(body), "and the input with its copy"
+    assert peak < 20 * len(body) + 64 * constants.MIB + 2 * len(body), "and the input with its copy"
 
 
 def test_an_idle_connection_keeps_little() -> None:
     """After its largest frame a decoder holds about one read's worth of buffer."""
-    stream = FrameEncoder().encode(bytes(8 * MIB))
+    stream = FrameEncoder().encode(bytes(8 * constants.MIB))
     tracemalloc.start()
     try:
         decoder = FrameDecoder()
-        for i in range(0, len(stream), 256 * KIB):
-            decoder.feed(stream[i : i + 256 * KIB])
+        for i in range(0, len(stream), 256 * constants.KIB):
+            decoder.feed(stream[i : i + 256 * constants.KIB])
         assert decoder.buffered_bytes == 0
-        assert tracemalloc.get_traced_memory()[0] < 2 * READ_CHUNK_BYTES_MAX
+        assert tracemalloc.get_traced_memory()[0] < 2 * constants.READ_CHUNK_BYTES_MAX
     finally:
         tracemalloc.stop()
 
@@ -330,7 +321,7 @@ def test_a_million_frames_keep_memory_flat() -> None:
         after = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert after < before + 64 * KIB
+    assert after < before + 64 * constants.KIB
 
 
 def test_a_dead_decoder_takes_nothing() -> None:

@@ -6,7 +6,7 @@ apt-get for the first run. Every test of FILES runs by itself after a FLUSHALL: 
 there ends its whole file, and would take the others with it. A test that needs what an earlier one left behind runs
 together with it (`after` in the table). `--in-order` runs whole files on one connection instead, as Redis does.
 
-The table, redis_suite_skips.json, has for every test that is not run the reason. The run fails for a test that neither
+The table, skips.json, has for every test that is not run the reason. The run fails for a test that neither
 passes nor is in the table, for a row of the table without a test, and for a test that Redis leaves out by itself on
 such a server ("ignore") without a row that says so. Tests in blocks that Redis leaves out as a whole on such servers
 (`external:skip`: they read its log and its AOF) have no names here and are not counted.

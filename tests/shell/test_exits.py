@@ -2,15 +2,8 @@
 
 import pytest
 
-from kvtcp.errors import (
-    CLASS_OF,
-    BatchError,
-    Code,
-    DataError,
-    KvtcpError,
-    ProtocolError,
-    Unavailable,
-)
+from kvtcp import errors
+from kvtcp.errors import Code
 from kvtcp.shell.exits import Exit, ShellRefused, UsageError, exit_of
 
 EXPECTED = {
@@ -21,24 +14,24 @@ EXPECTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("code", [code for code in Code if code in CLASS_OF], ids=lambda code: code.name)
+@pytest.mark.parametrize("code", [code for code in Code if code in errors.CLASS_OF], ids=lambda code: code.name)
 def test_every_wire_code_has_an_exit_code(code: Code) -> None:
     """No code of the protocol was forgotten."""
-    assert exit_of(CLASS_OF[code]("x", code)) == EXPECTED[code]
+    assert exit_of(errors.CLASS_OF[code]("x", code)) == EXPECTED[code]
 
 
 @pytest.mark.parametrize(("error", "code"), [
     (UsageError("x"), Exit.USAGE),
     (ShellRefused("x"), Exit.REFUSED),
     (ShellRefused("x", Exit.NOT_FOUND), Exit.NOT_FOUND),
-    (ProtocolError("x"), Exit.UNREACHABLE),
+    (errors.ProtocolError("x"), Exit.UNREACHABLE),
     (ConnectionRefusedError(), Exit.UNREACHABLE),
     (TimeoutError(), Exit.UNREACHABLE),
     (FileNotFoundError(), Exit.USAGE),
-    (DataError("x"), Exit.BAD_DATA),
-    (KvtcpError("x"), Exit.UNKNOWN),
-    (BatchError("x", [1, Unavailable("x", Code.RECOVERING), DataError("x")]), Exit.BAD_DATA),
-    (BatchError("x", [1]), Exit.REFUSED),
+    (errors.DataError("x"), Exit.BAD_DATA),
+    (errors.KvtcpError("x"), Exit.UNKNOWN),
+    (errors.BatchError("x", [1, errors.Unavailable("x", Code.RECOVERING), errors.DataError("x")]), Exit.BAD_DATA),
+    (errors.BatchError("x", [1]), Exit.REFUSED),
 ])  # fmt: skip
 def test_other_errors(error: Exception, code: Exit) -> None:
     """Errors of the shell, of files and of connections have theirs."""

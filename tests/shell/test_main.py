@@ -115,13 +115,11 @@ def test_a_closed_pipe_is_quiet() -> None:
         "sys.exit(main(['scan'], connect=client.connect))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None, "a pipe was asked for"
+    assert process.stdout is not None and process.stderr is not None, "pipes were asked for"
     assert process.stdout.readline().startswith(b"0\t")
     process.stdout.close()
-    assert process.stderr is not None, "a pipe was asked for"
-    err = process.stderr.read()
-    process.stderr.close()
-    assert (process.wait(20), err) == (0, b"")
+    with process.stderr:
+        assert (process.stderr.read(), process.wait(20)) == (b"", 0)
 
 
 def test_an_interrupted_write_says_that_its_outcome_is_open() -> None:

@@ -96,6 +96,4 @@ async def test_ctrl_c_ends_the_waiting_only() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert context.streams.stderr.getvalue().endswith(
-        "\r\x1b[Kkvtcp-shell: no longer waiting; the moves continue\n"
-    )
+    assert context.streams.stderr.getvalue().endswith("\r\x1b[Kkvtcp-shell: no longer waiting; the moves continue\n")

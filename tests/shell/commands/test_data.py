@@ -120,23 +120,18 @@ def test_json_array_is_json(shell: Shell) -> None:
     assert shell.out.endswith(b"1201 pairs\n") and shell.out.count(b"\n") == 1201 + 3
 
 
-def test_missing_key_prints_nothing(shell: Shell) -> None:
-    """`get` of a key that is not there: nothing on stdout, one message on stderr, exit code 1."""
-    assert shell.run("get", "nothing") == 1
-    assert (shell.out, shell.err) == (b"", 'kvtcp-shell: there is no key "nothing"\n')
-
-
-def test_add_refuses_a_key_that_exists(shell: Shell) -> None:
-    """`add` of a key that exists ends with 6, names the key, prints nothing on stdout and leaves the value."""
-    assert shell.run("add", "user:1", "Eve") == 6
-    assert (shell.out, shell.err) == (b"", 'kvtcp-shell: the key "user:1" exists\n')
-    assert shell.client.cells[b"user:1"].value == b"Ada"
-
-
-def test_false_cas_says_why(shell: Shell) -> None:
-    """`cas` with another value prints nothing on stdout and tells the revision on stderr."""
-    assert shell.run("cas", "user:1", "Bob", "Eve") == 1
-    assert (shell.out, shell.err) == (b"", 'kvtcp-shell: the key "user:1" has revision 3\n')
+@pytest.mark.parametrize(("line", "code", "text"), [
+    ("get nothing", 1, 'there is no key "nothing"'),
+    ("add user:1 Eve", 6, 'the key "user:1" exists'),
+    ("cas user:1 Bob Eve", 1, 'the key "user:1" has revision 3'),
+    ("incr user:1", 6, 'the value of "user:1" is not a number'),
+    ("delete-prefix user: max=2 yes", 6, '3 keys that start with "user:" are more than max=2; nothing was deleted'),
+])  # fmt: skip
+def test_what_cannot_be_done(shell: Shell, line: str, code: int, text: str) -> None:
+    """Nothing on stdout, one message on stderr that names the key or both numbers, and no key is changed."""
+    before = dict(shell.client.cells)
+    assert (shell.line(line), shell.out, shell.err) == (code, b"", f"kvtcp-shell: {text}\n")
+    assert shell.client.cells == before
 
 
 def test_ttl_is_passed_on(shell: Shell) -> None:
@@ -239,19 +234,6 @@ def test_too_large_value_is_refused(shell: Shell, tmp_path: Path) -> None:
         stream.truncate(9 * 1024 * 1024)
     assert shell.run("put", "k", f"@{file}") == 6
     assert "the limit is 8388608" in shell.err
-
-
-def test_not_a_number(shell: Shell) -> None:
-    """`incr` of a text is refused and changes nothing."""
-    assert shell.run("incr", "user:1") == 6
-    assert shell.client.cells[b"user:1"].value == b"Ada"
-
-
-def test_delete_prefix_refuses_more_than_max(shell: Shell) -> None:
-    """max=N: more keys than N are refused with both numbers, and all keys stay."""
-    assert shell.run("delete-prefix", "user:", "max=2", "yes") == 6
-    assert '3 keys that start with "user:" are more than max=2; nothing was deleted' in shell.err
-    assert len(shell.client.cells) == 5
 
 
 def test_delete_prefix_stops_at_max_when_keys_came_meanwhile(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

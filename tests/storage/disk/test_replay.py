@@ -5,16 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtcp.storage.disk.log_format import (
-    RECORD_BYTES,
-    SegmentHeader,
-    VersionError,
-    encode_entries,
-    encode_header,
-    encode_record,
-    parse_header,
-    parse_records,
-)
+from kvtcp.storage.disk import log_format
 from kvtcp.storage.disk.manifest import read_manifest
 from kvtcp.storage.disk.replay import Damage, Replayed, replay
 from kvtcp.storage.disk.store import NodeStore
@@ -38,17 +29,17 @@ def read(disk: CrashDisk) -> Replayed:
 def offsets(disk: CrashDisk, path: Path) -> list[int]:
     """Where each record of a segment begins, and the end."""
     data = disk.read(path)
-    header = parse_header(data)
+    header = log_format.parse_header(data)
     found = [header.bytes]
-    for record in parse_records(data, header).records:
-        found.append(found[-1] + RECORD_BYTES + len(record.payload))
+    for record in log_format.parse_records(data, header).records:
+        found.append(found[-1] + log_format.RECORD_BYTES + len(record.payload))
     return found
 
 
 def damage_record(disk: CrashDisk, path: Path, index: int) -> int:
     """Flip a bit of a record's payload; where it begins."""
     offset = offsets(disk, path)[index]
-    disk.flip_bit(path, (offset + RECORD_BYTES) * 8 + 3)
+    disk.flip_bit(path, (offset + log_format.RECORD_BYTES) * 8 + 3)
     return offset
 
 
@@ -284,7 +275,7 @@ def test_a_damaged_record_is_not_overwritten_by_the_next_segment(disk: CrashDisk
     store.log.close()
     store = tools.open_small(disk, seed=1)  # the record is above the mark, so it begins the new segment
     path = store.log.segments[-1].path
-    assert parse_header(disk.read(path)).durable_lsn == store.log.segments[-1].first_lsn
+    assert log_format.parse_header(disk.read(path)).durable_lsn == store.log.segments[-1].first_lsn
     damage_record(disk, path, 0)
     found = read(disk)
     assert found.log_damaged and found.last_lsn >= store.log.segments[-1].first_lsn
@@ -322,7 +313,7 @@ def test_missing_segments(disk: CrashDisk) -> None:
         found = read(copy)
         touched = {
             entry[0]
-            for record in parse_records(disk.read(path), parse_header(disk.read(path))).records
+            for record in log_format.parse_records(disk.read(path), log_format.parse_header(disk.read(path))).records
             for entry in record.entries()
             if record.lsn < end_lsn
         }
@@ -369,12 +360,12 @@ def test_a_segment_of_another_format(disk: CrashDisk) -> None:
     store = tools.make(disk, 3)
     path = store.log.segments[-1].path
     data = bytearray(disk.read(path))
-    header = parse_header(bytes(data))
-    encoded = bytearray(encode_header(header))
+    header = log_format.parse_header(bytes(data))
+    encoded = bytearray(log_format.encode_header(header))
     encoded[9] = 9
     encoded[16:20] = _header_sum(bytes(encoded), header.bytes).to_bytes(4, "big")
     tools.replace_file(disk, path, bytes(encoded) + bytes(data[header.bytes :]))
-    with pytest.raises(VersionError, match="format 9"):
+    with pytest.raises(log_format.VersionError, match="format 9"):
         read(disk)
 
 
@@ -389,10 +380,10 @@ def crafted(disk: CrashDisk, change: Callable[[list[tuple[int, int, int, int, by
     store = tools.make(disk, shards=1)
     entries = [tools.put(store.copies[0], b"k", b"%d" % number) for number in range(3)]
     segment = store.log.segments[-1]
-    header = parse_header(disk.read(segment.path))
+    header = log_format.parse_header(disk.read(segment.path))
     payload = change(entries)
-    data = payload if isinstance(payload, bytes) else encode_entries(payload)  # type: ignore[arg-type]
-    record = encode_record(header.salt, header.first_lsn, 0, data)
+    data = payload if isinstance(payload, bytes) else log_format.encode_entries(payload)  # type: ignore[arg-type]
+    record = log_format.encode_record(header.salt, header.first_lsn, 0, data)
     tools.replace_file(disk, segment.path, disk.read(segment.path)[: header.bytes] + record)
     return read(disk)
 
@@ -422,13 +413,13 @@ def test_a_chain_that_differs_from_the_snapshot(disk: CrashDisk) -> None:
     store = tools.make(disk, 3, shards=1)
     store.write_snapshot(store.copies[0], [])
     segment = store.log.segments[0]
-    header = parse_header(disk.read(segment.path))
+    header = log_format.parse_header(disk.read(segment.path))
     assert segment.first_lsn == 1
     records = []
     for lsn in range(1, 4):
         entry = (0, 1, store.copies[0].table.seq - 3 + lsn, 5, b"")
-        records.append(encode_record(header.salt, lsn, lsn - 1, encode_entries([entry])))
-    encoded = encode_header(SegmentHeader(header.directory, header.salt, 1, 0, {}))
+        records.append(log_format.encode_record(header.salt, lsn, lsn - 1, log_format.encode_entries([entry])))
+    encoded = log_format.encode_header(log_format.SegmentHeader(header.directory, header.salt, 1, 0, {}))
     for path in segment_paths(disk):
         disk.remove(path)
     tools.replace_file(disk, segment.path, encoded + b"".join(records))

@@ -13,22 +13,12 @@ from kvtcp.errors import DataError
 from kvtcp.protocol import operations as op
 from kvtcp.storage.disk import snapshot
 from kvtcp.storage.disk.log_format import FormatError, VersionError
-from kvtcp.storage.disk.snapshot import (
-    SnapshotEncoder,
-    SnapshotFile,
-    SnapshotHeader,
-    SnapshotName,
-    check_frames,
-    encode_snapshot,
-    load_snapshot,
-    read_frames,
-)
 from kvtcp.storage.shard.table import Logged, Table
 from tests.crash.disk import CrashDisk
 
 ID = b"DIRECTRY"
 FOLDER = Path("/snapshots")
-HEADER = SnapshotHeader(ID, 3, 2, 4, 301, 0x01020304)
+HEADER = snapshot.SnapshotHeader(ID, 3, 2, 4, 301, 0x01020304)
 NAME = "0003-2-00000000000000000301.snapshot"
 
 GOLDEN = (
@@ -48,7 +38,7 @@ KEPT: list[Logged] = [(3, 2, 301, 0x01020304, b"entry")]
 
 def golden() -> bytes:
     """The snapshot above."""
-    encoder = SnapshotEncoder(HEADER)
+    encoder = snapshot.SnapshotEncoder(HEADER)
     return encoder.begin() + encoder.add_rows(*ROWS) + encoder.add_kept(KEPT) + encoder.end()
 
 
@@ -83,9 +73,9 @@ def small_table(rows: int = 10) -> Table:
 def encoded(table: Table, kept: list[Logged] | None = None, meanwhile: Callable[[], None] = lambda: None) -> bytes:
     """The snapshot of a table; `meanwhile` is called between its pieces."""
     frozen = table.freeze()
-    header = SnapshotHeader(ID, table.shard, table.generation, frozen.epoch, frozen.seq, frozen.chain)
+    header = snapshot.SnapshotHeader(ID, table.shard, table.generation, frozen.epoch, frozen.seq, frozen.chain)
     pieces = []
-    for piece in encode_snapshot(header, frozen, kept or []):
+    for piece in snapshot.encode_snapshot(header, frozen, kept or []):
         pieces.append(piece)
         meanwhile()
     return b"".join(pieces)
@@ -103,7 +93,7 @@ def test_golden() -> None:
 
 def test_golden_is_loaded(disk: CrashDisk) -> None:
     """These bytes will always mean this table."""
-    table, kept = load_snapshot(disk, store(disk, bytes.fromhex(GOLDEN)), ID)
+    table, kept = snapshot.load_snapshot(disk, store(disk, bytes.fromhex(GOLDEN)), ID)
     assert table.position == (4, 301, 0x01020304) and (table.shard, table.generation) == (3, 2)
     assert table.get(b"a", 0) == (b"va", 300, None) and table.get(b"b", 1_699_999_999_999) == (b"", 301, 1)
     assert kept == KEPT and len(table) == 2
@@ -118,7 +108,7 @@ def test_every_flipped_bit(disk: CrashDisk) -> None:
         changed[bit // 8] ^= 1 << bit % 8
         path = store(disk, bytes(changed))
         with pytest.raises(FormatError) as error:
-            load_snapshot(disk, path, ID)
+            snapshot.load_snapshot(disk, path, ID)
         assert not isinstance(error.value, VersionError), bit
 
 
@@ -127,49 +117,49 @@ def test_every_length(disk: CrashDisk) -> None:
     data = golden()
     for length in range(len(data)):
         with pytest.raises(FormatError):
-            load_snapshot(disk, store(disk, data[:length]), ID)
+            snapshot.load_snapshot(disk, store(disk, data[:length]), ID)
     with pytest.raises(FormatError, match="3 bytes follow the last frame"):
-        load_snapshot(disk, store(disk, data + b"abc"), ID)
+        snapshot.load_snapshot(disk, store(disk, data + b"abc"), ID)
 
 
 def test_frames_out_of_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame that is missing, doubled or in another place is found, although each is right in itself."""
     monkeypatch.setattr(snapshot, "SNAPSHOT_FRAME_ROWS", 3)
     data = encoded(small_table())
-    starts = [offset for _, _, offset in check_frames(data)]
+    starts = [offset for _, _, offset in snapshot.check_frames(data)]
     frames = [data[begin:end] for begin, end in zip(starts, [*starts[1:], len(data)], strict=True)]
     head = data[: starts[0]]
     assert len(frames) == 5 and b"".join([head, *frames]) == data
     for order in ([1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 2, 4], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3], [4], [0, 1, 2, 4]):
         with pytest.raises(FormatError):
-            list(check_frames(b"".join([head, *(frames[number] for number in order)])))
+            list(snapshot.check_frames(b"".join([head, *(frames[number] for number in order)])))
 
 
 def test_counts_are_checked() -> None:
     """The last frame counts what was before it."""
-    encoder = SnapshotEncoder(HEADER)
+    encoder = snapshot.SnapshotEncoder(HEADER)
     data = encoder.begin() + encoder.add_rows(*ROWS)
     encoder.rows += 1
     with pytest.raises(FormatError, match="the last frame counts"):
-        list(read_frames(data + encoder.end()))
+        list(snapshot.read_frames(data + encoder.end()))
 
 
 def test_a_frame_that_was_written_wrong() -> None:
     """A right sum over no msgpack."""
-    encoder = SnapshotEncoder(HEADER)
+    encoder = snapshot.SnapshotEncoder(HEADER)
     data = encoder.begin()
     body = b"\xc1"
     total = crc32(body, crc32(b"\x01\x00\x00\x00\x01", crc32(data)))
     with pytest.raises(FormatError, match="a right sum and no right content"):
-        list(read_frames(data + b"\x01\x00\x00\x00\x01" + total.to_bytes(4, "big") + body))
+        list(snapshot.read_frames(data + b"\x01\x00\x00\x00\x01" + total.to_bytes(4, "big") + body))
 
 
 def test_rows_out_of_order(disk: CrashDisk) -> None:
     """Keys ascend over all frames."""
-    encoder = SnapshotEncoder(HEADER)
+    encoder = snapshot.SnapshotEncoder(HEADER)
     data = encoder.begin() + encoder.add_rows([b"b"], [(b"", 1, None)]) + encoder.add_rows([b"a"], [(b"", 1, None)])
     with pytest.raises(DataError, match="ascending"):
-        load_snapshot(disk, store(disk, data + encoder.end()), ID)
+        snapshot.load_snapshot(disk, store(disk, data + encoder.end()), ID)
 
 
 def test_other_versions(disk: CrashDisk) -> None:
@@ -177,24 +167,25 @@ def test_other_versions(disk: CrashDisk) -> None:
     data = golden()
     path = store(disk, resealed(data[:8] + (2).to_bytes(2, "big") + data[10:]))
     with pytest.raises(VersionError, match="the snapshot has format 2, this version of kvtcp knows format 1"):
-        load_snapshot(disk, path, ID)
+        snapshot.load_snapshot(disk, path, ID)
 
 
 def test_whose_it_is(disk: CrashDisk) -> None:
     """A file of another directory, or under the name of another, is refused."""
     with pytest.raises(FormatError, match="belongs to another data directory"):
-        load_snapshot(disk, store(disk, golden()), b"ANOTHER!")
+        snapshot.load_snapshot(disk, store(disk, golden()), b"ANOTHER!")
     with pytest.raises(FormatError, match=f"the snapshot is {NAME} by its header"):
-        load_snapshot(disk, store(disk, golden(), "0004-2-00000000000000000301.snapshot"), ID)
+        snapshot.load_snapshot(disk, store(disk, golden(), "0004-2-00000000000000000301.snapshot"), ID)
 
 
 def test_names() -> None:
     """A name says shard, generation and number, in exactly one way."""
-    assert HEADER.name.file == NAME and SnapshotName.parse(NAME) == SnapshotName(3, 2, 301) == HEADER.name
-    assert SnapshotName.parse(SnapshotName(12345, 1, 0).file) == SnapshotName(12345, 1, 0)
+    assert HEADER.name.file == NAME
+    assert snapshot.SnapshotName.parse(NAME) == snapshot.SnapshotName(3, 2, 301) == HEADER.name
+    assert snapshot.SnapshotName.parse(snapshot.SnapshotName(12345, 1, 0).file) == snapshot.SnapshotName(12345, 1, 0)
     others = ["0003-02-00000000000000000301.snapshot", "0003-2-301.snapshot", ""]
     for name in (NAME + ".tmp", "0" + NAME, NAME[1:], *others):
-        assert SnapshotName.parse(name) is None, name
+        assert snapshot.SnapshotName.parse(name) is None, name
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 10, 700])
@@ -204,9 +195,9 @@ def test_round_trip(disk: CrashDisk, rows: int, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(snapshot, "SNAPSHOT_FRAME_ROWS", 3)
     table = small_table(rows)
     data = encoded(table)
-    assert len(list(read_frames(data))) == -(-rows // (3 if rows < 100 else 256))
-    path = store(disk, data, SnapshotName(3, 2, table.seq).file)
-    loaded, kept = load_snapshot(disk, path, ID)
+    assert len(list(snapshot.read_frames(data))) == -(-rows // (3 if rows < 100 else 256))
+    path = store(disk, data, snapshot.SnapshotName(3, 2, table.seq).file)
+    loaded, kept = snapshot.load_snapshot(disk, path, ID)
     loaded.check()
     assert loaded.position == table.position and loaded.digest() == table.digest() and kept == []
     table.apply((op.PUT, 3, table.seq + 1, 0, b"next", b"v"), 60)
@@ -235,7 +226,7 @@ def test_frames_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table(3)
     for number, size in enumerate([10, 10, 60, 10, 10, 10, 10, 200, 1]):
         table.apply((op.PUT, 3, table.seq + 1, 0, b"k%d" % number, b"v" * size), 50)
-    frames = [content[0] for kind, content in read_frames(encoded(table)) if kind == snapshot.ROWS]
+    frames = [content[0] for kind, content in snapshot.read_frames(encoded(table)) if kind == snapshot.ROWS]
     assert [len(keys) for keys in frames] == [3, 5, 1]
 
 
@@ -243,16 +234,16 @@ def test_kept_entries(disk: CrashDisk) -> None:
     """They come back as entries of this shard and generation."""
     table = small_table(2)
     kept: list[Logged] = [(3, 2, 1, 11, b"one"), (3, 2, 2, 12, b"two")]
-    path = store(disk, encoded(table, kept), SnapshotName(3, 2, 2).file)
-    assert load_snapshot(disk, path, ID)[1] == kept
+    path = store(disk, encoded(table, kept), snapshot.SnapshotName(3, 2, 2).file)
+    assert snapshot.load_snapshot(disk, path, ID)[1] == kept
 
 
 # --- files ------------------------------------------------------------------------------------------
 
 
-def write(disk: CrashDisk, data: bytes, name: SnapshotName = HEADER.name) -> SnapshotFile:
+def write(disk: CrashDisk, data: bytes, name: snapshot.SnapshotName = HEADER.name) -> snapshot.SnapshotFile:
     """A file that is on the disk and not published."""
-    file = SnapshotFile(disk, FOLDER, name)
+    file = snapshot.SnapshotFile(disk, FOLDER, name)
     for start in range(0, len(data), 20):
         file.write(data[start : start + 20])
     file.finish()
@@ -263,13 +254,13 @@ def test_many_kept_entries(disk: CrashDisk) -> None:
     """A shard that cannot commit keeps many: they are encoded in pieces too, and read in order."""
     table = small_table()
     frozen = table.freeze()
-    header = SnapshotHeader(ID, 3, table.generation, frozen.epoch, frozen.seq, frozen.chain)
+    header = snapshot.SnapshotHeader(ID, 3, table.generation, frozen.epoch, frozen.seq, frozen.chain)
     kept: list[Logged] = [(3, table.generation, seq, seq, b"e" * 40) for seq in range(1, 2001)]
     kept += [(3, table.generation, seq, seq, b"e" * 100_000) for seq in range(2001, 2021)]
-    pieces = list(encode_snapshot(header, frozen, kept))
+    pieces = list(snapshot.encode_snapshot(header, frozen, kept))
     assert max(map(len, pieces)) < SNAPSHOT_FRAME_BYTES + 200_000
     assert sum(piece[0] == snapshot.KEPT for piece in pieces[1:]) == 2000 // SNAPSHOT_FRAME_ROWS + 7
-    assert load_snapshot(disk, store(disk, b"".join(pieces), header.name.file), ID)[1] == kept
+    assert snapshot.load_snapshot(disk, store(disk, b"".join(pieces), header.name.file), ID)[1] == kept
 
 
 def test_publication(disk: CrashDisk) -> None:
@@ -302,14 +293,14 @@ def test_what_is_published_is_read_back(disk: CrashDisk) -> None:
 
 def test_a_leftover_is_replaced(disk: CrashDisk) -> None:
     """A temporary file of an earlier attempt does not stand in the way."""
-    SnapshotFile(disk, FOLDER, HEADER.name).write(b"half")
+    snapshot.SnapshotFile(disk, FOLDER, HEADER.name).write(b"half")
     file = write(disk, golden())
     assert file.publish() == len(golden())
 
 
 def test_giving_up(disk: CrashDisk) -> None:
     """Nothing stays, at whatever point; twice is allowed."""
-    file = SnapshotFile(disk, FOLDER, HEADER.name)
+    file = snapshot.SnapshotFile(disk, FOLDER, HEADER.name)
     file.write(b"x")
     file.abort()
     file.abort()
@@ -331,10 +322,10 @@ def test_errors_go_on_to_the_caller() -> None:
         with pytest.raises(OSError, match="No space"):
             write(disk, golden()).publish()
         if NAME in disk.list(FOLDER):
-            load_snapshot(disk, FOLDER / NAME, ID)
+            snapshot.load_snapshot(disk, FOLDER / NAME, ID)
 
 
 def test_content_is_msgpack() -> None:
     """Whoever has lost everything else can read the rows with any msgpack."""
-    bodies = [msgpack.unpackb(body) for kind, body, _ in check_frames(golden()) if kind == snapshot.ROWS]
+    bodies = [msgpack.unpackb(body) for kind, body, _ in snapshot.check_frames(golden()) if kind == snapshot.ROWS]
     assert bodies == [[[b"a", b"b"], [[b"va", 300, None], [b"", 301, 1_700_000_000_000]]]]

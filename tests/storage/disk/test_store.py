@@ -17,24 +17,7 @@ from kvtcp.storage.disk.store import ASIDE, POWER_CUT, NodeStore, StoreError
 from kvtcp.storage.shard.copy import Copy
 from tests.crash.disk import CrashDisk
 from tests.crash.fake_disk import FaultyDisk, QuickDisk
-from tests.support.storage_tools import (
-    BOOT,
-    DIRECTORY,
-    State,
-    add_copies,
-    change,
-    commit,
-    fill,
-    make,
-    mark,
-    names,
-    open_small,
-    pulled,
-    put,
-    replace_file,
-    state_of,
-    take_snapshot,
-)
+from tests.support import storage_tools as tools
 
 
 def disks(store: NodeStore) -> dict[int, str]:
@@ -44,7 +27,7 @@ def disks(store: NodeStore) -> dict[int, str]:
 
 def verdict(store: NodeStore) -> dict[int, Any]:
     """What a report would say of each shard, the names of new disks excepted."""
-    state = state_of(store.copies)
+    state = tools.state_of(store.copies)
     return {
         shard: (copy.generation, state[shard], copy.disk) if copy.complete else (copy.generation, "incomplete")
         for shard, copy in store.copies.items()
@@ -53,12 +36,12 @@ def verdict(store: NodeStore) -> dict[int, Any]:
 
 def worked(disk: Any, **options: Any) -> NodeStore:
     """A store with several segments, two snapshots, some segments deleted, and entries beyond."""
-    store = make(disk, 12, **options)
+    store = tools.make(disk, 12, **options)
     for shard in range(3):
-        take_snapshot(store, shard)
-    fill(store, 9, first=12)
-    take_snapshot(store, 1)
-    fill(store, 4, first=21)
+        tools.take_snapshot(store, shard)
+    tools.fill(store, 9, first=12)
+    tools.take_snapshot(store, 1)
+    tools.fill(store, 4, first=21)
     return store
 
 
@@ -75,34 +58,35 @@ def dying(disk: CrashDisk, calls: int) -> Iterator[CrashDisk]:
 
 def test_a_new_directory(disk: CrashDisk) -> None:
     """Everything is made, the manifest first: a crash in the middle leaves what the next start takes up."""
-    store = open_small(disk)
+    store = tools.open_small(disk)
     assert store.copies == {} and store.log.last_lsn == 0 and not store.manifest.clean
     made = [path.name for what, path in disk.calls if what == "create"]
     assert made[0] == "manifest.json.tmp"
-    manifest = read_manifest(disk, DIRECTORY)
-    assert manifest == store.manifest and (manifest.segment, manifest.boot, manifest.durability) == (1, BOOT, "sync")
+    manifest = read_manifest(disk, tools.DIRECTORY)
+    assert manifest == store.manifest
+    assert (manifest.segment, manifest.boot, manifest.durability) == (1, tools.BOOT, "sync")
     for number in range(1, len(disk.calls) + 1):
         broken = CrashDisk(fail_at=number, dead=True)
         with pytest.raises(OSError, match="Input/output"):
-            open_small(broken)
+            tools.open_small(broken)
         again = broken.process_kill()
-        store = open_small(again, seed=1)
-        add_copies(store)
-        fill(store, 3)
-        assert state_of(open_small(again.process_kill(), seed=2).copies) == state_of(store.copies)
+        store = tools.open_small(again, seed=1)
+        tools.add_copies(store)
+        tools.fill(store, 3)
+        assert tools.state_of(tools.open_small(again.process_kill(), seed=2).copies) == tools.state_of(store.copies)
 
 
 def test_opening_again_after_a_kill(disk: CrashDisk) -> None:
     """Killed at any point between two records, the same is there again, with the same uuids, however often."""
     store = worked(disk)
     for seed in range(1, 5):
-        again = open_small(disk.process_kill(), seed=seed)
+        again = tools.open_small(disk.process_kill(), seed=seed)
         assert verdict(again) == verdict(store) and not again.damages and again.aside is None
         disk = again.disk  # type: ignore[assignment]
     assert [entry[2] for entry in again.backlog.of_shard(0)][-1] == store.copies[0].table.seq
-    fill(again, 5, first=25)
-    last = open_small(disk.process_kill(), seed=9)
-    assert state_of(last.copies) == state_of(again.copies)
+    tools.fill(again, 5, first=25)
+    last = tools.open_small(disk.process_kill(), seed=9)
+    assert tools.state_of(last.copies) == tools.state_of(again.copies)
 
 
 def test_stopped_in_order(disk: CrashDisk) -> None:
@@ -110,12 +94,12 @@ def test_stopped_in_order(disk: CrashDisk) -> None:
     store = worked(disk)
     last = store.log.last_lsn
     store.close_clean()
-    manifest = read_manifest(disk, DIRECTORY)
+    manifest = read_manifest(disk, tools.DIRECTORY)
     assert manifest is not None and manifest.clean
     assert manifest.segment == store.log.segments[-1].first_lsn, "none may be missing"
-    again = open_small(disk, seed=1)
+    again = tools.open_small(disk, seed=1)
     assert verdict(again) == verdict(store) and again.log.last_lsn == last + 1
-    manifest = read_manifest(disk, DIRECTORY)
+    manifest = read_manifest(disk, tools.DIRECTORY)
     assert manifest is not None and not manifest.clean
 
 
@@ -124,7 +108,7 @@ def test_a_lost_last_segment_after_a_clean_stop(disk: CrashDisk) -> None:
     store = worked(disk)
     store.close_clean()
     disk.remove(store.log.segments[-1].path)
-    again = open_small(disk, seed=1)
+    again = tools.open_small(disk, seed=1)
     assert not any(copy.complete for copy in again.copies.values())
     assert again.log.segments[-1].first_lsn > store.log.segments[-1].first_lsn
 
@@ -134,14 +118,14 @@ def test_a_lost_last_segment_after_a_kill(disk: CrashDisk) -> None:
     store = worked(disk)
     assert len(store.log.segments) > 2, "it rotated"
     disk.remove(store.log.segments[-1].path)
-    again = open_small(disk, seed=1)
+    again = tools.open_small(disk, seed=1)
     assert not any(copy.complete for copy in again.copies.values())
 
 
 @pytest.mark.parametrize("cut", ["within the last record of data", "before the last record of data"])
 def test_a_log_that_was_cut_off_after_a_clean_stop(disk: CrashDisk, cut: str) -> None:
     """It is damage, also where it ends with a whole record: the manifest knows how far it went."""
-    store = make(disk, 2)
+    store = tools.make(disk, 2)
     store.close_clean()
     path = store.log.segments[-1].path
     data = disk.read(path)
@@ -149,8 +133,8 @@ def test_a_log_that_was_cut_off_after_a_clean_stop(disk: CrashDisk, cut: str) ->
     sizes = [RECORD_BYTES + len(record.payload) for record in found.records]
     assert len(sizes) >= 2 and not found.records[-1].entries(), "the mark of the end"
     end = len(data) - sizes[-1] - (sizes[-2] if cut.startswith("before") else 3)
-    replace_file(disk, path, data[:end])
-    again = open_small(disk, seed=1)
+    tools.replace_file(disk, path, data[:end])
+    again = tools.open_small(disk, seed=1)
     assert again.damages and not all(copy.complete for copy in again.copies.values())
 
 
@@ -161,22 +145,22 @@ def test_the_mark_of_a_clean_stop_may_be_missing(disk: CrashDisk) -> None:
     path = store.log.segments[-1].path
     data = disk.read(path)
     found = parse_records(data, parse_header(data))
-    replace_file(disk, path, data[: len(data) - RECORD_BYTES - len(found.records[-1].payload)])
-    again = open_small(disk, seed=1)
+    tools.replace_file(disk, path, data[: len(data) - RECORD_BYTES - len(found.records[-1].payload)])
+    again = tools.open_small(disk, seed=1)
     assert verdict(again) == verdict(store) and not again.damages
 
 
 def test_stale_files_are_removed(disk: CrashDisk) -> None:
     """Temporary files and older snapshots go when everything is settled."""
     store = worked(disk)
-    fill(store, 3, first=25)
+    tools.fill(store, 3, first=25)
     older = store.snapshots[0].name.file
     store.write_snapshot(store.copies[0], [])
-    disk.create(DIRECTORY / "log" / f"{77:020d}.log.tmp")
-    disk.create(DIRECTORY / "snapshots" / "0002-1-00000000000000000099.snapshot.tmp")
-    again = open_small(disk, seed=1)
-    assert older not in names(disk, "snapshots") and len(names(disk, "snapshots")) == 3
-    assert not any(name.endswith(".tmp") for name in [*names(disk), *names(disk, "snapshots")])
+    disk.create(tools.DIRECTORY / "log" / f"{77:020d}.log.tmp")
+    disk.create(tools.DIRECTORY / "snapshots" / "0002-1-00000000000000000099.snapshot.tmp")
+    again = tools.open_small(disk, seed=1)
+    assert older not in tools.names(disk, "snapshots") and len(tools.names(disk, "snapshots")) == 3
+    assert not any(name.endswith(".tmp") for name in [*tools.names(disk), *tools.names(disk, "snapshots")])
     assert verdict(again) == verdict(store)
 
 
@@ -184,11 +168,11 @@ def test_many_restarts_do_not_grow_the_log(disk: CrashDisk) -> None:
     """A start that finds nothing new begins the same segment again."""
     store = worked(disk)
     for seed in range(1, 4):
-        store = open_small(disk, seed=seed)
-    count = len(names(disk))
+        store = tools.open_small(disk, seed=seed)
+    count = len(tools.names(disk))
     for seed in range(4, 12):
-        store = open_small(disk, seed=seed)
-    assert len(names(disk)) == count == len(store.log.segments)
+        store = tools.open_small(disk, seed=seed)
+    assert len(tools.names(disk)) == count == len(store.log.segments)
 
 
 # --- refusals ---------------------------------------------------------------------------------------
@@ -197,27 +181,27 @@ def test_many_restarts_do_not_grow_the_log(disk: CrashDisk) -> None:
 def test_data_without_a_manifest(disk: CrashDisk) -> None:
     """Nobody knows whose data it is: one sentence, and nothing is changed."""
     worked(disk)
-    disk.remove(DIRECTORY / "manifest.json")
+    disk.remove(tools.DIRECTORY / "manifest.json")
     before = disk.tree()
     with pytest.raises(StoreError, match="/node has data and no manifest.json: put back"):
-        open_small(disk, seed=1)
+        tools.open_small(disk, seed=1)
     assert disk.tree() == before
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
+@pytest.mark.parametrize(("edit", "sentence"), [
     (lambda data: data[:-3], "manifest.json is damaged: it is not a manifest"),
     (lambda data: data.replace(b'"promised": 0', b'"promised": 7'), "manifest.json is damaged: its sum is wrong"),
     (lambda data: data.replace(b'"format": 1', b'"format": 2'), "manifest.json is of another version"),
     (lambda data: b"", "manifest.json is damaged"),
 ])  # fmt: skip
-def test_a_damaged_manifest(disk: CrashDisk, change: Callable[[bytes], bytes], sentence: str) -> None:
+def test_a_damaged_manifest(disk: CrashDisk, edit: Callable[[bytes], bytes], sentence: str) -> None:
     """It is refused with a sentence, and nothing is changed."""
     worked(disk)
-    path = DIRECTORY / "manifest.json"
-    replace_file(disk, path, change(disk.read(path)))
+    path = tools.DIRECTORY / "manifest.json"
+    tools.replace_file(disk, path, edit(disk.read(path)))
     before = disk.tree()
     with pytest.raises(StoreError, match=sentence):
-        open_small(disk, seed=1)
+        tools.open_small(disk, seed=1)
     assert disk.tree() == before
 
 
@@ -228,10 +212,10 @@ def test_files_of_another_version(disk: CrashDisk, monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 9)
             worked(disk)
-        manifest = disk.read(DIRECTORY / "manifest.json")
+        manifest = disk.read(tools.DIRECTORY / "manifest.json")
         with pytest.raises(StoreError, match="has format 9, this version of kvtcp knows format 1"):
-            open_small(disk, seed=1)
-        assert disk.read(DIRECTORY / "manifest.json") == manifest
+            tools.open_small(disk, seed=1)
+        assert disk.read(tools.DIRECTORY / "manifest.json") == manifest
 
 
 # --- a power cut in a mode that does not sync ---------------------------------------------------------
@@ -240,48 +224,47 @@ def test_files_of_another_version(disk: CrashDisk, monkeypatch: pytest.MonkeyPat
 def test_power_cut_in_mode_os(disk: CrashDisk) -> None:
     """Another boot after an end that was not in order: every copy has a new uuid, once."""
     store = worked(disk, durability="os")
-    cut = open_small(disk, durability="os", boot="boot 2", seed=1)
-    assert state_of(cut.copies) == state_of(store.copies)
+    cut = tools.open_small(disk, durability="os", boot="boot 2", seed=1)
+    assert tools.state_of(cut.copies) == tools.state_of(store.copies)
     assert not set(disks(cut).values()) & set(disks(store).values())
     assert all(copy.complete and copy.reason == POWER_CUT for copy in cut.copies.values())
-    again = open_small(disk, durability="os", boot="boot 2", seed=2)
+    again = tools.open_small(disk, durability="os", boot="boot 2", seed=2)
     assert disks(again) == disks(cut)
 
 
 @pytest.mark.parametrize(("first", "boot", "clean"), [
-    ("os", BOOT, False), ("os", "boot 2", True), ("sync", "boot 2", False), ("sync", BOOT, False),
+    ("os", tools.BOOT, False), ("os", "boot 2", True), ("sync", "boot 2", False), ("sync", tools.BOOT, False),
 ])  # fmt: skip
 def test_the_same_uuids(disk: CrashDisk, first: str, boot: str, clean: bool) -> None:
     """In the same boot, after a clean stop or in mode sync nothing is missing."""
     store = worked(disk, durability=first)
     if clean:
         store.close_clean()
-    again = open_small(disk, durability="os", boot=boot, seed=1)
+    again = tools.open_small(disk, durability="os", boot=boot, seed=1)
     assert verdict(again) == verdict(store)
 
 
 def test_from_os_to_sync_and_back(disk: CrashDisk) -> None:
-    """After a start in mode sync everything is on the disk, whatever the mode before: the mode of the last process
-    counts."""
+    """After a start in mode sync everything is on the disk: the mode of the last process counts."""
     worked(disk, durability="os")
-    store = open_small(disk, durability="sync", seed=1)
-    assert disks(open_small(disk, durability="os", boot="boot 2", seed=2)) == disks(store)
-    assert disks(open_small(disk, durability="sync", boot="boot 3", seed=3)) != disks(store)
+    store = tools.open_small(disk, durability="sync", seed=1)
+    assert disks(tools.open_small(disk, durability="os", boot="boot 2", seed=2)) == disks(store)
+    assert disks(tools.open_small(disk, durability="sync", boot="boot 3", seed=3)) != disks(store)
 
 
 def test_a_power_cut_while_the_new_uuids_are_written(disk: CrashDisk) -> None:
     """Whatever call the second start dies in, the third comes to new uuids, and the fourth to the same as the third."""
     store = worked(disk, durability="os")
     probe = disk.process_kill()
-    open_small(probe, durability="os", boot="boot 2", seed=1)
+    tools.open_small(probe, durability="os", boot="boot 2", seed=1)
     for one in dying(disk, len(probe.calls)):
         with pytest.raises(OSError, match="Input/output"):
-            open_small(one, durability="os", boot="boot 2", seed=1)
+            tools.open_small(one, durability="os", boot="boot 2", seed=1)
         left = one.process_kill()
-        third = open_small(left, durability="os", boot="boot 2", seed=2)
+        third = tools.open_small(left, durability="os", boot="boot 2", seed=2)
         assert not set(disks(third).values()) & set(disks(store).values()), one.fail_at
-        assert state_of(third.copies) == state_of(store.copies)
-        assert disks(open_small(left, durability="os", boot="boot 2", seed=3)) == disks(third)
+        assert tools.state_of(third.copies) == tools.state_of(store.copies)
+        assert disks(tools.open_small(left, durability="os", boot="boot 2", seed=3)) == disks(third)
 
 
 # --- damage -----------------------------------------------------------------------------------------
@@ -294,7 +277,7 @@ def flip(disk: CrashDisk, path: Path, offset: int) -> None:
 
 def snapshot_of(store: NodeStore, shard: int = 0) -> Path:
     """The file of a snapshot."""
-    return DIRECTORY / "snapshots" / store.snapshots[shard].name.file
+    return tools.DIRECTORY / "snapshots" / store.snapshots[shard].name.file
 
 
 def middle_of(store: NodeStore) -> Path:
@@ -303,7 +286,7 @@ def middle_of(store: NodeStore) -> Path:
 
 
 def damage_last(disk: CrashDisk, store: NodeStore) -> None:
-    mark(store)
+    tools.mark(store)
     flip(disk, store.log.segments[-1].path, store.log.segments[-1].size - 40)
 
 
@@ -324,8 +307,8 @@ def lose_newest(disk: CrashDisk, store: NodeStore) -> None:
 
 def tear(disk: CrashDisk, store: NodeStore) -> None:
     path = store.log.segments[-1].path
-    commit(store, [put(store.copies[0], b"torn", b"v")])
-    replace_file(disk, path, disk.read(path)[:-5])
+    tools.commit(store, [tools.put(store.copies[0], b"torn", b"v")])
+    tools.replace_file(disk, path, disk.read(path)[:-5])
 
 
 DAMAGES: dict[str, Callable[[CrashDisk, NodeStore], object]] = {
@@ -348,7 +331,7 @@ DAMAGES: dict[str, Callable[[CrashDisk, NodeStore], object]] = {
 def before_damage(disk: CrashDisk) -> NodeStore:
     """A store with snapshots and at least five segments."""
     store = worked(disk)
-    fill(store, 6, first=25)
+    tools.fill(store, 6, first=25)
     assert len(store.log.segments) >= 5
     return store
 
@@ -359,15 +342,15 @@ def test_damage_is_met_once(disk: CrashDisk, damage: str) -> None:
     and nothing more to settle, and what was damaged is kept aside."""
     store = before_damage(disk)
     DAMAGES[damage](disk, store)
-    acknowledged = state_of(store.copies)
+    acknowledged = tools.state_of(store.copies)
     if damage == "tear":
-        acknowledged = {**acknowledged, 0: state_of(open_small(disk.process_kill(), seed=7).copies)[0]}
+        acknowledged = {**acknowledged, 0: tools.state_of(tools.open_small(disk.process_kill(), seed=7).copies)[0]}
         assert acknowledged[0][0][1] == store.copies[0].table.seq - 1
     files_before = disk.tree()
-    first = open_small(disk, seed=1)
+    first = tools.open_small(disk, seed=1)
     for shard, copy in first.copies.items():
         if copy.complete:
-            assert state_of({shard: copy}) == {shard: acknowledged[shard]} and copy.disk == f"disk {shard}"
+            assert tools.state_of({shard: copy}) == {shard: acknowledged[shard]} and copy.disk == f"disk {shard}"
         else:
             assert copy.reason and "/node/" in copy.reason and copy.disk != f"disk {shard}" and copy.table.seq == 0
     if damage in ("tear", "nothing"):
@@ -381,13 +364,14 @@ def test_damage_is_met_once(disk: CrashDisk, damage: str) -> None:
             content = disk.read(first.aside / name)
             assert content in files_before.values(), "kept as it was"
     for seed in (2, 3):
-        again = open_small(disk, seed=seed)
+        again = tools.open_small(disk, seed=seed)
         assert verdict(again) == verdict(first) and disks(again) == disks(first)
         assert not again.damages and again.aside is None
     for number in range(6):
-        commit(again, [put(copy, b"k%d" % number, b"new") for copy in again.copies.values() if copy.complete])
-    last = open_small(disk, seed=4)
-    assert state_of(last.copies) == state_of(again.copies) and not last.damages
+        whole = [copy for copy in again.copies.values() if copy.complete]
+        tools.commit(again, [tools.put(copy, b"k%d" % number, b"new") for copy in whole])
+    last = tools.open_small(disk, seed=4)
+    assert tools.state_of(last.copies) == tools.state_of(again.copies) and not last.damages
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -396,22 +380,23 @@ def test_the_process_dies_while_it_opens(disk: CrashDisk, damage: str) -> None:
     store = before_damage(disk)
     DAMAGES[damage](disk, store)
     probe = disk.process_kill()
-    expected = open_small(probe, seed=1)
+    expected = tools.open_small(probe, seed=1)
     damaged = kept_aside(probe)
     for one in dying(disk, len(probe.calls)):
         with pytest.raises(OSError, match="Input/output"):
-            open_small(one, seed=1)
+            tools.open_small(one, seed=1)
         left = one.process_kill()
-        again = open_small(left, seed=2)
+        again = tools.open_small(left, seed=2)
         assert verdict(again) == verdict(expected), one.calls[one.fail_at - 1]
         assert damaged <= kept_aside(left), one.calls[one.fail_at - 1]
-        third = open_small(left, seed=3)
+        third = tools.open_small(left, seed=3)
         assert verdict(third) == verdict(expected) and disks(third) == disks(again) and not third.damages
 
 
 def kept_aside(disk: CrashDisk) -> set[bytes]:
     """The content of all files that were kept aside."""
-    return {data for path, data in disk.tree().items() if path.startswith(f"{DIRECTORY}/{ASIDE}/") and data is not None}
+    aside = f"{tools.DIRECTORY}/{ASIDE}/"
+    return {data for path, data in disk.tree().items() if path.startswith(aside) and data is not None}
 
 
 @pytest.mark.parametrize("damage", ["nothing", "damage_middle", "damage_snapshot"])
@@ -427,13 +412,13 @@ def test_on_real_files(tmp_path: Path, damage: str) -> None:
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     probe = FaultyDisk()
     shutil.copytree(origin, tmp_path / "probe")
-    expected = verdict(open_small(probe, directory=tmp_path / "probe", seed=1))
+    expected = verdict(tools.open_small(probe, directory=tmp_path / "probe", seed=1))
     for number in range(1, len(probe.calls) + 1):
         directory = tmp_path / str(number)
         shutil.copytree(origin, directory)
         with pytest.raises(OSError, match="Input/output"):
-            open_small(FaultyDisk(number, dead=True), directory=directory, seed=1)
-        assert verdict(open_small(QuickDisk(), directory=directory, seed=2)) == expected, probe.calls[number - 1]
+            tools.open_small(FaultyDisk(number, dead=True), directory=directory, seed=1)
+        assert verdict(tools.open_small(QuickDisk(), directory=directory, seed=2)) == expected, probe.calls[number - 1]
         shutil.rmtree(directory)
 
 
@@ -442,25 +427,26 @@ def test_on_real_files(tmp_path: Path, damage: str) -> None:
 
 def test_which_snapshot_is_due(disk: CrashDisk) -> None:
     """None while the log is short; then the shard that holds the oldest segment back."""
-    store = make(disk)
-    commit(store, [put(store.copies[2], b"k", b"v")])
-    fill(store, 20, shards=2)
+    store = tools.make(disk)
+    tools.commit(store, [tools.put(store.copies[2], b"k", b"v")])
+    tools.fill(store, 20, shards=2)
     assert store.due_snapshot(10**6) is None and store.due_snapshot(100) == 2
     assert store.behind() == [2, 0, 1]
-    take_snapshot(store, 2)
+    tools.take_snapshot(store, 2)
     assert store.due_snapshot(100) in (0, 1) and 2 not in store.behind()
     for shard in (0, 1):
-        take_snapshot(store, shard)
+        tools.take_snapshot(store, shard)
     assert store.behind() == [] and store.due_snapshot(100) is None and len(store.log.segments) == 1
-    assert store.snapshot_bytes == sum(disk.size(DIRECTORY / "snapshots" / name) for name in names(disk, "snapshots"))
+    folder = tools.DIRECTORY / "snapshots"
+    assert store.snapshot_bytes == sum(disk.size(folder / name) for name in disk.list(folder))
 
 
 def test_old_files_go_in_order(disk: CrashDisk) -> None:
     """After a publication the older snapshot and then needless segments go, oldest first, each for good."""
     store = worked(disk)
     for shard in (0, 2):
-        take_snapshot(store, shard)
-    fill(store, 6, first=25)
+        tools.take_snapshot(store, shard)
+    tools.fill(store, 6, first=25)
     copy = store.copies[1]
     frozen = copy.table.freeze()
     header = store.header_of(frozen)
@@ -483,13 +469,13 @@ def test_a_snapshot_of_a_copy_that_was_begun_anew(disk: CrashDisk) -> None:
     frozen.close()
     present = store.snapshots[0]
     copy.table.generation = 2
-    assert store.published(header, 100) == [DIRECTORY / "snapshots" / header.name.file]
+    assert store.published(header, 100) == [tools.DIRECTORY / "snapshots" / header.name.file]
     assert store.snapshots[0] == present
 
 
 def test_levels_of_space(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A level is left only when there is an eighth more than what makes it."""
-    store = open_small(disk)
+    store = tools.open_small(disk)
     reserve, half = store.reserve_bytes(), SPACE_RESERVE_BYTES // 2
     assert reserve == SPACE_RESERVE_BYTES + store.log.total_bytes, "what is in flight, and what the log may give back"
     free = [0]
@@ -502,10 +488,10 @@ def test_levels_of_space(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> No
         free[0] = bytes_free
         assert store.space_level(level) == (expected, tight), bytes_free
         level = expected
-    add_copies(store)
-    fill(store, 12)
+    tools.add_copies(store)
+    tools.fill(store, 12)
     for shard in range(3):
-        take_snapshot(store, shard)
+        tools.take_snapshot(store, shard)
     largest = max(map(store.snapshot_estimate, store.copies))
     assert largest >= max(info.size for info in store.snapshots.values())
     assert store.reserve_bytes() == SPACE_RESERVE_BYTES + store.log.total_bytes + largest
@@ -522,36 +508,36 @@ def test_a_full_disk_at_the_start(disk: CrashDisk) -> None:
     full = disk.process_kill()
     full.capacity_bytes = sum(len(data) for data in full.tree().values() if data is not None)
     with pytest.raises(OSError, match="No space") as refused:
-        open_small(full, seed=1)
+        tools.open_small(full, seed=1)
     assert refused.value.errno == errno.ENOSPC
     full.capacity_bytes = 1 << 30
-    assert verdict(open_small(full, seed=2)) == expected
+    assert verdict(tools.open_small(full, seed=2)) == expected
 
 
 def test_errors_of_a_clean_stop(disk: CrashDisk) -> None:
     """Whatever call of it fails, the next start finds everything."""
     store = worked(disk)
-    state: State = state_of(store.copies)
+    state: tools.State = tools.state_of(store.copies)
     before = len(disk.calls)
     probe = disk.process_kill()
-    again = open_small(probe, seed=1)
+    again = tools.open_small(probe, seed=1)
     begun = len(probe.calls)
     again.close_clean()
     for number in range(begun + 1, len(probe.calls) + 1):
         dying = disk.process_kill()
-        again = open_small(dying, seed=1)
+        again = tools.open_small(dying, seed=1)
         assert len(dying.calls) == begun
         dying.fail_at, dying.dead = number, True
         with pytest.raises(OSError, match="Input/output"):
             again.close_clean()
-        last = open_small(dying.process_kill(), seed=2)
-        assert state_of(last.copies) == state and all(copy.complete for copy in last.copies.values())
+        last = tools.open_small(dying.process_kill(), seed=2)
+        assert tools.state_of(last.copies) == state and all(copy.complete for copy in last.copies.values())
     assert len(disk.calls) == before
 
 
 def test_a_manifest_is_not_behind_its_log(disk: CrashDisk) -> None:
     """`segment` names one that is on the disk, never one that is only prepared."""
-    store = make(disk, 10)
+    store = tools.make(disk, 10)
     newest = store.log.segments[-1].first_lsn
     store.log.begin_new_segment()
     prepared = store.log.prepare_mark()
@@ -563,9 +549,10 @@ def test_a_manifest_is_not_behind_its_log(disk: CrashDisk) -> None:
 
 def test_estimates_are_made_in_turn(disk: CrashDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look for space costs the same however many shards there are; after some of them every shard was looked at."""
-    store = make(disk, shards=50, segment_bytes=10**6)
+    store = tools.make(disk, shards=50, segment_bytes=10**6)
     before = store.reserve_bytes() - store.log.total_bytes
-    commit(store, [put(copy, b"k", b"v" * (9000 if shard == 49 else 10)) for shard, copy in store.copies.items()])
+    sizes = [*[10] * 49, 9000]
+    tools.commit(store, [tools.put(copy, b"k", b"v" * sizes[shard]) for shard, copy in store.copies.items()])
     looked: list[int] = []
     original = store.snapshot_estimate
 
@@ -586,83 +573,84 @@ def test_estimates_are_made_in_turn(disk: CrashDisk, monkeypatch: pytest.MonkeyP
 def test_a_copy_is_replaced(disk: CrashDisk) -> None:
     """From the manifest on it is the pulled one: entries of the old one in the log are not its entries, and its
     snapshot is gone; what is logged of the new one is there after a restart."""
-    store = make(disk, 12)
-    take_snapshot(store, 1)
-    fill(store, 6, first=12)
-    copy, header, size = pulled(store, 1, 2, 4, 4)
-    change(store, store.copies[0], copy, store.copies[2], pulled=(header, size))
-    assert [name for name in names(disk, "snapshots") if name.startswith("0001")] == [header.name.file]
+    store = tools.make(disk, 12)
+    tools.take_snapshot(store, 1)
+    tools.fill(store, 6, first=12)
+    copy, header, size = tools.pulled(store, 1, 2, 4, 4)
+    tools.change(store, store.copies[0], copy, store.copies[2], pulled=(header, size))
+    assert [name for name in tools.names(disk, "snapshots") if name.startswith("0001")] == [header.name.file]
     assert store.snapshots[1].name == header.name and store.behind() == [0, 2]
-    commit(store, [put(copy, b"new", b"v"), put(store.copies[0], b"other", b"v")])
-    state = state_of(store.copies)
-    again = open_small(disk.process_kill(), seed=1)
-    assert state_of(again.copies) == state and not again.damages
+    tools.commit(store, [tools.put(copy, b"new", b"v"), tools.put(store.copies[0], b"other", b"v")])
+    state = tools.state_of(store.copies)
+    again = tools.open_small(disk.process_kill(), seed=1)
+    assert tools.state_of(again.copies) == state and not again.damages
     assert (again.copies[1].disk, again.copies[1].generation) == ("disk 1/2", 2) and again.copies[1].complete
     assert [entry[1:3] for entry in again.backlog.of_shard(1)] == [(2, 5)]
-    take_snapshot(again, 1)
-    assert open_small(again.disk, seed=2).copies[1].table.seq == 5  # type: ignore[arg-type]
+    tools.take_snapshot(again, 1)
+    assert tools.open_small(again.disk, seed=2).copies[1].table.seq == 5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("until", ["written", "published"])
 def test_a_copy_that_was_not_replaced_in_the_end(disk: CrashDisk, until: str) -> None:
     """A crash before the manifest: the old copy with all it had, and nothing is left of the other one."""
-    store = make(disk, 12)
-    state = state_of(store.copies)
-    header = pulled(store, 1, 2, 4, 4)[1]
+    store = tools.make(disk, 12)
+    state = tools.state_of(store.copies)
+    header = tools.pulled(store, 1, 2, 4, 4)[1]
     if until == "written":
-        path = DIRECTORY / "snapshots" / header.name.file
+        path = tools.DIRECTORY / "snapshots" / header.name.file
         disk.rename(path, path.with_name(path.name + ".tmp"))
-    again = open_small(disk, seed=1)
-    assert state_of(again.copies) == state and again.copies[1].disk == "disk 1" and names(disk, "snapshots") == []
+    again = tools.open_small(disk, seed=1)
+    assert tools.state_of(again.copies) == state and again.copies[1].disk == "disk 1"
+    assert tools.names(disk, "snapshots") == []
 
 
 def test_the_log_stays_while_copies_change(disk: CrashDisk) -> None:
     """Until the manifest is written a crash comes back to the old copy, which needs its part of the log."""
-    store = make(disk, 12)
-    state = state_of(store.copies)
-    copy, header, size = pulled(store, 1, 2, 4, 4)
+    store = tools.make(disk, 12)
+    state = tools.state_of(store.copies)
+    copy, header, size = tools.pulled(store, 1, 2, 4, 4)
     manifest, paths = store.begin_change([store.copies[0], copy], (header, size))
-    take_snapshot(store, 0)
+    tools.take_snapshot(store, 0)
     assert store.behind() == [] and store.needless_segments() == []
-    crashed = open_small(disk.process_kill(), seed=1)
-    assert state_of(crashed.copies) == state
+    crashed = tools.open_small(disk.process_kill(), seed=1)
+    assert tools.state_of(crashed.copies) == state
     store.write_manifest(manifest)
     store.end_change()
     store.remove(paths)
     assert len(store.needless_segments()) > 1
-    assert sorted(open_small(disk.process_kill(), seed=1).copies) == [0, 1]
+    assert sorted(tools.open_small(disk.process_kill(), seed=1).copies) == [0, 1]
 
 
 def test_a_copy_is_dropped_and_comes_back(disk: CrashDisk) -> None:
     """Its files are removed; a later copy of the shard meets none of its entries, and no generation is used twice."""
-    store = make(disk, 12)
-    take_snapshot(store, 1)
-    fill(store, 6, first=12)
+    store = tools.make(disk, 12)
+    tools.take_snapshot(store, 1)
+    tools.fill(store, 6, first=12)
     store.manifest.generations[1] = 1
-    change(store, store.copies[0], store.copies[2])
-    assert names(disk, "snapshots") == [] and sorted(store.copies) == [0, 2]
-    again = open_small(disk.process_kill(), seed=1)
+    tools.change(store, store.copies[0], store.copies[2])
+    assert tools.names(disk, "snapshots") == [] and sorted(store.copies) == [0, 2]
+    again = tools.open_small(disk.process_kill(), seed=1)
     assert sorted(again.copies) == [0, 2] and again.manifest.generations == {1: 1} and not again.damages
     fresh = Copy(1, "another", generation=2)
-    change(again, *again.copies.values(), fresh)
-    commit(again, [put(fresh, b"k", b"v")])
-    state = state_of(again.copies)
+    tools.change(again, *again.copies.values(), fresh)
+    tools.commit(again, [tools.put(fresh, b"k", b"v")])
+    state = tools.state_of(again.copies)
     assert isinstance(again.disk, CrashDisk)
-    last = open_small(again.disk.process_kill(), seed=2)
-    assert state_of(last.copies) == state and last.copies[1].table.seq == 1 and not last.damages
+    last = tools.open_small(again.disk.process_kill(), seed=2)
+    assert tools.state_of(last.copies) == state and last.copies[1].table.seq == 1 and not last.damages
 
 
 def test_a_snapshot_of_a_copy_that_is_gone(disk: CrashDisk) -> None:
     """It was being taken when its copy was replaced: it is removed as soon as it is published."""
-    store = make(disk, 12)
+    store = tools.make(disk, 12)
     frozen = store.copies[1].table.freeze()
     old_header = store.header_of(frozen)
-    copy, header, size = pulled(store, 1, 2, 4, 4)
-    change(store, store.copies[0], copy, pulled=(header, size))
+    copy, header, size = tools.pulled(store, 1, 2, 4, 4)
+    tools.change(store, store.copies[0], copy, pulled=(header, size))
     file = store.create_snapshot(old_header)
     file.write(b"".join(encode_snapshot(old_header, frozen, [])))
     file.finish()
     paths = store.published(old_header, file.publish())
     assert [path.name for path in paths] == [old_header.name.file] and store.snapshots[1].name == header.name
-    again = open_small(disk.process_kill(), seed=1)
+    again = tools.open_small(disk.process_kill(), seed=1)
     assert again.copies[1].generation == 2 and again.copies[1].complete

@@ -16,18 +16,7 @@ from kvtcp.constants import INTEGER_MAX, PURGE_KEYS_MAX, TTL_MS_MAX
 from kvtcp.errors import Code, DataError, ProtocolError
 from kvtcp.protocol import operations as op
 from kvtcp.storage.shard.table import ChainError, SequenceError, Table
-from tests.support.table_items import (
-    HOT,
-    KEYS,
-    LIMITS,
-    STAMP,
-    Model,
-    as_item,
-    run_model,
-    transactions,
-    visible,
-    write_items,
-)
+from tests.support import table_items as tools
 
 
 def plain(result: Any) -> Any:
@@ -41,7 +30,7 @@ def plain(result: Any) -> Any:
     return result
 
 
-def write(table: Table, kind: int, key: bytes, *args: Any, stamp_ms: int = STAMP) -> Any:
+def write(table: Table, kind: int, key: bytes, *args: Any, stamp_ms: int = tools.STAMP) -> Any:
     """Apply the next item."""
     return table.apply([kind, table.shard, table.seq + 1, 0, key, *args], stamp_ms)
 
@@ -58,32 +47,32 @@ class TableMachine(RuleBasedStateMachine):
         self.table = Table(3, leaf_keys_max=4, fresh_keys_max=3)
         self.replica = Table(3, leaf_keys_max=7, fresh_keys_max=1)
         self.replayed = Table(3, leaf_keys_max=5)
-        self.model: Model = {}
-        self.stamp_ms = STAMP
+        self.model: tools.Model = {}
+        self.stamp_ms = tools.STAMP
 
-    @rule(write=write_items(), passed_ms=st.sampled_from([0, 0, 0, 1, 5]))
+    @rule(write=tools.write_items(), passed_ms=st.sampled_from([0, 0, 0, 1, 5]))
     def write(self, write: list[Any], passed_ms: int) -> None:
         self.stamp_ms += passed_ms
         chain, seq = self.table.chain, self.table.seq + 1
-        result = self.table.apply(as_item(write, seq), self.stamp_ms)
-        assert plain(result) == run_model(self.model, write, seq, self.stamp_ms)
+        result = self.table.apply(tools.as_item(write, seq), self.stamp_ms)
+        assert plain(result) == tools.run_model(self.model, write, seq, self.stamp_ms)
         assert isinstance(result, bool) == (write[0] in BOOLEAN or (write[0] == op.STORE and not write[-1]))
         assert self.table.seq == seq
         assert self.table.chain == zlib.crc32(self.table.last_entry, chain)
         assert msgpack.unpackb(self.table.last_entry)[:3] == [0, seq, self.stamp_ms]
-        assert self.replica.apply(tuple(as_item(write, seq)), self.stamp_ms) == result
+        assert self.replica.apply(tuple(tools.as_item(write, seq)), self.stamp_ms) == result
         self.replayed.apply_entry(self.table.last_entry, self.table.chain)
 
     @rule(
-        write=transactions(),
-        watched=st.lists(st.tuples(HOT, st.sampled_from([0, 0, 0, 0, 1])), min_size=1, max_size=3),
+        write=tools.transactions(),
+        watched=st.lists(st.tuples(tools.HOT, st.sampled_from([0, 0, 0, 0, 1])), min_size=1, max_size=3),
         passed_ms=st.sampled_from([0, 0, 1, 5]),
     )
     def transaction_of_watched_keys(
         self, write: tuple[Any, ...], watched: list[tuple[bytes, int]], passed_ms: int
     ) -> None:
         """The revisions are those that were read before, but for a few; keys may expire in between."""
-        seen = visible(self.model, self.stamp_ms)
+        seen = tools.visible(self.model, self.stamp_ms)
         pairs = [(key, (seen[key][1] if key in seen else 0) + wrong) for key, wrong in watched]
         self.write([op.TRANSACTION, write[1], pairs, write[3]], passed_ms)
 
@@ -92,11 +81,11 @@ class TableMachine(RuleBasedStateMachine):
         for number in range(count):
             self.write([op.PUT, b"many%02d" % number, b"v"], 0)
 
-    @rule(key=KEYS, passed_ms=st.integers(0, 12))
+    @rule(key=tools.KEYS, passed_ms=st.integers(0, 12))
     def read_key(self, key: bytes, passed_ms: int) -> None:
         """Reads may carry a later stamp than the last write."""
         stamp_ms = self.stamp_ms + passed_ms
-        row = visible(self.model, stamp_ms).get(key)
+        row = tools.visible(self.model, stamp_ms).get(key)
         if row is None:
             expected = None
         else:
@@ -110,18 +99,18 @@ class TableMachine(RuleBasedStateMachine):
     def read_any_key(self, number: int, passed_ms: int) -> None:
         """The key at this place of all that are physically there, or the next one that is visible."""
         stamp_ms = self.stamp_ms + passed_ms
-        keys, seen = sorted(self.model), visible(self.model, stamp_ms)
+        keys, seen = sorted(self.model), tools.visible(self.model, stamp_ms)
         place = number % len(keys) if keys else 0
         following = [key for key in (*keys[place:], *keys[:place]) if key in seen]
         assert self.table.any_key(number, stamp_ms) == (following[0] if following else None)
 
     @rule(
-        lower=st.just(b"") | KEYS, upper=st.none() | KEYS, limit=st.none() | LIMITS, reverse=st.booleans(),
-        ms=st.integers(0, 12),
+        lower=st.just(b"") | tools.KEYS, upper=st.none() | tools.KEYS, limit=st.none() | tools.LIMITS,
+        reverse=st.booleans(), ms=st.integers(0, 12),
     )  # fmt: skip
     def read_range(self, lower: bytes, upper: bytes | None, limit: int | None, reverse: bool, ms: int) -> None:
         stamp_ms = self.stamp_ms + ms
-        seen = visible(self.model, stamp_ms)
+        seen = tools.visible(self.model, stamp_ms)
         keys = sorted((k for k in seen if k >= lower and (upper is None or k < upper)), reverse=reverse)
         assert self.table.count(lower, upper, stamp_ms) == len(keys)
         assert self.table.has_expired(stamp_ms) == (len(seen) < len(self.model))
@@ -150,13 +139,13 @@ TestTableMachine.settings = settings(max_examples=100, stateful_step_count=30, d
 
 
 @settings(deadline=None, max_examples=150)
-@given(writes=st.lists(write_items(), min_size=1, max_size=25), stamps=st.lists(st.integers(0, 2**63), max_size=25))
+@given(st.lists(tools.write_items(), min_size=1, max_size=25), st.lists(st.integers(0, 2**63), max_size=25))
 def test_apply_is_total(writes: list[list[Any]], stamps: list[int]) -> None:
     """No item of valid types raises, at any stamps in ascending order; every one is one entry."""
     table = Table(leaf_keys_max=4, fresh_keys_max=2)
     stamps = sorted(stamps) or [0]
     for seq, item in enumerate(writes, 1):
-        table.apply(as_item(item, seq), stamps[min(seq, len(stamps)) - 1])
+        table.apply(tools.as_item(item, seq), stamps[min(seq, len(stamps)) - 1])
         assert table.seq == seq
     table.check()
 
@@ -208,25 +197,25 @@ def test_conditions_and_deadlines_of_each_operation(table: Table) -> None:
     assert write(table, op.CAS, b"k", b"2", None, 1) == 2
     assert write(table, op.CAS, b"k", b"3", b"2") == 3
     assert write(table, op.INCR, b"k", 4) == 7
-    assert table.get(b"k", STAMP) == (b"7", 4, 100)
-    assert write(table, op.PUT, b"k", b"8", None, True, stamp_ms=STAMP + 1) == 5
-    assert table.get(b"k", STAMP + 1) == (b"8", 5, 99)
-    assert write(table, op.PUT, b"k", b"9", 50, True, stamp_ms=STAMP + 1) == 6
-    assert table.ttl(b"k", STAMP + 1) == (6, 50)
+    assert table.get(b"k", tools.STAMP) == (b"7", 4, 100)
+    assert write(table, op.PUT, b"k", b"8", None, True, stamp_ms=tools.STAMP + 1) == 5
+    assert table.get(b"k", tools.STAMP + 1) == (b"8", 5, 99)
+    assert write(table, op.PUT, b"k", b"9", 50, True, stamp_ms=tools.STAMP + 1) == 6
+    assert table.ttl(b"k", tools.STAMP + 1) == (6, 50)
     assert write(table, op.PUT, b"k", b"9") == 7
     assert write(table, op.PERSIST, b"k") is False
     assert write(table, op.EXPIRE, b"k", 10) is True
     assert write(table, op.PERSIST, b"k") is True
-    assert table.get(b"k", STAMP) == (b"9", 10, None)
+    assert table.get(b"k", tools.STAMP) == (b"9", 10, None)
     assert write(table, op.EXPIRE, b"k", 10) is True
-    assert write(table, op.DELETE, b"k", stamp_ms=STAMP + 10) is False
-    assert write(table, op.CAS, b"k", b"again", None, 0, stamp_ms=STAMP + 10) == 13
+    assert write(table, op.DELETE, b"k", stamp_ms=tools.STAMP + 10) is False
+    assert write(table, op.CAS, b"k", b"again", None, 0, stamp_ms=tools.STAMP + 10) == 13
     assert write(table, op.DELETE, b"k", b"other", 13) is False
     assert write(table, op.DELETE, b"k", b"again", 13) is True
     assert write(table, op.EXPIRE, b"k", 10) is False
     assert write(table, op.ADD, b"k", b"x", 5) == 17
     assert write(table, op.EXPIRE, b"k", 0) is True
-    assert (len(table), table.has_expired(STAMP + 99)) == (0, False)
+    assert (len(table), table.has_expired(tools.STAMP + 99)) == (0, False)
 
 
 def test_error_results_name_key_and_revision(table: Table) -> None:
@@ -259,16 +248,16 @@ def test_incr_takes_canonical_numbers_only(table: Table, text: bytes) -> None:
     """What int() would accept but incr would never write is not a number; nothing is changed."""
     write(table, op.PUT, b"n", text)
     assert plain(write(table, op.INCR, b"n", 1)) == (Code.NOT_A_NUMBER, {})
-    assert table.get(b"n", STAMP) == (text, 1, None)
+    assert table.get(b"n", tools.STAMP) == (text, 1, None)
 
 
 def test_deadline_arithmetic_is_bounded(table: Table) -> None:
     """A ttl beyond the limit is the limit, one that is not positive expires at once."""
     write(table, op.PUT, b"long", b"", 2**64 - 1)
     write(table, op.PUT, b"short", b"", -(2**63))
-    assert table.ttl(b"long", STAMP) == (1, TTL_MS_MAX)
-    assert table.get(b"short", STAMP) is None
-    assert (len(table), table.count(b"", None, STAMP), table.has_expired(STAMP)) == (2, 1, True)
+    assert table.ttl(b"long", tools.STAMP) == (1, TTL_MS_MAX)
+    assert table.get(b"short", tools.STAMP) is None
+    assert (len(table), table.count(b"", None, tools.STAMP), table.has_expired(tools.STAMP)) == (2, 1, True)
 
 
 def test_sequence_and_operations_are_checked() -> None:
@@ -278,15 +267,15 @@ def test_sequence_and_operations_are_checked() -> None:
     before = (table.position, table.digest(), table.last_entry)
     for seq in (0, 1, 3):
         with pytest.raises(SequenceError, match=f"shard 5: entry {seq} does not follow entry 1"):
-            table.apply([op.PUT, 5, seq, 0, b"b", b"2"], STAMP)
+            table.apply([op.PUT, 5, seq, 0, b"b", b"2"], tools.STAMP)
     with pytest.raises(ProtocolError, match="write operation 33 is not known"):
-        table.apply([33, 5, 2, 0, b"b"], STAMP)
+        table.apply([33, 5, 2, 0, b"b"], tools.STAMP)
     assert (table.position, table.digest(), table.last_entry) == before
     table.check()
 
 
 def entry(seq: int, *effects: Any) -> bytes:
-    packed: bytes = msgpack.packb([0, seq, STAMP, list(effects)])
+    packed: bytes = msgpack.packb([0, seq, tools.STAMP, list(effects)])
     return packed
 
 
@@ -294,8 +283,8 @@ def entry(seq: int, *effects: Any) -> bytes:
     (b"", DataError),
     (b"\xc1", DataError),
     (entry(2) + b"\x00", DataError),
-    (msgpack.packb([0, 2, STAMP]), DataError),
-    (msgpack.packb([0, 2, STAMP, 5]), DataError),
+    (msgpack.packb([0, 2, tools.STAMP]), DataError),
+    (msgpack.packb([0, 2, tools.STAMP, 5]), DataError),
     (entry(2, [9, b"k"]), DataError),
     (entry(2, []), DataError),
     (entry(2, [op.SET, b"k", b"v"]), DataError),
@@ -333,10 +322,10 @@ def test_load_refuses_rows_out_of_order() -> None:
     before = table.position
     with pytest.raises(DataError, match="shard 4: rows are not in ascending order"):
         table.load([([b"b", b"a"], [(b"", 1, None), (b"", 1, 7)])], 1, 9, 9)
-    assert (table.position, table.get(b"a", STAMP)) == (before, (b"1", 1, None))
-    table.load([([b"a"], [(b"x", 8, STAMP + 5)])], 1, 9, 77)
+    assert (table.position, table.get(b"a", tools.STAMP)) == (before, (b"1", 1, None))
+    table.load([([b"a"], [(b"x", 8, tools.STAMP + 5)])], 1, 9, 77)
     assert (table.position, table.epoch, table.last_entry) == ((1, 9, 77), 1, b"")
-    assert table.get(b"a", STAMP) == (b"x", 8, 5)
+    assert table.get(b"a", tools.STAMP) == (b"x", 8, 5)
 
 
 def test_position_has_the_epoch_of_the_last_entry(table: Table) -> None:
@@ -354,9 +343,9 @@ def test_purge_and_clear_work_in_bounded_steps(table: Table) -> None:
     keys = 3 * PURGE_KEYS_MAX
     for number in range(keys):
         write(table, op.PUT, b"%05d" % number, b"v", 1 if number % 2 else None)
-    assert write(table, op.PURGE, b"", 300, stamp_ms=STAMP + 1) == 300
-    assert write(table, op.PURGE, b"", PURGE_KEYS_MAX, stamp_ms=STAMP + 1) == keys // 2 - 300
-    assert write(table, op.PURGE, b"", PURGE_KEYS_MAX, stamp_ms=STAMP + 1) == 0
+    assert write(table, op.PURGE, b"", 300, stamp_ms=tools.STAMP + 1) == 300
+    assert write(table, op.PURGE, b"", PURGE_KEYS_MAX, stamp_ms=tools.STAMP + 1) == keys // 2 - 300
+    assert write(table, op.PURGE, b"", PURGE_KEYS_MAX, stamp_ms=tools.STAMP + 1) == 0
     assert len(table) == keys // 2
     effects = []
     while write(table, op.CLEAR, b"", None, 300):
