@@ -115,7 +115,7 @@ def test_time_is_bounded(pattern: bytes) -> None:
     began = time.process_time()
     matches = matcher(pattern)
     assert not matches(key)
-    assert time.process_time() - began < 0.2
+    assert time.process_time() - began < 2  # ten times what a busy machine was seen to need
 
 
 def test_time_to_compile_is_bounded() -> None:
@@ -123,7 +123,7 @@ def test_time_to_compile_is_bounded() -> None:
     began = time.process_time()
     matcher((b"[^a]" * PATTERN_BYTES_MAX)[:PATTERN_BYTES_MAX])
     matcher(b"[" + bytes(range(32, 250, 2)) * 4 + b"]")
-    assert time.process_time() - began < 0.2
+    assert time.process_time() - began < 2  # ten times what a busy machine was seen to need
 
 
 def test_longest_pattern() -> None:
